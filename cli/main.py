@@ -1,0 +1,64 @@
+"""The program ``npt-fast``: which verbs there are, and how every failure looks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+
+from npt_fast import __version__
+from npt_fast.errors import NPTError, VerificationError
+
+app = App(
+    name="npt-fast",
+    help="Merge, prove and describe Neuro-Plastic Transformer checkpoints.",
+    version=__version__,
+    default_parameter=Parameter(negative=()),  # flags have no --no- form: all are off by default
+)
+app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints into one.")
+app.command("npt_fast.cli.analyze:analyze", name="analyze", help="Describe checkpoints.")
+app.command("npt_fast.cli.verify:verify", name="verify", help="Prove a merged checkpoint.")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one verb and exit: 0 done, 1 failed, 2 usage, 3 a check did not pass, 4 out of space."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # the check mark, on a terminal without UTF-8
+    try:
+        result = app(
+            list(sys.argv[1:] if arguments is None else arguments),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+        sys.stdout.flush()
+    except CycloptsError as error:
+        _exit(2, f"{' '.join(str(error).split())} (npt-fast --help lists verbs and options)")
+    except VerificationError as error:
+        _exit(error.exit_code, str(error), *(f"  {problem}" for problem in error.problems))
+    except NPTError as error:
+        _exit(error.exit_code, str(error))
+    except MemoryError:
+        _exit(4, "out of memory")
+    except KeyboardInterrupt:
+        _exit(130, "interrupted; nothing was left behind")
+    except BrokenPipeError:  # `npt-fast ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)  # unwinds, so that temporary files go
+
+
+def _exit(code: int, message: str, *details: str) -> NoReturn:
+    print(f"Error: {message}", *details, sep="\n", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,148 @@
+"""``npt-fast merge``"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+import npt_fast as npt
+from npt_fast.checkpoint.merge import MergeReport
+from npt_fast.cli.output import print_json, print_verification, progress_bar, size, warn
+from npt_fast.config import ConflictPolicy, FileFormat, MergeOptions, WeightDType
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?B)?", text.strip(), re.IGNORECASE)
+    if match is None or not int(match[1]):
+        raise ValueError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(match[1]) * _UNITS[(match[2] or "").upper()]
+
+
+def _check_size(kind: object, text: str) -> None:
+    _bytes(text)
+
+
+def merge(
+    *,
+    checkpoints: Annotated[list[str], Parameter(consume_multiple=True)],
+    output: Path,
+    verify: bool = False,
+    force: bool = False,
+    on_conflict: ConflictPolicy = "first",
+    uniform: bool = False,
+    dtype: WeightDType | None = None,
+    format: FileFormat | None = None,
+    max_shard_size: Annotated[str, Parameter(validator=_check_size)] = "5GB",
+    weights_only: bool = False,
+    copy_multi_layer_state: Path | None = None,
+    allow_different_base: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Merge NPT checkpoints into one that can be used, proven and trained on.
+
+    npt-fast merge --checkpoints layer11/checkpoint-800 layer13/checkpoint-600
+    --output merged_11_13 --verify
+
+    Parameters
+    ----------
+    checkpoints
+        Checkpoint directories or weight files. PATH:11,13 takes only those layers.
+    output
+        Directory to write. It appears complete or not at all.
+    verify
+        Compare every tensor with its source before the output appears; record digests.
+    force
+        Replace an existing output directory.
+    on_conflict
+        When two inputs hold the same layer: take the first or the last, refuse (error), accept
+        only identical ones, or join them so that their weight changes add up (concat) or
+        average (mean).
+    uniform
+        Pad all layers to one type, num_ranks and rank, as the original program needs. Exact.
+    dtype
+        Convert all weights.
+    format
+        Format of the weights; the first input's by default.
+    max_shard_size
+        Split safetensors output above this size, e.g. 5GB.
+    weights_only
+        Leave out optimizer, scheduler, step and curriculum.
+    copy_multi_layer_state
+        Take the curriculum from this multi_layer_state.pt.
+    allow_different_base
+        Merge although the configs name different base models.
+    dry_run
+        Show the plan; write nothing.
+    json
+        Print the report as JSON.
+    """
+    options = MergeOptions(
+        on_conflict=on_conflict,
+        uniform=uniform,
+        dtype=dtype,
+        format=format,
+        max_shard_size=_bytes(max_shard_size),
+        weights_only=weights_only,
+        copy_multi_layer_state=copy_multi_layer_state,
+        allow_different_base=allow_different_base,
+    )
+    with progress_bar() as progress:
+        report = npt.merge(
+            checkpoints,
+            output,
+            verify=verify,
+            force=force,
+            dry_run=dry_run,
+            options=options,
+            progress=progress,
+        )
+    for warning in report.warnings:
+        warn(warning)
+    if json:
+        print_json(report.to_dict())
+        return
+    for note in report.notes:
+        print(note)
+    _print_report(report)
+
+
+def _print_report(report: MergeReport) -> None:
+    layers = [info.layer for info in report.layers]
+    if report.verification is not None:
+        print_verification(report.verification)
+        print()
+    print(f"{'Would merge' if report.dry_run else 'Merged'} layers: {layers}")
+    print(f"Total NPT parameters: {report.total_parameters:,}")
+    print("Layer sources:")
+    for info in report.layers:
+        step = "" if info.step is None else f", step {info.step}"
+        changed = f", {info.changed} tensors changed" if info.changed else ""
+        print(f"  Layer {info.layer}: {info.source}")
+        print(
+            f"    {info.modulation}, num_ranks {info.num_ranks}, rank {info.rank}{step}, "
+            f"optimizer {info.optimizer}{changed}"
+        )
+    if report.global_step is not None:
+        print(f"Training continues from step {report.global_step}")
+    total = sum(report.files.values())
+    ways = ", ".join(f"{way} {size(count)}" for way, count in report.ways.items())
+    if report.dry_run:
+        print(f"Files ({size(total)}):")
+        for name, count in report.files.items():
+            print(f"  {name}: {count:,} bytes")
+        print(f"Expected ways: {ways}")
+        enough = "enough" if report.needed_bytes <= report.free_bytes else "NOT ENOUGH"
+        print(
+            f"Disk needed: {size(report.needed_bytes)}, free: {size(report.free_bytes)} ({enough})"
+        )
+        print("Nothing was written.")
+        return
+    print(f"Bytes: {ways} in {report.seconds:.2f} s")
+    print(f"Output saved to: {report.output}")
+    print(f"✓ Successfully merged {len(layers)} NPT layers!")

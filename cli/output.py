@@ -1,0 +1,78 @@
+"""What verbs print: JSON, the guide's verification block, sizes, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from npt_fast.checkpoint.verify import VerifyReport
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def warn(message: str) -> None:
+    """A line on stderr that needs attention."""
+    print(f"Warning: {message}", file=sys.stderr)
+
+
+def size(count: int) -> str:
+    """Bytes for people: ``"8.3 MB"``."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+def print_verification(report: VerifyReport) -> None:
+    """What was checked, then the guide's block, to the letter when it passed."""
+    print(
+        f"Read back {report.tensors} tensors ({size(report.bytes_read)}): "
+        f"{report.compared} bit-equal to their sources, "
+        f"{report.digests_matched} equal to recorded digests, {report.crcs_matched} CRCs match."
+        if report.passed
+        else f"Read back {report.tensors} tensors ({size(report.bytes_read)})."
+    )
+    for note in report.notes:
+        print(f"Note: {note}")
+    print("Verification Results:")
+    print(f"  Expected layers: {report.expected_layers}")
+    print(f"  Found layers: {report.found_layers}")
+    print(f"  Checkpoint has {report.checkpoint_keys} keys")
+    for problem in report.problems:
+        print(f"  {problem}")
+    print("✓ Verification passed!" if report.passed else "✗ Verification failed!")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar by bytes on a terminal; None elsewhere, so that logs stay clean."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(activity: str, done: int, total: int) -> None:
+            if activity not in tasks:
+                tasks[activity] = bar.add_task(activity, total=total)
+            bar.update(tasks[activity], completed=done, total=total)
+
+        yield show

@@ -1,0 +1,27 @@
+"""``npt-fast verify``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import npt_fast as npt
+from npt_fast.cli.output import print_json, print_verification, progress_bar
+
+
+def verify(checkpoint: Path, /, *, json: bool = False) -> int:
+    """Check every tensor of a merged checkpoint: digests, CRCs, values, and sources if they exist.
+
+    Parameters
+    ----------
+    checkpoint
+        A merged checkpoint, or a copy of one.
+    json
+        Print the report as JSON.
+    """
+    with progress_bar() as progress:
+        report = npt.verify(checkpoint, progress=progress)
+    if json:
+        print_json(report.to_dict())
+    else:
+        print_verification(report)
+    return 0 if report.passed else 3

@@ -1,0 +1,141 @@
+"""Move byte ranges between files without looking at them.
+
+The ladder of ways, best first; a way that the file system refuses is not tried again for the same
+pair of file systems:
+
+1. ``reflink``: share the blocks (XFS, btrfs, ...). Whole 4096-byte pages clone when source and
+   destination offsets are equal modulo the page; the ragged ends go down the ladder.
+2. ``copy_file_range``: the kernel copies, or the server does on network file systems.
+3. ``sendfile``: the kernel copies between unlike file systems.
+4. ``mapped``: bounded windows of the source, written out.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable
+
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.errors import CheckpointError
+
+PAGE = 4096
+WAYS = ("reflink", "copy_file_range", "sendfile", "mapped")
+_FICLONERANGE = 0x4020940D
+_CHUNK = 64 << 20  # a system call this long can still be interrupted by Ctrl-C in good time
+_NOT_HERE = {
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.ENOTTY,
+    errno.EPERM,
+    errno.EBADF,
+    errno.ETXTBSY,
+}
+
+
+class ByteMover:
+    """Moves ranges and counts which way each byte took.
+
+    Attributes:
+        moved: bytes by way.
+    """
+
+    def __init__(self, progress: Callable[[int], None]) -> None:
+        self.moved: Counter[str] = Counter()
+        self._progress = progress
+        self._refused: set[tuple[int, str]] = set()
+
+    def move(
+        self, source: SourceFile, source_fd: int, offset: int, length: int, fd: int, to: int
+    ) -> None:
+        """Make ``length`` bytes at `to` of the file `fd` equal those at `offset` of the source.
+
+        Raises:
+            CheckpointError: the source ended early.
+            OSError: the destination cannot be written.
+        """
+        head = -to % PAGE
+        body = (length - head) // PAGE * PAGE
+        if offset % PAGE == to % PAGE and body > 0:
+            if self._reflink(source, source_fd, offset + head, body, fd, to + head):
+                self._copy(source, source_fd, offset, head, fd, to)
+                done = head + body
+                self._copy(source, source_fd, offset + done, length - done, fd, to + done)
+                return
+        self._copy(source, source_fd, offset, length, fd, to)
+
+    def _reflink(
+        self, source: SourceFile, source_fd: int, offset: int, length: int, fd: int, to: int
+    ) -> bool:
+        if (source.identity.device, "reflink") in self._refused:
+            return False
+        try:
+            import fcntl
+
+            request = struct.pack("qQQQ", source_fd, offset, length, to)
+            fcntl.ioctl(fd, _FICLONERANGE, request)
+        except (OSError, ImportError) as error:
+            if isinstance(error, OSError) and error.errno not in _NOT_HERE:
+                raise
+            self._refused.add((source.identity.device, "reflink"))
+            return False
+        self._count("reflink", length)
+        return True
+
+    def _copy(
+        self, source: SourceFile, source_fd: int, offset: int, length: int, fd: int, to: int
+    ) -> None:
+        done = 0
+        for way, step in (("copy_file_range", _copy_file_range), ("sendfile", _sendfile)):
+            if (source.identity.device, way) in self._refused:
+                continue
+            try:
+                while done < length:
+                    chunk = min(_CHUNK, length - done)
+                    count = step(source_fd, offset + done, chunk, fd, to + done)
+                    if not count:
+                        raise CheckpointError(f"{source.path}: ended early; it was truncated")
+                    self._count(way, count)
+                    done += count
+                return
+            except (OSError, AttributeError) as error:
+                if isinstance(error, OSError) and error.errno not in _NOT_HERE:
+                    raise
+                self._refused.add((source.identity.device, way))
+        for window in source.windows(offset + done, length - done):
+            write_all(fd, window, to + done)
+            done += len(window)
+            self._count("mapped", len(window))
+
+    def _count(self, way: str, count: int) -> None:
+        self.moved[way] += count
+        self._progress(count)
+
+
+def _copy_file_range(source_fd: int, offset: int, length: int, fd: int, to: int) -> int:
+    return os.copy_file_range(source_fd, fd, length, offset, to)
+
+
+def _sendfile(source_fd: int, offset: int, length: int, fd: int, to: int) -> int:
+    os.lseek(fd, to, os.SEEK_SET)
+    return os.sendfile(fd, source_fd, offset, length)
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`, however many calls it takes."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view = view[count:]
+        offset += count
+
+
+def cloneable_bytes(offset: int, to: int, length: int) -> int:
+    """How many of `length` bytes can be cloned from `offset` to `to` where reflink works."""
+    if offset % PAGE != to % PAGE:
+        return 0
+    return max(0, (length + to) // PAGE * PAGE - -(-to // PAGE) * PAGE)

@@ -1,0 +1,153 @@
+"""A checkpoint as a user names it: the weights and the small files beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.np_module import NPModule, collect_modules
+from npt_fast.checkpoint.tensor_source import TensorSource, locate_checkpoint, open_tensors
+from npt_fast.errors import CheckpointError
+
+CONFIG = "config.json"
+NPT_CONFIG = "npt_config.json"
+MERGE_SUMMARY = "merge_summary.json"
+FORMAT_VERSION = 1
+_SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9]{1,5}(?:,[0-9]{1,5})*)")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """What a checkpoint says about where a layer comes from.
+
+    Attributes:
+        residual: ``"removed"``, ``"kept"``, or None where nothing tells (SPEC 1.3).
+        step: optimizer steps the layer was trained for.
+        fidelity: measured quality, as training recorded it.
+        source: the checkpoint that this one got the layer from; None when it trained it itself.
+        chain: where that one got it from, and so on, nearest first.
+    """
+
+    residual: str | None = None
+    step: int | None = None
+    fidelity: float | None = None
+    source: str | None = None
+    chain: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint; no tensor data has been read.
+
+    Attributes:
+        given: path as the user wrote it, without a selection.
+        directory: folder of the small files; None for bare weights.
+        note: where it was found, if not where it was looked for.
+        weights: the tensors.
+        modules: complete layers, ascending.
+        config: content of ``config.json``.
+        npt_config: content of ``npt_config.json``, or of the safetensors metadata.
+        summary: content of ``merge_summary.json``.
+    """
+
+    given: str
+    directory: Path | None
+    note: str
+    weights: TensorSource
+    modules: Mapping[int, NPModule]
+    config: Mapping[str, Any] | None
+    npt_config: Mapping[str, Any] | None
+    summary: Mapping[str, Any] | None
+
+    @property
+    def path(self) -> Path:
+        return self.directory or self.weights.path
+
+    @property
+    def model_name(self) -> str | None:
+        """The base model that the checkpoint was trained on, where it says so."""
+        name = _get(self.config, "model_name") or _get(self.npt_config, "base_model", "name")
+        return name if isinstance(name, str) else None
+
+    def base_fact(self, name: str) -> int | None:
+        """An integer of the base model's fingerprint, where recorded."""
+        value = _get(self.npt_config, "base_model", name)
+        return value if type(value) is int else None
+
+    def record(self, layer: int) -> LayerRecord:
+        """What is recorded about a layer; unknown facts are None."""
+        facts = _get(self.npt_config, "layers", str(layer)) or {}
+        merged = _get(self.summary, "layers", str(layer)) or {}
+        source = merged.get("source") or _get(self.summary, "layer_sources", str(layer))
+        step = facts.get("step")
+        step = merged.get("step") if step is None else step
+        residual = facts.get("residual")
+        if residual is None and self.modules[layer].architecture.modulation == "triple":
+            residual = "removed"  # triple modulation came after the residual had gone
+        fidelity = facts.get("fidelity")
+        chain = merged.get("chain")
+        return LayerRecord(
+            residual if residual in ("removed", "kept") else None,
+            step if type(step) is int else None,
+            float(fidelity) if type(fidelity) in (int, float) else None,
+            source if isinstance(source, str) else None,
+            tuple(s for s in chain if isinstance(s, str)) if isinstance(chain, list) else (),
+        )
+
+    def digests(self, file: str) -> Mapping[str, str]:
+        """Recorded SHA-256 by tensor name for one of the checkpoint's files."""
+        recorded = _get(self.summary, "tensors", file)
+        return recorded if isinstance(recorded, dict) else {}
+
+
+def _get(value: Any, *keys: str) -> Any:
+    for key in keys:
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
+    """``"A:11,13"`` -> path and layers; a path that exists as it stands is all path."""
+    match = _SELECTION.fullmatch(given)
+    if match is None or Path(given).exists():
+        return given, None
+    return match["path"], tuple(int(layer) for layer in match["layers"].split(","))
+
+
+def open_checkpoint(given: str) -> Checkpoint:
+    """Open the checkpoint at a path.
+
+    Raises:
+        CheckpointError: nothing there, or anything in it is broken, unsafe or incomplete.
+    """
+    path, note = locate_checkpoint(Path(given))
+    weights = open_tensors(path)
+    if path.is_dir():
+        directory: Path | None = path
+    else:  # a file of the usual name belongs to the folder around it
+        directory = path.parent if path.name.startswith("npt_weights") else None
+    small: dict[str, Mapping[str, Any] | None] = {}
+    for name in (CONFIG, NPT_CONFIG, MERGE_SUMMARY):
+        file = directory / name if directory else None
+        small[name] = strict_json.read_object(file) if file and file.exists() else None
+    npt_config = small[NPT_CONFIG]
+    if npt_config is None and "npt_config" in weights.metadata:
+        raw = weights.metadata["npt_config"].encode()
+        npt_config = strict_json.parse_object(raw, f"{weights.path}: metadata npt_config")
+    if npt_config is not None:
+        version = npt_config.get("format_version")
+        if type(version) is not int or version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: {NPT_CONFIG} has format_version {version!r:.40}, "
+                f"this npt_fast knows {FORMAT_VERSION}; update npt_fast"
+            )
+    modules = collect_modules(weights.tensors, str(weights.path))
+    return Checkpoint(
+        given, directory, note, weights, modules, small[CONFIG], npt_config, small[MERGE_SUMMARY]
+    )

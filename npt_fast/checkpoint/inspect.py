@@ -1,0 +1,266 @@
+"""Describe checkpoints, and say whether they can be merged; headers only, unless asked for values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from npt_fast.checkpoint.np_module import NPModule
+from npt_fast.checkpoint.numbers import as_float64, count_non_finite
+from npt_fast.checkpoint.plan import plan_merge
+from npt_fast.checkpoint.recipe import Recipe
+from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.training_state import (
+    MULTI_LAYER_STATE,
+    TRAINING_STATE,
+    read_multi_layer_state,
+    read_training_state,
+)
+from npt_fast.config import MergeOptions
+from npt_fast.errors import NPTError
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """One tensor; `norm` and `non_finite` are None unless values were asked for.
+
+    Attributes:
+        name: key in the checkpoint.
+        dtype: element type, safetensors name.
+        shape: sizes.
+        nbytes: bytes of data.
+        norm: Frobenius norm; None also for 8-bit floats.
+        non_finite: NaNs and infinities.
+    """
+
+    name: str
+    dtype: str
+    shape: list[int]
+    nbytes: int
+    norm: float | None = None
+    non_finite: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer of a checkpoint; facts nobody recorded are None.
+
+    Attributes:
+        layer: index.
+        modulation: ``"single"``, ``"dual"`` or ``"triple"``.
+        num_ranks: components per projection.
+        rank: bottleneck of each.
+        dtypes: element types.
+        tensors: number of tensors.
+        parameters: number of weights.
+        nbytes: bytes of weights.
+        residual: ``"removed"`` or ``"kept"``.
+        step: optimizer steps it was trained for.
+        source: checkpoint it was merged from.
+        chain: where that one had it from, nearest first.
+        fidelity: measured quality.
+        details: one report per tensor.
+    """
+
+    layer: int
+    modulation: str
+    num_ranks: int
+    rank: int
+    dtypes: list[str]
+    tensors: int
+    parameters: int
+    nbytes: int
+    residual: str | None
+    step: int | None
+    source: str | None
+    chain: list[str]
+    fidelity: float | None
+    details: list[TensorReport]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReport:
+    """What is in a checkpoint.
+
+    Attributes:
+        path: where it is.
+        format: ``"pt"`` or ``"safetensors"``.
+        total_keys: weight tensors.
+        total_parameters: weights.
+        modulation: type of all layers, or ``"mixed"``.
+        num_ranks: of all layers; None when they differ.
+        rank: of all layers; None when they differ.
+        hidden_size: d of the base model.
+        intermediate_size: f of the base model.
+        model_name: base model, where recorded.
+        layers: its layers, ascending.
+        training_state: step, optimizer and schedule; None without one.
+        config: ``config.json``.
+        merge: layer sources of a merged checkpoint.
+        multi_layer_state: curriculum.
+        files: size of every file in the directory.
+        problems: parts that could not be read, one line each.
+        notes: where the checkpoint was found.
+    """
+
+    path: str
+    format: str
+    total_keys: int
+    total_parameters: int
+    modulation: str
+    num_ranks: int | None
+    rank: int | None
+    hidden_size: int
+    intermediate_size: int
+    model_name: str | None
+    layers: list[LayerInfo]
+    training_state: dict[str, Any] | None
+    config: dict[str, Any] | None
+    merge: dict[str, Any] | None
+    multi_layer_state: dict[str, Any] | None
+    files: dict[str, int]
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeVerdict:
+    """Whether checkpoints can be merged.
+
+    Attributes:
+        mergeable: whether ``merge`` with default options would succeed.
+        layers: layers of the result.
+        remarks: conflicts and other warnings, or the reason why not.
+    """
+
+    mergeable: bool
+    layers: list[int]
+    remarks: list[str]
+
+
+def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
+    """Describe a checkpoint.
+
+    Args:
+        path: checkpoint directory or weights file.
+        values: also read the data, for norms and NaN counts.
+
+    Raises:
+        CheckpointError: there is no readable NPT checkpoint.
+    """
+    checkpoint = open_checkpoint(str(path))
+    problems: list[str] = []
+    training = multi_layer = None
+    files: dict[str, int] = {}
+    if checkpoint.directory is not None:
+        try:
+            training = _training_facts(checkpoint, checkpoint.directory / TRAINING_STATE)
+            multi_layer = read_multi_layer_state(checkpoint.directory / MULTI_LAYER_STATE)
+        except NPTError as error:
+            problems.append(str(error))
+        entries = sorted(checkpoint.directory.iterdir())
+        files = {entry.name: entry.lstat().st_size for entry in entries}
+    layers = [_layer(checkpoint, module, values) for module in checkpoint.modules.values()]
+    modulations = {info.modulation for info in layers}
+    num_ranks = {info.num_ranks for info in layers}
+    ranks = {info.rank for info in layers}
+    architecture = next(iter(checkpoint.modules.values())).architecture
+    merge = None
+    if checkpoint.summary is not None:
+        names = ("merged_layers", "layer_sources")
+        merge = {name: checkpoint.summary.get(name) for name in names}
+    return CheckpointReport(
+        path=str(checkpoint.path),
+        format=checkpoint.weights.format,
+        total_keys=len(checkpoint.weights.tensors),
+        total_parameters=sum(info.parameters for info in layers),
+        modulation=modulations.pop() if len(modulations) == 1 else "mixed",
+        num_ranks=num_ranks.pop() if len(num_ranks) == 1 else None,
+        rank=ranks.pop() if len(ranks) == 1 else None,
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.intermediate_size,
+        model_name=checkpoint.model_name,
+        layers=layers,
+        training_state=training,
+        config=dict(checkpoint.config) if checkpoint.config is not None else None,
+        merge=merge,
+        multi_layer_state=multi_layer,
+        files=files,
+        problems=problems,
+        notes=[checkpoint.note] if checkpoint.note else [],
+    )
+
+
+def can_merge(paths: Sequence[str | Path]) -> MergeVerdict:
+    """Whether checkpoints can be merged, and what would conflict; reads headers only."""
+    try:
+        plan = plan_merge([str(path) for path in paths], MergeOptions())
+    except NPTError as error:
+        return MergeVerdict(False, [], [str(error)])
+    return MergeVerdict(True, [merged.layer for merged in plan.layers], list(plan.warnings))
+
+
+def _layer(checkpoint: Checkpoint, module: NPModule, values: bool) -> LayerInfo:
+    record = checkpoint.record(module.layer)
+    return LayerInfo(
+        layer=module.layer,
+        modulation=module.architecture.modulation,
+        num_ranks=module.architecture.num_ranks,
+        rank=module.architecture.rank,
+        dtypes=module.dtypes,
+        tensors=len(module.tensors),
+        parameters=module.numel,
+        nbytes=module.nbytes,
+        residual=record.residual,
+        step=record.step,
+        source=record.source,
+        chain=list(record.chain),
+        fidelity=record.fidelity,
+        details=[_tensor(entry, values) for entry in module.tensors.values()],
+    )
+
+
+def _tensor(entry: TensorEntry, values: bool) -> TensorReport:
+    norm: float | None = None
+    non_finite: int | None = None
+    if values:
+        total: float | None = 0.0
+        non_finite = 0
+        for window in Recipe(entry.name, entry.dtype, entry.shape, entry).windows():
+            non_finite += count_non_finite(window, entry.dtype)
+            elements = as_float64(window, entry.dtype)
+            total = None if elements is None or total is None else total + float(elements @ elements)
+        norm = None if total is None else math.sqrt(total)
+    return TensorReport(
+        entry.name, entry.dtype.name, list(entry.shape), entry.nbytes, norm, non_finite
+    )
+
+
+def _training_facts(checkpoint: Checkpoint, path: Path) -> dict[str, Any] | None:
+    state = read_training_state(path, checkpoint.modules)
+    if state is None:
+        return None
+    facts: dict[str, Any] = {"global_step": state.global_step}
+    if "batch_count" in state.content:
+        facts["batch_count"] = state.content["batch_count"]
+    if state.group is not None:
+        facts["optimizer"] = {
+            "num_param_groups": 1,
+            "learning_rate": state.group.get("lr"),
+            "layers_with_moments": sorted(state.optimizer),
+        }
+    facts["has_scheduler"] = state.content.get("scheduler_state_dict") is not None
+    facts["mixed_precision"] = state.content.get("scaler_state_dict") is not None
+    info = state.content.get("merge_info")
+    if isinstance(info, Mapping):
+        facts["merge_info"] = dict(info)
+    return facts
+

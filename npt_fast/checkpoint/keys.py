@@ -1,0 +1,61 @@
+"""The names of NPT tensors: ``layer_11_np.W_down_gate.0`` (SPEC 2.1).
+
+``W_down_up`` is the bottleneck of the *up* projection and ``W_a_up_down`` the a-head of the *down*
+projection: the stem is matched whole, and what follows it is the projection.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+STEMS = ("W_down", "W_a_up", "W_b_up")
+PROJECTIONS = {
+    "single": ("",),
+    "dual": ("gate", "up"),
+    "triple": ("gate", "up", "down"),
+}
+"""Modulation type -> its projections; single modulation has only gate and does not name it."""
+
+_KEY = re.compile(
+    r"(?:layer_(?P<layer>0|[1-9][0-9]{0,4})_np\."
+    r"|model\.layers\.(?P<other>0|[1-9][0-9]{0,4})\.np_component\.)"
+    r"(?P<stem>W_down|W_a_up|W_b_up)(?:_(?P<projection>gate|up|down))?"
+    r"(?:\.(?P<component>0|[1-9][0-9]{0,4}))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NPTKey:
+    """The parts of a tensor name.
+
+    Attributes:
+        layer: index of the decoder layer.
+        projection: ``"gate"``, ``"up"``, ``"down"``, or ``""`` for single modulation.
+        stem: ``"W_down"``, ``"W_a_up"`` or ``"W_b_up"``.
+        component: index on the num_ranks axis; None when the name has none (num_ranks 1).
+    """
+
+    layer: int
+    projection: str
+    stem: str
+    component: int | None
+
+    def __str__(self) -> str:
+        projection = f"_{self.projection}" if self.projection else ""
+        component = "" if self.component is None else f".{self.component}"
+        return f"layer_{self.layer}_np.{self.stem}{projection}{component}"
+
+
+def parse_key(name: str) -> NPTKey | None:
+    """The parts of a name in either spelling the original reads; None for anything else."""
+    match = _KEY.fullmatch(name)
+    if match is None:
+        return None
+    component = match["component"]
+    return NPTKey(
+        int(match["layer"] or match["other"]),
+        match["projection"] or "",
+        match["stem"],
+        None if component is None else int(component),
+    )

@@ -1,0 +1,312 @@
+"""Output files before they are written: what lies at which offset.
+
+Offsets are chosen so that the kernel can clone: file systems share whole 4096-byte pages, so a
+tensor is placed at the offset that its source has modulo 4096. A zip takes any padding, hence every
+record of a ``.pt`` gets its own phase; a safetensors file allows none between tensors, so the whole
+data section is shifted to suit most bytes, and each shard of a sharded set is made of tensors that
+share one phase.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.byte_mover import PAGE
+from npt_fast.checkpoint.recipe import Recipe
+from npt_fast.checkpoint.safetensors_file import build_header
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.checkpoint.tensor_source import SAFETENSORS_INDEX, SAFETENSORS_WEIGHTS
+from npt_fast.checkpoint.torch_pickle import StorageRef, TensorRef, encode
+from npt_fast.checkpoint.torch_zip import CENTRAL, END, END64, END64_LOCATOR, LOCAL, dense_strides
+
+_RECORD_ALIGNMENT = 64  # what torch.save uses
+_MAX_32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor's place in an output file."""
+
+    recipe: Recipe
+    offset: int
+
+
+class OutputFile(Protocol):
+    """A file to be written: `pieces` hold tensor data, `frame` gives all other bytes."""
+
+    name: str
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def pieces(self) -> Sequence[Piece]: ...
+
+    def frame(self, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
+        """Offset and bytes of headers and the like; `crcs` has CRC-32s of computed tensors."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BytesFile:
+    """A small file without tensors."""
+
+    name: str
+    data: bytes
+    pieces: Sequence[Piece] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def frame(self, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
+        yield 0, self.data
+
+
+@dataclass(slots=True)
+class _Member:
+    name: bytes
+    size: int
+    phase: int | None  # wanted data offset modulo a page
+    header_at: int = 0
+    extra: bytes = b""
+
+    @property
+    def offset(self) -> int:
+        return self.header_at + LOCAL.size + len(self.name) + len(self.extra)
+
+
+@dataclass(slots=True)
+class TorchZipLayout:
+    """A ``.pt`` file, laid out by `seal`."""
+
+    name: str
+    pieces: list[Piece] = field(default_factory=list)
+    size: int = 0
+    _recipes: list[Recipe] = field(default_factory=list)
+    _members: list[_Member] = field(default_factory=list)
+    _small: dict[bytes, bytes] = field(default_factory=dict)
+    _directory_at: int = 0
+
+    @classmethod
+    def seal(
+        cls, name: str, content: Any, resolve: Callable[[TensorRef], Recipe] | None = None
+    ) -> TorchZipLayout:
+        """The file that holds `content`.
+
+        Args:
+            name: file name.
+            content: plain data with a `Recipe` wherever a tensor stands.
+            resolve: turns tensor references into another file, left in `content`, into recipes.
+        """
+        layout = cls(name)
+
+        def place(item: Any) -> TensorRef | None:
+            if isinstance(item, TensorRef) and resolve is not None:
+                item = resolve(item)
+            return layout._add(item) if isinstance(item, Recipe) else None
+
+        layout._lay_out(encode(content, place))
+        return layout
+
+    def _add(self, recipe: Recipe) -> TensorRef:
+        key = str(len(self._recipes))
+        self._recipes.append(recipe)
+        dtype = recipe.dtype
+        numel = math.prod(recipe.shape) if dtype.storage else recipe.nbytes
+        storage = StorageRef(dtype if dtype.storage else None, key, numel)
+        return TensorRef(storage, dtype, 0, recipe.shape, dense_strides(recipe.shape))
+
+    def _lay_out(self, pickled: bytes) -> None:
+        root = self.name.removesuffix(".pt").encode()
+        self._small = {
+            root + b"/data.pkl": pickled,
+            root + b"/byteorder": b"little",
+            root + b"/version": b"3\n",
+        }
+        members = [_Member(name, len(data), None) for name, data in self._small.items()]
+        for key, recipe in enumerate(self._recipes):
+            phase = None
+            if recipe.is_copy and recipe.source is not None and recipe.nbytes >= PAGE:
+                phase = recipe.source.offset % PAGE
+            members.append(_Member(root + b"/data/%d" % key, recipe.nbytes, phase))
+        cursor = 0
+        for member in members:
+            member.header_at = cursor
+            wide = b""
+            if member.size >= _MAX_32:
+                wide = struct.pack("<HHQQ", 1, 16, member.size, member.size)
+            start = cursor + LOCAL.size + len(member.name) + len(wide) + 4
+            modulus, phase = (_RECORD_ALIGNMENT, 0) if member.phase is None else (PAGE, member.phase)
+            pad = (phase - start) % modulus
+            # the padding of torch.save: an extra field that every zip reader skips
+            member.extra = wide + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
+            cursor = member.offset + member.size
+        self._members = members
+        self._directory_at = cursor
+        tensors = members[len(self._small) :]
+        self.pieces = [
+            Piece(recipe, member.offset)
+            for recipe, member in zip(self._recipes, tensors, strict=True)
+        ]
+        self.size = cursor + len(self._directory({}))
+
+    def frame(self, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
+        for member, crc in zip(self._members, self._crcs(crcs), strict=True):
+            wide = member.size >= _MAX_32
+            size = _MAX_32 if wide else member.size
+            header = LOCAL.pack(
+                b"PK\x03\x04", 45 if wide else 20, 0, 0, 0, 0, crc, size, size,
+                len(member.name), len(member.extra),
+            )  # fmt: skip
+            yield member.header_at, header + member.name + member.extra
+        for member, data in zip(self._members, self._small.values(), strict=False):
+            yield member.offset, data
+        yield self._directory_at, self._directory(crcs)
+
+    def _crcs(self, computed: Mapping[str, int]) -> list[int]:
+        """CRC-32 of every member; a copied tensor keeps its source's, 0 when it had none."""
+        crcs = [zlib.crc32(data) for data in self._small.values()]
+        for recipe in self._recipes:
+            if recipe.is_copy and recipe.source is not None:
+                crcs.append(recipe.source.crc32)
+            else:
+                crcs.append(computed.get(recipe.name, 0))
+        return crcs
+
+    def _directory(self, crcs: Mapping[str, int]) -> bytes:
+        out = bytearray()
+        for member, crc in zip(self._members, self._crcs(crcs), strict=True):
+            wide = [value for value in (member.size,) * 2 if value >= _MAX_32]
+            if member.header_at >= _MAX_32:
+                wide.append(member.header_at)
+            extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+            version = 45 if wide else 20
+            size = min(member.size, _MAX_32)
+            out += CENTRAL.pack(
+                b"PK\x01\x02", version, version, 0, 0, 0, 0, crc, size, size, len(member.name),
+                len(extra), 0, 0, 0, 0, min(member.header_at, _MAX_32),
+            )  # fmt: skip
+            out += member.name + extra
+        size, count, start = len(out), len(self._members), self._directory_at
+        out += END64.pack(
+            b"PK\x06\x06", END64.size - 12, 45, 45, 0, 0, count, count, size, start
+        )  # fmt: skip
+        out += END64_LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
+        few = min(count, 0xFFFF)
+        out += END.pack(
+            b"PK\x05\x06", 0, 0, few, few, min(size, _MAX_32), min(start, _MAX_32), 0
+        )  # fmt: skip
+        return bytes(out)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsLayout:
+    """One safetensors file."""
+
+    name: str
+    header: bytes
+    pieces: Sequence[Piece]
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(piece.recipe.nbytes for piece in self.pieces)
+
+    def frame(self, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
+        yield 0, self.header
+
+
+def lay_out_safetensors(
+    recipes: Sequence[Recipe], metadata: Mapping[str, str], max_shard_size: int
+) -> list[OutputFile]:
+    """One file, or shards with an index when the data exceeds `max_shard_size` bytes.
+
+    A tensor larger than that gets a shard of its own.
+    """
+    ordered = _in_storage_order(recipes)
+    if sum(recipe.nbytes for recipe in ordered) <= max_shard_size:
+        return [_one_file(SAFETENSORS_WEIGHTS, ordered, metadata)]
+    shards: list[list[Recipe]] = []
+    for _, group in sorted(_by_phase(ordered).items()):
+        room = 0
+        for recipe in group:
+            if recipe.nbytes > room:
+                shards.append([])
+                room = max_shard_size
+            shards[-1].append(recipe)
+            room -= recipe.nbytes
+    files: list[OutputFile] = []
+    weight_map = {}
+    stem = SAFETENSORS_WEIGHTS.removesuffix(".safetensors")
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        files.append(_one_file(name, shard, metadata))
+        weight_map.update({recipe.name: name for recipe in shard})
+    total = sum(recipe.nbytes for recipe in recipes)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return [*files, BytesFile(SAFETENSORS_INDEX, strict_json.dump(index))]
+
+
+def _in_storage_order(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Wide types first, so that all are aligned; then as the sources lie, so that ranges join."""
+    files: dict[SourceFile, int] = {}
+    for recipe in recipes:
+        if recipe.source is not None:
+            files.setdefault(recipe.source.file, len(files))
+
+    def order(recipe: Recipe) -> tuple[int, bool, int, int]:
+        source = recipe.source
+        if source is None or not recipe.is_copy:
+            return -recipe.dtype.bits, True, 0, 0
+        return -recipe.dtype.bits, False, files[source.file], source.offset
+
+    return sorted(recipes, key=order)
+
+
+def _by_phase(ordered: Sequence[Recipe]) -> dict[int, list[Recipe]]:
+    """Group so that each group can be cloned into one file; one group where that is no use."""
+    groups: dict[int, list[Recipe]] = {}
+    files = set()
+    phase = end = -1
+    for recipe in ordered:
+        offset = -1
+        if recipe.is_copy and recipe.source is not None:
+            offset = recipe.source.offset
+            files.add(recipe.source.file)
+        if offset < 0 or offset != end:  # not the continuation of the previous range
+            phase = max(offset, 0) % PAGE
+        end = offset + recipe.nbytes if offset >= 0 else -1
+        groups.setdefault(phase, []).append(recipe)
+    # the records of a .pt have a phase each, and would make as many shards
+    return groups if len(groups) <= len(files) + 1 else {0: list(ordered)}
+
+
+def _one_file(name: str, recipes: Sequence[Recipe], metadata: Mapping[str, str]) -> OutputFile:
+    placed = []
+    begin = 0
+    votes: Counter[int] = Counter({0: 0})
+    for recipe in recipes:
+        placed.append((recipe.name, recipe.dtype, recipe.shape, begin, begin + recipe.nbytes))
+        if recipe.is_copy and recipe.source is not None:
+            votes[(recipe.source.offset - begin) % PAGE] += recipe.nbytes
+        begin += recipe.nbytes
+    # the header's length is a multiple of 8 by the format, hence the data's phase too
+    phase = max((p for p in votes if p % 8 == 0), key=lambda p: (votes[p], -p))
+    header = build_header(placed, metadata, PAGE, phase)
+    pieces = [
+        Piece(recipe, len(header) + place[3]) for recipe, place in zip(recipes, placed, strict=True)
+    ]
+    return SafetensorsLayout(name, header, pieces)
+
+
+def compact_json(value: Any) -> str:
+    """JSON on one line, for safetensors metadata."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,147 @@
+"""One layer's NP component as it stands in a checkpoint: complete, and of one architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from npt_fast.checkpoint.keys import PROJECTIONS, STEMS, NPTKey, parse_key
+from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.errors import CheckpointError
+
+Slot = tuple[str, str, int]
+"""Projection, stem, component: a place in a module, whatever the file calls it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What the tensors of a layer say about it.
+
+    Attributes:
+        modulation: ``"single"``, ``"dual"`` or ``"triple"``.
+        num_ranks: components k per projection.
+        rank: bottleneck r of each component.
+        hidden_size: d of the base model.
+        intermediate_size: f of the base model's MLP.
+    """
+
+    modulation: str
+    num_ranks: int
+    rank: int
+    hidden_size: int
+    intermediate_size: int
+
+    def slots(self) -> Iterator[Slot]:
+        """All places in the order in which parameters are saved and optimized (SPEC 2.1, 2.3)."""
+        for projection in PROJECTIONS[self.modulation]:
+            for stem in STEMS:
+                for component in range(self.num_ranks):
+                    yield projection, stem, component
+
+    def shape(self, slot: Slot) -> tuple[int, int]:
+        """Rows and columns of the tensor in a slot (SPEC 1.1; [in, out] convention)."""
+        d, f, r = self.hidden_size, self.intermediate_size, self.rank
+        projection, stem, _ = slot
+        if stem == "W_down":
+            return d, r
+        reads_hidden = stem == "W_a_up"
+        if projection == "down":
+            reads_hidden = not reads_hidden
+        return r, d if reads_hidden else f
+
+    def key(self, layer: int, slot: Slot) -> NPTKey:
+        """The name the original gives the tensor in a slot."""
+        projection, stem, component = slot
+        return NPTKey(layer, projection, stem, component if self.num_ranks > 1 else None)
+
+    def names(self, layer: int) -> list[str]:
+        return [str(self.key(layer, slot)) for slot in self.slots()]
+
+
+@dataclass(frozen=True, slots=True)
+class NPModule:
+    """All tensors of one layer's NP component, by slot, in parameter order."""
+
+    layer: int
+    architecture: Architecture
+    tensors: Mapping[Slot, TensorEntry]
+
+    @property
+    def numel(self) -> int:
+        return sum(entry.numel for entry in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Names of the element types found, usually one."""
+        return sorted({entry.dtype.name for entry in self.tensors.values()})
+
+
+def collect_modules(tensors: Mapping[str, TensorEntry], where: str) -> dict[int, NPModule]:
+    """Group the tensors of a checkpoint into complete layers, in ascending order.
+
+    Args:
+        tensors: by name, as in the file.
+        where: checkpoint path, for messages.
+
+    Raises:
+        CheckpointError: a name that is no NPT tensor, both spellings for one tensor, no layers at
+            all, or a layer that is incomplete or whose shapes do not fit together.
+    """
+    by_layer: dict[int, dict[NPTKey, TensorEntry]] = {}
+    for name, entry in tensors.items():
+        key = parse_key(name)
+        if key is None:
+            raise CheckpointError(f"{where}: {name!r:.80} is not the name of an NPT tensor")
+        layer = by_layer.setdefault(key.layer, {})
+        if key in layer:
+            raise CheckpointError(f"{where}: {name} is there twice, in both spellings of its name")
+        layer[key] = entry
+    if not by_layer:
+        raise CheckpointError(f"{where}: holds no NPT layers")
+    return {layer: _assemble(layer, by_layer[layer], where) for layer in sorted(by_layer)}
+
+
+def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPModule:
+    def fail(problem: str) -> CheckpointError:
+        return CheckpointError(f"{where}: layer {layer} {problem}")
+
+    projections = {key.projection for key in found}
+    modulation = next((m for m, names in PROJECTIONS.items() if set(names) == projections), None)
+    if modulation is None:
+        present = ", ".join(sorted(name or "single" for name in projections))
+        raise fail(f"is incomplete: it has tensors for {present} only")
+    num_ranks = 1 + max(key.component or 0 for key in found)
+    if num_ranks > len(found):
+        raise fail(f"is incomplete: component {num_ranks - 1} is there, earlier ones are not")
+    tensors: dict[Slot, TensorEntry] = {}
+    numbered = any(key.component is not None for key in found)
+    for projection in PROJECTIONS[modulation]:
+        for stem in STEMS:
+            for component in range(num_ranks):
+                key = NPTKey(layer, projection, stem, component if numbered else None)
+                if key not in found:
+                    raise fail(f"is incomplete: {key} is missing")
+                tensors[projection, stem, component] = found.pop(key)
+    if found:
+        raise fail(f"has the unexpected tensor {next(iter(found.values())).name}")
+
+    for entry in tensors.values():
+        if not entry.dtype.is_float or entry.dtype.bits < 8:
+            raise fail(f"is not made of numbers to train: {entry.name} is {entry.dtype.name}")
+        if len(entry.shape) != 2 or not entry.numel:
+            raise fail(f"has a tensor of the wrong shape: {entry.name} is {list(entry.shape)}")
+    first = PROJECTIONS[modulation][0]
+    d, r = tensors[first, "W_down", 0].shape
+    f = tensors[first, "W_b_up", 0].shape[1]
+    architecture = Architecture(modulation, num_ranks, r, d, f)
+    for slot, entry in tensors.items():
+        if entry.shape != architecture.shape(slot):
+            raise fail(
+                f"has a tensor of the wrong shape: {entry.name} is {list(entry.shape)}, "
+                f"{list(architecture.shape(slot))} expected"
+            )
+    return NPModule(layer, architecture, tensors)

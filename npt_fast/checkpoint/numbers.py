@@ -1,0 +1,46 @@
+"""Look at element values of any float type without torch: NaNs, infinities, sums of squares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from npt_fast.checkpoint.dtypes import DType
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_NUMPY_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+# types numpy does not know: element width, mask of the tested bits, value that means NaN or infinity
+_NON_FINITE_BITS = {
+    "BF16": ("<u2", 0x7F80, 0x7F80),
+    "F8_E5M2": ("u1", 0x7C, 0x7C),
+    "F8_E4M3": ("u1", 0x7F, 0x7F),
+    "F8_E4M3FNUZ": ("u1", 0xFF, 0x80),
+    "F8_E5M2FNUZ": ("u1", 0xFF, 0x80),
+    "F8_E8M0": ("u1", 0xFF, 0xFF),
+}
+
+
+def count_non_finite(data: bytes | memoryview, dtype: DType) -> int:
+    """How many elements are NaN or infinite; 0 for integer types."""
+    import numpy as np
+
+    if dtype.name in _NUMPY_FLOATS:
+        values = np.frombuffer(data, _NUMPY_FLOATS[dtype.name])
+        return int(values.size - np.count_nonzero(np.isfinite(values)))
+    if dtype.name in _NON_FINITE_BITS:
+        width, mask, special = _NON_FINITE_BITS[dtype.name]
+        return int(np.count_nonzero(np.frombuffer(data, width) & mask == special))
+    return 0
+
+
+def as_float64(data: bytes | memoryview, dtype: DType) -> NDArray[Any] | None:
+    """The elements as float64, or None for types without arithmetic here (8-bit floats)."""
+    import numpy as np
+
+    if dtype.name == "BF16":
+        wide = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+        return wide.view(np.float32).astype(np.float64)
+    if dtype.name in _NUMPY_FLOATS:
+        return np.frombuffer(data, _NUMPY_FLOATS[dtype.name]).astype(np.float64)
+    return None

@@ -1,0 +1,562 @@
+"""What a merge will write, decided from headers alone.
+
+A plan holds every output file with the recipe of every tensor in it; carrying it out (`merge`),
+showing it (``--dry-run``) and proving it (`verify`) all work from the same plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.byte_mover import cloneable_bytes
+from npt_fast.checkpoint.checkpoint import (
+    CONFIG,
+    FORMAT_VERSION,
+    NPT_CONFIG,
+    Checkpoint,
+    open_checkpoint,
+    split_selection,
+)
+from npt_fast.checkpoint.dtypes import BY_TORCH_NAME, DType
+from npt_fast.checkpoint.keys import PROJECTIONS
+from npt_fast.checkpoint.layout import (
+    BytesFile,
+    OutputFile,
+    TorchZipLayout,
+    compact_json,
+    lay_out_safetensors,
+)
+from npt_fast.checkpoint.np_module import Architecture, NPModule, Slot
+from npt_fast.checkpoint.recipe import Recipe, check_castable
+from npt_fast.checkpoint.tensor_source import PT_WEIGHTS
+from npt_fast.checkpoint.torch_pickle import TensorRef
+from npt_fast.checkpoint.training_state import (
+    MULTI_LAYER_STATE,
+    TRAINING_STATE,
+    SlotState,
+    TrainingState,
+    base_state,
+    join_multi_layer_states,
+    read_multi_layer_state,
+    read_training_state,
+)
+from npt_fast.config import MergeOptions
+from npt_fast.errors import CheckpointError, MergeError
+
+
+@dataclass(frozen=True, slots=True)
+class MergeInput:
+    """One input: an opened checkpoint, and what to take from it.
+
+    Attributes:
+        checkpoint: the checkpoint, whole.
+        layers: layers to take, ascending.
+        selected: whether the user chose them (``A:11,13``).
+        state: its training state, if it has one and it is wanted.
+        multi_layer_state: its curriculum, likewise.
+    """
+
+    checkpoint: Checkpoint
+    layers: tuple[int, ...]
+    selected: bool
+    state: TrainingState | None
+    multi_layer_state: Mapping[str, Any] | None
+
+    def step(self, layer: int) -> int | None:
+        """Optimizer steps that a layer has seen, where anything tells."""
+        recorded = self.checkpoint.record(layer).step
+        if recorded is None and self.state is not None:
+            return self.state.global_step
+        return recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A layer of one input, as a part of a merged layer."""
+
+    origin: MergeInput
+    module: NPModule
+
+
+@dataclass(frozen=True, slots=True)
+class MergedLayer:
+    """One layer of the output.
+
+    Attributes:
+        layer: index.
+        architecture: of the output.
+        parts: inputs it is made of; several only for ``concat`` and ``mean``.
+        divisor: by which ``W_b_up`` is divided: the number of parts for ``mean``, else 1.
+    """
+
+    layer: int
+    architecture: Architecture
+    parts: tuple[Part, ...]
+    divisor: int = 1
+
+    @property
+    def source(self) -> str:
+        return " + ".join(part.origin.checkpoint.given for part in self.parts)
+
+    @property
+    def step(self) -> int | None:
+        steps = [step for p in self.parts if (step := p.origin.step(self.layer)) is not None]
+        return max(steps, default=None)
+
+    @property
+    def residual(self) -> str | None:
+        return self.parts[0].origin.checkpoint.record(self.layer).residual
+
+    def slots(self) -> Iterator[tuple[Slot, Part | None, Slot | None]]:
+        """Every output slot, and the part and slot it comes from; None, None for a new one."""
+        offsets = []
+        count = 0
+        for part in self.parts:
+            offsets.append(count)
+            count += part.module.architecture.num_ranks
+        for slot in self.architecture.slots():
+            projection, stem, component = slot
+            index = next(
+                (i for i, part in enumerate(self.parts)
+                 if 0 <= component - offsets[i] < part.module.architecture.num_ranks),
+                None,
+            )  # fmt: skip
+            if index is None:
+                yield slot, None, None
+                continue
+            part = self.parts[index]
+            if part.module.architecture.modulation == "single" and projection == "gate":
+                projection = ""  # single modulation is gate modulation that does not say so
+            origin = (projection, stem, component - offsets[index])
+            yield (slot, part, origin) if origin in part.module.tensors else (slot, None, None)
+
+    def recipes(self, dtype: DType | None) -> Iterator[Recipe]:
+        """The weights, in parameter order."""
+        default = next(iter(self.parts[0].module.tensors.values())).dtype
+        for slot, part, origin in self.slots():
+            name = str(self.architecture.key(self.layer, slot))
+            shape = self.architecture.shape(slot)
+            stem = slot[1]
+            if part is None or origin is None:
+                # W_b_up = 0 leaves the function as it was; the rest is live, so that it can train
+                yield Recipe(name, dtype or default, shape, None, random=stem != "W_b_up")
+                continue
+            source = part.module.tensors[origin]
+            recipe = Recipe(
+                name,
+                dtype or source.dtype,
+                shape,
+                source,
+                divisor=self.divisor if stem == "W_b_up" else 1,
+                random=stem == "W_down" and shape != source.shape,
+            )
+            if recipe.change not in ("", "made contiguous"):
+                check_castable(source, recipe.dtype)
+            yield recipe
+
+    def moments(self) -> Iterator[tuple[str, SlotState | None, tuple[int, int]]]:
+        """For every parameter in order: name, optimizer state or None for a fresh one, shape."""
+        for slot, part, origin in self.slots():
+            state = None
+            if part is not None and origin is not None and part.origin.state is not None:
+                state = part.origin.state.optimizer.get(self.layer, {}).get(origin)
+            name = str(self.architecture.key(self.layer, slot))
+            yield name, state, self.architecture.shape(slot)
+
+    def optimizer(self) -> str:
+        """``"kept"``, ``"fresh"``, or ``"partly fresh"``."""
+        kept = [state is not None for _, state, _ in self.moments()]
+        return "kept" if all(kept) else "partly fresh" if any(kept) else "fresh"
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Everything a merge writes, except ``merge_summary.json``, which also reports digests.
+
+    Attributes:
+        inputs: in the order given.
+        options: as given.
+        layers: merged layers, ascending.
+        weights: recipes of all weights, in parameter order.
+        files: output files.
+        base: training state whose scalars are kept; None when no training state is written.
+        warnings: lines for the user.
+        notes: lines for the user that need no attention.
+    """
+
+    inputs: tuple[MergeInput, ...]
+    options: MergeOptions
+    layers: tuple[MergedLayer, ...]
+    weights: tuple[Recipe, ...]
+    files: tuple[OutputFile, ...]
+    base: TrainingState | None
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def weights_format(self) -> str:
+        return self.options.format or self.inputs[0].checkpoint.weights.format
+
+    def known_digests(self) -> dict[str, dict[str, str]]:
+        """Digests that inputs have recorded for tensors copied from them: file -> name -> digest.
+
+        They travel through a merge of merges, so that damage on the way is found at its end.
+        """
+        recorded = {
+            item.checkpoint.path / name: item.checkpoint.digests(name)
+            for item in self.inputs
+            for name in (*(f.path.name for f in item.checkpoint.weights.files), TRAINING_STATE)
+        }
+        known: dict[str, dict[str, str]] = {}
+        for file in self.files:
+            for piece in file.pieces:
+                source = piece.recipe.source
+                if source is None or not piece.recipe.is_copy:
+                    continue
+                digest = recorded.get(source.file.path, {}).get(source.name)
+                if digest is not None:
+                    known.setdefault(file.name, {})[piece.recipe.name] = digest
+        return known
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes that are ``cloneable`` where reflink works, ``copied``, or ``computed``."""
+        kinds = {"cloneable": 0, "copied": 0, "computed": 0}
+        for file in self.files:
+            for piece in file.pieces:
+                recipe = piece.recipe
+                if recipe.is_copy and recipe.source is not None:
+                    clone = cloneable_bytes(recipe.source.offset, piece.offset, recipe.nbytes)
+                    kinds["cloneable"] += clone
+                    kinds["copied"] += recipe.nbytes - clone
+                else:
+                    kinds["computed"] += recipe.nbytes
+        return kinds
+
+
+def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
+    """Decide what goes where.
+
+    Args:
+        checkpoints: paths, each with an optional selection of layers (``"A:11,13"``).
+        options: how to merge.
+
+    Raises:
+        CheckpointError: an input cannot be read.
+        MergeError: the inputs do not fit together.
+    """
+    if not checkpoints:
+        raise MergeError("no checkpoints given")
+    inputs = tuple(_open_input(given, options) for given in checkpoints)
+    warnings: list[str] = []
+    _check_same_base(inputs, options)
+    layers = _resolve_conflicts(inputs, options, warnings)
+    if options.uniform:
+        layers = _make_uniform(layers)
+    for merged in layers:
+        if merged.residual is None:
+            warnings.append(
+                f"Layer {merged.layer} does not record whether its residual was removed or kept; "
+                "loaders will assume removed"
+            )
+    dtype = BY_TORCH_NAME[options.dtype] if options.dtype else None
+    weights = tuple(recipe for merged in layers for recipe in merged.recipes(dtype))
+    merge_info = {
+        "merged_from": [item.checkpoint.given for item in inputs],
+        "merged_layers": [merged.layer for merged in layers],
+    }
+    base = None if options.weights_only else base_state([i.state for i in inputs if i.state])
+    npt_config = _npt_config(inputs, layers)
+    files = _weight_files(inputs, options, weights, npt_config)
+    if base is not None:
+        files.append(_training_state_file(base, inputs, layers, merge_info))
+    elif not options.weights_only:
+        warnings.append("No valid training states found; training starts with a fresh optimizer")
+    files += _multi_layer_state_file(inputs, options, layers, base)
+    config = next((i.checkpoint.config for i in inputs if i.checkpoint.config is not None), None)
+    if config is not None:
+        sources = {str(merged.layer): merged.source for merged in layers}
+        info = {**merge_info, "layer_sources": sources}
+        files.append(BytesFile(CONFIG, strict_json.dump({**config, "merge_info": info})))
+    files.append(BytesFile(NPT_CONFIG, strict_json.dump(npt_config)))
+    notes = tuple(item.checkpoint.note for item in inputs if item.checkpoint.note)
+    return MergePlan(
+        inputs, options, tuple(layers), weights, tuple(files), base, tuple(warnings), notes
+    )
+
+
+def _open_input(given: str, options: MergeOptions) -> MergeInput:
+    path, selection = split_selection(given)
+    checkpoint = open_checkpoint(path)
+    layers = tuple(checkpoint.modules)
+    if selection is not None:
+        for layer in selection:
+            if layer not in checkpoint.modules:
+                raise MergeError(f"{path}: has no layer {layer}, only {list(layers)}")
+        layers = tuple(sorted(set(selection)))
+    state = multi_layer = None
+    if checkpoint.directory is not None and not options.weights_only:
+        state = read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
+        multi_layer = read_multi_layer_state(checkpoint.directory / MULTI_LAYER_STATE)
+    return MergeInput(checkpoint, layers, selection is not None, state, multi_layer)
+
+
+def _check_same_base(inputs: Sequence[MergeInput], options: MergeOptions) -> None:
+    """Raise MergeError unless all layers can belong to one base model."""
+    first = inputs[0].checkpoint
+    expected = next(iter(first.modules.values())).architecture
+    for item in inputs:
+        checkpoint = item.checkpoint
+        for layer, module in checkpoint.modules.items():
+            found = module.architecture
+            for name in ("hidden_size", "intermediate_size"):
+                if getattr(found, name) != getattr(expected, name):
+                    raise MergeError(
+                        f"{checkpoint.given}: layer {layer} was trained on another base model: "
+                        f"{name} {getattr(found, name)}, {getattr(expected, name)} in {first.given}"
+                    )
+    for name in ("num_hidden_layers", "vocab_size"):
+        known = {i.checkpoint.given: i.checkpoint.base_fact(name) for i in inputs}
+        _refuse_difference(name, {k: v for k, v in known.items() if v is not None}, "")
+    if not options.allow_different_base:
+        names = {i.checkpoint.given: i.checkpoint.model_name for i in inputs}
+        _refuse_difference(
+            "model_name",
+            {k: v for k, v in names.items() if v is not None},
+            "; use --allow-different-base if they are the same model",
+        )
+
+
+def _refuse_difference(name: str, known: Mapping[str, object], remedy: str) -> None:
+    if len(set(known.values())) > 1:
+        (path_a, a), *rest = known.items()
+        path_b, b = next((path, value) for path, value in rest if value != a)
+        raise MergeError(
+            f"the base models differ: {name} is {a!r} in {path_a} and {b!r} in {path_b}{remedy}"
+        )
+
+
+def _resolve_conflicts(
+    inputs: Sequence[MergeInput], options: MergeOptions, warnings: list[str]
+) -> list[MergedLayer]:
+    policy = options.on_conflict
+    chosen: dict[int, list[Part]] = {}
+    for item in inputs:
+        given = item.checkpoint.given
+        for layer in item.layers:
+            part = Part(item, item.checkpoint.modules[layer])
+            parts = chosen.setdefault(layer, [])
+            if not parts:
+                parts.append(part)
+                continue
+            holder = parts[0].origin.checkpoint.given
+            exists = f"Layer {layer} already exists in merged checkpoint (from {holder})."
+            if policy == "error":
+                raise MergeError(f"{exists} {given} has it too; select layers with PATH:LAYERS")
+            if policy == "identical":
+                if not _same_module(parts[0].module, part.module):
+                    raise MergeError(f"{exists} The one in {given} is not identical")
+            elif policy == "first":
+                warnings.append(f"{exists} Skipping from {given}")
+            elif policy == "last":
+                warnings.append(f"{exists} Replaced by the one from {given}")
+                parts[:] = [part]
+            else:
+                warnings.append(f"{exists} Joined with the one from {given} ({policy})")
+                parts.append(part)
+    return [_join(layer, chosen[layer], options) for layer in sorted(chosen)]
+
+
+def _same_module(a: NPModule, b: NPModule) -> bool:
+    if a.architecture != b.architecture:
+        return False
+    for slot, first in a.tensors.items():
+        second = b.tensors[slot]
+        if first.dtype != second.dtype:
+            return False
+        digests = []
+        for entry in (first, second):
+            digest = hashlib.sha256()
+            for window in Recipe(entry.name, entry.dtype, entry.shape, entry).windows():
+                digest.update(window)
+            digests.append(digest.digest())
+        if digests[0] != digests[1]:
+            return False
+    return True
+
+
+def _join(layer: int, parts: Sequence[Part], options: MergeOptions) -> MergedLayer:
+    """One layer from all its parts: components side by side on the num_ranks axis."""
+    if len(parts) > 1:
+        dtypes = {dtype for part in parts for dtype in part.module.dtypes}
+        if len(dtypes) > 1 and options.dtype is None:
+            raise MergeError(
+                f"layer {layer}: {options.on_conflict} of unlike types "
+                f"{', '.join(sorted(dtypes))}; choose one with --dtype"
+            )
+        residuals = {part.origin.checkpoint.record(layer).residual for part in parts}
+        if len(residuals) > 1:
+            raise MergeError(f"layer {layer}: parts with and without the residual cannot be joined")
+    architectures = [part.module.architecture for part in parts]
+    joined = replace(
+        _common(architectures), num_ranks=sum(a.num_ranks for a in architectures)
+    )
+    divisor = len(parts) if options.on_conflict == "mean" else 1
+    return MergedLayer(layer, joined, tuple(parts), divisor)
+
+
+def _common(architectures: Sequence[Architecture]) -> Architecture:
+    """The smallest architecture that all can be padded to without changing them (SPEC 1.6)."""
+    kinds = list(PROJECTIONS)
+    return replace(
+        architectures[0],
+        modulation=max((a.modulation for a in architectures), key=kinds.index),
+        num_ranks=max(a.num_ranks for a in architectures),
+        rank=max(a.rank for a in architectures),
+    )
+
+
+def _make_uniform(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
+    common = _common([merged.architecture for merged in layers])
+    return [replace(merged, architecture=common) for merged in layers]
+
+
+def _npt_config(inputs: Sequence[MergeInput], layers: Sequence[MergedLayer]) -> dict[str, Any]:
+    """The content of ``npt_config.json`` (DESIGN 5)."""
+    checkpoints = [item.checkpoint for item in inputs]
+    architecture = layers[0].architecture
+
+    def first_known(values: Iterator[Any]) -> Any:
+        return next((value for value in values if value is not None), None)
+
+    described = {}
+    for merged in layers:
+        record = merged.parts[0].origin.checkpoint.record(merged.layer)
+        described[str(merged.layer)] = {
+            "modulation": merged.architecture.modulation,
+            "num_ranks": merged.architecture.num_ranks,
+            "rank": merged.architecture.rank,
+            "residual": merged.residual,
+            "step": merged.step,
+            "source": merged.source,
+            "fidelity": record.fidelity if len(merged.parts) == 1 else None,
+        }
+    return {
+        "format_version": FORMAT_VERSION,
+        "base_model": {
+            "name": first_known(c.model_name for c in checkpoints),
+            "hidden_size": architecture.hidden_size,
+            "intermediate_size": architecture.intermediate_size,
+            "num_hidden_layers": first_known(c.base_fact("num_hidden_layers") for c in checkpoints),
+            "vocab_size": first_known(c.base_fact("vocab_size") for c in checkpoints),
+        },
+        "layers": described,
+    }
+
+
+def _weight_files(
+    inputs: Sequence[MergeInput],
+    options: MergeOptions,
+    weights: Sequence[Recipe],
+    npt_config: Mapping[str, Any],
+) -> list[OutputFile]:
+    if (options.format or inputs[0].checkpoint.weights.format) == "pt":
+        return [TorchZipLayout.seal(PT_WEIGHTS, {recipe.name: recipe for recipe in weights})]
+    for recipe in weights:
+        if not recipe.dtype.safetensors:
+            raise MergeError(f"{recipe.name}: safetensors has no type {recipe.dtype.name}")
+    metadata = {"format": "pt", "npt_config": compact_json(npt_config)}
+    return lay_out_safetensors(weights, metadata, options.max_shard_size)
+
+
+def _training_state_file(
+    base: TrainingState,
+    inputs: Sequence[MergeInput],
+    layers: Sequence[MergedLayer],
+    merge_info: Mapping[str, Any],
+) -> OutputFile:
+    """The base's scalars with the moments of all layers, in the merged parameter order."""
+    content = dict(base.content)
+    states = [item.state for item in inputs if item.state is not None]
+    group = base_state([state for state in states if state.group is not None])
+    if group is not None and group.group is not None:
+        count = 0
+        moments: dict[int, dict[str, Any]] = {}
+        for merged in layers:
+            for name, state, shape in merged.moments():
+                if state is not None:
+                    _check_amsgrad(group, state, merged)
+                    moments[count] = dict(_slot_recipes(count, state, shape))
+                count += 1
+        content["optimizer_state_dict"] = {
+            "state": moments,
+            "param_groups": [{**group.group, "params": list(range(count))}],
+        }
+    content["merge_info"] = {
+        **merge_info,
+        "layer_sources": {merged.layer: merged.source for merged in layers},
+    }
+    others = iter(range(1 << 30))
+
+    def resolve(ref: TensorRef) -> Recipe:
+        entry = base.archive.entry(f"other.{next(others)}", ref)
+        return Recipe(entry.name, entry.dtype, entry.shape, entry)
+
+    return TorchZipLayout.seal(TRAINING_STATE, content, resolve)
+
+
+def _check_amsgrad(base: TrainingState, state: SlotState, merged: MergedLayer) -> None:
+    assert base.group is not None
+    if base.group.get("amsgrad") and "max_exp_avg_sq" not in state:
+        raise MergeError(
+            f"{base.path}: its optimizer uses amsgrad, that of layer {merged.layer} "
+            f"({merged.source}) does not; use --weights-only"
+        )
+
+
+def _slot_recipes(
+    index: int, state: SlotState, shape: tuple[int, ...]
+) -> Iterator[tuple[str, Recipe | float | int]]:
+    for name, value in state.items():
+        if isinstance(value, (int, float)):
+            yield name, value
+            continue
+        grown = shape if name != "step" else value.shape
+        recipe = Recipe(f"optimizer.{index}.{name}", value.dtype, grown, value)
+        if recipe.change not in ("", "made contiguous"):
+            check_castable(value, value.dtype)
+        yield name, recipe
+
+
+def _multi_layer_state_file(
+    inputs: Sequence[MergeInput],
+    options: MergeOptions,
+    layers: Sequence[MergedLayer],
+    base: TrainingState | None,
+) -> list[OutputFile]:
+    template: Mapping[str, Any] | None
+    if options.copy_multi_layer_state is not None:
+        path = Path(options.copy_multi_layer_state)
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; --copy-multi-layer-state needs one")
+        template = read_multi_layer_state(path)
+    else:
+        preferred = [i for i in inputs if i.state is base and base is not None]
+        template = next(
+            (i.multi_layer_state for i in [*preferred, *inputs] if i.multi_layer_state), None
+        )
+    if template is None:
+        return []
+    sources = {merged.layer: merged.parts[0].origin.multi_layer_state for merged in layers}
+    joined = join_multi_layer_states(template, sources)
+    return [TorchZipLayout.seal(MULTI_LAYER_STATE, joined)]
+
+

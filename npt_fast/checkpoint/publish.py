@@ -1,0 +1,167 @@
+"""Make a directory appear complete or not at all.
+
+The directory is built under a hidden name beside its target and takes the target's name in one
+rename; whatever happens before that, the target is untouched. A lock on the hidden directory tells
+one that a killed process left behind, which the next run removes, from one that is being written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from npt_fast.errors import MergeError
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+class StagedDirectory:
+    """Context manager: fill `path`, then call `publish`; left without that, nothing remains.
+
+    Args:
+        target: where the directory shall appear; a link is followed.
+        replace: whether an existing target is replaced, whole.
+    """
+
+    def __init__(self, target: Path, *, replace: bool) -> None:
+        self.target = Path(os.path.realpath(target))
+        self.replace = replace
+        self.path = Path()
+        self._lock = -1
+        self._new_parents: list[Path] = []
+
+    def __enter__(self) -> StagedDirectory:
+        parent = self.target.parent
+        missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                self._new_parents.append(folder)
+        self._remove_abandoned()
+        while True:
+            self.path = parent / f"{self._prefix}{secrets.token_hex(6)}"
+            self.path.mkdir()
+            with contextlib.suppress(FileNotFoundError):  # taken for abandoned before it was locked
+                self._lock = _lock(self.path)
+                return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.path.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+        if not self.target.exists():
+            for folder in reversed(self._new_parents):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    def publish(self) -> None:
+        """Give the directory its target's name; files must be synced already.
+
+        Raises:
+            MergeError: the target has appeared meanwhile and must not be replaced.
+        """
+        os.fsync(self._lock)
+        if self.replace and self.target.exists():
+            _exchange(self.path, self.target)
+            _sync_directory(self.target.parent)
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        try:
+            _rename_new(self.path, self.target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise MergeError(
+                f"{self.target}: appeared while merging; nothing was replaced"
+            ) from None
+        _sync_directory(self.target.parent)
+
+    @property
+    def _prefix(self) -> str:
+        return f".{self.target.name[:200]}.npt-fast-"
+
+    def _remove_abandoned(self) -> None:
+        for left in self.target.parent.iterdir():
+            if not left.name.startswith(self._prefix):
+                continue
+            try:
+                lock = _lock(left)
+            except OSError:
+                continue  # in use, or gone
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int:
+    """Lock a directory for this process; raises OSError if it is locked, or gone."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(fd), os.stat(directory)):
+            raise FileNotFoundError(directory)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _rename_new(old: Path, new: Path) -> None:
+    try:
+        _renameat2(old, new, _RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        if new.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new)) from None
+        os.rename(old, new)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two directories: at once where the kernel can, else by way of a third name."""
+    try:
+        _renameat2(new, old, _RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        aside = new.with_name(new.name + "-old")
+        os.rename(old, aside)
+        try:
+            os.rename(new, old)
+        except OSError:
+            os.rename(aside, old)
+            raise
+        os.rename(aside, new)
+
+
+def _renameat2(old: Path, new: Path, flags: int) -> None:
+    import ctypes
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    if rename(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(new))
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

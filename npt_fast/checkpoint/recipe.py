@@ -1,0 +1,216 @@
+"""How the bytes of one output tensor come about: copied, or computed in bounded memory.
+
+Most tensors are copied and never enter user space (`Recipe.is_copy`). The rest is cast, divided,
+padded, gathered from a strided layout or freshly initialized here, one tile at a time. Verification
+replays the same recipe, so the output is proven against the source or against its recomputation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from npt_fast.checkpoint.dtypes import CASTABLE, DType
+from npt_fast.checkpoint.source_file import WINDOW
+from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.torch_zip import dense_strides
+from npt_fast.errors import MergeError
+
+if TYPE_CHECKING:  # numpy takes 0.1 s and 17 MB to import; a merge that only copies needs none
+    import numpy as np
+    from numpy.typing import NDArray
+
+_TILE = WINDOW // 16  # elements at once: 2 MiB as float64
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One output tensor.
+
+    Attributes:
+        name: key in the output.
+        dtype: element type of the output.
+        shape: shape of the output; at least as large as the source along each axis.
+        source: the tensor it comes from; None for a freshly initialized one.
+        divisor: every element is divided by this (in float64, rounded once).
+        random: whether elements without a source are Xavier-uniform instead of zero. The numbers
+            depend on `name` and position alone, so the same merge gives the same bytes.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    source: TensorEntry | None
+    divisor: int = 1
+    random: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.bits // 8
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the output bytes are the source's bytes."""
+        source = self.source
+        return (
+            source is not None
+            and source.strides is None
+            and source.dtype == self.dtype
+            and source.shape == self.shape
+            and self.divisor == 1
+        )
+
+    @property
+    def change(self) -> str:
+        """What happens to the tensor, for people: ``""`` when it is only copied."""
+        if self.source is None:
+            return "new"
+        steps = []
+        if self.source.strides is not None:
+            steps.append("made contiguous")
+        if self.source.dtype != self.dtype:
+            steps.append(f"{self.source.dtype.name} to {self.dtype.name}")
+        if self.divisor != 1:
+            steps.append(f"divided by {self.divisor}")
+        if self.source.shape != self.shape:
+            steps.append(f"padded from {list(self.source.shape)}")
+        return ", ".join(steps)
+
+    def windows(self) -> Iterator[memoryview | bytes]:
+        """The output bytes in order, in pieces of bounded size, each valid until the next.
+
+        Raises:
+            CheckpointError: the source changed.
+            MergeError: a finite value does not fit the output type.
+        """
+        if self.is_copy:
+            assert self.source is not None
+            yield from self.source.file.windows(self.source.offset, self.source.nbytes)
+            return
+        rows, columns = self._as_matrix()[:2]
+        for r0, r1, c0, c1 in _tiles(rows, columns):
+            yield self._tile(r0, r1, c0, c1)
+
+    def _as_matrix(self) -> tuple[int, int, int, int, tuple[int, int]]:
+        """Rows and columns of the output, then of the source, and the source's strides."""
+        source = self.source
+        if source is None:
+            rows, columns = self.shape
+            return rows, columns, 0, 0, (0, 0)
+        if source.strides is None and source.shape == self.shape:
+            return 1, source.numel, 1, source.numel, (source.numel, 1)
+        if len(self.shape) > 2:
+            raise MergeError(f"{self.name}: strided with {len(self.shape)} axes; save a clone()")
+        rows, columns = (1, 1, *self.shape)[-2:]
+        source_rows, source_columns = (1, 1, *source.shape)[-2:]
+        row_step, column_step = (0, 0, *(source.strides or dense_strides(source.shape)))[-2:]
+        return rows, columns, source_rows, source_columns, (row_step, column_step)
+
+    def _tile(self, r0: int, r1: int, c0: int, c1: int) -> bytes:
+        import numpy as np
+
+        source = self.source
+        if source is not None and self.change == "made contiguous":  # for every element type
+            raw = np.dtype((np.void, self.dtype.itemsize))
+            return self._read(source, raw, r0, r1, c0, c1).tobytes()
+        shape = (r1 - r0, c1 - c0)
+        values = self._random(r0, c0, shape) if self.random else np.zeros(shape)
+        if source is not None:
+            _, _, rows, columns, _ = self._as_matrix()
+            r_end, c_end = min(r1, rows), min(c1, columns)
+            if r0 < r_end and c0 < c_end:
+                raw = np.dtype(_NUMPY[source.dtype.name])
+                part = _widen(self._read(source, raw, r0, r_end, c0, c_end), source.dtype)
+                values[: r_end - r0, : c_end - c0] = part / self.divisor
+        return _narrow(values, self.dtype, self.name)
+
+    def _read(
+        self, source: TensorEntry, raw: np.dtype[Any], r0: int, r1: int, c0: int, c1: int
+    ) -> NDArray[Any]:
+        """A tile of the source as it is, read through windows of bounded size."""
+        import numpy as np
+
+        row_step, column_step = self._as_matrix()[4]
+        out = np.empty((r1 - r0, c1 - c0), raw)
+        # walk along the axis with the longer steps, so that what is mapped stays small
+        by_row = row_step >= column_step
+        target = out if by_row else out.T
+        long, short = max(row_step, column_step), min(row_step, column_step)
+        n_long, n_short = target.shape
+        at_once = max(1, (WINDOW // raw.itemsize - n_short * short) // max(long, 1))
+        origin = source.offset + (r0 * row_step + c0 * column_step) * raw.itemsize
+        for start in range(0, n_long, at_once):
+            count = min(at_once, n_long - start)
+            span = ((count - 1) * long + (n_short - 1) * short + 1) * raw.itemsize
+            (window,) = source.file.windows(origin + start * long * raw.itemsize, span, span)
+            steps = (long * raw.itemsize, short * raw.itemsize)
+            target[start : start + count] = np.ndarray((count, n_short), raw, window, 0, steps)
+        return out
+
+    def _random(self, r0: int, c0: int, shape: tuple[int, int]) -> NDArray[np.float64]:
+        """Xavier-uniform numbers; the bit stream is the same in every numpy version."""
+        import numpy as np
+
+        rows, columns = self.shape
+        bound = math.sqrt(6 / (rows + columns))
+        seed = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:16], "little")
+        generator = np.random.PCG64(seed)
+        generator.advance(r0 * columns + c0)  # a tile is a run of the row-major order
+        raw = generator.random_raw(shape[0] * shape[1]) >> np.uint64(40)
+        return (bound * (raw * 2.0**-23 - 1)).reshape(shape)
+
+
+def check_castable(source: TensorEntry, dtype: DType) -> None:
+    """Raise MergeError unless arithmetic from the source's type to `dtype` is possible."""
+    for name in (source.dtype.name, dtype.name):
+        if name not in CASTABLE:
+            raise MergeError(
+                f"{source.file.path}: {source.name}: {name} cannot be converted; "
+                f"only {', '.join(CASTABLE)} can"
+            )
+
+
+def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
+    """Row and column ranges that cover a matrix in row-major order, `_TILE` elements at most."""
+    if columns >= _TILE:
+        for row in range(rows):
+            for column in range(0, columns, _TILE):
+                yield row, row + 1, column, min(columns, column + _TILE)
+        return
+    step = _TILE // max(columns, 1)
+    for row in range(0, rows, step):
+        yield row, min(rows, row + step), 0, columns
+
+
+def _widen(raw: NDArray[Any], dtype: DType) -> NDArray[np.float64]:
+    import numpy as np
+
+    if dtype.name == "BF16":
+        raw = (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float64)
+
+
+def _narrow(values: NDArray[Any], dtype: DType, name: str) -> bytes:
+    """Round to nearest even in the output type, as torch does."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        narrow = values.astype(np.float32 if dtype.name == "BF16" else _NUMPY[dtype.name])
+        overflow = np.isinf(narrow) & np.isfinite(values)
+    if dtype.name == "BF16":
+        bits = narrow.view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        rounded[np.isnan(narrow)] = 0x7FC0
+        overflow |= ((rounded & 0x7FFF) == 0x7F80) & np.isfinite(narrow)
+        narrow = rounded
+    if overflow.any():
+        raise MergeError(f"{name}: a value is too large for {dtype.name}; choose another --dtype")
+    return narrow.tobytes()

@@ -1,0 +1,137 @@
+"""safetensors headers, read strictly and written page-aligned.
+
+The reader refuses everything that two implementations could understand differently, including
+what the safetensors library itself still lets pass: duplicate names, unknown fields, wrapped
+64-bit offsets, misaligned data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from npt_fast.checkpoint.dtypes import BY_NAME, DType
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.checkpoint.strict_json import parse_object
+from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
+from npt_fast.errors import CheckpointError
+
+MAX_HEADER_BYTES = 8 << 20  # 100,000 tensors; parsing takes up to 24 times as much memory
+_MAX_NAME_BYTES = 4096
+_MAX_RANK = 64
+_LIMIT = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """Tensors by name, in file order, and the string metadata."""
+
+    entries: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
+def read_safetensors(file: SourceFile) -> SafetensorsFile:
+    """Read a safetensors header; no tensor data.
+
+    Raises:
+        CheckpointError: not a safetensors file, or one with more than one meaning.
+    """
+
+    def fail(problem: str) -> CheckpointError:
+        return CheckpointError(f"{file.path}: {problem}")
+
+    if file.size < 10:
+        raise fail("too short for a safetensors file")
+    with file.open() as fd:
+        (length,) = struct.unpack("<Q", file.read_at(fd, 0, 8))
+        if length > file.size - 8:
+            raise fail(f"a header of {length} bytes in a file of {file.size}; truncated?")
+        if length > MAX_HEADER_BYTES:
+            raise fail(f"a header of {length:,} bytes is too large")
+        header = file.read_at(fd, 8, length)
+    if header[:1] != b"{" or not header.rstrip(b" ").endswith(b"}"):
+        raise fail("its header is not a JSON object; not a safetensors file")
+    described = parse_object(header, f"{file.path}: header", floats=False)
+    metadata = described.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise fail("its __metadata__ must map strings to strings")
+
+    data_start = 8 + length
+    entries = []
+    for name, fields in described.items():
+        dtype, shape, begin, end = _tensor_fields(name, fields, fail)
+        if math.prod(shape) * dtype.bits != 8 * (end - begin):
+            raise fail(f"{name}: {end - begin} bytes do not fit {dtype.name} {list(shape)}")
+        if (data_start + begin) % max(dtype.bits // 8, 1):
+            raise fail(f"{name}: its data is not aligned to its type; save the file again")
+        entries.append((begin, end, name, dtype, shape))
+    entries.sort(key=lambda entry: entry[:2])
+    reached = 0
+    found: dict[str, TensorEntry] = {}
+    for begin, end, name, dtype, shape in entries:
+        if begin != reached:
+            raise fail(f"{name}: its data leaves a hole or overlaps another tensor's")
+        reached = end
+        record = Record(name, file, data_start + begin, end - begin)
+        found[name] = TensorEntry(name, dtype, shape, record, data_start + begin)
+    if data_start + reached != file.size:
+        raise fail(f"{file.size} bytes, {data_start + reached} described; truncated or extended")
+    if data_start % 8:
+        raise fail("its data does not begin at a multiple of 8 bytes; save the file again")
+    return SafetensorsFile(found, metadata)
+
+
+def _tensor_fields(
+    name: str, fields: Any, fail: Any
+) -> tuple[DType, tuple[int, ...], int, int]:
+    shown = f"{name!r:.80}"
+    printable = name and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name)
+    if not printable or ".." in name.replace("\\", "/").split("/"):
+        raise fail(f"the tensor name {shown} is not usable")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise fail(f"the tensor name {shown} is not valid Unicode") from None
+    if size > _MAX_NAME_BYTES:
+        raise fail(f"the tensor name {shown}... is too long")
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+        raise fail(f"{shown}: must have exactly dtype, shape and data_offsets")
+    dtype = BY_NAME.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+    if dtype is None or not dtype.safetensors:
+        raise fail(f"{shown}: unknown dtype {fields['dtype']!r:.40}")
+    shape, offsets = fields["shape"], fields["data_offsets"]
+    if not _are_counts(shape) or len(shape) > _MAX_RANK:
+        raise fail(f"{shown}: malformed shape")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise fail(f"{shown}: malformed data_offsets")
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < _LIMIT for v in values)
+
+
+def build_header(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...], int, int]],
+    metadata: Mapping[str, str],
+    alignment: int,
+    phase: int,
+) -> bytes:
+    """Length prefix and header, padded so that the data begins at `phase` modulo `alignment`.
+
+    Args:
+        tensors: name, type, shape, first and one-past-last byte counted from the start of the data.
+        metadata: strings for ``__metadata__``.
+        alignment: a power of two.
+        phase: a multiple of 8 below `alignment`.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name, dtype, shape, begin, end in tensors:
+        header[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * ((phase - 8 - len(text)) % alignment)
+    return struct.pack("<Q", len(text)) + text

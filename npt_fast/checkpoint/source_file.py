@@ -1,0 +1,181 @@
+"""Read-only files that must not change while we read them.
+
+A checkpoint is somebody else's file: it may be truncated, replaced or rewritten at any moment,
+and mapping a file that shrinks kills the process. So every access opens the file anew, checks that
+it is still the very file that was first seen (device, inode, size, modification time), and maps
+at most one window of it at a time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from npt_fast.errors import CheckpointError
+
+WINDOW = 4 << 20
+"""Bytes mapped at once: large enough to stream at full speed, small enough not to be seen."""
+
+_HUB_BLOB = re.compile(r"(\.\./)+blobs/[0-9a-f]{40,64}")
+_NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "ceph", "gpfs", "beegfs")
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> _Identity:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A regular file as it was when first opened; `path` names it in messages."""
+
+    path: Path
+    identity: _Identity
+
+    @classmethod
+    def of(cls, path: Path, *, follow_links: bool = False) -> SourceFile:
+        """Look at `path` for the first time.
+
+        Links inside a checkpoint are not followed, since an untrusted checkpoint could point
+        anywhere, except for the links with which the Hugging Face cache names its blobs.
+
+        Raises:
+            CheckpointError: not a regular file, a link, or not readable.
+        """
+        if not follow_links and path.is_symlink() and not _HUB_BLOB.fullmatch(os.readlink(path)):
+            raise CheckpointError(
+                f"{path}: is a symbolic link; links inside a checkpoint are not followed, "
+                "copy the file or name its target"
+            )
+        fd = _open(path)
+        try:
+            status = os.fstat(fd)
+        finally:
+            os.close(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        return cls(path, _Identity.of(status))
+
+    @property
+    def size(self) -> int:
+        return self.identity.size
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """A file descriptor for this very file; checks identity on entry and on leaving.
+
+        Raises:
+            CheckpointError: the file was changed, truncated or replaced.
+        """
+        fd = _open(self.path)
+        try:
+            self.check(fd)
+            yield fd
+            self.check(fd)
+        finally:
+            os.close(fd)
+
+    def check(self, fd: int) -> None:
+        """Raise CheckpointError unless `fd` and the path are both still the file first seen."""
+        try:
+            same = _Identity.of(os.fstat(fd)) == self.identity == _Identity.of(os.stat(self.path))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"{self.path}: changed while it was being read; wait until nothing writes it"
+            )
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`."""
+        with self.open() as fd:
+            return self.read_at(fd, offset, length)
+
+    def read_at(self, fd: int, offset: int, length: int) -> bytes:
+        """Like `read`, through a descriptor that `open` gave: for many small reads."""
+        data = os.pread(fd, length, offset)
+        while len(data) < length:  # short reads happen on network file systems
+            more = os.pread(fd, length - len(data), offset + len(data))
+            if not more:
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {offset + len(data)}, "
+                    f"{offset + length} needed; the file is truncated"
+                )
+            data += more
+        return data
+
+    def windows(self, offset: int, length: int, size: int = WINDOW) -> Iterator[memoryview | bytes]:
+        """The bytes from `offset` on, in pieces of at most `size`, each valid until the next.
+
+        Local files are mapped one window at a time and unmapped behind; on network file systems,
+        where mapping is slow and unsafe, the pieces are plain reads.
+        """
+        mapped = not on_network_filesystem(self.path)
+        with self.open() as fd:
+            end = offset + length
+            while offset < end:
+                self.check(fd)  # a mapped file that has shrunk would kill us with SIGBUS
+                step = min(size, end - offset)
+                if mapped:
+                    lead = offset % mmap.ALLOCATIONGRANULARITY
+                    window = mmap.mmap(
+                        fd, lead + step, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED,
+                        offset=offset - lead,
+                    )  # fmt: skip
+                    yield memoryview(window)[lead:]
+                    del window  # unmapped once the consumer lets go of the view
+                else:
+                    yield self.read_at(fd, offset, step)
+                offset += step
+
+
+def _open(path: Path) -> int:
+    # O_NONBLOCK: opening a named pipe must not hang
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from None
+
+
+def on_network_filesystem(path: Path) -> bool:
+    """Whether `path` lies on a network or FUSE mount (known on Linux only; elsewhere False)."""
+    return filesystem_type(path).startswith(_NETWORK_FILESYSTEMS)
+
+
+def filesystem_type(path: Path) -> str:
+    """Type of the file system that holds `path`, as the kernel names it ("xfs"), or ""."""
+    real = os.path.realpath(path)
+    best, kind = "", ""
+    for point, point_kind in _mounts():
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, point_kind
+    return kind
+
+
+@cache
+def _mounts() -> list[tuple[str, str]]:
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    mounts = []
+    for line in lines:
+        fields, _, tail = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields.split()[4])
+        mounts.append((point, tail.split()[0]))
+    return mounts

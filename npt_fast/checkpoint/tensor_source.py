@@ -1,0 +1,139 @@
+"""One view over every form that weights come in: which tensor is where, from headers alone.
+
+A path may name a checkpoint directory, a ``.pt`` file, a ``.safetensors`` file, or the index of a
+sharded set.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.safetensors_file import read_safetensors
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.torch_pickle import TensorRef
+from npt_fast.checkpoint.torch_zip import read_torch_zip
+from npt_fast.errors import CheckpointError
+
+PT_WEIGHTS = "npt_weights.pt"
+SAFETENSORS_WEIGHTS = "npt_weights.safetensors"
+SAFETENSORS_INDEX = "npt_weights.safetensors.index.json"
+_ACCUMULATED = "accumulated_npt_weights.pt"  # what sequential training wrote, all layers so far
+_WEIGHTS = (_ACCUMULATED, PT_WEIGHTS, SAFETENSORS_WEIGHTS, SAFETENSORS_INDEX)
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """The tensors of one set of weights.
+
+    Attributes:
+        path: the file, or the index of the shards.
+        format: ``"pt"`` or ``"safetensors"``.
+        files: all files that hold data.
+        tensors: by name, in file order.
+        metadata: strings from the safetensors header, of the first shard.
+    """
+
+    path: Path
+    format: str
+    files: tuple[SourceFile, ...]
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
+def locate_checkpoint(path: Path) -> tuple[Path, str]:
+    """Where the checkpoint called `path` really is, and a note if it is elsewhere.
+
+    The guide leaves out the ``checkpoints/`` folder that training puts its checkpoints in, so
+    ``run/checkpoint-800`` also stands for ``run/checkpoints/checkpoint-800``.
+
+    Raises:
+        CheckpointError: nothing there.
+    """
+    if path.is_file() or find_weights(path):
+        return path, ""
+    nested = path.parent / "checkpoints" / path.name
+    if find_weights(nested):
+        return nested, f"{path}: using {nested}"
+    if not path.exists():
+        raise CheckpointError(f"Checkpoint not found: {path}")
+    raise CheckpointError(
+        f"NPT weights not found at {path}: expected {PT_WEIGHTS} or {SAFETENSORS_WEIGHTS} in it"
+    )
+
+
+def find_weights(directory: Path) -> Path | None:
+    """The weights file of a checkpoint directory, or None.
+
+    Raises:
+        CheckpointError: the same weights in two formats, which may differ.
+    """
+    present = [directory / name for name in _WEIGHTS if (directory / name).is_file()]
+    if len({file.suffix for file in present}) > 1 or len(present) > 1 and (
+        present[0].name != _ACCUMULATED
+    ):
+        names = " and ".join(file.name for file in present)
+        raise CheckpointError(f"{directory}: holds {names}; name the file that you mean")
+    return present[0] if present else None
+
+
+def open_tensors(path: Path) -> TensorSource:
+    """Read the headers of the weights at `path`; no tensor data.
+
+    Raises:
+        CheckpointError: nothing there, or a file that is broken, unsafe or ambiguous.
+    """
+    weights = path if path.is_file() else find_weights(path)
+    if weights is None:
+        raise CheckpointError(f"NPT weights not found at {path}")
+    if weights.name.endswith(".index.json"):
+        return _open_shards(weights)
+    file = SourceFile.of(weights, follow_links=weights == path)
+    if weights.suffix == ".safetensors":
+        content = read_safetensors(file)
+        return TensorSource(weights, "safetensors", (file,), content.entries, content.metadata)
+    return TensorSource(weights, "pt", (file,), _torch_tensors(file), {})
+
+
+def _torch_tensors(file: SourceFile) -> dict[str, TensorEntry]:
+    archive = read_torch_zip(file)
+    if not isinstance(archive.content, dict):
+        raise CheckpointError(f"{file.path}: holds no dict of tensors")
+    tensors = {}
+    for name, value in archive.content.items():
+        if not isinstance(name, str) or not isinstance(value, TensorRef):
+            raise CheckpointError(f"{file.path}: {name!r:.80} is not a named tensor")
+        tensors[name] = archive.entry(name, value)
+    return tensors
+
+
+def _open_shards(index: Path) -> TensorSource:
+    weight_map = strict_json.read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise CheckpointError(f"{index}: {name:.80} is in {shard!r:.80}, not a file beside it")
+    files = []
+    tensors: dict[str, TensorEntry] = {}
+    metadata: Mapping[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = SourceFile.of(index.parent / shard)
+        files.append(file)
+        content = read_safetensors(file)
+        metadata = metadata or content.metadata
+        for name, entry in content.entries.items():
+            if weight_map.get(name) != shard:
+                # other readers would take either copy (MERGE.md, 3c)
+                where = weight_map.get(name, "no file")
+                raise CheckpointError(f"{file.path}: {name:.80} is here, the index says {where}")
+            tensors[name] = entry
+    if missing := weight_map.keys() - tensors.keys():
+        name = min(missing)
+        raise CheckpointError(f"{index}: {name:.80} is not in {weight_map[name]}")
+    return TensorSource(index, "safetensors", tuple(files), tensors, metadata)

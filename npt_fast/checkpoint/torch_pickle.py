@@ -1,0 +1,515 @@
+"""The pickle inside a ``.pt`` file, read and written without ever running it.
+
+`pickle` and `torch.load` resolve names to live Python objects; here a name is looked up in a closed
+table of the few symbols a checkpoint needs, and a REDUCE builds plain data from them. What comes out
+holds only dict, list, tuple, str, int, float, bool, None and `TensorRef`. Memory is metered, because
+nine bytes of pickle can ask for gigabytes.
+
+The opcodes accepted are those that ``torch.load(weights_only=True)`` accepts (protocol 2, what
+``torch.save`` writes), so that whatever is readable here is readable there. The one addition is
+the numpy scalar that a cosine schedule leaves in optimizer and scheduler state (SPEC 2.3).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from npt_fast.checkpoint.dtypes import BY_STORAGE, BY_TORCH_NAME, DType
+from npt_fast.errors import CheckpointError
+
+MAX_PICKLE_BYTES = 32 << 20
+_MAX_MEMORY = 128 << 20
+_MAX_DEPTH = 64
+_MAX_STRING = 1 << 20
+_MAX_NODES = 2_000_000
+_NUMPY_SCALARS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "b1": "?"}
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """A record ``data/<key>`` of `numel` elements; `dtype` is None for an untyped storage."""
+
+    dtype: DType | None
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A strided view of a storage; `offset` and `strides` count elements."""
+
+    storage: StorageRef
+    dtype: DType
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Global:
+    """A symbol that the table knows, not the object of that name."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+@dataclass(slots=True)
+class _NumpyDType:
+    code: str
+    ready: bool = False
+
+
+class _Marker:
+    """Where a MARK opcode stands on the stack."""
+
+
+_MARK = _Marker()
+_DEVICE = re.compile(r"[a-z]{1,16}(:[0-9]{1,4})?")
+_KNOWN = {
+    name: _Global(name)
+    for name in (
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch._utils._rebuild_parameter",
+        "collections.OrderedDict",
+        "torch.Size",
+        "torch.storage.UntypedStorage",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.multiarray.scalar",
+        "numpy.dtype",
+        "_codecs.encode",
+        *(f"torch.{storage}" for storage in BY_STORAGE),
+        *(f"torch.{name}" for name in BY_TORCH_NAME),
+    )
+}
+
+
+def decode(data: bytes, where: str) -> Any:
+    """Plain data and `TensorRef`s from a pickle.
+
+    Args:
+        data: the whole pickle.
+        where: file and member, for messages.
+
+    Raises:
+        CheckpointError: an opcode or symbol outside the table, a malformed stream, bytes after the
+            end, or more memory than a checkpoint can need.
+    """
+    if len(data) > MAX_PICKLE_BYTES:
+        raise CheckpointError(f"{where}: a pickle of {len(data):,} bytes is too large")
+    machine = _Machine(data, where)
+    try:
+        return machine.run()
+    except (IndexError, ValueError, struct.error):
+        raise CheckpointError(f"{where}: malformed pickle at byte {machine.position}") from None
+
+
+class _Machine:
+    """The pickle stack machine, reduced to data."""
+
+    def __init__(self, data: bytes, where: str) -> None:
+        self.data = data
+        self.where = where
+        self.position = 0
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, StorageRef] = {}
+        self.memory = 0
+
+    def fail(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {problem}")
+
+    def run(self) -> Any:
+        """Execute up to STOP and return the one value left."""
+        if self.data[:2] != b"\x80\x02":
+            raise self.fail(
+                "not a protocol-2 pickle; save it again with torch.save's default protocol"
+            )
+        self.position = 2
+        while (opcode := self.take(1)) != b".":
+            handler = _OPCODES.get(opcode)
+            if handler is None:
+                raise self.fail(f"unsafe or unknown pickle opcode 0x{opcode.hex()}; refused")
+            handler(self)
+        if self.position != len(self.data):
+            raise self.fail(f"{len(self.data) - self.position} bytes after the end of the pickle")
+        value = self.pop()
+        if self.stack:
+            raise self.fail("malformed pickle: values left on the stack")
+        return value
+
+    def charge(self, size: int) -> None:
+        self.memory += size
+        if self.memory > _MAX_MEMORY:
+            raise self.fail("the pickle needs more memory than any checkpoint; refused")
+
+    def take(self, count: int) -> bytes:
+        chunk = self.data[self.position : self.position + count]
+        if len(chunk) != count:
+            raise self.fail("the pickle is truncated")
+        self.position += count
+        return chunk
+
+    def line(self) -> str:
+        end = self.data.index(b"\n", self.position, self.position + 256)
+        text = self.data[self.position : end].decode("ascii")
+        self.position = end + 1
+        return text
+
+    def push(self, value: Any, size: int = 0) -> None:
+        self.charge(size + 16)
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        value = self.stack.pop()
+        if value is _MARK:
+            raise IndexError("a value was expected, found a mark")
+        return value
+
+    def top(self) -> Any:
+        value = self.stack[-1]
+        if value is _MARK:
+            raise IndexError("a value was expected, found a mark")
+        return value
+
+    def pop_to_mark(self) -> list[Any]:
+        for index in range(len(self.stack) - 1, -1, -1):
+            if self.stack[index] is _MARK:
+                items = self.stack[index + 1 :]
+                del self.stack[index:]
+                return items
+        raise IndexError("no mark")
+
+    # opcodes ---------------------------------------------------------------------------------
+
+    def put(self, index: int) -> None:
+        self.charge(100)
+        self.memo[index] = self.top()
+
+    def get(self, index: int) -> None:
+        if index not in self.memo:
+            raise self.fail(f"malformed pickle: memo {index} was never written")
+        self.push(self.memo[index])
+
+    def string(self) -> None:
+        (length,) = struct.unpack("<I", self.take(4))
+        if length > _MAX_STRING:
+            raise self.fail(f"a string of {length:,} bytes is too long")
+        self.charge(4 * length)
+        self.push(self.take(length).decode("utf-8"), 50)
+
+    def long(self) -> None:
+        size = self.take(1)[0]
+        if size > 16:
+            raise self.fail(f"an integer of {size} bytes is too long")
+        self.push(int.from_bytes(self.take(size), "little", signed=True), 32)
+
+    def tuple_of(self, count: int) -> None:
+        items = tuple(self.pop() for _ in range(count))[::-1]
+        self.push(items, 40 + 8 * count)
+
+    def tuple_to_mark(self) -> None:
+        items = tuple(self.pop_to_mark())
+        self.push(items, 40 + 8 * len(items))
+
+    def append(self, items: list[Any]) -> None:
+        target = self.top()
+        if type(target) is not list:
+            raise self.fail("malformed pickle: APPEND to something that is not a list")
+        self.charge(8 * len(items))
+        target.extend(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.top()
+        if type(target) not in (dict, OrderedDict) or len(items) % 2:
+            raise self.fail("malformed pickle: SETITEM on something that is not a dict")
+        self.charge(100 * len(items))
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in (str, int):
+                raise self.fail(f"a dict key of type {type(key).__name__}; refused")
+            if key in target:
+                raise self.fail(f"duplicate key {key!r:.80}")
+            target[key] = value
+
+    def set_item(self) -> None:
+        value, key = self.pop(), self.pop()
+        self.set_items([key, value])
+
+    def find_global(self) -> None:
+        module, name = self.line(), self.line()
+        symbol = _KNOWN.get(f"{module}.{name}")
+        if symbol is None:
+            raise self.fail(f"refers to {module}.{name:.80}, which no checkpoint needs; refused")
+        self.push(symbol)
+
+    def persistent(self) -> None:
+        self.push(self.storage(self.pop()), 64)
+
+    def build(self) -> None:
+        state, target = self.pop(), self.top()
+        if isinstance(target, OrderedDict) and type(state) is dict:
+            return  # attributes of a state dict (`_metadata`): nothing that we keep
+        if isinstance(target, _NumpyDType) and _is_plain_dtype_state(state):
+            target.ready = True
+            return
+        raise self.fail("BUILD on something that takes no state; refused")
+
+    def reduce(self) -> None:
+        arguments, function = self.pop(), self.pop()
+        if not isinstance(function, _Global) or type(arguments) is not tuple:
+            raise self.fail("REDUCE of something that is not a known function; refused")
+        try:
+            build = _REDUCERS[function.name]
+        except KeyError:
+            raise self.fail(f"calls {function.name}; refused") from None
+        try:
+            self.push(build(self, *arguments), 128)
+        except TypeError:
+            raise self.fail(f"calls {function.name} with the wrong arguments") from None
+
+    # what the known functions build ------------------------------------------------------------
+
+    def storage(self, pid: Any) -> StorageRef:
+        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
+            raise self.fail("a persistent id that is not a storage; refused")
+        _, kind, key, location, numel = pid
+        name = kind.name.removeprefix("torch.") if isinstance(kind, _Global) else ""
+        if name not in BY_STORAGE and name != "storage.UntypedStorage":
+            raise self.fail("a storage of an unknown type; refused")
+        plain = type(key) is str and type(location) is str and _is_count(numel)
+        if not plain or not _DEVICE.fullmatch(location):
+            raise self.fail("a malformed storage id; refused")
+        storage = StorageRef(BY_STORAGE.get(name), key, numel)
+        if self.storages.setdefault(key, storage) != storage:
+            raise self.fail(f"storage {key!r:.40} is described in two different ways; refused")
+        return storage
+
+    def tensor_v2(
+        self, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any
+    ) -> TensorRef:
+        if not isinstance(storage, StorageRef) or storage.dtype is None:
+            raise self.fail("a tensor without a typed storage; refused")
+        return self.tensor(storage, storage.dtype, offset, shape, strides, requires_grad, hooks)
+
+    def tensor_v3(
+        self,
+        storage: Any,
+        offset: Any,
+        shape: Any,
+        strides: Any,
+        requires_grad: Any,
+        hooks: Any,
+        dtype: Any,
+    ) -> TensorRef:
+        name = dtype.name.removeprefix("torch.") if isinstance(dtype, _Global) else ""
+        if not isinstance(storage, StorageRef) or storage.dtype or name not in BY_TORCH_NAME:
+            raise self.fail("a tensor of an unknown type; refused")
+        element = BY_TORCH_NAME[name]
+        return self.tensor(storage, element, offset, shape, strides, requires_grad, hooks)
+
+    def tensor(
+        self,
+        storage: StorageRef,
+        dtype: DType,
+        offset: Any,
+        shape: Any,
+        strides: Any,
+        requires_grad: Any,
+        hooks: Any,
+    ) -> TensorRef:
+        sizes_are_plain = (
+            type(shape) is tuple
+            and type(strides) is tuple
+            and len(shape) == len(strides) <= _MAX_DEPTH
+            and all(map(_is_count, (offset, *shape, *strides)))
+        )
+        if not sizes_are_plain or type(requires_grad) is not bool or hooks != OrderedDict():
+            raise self.fail("a tensor with malformed sizes, or with hooks; refused")
+        return TensorRef(storage, dtype, offset, shape, strides)
+
+    def parameter(self, tensor: Any, requires_grad: Any, hooks: Any) -> TensorRef:
+        if not isinstance(tensor, TensorRef) or hooks != OrderedDict():
+            raise self.fail("a malformed Parameter; refused")
+        return tensor
+
+    def ordered_dict(self) -> OrderedDict[Any, Any]:
+        self.charge(200)
+        return OrderedDict()
+
+    def size(self, sizes: Any) -> tuple[int, ...]:
+        if type(sizes) is not tuple or not all(map(_is_count, sizes)):
+            raise self.fail("a malformed torch.Size; refused")
+        return sizes
+
+    def numpy_dtype(self, code: Any, align: Any, copy: Any) -> _NumpyDType:
+        if code not in _NUMPY_SCALARS:
+            raise self.fail(f"a numpy value of type {code!r:.40}; refused")
+        return _NumpyDType(code)
+
+    def numpy_scalar(self, dtype: Any, raw: Any) -> float | int | bool:
+        if not isinstance(dtype, _NumpyDType) or not dtype.ready or type(raw) is not bytes:
+            raise self.fail("a malformed numpy scalar; refused")
+        (value,) = struct.unpack("<" + _NUMPY_SCALARS[dtype.code], raw)
+        return value
+
+    def latin1(self, text: Any, encoding: Any) -> bytes:
+        if type(text) is not str or encoding != "latin1" or len(text) > 16:
+            raise self.fail("bytes that are not a numpy scalar's; refused")
+        try:
+            return text.encode("latin1")
+        except UnicodeEncodeError:
+            raise self.fail("bytes that are not a numpy scalar's; refused") from None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_plain_dtype_state(state: Any) -> bool:
+    # (version, byte order, subtype, names, fields, itemsize, alignment, flags)
+    return (
+        type(state) is tuple
+        and len(state) == 8
+        and state[0] == 3
+        and state[1] in ("<", "|")
+        and state[2:5] == (None, None, None)
+        and state[7] == 0
+    )
+
+
+_REDUCERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor_v2": _Machine.tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _Machine.tensor_v3,
+    "torch._utils._rebuild_parameter": _Machine.parameter,
+    "collections.OrderedDict": _Machine.ordered_dict,
+    "torch.Size": _Machine.size,
+    "numpy.dtype": _Machine.numpy_dtype,
+    "numpy._core.multiarray.scalar": _Machine.numpy_scalar,
+    "numpy.core.multiarray.scalar": _Machine.numpy_scalar,
+    "_codecs.encode": _Machine.latin1,
+}
+
+_OPCODES: dict[bytes, Callable[[_Machine], None]] = {
+    b"(": lambda m: m.push(_MARK),
+    b"N": lambda m: m.push(None),
+    b"\x88": lambda m: m.push(True),
+    b"\x89": lambda m: m.push(False),
+    b")": lambda m: m.push(()),
+    b"]": lambda m: m.push([], 56),
+    b"}": lambda m: m.push({}, 64),
+    b"J": lambda m: m.push(struct.unpack("<i", m.take(4))[0], 32),
+    b"K": lambda m: m.push(m.take(1)[0]),
+    b"M": lambda m: m.push(struct.unpack("<H", m.take(2))[0], 32),
+    b"\x8a": _Machine.long,
+    b"G": lambda m: m.push(struct.unpack(">d", m.take(8))[0], 24),
+    b"X": _Machine.string,
+    b"h": lambda m: m.get(m.take(1)[0]),
+    b"j": lambda m: m.get(struct.unpack("<I", m.take(4))[0]),
+    b"q": lambda m: m.put(m.take(1)[0]),
+    b"r": lambda m: m.put(struct.unpack("<I", m.take(4))[0]),
+    b"t": _Machine.tuple_to_mark,
+    b"\x85": lambda m: m.tuple_of(1),
+    b"\x86": lambda m: m.tuple_of(2),
+    b"\x87": lambda m: m.tuple_of(3),
+    b"a": lambda m: m.append([m.pop()]),
+    b"e": lambda m: m.append(m.pop_to_mark()),
+    b"s": _Machine.set_item,
+    b"u": lambda m: m.set_items(m.pop_to_mark()),
+    b"c": _Machine.find_global,
+    b"R": _Machine.reduce,
+    b"b": _Machine.build,
+    b"Q": _Machine.persistent,
+}
+
+
+def encode(value: Any, place: Callable[[Any], TensorRef | None]) -> bytes:
+    """A protocol-2 pickle of plain data and tensors that ``torch.load`` reads.
+
+    Args:
+        value: nested dicts, lists, tuples, str, int, float, bool, None, and whatever `place` knows.
+        place: called with every other object; gives the tensor that stands for it, or None.
+
+    Raises:
+        CheckpointError: data nested too deep, referring to itself, or of another type.
+    """
+    out = bytearray(b"\x80\x02")
+    memo: dict[str, int] = {}
+    nodes = 0
+
+    def symbol(name: str) -> None:
+        if name in memo:
+            out.extend(b"j" + struct.pack("<I", memo[name]))
+            return
+        module, _, attribute = name.rpartition(".")
+        memo[name] = len(memo)
+        out.extend(f"c{module}\n{attribute}\n".encode() + b"r" + struct.pack("<I", memo[name]))
+
+    def tensor(ref: TensorRef, depth: int) -> None:
+        typed = ref.dtype.storage is not None
+        symbol("torch._utils._rebuild_tensor_v2" if typed else "torch._utils._rebuild_tensor_v3")
+        out.extend(b"((")
+        put("storage", depth)
+        symbol(f"torch.{ref.dtype.storage}" if typed else "torch.storage.UntypedStorage")
+        put(ref.storage.key, depth)
+        put("cpu", depth)
+        put(ref.storage.numel, depth)
+        out.extend(b"tQ")
+        put(ref.offset, depth)
+        put(ref.shape, depth)
+        put(ref.strides, depth)
+        out.extend(b"\x89")
+        symbol("collections.OrderedDict")
+        out.extend(b")R")
+        if not typed:
+            symbol(f"torch.{ref.dtype.torch_name}")
+        out.extend(b"tR")
+
+    def put(item: Any, depth: int) -> None:
+        nonlocal nodes
+        nodes += 1
+        if depth > _MAX_DEPTH or nodes > _MAX_NODES:
+            raise CheckpointError("data nested too deep, or too large, to be written")
+        if item is None:
+            out.extend(b"N")
+        elif isinstance(item, bool):
+            out.extend(b"\x88" if item else b"\x89")
+        elif isinstance(item, int):
+            if -(1 << 31) <= item < 1 << 31:
+                out.extend(b"J" + struct.pack("<i", item))
+            else:
+                raw = item.to_bytes(item.bit_length() // 8 + 1, "little", signed=True)
+                out.extend(b"\x8a" + bytes([len(raw)]) + raw)
+        elif isinstance(item, float):
+            out.extend(b"G" + struct.pack(">d", item))
+        elif isinstance(item, str):
+            raw = item.encode()
+            out.extend(b"X" + struct.pack("<I", len(raw)) + raw)
+        elif isinstance(item, tuple):
+            out.extend(b"(")
+            for element in item:
+                put(element, depth + 1)
+            out.extend(b"t")
+        elif isinstance(item, list):
+            out.extend(b"](")
+            for element in item:
+                put(element, depth + 1)
+            out.extend(b"e")
+        elif isinstance(item, dict):
+            out.extend(b"}(")
+            for key, element in item.items():
+                put(key, depth + 1)
+                put(element, depth + 1)
+            out.extend(b"u")
+        elif (ref := place(item)) is not None:
+            tensor(ref, depth + 1)
+        else:
+            raise CheckpointError(f"cannot write a {type(item).__name__} into a .pt file")
+
+    put(value, 0)
+    return bytes(out + b".")

@@ -1,0 +1,263 @@
+"""The zip container of a ``.pt`` file, read strictly.
+
+`torch.save` writes an uncompressed zip: ``<root>/data.pkl`` describes the object, and every storage
+is a stored member ``<root>/data/<key>``. Zip readers disagree about duplicates, prefixes and
+overlaps, which is how one file comes to mean two things, so the reader here accepts only what has
+one meaning for everybody. It also keeps the CRC-32 of every record: torch writes them and never
+looks at them again.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
+from npt_fast.checkpoint.torch_pickle import MAX_PICKLE_BYTES, TensorRef, decode
+from npt_fast.errors import CheckpointError
+
+LOCAL = struct.Struct("<4sHHHHHIIIHH")
+CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
+END = struct.Struct("<4sHHHHIIH")
+END64_LOCATOR = struct.Struct("<4sIQI")
+END64 = struct.Struct("<4sQHHIIQQQQ")
+_MAX_DIRECTORY = 8 << 20  # 100,000 members; what is read from it takes 10 times as much memory
+_MAX_32 = 0xFFFFFFFF
+_HARMLESS_FLAGS = 0x0808  # sizes also follow the data; names are UTF-8
+_MEMBER = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}(/[^/\\\x00-\x1f\x7f]{1,255}){1,3}")
+
+@dataclass(frozen=True, slots=True)
+class TorchZip:
+    """A ``.pt`` file: the object it holds, with `TensorRef`s for tensors, and its records by key."""
+
+    file: SourceFile
+    content: Any
+    records: Mapping[str, Record]
+
+    def entry(self, name: str, ref: TensorRef) -> TensorEntry:
+        """The byte range behind a tensor reference.
+
+        Raises:
+            CheckpointError: the tensor reaches outside its storage, or its strides overlap.
+        """
+        record = self.records.get(ref.storage.key)
+        where = f"{self.file.path}: {name}"
+        if record is None:
+            raise CheckpointError(f"{where}: its record data/{ref.storage.key} is missing")
+        itemsize = ref.dtype.itemsize
+        unit = ref.storage.dtype.itemsize if ref.storage.dtype else 1
+        if ref.storage.numel * unit != record.nbytes:
+            raise CheckpointError(
+                f"{where}: its record data/{ref.storage.key} has {record.nbytes} bytes, "
+                f"{ref.storage.numel * unit} expected"
+            )
+        extent = 0
+        if math.prod(ref.shape):
+            span = (s * (n - 1) for n, s in zip(ref.shape, ref.strides, strict=True))
+            extent = 1 + sum(span)
+        if (ref.offset + extent) * itemsize > record.nbytes:
+            raise CheckpointError(f"{where}: reaches outside its storage")
+        return TensorEntry(
+            name,
+            ref.dtype,
+            ref.shape,
+            record,
+            record.offset + ref.offset * itemsize,
+            _strides_if_needed(ref, where),
+        )
+
+
+def _strides_if_needed(ref: TensorRef, where: str) -> tuple[int, ...] | None:
+    dense = dense_strides(ref.shape)
+    relevant = [
+        (stride, size, step)
+        for stride, size, step in zip(ref.strides, ref.shape, dense, strict=True)
+        if size > 1
+    ]
+    if not math.prod(ref.shape) or all(stride == step for stride, _, step in relevant):
+        return None
+    reach = 0
+    for stride, size, _ in sorted(relevant):
+        if stride <= reach:
+            raise CheckpointError(f"{where}: its strides {ref.strides} overlap; save a clone()")
+        reach += stride * (size - 1)
+    return ref.strides
+
+
+def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides in elements."""
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return tuple(strides)
+
+
+def read_torch_zip(file: SourceFile) -> TorchZip:
+    """Read the directory and the pickle of a ``.pt`` file; no tensor data.
+
+    Raises:
+        CheckpointError: a legacy (pre-1.6) file, a zip with more than one meaning, or a pickle that
+            holds more than plain data and tensors.
+    """
+    with file.open() as fd:
+        members = _read_directory(file, fd)
+        roots = [name.partition("/")[0] for name in members]
+        root = roots[0]
+        if any(other != root for other in roots):
+            raise CheckpointError(f"{file.path}: members under more than one root; refused")
+        pickled = members.get(f"{root}/data.pkl")
+        if pickled is None:
+            raise CheckpointError(f"{file.path}: holds no data.pkl; not a torch checkpoint")
+        if pickled.nbytes > MAX_PICKLE_BYTES:
+            raise CheckpointError(f"{file.path}: a data.pkl of {pickled.nbytes:,} bytes; refused")
+        for small, allowed in (("version", rb"[1-9]|10"), ("byteorder", rb"little")):
+            member = members.get(f"{root}/{small}")
+            if member is None and small == "byteorder":
+                continue  # older torch wrote none, and is little-endian
+            value = file.read_at(fd, member.offset, min(member.nbytes, 16)) if member else b""
+            if not re.fullmatch(allowed, value.strip(b"\n")):
+                raise CheckpointError(f"{file.path}: {small} is {value!r}; cannot be read")
+        data = file.read_at(fd, pickled.offset, pickled.nbytes)
+    if pickled.crc32 and zlib.crc32(data) != pickled.crc32:
+        raise CheckpointError(f"{file.path}: data.pkl is damaged (CRC-32 differs)")
+    prefix = f"{root}/data/"
+    records = {n.removeprefix(prefix): r for n, r in members.items() if n.startswith(prefix)}
+    content = decode(data, f"{file.path}: data.pkl")
+    return TorchZip(file, content, records)
+
+
+def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
+    """Members by name, in file order, after every check that needs no data."""
+
+    def fail(problem: str) -> CheckpointError:
+        return CheckpointError(f"{file.path}: {problem}")
+
+    if file.size < END.size or file.read_at(fd, 0, 4) != b"PK\x03\x04":
+        raise fail(
+            "not a zip-format torch file; one from torch before 1.6 must be loaded with "
+            "torch.load(weights_only=True) and saved again"
+        )
+    start, size, total, end = _locate_directory(file, fd, fail)
+    if size > _MAX_DIRECTORY or start + size != end:
+        raise fail("its zip directory is malformed")
+    directory = file.read_at(fd, start, size)
+    found: list[tuple[int, Record]] = []
+    position = 0
+    for _ in range(total):
+        if position + CENTRAL.size > size:
+            raise fail("its zip directory is malformed")
+        (
+            magic, _, _, flags, method, _, _, crc, packed, nbytes, name_length, extra_length,
+            comment_length, disk, _, _, header_at,
+        ) = CENTRAL.unpack_from(directory, position)  # fmt: skip
+        if magic != b"PK\x01\x02" or disk:
+            raise fail("its zip directory is malformed")
+        position += CENTRAL.size
+        raw_name = directory[position : position + name_length]
+        extra = directory[position + name_length : position + name_length + extra_length]
+        position += name_length + extra_length + comment_length
+        try:
+            name = raw_name.decode("ascii")
+        except UnicodeDecodeError:
+            raise fail(f"a member has the odd name {raw_name!r:.80}; refused") from None
+        if not _MEMBER.fullmatch(name) or ".." in name.split("/"):
+            raise fail(f"a member has the odd name {name!r:.80}; refused")
+        if flags & ~_HARMLESS_FLAGS:
+            raise fail(f"member {name} is encrypted or unusual (flags {flags:#x}); refused")
+        if method:
+            raise fail(f"member {name} is compressed; torch.save never compresses, refused")
+        nbytes, packed, header_at = _wide_fields(extra, nbytes, packed, header_at, fail)
+        if packed != nbytes:
+            raise fail(f"member {name} has two different sizes; refused")
+        if header_at + LOCAL.size > start:
+            raise fail(f"member {name} lies outside the file")
+        local = LOCAL.unpack(file.read_at(fd, header_at, LOCAL.size))
+        local_name = file.read_at(fd, header_at + LOCAL.size, local[9])
+        if local[0] != b"PK\x03\x04" or local_name != raw_name or local[3] != method:
+            raise fail(f"member {name} is described in two different ways; refused")
+        offset = header_at + LOCAL.size + local[9] + local[10]
+        if offset + nbytes > start:
+            raise fail(f"member {name} reaches outside the file; truncated?")
+        found.append((header_at, Record(name, file, offset, nbytes, crc)))
+    if position != size:
+        raise fail("its zip directory is malformed")
+    found.sort(key=lambda item: item[0])
+    members: dict[str, Record] = {}
+    lower_names: set[str] = set()  # torch looks names up without regard to case
+    reached = 0
+    for header_at, record in found:
+        if header_at < reached or (not members and header_at):
+            raise fail(f"member {record.name} overlaps another, or follows foreign bytes; refused")
+        if record.name.lower() in lower_names:
+            raise fail(f"member {record.name} occurs twice; refused")
+        lower_names.add(record.name.lower())
+        members[record.name] = record
+        reached = record.offset + record.nbytes
+    if not members:
+        raise fail("an empty zip; not a torch checkpoint")
+    return members
+
+
+def _locate_directory(
+    file: SourceFile, fd: int, fail: Callable[[str], CheckpointError]
+) -> tuple[int, int, int, int]:
+    """Offset, size and count of the central directory, and where its end record begins."""
+    end_at = file.size - END.size
+    magic, disk, start_disk, here, total, size, start, comment = END.unpack(
+        file.read_at(fd, end_at, END.size)
+    )
+    if magic != b"PK\x05\x06" or comment or disk or start_disk or here != total:
+        raise fail("does not end with a zip directory; truncated, or followed by other data")
+    locator_at = end_at - END64_LOCATOR.size
+    wide = False
+    if locator_at >= END64.size:
+        magic, disk, end64_at, disks = END64_LOCATOR.unpack(
+            file.read_at(fd, locator_at, END64_LOCATOR.size)
+        )
+        wide = magic == b"PK\x06\x07"
+    if not wide:
+        return start, size, total, end_at
+    if disk or disks != 1 or end64_at + END64.size != locator_at:
+        raise fail("its zip64 directory is malformed")
+    magic, record_size, _, _, disk, start_disk, here64, total64, size64, start64 = END64.unpack(
+        file.read_at(fd, end64_at, END64.size)
+    )
+    agrees = all(
+        narrow in (value, limit)
+        for narrow, value, limit in (
+            (total, total64, 0xFFFF),
+            (size, size64, _MAX_32),
+            (start, start64, _MAX_32),
+        )
+    )
+    if magic != b"PK\x06\x06" or record_size != END64.size - 12 or not agrees:
+        raise fail("its zip64 directory is malformed")
+    if disk or start_disk or here64 != total64:
+        raise fail("its zip64 directory is malformed")
+    return start64, size64, total64, end64_at
+
+
+def _wide_fields(
+    extra: bytes, nbytes: int, packed: int, header_at: int, fail: Callable[[str], CheckpointError]
+) -> tuple[int, int, int]:
+    """Replace the fields that are too large for 32 bits by those of the zip64 extra field."""
+    fields = [nbytes, packed, header_at]
+    position = 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, position)
+        body = extra[position + 4 : position + 4 + length]
+        position += 4 + length
+        if kind == 1:
+            missing = [i for i, value in enumerate(fields) if value == _MAX_32]
+            if len(body) < 8 * len(missing):
+                raise fail("a zip64 field is malformed")
+            for slot, index in enumerate(missing):
+                (fields[index],) = struct.unpack_from("<Q", body, 8 * slot)
+            break
+    return fields[0], fields[1], fields[2]

@@ -1,0 +1,397 @@
+"""Prove a checkpoint: every tensor against its source, its recorded digest and its CRC.
+
+`verify_plan` checks what a merge has just written, before anyone can see it. `verify` checks a
+checkpoint anywhere later: against the digests that its ``merge_summary.json`` records and, where
+the sources still exist, against these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from npt_fast.checkpoint.checkpoint import (
+    CONFIG,
+    MERGE_SUMMARY,
+    NPT_CONFIG,
+    Checkpoint,
+    open_checkpoint,
+)
+from npt_fast.checkpoint.numbers import count_non_finite
+from npt_fast.checkpoint.plan import MergePlan, plan_merge
+from npt_fast.checkpoint.recipe import Recipe
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
+from npt_fast.checkpoint.training_state import (
+    MULTI_LAYER_STATE,
+    TRAINING_STATE,
+    read_multi_layer_state,
+    read_training_state,
+)
+from npt_fast.config import MergeOptions
+from npt_fast.errors import NPTError
+
+Progress = Callable[[str, int, int], None]
+_SMALL_FILES = (MULTI_LAYER_STATE, CONFIG, NPT_CONFIG)
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """The outcome of a verification.
+
+    Attributes:
+        path: the checkpoint.
+        expected_layers: layers that the merge was to produce.
+        found_layers: complete layers found.
+        checkpoint_keys: weight tensors found.
+        problems: one line for each difference; empty when it passed.
+        notes: what could not be checked, and why.
+        tensors: tensors read back, optimizer moments included.
+        compared: how many of them were compared with their source, bit for bit.
+        digests_matched: how many equal a recorded digest.
+        crcs_matched: how many records equal the CRC-32 that their file recorded.
+        bytes_read: bytes of tensors read back.
+        digests: file -> tensor -> ``"F32[576,32] <sha256 of its bytes>"``.
+        files: SHA-256 of each small file.
+    """
+
+    path: str
+    expected_layers: list[int]
+    found_layers: list[int]
+    checkpoint_keys: int
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tensors: int = 0
+    compared: int = 0
+    digests_matched: int = 0
+    crcs_matched: int = 0
+    bytes_read: int = 0
+    digests: dict[str, dict[str, str]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; without the digests, which ``merge_summary.json`` keeps."""
+        plain = asdict(self)
+        del plain["digests"], plain["files"]
+        return {"passed": self.passed, **plain}
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """One output tensor and what it is held against."""
+
+    file: str
+    entry: TensorEntry
+    recipe: Recipe | None
+    recorded: str | None
+
+
+@dataclass(slots=True)
+class _Outcome:
+    digest: str
+    problems: list[str]
+    crcs_matched: int = 0
+
+
+def verify_plan(plan: MergePlan, directory: Path, progress: Progress) -> VerifyReport:
+    """Check what a merge wrote into `directory`, re-read from the disk, against its plan.
+
+    Raises:
+        CheckpointError: what was written cannot be read, or a source changed.
+    """
+    for path in directory.iterdir():
+        _forget_cached(path)
+    small = {}
+    for file in plan.files:
+        if not file.pieces:
+            whole = bytearray(file.size)
+            for offset, data in file.frame({}):
+                whole[offset : offset + len(data)] = data
+            small[file.name] = hashlib.sha256(whole).hexdigest()
+    checkpoint = open_checkpoint(str(directory))
+    return _examine(
+        checkpoint,
+        [merged.layer for merged in plan.layers],
+        plan,
+        plan.known_digests(),
+        small,
+        progress,
+    )
+
+
+def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyReport:
+    """Check a merged checkpoint wherever it is now.
+
+    Args:
+        path: checkpoint directory.
+        progress: called with what is being done, bytes done and bytes in all.
+
+    Raises:
+        CheckpointError: it cannot be read at all, or is no complete NPT checkpoint.
+    """
+    checkpoint = open_checkpoint(str(path))
+    report_progress = progress or (lambda activity, done, total: None)
+    summary = checkpoint.summary or {}
+    notes: list[str] = []
+    plan = None
+    if checkpoint.summary is None:
+        notes.append(f"no {MERGE_SUMMARY}: only structure, CRCs and values were checked")
+    else:
+        try:
+            plan = _plan_again(summary)
+        except (NPTError, ValueError) as error:
+            notes.append(f"not compared with its sources: {error}")
+    recorded = summary.get("tensors")
+    digests = recorded if isinstance(recorded, dict) else {}
+    if checkpoint.summary is not None and not digests:
+        notes.append("no digests recorded: the merge was not made with --verify")
+    expected = summary.get("merged_layers", list(checkpoint.modules))
+    files = summary.get("files")
+    report = _examine(
+        checkpoint,
+        expected if isinstance(expected, list) else [],
+        plan,
+        {f: t for f, t in digests.items() if isinstance(t, dict)},
+        files if isinstance(files, dict) else {},
+        report_progress,
+    )
+    report.notes[:0] = notes
+    return report
+
+
+def _plan_again(summary: Mapping[str, Any]) -> MergePlan:
+    """The plan of the merge that wrote a summary, from its sources as they are now."""
+    inputs = summary.get("inputs")
+    options = summary.get("options")
+    if not isinstance(inputs, list) or not isinstance(options, dict):
+        raise ValueError("merge_summary.json does not record how it was made")
+    specs = []
+    for item in inputs:
+        if not isinstance(item, dict) or not isinstance(item.get("path"), str):
+            raise ValueError("merge_summary.json does not record how it was made")
+        layers = item.get("layers")
+        specs.append(item["path"] + (":" + ",".join(map(str, layers)) if layers else ""))
+    try:
+        known = MergeOptions(**options)
+    except TypeError as error:
+        raise ValueError(f"merge_summary.json has options of another version: {error}") from None
+    return plan_merge(specs, known)
+
+
+def _examine(
+    checkpoint: Checkpoint,
+    expected: Sequence[int],
+    plan: MergePlan | None,
+    digests: Mapping[str, Mapping[str, str]],
+    files: Mapping[str, str],
+    progress: Progress,
+) -> VerifyReport:
+    report = VerifyReport(
+        str(checkpoint.path),
+        sorted(expected),
+        list(checkpoint.modules),
+        len(checkpoint.weights.tensors),
+    )
+    if missing := sorted(set(expected) - set(checkpoint.modules)):
+        report.problems.append(f"Missing layers: {missing}")
+    if extra := sorted(set(checkpoint.modules) - set(expected)):
+        report.problems.append(f"Unexpected layers: {extra}")
+    report.problems.extend(_check_npt_config(checkpoint))
+    found = _tensors_by_file(checkpoint)
+    wanted = _recipes_by_name(plan) if plan else {}
+    checks = []
+    for file, entries in found.items():
+        for entry in entries:
+            kind = TRAINING_STATE if file == TRAINING_STATE else "weights"
+            recipe = wanted.pop((kind, entry.name), None)
+            if plan is not None and recipe is None:
+                report.problems.append(f"{file}: {entry.name} comes from no source")
+            checks.append(_Check(file, entry, recipe, digests.get(file, {}).get(entry.name)))
+    report.problems.extend(f"{name} is missing" for _, name in wanted)
+    for file, recorded in digests.items():
+        present = {entry.name for entry in found.get(file, ())}
+        report.problems.extend(f"{file}: {name} is missing" for name in recorded.keys() - present)
+    _run_checks(checks, report, progress)
+    _check_shared_records(plan, report)
+    _check_small_files(checkpoint, files, report)
+    return report
+
+
+def _run_checks(checks: Sequence[_Check], report: VerifyReport, progress: Progress) -> None:
+    total = sum(check.entry.nbytes for check in checks)
+    progress("verifying", 0, total)
+    # hashing and comparing release the interpreter lock, so threads do help
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    try:
+        for check, outcome in zip(checks, pool.map(_check_tensor, checks), strict=True):
+            report.problems.extend(outcome.problems)
+            report.digests.setdefault(check.file, {})[check.entry.name] = outcome.digest
+            report.tensors += 1
+            report.bytes_read += check.entry.nbytes
+            report.compared += check.recipe is not None
+            report.digests_matched += check.recorded == outcome.digest
+            report.crcs_matched += outcome.crcs_matched
+            progress("verifying", report.bytes_read, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_tensor(check: _Check) -> _Outcome:
+    """Read a tensor once, and its source once beside it."""
+    entry, recipe = check.entry, check.recipe
+    own = Recipe(entry.name, entry.dtype, entry.shape, entry)
+    where = f"{check.file}: {entry.name}"
+    outcome = _Outcome("", [])
+    if recipe is not None and (recipe.dtype, recipe.shape) != (entry.dtype, entry.shape):
+        outcome.problems.append(
+            f"{where}: is {entry.dtype.name}{list(entry.shape)}, "
+            f"{recipe.dtype.name}{list(recipe.shape)} expected"
+        )
+        recipe = None
+    digest = hashlib.sha256()
+    crc = source_crc = bad = 0
+    equal = True
+    beside = _Rechunked(recipe.windows()) if recipe is not None else None
+    for window in own.windows():
+        data = bytes(window)
+        digest.update(data)
+        crc = zlib.crc32(data, crc)
+        bad += count_non_finite(data, entry.dtype)
+        if beside is not None:
+            expected = beside.take(len(data))
+            equal = equal and data == expected
+            source_crc = zlib.crc32(expected, source_crc)
+    if not equal:
+        source = recipe.source if recipe else None
+        origin = f"{source.file.path}: {source.name}" if source else "its recomputation"
+        outcome.problems.append(f"{where}: differs from {origin}")
+    if bad:
+        outcome.problems.append(f"{where}: {bad} values are NaN or infinite")
+    outcome.digest = f"{entry.dtype.name}{list(entry.shape)} {digest.hexdigest()}"
+    if check.recorded is not None and check.recorded != outcome.digest:
+        outcome.problems.append(f"{where}: differs from its recorded digest")
+    outcome.crcs_matched += _check_crc(entry, crc, outcome.problems)
+    if recipe is not None and recipe.is_copy and recipe.source is not None:
+        outcome.crcs_matched += _check_crc(recipe.source, source_crc, outcome.problems)
+    return outcome
+
+
+class _Rechunked:
+    """Take any number of bytes at a time from windows of other sizes."""
+
+    def __init__(self, windows: Iterator[memoryview | bytes]) -> None:
+        self._windows = windows
+        self._left = b""
+
+    def take(self, count: int) -> bytes:
+        while len(self._left) < count:
+            more = next(self._windows, None)
+            if more is None:
+                break
+            self._left = self._left + more if self._left else bytes(more)
+        taken, self._left = self._left[:count], self._left[count:]
+        return taken
+
+
+def _check_crc(entry: TensorEntry, crc: int, problems: list[str]) -> bool:
+    """Whether a recorded CRC matches; a problem when it does not, nothing when there is none."""
+    if not entry.crc32:
+        return False
+    if entry.crc32 == crc:
+        return True
+    problems.append(f"{entry.file.path}: {entry.name}: damaged, its CRC-32 differs")
+    return False
+
+
+def _check_shared_records(plan: MergePlan | None, report: VerifyReport) -> None:
+    """CRCs of source records that a tensor covers only in part, or in another order."""
+    records: dict[Record, str] = {}
+    for recipe in _recipes_by_name(plan).values() if plan else ():
+        source = recipe.source
+        if source is not None and source.record.crc32 and not (recipe.is_copy and source.crc32):
+            records[source.record] = source.name
+    for record, name in records.items():
+        crc = 0
+        for window in record.file.windows(record.offset, record.nbytes):
+            crc = zlib.crc32(window, crc)
+        if crc == record.crc32:
+            report.crcs_matched += 1
+        else:
+            report.problems.append(f"{record.file.path}: {name}: damaged, its CRC-32 differs")
+
+
+def _check_small_files(
+    checkpoint: Checkpoint, recorded: Mapping[str, str], report: VerifyReport
+) -> None:
+    if checkpoint.directory is None:
+        return
+    for name in _SMALL_FILES:
+        path = checkpoint.directory / name
+        if path.exists():
+            if name == MULTI_LAYER_STATE:
+                read_multi_layer_state(path)
+            file = SourceFile.of(path)
+            report.files[name] = hashlib.sha256(file.read(0, file.size)).hexdigest()
+        if name in recorded and recorded[name] != report.files.get(name):
+            report.problems.append(f"{name}: {'changed' if path.exists() else 'is missing'}")
+
+
+def _check_npt_config(checkpoint: Checkpoint) -> Iterator[str]:
+    """Lines for layers whose ``npt_config.json`` contradicts the tensors."""
+    described = (checkpoint.npt_config or {}).get("layers")
+    if not isinstance(described, dict):
+        return
+    for layer, module in checkpoint.modules.items():
+        facts = described.get(str(layer))
+        for name in ("modulation", "num_ranks", "rank"):
+            value = getattr(module.architecture, name)
+            if not isinstance(facts, dict) or facts.get(name) != value:
+                yield f"{NPT_CONFIG}: layer {layer}: {name} is not {value}, as the tensors say"
+
+
+def _tensors_by_file(checkpoint: Checkpoint) -> dict[str, list[TensorEntry]]:
+    found: dict[str, list[TensorEntry]] = {}
+    for entry in checkpoint.weights.tensors.values():
+        found.setdefault(entry.file.path.name, []).append(entry)
+    if checkpoint.directory is not None:
+        state = read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
+        if state is not None:
+            found[TRAINING_STATE] = state.tensors()
+    return found
+
+
+def _recipes_by_name(plan: MergePlan) -> dict[tuple[str, str], Recipe]:
+    """All planned tensors: by kind of file, since shards may be named otherwise, and name."""
+    return {
+        (TRAINING_STATE if file.name == TRAINING_STATE else "weights", p.recipe.name): p.recipe
+        for file in plan.files
+        for p in file.pieces
+    }
+
+
+def layer_digest(names: Sequence[str], digests: Mapping[str, str]) -> str | None:
+    """One digest for a layer, from those of its tensors; None unless all are known."""
+    if not all(name in digests for name in names):
+        return None
+    lines = "".join(f"{name} {digests[name]}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _forget_cached(path: Path) -> None:
+    """Drop a synced file's pages, so that what is read next comes from the disk."""
+    if hasattr(os, "posix_fadvise"):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)

@@ -1,0 +1,41 @@
+"""The errors npt_fast raises for what a user, a file or a machine did wrong.
+
+Each message is one line that names the file and key, what is wrong and what to do. The command
+line prints the message and exits with ``exit_code``; anything else that escapes is our own bug.
+"""
+
+from __future__ import annotations
+
+
+class NPTError(Exception):
+    """Base of all errors that npt_fast raises on purpose."""
+
+    exit_code = 1
+
+
+class CheckpointError(NPTError):
+    """A checkpoint cannot be read: broken, unsafe, incomplete, or changed while being read."""
+
+
+class MergeError(NPTError):
+    """The inputs cannot be merged as asked, or the output cannot be put where asked."""
+
+
+class StorageError(NPTError):
+    """The disk is full, or would be."""
+
+    exit_code = 4
+
+
+class VerificationError(NPTError):
+    """What was written differs from what it should be.
+
+    Attributes:
+        problems: one line per difference.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, problems: list[str]) -> None:
+        super().__init__(message)
+        self.problems = problems
