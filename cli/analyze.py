@@ -20,7 +20,7 @@ def analyze(
 ) -> None:
     """Show what checkpoints hold and, for several, whether they can be merged.
 
-    Reads headers only, however large the checkpoint, unless --verbose asks for norms and NaN counts.
+    Reads headers only, however large the checkpoint, unless --verbose asks for values.
 
     Parameters
     ----------

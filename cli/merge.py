@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 import npt_fast as npt
-from npt_fast.checkpoint.merge import MergeReport
+from npt_fast.checkpoint.merge_report import MergeReport
 from npt_fast.cli.output import print_json, print_verification, progress_bar, size, warn
 from npt_fast.config import ConflictPolicy, FileFormat, MergeOptions, WeightDType
 

@@ -1,7 +1,7 @@
-"""Neuro-Plastic Transformers: train layers apart, merge them, transfer knowledge between prompts.
+"""Neuro-Plastic Transformers: train layers apart, merge them, transfer knowledge.
 
-``import npt_fast as npt`` is all a user needs; everything is loaded on first use, so that the import
-itself brings neither torch nor transformers.
+``import npt_fast as npt`` is all a user needs; everything is loaded on first use, so that the
+import itself brings neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from npt_fast.checkpoint.inspect import CheckpointReport, MergeVerdict, can_merge, inspect
-    from npt_fast.checkpoint.merge import MergeReport, merge
+    from npt_fast.checkpoint.merge import merge
+    from npt_fast.checkpoint.merge_report import MergeReport
     from npt_fast.checkpoint.verify import VerifyReport, verify
     from npt_fast.config import MergeOptions
     from npt_fast.errors import (
@@ -28,7 +29,7 @@ _HOMES = {
     "CheckpointReport": "npt_fast.checkpoint.inspect",
     "MergeError": "npt_fast.errors",
     "MergeOptions": "npt_fast.config",
-    "MergeReport": "npt_fast.checkpoint.merge",
+    "MergeReport": "npt_fast.checkpoint.merge_report",
     "MergeVerdict": "npt_fast.checkpoint.inspect",
     "NPTError": "npt_fast.errors",
     "StorageError": "npt_fast.errors",

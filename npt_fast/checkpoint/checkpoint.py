@@ -89,11 +89,13 @@ class Checkpoint:
         if residual is None and self.modules[layer].architecture.modulation == "triple":
             residual = "removed"  # triple modulation came after the residual had gone
         fidelity = facts.get("fidelity")
+        if type(fidelity) is int:
+            fidelity = float(fidelity)
         chain = merged.get("chain")
         return LayerRecord(
             residual if residual in ("removed", "kept") else None,
             step if type(step) is int else None,
-            float(fidelity) if type(fidelity) in (int, float) else None,
+            fidelity if type(fidelity) is float else None,
             source if isinstance(source, str) else None,
             tuple(s for s in chain if isinstance(s, str)) if isinstance(chain, list) else (),
         )

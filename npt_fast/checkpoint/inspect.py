@@ -1,4 +1,4 @@
-"""Describe checkpoints, and say whether they can be merged; headers only, unless asked for values."""
+"""Describe checkpoints, and say whether they can be merged; from headers, unless asked for more."""
 
 from __future__ import annotations
 
@@ -237,7 +237,9 @@ def _tensor(entry: TensorEntry, values: bool) -> TensorReport:
         for window in Recipe(entry.name, entry.dtype, entry.shape, entry).windows():
             non_finite += count_non_finite(window, entry.dtype)
             elements = as_float64(window, entry.dtype)
-            total = None if elements is None or total is None else total + float(elements @ elements)
+            total = (
+                None if elements is None or total is None else total + float(elements @ elements)
+            )
         norm = None if total is None else math.sqrt(total)
     return TensorReport(
         entry.name, entry.dtype.name, list(entry.shape), entry.nbytes, norm, non_finite
@@ -263,4 +265,3 @@ def _training_facts(checkpoint: Checkpoint, path: Path) -> dict[str, Any] | None
     if isinstance(info, Mapping):
         facts["merge_info"] = dict(info)
     return facts
-

@@ -24,7 +24,8 @@ from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.safetensors_file import build_header
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_source import SAFETENSORS_INDEX, SAFETENSORS_WEIGHTS
-from npt_fast.checkpoint.torch_pickle import StorageRef, TensorRef, encode
+from npt_fast.checkpoint.torch_pickle import StorageRef, TensorRef
+from npt_fast.checkpoint.torch_pickle_writer import encode
 from npt_fast.checkpoint.torch_zip import CENTRAL, END, END64, END64_LOCATOR, LOCAL, dense_strides
 
 _RECORD_ALIGNMENT = 64  # what torch.save uses
@@ -42,7 +43,8 @@ class Piece:
 class OutputFile(Protocol):
     """A file to be written: `pieces` hold tensor data, `frame` gives all other bytes."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def size(self) -> int: ...
@@ -145,8 +147,10 @@ class TorchZipLayout:
             if member.size >= _MAX_32:
                 wide = struct.pack("<HHQQ", 1, 16, member.size, member.size)
             start = cursor + LOCAL.size + len(member.name) + len(wide) + 4
-            modulus, phase = (_RECORD_ALIGNMENT, 0) if member.phase is None else (PAGE, member.phase)
-            pad = (phase - start) % modulus
+            if member.phase is None:
+                pad = -start % _RECORD_ALIGNMENT
+            else:
+                pad = (member.phase - start) % PAGE
             # the padding of torch.save: an extra field that every zip reader skips
             member.extra = wide + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
             cursor = member.offset + member.size

@@ -9,93 +9,23 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
 from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint
-from npt_fast.checkpoint.layout import OutputFile, Piece
-from npt_fast.checkpoint.plan import MergedLayer, MergePlan, plan_merge
+from npt_fast.checkpoint.layout import Piece
+from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
+from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory
 from npt_fast.checkpoint.source_file import filesystem_type
-from npt_fast.checkpoint.verify import VerifyReport, layer_digest, verify_plan
+from npt_fast.checkpoint.verify import verify_plan
 from npt_fast.config import MergeOptions
 from npt_fast.errors import MergeError, StorageError, VerificationError
 
 _REFLINK_FILESYSTEMS = ("xfs", "btrfs", "bcachefs", "ocfs2")
 _SLACK = 1 << 20  # for directory blocks and the summary
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """One layer of a merged checkpoint.
-
-    Attributes:
-        layer: index.
-        source: input it came from; several joined by `` + ``.
-        step: optimizer steps it was trained for, where known.
-        modulation: ``"single"``, ``"dual"`` or ``"triple"``.
-        num_ranks: components per projection.
-        rank: bottleneck of each.
-        parameters: number of weights.
-        changed: tensors that are not plain copies.
-        optimizer: ``"kept"``, ``"fresh"``, ``"partly fresh"``, or ``"left out"``.
-    """
-
-    layer: int
-    source: str
-    step: int | None
-    modulation: str
-    num_ranks: int
-    rank: int
-    parameters: int
-    changed: int
-    optimizer: str
-
-
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """What a merge did, or, for a dry run, would do.
-
-    Attributes:
-        output: the merged checkpoint.
-        layers: its layers.
-        total_parameters: number of weights.
-        checkpoint_keys: number of weight tensors.
-        global_step: step that training continues from; None without training state.
-        files: bytes of each written file.
-        ways: bytes by the way they took (`byte_mover.WAYS`, ``computed``, ``headers``); for a dry
-            run by the way they are expected to take.
-        free_bytes: space on the target's file system before the merge.
-        needed_bytes: space the output takes there; cloned blocks take none.
-        seconds: wall time.
-        warnings: lines for the user.
-        notes: lines for the user that need no attention.
-        dry_run: whether nothing was written.
-        verification: the proof, if one was asked for.
-    """
-
-    output: str
-    layers: list[LayerReport]
-    total_parameters: int
-    checkpoint_keys: int
-    global_step: int | None
-    files: dict[str, int]
-    ways: dict[str, int]
-    free_bytes: int
-    needed_bytes: int
-    seconds: float
-    warnings: list[str]
-    notes: list[str]
-    dry_run: bool = False
-    verification: VerifyReport | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
 
 
 def merge(
@@ -132,11 +62,9 @@ def merge(
     check_target(target, [item.checkpoint for item in plan.inputs], force=force)
     expected, free, needed = _space(plan, target)
     if dry_run:
-        return _report(plan, target, expected, free, needed, started, dry_run=True)
+        return report_of(plan, target, expected, free, needed, started, dry_run=True)
     if needed > free:
-        raise StorageError(
-            f"{target}: {needed:,} bytes needed, {free:,} free on its file system"
-        )
+        raise StorageError(f"{target}: {needed:,} bytes needed, {free:,} free on its file system")
     report_progress = progress or (lambda activity, done, total: None)
     with _disk_errors(target), StagedDirectory(target, replace=force) as staged:
         ways = _write_files(plan, staged.path, report_progress)
@@ -147,14 +75,14 @@ def merge(
                 raise VerificationError(
                     f"{target}: not written, since it would differ from its sources", proof.problems
                 )
-        summary = strict_json.dump(_summary(plan, proof))
+        summary = strict_json.dump(summary_of(plan, proof))
         _write_bytes(staged.path / MERGE_SUMMARY, summary)
         strict_json.read_object(staged.path / MERGE_SUMMARY)
         ways["headers"] += len(summary)
         staged.publish()
         if proof is not None:
             proof.path = str(target)
-    return _report(plan, target, ways, free, needed, started, proof=proof)
+    return report_of(plan, target, ways, free, needed, started, proof=proof)
 
 
 def check_target(target: Path, inputs: Sequence[Checkpoint], *, force: bool) -> None:
@@ -235,7 +163,9 @@ def _write_files(
     mover = ByteMover(advance)
     advance(0)
     for file in plan.files:
-        fd = os.open(directory / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = os.open(
+            directory / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
+        )
         try:
             os.ftruncate(fd, file.size)
             crcs = _write_pieces(file.pieces, fd, mover, advance)
@@ -305,107 +235,3 @@ def _write_bytes(path: Path, data: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _summary(plan: MergePlan, proof: VerifyReport | None) -> dict[str, Any]:
-    """The content of ``merge_summary.json``: the original's keys first, then ours (SPEC 2.6)."""
-    digests: dict[str, dict[str, str]] = proof.digests if proof else plan.known_digests()
-    weight_digests = {
-        name: digest
-        for file, tensors in digests.items()
-        if file.startswith("npt_weights")
-        for name, digest in tensors.items()
-    }
-    return {
-        "merged_layers": [merged.layer for merged in plan.layers],
-        "layer_sources": {str(merged.layer): merged.source for merged in plan.layers},
-        "total_parameters": sum(recipe.numel for recipe in plan.weights),
-        "checkpoint_keys": len(plan.weights),
-        "layers": {
-            str(merged.layer): _provenance(merged, weight_digests) for merged in plan.layers
-        },
-        "inputs": [
-            {
-                "path": item.checkpoint.given,
-                "layers": list(item.layers) if item.selected else None,
-            }
-            for item in plan.inputs
-        ],
-        "options": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(plan.options).items()
-        },
-        "tensors": digests,
-        "files": proof.files if proof else {},
-    }
-
-
-def _provenance(merged: MergedLayer, digests: dict[str, str]) -> dict[str, Any]:
-    def chain(index: int) -> list[str]:
-        record = merged.parts[index].origin.checkpoint.record(merged.layer)
-        return [record.source, *record.chain] if record.source else []
-
-    facts: dict[str, Any] = {
-        "step": merged.step,
-        "source": merged.source,
-        "chain": chain(0),
-        "digest": layer_digest(merged.architecture.names(merged.layer), digests),
-    }
-    if len(merged.parts) > 1:
-        facts["parts"] = [
-            {
-                "source": part.origin.checkpoint.given,
-                "step": part.origin.step(merged.layer),
-                "chain": chain(index),
-                "num_ranks": part.module.architecture.num_ranks,
-                "divisor": merged.divisor,
-            }
-            for index, part in enumerate(merged.parts)
-        ]
-    return facts
-
-
-def _report(
-    plan: MergePlan,
-    target: Path,
-    ways: dict[str, int],
-    free: int,
-    needed: int,
-    started: float,
-    *,
-    dry_run: bool = False,
-    proof: VerifyReport | None = None,
-) -> MergeReport:
-    layers = []
-    for merged in plan.layers:
-        names = set(merged.architecture.names(merged.layer))
-        recipes = [recipe for recipe in plan.weights if recipe.name in names]
-        layers.append(
-            LayerReport(
-                layer=merged.layer,
-                source=merged.source,
-                step=merged.step,
-                modulation=merged.architecture.modulation,
-                num_ranks=merged.architecture.num_ranks,
-                rank=merged.architecture.rank,
-                parameters=sum(recipe.numel for recipe in recipes),
-                changed=sum(not recipe.is_copy for recipe in recipes),
-                optimizer="left out" if plan.base is None else merged.optimizer(),
-            )
-        )
-    return MergeReport(
-        output=str(target),
-        layers=layers,
-        total_parameters=sum(recipe.numel for recipe in plan.weights),
-        checkpoint_keys=len(plan.weights),
-        global_step=plan.base.global_step if plan.base else None,
-        files={file.name: file.size for file in plan.files},
-        ways={way: count for way, count in ways.items() if count},
-        free_bytes=free,
-        needed_bytes=needed,
-        seconds=round(time.monotonic() - started, 3),
-        warnings=list(plan.warnings),
-        notes=list(plan.notes),
-        dry_run=dry_run,
-        verification=proof,
-    )

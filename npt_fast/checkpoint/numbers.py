@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NUMPY_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
-# types numpy does not know: element width, mask of the tested bits, value that means NaN or infinity
+# types numpy does not know: width, mask of the tested bits, their value for NaN or infinity
 _NON_FINITE_BITS = {
     "BF16": ("<u2", 0x7F80, 0x7F80),
     "F8_E5M2": ("u1", 0x7C, 0x7C),

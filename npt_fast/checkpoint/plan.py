@@ -6,9 +6,8 @@ showing it (``--dry-run``) and proving it (`verify`) all work from the same plan
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,10 @@ from npt_fast.checkpoint.checkpoint import (
     CONFIG,
     FORMAT_VERSION,
     NPT_CONFIG,
-    Checkpoint,
     open_checkpoint,
     split_selection,
 )
-from npt_fast.checkpoint.dtypes import BY_TORCH_NAME, DType
-from npt_fast.checkpoint.keys import PROJECTIONS
+from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
 from npt_fast.checkpoint.layout import (
     BytesFile,
     OutputFile,
@@ -31,7 +28,12 @@ from npt_fast.checkpoint.layout import (
     compact_json,
     lay_out_safetensors,
 )
-from npt_fast.checkpoint.np_module import Architecture, NPModule, Slot
+from npt_fast.checkpoint.merged_layer import (
+    MergedLayer,
+    MergeInput,
+    make_uniform,
+    resolve_conflicts,
+)
 from npt_fast.checkpoint.recipe import Recipe, check_castable
 from npt_fast.checkpoint.tensor_source import PT_WEIGHTS
 from npt_fast.checkpoint.torch_pickle import TensorRef
@@ -47,131 +49,6 @@ from npt_fast.checkpoint.training_state import (
 )
 from npt_fast.config import MergeOptions
 from npt_fast.errors import CheckpointError, MergeError
-
-
-@dataclass(frozen=True, slots=True)
-class MergeInput:
-    """One input: an opened checkpoint, and what to take from it.
-
-    Attributes:
-        checkpoint: the checkpoint, whole.
-        layers: layers to take, ascending.
-        selected: whether the user chose them (``A:11,13``).
-        state: its training state, if it has one and it is wanted.
-        multi_layer_state: its curriculum, likewise.
-    """
-
-    checkpoint: Checkpoint
-    layers: tuple[int, ...]
-    selected: bool
-    state: TrainingState | None
-    multi_layer_state: Mapping[str, Any] | None
-
-    def step(self, layer: int) -> int | None:
-        """Optimizer steps that a layer has seen, where anything tells."""
-        recorded = self.checkpoint.record(layer).step
-        if recorded is None and self.state is not None:
-            return self.state.global_step
-        return recorded
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A layer of one input, as a part of a merged layer."""
-
-    origin: MergeInput
-    module: NPModule
-
-
-@dataclass(frozen=True, slots=True)
-class MergedLayer:
-    """One layer of the output.
-
-    Attributes:
-        layer: index.
-        architecture: of the output.
-        parts: inputs it is made of; several only for ``concat`` and ``mean``.
-        divisor: by which ``W_b_up`` is divided: the number of parts for ``mean``, else 1.
-    """
-
-    layer: int
-    architecture: Architecture
-    parts: tuple[Part, ...]
-    divisor: int = 1
-
-    @property
-    def source(self) -> str:
-        return " + ".join(part.origin.checkpoint.given for part in self.parts)
-
-    @property
-    def step(self) -> int | None:
-        steps = [step for p in self.parts if (step := p.origin.step(self.layer)) is not None]
-        return max(steps, default=None)
-
-    @property
-    def residual(self) -> str | None:
-        return self.parts[0].origin.checkpoint.record(self.layer).residual
-
-    def slots(self) -> Iterator[tuple[Slot, Part | None, Slot | None]]:
-        """Every output slot, and the part and slot it comes from; None, None for a new one."""
-        offsets = []
-        count = 0
-        for part in self.parts:
-            offsets.append(count)
-            count += part.module.architecture.num_ranks
-        for slot in self.architecture.slots():
-            projection, stem, component = slot
-            index = next(
-                (i for i, part in enumerate(self.parts)
-                 if 0 <= component - offsets[i] < part.module.architecture.num_ranks),
-                None,
-            )  # fmt: skip
-            if index is None:
-                yield slot, None, None
-                continue
-            part = self.parts[index]
-            if part.module.architecture.modulation == "single" and projection == "gate":
-                projection = ""  # single modulation is gate modulation that does not say so
-            origin = (projection, stem, component - offsets[index])
-            yield (slot, part, origin) if origin in part.module.tensors else (slot, None, None)
-
-    def recipes(self, dtype: DType | None) -> Iterator[Recipe]:
-        """The weights, in parameter order."""
-        default = next(iter(self.parts[0].module.tensors.values())).dtype
-        for slot, part, origin in self.slots():
-            name = str(self.architecture.key(self.layer, slot))
-            shape = self.architecture.shape(slot)
-            stem = slot[1]
-            if part is None or origin is None:
-                # W_b_up = 0 leaves the function as it was; the rest is live, so that it can train
-                yield Recipe(name, dtype or default, shape, None, random=stem != "W_b_up")
-                continue
-            source = part.module.tensors[origin]
-            recipe = Recipe(
-                name,
-                dtype or source.dtype,
-                shape,
-                source,
-                divisor=self.divisor if stem == "W_b_up" else 1,
-                random=stem == "W_down" and shape != source.shape,
-            )
-            if recipe.change not in ("", "made contiguous"):
-                check_castable(source, recipe.dtype)
-            yield recipe
-
-    def moments(self) -> Iterator[tuple[str, SlotState | None, tuple[int, int]]]:
-        """For every parameter in order: name, optimizer state or None for a fresh one, shape."""
-        for slot, part, origin in self.slots():
-            state = None
-            if part is not None and origin is not None and part.origin.state is not None:
-                state = part.origin.state.optimizer.get(self.layer, {}).get(origin)
-            name = str(self.architecture.key(self.layer, slot))
-            yield name, state, self.architecture.shape(slot)
-
-    def optimizer(self) -> str:
-        """``"kept"``, ``"fresh"``, or ``"partly fresh"``."""
-        kept = [state is not None for _, state, _ in self.moments()]
-        return "kept" if all(kept) else "partly fresh" if any(kept) else "fresh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +135,9 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
     inputs = tuple(_open_input(given, options) for given in checkpoints)
     warnings: list[str] = []
     _check_same_base(inputs, options)
-    layers = _resolve_conflicts(inputs, options, warnings)
+    layers = resolve_conflicts(inputs, options, warnings)
     if options.uniform:
-        layers = _make_uniform(layers)
+        layers = make_uniform(layers)
     for merged in layers:
         if merged.residual is None:
             warnings.append(
@@ -344,91 +221,6 @@ def _refuse_difference(name: str, known: Mapping[str, object], remedy: str) -> N
         )
 
 
-def _resolve_conflicts(
-    inputs: Sequence[MergeInput], options: MergeOptions, warnings: list[str]
-) -> list[MergedLayer]:
-    policy = options.on_conflict
-    chosen: dict[int, list[Part]] = {}
-    for item in inputs:
-        given = item.checkpoint.given
-        for layer in item.layers:
-            part = Part(item, item.checkpoint.modules[layer])
-            parts = chosen.setdefault(layer, [])
-            if not parts:
-                parts.append(part)
-                continue
-            holder = parts[0].origin.checkpoint.given
-            exists = f"Layer {layer} already exists in merged checkpoint (from {holder})."
-            if policy == "error":
-                raise MergeError(f"{exists} {given} has it too; select layers with PATH:LAYERS")
-            if policy == "identical":
-                if not _same_module(parts[0].module, part.module):
-                    raise MergeError(f"{exists} The one in {given} is not identical")
-            elif policy == "first":
-                warnings.append(f"{exists} Skipping from {given}")
-            elif policy == "last":
-                warnings.append(f"{exists} Replaced by the one from {given}")
-                parts[:] = [part]
-            else:
-                warnings.append(f"{exists} Joined with the one from {given} ({policy})")
-                parts.append(part)
-    return [_join(layer, chosen[layer], options) for layer in sorted(chosen)]
-
-
-def _same_module(a: NPModule, b: NPModule) -> bool:
-    if a.architecture != b.architecture:
-        return False
-    for slot, first in a.tensors.items():
-        second = b.tensors[slot]
-        if first.dtype != second.dtype:
-            return False
-        digests = []
-        for entry in (first, second):
-            digest = hashlib.sha256()
-            for window in Recipe(entry.name, entry.dtype, entry.shape, entry).windows():
-                digest.update(window)
-            digests.append(digest.digest())
-        if digests[0] != digests[1]:
-            return False
-    return True
-
-
-def _join(layer: int, parts: Sequence[Part], options: MergeOptions) -> MergedLayer:
-    """One layer from all its parts: components side by side on the num_ranks axis."""
-    if len(parts) > 1:
-        dtypes = {dtype for part in parts for dtype in part.module.dtypes}
-        if len(dtypes) > 1 and options.dtype is None:
-            raise MergeError(
-                f"layer {layer}: {options.on_conflict} of unlike types "
-                f"{', '.join(sorted(dtypes))}; choose one with --dtype"
-            )
-        residuals = {part.origin.checkpoint.record(layer).residual for part in parts}
-        if len(residuals) > 1:
-            raise MergeError(f"layer {layer}: parts with and without the residual cannot be joined")
-    architectures = [part.module.architecture for part in parts]
-    joined = replace(
-        _common(architectures), num_ranks=sum(a.num_ranks for a in architectures)
-    )
-    divisor = len(parts) if options.on_conflict == "mean" else 1
-    return MergedLayer(layer, joined, tuple(parts), divisor)
-
-
-def _common(architectures: Sequence[Architecture]) -> Architecture:
-    """The smallest architecture that all can be padded to without changing them (SPEC 1.6)."""
-    kinds = list(PROJECTIONS)
-    return replace(
-        architectures[0],
-        modulation=max((a.modulation for a in architectures), key=kinds.index),
-        num_ranks=max(a.num_ranks for a in architectures),
-        rank=max(a.rank for a in architectures),
-    )
-
-
-def _make_uniform(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
-    common = _common([merged.architecture for merged in layers])
-    return [replace(merged, architecture=common) for merged in layers]
-
-
 def _npt_config(inputs: Sequence[MergeInput], layers: Sequence[MergedLayer]) -> dict[str, Any]:
     """The content of ``npt_config.json`` (DESIGN 5)."""
     checkpoints = [item.checkpoint for item in inputs]
@@ -491,7 +283,7 @@ def _training_state_file(
         count = 0
         moments: dict[int, dict[str, Any]] = {}
         for merged in layers:
-            for name, state, shape in merged.moments():
+            for state, shape in merged.moments():
                 if state is not None:
                     _check_amsgrad(group, state, merged)
                     moments[count] = dict(_slot_recipes(count, state, shape))
@@ -558,5 +350,3 @@ def _multi_layer_state_file(
     sources = {merged.layer: merged.parts[0].origin.multi_layer_state for merged in layers}
     joined = join_multi_layer_states(template, sources)
     return [TorchZipLayout.seal(MULTI_LAYER_STATE, joined)]
-
-

@@ -13,6 +13,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import signal
 from pathlib import Path
 from types import TracebackType
 
@@ -47,12 +48,17 @@ class StagedDirectory:
                 folder.mkdir()
                 self._new_parents.append(folder)
         self._remove_abandoned()
-        while True:
-            self.path = parent / f"{self._prefix}{secrets.token_hex(6)}"
-            self.path.mkdir()
-            with contextlib.suppress(FileNotFoundError):  # taken for abandoned before it was locked
-                self._lock = _lock(self.path)
-                return self
+        try:
+            while self._lock < 0:
+                self.path = parent / f"{self._prefix}{secrets.token_hex(6)}"
+                self.path.mkdir()
+                # another run may take it for abandoned before it is locked
+                with contextlib.suppress(FileNotFoundError):
+                    self._lock = _lock(self.path)
+        except BaseException:
+            self._clean_up()
+            raise
+        return self
 
     def __exit__(
         self,
@@ -60,13 +66,22 @@ class StagedDirectory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.path.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-        if not self.target.exists():
-            for folder in reversed(self._new_parents):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        signals = {signal.SIGINT, signal.SIGTERM}  # a second Ctrl-C must not stop this
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        try:
+            if self.path.name.startswith(self._prefix):
+                shutil.rmtree(self.path, ignore_errors=True)
+            if self._lock >= 0:
+                os.close(self._lock)
+            if not self.target.exists():
+                for folder in reversed(self._new_parents):
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def publish(self) -> None:
         """Give the directory its target's name; files must be synced already.

@@ -155,7 +155,7 @@ class Recipe:
             target[start : start + count] = np.ndarray((count, n_short), raw, window, 0, steps)
         return out
 
-    def _random(self, r0: int, c0: int, shape: tuple[int, int]) -> NDArray[np.float64]:
+    def _random(self, r0: int, c0: int, shape: tuple[int, int]) -> NDArray[Any]:
         """Xavier-uniform numbers; the bit stream is the same in every numpy version."""
         import numpy as np
 
@@ -190,7 +190,8 @@ def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
         yield row, min(rows, row + step), 0, columns
 
 
-def _widen(raw: NDArray[Any], dtype: DType) -> NDArray[np.float64]:
+def _widen(raw: NDArray[Any], dtype: DType) -> NDArray[Any]:
+    """Elements as float64."""
     import numpy as np
 
     if dtype.name == "BF16":

@@ -85,9 +85,7 @@ def read_safetensors(file: SourceFile) -> SafetensorsFile:
     return SafetensorsFile(found, metadata)
 
 
-def _tensor_fields(
-    name: str, fields: Any, fail: Any
-) -> tuple[DType, tuple[int, ...], int, int]:
+def _tensor_fields(name: str, fields: Any, fail: Any) -> tuple[DType, tuple[int, ...], int, int]:
     shown = f"{name!r:.80}"
     printable = name and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name)
     if not printable or ".." in name.replace("\\", "/").split("/"):

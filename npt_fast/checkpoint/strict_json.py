@@ -46,7 +46,7 @@ def parse_object(data: bytes, where: str, *, floats: bool = True) -> dict[str, A
             parse_float=float if floats else refuse,
         )
     except (ValueError, RecursionError) as error:
-        raise fail(f"not valid JSON: {str(error):.120}") from None
+        raise fail(f"not valid JSON: {error!s:.120}") from None
     if not isinstance(parsed, dict):
         raise fail("not a JSON object")
     return parsed

@@ -74,8 +74,8 @@ def find_weights(directory: Path) -> Path | None:
         CheckpointError: the same weights in two formats, which may differ.
     """
     present = [directory / name for name in _WEIGHTS if (directory / name).is_file()]
-    if len({file.suffix for file in present}) > 1 or len(present) > 1 and (
-        present[0].name != _ACCUMULATED
+    if len({file.suffix for file in present}) > 1 or (
+        len(present) > 1 and (present[0].name != _ACCUMULATED)
     ):
         names = " and ".join(file.name for file in present)
         raise CheckpointError(f"{directory}: holds {names}; name the file that you mean")

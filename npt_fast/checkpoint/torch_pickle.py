@@ -1,9 +1,9 @@
-"""The pickle inside a ``.pt`` file, read and written without ever running it.
+"""The pickle inside a ``.pt`` file, read without ever running it.
 
-`pickle` and `torch.load` resolve names to live Python objects; here a name is looked up in a closed
-table of the few symbols a checkpoint needs, and a REDUCE builds plain data from them. What comes out
-holds only dict, list, tuple, str, int, float, bool, None and `TensorRef`. Memory is metered, because
-nine bytes of pickle can ask for gigabytes.
+`pickle` and `torch.load` resolve names to live Python objects; here a name is looked up in a
+closed table of the few symbols a checkpoint needs, and a REDUCE builds plain data from them. What
+comes out holds only dict, list, tuple, str, int, float, bool, None and `TensorRef`. Memory is
+metered, because nine bytes of pickle can ask for gigabytes.
 
 The opcodes accepted are those that ``torch.load(weights_only=True)`` accepts (protocol 2, what
 ``torch.save`` writes), so that whatever is readable here is readable there. The one addition is
@@ -24,9 +24,8 @@ from npt_fast.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 32 << 20
 _MAX_MEMORY = 128 << 20
-_MAX_DEPTH = 64
+_MAX_RANK = 64
 _MAX_STRING = 1 << 20
-_MAX_NODES = 2_000_000
 _NUMPY_SCALARS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "b1": "?"}
 
 
@@ -326,7 +325,7 @@ class _Machine:
         sizes_are_plain = (
             type(shape) is tuple
             and type(strides) is tuple
-            and len(shape) == len(strides) <= _MAX_DEPTH
+            and len(shape) == len(strides) <= _MAX_RANK
             and all(map(_is_count, (offset, *shape, *strides)))
         )
         if not sizes_are_plain or type(requires_grad) is not bool or hooks != OrderedDict():
@@ -355,7 +354,7 @@ class _Machine:
     def numpy_scalar(self, dtype: Any, raw: Any) -> float | int | bool:
         if not isinstance(dtype, _NumpyDType) or not dtype.ready or type(raw) is not bytes:
             raise self.fail("a malformed numpy scalar; refused")
-        (value,) = struct.unpack("<" + _NUMPY_SCALARS[dtype.code], raw)
+        value: float | int | bool = struct.unpack("<" + _NUMPY_SCALARS[dtype.code], raw)[0]
         return value
 
     def latin1(self, text: Any, encoding: Any) -> bytes:
@@ -426,90 +425,3 @@ _OPCODES: dict[bytes, Callable[[_Machine], None]] = {
     b"b": _Machine.build,
     b"Q": _Machine.persistent,
 }
-
-
-def encode(value: Any, place: Callable[[Any], TensorRef | None]) -> bytes:
-    """A protocol-2 pickle of plain data and tensors that ``torch.load`` reads.
-
-    Args:
-        value: nested dicts, lists, tuples, str, int, float, bool, None, and whatever `place` knows.
-        place: called with every other object; gives the tensor that stands for it, or None.
-
-    Raises:
-        CheckpointError: data nested too deep, referring to itself, or of another type.
-    """
-    out = bytearray(b"\x80\x02")
-    memo: dict[str, int] = {}
-    nodes = 0
-
-    def symbol(name: str) -> None:
-        if name in memo:
-            out.extend(b"j" + struct.pack("<I", memo[name]))
-            return
-        module, _, attribute = name.rpartition(".")
-        memo[name] = len(memo)
-        out.extend(f"c{module}\n{attribute}\n".encode() + b"r" + struct.pack("<I", memo[name]))
-
-    def tensor(ref: TensorRef, depth: int) -> None:
-        typed = ref.dtype.storage is not None
-        symbol("torch._utils._rebuild_tensor_v2" if typed else "torch._utils._rebuild_tensor_v3")
-        out.extend(b"((")
-        put("storage", depth)
-        symbol(f"torch.{ref.dtype.storage}" if typed else "torch.storage.UntypedStorage")
-        put(ref.storage.key, depth)
-        put("cpu", depth)
-        put(ref.storage.numel, depth)
-        out.extend(b"tQ")
-        put(ref.offset, depth)
-        put(ref.shape, depth)
-        put(ref.strides, depth)
-        out.extend(b"\x89")
-        symbol("collections.OrderedDict")
-        out.extend(b")R")
-        if not typed:
-            symbol(f"torch.{ref.dtype.torch_name}")
-        out.extend(b"tR")
-
-    def put(item: Any, depth: int) -> None:
-        nonlocal nodes
-        nodes += 1
-        if depth > _MAX_DEPTH or nodes > _MAX_NODES:
-            raise CheckpointError("data nested too deep, or too large, to be written")
-        if item is None:
-            out.extend(b"N")
-        elif isinstance(item, bool):
-            out.extend(b"\x88" if item else b"\x89")
-        elif isinstance(item, int):
-            if -(1 << 31) <= item < 1 << 31:
-                out.extend(b"J" + struct.pack("<i", item))
-            else:
-                raw = item.to_bytes(item.bit_length() // 8 + 1, "little", signed=True)
-                out.extend(b"\x8a" + bytes([len(raw)]) + raw)
-        elif isinstance(item, float):
-            out.extend(b"G" + struct.pack(">d", item))
-        elif isinstance(item, str):
-            raw = item.encode()
-            out.extend(b"X" + struct.pack("<I", len(raw)) + raw)
-        elif isinstance(item, tuple):
-            out.extend(b"(")
-            for element in item:
-                put(element, depth + 1)
-            out.extend(b"t")
-        elif isinstance(item, list):
-            out.extend(b"](")
-            for element in item:
-                put(element, depth + 1)
-            out.extend(b"e")
-        elif isinstance(item, dict):
-            out.extend(b"}(")
-            for key, element in item.items():
-                put(key, depth + 1)
-                put(element, depth + 1)
-            out.extend(b"u")
-        elif (ref := place(item)) is not None:
-            tensor(ref, depth + 1)
-        else:
-            raise CheckpointError(f"cannot write a {type(item).__name__} into a .pt file")
-
-    put(value, 0)
-    return bytes(out + b".")

@@ -32,9 +32,10 @@ _MAX_32 = 0xFFFFFFFF
 _HARMLESS_FLAGS = 0x0808  # sizes also follow the data; names are UTF-8
 _MEMBER = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}(/[^/\\\x00-\x1f\x7f]{1,255}){1,3}")
 
+
 @dataclass(frozen=True, slots=True)
 class TorchZip:
-    """A ``.pt`` file: the object it holds, with `TensorRef`s for tensors, and its records by key."""
+    """A ``.pt`` file: the object in it, with `TensorRef`s for tensors, and its records by key."""
 
     file: SourceFile
     content: Any

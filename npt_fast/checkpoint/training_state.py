@@ -160,8 +160,10 @@ def _slot_state(
     shape: tuple[int, ...],
     fail: Callable[[str], CheckpointError],
 ) -> SlotState:
-    if not isinstance(raw, dict) or not {"step", "exp_avg", "exp_avg_sq"} <= raw.keys() or (
-        raw.keys() - _MOMENTS - {"step"}
+    if (
+        not isinstance(raw, dict)
+        or not {"step", "exp_avg", "exp_avg_sq"} <= raw.keys()
+        or (raw.keys() - _MOMENTS - {"step"})
     ):
         raise fail(f"parameter {index} has optimizer state of an unknown kind, AdamW expected")
     state: dict[str, TensorEntry | float | int] = {}

@@ -1,0 +1,36 @@
+# Everything runs in .venv, which `install` makes; nothing needs root.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN = .venv/bin
+
+.PHONY: install demo test lint format bench bench-merge clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m pytest benchmarks
+
+bench-merge: install
+	$(BIN)/python benchmarks/bench_merge.py
+
+clean:
+	rm -rf .venv demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis
