@@ -78,7 +78,8 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        verification = self.verification.to_dict() if self.verification else None
+        return {**asdict(self), "verification": verification}
 
 
 def report_of(

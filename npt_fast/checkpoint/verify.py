@@ -28,14 +28,14 @@ from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
+from npt_fast.checkpoint.tensor_source import locate_checkpoint
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,
-    read_multi_layer_state,
     read_training_state,
 )
 from npt_fast.config import MergeOptions
-from npt_fast.errors import NPTError
+from npt_fast.errors import CheckpointError, NPTError
 
 Progress = Callable[[str, int, int], None]
 _SMALL_FILES = (MULTI_LAYER_STATE, CONFIG, NPT_CONFIG)
@@ -137,9 +137,14 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
         progress: called with what is being done, bytes done and bytes in all.
 
     Raises:
-        CheckpointError: it cannot be read at all, or is no complete NPT checkpoint.
+        CheckpointError: there is no checkpoint. One that is there but cannot be read, or is
+            incomplete, gives a report that did not pass.
     """
-    checkpoint = open_checkpoint(str(path))
+    located, _ = locate_checkpoint(Path(path))
+    try:
+        checkpoint = open_checkpoint(str(located))
+    except CheckpointError as error:
+        return VerifyReport(str(located), [], [], 0, problems=[str(error)])
     report_progress = progress or (lambda activity, done, total: None)
     summary = checkpoint.summary or {}
     notes: list[str] = []
@@ -155,11 +160,14 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     digests = recorded if isinstance(recorded, dict) else {}
     if checkpoint.summary is not None and not digests:
         notes.append("no digests recorded: the merge was not made with --verify")
-    expected = summary.get("merged_layers", list(checkpoint.modules))
+    merged_layers = summary.get("merged_layers")
+    expected = list(checkpoint.modules)
+    if isinstance(merged_layers, list):
+        expected = [layer for layer in merged_layers if type(layer) is int]
     files = summary.get("files")
     report = _examine(
         checkpoint,
-        expected if isinstance(expected, list) else [],
+        expected,
         plan,
         {f: t for f, t in digests.items() if isinstance(t, dict)},
         files if isinstance(files, dict) else {},
@@ -207,7 +215,7 @@ def _examine(
     if extra := sorted(set(checkpoint.modules) - set(expected)):
         report.problems.append(f"Unexpected layers: {extra}")
     report.problems.extend(_check_npt_config(checkpoint))
-    found = _tensors_by_file(checkpoint)
+    found = _tensors_by_file(checkpoint, report)
     wanted = _recipes_by_name(plan) if plan else {}
     checks = []
     for file, entries in found.items():
@@ -217,10 +225,15 @@ def _examine(
             if plan is not None and recipe is None:
                 report.problems.append(f"{file}: {entry.name} comes from no source")
             checks.append(_Check(file, entry, recipe, digests.get(file, {}).get(entry.name)))
-    report.problems.extend(f"{name} is missing" for _, name in wanted)
+    missing_tensors = {name: kind for kind, name in wanted}
     for file, recorded in digests.items():
         present = {entry.name for entry in found.get(file, ())}
-        report.problems.extend(f"{file}: {name} is missing" for name in recorded.keys() - present)
+        missing_tensors.update({name: file for name in recorded if name not in present})
+    lost_files = {f for f in missing_tensors.values() if f not in found and f != "weights"}
+    report.problems.extend(f"{file} is missing" for file in sorted(lost_files))
+    report.problems.extend(
+        f"{name} is missing" for name, file in missing_tensors.items() if file not in lost_files
+    )
     _run_checks(checks, report, progress)
     _check_shared_records(plan, report)
     _check_small_files(checkpoint, files, report)
@@ -338,8 +351,6 @@ def _check_small_files(
     for name in _SMALL_FILES:
         path = checkpoint.directory / name
         if path.exists():
-            if name == MULTI_LAYER_STATE:
-                read_multi_layer_state(path)
             file = SourceFile.of(path)
             report.files[name] = hashlib.sha256(file.read(0, file.size)).hexdigest()
         if name in recorded and recorded[name] != report.files.get(name):
@@ -359,14 +370,17 @@ def _check_npt_config(checkpoint: Checkpoint) -> Iterator[str]:
                 yield f"{NPT_CONFIG}: layer {layer}: {name} is not {value}, as the tensors say"
 
 
-def _tensors_by_file(checkpoint: Checkpoint) -> dict[str, list[TensorEntry]]:
+def _tensors_by_file(checkpoint: Checkpoint, report: VerifyReport) -> dict[str, list[TensorEntry]]:
     found: dict[str, list[TensorEntry]] = {}
     for entry in checkpoint.weights.tensors.values():
         found.setdefault(entry.file.path.name, []).append(entry)
     if checkpoint.directory is not None:
-        state = read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
-        if state is not None:
-            found[TRAINING_STATE] = state.tensors()
+        try:
+            state = read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
+            if state is not None:
+                found[TRAINING_STATE] = state.tensors()
+        except CheckpointError as error:
+            report.problems.append(str(error))
     return found
 
 
