@@ -31,6 +31,7 @@ _NOT_HERE = {
     errno.EOPNOTSUPP,
     errno.ENOSYS,
     errno.ENOTTY,
+    errno.ENOTSOCK,
     errno.EPERM,
     errno.EBADF,
     errno.ETXTBSY,

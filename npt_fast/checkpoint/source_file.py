@@ -20,7 +20,7 @@ from pathlib import Path
 
 from npt_fast.errors import CheckpointError
 
-WINDOW = 4 << 20
+WINDOW = 1 << 20
 """Bytes mapped at once: large enough to stream at full speed, small enough not to be seen."""
 
 _HUB_BLOB = re.compile(r"(\.\./)+blobs/[0-9a-f]{40,64}")
