@@ -11,13 +11,14 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
-from npt_fast import __version__
+import npt_fast as npt
 from npt_fast.errors import NPTError, VerificationError
+
 
 app = App(
     name="npt-fast",
     help="Merge, prove and describe Neuro-Plastic Transformer checkpoints.",
-    version=__version__,
+    version=lambda: npt.__version__,
     default_parameter=Parameter(negative=()),  # flags have no --no- form: all are off by default
 )
 app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints into one.")

@@ -7,7 +7,6 @@ import itself brings neither torch nor transformers.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,13 +57,12 @@ __all__ = [
     "verify",
 ]
 
-try:
-    __version__ = version("npt_fast")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0+unknown"
-
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("npt_fast")
     if name not in _HOMES:
         raise AttributeError(f"module 'npt_fast' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
