@@ -18,13 +18,14 @@ import struct
 from collections import Counter
 from collections.abc import Callable
 
+from npt_fast.checkpoint import linux
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import CheckpointError
 
 PAGE = 4096
 WAYS = ("reflink", "copy_file_range", "sendfile", "mapped")
 _FICLONERANGE = 0x4020940D
-_CHUNK = 64 << 20  # a system call this long can still be interrupted by Ctrl-C in good time
+_CHUNK = 8 << 20  # after each, the disk starts to write what is copied already
 _NOT_HERE = {
     errno.EXDEV,
     errno.EINVAL,
@@ -41,14 +42,28 @@ _NOT_HERE = {
 class ByteMover:
     """Moves ranges and counts which way each byte took.
 
+    Args:
+        progress: called with every number of bytes moved.
+        reserve: whether to allocate each destination beforehand: faster, but of no use where blocks
+            will be shared.
+
     Attributes:
         moved: bytes by way.
     """
 
-    def __init__(self, progress: Callable[[int], None]) -> None:
+    def __init__(self, progress: Callable[[int], None], *, reserve: bool = False) -> None:
         self.moved: Counter[str] = Counter()
         self._progress = progress
         self._refused: set[tuple[int, str]] = set()
+        self._reserve = reserve
+        self._started = 0
+
+    def start_file(self, fd: int, size: int) -> None:
+        """Prepare a new destination of `size` bytes; its ranges are to come in ascending order."""
+        os.ftruncate(fd, size)
+        if self._reserve and size:
+            linux.reserve(fd, 0, size)
+        self._started = 0
 
     def move(
         self, source: SourceFile, source_fd: int, offset: int, length: int, fd: int, to: int
@@ -102,6 +117,9 @@ class ByteMover:
                         raise CheckpointError(f"{source.path}: ended early; it was truncated")
                     self._count(way, count)
                     done += count
+                    if to + done - self._started >= _CHUNK:
+                        linux.start_writeback(fd, self._started, to + done - self._started)
+                        self._started = to + done
                 return
             except (OSError, AttributeError) as error:
                 if isinstance(error, OSError) and error.errno not in _NOT_HERE:

@@ -120,14 +120,8 @@ def _same_file(a: Path, b: Path) -> bool:
 def _space(plan: MergePlan, target: Path) -> tuple[dict[str, int], int, int]:
     """Expected ways, free bytes and needed bytes on the target's file system."""
     parent = next(p for p in Path(os.path.realpath(target)).parents if p.exists())
-    device = parent.stat().st_dev
-    can_clone = filesystem_type(parent) in _REFLINK_FILESYSTEMS and all(
-        file.identity.device == device
-        for item in plan.inputs
-        for file in item.checkpoint.weights.files
-    )
     kinds = plan.bytes_by_kind()
-    cloned = kinds["cloneable"] if can_clone else 0
+    cloned = kinds["cloneable"] if _can_clone(plan, parent) else 0
     expected = {
         "reflink": cloned,
         "copy_file_range": kinds["cloneable"] + kinds["copied"] - cloned,
@@ -136,6 +130,16 @@ def _space(plan: MergePlan, target: Path) -> tuple[dict[str, int], int, int]:
     }
     status = os.statvfs(parent)
     return expected, status.f_bavail * status.f_frsize, plan.total_bytes - cloned + _SLACK
+
+
+def _can_clone(plan: MergePlan, directory: Path) -> bool:
+    """Whether files in `directory` are expected to share blocks with the inputs."""
+    device = directory.stat().st_dev
+    return filesystem_type(directory) in _REFLINK_FILESYSTEMS and all(
+        file.identity.device == device
+        for item in plan.inputs
+        for file in item.checkpoint.weights.files
+    )
 
 
 @contextmanager
@@ -160,14 +164,14 @@ def _write_files(
         done += count
         progress("merging", done, total)
 
-    mover = ByteMover(advance)
+    mover = ByteMover(advance, reserve=not _can_clone(plan, directory))
     advance(0)
     for file in plan.files:
         fd = os.open(
             directory / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
         )
         try:
-            os.ftruncate(fd, file.size)
+            mover.start_file(fd, file.size)
             crcs = _write_pieces(file.pieces, fd, mover, advance)
             for offset, data in file.frame(crcs):
                 write_all(fd, data, offset)

@@ -17,12 +17,8 @@ import signal
 from pathlib import Path
 from types import TracebackType
 
+from npt_fast.checkpoint import linux
 from npt_fast.errors import MergeError
-
-_AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
-_RENAME_EXCHANGE = 2
-_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class StagedDirectory:
@@ -136,9 +132,9 @@ def _lock(directory: Path) -> int:
 
 def _rename_new(old: Path, new: Path) -> None:
     try:
-        _renameat2(old, new, _RENAME_NOREPLACE)
+        linux.rename(old, new, linux.RENAME_NOREPLACE)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in linux.UNSUPPORTED:
             raise
         if new.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new)) from None
@@ -148,9 +144,9 @@ def _rename_new(old: Path, new: Path) -> None:
 def _exchange(new: Path, old: Path) -> None:
     """Swap two directories: at once where the kernel can, else by way of a third name."""
     try:
-        _renameat2(new, old, _RENAME_EXCHANGE)
+        linux.rename(new, old, linux.RENAME_EXCHANGE)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in linux.UNSUPPORTED:
             raise
         aside = new.with_name(new.name + "-old")
         os.rename(old, aside)
@@ -160,18 +156,6 @@ def _exchange(new: Path, old: Path) -> None:
             os.rename(aside, old)
             raise
         os.rename(aside, new)
-
-
-def _renameat2(old: Path, new: Path, flags: int) -> None:
-    import ctypes
-
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-    if rename(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(new))
 
 
 def _sync_directory(directory: Path) -> None:
