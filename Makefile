@@ -7,12 +7,13 @@ BIN = .venv/bin
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $@
+	@echo "Setting up .venv, once: this takes a minute"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
 
 demo: install
-	$(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py
 
 test: install
 	$(BIN)/python -m pytest
