@@ -12,8 +12,8 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError, Parameter
 
 import npt_fast as npt
+from npt_fast.cli.output import shortened
 from npt_fast.errors import NPTError, VerificationError
-
 
 app = App(
     name="npt-fast",
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except CycloptsError as error:
         _exit(2, f"{' '.join(str(error).split())} (npt-fast --help lists verbs and options)")
     except VerificationError as error:
-        _exit(error.exit_code, str(error), *(f"  {problem}" for problem in error.problems))
+        _exit(error.exit_code, str(error), *(f"  {line}" for line in shortened(error.problems)))
     except NPTError as error:
         _exit(error.exit_code, str(error))
     except MemoryError:

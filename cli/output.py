@@ -47,9 +47,15 @@ def print_verification(report: VerifyReport) -> None:
     print(f"  Expected layers: {report.expected_layers}")
     print(f"  Found layers: {report.found_layers}")
     print(f"  Checkpoint has {report.checkpoint_keys} keys")
-    for problem in report.problems:
-        print(f"  {problem}")
+    for line in shortened(report.problems):
+        print(f"  {line}")
     print("✓ Verification passed!" if report.passed else "✗ Verification failed!")
+
+
+def shortened(lines: list[str], limit: int = 20) -> list[str]:
+    """The first lines, and how many more there are; --json has all."""
+    more = len(lines) - limit
+    return lines if more <= 0 else [*lines[:limit], f"... and {more} more"]
 
 
 @contextmanager

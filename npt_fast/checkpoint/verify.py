@@ -193,7 +193,10 @@ def _plan_again(summary: Mapping[str, Any]) -> MergePlan:
         known = MergeOptions(**options)
     except TypeError as error:
         raise ValueError(f"merge_summary.json has options of another version: {error}") from None
-    return plan_merge(specs, known)
+    plan = plan_merge(specs, known)
+    if [merged.layer for merged in plan.layers] != summary.get("merged_layers"):
+        raise ValueError("they hold other layers than when they were merged")
+    return plan
 
 
 def _examine(
