@@ -80,18 +80,20 @@ class Checkpoint:
 
     def record(self, layer: int) -> LayerRecord:
         """What is recorded about a layer; unknown facts are None."""
-        facts = _get(self.npt_config, "layers", str(layer)) or {}
-        merged = _get(self.summary, "layers", str(layer)) or {}
-        source = merged.get("source") or _get(self.summary, "layer_sources", str(layer))
-        step = facts.get("step")
-        step = merged.get("step") if step is None else step
-        residual = facts.get("residual")
+        key = str(layer)
+        source = _get(self.summary, "layers", key, "source")
+        if source is None:  # a merge by the original says no more than this
+            source = _get(self.summary, "layer_sources", key)
+        step = _get(self.npt_config, "layers", key, "step")
+        if step is None:
+            step = _get(self.summary, "layers", key, "step")
+        residual = _get(self.npt_config, "layers", key, "residual")
         if residual is None and self.modules[layer].architecture.modulation == "triple":
             residual = "removed"  # triple modulation came after the residual had gone
-        fidelity = facts.get("fidelity")
+        fidelity = _get(self.npt_config, "layers", key, "fidelity")
         if type(fidelity) is int:
             fidelity = float(fidelity)
-        chain = merged.get("chain")
+        chain = _get(self.summary, "layers", key, "chain")
         return LayerRecord(
             residual if residual in ("removed", "kept") else None,
             step if type(step) is int else None,

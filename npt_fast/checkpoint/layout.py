@@ -57,6 +57,31 @@ class OutputFile(Protocol):
         ...
 
 
+def runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces grouped so that each group is one range in one source and in the output."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if run and not _continues(run[-1], piece):
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
+
+
+def _continues(last: Piece, piece: Piece) -> bool:
+    a, b = last.recipe.source, piece.recipe.source
+    return (
+        a is not None
+        and b is not None
+        and last.recipe.is_copy
+        and piece.recipe.is_copy
+        and a.file == b.file
+        and a.offset + a.nbytes == b.offset
+        and last.offset + a.nbytes == piece.offset
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class BytesFile:
     """A small file without tensors."""
@@ -118,6 +143,11 @@ class TorchZipLayout:
 
         layout._lay_out(encode(content, place))
         return layout
+
+    @property
+    def pickled(self) -> bytes:
+        """The pickle that describes the object."""
+        return next(iter(self._small.values()))
 
     def _add(self, recipe: Recipe) -> TensorRef:
         key = str(len(self._recipes))
@@ -313,4 +343,4 @@ def _one_file(name: str, recipes: Sequence[Recipe], metadata: Mapping[str, str])
 
 def compact_json(value: Any) -> str:
     """JSON on one line, for safetensors metadata."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(value, separators=(",", ":"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
 from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint
-from npt_fast.checkpoint.layout import Piece
+from npt_fast.checkpoint.layout import Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory
@@ -188,7 +188,7 @@ def _write_pieces(
 ) -> dict[str, int]:
     """Write all tensor data of a file; CRC-32s of what passed through memory."""
     crcs: dict[str, int] = {}
-    for run in _runs(pieces):
+    for run in runs(pieces):
         recipe = run[0].recipe
         if recipe.is_copy and recipe.source is not None:
             file, start = recipe.source.file, recipe.source.offset
@@ -205,31 +205,6 @@ def _write_pieces(
             advance(len(window))
         crcs[recipe.name] = crc
     return crcs
-
-
-def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Pieces grouped so that each group is one range in one source and in the output."""
-    run: list[Piece] = []
-    for piece in pieces:
-        if run and not _continues(run[-1], piece):
-            yield run
-            run = []
-        run.append(piece)
-    if run:
-        yield run
-
-
-def _continues(last: Piece, piece: Piece) -> bool:
-    a, b = last.recipe.source, piece.recipe.source
-    return (
-        a is not None
-        and b is not None
-        and last.recipe.is_copy
-        and piece.recipe.is_copy
-        and a.file == b.file
-        and a.offset + a.nbytes == b.offset
-        and last.offset + a.nbytes == piece.offset
-    )
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

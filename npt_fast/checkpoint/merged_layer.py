@@ -78,7 +78,7 @@ class MergedLayer:
 
     @property
     def residual(self) -> str | None:
-        return self.parts[0].origin.checkpoint.record(self.layer).residual
+        return next(iter(_residuals(self.layer, self.parts)), None)
 
     def slots(self) -> Iterator[tuple[Slot, Part | None, Slot | None]]:
         """Every output slot, and the part and slot it comes from; None, None for a new one."""
@@ -112,7 +112,9 @@ class MergedLayer:
             stem = slot[1]
             if part is None or origin is None:
                 # W_b_up = 0 leaves the function as it was; the rest is live, so that it can train
-                yield Recipe(name, dtype or default, shape, None, random=stem != "W_b_up")
+                recipe = Recipe(name, dtype or default, shape, None, random=stem != "W_b_up")
+                check_castable(self.source, recipe)
+                yield recipe
                 continue
             source = part.module.tensors[origin]
             recipe = Recipe(
@@ -123,8 +125,7 @@ class MergedLayer:
                 divisor=self.divisor if stem == "W_b_up" else 1,
                 random=stem == "W_down" and shape != source.shape,
             )
-            if recipe.change not in ("", "made contiguous"):
-                check_castable(source, recipe.dtype)
+            check_castable(self.source, recipe)
             yield recipe
 
     def moments(self) -> Iterator[tuple[SlotState | None, tuple[int, int]]]:
@@ -204,13 +205,18 @@ def _join(layer: int, parts: Sequence[Part], options: MergeOptions) -> MergedLay
                 f"layer {layer}: {options.on_conflict} of unlike types "
                 f"{', '.join(sorted(dtypes))}; choose one with --dtype"
             )
-        residuals = {part.origin.checkpoint.record(layer).residual for part in parts}
-        if len(residuals) > 1:
+        if len(_residuals(layer, parts)) > 1:
             raise MergeError(f"layer {layer}: parts with and without the residual cannot be joined")
     architectures = [part.module.architecture for part in parts]
     joined = replace(_common(architectures), num_ranks=sum(a.num_ranks for a in architectures))
     divisor = len(parts) if options.on_conflict == "mean" else 1
     return MergedLayer(layer, joined, tuple(parts), divisor)
+
+
+def _residuals(layer: int, parts: Sequence[Part]) -> set[str]:
+    """What the parts record; one that records nothing fits any other."""
+    records = (part.origin.checkpoint.record(layer).residual for part in parts)
+    return {residual for residual in records if residual is not None}
 
 
 def _common(architectures: Sequence[Architecture]) -> Architecture:

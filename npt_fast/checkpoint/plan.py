@@ -27,6 +27,7 @@ from npt_fast.checkpoint.layout import (
     TorchZipLayout,
     compact_json,
     lay_out_safetensors,
+    runs,
 )
 from npt_fast.checkpoint.merged_layer import (
     MergedLayer,
@@ -108,14 +109,15 @@ class MergePlan:
         """Bytes that are ``cloneable`` where reflink works, ``copied``, or ``computed``."""
         kinds = {"cloneable": 0, "copied": 0, "computed": 0}
         for file in self.files:
-            for piece in file.pieces:
-                recipe = piece.recipe
-                if recipe.is_copy and recipe.source is not None:
-                    clone = cloneable_bytes(recipe.source.offset, piece.offset, recipe.nbytes)
+            for run in runs(file.pieces):
+                first, last = run[0], run[-1]
+                length = last.offset + last.recipe.nbytes - first.offset
+                if first.recipe.is_copy and first.recipe.source is not None:
+                    clone = cloneable_bytes(first.recipe.source.offset, first.offset, length)
                     kinds["cloneable"] += clone
-                    kinds["copied"] += recipe.nbytes - clone
+                    kinds["copied"] += length - clone
                 else:
-                    kinds["computed"] += recipe.nbytes
+                    kinds["computed"] += length
         return kinds
 
 
@@ -323,8 +325,7 @@ def _slot_recipes(
             continue
         grown = shape if name != "step" else value.shape
         recipe = Recipe(f"optimizer.{index}.{name}", value.dtype, grown, value)
-        if recipe.change not in ("", "made contiguous"):
-            check_castable(value, value.dtype)
+        check_castable(str(value.file.path), recipe)
         yield name, recipe
 
 

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -19,6 +20,9 @@ from types import TracebackType
 
 from npt_fast.checkpoint import linux
 from npt_fast.errors import MergeError
+
+_TOKEN_BYTES = 6
+_TOKEN = re.compile(r"[0-9a-f]{12}")
 
 
 class StagedDirectory:
@@ -38,15 +42,15 @@ class StagedDirectory:
 
     def __enter__(self) -> StagedDirectory:
         parent = self.target.parent
-        missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                self._new_parents.append(folder)
-        self._remove_abandoned()
         try:
+            missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+            for folder in reversed(missing):
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
+                    self._new_parents.append(folder)
+            self._remove_abandoned()
             while self._lock < 0:
-                self.path = parent / f"{self._prefix}{secrets.token_hex(6)}"
+                self.path = parent / (self._prefix + secrets.token_hex(_TOKEN_BYTES))
                 self.path.mkdir()
                 # another run may take it for abandoned before it is locked
                 with contextlib.suppress(FileNotFoundError):
@@ -72,10 +76,9 @@ class StagedDirectory:
                 shutil.rmtree(self.path, ignore_errors=True)
             if self._lock >= 0:
                 os.close(self._lock)
-            if not self.target.exists():
-                for folder in reversed(self._new_parents):
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+            for folder in reversed(self._new_parents):
+                with contextlib.suppress(OSError):  # not empty: the target is in it
+                    folder.rmdir()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -103,11 +106,13 @@ class StagedDirectory:
 
     @property
     def _prefix(self) -> str:
-        return f".{self.target.name[:200]}.npt-fast-"
+        # names are limited in bytes, not characters
+        return f".{os.fsdecode(os.fsencode(self.target.name)[:200])}.npt-fast-"
 
     def _remove_abandoned(self) -> None:
         for left in self.target.parent.iterdir():
-            if not left.name.startswith(self._prefix):
+            token = left.name.removeprefix(self._prefix)
+            if token == left.name or not _TOKEN.fullmatch(token):
                 continue
             try:
                 lock = _lock(left)

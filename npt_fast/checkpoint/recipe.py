@@ -174,12 +174,14 @@ class Recipe:
         return (bound * (raw * 2.0**-23 - 1)).reshape(shape)
 
 
-def check_castable(source: TensorEntry, dtype: DType) -> None:
-    """Raise MergeError unless arithmetic from the source's type to `dtype` is possible."""
-    for name in (source.dtype.name, dtype.name):
-        if name not in CASTABLE:
+def check_castable(where: str, recipe: Recipe) -> None:
+    """Raise MergeError, naming `where`, if a recipe needs arithmetic on a type without any."""
+    if recipe.change in ("", "made contiguous"):
+        return
+    for dtype in {recipe.dtype, recipe.source.dtype if recipe.source else recipe.dtype}:
+        if dtype.name not in CASTABLE:
             raise MergeError(
-                f"{source.file.path}: {source.name}: {name} cannot be converted; "
+                f"{where}: {recipe.name}: {dtype.name} cannot be converted; "
                 f"only {', '.join(CASTABLE)} can"
             )
 

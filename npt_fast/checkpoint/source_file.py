@@ -56,7 +56,7 @@ class SourceFile:
         Raises:
             CheckpointError: not a regular file, a link, or not readable.
         """
-        if not follow_links and path.is_symlink() and not _HUB_BLOB.fullmatch(os.readlink(path)):
+        if not follow_links and path.is_symlink() and not _is_hub_blob(path):
             raise CheckpointError(
                 f"{path}: is a symbolic link; links inside a checkpoint are not followed, "
                 "copy the file or name its target"
@@ -141,6 +141,11 @@ class SourceFile:
                 else:
                     yield self.read_at(fd, offset, step)
                 offset += step
+
+
+def _is_hub_blob(link: Path) -> bool:
+    target = os.readlink(link)
+    return bool(_HUB_BLOB.fullmatch(target)) and not (link.parent / target).is_symlink()
 
 
 def _open(path: Path) -> int:

@@ -66,4 +66,5 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def dump(value: dict[str, Any]) -> bytes:
     """The bytes we write: indented, UTF-8, keys in the given order, a newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # a path that is not Unicode becomes \\udcxx

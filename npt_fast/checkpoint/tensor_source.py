@@ -130,8 +130,8 @@ def _open_shards(index: Path) -> TensorSource:
         for name, entry in content.entries.items():
             if weight_map.get(name) != shard:
                 # other readers would take either copy (MERGE.md, 3c)
-                where = weight_map.get(name, "no file")
-                raise CheckpointError(f"{file.path}: {name:.80} is here, the index says {where}")
+                says = f"says it is in {weight_map[name]}" if name in weight_map else "lacks it"
+                raise CheckpointError(f"{index}: {name:.80} is in {shard}, but the index {says}")
             tensors[name] = entry
     if missing := weight_map.keys() - tensors.keys():
         name = min(missing)

@@ -201,7 +201,7 @@ class _Machine:
         if length > _MAX_STRING:
             raise self.fail(f"a string of {length:,} bytes is too long")
         self.charge(4 * length)
-        self.push(self.take(length).decode("utf-8"), 50)
+        self.push(self.take(length).decode("utf-8", "surrogatepass"), 50)
 
     def long(self) -> None:
         size = self.take(1)[0]

@@ -73,7 +73,7 @@ def encode(value: Any, place: Callable[[Any], TensorRef | None]) -> bytes:
         elif isinstance(item, float):
             out.extend(b"G" + struct.pack(">d", item))
         elif isinstance(item, str):
-            raw = item.encode()
+            raw = item.encode("utf-8", "surrogatepass")
             out.extend(b"X" + struct.pack("<I", len(raw)) + raw)
         elif isinstance(item, tuple):
             out.extend(b"(")

@@ -35,11 +35,19 @@ _MEMBER = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}(/[^/\\\x00-\x1f\x7f]{1,255}){1
 
 @dataclass(frozen=True, slots=True)
 class TorchZip:
-    """A ``.pt`` file: the object in it, with `TensorRef`s for tensors, and its records by key."""
+    """A ``.pt`` file.
+
+    Attributes:
+        file: the file.
+        content: the object in it, with `TensorRef`s for tensors.
+        records: storages by key.
+        pickled: the pickle that describes `content`.
+    """
 
     file: SourceFile
     content: Any
     records: Mapping[str, Record]
+    pickled: Record
 
     def entry(self, name: str, ref: TensorRef) -> TensorEntry:
         """The byte range behind a tensor reference.
@@ -130,7 +138,7 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
     prefix = f"{root}/data/"
     records = {n.removeprefix(prefix): r for n, r in members.items() if n.startswith(prefix)}
     content = decode(data, f"{file.path}: data.pkl")
-    return TorchZip(file, content, records)
+    return TorchZip(file, content, records, pickled)
 
 
 def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:

@@ -135,6 +135,8 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
         raise fail(f"its optimizer has {len(groups)} parameter groups, 1 expected")
     group = dict(groups[0])
     params = group.pop("params", None)
+    if not {"betas", "eps"} <= group.keys():
+        raise fail("its optimizer is of an unknown kind, AdamW expected")
     slots = [
         (layer, slot) for layer in sorted(modules) for slot in modules[layer].architecture.slots()
     ]

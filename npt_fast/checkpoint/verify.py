@@ -23,12 +23,18 @@ from npt_fast.checkpoint.checkpoint import (
     Checkpoint,
     open_checkpoint,
 )
+from npt_fast.checkpoint.layout import TorchZipLayout
 from npt_fast.checkpoint.numbers import count_non_finite
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
-from npt_fast.checkpoint.tensor_source import locate_checkpoint
+from npt_fast.checkpoint.tensor_source import (
+    PT_WEIGHTS,
+    SAFETENSORS_INDEX,
+    locate_checkpoint,
+)
+from npt_fast.checkpoint.torch_zip import read_torch_zip
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,
@@ -38,7 +44,6 @@ from npt_fast.config import MergeOptions
 from npt_fast.errors import CheckpointError, NPTError
 
 Progress = Callable[[str, int, int], None]
-_SMALL_FILES = (MULTI_LAYER_STATE, CONFIG, NPT_CONFIG)
 
 
 @dataclass(slots=True)
@@ -58,7 +63,7 @@ class VerifyReport:
         crcs_matched: how many records equal the CRC-32 that their file recorded.
         bytes_read: bytes of tensors read back.
         digests: file -> tensor -> ``"F32[576,32] <sha256 of its bytes>"``.
-        files: SHA-256 of each small file.
+        files: SHA-256 of each small file; of a ``.pt`` with tensors, of the pickle in it.
     """
 
     path: str
@@ -111,20 +116,13 @@ def verify_plan(plan: MergePlan, directory: Path, progress: Progress) -> VerifyR
     """
     for path in directory.iterdir():
         _forget_cached(path)
-    small = {}
-    for file in plan.files:
-        if not file.pieces:
-            whole = bytearray(file.size)
-            for offset, data in file.frame({}):
-                whole[offset : offset + len(data)] = data
-            small[file.name] = hashlib.sha256(whole).hexdigest()
     checkpoint = open_checkpoint(str(directory))
     return _examine(
         checkpoint,
         [merged.layer for merged in plan.layers],
         plan,
         plan.known_digests(),
-        small,
+        _planned_files(plan),
         progress,
     )
 
@@ -164,13 +162,16 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     expected = list(checkpoint.modules)
     if isinstance(merged_layers, list):
         expected = [layer for layer in merged_layers if type(layer) is int]
-    files = summary.get("files")
+    recorded_files = summary.get("files")
+    files = _planned_files(plan) if plan else {}
+    if isinstance(recorded_files, dict):
+        files.update(recorded_files)
     report = _examine(
         checkpoint,
         expected,
         plan,
         {f: t for f, t in digests.items() if isinstance(t, dict)},
-        files if isinstance(files, dict) else {},
+        files,
         report_progress,
     )
     report.notes[:0] = notes
@@ -346,18 +347,45 @@ def _check_shared_records(plan: MergePlan | None, report: VerifyReport) -> None:
             report.problems.append(f"{record.file.path}: {name}: damaged, its CRC-32 differs")
 
 
+def _planned_files(plan: MergePlan) -> dict[str, str]:
+    """SHA-256 of each small file; of the training state, of the pickle that has its scalars."""
+    found = {}
+    for file in plan.files:
+        if isinstance(file, TorchZipLayout) and file.pieces:
+            data = file.pickled
+        elif not file.pieces:
+            data = b"".join(part for _, part in sorted(file.frame({})))
+        else:
+            continue
+        found[file.name] = hashlib.sha256(data).hexdigest()
+    return found
+
+
 def _check_small_files(
-    checkpoint: Checkpoint, recorded: Mapping[str, str], report: VerifyReport
+    checkpoint: Checkpoint, expected: Mapping[str, str], report: VerifyReport
 ) -> None:
+    """Hash what `_planned_files` hashes, as it is on the disk."""
     if checkpoint.directory is None:
         return
-    for name in _SMALL_FILES:
+    for name in (SAFETENSORS_INDEX, MULTI_LAYER_STATE, CONFIG, NPT_CONFIG):
         path = checkpoint.directory / name
         if path.exists():
             file = SourceFile.of(path)
             report.files[name] = hashlib.sha256(file.read(0, file.size)).hexdigest()
-        if name in recorded and recorded[name] != report.files.get(name):
-            report.problems.append(f"{name}: {'changed' if path.exists() else 'is missing'}")
+    for name in (PT_WEIGHTS, TRAINING_STATE):
+        path = checkpoint.directory / name
+        if path.exists():
+            try:
+                pickled = read_torch_zip(SourceFile.of(path)).pickled
+            except CheckpointError:  # reported where its content was needed
+                report.files[name] = "unreadable"
+                continue
+            data = pickled.file.read(pickled.offset, pickled.nbytes)
+            report.files[name] = hashlib.sha256(data).hexdigest()
+    for name, digest in expected.items():
+        if report.files.get(name) != digest:
+            lost = name not in report.files
+            report.problems.append(f"{name} {'is missing' if lost else 'has changed'}")
 
 
 def _check_npt_config(checkpoint: Checkpoint) -> Iterator[str]:

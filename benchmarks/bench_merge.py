@@ -1,0 +1,327 @@
+"""How fast a merge is, and how much memory it takes, beside ``cp`` and the usual ways.
+
+``python benchmarks/bench_merge.py`` (``make bench-merge``) prints one table and keeps it in
+``benchmarks/results``; ``pytest benchmarks/bench_merge.py`` gives the same runs to
+pytest-benchmark. Every run is a process of its own, from start to exit; the rounds are
+interleaved, so that a busy minute of the machine hits all rows alike. The bar is ``cp`` of the
+input files followed by fsync of the copies, which a merge does as well; the torch and safetensors
+rows do what users do, which does not include fsync.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+MB = 1_000_000
+_COPY = "cp + fsync"
+
+# A small process in between: what a child counts as its peak memory begins with its parent's, and
+# a parent may have torch loaded. The exit code of a killed child is the negative signal number.
+_LAUNCHER = """
+import json, os, sys, time
+start = time.perf_counter()
+pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+seconds = time.perf_counter() - start
+code = os.waitstatus_to_exitcode(status)
+os.write(3, json.dumps([code, seconds, usage.ru_maxrss * 1024]).encode())
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One finished process: exit code, wall time, peak resident memory in bytes, output."""
+
+    code: int
+    seconds: float
+    peak: int
+    stdout: str
+    stderr: str
+
+
+def measure(command: Sequence[str | Path], cwd: Path | None = None) -> Measurement:
+    """Run a command (with the full path of its program) and measure that process alone."""
+    reader, writer = os.pipe()
+    # descriptor 3 by way of the shell, since subprocess cannot renumber descriptors
+    script = f'exec "$@" 3>&{writer}'
+    launcher = [sys.executable, "-S", "-E", "-c", _LAUNCHER, *map(str, command)]
+    with open(reader, "rb") as result:
+        try:
+            done = subprocess.run(
+                ["/bin/bash", "-c", script, "bash", *launcher],
+                pass_fds=[writer], capture_output=True, text=True, cwd=cwd,
+            )  # fmt: skip
+        finally:
+            os.close(writer)
+        code, seconds, peak = json.loads(result.read())
+    return Measurement(code, seconds, peak, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A set of checkpoints to merge; `layer` holds arguments of `tests.checkpoints`."""
+
+    name: str
+    checkpoints: int
+    layers_each: int
+    layer: dict[str, Any]
+
+
+SIZES = (
+    Size("8 x 92 MB", 8, 4, {"d": 4096, "f": 14336, "rank": 256, "modulation": "single"}),
+    Size("2 x 604 MB", 2, 1, {"d": 2048, "f": 8192, "rank": 512, "num_ranks": 8}),
+)
+
+_MAKE = """
+import json, sys
+from pathlib import Path
+from safetensors.torch import save_file
+from tests.checkpoints import layer_weights, write_checkpoint
+root, layers_each, layer = Path(sys.argv[1]), int(sys.argv[3]), json.loads(sys.argv[4])
+for index in range(int(sys.argv[2])):
+    weights = {}
+    for number in range(layers_each):
+        weights |= layer_weights(index * layers_each + number, **layer)
+    write_checkpoint(root / "pt" / f"checkpoint-{index}", weights)
+    folder = root / "safetensors" / f"checkpoint-{index}"
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "npt_weights.safetensors", metadata={"format": "pt"})
+"""
+
+_TORCH = """
+import sys
+import torch
+merged = {}
+for path in sys.argv[2:]:
+    merged |= torch.load(path, weights_only=True)
+torch.save(merged, sys.argv[1])
+"""
+
+_SAFETENSORS = """
+import sys
+from safetensors.torch import load_file, save_file
+merged = {}
+for path in sys.argv[2:]:
+    merged |= load_file(path)
+save_file(merged, sys.argv[1], metadata={"format": "pt"})
+"""
+
+
+@dataclass(slots=True)
+class Row:
+    """One way to merge, and what was measured of it.
+
+    Attributes:
+        size: which inputs.
+        format: ``"pt"`` or ``"safetensors"``.
+        way: what is run.
+        command: the process.
+        seconds: wall time of each round.
+        peak: largest resident memory of any round, in bytes.
+    """
+
+    size: str
+    format: str
+    way: str
+    command: list[str]
+    seconds: list[float] = field(default_factory=list)
+    peak: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def make_inputs(size: Size, directory: Path) -> None:
+    """Write the checkpoints, in both formats; in another process, so that this one stays small."""
+    command = [sys.executable, "-c", _MAKE, str(directory), str(size.checkpoints)]
+    command += [str(size.layers_each), json.dumps(size.layer)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    os.sync()
+
+
+def rows_of(size: Size, inputs: Path, output: Path) -> list[Row]:
+    """Everything to compare for one set of inputs; each command makes `output`, a directory."""
+    rows = []
+    for form, library, script in (
+        ("pt", "torch.load + torch.save", _TORCH),
+        ("safetensors", "load_file + save_file", _SAFETENSORS),
+    ):
+        folders = sorted((inputs / form).iterdir())
+        files = [str(folder / f"npt_weights.{form}") for folder in folders]
+        merge = [str(Path(sys.executable).with_name("npt-fast")), "merge", "--weights-only"]
+        merge += ["--checkpoints", *map(str, folders), "--output", str(output)]
+        script_copy = 'cp -r -- "$1" "$2"; sync -- "$2"/*/*'
+        copy = ["/bin/bash", "-e", "-c", script_copy, "cp", str(inputs / form), str(output)]
+        single = str(output / f"npt_weights.{form}")
+        load = f"import os; os.mkdir({str(output)!r})\n{script}"
+        rows += [
+            Row(size.name, form, _COPY, copy),
+            Row(size.name, form, "npt-fast merge", merge),
+            Row(size.name, form, "npt-fast merge --verify", [*merge, "--verify"]),
+            Row(size.name, form, library, [sys.executable, "-c", load, single, *files]),
+        ]
+    return rows
+
+
+def run_once(row: Row, output: Path) -> Measurement:
+    """One run from a quiet start: nothing dirty in memory, no output there; gone afterwards."""
+    os.sync()
+    result = measure(row.command)
+    try:
+        if result.code:
+            raise RuntimeError(f"{row.way}: exit {result.code}: {result.stderr[-2000:]}")
+        written = sum(f.stat().st_size for f in output.rglob("npt_weights.*"))
+        if written < 50 * MB:
+            raise RuntimeError(f"{row.way}: wrote only {written} bytes")
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+    row.seconds.append(result.seconds)
+    row.peak = max(row.peak, result.peak)
+    return result
+
+
+def run_rounds(rows: Sequence[Row], output: Path, rounds: int) -> None:
+    """All rows in turn, `rounds` times, each time beginning with another one."""
+    for number in range(rounds):
+        start = number * 3 % len(rows)
+        for row in (*rows[start:], *rows[:start]):
+            run_once(row, output)
+        print(f"  round {number + 1} of {rounds}", file=sys.stderr)
+
+
+def ratio_to_copy(row: Row, rows: Sequence[Row]) -> float:
+    """Median time over the median of ``cp`` of the same files."""
+    (copy,) = (r for r in rows if (r.size, r.format, r.way) == (row.size, row.format, _COPY))
+    return row.median / copy.median
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, which reads well on a terminal too."""
+    heads = ("checkpoints", "format", "way", "wall s", "min", "max", "peak MB", "ratio to cp")
+    body = [
+        (
+            row.size, row.format, row.way, f"{row.median:.2f}", f"{min(row.seconds):.2f}",
+            f"{max(row.seconds):.2f}", f"{row.peak / MB:.1f}", f"{ratio_to_copy(row, rows):.2f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
+    lines = []
+    for cells in (heads, tuple("-" * width for width in widths), *body):
+        padded = (
+            cell.ljust(width) if index < 3 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
+
+
+def machine_facts(directory: Path) -> dict[str, str]:
+    """What a reader needs to judge the numbers."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    stat = subprocess.run(
+        ["stat", "-f", "-c", "%T", str(directory)], capture_output=True, text=True
+    )
+    facts = {
+        "date": date.today().isoformat(),
+        "commit": commit or "unknown",
+        "cpu": model[1] if model else platform.machine(),
+        "cores": str(os.cpu_count()),
+        "kernel": platform.release(),
+        "file system": stat.stdout.strip() or "unknown",
+        "python": platform.python_version(),
+    }
+    for package in ("npt_fast", "torch", "safetensors", "numpy"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    return facts
+
+
+def save_results(rows: Sequence[Row], facts: dict[str, str], rounds: int) -> Path:
+    """Write the table and the raw numbers; gives the path of the table."""
+    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    lines = ["# Merging: wall time and memory", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += [
+        f"- command: `make bench-merge`; medians of {rounds} interleaved rounds, warm page cache",
+        "", table_of(rows), "",
+        "Wall is the whole process. `cp + fsync` copies the same input files; npt-fast syncs its",
+        "output too, torch and safetensors do not. Peak is the resident memory of one process.",
+    ]  # fmt: skip
+    table = RESULTS / f"merge-{cpu}.md"
+    table.write_text("\n".join(lines) + "\n")
+    plain = [{k: v for k, v in asdict(row).items() if k != "command"} for row in rows]
+    document = {"machine": facts, "rounds": rounds, "rows": plain}
+    table.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    return table
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=lambda size: size.name)
+def inputs(request: pytest.FixtureRequest) -> Iterator[tuple[Size, Path]]:
+    """The checkpoints of one size, on a disk rather than in memory where /tmp is a tmpfs."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="npt-bench-") as folder:
+        make_inputs(request.param, Path(folder) / "in")
+        yield request.param, Path(folder)
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_merge_speed(benchmark: Any, inputs: tuple[Size, Path], index: int) -> None:
+    """One row of the table, as pytest-benchmark sees it."""
+    size, folder = inputs
+    row = rows_of(size, folder / "in", folder / "out")[index]
+    benchmark.group = f"merge {size.name}, {row.format}"
+    benchmark.name = row.way
+    benchmark.pedantic(run_once, (row, folder / "out"), rounds=3)
+    benchmark.extra_info["peak_bytes"] = row.peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="runs of each row")
+    parser.add_argument("--directory", default="/var/tmp", help="where to work: 5 GB free")
+    parser.add_argument("--no-save", action="store_true", help="only print")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    for size in SIZES:
+        with tempfile.TemporaryDirectory(dir=options.directory, prefix="npt-bench-") as folder:
+            print(f"{size.name}: making inputs", file=sys.stderr)
+            make_inputs(size, Path(folder) / "in")
+            own = rows_of(size, Path(folder) / "in", Path(folder) / "out")
+            run_rounds(own, Path(folder) / "out", options.rounds)
+            rows += own
+    facts = machine_facts(Path(options.directory))
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    print(table_of(rows))
+    if not options.no_save:
+        print(f"Saved to {save_results(rows, facts, options.rounds)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""Killed, interrupted or raced, a merge leaves its target absent, old, or complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from npt_fast.checkpoint.merge import merge
+from tests.checkpoints import adamw_state, layer_weights, write_checkpoint
+
+CLI = Path(sys.executable).with_name("npt-fast")
+POINTS = 100  # of all calls into the kernel, to die at; each takes some 20 ms
+
+# Forks one process per merge, so that a test need not wait for imports. A merge may be told to kill
+# itself at its n-th entry to, or return from, a function of the operating system; or it is killed
+# after a time.
+_RUNNER = """
+import json, os, sys, time
+from npt_fast.checkpoint.merge import merge
+from npt_fast.checkpoint import verify
+
+def run(order):
+    seen = 0
+    def watch(frame, event, function):
+        nonlocal seen
+        if event in ("c_call", "c_return") and function.__module__ in ("posix", "fcntl"):
+            seen += 1
+            if seen == order["at"]:
+                os.kill(os.getpid(), 9)
+    if order["at"] is not None:
+        sys.setprofile(watch)
+    merge(order["inputs"], order["output"], force=order["force"], verify=order["verify"])
+    sys.setprofile(None)
+    return seen
+
+for line in sys.stdin:
+    order = json.loads(line)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(writer, str(run(order)).encode())
+            os._exit(0)
+        except BaseException as error:
+            os.write(writer, repr(error).encode())
+            os._exit(1)
+    os.close(writer)
+    if order["after"] is not None:
+        time.sleep(order["after"])
+        os.kill(pid, 9)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(json.dumps([code, os.read(reader, 9999).decode()]), flush=True)
+    os.close(reader)
+"""
+
+
+class Runner:
+    """Starts merges in processes of their own."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _RUNNER],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, inputs: list[Path], output: Path, **options: Any) -> tuple[int, str]:
+        """Exit code (negative: a signal) and what the merge had to say."""
+        order = {"force": False, "verify": False, "at": None, "after": None, **options}
+        order |= {"inputs": list(map(str, inputs)), "output": str(output)}
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+        code, said = json.loads(self._process.stdout.readline())
+        return code, said
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    runner = Runner()
+    yield runner
+    runner.close()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs, and the folders that may stand at the target: old, or the result of a merge."""
+
+    inputs: list[Path]
+    old: Path
+    new: dict[str, bytes]
+
+    def prepare(self, folder: Path, *, force: bool) -> Path:
+        """An empty place for a merge; with an old checkpoint at the target for ``--force``."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if force:
+            shutil.copytree(self.old, folder / "out")
+        return folder / "out"
+
+    def state(self, target: Path) -> str:
+        """``"absent"``, ``"old"`` or ``"new"``; fails for anything else."""
+        if not os.path.lexists(target):
+            return "absent"
+        found = content(target)
+        if found == self.new:
+            return "new"
+        assert found == content(self.old), f"neither old nor new: {sorted(found)}"
+        return "old"
+
+
+def make_case(folder: Path, *, steps: int, **shape: Any) -> Case:
+    """Two checkpoints of a layer each; the expected bytes come from a merge left in peace."""
+    inputs = []
+    for layer in (3, 5):
+        weights = layer_weights(layer, **shape)
+        state = adamw_state(weights, steps=steps) if steps else None
+        inputs.append(
+            write_checkpoint(
+                folder / f"in{layer}", weights, training_state=state, config={"model_name": "m"}
+            )
+        )
+    old = folder / "old"
+    old.mkdir()
+    for name in ("npt_weights.pt", "merge_summary.json", "stale.safetensors"):
+        (old / name).write_bytes(f"old {name}".encode())
+    merge(inputs, folder / "expected")
+    return Case(inputs, old, content(folder / "expected"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("small"), steps=2)
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Large enough that a good part of the time goes into copying: 40 MB."""
+    shape = {"d": 2048, "f": 8192, "rank": 128, "modulation": "triple"}
+    return make_case(tmp_path_factory.mktemp("medium"), steps=0, **shape)
+
+
+def check_after_kill(
+    case: Case, runner: Runner, target: Path, *, force: bool, verify: bool = False
+) -> str:
+    """The target as the killed merge left it, after which a rerun succeeds and leaves nothing."""
+    state = case.state(target)
+    assert state in (("old", "new") if force else ("absent", "new"))
+    if force or state == "absent":
+        code, said = runner.run(case.inputs, target, force=force)
+        assert code == 0, said
+    assert case.state(target) == "new"
+    assert os.listdir(target.parent) == ["out"]
+    return state
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_killed_around_system_calls(
+    small: Case, runner: Runner, tmp_path: Path, force: bool
+) -> None:
+    target = small.prepare(tmp_path / "work", force=force)
+    code, events = runner.run(small.inputs, target, force=force, at=0)
+    assert code == 0, events
+    assert small.state(target) == "new"
+    last = int(events)
+    # planning reads headers, which is the first half and leaves nothing: look closer at the rest
+    points = random.Random(1).sample(range(1, last), POINTS // 2)
+    points += [*range(last - POINTS // 2, last)]
+    states: Counter[str] = Counter()
+    for point in points:
+        target = small.prepare(tmp_path / "work", force=force)
+        code, said = runner.run(small.inputs, target, force=force, at=point)
+        assert code == -signal.SIGKILL, f"at {point} of {last}: {code}, {said}"
+        states[check_after_kill(small, runner, target, force=force)] += 1
+    assert states["new"] > 0 and states["old" if force else "absent"] > POINTS // 2
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_killed_at_any_time(medium: Case, runner: Runner, tmp_path: Path, force: bool) -> None:
+    target = medium.prepare(tmp_path / "work", force=force)
+    began = time.perf_counter()
+    assert runner.run(medium.inputs, target, force=force)[0] == 0
+    duration = time.perf_counter() - began
+    numbers = random.Random(2)
+    killed = 0
+    for _ in range(200):
+        target = medium.prepare(tmp_path / "work", force=force)
+        after = numbers.uniform(0, duration)
+        code, said = runner.run(medium.inputs, target, force=force, after=after)
+        assert code in (0, -signal.SIGKILL), said
+        check_after_kill(medium, runner, target, force=force)
+        killed += code != 0
+        if killed == 30:
+            return
+    pytest.fail(f"only {killed} of 200 merges were still running when killed")
+
+
+def test_killed_while_verifying(small: Case, runner: Runner, tmp_path: Path) -> None:
+    target = small.prepare(tmp_path / "work", force=False)
+    code, events = runner.run(small.inputs, target, verify=True, at=0)
+    assert code == 0, events
+    verified = content(target)
+    last = int(events)
+    for point in random.Random(3).sample(range(last // 2, last), 15):
+        target = small.prepare(tmp_path / "work", force=False)
+        code, said = runner.run(small.inputs, target, verify=True, at=point)
+        assert code == -signal.SIGKILL, said
+        if target.exists():
+            assert content(target) == verified
+        else:
+            code, said = runner.run(small.inputs, target, verify=True)
+            assert code == 0, said
+            assert content(target) == verified
+        assert os.listdir(target.parent) == ["out"]
+
+
+def test_what_a_killed_merge_leaves_is_hidden(small: Case, runner: Runner, tmp_path: Path) -> None:
+    """Were it left for good, a user and a glob would not take it for a checkpoint."""
+    target = small.prepare(tmp_path / "work", force=False)
+    events = int(runner.run(small.inputs, target, at=0)[1])
+    left = set()
+    for point in range(events // 2, events, events // 30):
+        target = small.prepare(tmp_path / "work", force=False)
+        runner.run(small.inputs, target, at=point)
+        left.update(name for name in os.listdir(target.parent) if name != "out")
+    assert left
+    assert all(name.startswith(".out.npt-fast-") for name in left)
+
+
+# --- signals
+
+# The command line with one call of the library replaced by one that never returns, so that the
+# signal arrives at a known place.
+_BLOCKED = """
+import os, sys, time
+name, *arguments = sys.argv[1:]
+def block(*args, **kwargs):
+    print("ready", flush=True)
+    time.sleep(60)
+if name == "plan":
+    import npt_fast.checkpoint.merge as module
+    module.plan_merge = block
+elif name == "rmtree":  # interrupted once, and again while it cleans up
+    import shutil
+    real = shutil.rmtree
+    def slow(*args, **kwargs):
+        print("cleaning", flush=True)
+        time.sleep(0.2)
+        real(*args, **kwargs)
+    shutil.rmtree, os.fsync = slow, block
+else:
+    setattr(os, name, block)
+from npt_fast.cli.main import main
+main(arguments)
+"""
+
+
+def interrupt(case: Case, target: Path, where: str, number: int, *more: str) -> tuple[int, str]:
+    """Exit code and stderr of a merge that gets a signal while it is in `where`."""
+    command = [sys.executable, "-c", _BLOCKED, where, "merge", "--output", str(target), *more]
+    command += ["--checkpoints", *map(str, case.inputs)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n", process.communicate()
+    process.send_signal(number)
+    if where == "rmtree":
+        assert process.stdout.readline() == "cleaning\n"
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    return process.returncode, errors
+
+
+PLACES = ["plan", "copy_file_range", "fsync", "posix_fadvise", "rmtree"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", PLACES)
+def test_signals_leave_nothing(
+    small: Case, tmp_path: Path, where: str, number: signal.Signals
+) -> None:
+    target = small.prepare(tmp_path / "work", force=False) / "new" / "out"
+    more = ["--verify"] if where == "posix_fadvise" else []
+    code, errors = interrupt(small, target, where, number, *more)
+    assert code == 128 + number
+    lines = [line for line in errors.splitlines() if not line.startswith("Warning: ")]
+    assert len(lines) <= 1 and "Traceback" not in errors
+    assert os.listdir(tmp_path / "work") == []
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_an_interrupted_replacement_keeps_the_old(small: Case, tmp_path: Path, where: str) -> None:
+    target = small.prepare(tmp_path / "work", force=True)
+    more = ["--verify"] if where == "posix_fadvise" else []
+    code, _ = interrupt(small, target, where, signal.SIGINT, "--force", *more)
+    assert code == 130
+    assert small.state(target) == "old"
+    assert os.listdir(target.parent) == ["out"]
+
+
+# --- races
+
+
+def start_cli(case: Case, target: Path, *more: str) -> subprocess.Popen[str]:
+    command = [CLI, "merge", "--output", target, "--checkpoints", *case.inputs, *more]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_of_two_merges_at_once_one_wins(medium: Case, tmp_path: Path) -> None:
+    for attempt in range(3):
+        target = medium.prepare(tmp_path / f"work{attempt}", force=False)
+        processes = [start_cli(medium, target) for _ in range(2)]
+        outputs = [process.communicate(timeout=60) for process in processes]
+        codes = [process.returncode for process in processes]
+        assert sorted(codes) == [0, 1], outputs
+        said = outputs[codes.index(1)][1].splitlines()
+        errors = [line for line in said if not line.startswith("Warning: ")]
+        assert len(errors) == 1
+        assert errors[0].startswith("Error: ") and str(target) in errors[0]
+        assert medium.state(target) == "new"
+        assert os.listdir(target.parent) == ["out"]
+
+
+def test_merges_that_replace_at_once_leave_one_of_them(medium: Case, tmp_path: Path) -> None:
+    target = medium.prepare(tmp_path / "work", force=True)
+    processes = [start_cli(medium, target, "--force") for _ in range(3)]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert medium.state(target) == "new"
+    assert os.listdir(target.parent) == ["out"]

@@ -1,0 +1,475 @@
+"""A directory appears complete or not at all, whatever stands in its way."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from npt_fast.checkpoint import linux, publish
+from npt_fast.checkpoint.merge import merge
+from npt_fast.checkpoint.publish import StagedDirectory
+from npt_fast.errors import MergeError
+from tests.checkpoints import layer_weights, write_checkpoint
+
+NAMES = [
+    "merged",
+    "with space",
+    "[red]brackets]",
+    "*?",
+    "percent %s {name}",
+    "über-合并-🧠",
+    "-starts-with-a-dash",
+    "quote'\"$HOME`x`\\",
+    "line\nbreak",
+    ".hidden",
+    "x" * 255,
+    "合" * 85,
+    os.fsdecode(b"not-utf8-\xff"),
+]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def stage(target: Path, files: dict[str, bytes], *, replace: bool = False) -> None:
+    """Fill and publish."""
+    with StagedDirectory(target, replace=replace) as staged:
+        for name, data in files.items():
+            (staged.path / name).write_bytes(data)
+        staged.publish()
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+@pytest.fixture
+def no_renameat2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel or file system that cannot swap, or rename without replacing."""
+
+    def refuse(old: Path, new: Path, flags: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(linux, "rename", refuse)
+
+
+@pytest.fixture(params=["renameat2", "no renameat2"])
+def either_kernel(request: pytest.FixtureRequest) -> None:
+    if request.param == "no renameat2":
+        request.getfixturevalue("no_renameat2")
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+# --- the usual
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name[:20]))
+@pytest.mark.usefixtures("either_kernel")
+def test_it_appears_under_its_name(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    stage(target, {"a": b"1"})
+    assert content(target) == {"a": b"1"}
+    stage(target, {"b": b"2"}, replace=True)
+    assert content(target) == {"b": b"2"}
+    assert names_in(tmp_path) == [name]
+
+
+def test_nothing_appears_before_it_is_published(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with StagedDirectory(target, replace=False) as staged:
+        (staged.path / "a").write_bytes(b"1")
+        assert not target.exists()
+        assert staged.path.parent == tmp_path  # else the rename could not be one step
+        assert staged.path.name.startswith(".")
+        staged.publish()
+        assert content(target) == {"a": b"1"}
+    assert names_in(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit, MemoryError, OSError])
+@pytest.mark.parametrize("existing", [False, True])
+def test_nothing_is_left_after_an_exception(
+    tmp_path: Path, error: type[BaseException], existing: bool
+) -> None:
+    target = tmp_path / "out"
+    if existing:
+        stage(target, {"old": b"old"})
+    with pytest.raises(error), StagedDirectory(target, replace=existing) as staged:
+        (staged.path / "a").write_bytes(b"1")
+        (staged.path / "sub").mkdir()
+        raise error
+    assert names_in(tmp_path) == (["out"] if existing else [])
+    assert not existing or content(target) == {"old": b"old"}
+
+
+def test_leaving_without_publishing_leaves_nothing(tmp_path: Path) -> None:
+    with StagedDirectory(tmp_path / "out", replace=False) as staged:
+        (staged.path / "a").write_bytes(b"1")
+    assert names_in(tmp_path) == []
+
+
+def test_no_descriptors_or_locks_are_left(tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    stage(tmp_path / "out", {"a": b"1"})
+    stage(tmp_path / "out", {"b": b"1"}, replace=True)
+    with pytest.raises(MergeError):
+        stage(tmp_path / "out", {"c": b"1"})
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+# --- parents
+
+
+def test_missing_parents_are_made(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "c" / "out"
+    stage(target, {"a": b"1"})
+    assert content(target) == {"a": b"1"}
+    assert names_in(target.parent) == ["out"]
+
+
+def test_made_parents_go_again_when_it_fails(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    target = tmp_path / "there" / "b" / "c" / "out"
+    with pytest.raises(KeyError), StagedDirectory(target, replace=False) as staged:
+        assert staged.path.parent == target.parent
+        raise KeyError
+    assert names_in(tmp_path) == ["there"]
+    assert names_in(tmp_path / "there") == []
+
+
+def test_made_parents_stay_when_someone_uses_them(tmp_path: Path) -> None:
+    target = tmp_path / "b" / "c" / "out"
+    with pytest.raises(KeyError), StagedDirectory(target, replace=False):
+        (tmp_path / "b" / "mine").write_bytes(b"1")
+        raise KeyError
+    assert names_in(tmp_path / "b") == ["mine"]
+
+
+@pytest.mark.parametrize("refused", ["iterdir", "flock"])
+def test_made_parents_go_again_when_staging_cannot_begin(
+    tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError(errno.EACCES, "refused")
+
+    if refused == "flock":
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    else:
+        monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(PermissionError):
+        stage(tmp_path / "b" / "c" / "out", {})
+    monkeypatch.undo()
+    assert names_in(tmp_path) == []
+
+
+def test_made_parents_go_again_when_a_further_one_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.mkdir
+
+    def refuse(self: Path, *args: int) -> None:
+        if self.name == "c":
+            raise OSError(errno.ENOSPC, "full")
+        real(self, *args)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match="full"):
+        stage(tmp_path / "b" / "c" / "out", {})
+    assert names_in(tmp_path) == []
+
+
+def test_a_parent_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "in", layer_weights(1))
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(MergeError, match="nothing was written"):
+        merge([checkpoint], tmp_path / "file" / "out")
+    assert names_in(tmp_path) == ["file", "in"]
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("where", ["target", "parent"])
+def test_a_name_that_is_too_long_is_one_line(tmp_path: Path, where: str) -> None:
+    checkpoint = write_checkpoint(tmp_path / "in", layer_weights(1))
+    long = tmp_path / "new" / ("x" * 300)
+    with pytest.raises(MergeError, match="too long") as caught:
+        merge([checkpoint], long if where == "target" else long / "out")
+    assert "\n" not in str(caught.value)
+    assert names_in(tmp_path) == ["in"]
+
+
+# --- races
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.usefixtures("either_kernel")
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path, full: bool) -> None:
+    target = tmp_path / "out"
+    with (
+        pytest.raises(MergeError, match="appeared while merging; nothing was replaced"),
+        StagedDirectory(target, replace=False) as staged,
+    ):
+        (staged.path / "a").write_bytes(b"mine")
+        target.mkdir()
+        if full:
+            (target / "a").write_bytes(b"theirs")
+        staged.publish()
+    assert content(target) == ({"a": b"theirs"} if full else {})
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(MergeError), StagedDirectory(target, replace=False) as staged:
+        target.write_bytes(b"theirs")
+        staged.publish()
+    assert target.read_bytes() == b"theirs"
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_a_target_that_vanishes_meanwhile_does_not_matter(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    stage(target, {"old": b"old"})
+    with StagedDirectory(target, replace=True) as staged:
+        (staged.path / "a").write_bytes(b"1")
+        shutil.rmtree(target)
+        staged.publish()
+    assert content(target) == {"a": b"1"}
+
+
+def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with StagedDirectory(target, replace=False) as first:
+        (first.path / "a").write_bytes(b"first")
+        with pytest.raises(MergeError), StagedDirectory(target, replace=False) as second:
+            assert second.path != first.path
+            (second.path / "a").write_bytes(b"second")
+            first.publish()
+            second.publish()
+    assert content(target) == {"a": b"first"}
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_a_directory_taken_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between mkdir and flock, another run may take it for abandoned and remove it."""
+    real = publish._lock
+    taken: list[Path] = []
+
+    def lock(directory: Path) -> int:
+        if not taken:
+            taken.append(directory)
+            directory.rmdir()
+        return real(directory)
+
+    monkeypatch.setattr(publish, "_lock", lock)
+    stage(tmp_path / "out", {"a": b"1"})
+    assert content(tmp_path / "out") == {"a": b"1"}
+    assert names_in(tmp_path) == ["out"]
+    assert len(taken) == 1
+
+
+# --- replacing
+
+
+@pytest.mark.usefixtures("either_kernel")
+def test_replacing_leaves_no_stale_file(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    stage(target, {"old": b"old", "both": b"old", "npt_weights.safetensors.index.json": b"{}"})
+    stage(target, {"new": b"new", "both": b"new"}, replace=True)
+    assert content(target) == {"new": b"new", "both": b"new"}
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_a_swap_that_fails_halfway_restores_the_old(
+    tmp_path: Path, no_renameat2: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    stage(target, {"old": b"old"})
+    real = os.rename
+    calls: list[int] = []
+
+    def second_fails(old: Path, new: Path) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "broken")
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="broken"):
+        stage(target, {"new": b"new"}, replace=True)
+    monkeypatch.undo()
+    assert len(calls) == 3
+    assert content(target) == {"old": b"old"}
+    assert names_in(tmp_path) == ["out"]
+
+
+@pytest.mark.usefixtures("either_kernel")
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    real = tmp_path / "elsewhere" / "real"
+    stage(real, {"old": b"old"})
+    link = tmp_path / "out"
+    link.symlink_to("elsewhere/real")
+    stage(link, {"new": b"new"}, replace=True)
+    assert link.is_symlink()
+    assert os.readlink(link) == "elsewhere/real"
+    assert content(real) == {"new": b"new"}
+    assert names_in(tmp_path) == ["elsewhere", "out"]
+    assert names_in(real.parent) == ["real"]
+
+
+def test_merging_onto_a_link_replaces_what_it_names(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "in", layer_weights(1))
+    real = tmp_path / "elsewhere" / "real"
+    real.mkdir(parents=True)
+    (real / "stale").write_bytes(b"old")
+    (tmp_path / "out").symlink_to("elsewhere/real")
+    with pytest.raises(MergeError, match="already exists"):
+        merge([checkpoint], tmp_path / "out")
+    merge([checkpoint], tmp_path / "out", force=True)
+    assert (tmp_path / "out").is_symlink()
+    assert "stale" not in names_in(real)
+    assert "npt_weights.pt" in names_in(real)
+    assert names_in(real.parent) == ["real"]
+
+
+def test_a_dangling_link_is_not_replaced(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "in", layer_weights(1))
+    (tmp_path / "out").symlink_to("nowhere")
+    for force in (False, True):
+        with pytest.raises(MergeError):
+            merge([checkpoint], tmp_path / "out", force=force)
+    assert os.readlink(tmp_path / "out") == "nowhere"
+    assert names_in(tmp_path) == ["in", "out"]
+
+
+# --- what killed processes leave
+
+
+def abandoned(target: Path) -> Path:
+    """What a process killed while it staged `target` would leave."""
+    staged = StagedDirectory(target, replace=False)
+    staged.__enter__()
+    (staged.path / "half").write_bytes(b"half")
+    (staged.path / "sub").mkdir()
+    os.close(staged._lock)  # as the kernel does for a killed process
+    return staged.path
+
+
+def test_abandoned_directories_are_removed(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    left = [abandoned(target)]
+    # one more, made by hand, since making it properly would remove the first
+    shutil.copytree(left[0], left[0].with_name(f".out.npt-fast-{0:012x}"))
+    assert len(names_in(tmp_path)) == 2
+    stage(target, {"a": b"1"})
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_a_directory_in_use_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with StagedDirectory(target, replace=False) as other:
+        (other.path / "a").write_bytes(b"theirs")
+        stage(tmp_path / "out", {"a": b"mine"})
+        assert content(other.path) == {"a": b"theirs"}
+    assert content(target) == {"a": b"mine"}
+
+
+def test_only_directories_of_this_target_are_taken_for_abandoned(tmp_path: Path) -> None:
+    left = abandoned(tmp_path / "other")
+    prefix = ".out.npt-fast-"
+    (tmp_path / f"{prefix}file").write_bytes(b"mine")
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    (keep / "a").write_bytes(b"mine")
+    (tmp_path / f"{prefix}link").symlink_to("keep")
+    stage(tmp_path / "out", {"a": b"1"})
+    assert names_in(tmp_path) == sorted(
+        [left.name, f"{prefix}file", "keep", f"{prefix}link", "out"]
+    )
+    assert content(keep) == {"a": b"mine"}
+
+
+def test_a_users_own_hidden_directory_is_kept(tmp_path: Path) -> None:
+    """Only a name that we could have made ourselves may be removed."""
+    mine = tmp_path / ".out.npt-fast-backup-of-monday"
+    mine.mkdir()
+    (mine / "a").write_bytes(b"mine")
+    stage(tmp_path / "out", {"a": b"1"})
+    assert content(mine) == {"a": b"mine"}
+
+
+def test_links_inside_an_abandoned_directory_are_not_followed(tmp_path: Path) -> None:
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    (keep / "a").write_bytes(b"mine")
+    left = abandoned(tmp_path / "out")
+    (left / "link").symlink_to("../keep")
+    stage(tmp_path / "out", {"a": b"1"})
+    assert names_in(tmp_path) == ["keep", "out"]
+    assert content(keep) == {"a": b"mine"}
+
+
+# --- modes
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002, 0o027])
+@pytest.mark.usefixtures("umask")
+def test_modes_are_what_the_umask_asks_for(tmp_path: Path, mask: int) -> None:
+    checkpoint = write_checkpoint(tmp_path / "in", layer_weights(1), config={"model_name": "m"})
+    for path in checkpoint.iterdir():
+        path.chmod(0o600)  # the inputs' modes do not matter
+    os.umask(mask)
+    target = tmp_path / "new" / "out"
+    merge([checkpoint], target)
+    merge([checkpoint], target, force=True)
+    for folder in (target, target.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~mask
+    assert len(list(target.iterdir())) == 4
+    for path in target.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path.name
+
+
+# --- the disk
+
+
+def test_directories_are_synced_around_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First the names of the files, then the rename, then the name of the whole."""
+    events: list[tuple[str, str]] = []
+    real_sync, real_rename = os.fsync, linux.rename
+
+    def sync(fd: int) -> None:
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{fd}")))
+        real_sync(fd)
+
+    def rename(old: Path, new: Path, flags: int) -> None:
+        events.append(("rename", str(new)))
+        real_rename(old, new, flags)
+
+    checkpoint = write_checkpoint(tmp_path / "in", layer_weights(1), config={"model_name": "m"})
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(linux, "rename", rename)
+    target = tmp_path / "out"
+    merge([checkpoint], target)
+    (at,) = (index for index, event in enumerate(events) if event == ("rename", str(target)))
+    synced = [Path(name) for kind, name in events[:at] if kind == "fsync"]
+    assert {path.name for path in synced[:-1]} == set(names_in(target))
+    assert synced[-1].parent == tmp_path
+    assert synced[-1].name.startswith(".out.npt-fast-")
+    assert ("fsync", str(tmp_path)) in events[at:]

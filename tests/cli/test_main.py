@@ -1,0 +1,219 @@
+"""The program as a whole: spellings, exit codes, streams, and how failures look."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import npt_fast as npt
+from tests.checkpoints import layer_weights, run, trained_checkpoint, write_checkpoint
+
+PROGRAM = [sys.executable, "-m", "npt_fast"]
+
+
+@pytest.fixture(autouse=True)
+def restore_sigterm() -> Any:
+    """main() installs its own handler."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_python_m(tmp_path: Path, layer11: Path, layer13: Path) -> None:
+    result = shell("merge", "--checkpoints", layer11, layer13, "--output", tmp_path / "out")
+    assert result.returncode == 0
+    assert "Successfully merged 2 NPT layers" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_the_installed_program_is_the_same(layer11: Path) -> None:
+    program = Path(sys.executable).parent / "npt-fast"
+    result = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == npt.__version__
+
+
+@pytest.mark.parametrize("verb", [[], ["merge"], ["analyze"], ["verify"]], ids=" ".join)
+def test_help(capsys: Any, verb: list[str]) -> None:
+    code, out, _ = run(capsys, *verb, "--help")
+    assert code == 0
+    assert "Usage: npt-fast" in out
+    assert "\x1b" not in out
+
+
+def test_help_loads_neither_torch_nor_numpy() -> None:
+    code = """
+import sys
+from npt_fast.cli.main import main
+try:
+    main(["merge", "--help"])
+except SystemExit:
+    print(*sys.modules)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "numpy", "triton", "transformers"} & set(result.stdout.split())
+
+
+def test_help_is_quick() -> None:
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        shell("--help")
+        times.append(time.monotonic() - started)
+    assert min(times) < 1.5  # 0.4 s on an idle machine; torch alone would take 4
+
+
+USAGE = {
+    "unknown-verb": (["frobnicate"], "frobnicate"),
+    "unknown-option": (["merge", "--checkpoints", "a", "--output", "b", "--warp"], "--warp"),
+    "no-output": (["merge", "--checkpoints", "a"], "--output"),
+    "no-checkpoints": (["merge", "--output", "b"], "--checkpoints"),
+    "bad-choice": (
+        ["merge", "--checkpoints", "a", "--output", "b", "--on-conflict", "newest"],
+        "newest",
+    ),
+    "bad-size": (
+        ["merge", "--checkpoints", "a", "--output", "b", "--max-shard-size", "5 apples"],
+        "apples",
+    ),
+    "nothing-to-verify": (["verify"], "checkpoint"),
+    "nothing-to-analyze": (["analyze"], "--checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_wrong_usage_is_exit_code_2(capsys: Any, case: str) -> None:
+    arguments, expected = USAGE[case]
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: ") and err.count("\n") == 1
+    assert expected.lower() in err.lower()
+
+
+def test_a_failure_is_one_line_on_stderr_and_exit_code_1(capsys: Any, tmp_path: Path) -> None:
+    for arguments in (
+        ["merge", "--checkpoints", tmp_path / "x", "--output", tmp_path / "out"],
+        ["analyze", "--checkpoint", tmp_path / "x"],
+        ["verify", tmp_path / "x"],
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (1, "")
+        assert err == f"Error: Checkpoint not found: {tmp_path / 'x'}\n"
+
+
+def test_a_full_disk_is_exit_code_4(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_checkpoint(tmp_path / "a", layer_weights(1))
+    real = os.statvfs(tmp_path)
+    full = os.statvfs_result([*real[:4], 0, *real[5:]])
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    code, _, err = run(capsys, "merge", "--checkpoints", path, "--output", tmp_path / "out")
+    assert code == 4
+    assert "bytes needed, 0 free" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(MemoryError(), 4), (KeyboardInterrupt(), 130)], ids=["memory", "ctrl-c"]
+)
+def test_other_ends(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException, code: int
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("npt_fast.checkpoint.inspect.open_checkpoint", fail)
+    found, out, err = run(capsys, "analyze", "--checkpoint", tmp_path)
+    assert (found, out) == (code, "")
+    assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_our_own_bugs_are_not_hidden(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("npt_fast.checkpoint.inspect.open_checkpoint", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(capsys, "analyze", "--checkpoint", tmp_path)
+
+
+def test_a_terminal_that_knows_only_ascii(tmp_path: Path, layer11: Path) -> None:
+    arguments = ["merge", "--checkpoints", layer11, "--output", tmp_path / "out", "--verify"]
+    result = shell(*arguments, PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
+    assert result.returncode == 0
+    assert "? Verification passed!" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_a_reader_that_goes_away(layer11: Path) -> None:
+    """``npt-fast analyze ... | head -1``"""
+    process = subprocess.Popen(
+        [*PROGRAM, "analyze", "--checkpoint", *[str(layer11)] * 40],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() != 0
+    assert err == b""
+
+
+@pytest.mark.parametrize("variable", ["", "FORCE_COLOR"])
+def test_no_colour_in_a_pipe(tmp_path: Path, layer11: Path, variable: str) -> None:
+    arguments = ["merge", "--checkpoints", layer11, "--output", tmp_path / "out", "--verify"]
+    result = shell(*arguments, **({variable: "1"} if variable else {}))
+    assert result.returncode == 0
+    assert "\x1b" not in result.stdout + result.stderr
+    assert all(line.startswith("Warning: ") for line in result.stderr.splitlines())
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = trained_checkpoint(tmp_path / "a", 1, d=512, f=2048, rank=128)
+    process = subprocess.Popen(
+        [*PROGRAM, "merge", "--checkpoints", str(path), "--output", str(tmp_path / "out"),
+         "--verify"],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob(".out.npt-fast-*")) and time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode in (143, 0)  # 0: it was done already
+    assert b"Traceback" not in err
+    expected = ["a"] if process.returncode else ["a", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == expected
+
+
+def test_tracebacks_never_come_from_bad_files(capsys: Any, tmp_path: Path) -> None:
+    for number, data in enumerate((b"", b"\x00" * 999, b"PK\x03\x04" + b"x" * 99)):
+        for suffix in ("pt", "safetensors"):
+            path = tmp_path / f"{number}.{suffix}"
+            path.write_bytes(data)
+            code, out, err = run(capsys, "analyze", "--checkpoint", path)
+            assert (code, out) == (1, "")
+            assert err.startswith(f"Error: {path}: ") and err.count("\n") == 1

@@ -1,0 +1,121 @@
+"""Imports go one way (DESIGN.md, section 2), and nothing is in the way of other packages."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "npt_fast"
+
+# part of the library -> the parts it may import, besides itself
+ALLOWED = {
+    "config": set[str](),
+    "errors": set[str](),
+    "kernels": set[str](),
+    "checkpoint": {"config", "errors"},
+    "functional": {"config", "errors", "kernels"},
+    "modules": {"config", "errors", "functional"},
+    "hf": {"config", "errors", "checkpoint", "functional", "modules"},
+    "training": {"config", "errors", "checkpoint", "functional", "modules", "hf"},
+    "transfer": {"config", "errors", "checkpoint", "functional", "modules", "hf"},
+}
+FOREIGN = {
+    "checkpoint": {"numpy"},
+    "config": set[str](),
+    "errors": set[str](),
+    "kernels": {"torch", "triton"},
+    "cli": {"cyclopts", "rich"},
+}
+"""Packages outside the standard library that a part may use, for the parts that are settled."""
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts) + [
+        path
+        for link in ("cli", "kernels")  # Path.rglob does not follow links
+        for path in sorted((PACKAGE / link).glob("*.py"))
+    ]
+
+
+def part_of(path: Path) -> str:
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything that a file imports, at any depth; relative ones made absolute."""
+    package = ["npt_fast", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module or ""]))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+CASES = sorted(set(sources()))
+
+
+def test_sources_are_found_through_the_links() -> None:
+    assert {"checkpoint", "cli", "config", "errors"} <= {part_of(path) for path in CASES}
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    part = part_of(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "npt_fast":
+            continue
+        target = parts[1] if len(parts) > 1 else "npt_fast"
+        if part in ("__init__", "__main__", "cli", "testing") or target == part:
+            continue
+        assert part in ALLOWED, f"{path}: say in tests/test_layering.py what {part} may import"
+        assert target in ALLOWED[part], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_other_packages(path: Path) -> None:
+    part = part_of(path)
+    for name in imports(path):
+        root = name.split(".")[0]
+        assert root != "kernels", f"{path}: a bare `kernels` is Hugging Face's package"
+        if root in sys.stdlib_module_names or root == "npt_fast" or part not in FOREIGN:
+            continue
+        assert root in FOREIGN[part], f"{path} imports {name}"
+
+
+def test_checkpoints_are_never_unpickled() -> None:
+    for path in CASES:
+        if part_of(path) in ("checkpoint", "cli"):
+            assert not {"pickle", "marshal", "shelve"} & {n.split(".")[0] for n in imports(path)}
+            assert "torch.load" not in {
+                ast.unparse(node.func)
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Call)
+            }
+
+
+def test_kernels_is_no_package_of_its_own() -> None:
+    """A ``kernels/__init__.py`` would shadow the package that transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (PACKAGE / "kernels").is_symlink()
+    assert (PACKAGE / "cli").is_symlink()
+    assert (PACKAGE / "kernels").resolve() == ROOT / "kernels"
+
+
+def test_a_bare_import_of_kernels_is_not_ours() -> None:
+    """From the repository's root, where a folder of that name is first on the path."""
+    code = "import kernels; print(getattr(kernels, '__file__', None))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    # without the real package, Python makes an empty namespace of the folder: that shadows nothing
+    assert result.stdout.strip() in ("", "None") or str(ROOT / "kernels") not in result.stdout
