@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -201,10 +202,9 @@ def run_once(row: Row, output: Path) -> Measurement:
 
 
 def run_rounds(rows: Sequence[Row], output: Path, rounds: int) -> None:
-    """All rows in turn, `rounds` times, each time beginning with another one."""
+    """All rows, `rounds` times, in a new order each time: what one leaves to the disk is shared."""
     for number in range(rounds):
-        start = number * 3 % len(rows)
-        for row in (*rows[start:], *rows[:start]):
+        for row in random.Random(number).sample(rows, len(rows)):
             run_once(row, output)
         print(f"  round {number + 1} of {rounds}", file=sys.stderr)
 

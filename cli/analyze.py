@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.checkpoint.inspect import CheckpointReport, LayerInfo
-from npt_fast.cli.output import print_json, size, warn
+from npt_fast.cli.output import print_json, say, size, warn
 
 
 def analyze(
@@ -48,35 +48,37 @@ def analyze(
     if verdict is None:
         return
     _section("Can these be merged?")
-    print(f"{'Yes' if verdict.mergeable else 'No'}: " + (
+    say(f"{'Yes' if verdict.mergeable else 'No'}: " + (
         f"the result would have layers {verdict.layers}" if verdict.mergeable
         else verdict.remarks[0]
     ))  # fmt: skip
     if verdict.mergeable:
         for remark in verdict.remarks:
-            print(f"  {remark}")
+            say(f"  {remark}")
 
 
 def _section(title: str) -> None:
-    print(f"\n{title}\n{'-' * 40}")
+    say()
+    say(title)
+    say("-" * 40)
 
 
 def _print(report: CheckpointReport, verbose: bool) -> None:
-    print("=" * 60)
-    print("NPT Checkpoint Analysis")
-    print(f"Checkpoint: {report.path}")
+    say("=" * 60)
+    say("NPT Checkpoint Analysis")
+    say(f"Checkpoint: {report.path}")
     for note in report.notes:
-        print(note)
-    print("=" * 60)
+        say(note)
+    say("=" * 60)
     _section("NPT Weights Analysis")
-    print(f"Format: {report.format}")
-    print(f"Total keys: {report.total_keys}")
-    print(f"Total parameters: {report.total_parameters:,}")
-    print(f"Modulation type: {report.modulation}")
-    print(f"Number of ranks: {_or_varies(report.num_ranks)}")
-    print(f"NPT rank: {_or_varies(report.rank)}")
-    print(f"Base model: hidden {report.hidden_size}, intermediate {report.intermediate_size}")
-    print(f"Layers found: {[info.layer for info in report.layers]}")
+    say(f"Format: {report.format}")
+    say(f"Total keys: {report.total_keys}")
+    say(f"Total parameters: {report.total_parameters:,}")
+    say(f"Modulation type: {report.modulation}")
+    say(f"Number of ranks: {_or_varies(report.num_ranks)}")
+    say(f"NPT rank: {_or_varies(report.rank)}")
+    say(f"Base model: hidden {report.hidden_size}, intermediate {report.intermediate_size}")
+    say(f"Layers found: {[info.layer for info in report.layers]}")
     for info in report.layers:
         _print_layer(info, verbose)
     if report.training_state is not None:
@@ -88,23 +90,23 @@ def _print(report: CheckpointReport, verbose: bool) -> None:
         _print_facts({name: report.config[name] for name in shown if name in report.config})
     if report.merge is not None:
         _section("Merge Information")
-        print(f"Merged layers: {report.merge['merged_layers']}")
-        print("Layer sources:")
+        say(f"Merged layers: {report.merge['merged_layers']}")
+        say("Layer sources:")
         for info in report.layers:
-            print(f"  Layer {info.layer}: {' <- '.join([info.source or 'unknown', *info.chain])}")
+            say(f"  Layer {info.layer}: {' <- '.join([info.source or 'unknown', *info.chain])}")
     if report.multi_layer_state is not None:
         _section("Multi-Layer Training State")
-        print(f"Layers to train: {report.multi_layer_state['layers_to_train']}")
+        say(f"Layers to train: {report.multi_layer_state['layers_to_train']}")
         stages = report.multi_layer_state.get("curriculum_schedule")
         stages = [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
-        print(f"Curriculum stages: {len(stages)}")
+        say(f"Curriculum stages: {len(stages)}")
         for stage in stages:
-            print(f"  - {stage.get('name')}: until step {stage.get('until_step')}")
+            say(f"  - {stage.get('name')}: until step {stage.get('until_step')}")
     if report.files:
         _section("Files in Checkpoint")
         for name, count in report.files.items():
-            print(f"  {name}: {size(count)}")
-    print()
+            say(f"  {name}: {size(count)}")
+    say()
 
 
 def _or_varies(value: int | None) -> str:
@@ -112,25 +114,26 @@ def _or_varies(value: int | None) -> str:
 
 
 def _print_layer(info: LayerInfo, verbose: bool) -> None:
-    print(f"\nLayer {info.layer}:")
-    print(f"  Modulation: {info.modulation}, num_ranks {info.num_ranks}, rank {info.rank}")
+    say()
+    say(f"Layer {info.layer}:")
+    say(f"  Modulation: {info.modulation}, num_ranks {info.num_ranks}, rank {info.rank}")
     residual = info.residual or "not recorded (removed is assumed)"
-    print(f"  Dtype: {', '.join(info.dtypes)}; residual: {residual}")
-    print(f"  Parameters: {info.tensors} tensors, {size(info.nbytes)}")
-    print(f"  Total elements: {info.parameters:,}")
+    say(f"  Dtype: {', '.join(info.dtypes)}; residual: {residual}")
+    say(f"  Parameters: {info.tensors} tensors, {size(info.nbytes)}")
+    say(f"  Total elements: {info.parameters:,}")
     if info.step is not None:
-        print(f"  Trained steps: {info.step}")
+        say(f"  Trained steps: {info.step}")
     if info.fidelity is not None:
-        print(f"  Fidelity: {info.fidelity}")
+        say(f"  Fidelity: {info.fidelity}")
     if verbose:
         bad = sum(tensor.non_finite or 0 for tensor in info.details)
-        print(f"  NaN or infinite: {bad}")
-        print("  Parameter details:")
+        say(f"  NaN or infinite: {bad}")
+        say("  Parameter details:")
         width = max(len(tensor.name) for tensor in info.details)
         for tensor in info.details:
             norm = "" if tensor.norm is None else f"  norm {tensor.norm:.6g}"
             flag = f"  NaN/Inf {tensor.non_finite}" if tensor.non_finite else ""
-            print(
+            say(
                 f"    {tensor.name:<{width}}  {tensor.dtype} {tensor.shape}  "
                 f"{size(tensor.nbytes)}{norm}{flag}"
             )
@@ -138,4 +141,4 @@ def _print_layer(info: LayerInfo, verbose: bool) -> None:
 
 def _print_facts(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
-        print(f"{name}: {value}")
+        say(f"{name}: {value}")

@@ -19,6 +19,7 @@ app = App(
     name="npt-fast",
     help="Merge, prove and describe Neuro-Plastic Transformer checkpoints.",
     version=lambda: npt.__version__,
+    suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative=()),  # flags have no --no- form: all are off by default
 )
 app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints into one.")

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.checkpoint.merge_report import MergeReport
-from npt_fast.cli.output import print_json, print_verification, progress_bar, size, warn
+from npt_fast.cli.output import print_json, print_verification, progress_bar, say, size, warn
 from npt_fast.config import ConflictPolicy, FileFormat, MergeOptions, WeightDType
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -108,7 +108,7 @@ def merge(
         print_json(report.to_dict())
         return
     for note in report.notes:
-        print(note)
+        say(note)
     _print_report(report)
 
 
@@ -116,33 +116,31 @@ def _print_report(report: MergeReport) -> None:
     layers = [info.layer for info in report.layers]
     if report.verification is not None:
         print_verification(report.verification)
-        print()
-    print(f"{'Would merge' if report.dry_run else 'Merged'} layers: {layers}")
-    print(f"Total NPT parameters: {report.total_parameters:,}")
-    print("Layer sources:")
+        say()
+    say(f"{'Would merge' if report.dry_run else 'Merged'} layers: {layers}")
+    say(f"Total NPT parameters: {report.total_parameters:,}")
+    say("Layer sources:")
     for info in report.layers:
         step = "" if info.step is None else f", step {info.step}"
         changed = f", {info.changed} tensors changed" if info.changed else ""
-        print(f"  Layer {info.layer}: {info.source}")
-        print(
+        say(f"  Layer {info.layer}: {info.source}")
+        say(
             f"    {info.modulation}, num_ranks {info.num_ranks}, rank {info.rank}{step}, "
             f"optimizer {info.optimizer}{changed}"
         )
     if report.global_step is not None:
-        print(f"Training continues from step {report.global_step}")
+        say(f"Training continues from step {report.global_step}")
     total = sum(report.files.values())
     ways = ", ".join(f"{way} {size(count)}" for way, count in report.ways.items())
     if report.dry_run:
-        print(f"Files ({size(total)}):")
+        say(f"Files ({size(total)}):")
         for name, count in report.files.items():
-            print(f"  {name}: {count:,} bytes")
-        print(f"Expected ways: {ways}")
+            say(f"  {name}: {count:,} bytes")
+        say(f"Expected ways: {ways}")
         enough = "enough" if report.needed_bytes <= report.free_bytes else "NOT ENOUGH"
-        print(
-            f"Disk needed: {size(report.needed_bytes)}, free: {size(report.free_bytes)} ({enough})"
-        )
-        print("Nothing was written.")
+        say(f"Disk needed: {size(report.needed_bytes)}, free: {size(report.free_bytes)} ({enough})")
+        say("Nothing was written.")
         return
-    print(f"Bytes: {ways} in {report.seconds:.2f} s")
-    print(f"Output saved to: {report.output}")
-    print(f"✓ Successfully merged {len(layers)} NPT layers!")
+    say(f"Bytes: {ways} in {report.seconds:.2f} s")
+    say(f"Output saved to: {report.output}")
+    say(f"✓ Successfully merged {len(layers)} NPT layers!")

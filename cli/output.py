@@ -8,18 +8,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from npt_fast.errors import printable
+
 if TYPE_CHECKING:
     from npt_fast.checkpoint.verify import VerifyReport
 
 
+def say(text: str = "") -> None:
+    """A line on stdout; what a checkpoint put into it cannot drive the terminal."""
+    print(printable(text))
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def warn(message: str) -> None:
     """A line on stderr that needs attention."""
-    print(f"Warning: {message}", file=sys.stderr)
+    print(printable(f"Warning: {message}"), file=sys.stderr)
 
 
 def size(count: int) -> str:
@@ -34,7 +41,7 @@ def size(count: int) -> str:
 
 def print_verification(report: VerifyReport) -> None:
     """What was checked, then the guide's block, to the letter when it passed."""
-    print(
+    say(
         f"Read back {report.tensors} tensors ({size(report.bytes_read)}): "
         f"{report.compared} bit-equal to their sources, "
         f"{report.digests_matched} equal to recorded digests, {report.crcs_matched} CRCs match."
@@ -42,14 +49,14 @@ def print_verification(report: VerifyReport) -> None:
         else f"Read back {report.tensors} tensors ({size(report.bytes_read)})."
     )
     for note in report.notes:
-        print(f"Note: {note}")
-    print("Verification Results:")
-    print(f"  Expected layers: {report.expected_layers}")
-    print(f"  Found layers: {report.found_layers}")
-    print(f"  Checkpoint has {report.checkpoint_keys} keys")
+        say(f"Note: {note}")
+    say("Verification Results:")
+    say(f"  Expected layers: {report.expected_layers}")
+    say(f"  Found layers: {report.found_layers}")
+    say(f"  Checkpoint has {report.checkpoint_keys} keys")
     for line in shortened(report.problems):
-        print(f"  {line}")
-    print("✓ Verification passed!" if report.passed else "✗ Verification failed!")
+        say(f"  {line}")
+    say("✓ Verification passed!" if report.passed else "✗ Verification failed!")
 
 
 def shortened(lines: list[str], limit: int = 20) -> list[str]:

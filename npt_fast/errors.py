@@ -7,10 +7,18 @@ line prints the message and exits with ``exit_code``; anything else that escapes
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """`text` on one line without control characters: names in a checkpoint are anybody's choice."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class NPTError(Exception):
     """Base of all errors that npt_fast raises on purpose."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class CheckpointError(NPTError):
@@ -38,4 +46,4 @@ class VerificationError(NPTError):
 
     def __init__(self, message: str, problems: list[str]) -> None:
         super().__init__(message)
-        self.problems = problems
+        self.problems = [printable(problem) for problem in problems]

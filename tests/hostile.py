@@ -143,8 +143,9 @@ PAYLOADS: dict[str, bytes] = {
     "global-python2-eval": call(symbol("__builtin__", "eval"), EXPRESSION),
     "global-subprocess-call": call(symbol("subprocess", "call"), ARGUMENTS),
     "global-subprocess-getoutput": call(symbol("subprocess", "getoutput"), COMMAND),
-    "global-timeit": call(symbol("timeit", "timeit"), EXPRESSION),
-    "global-pydoc-pager": call(symbol("pydoc", "pipepager"), text("x"), COMMAND),
+    "global-timeit": call(
+        symbol("timeit", "timeit"), EXPRESSION, text("pass"), symbol("time", "time"), integer(1)
+    ),
     "global-functools-partial": call(call(PARTIAL, SYSTEM, COMMAND)),
     "global-operator-methodcaller": call(
         call(symbol("operator", "methodcaller"), text("system"), COMMAND), IMPORT_OS
@@ -158,7 +159,7 @@ PAYLOADS: dict[str, bytes] = {
     "stack-global": text("os") + text("system") + b"\x93" + tuple_of(COMMAND) + b"R",
     "inst": MARK + COMMAND + b"ios\nsystem\n",
     "obj": MARK + SYSTEM + COMMAND + b"o",
-    "reduce-from-memo": SYSTEM + b"q\xc8" + COMMAND + b"\x85q\xc90h\xc8h\xc9R",
+    "reduce-from-memo": SYSTEM + b"q\xc80" + COMMAND + b"\x85q\xc90h\xc8h\xc9R",
     "build-sets-state-of-partial": call(
         call(PARTIAL, symbol("os", "getcwd")) + PARTIAL_STATE + b"b"
     ),
@@ -195,7 +196,7 @@ class Member:
         true = {
             "magic": None, "name": self.name.encode(), "flags": 0, "method": 0, "extra": b"",
             "crc": 0 if self.hole else zlib.crc32(self.data), "packed": size, "size": size,
-            "comment": b"", "disk": 0, "at": None,
+            "comment": b"", "disk": 0, "attributes": 0, "at": None,
         }  # fmt: skip
         assert changes.keys() <= true.keys()
         return {**true, **changes}
@@ -211,7 +212,7 @@ class Member:
         f = self.fields(self.central)
         numbers = (20, 20, f["flags"], f["method"], 0, 0, f["crc"], f["packed"], f["size"])
         sizes = (len(f["name"]), len(f["extra"]), len(f["comment"]))
-        place = (f["disk"], 0, 0, at if f["at"] is None else f["at"])
+        place = (f["disk"], 0, f["attributes"], at if f["at"] is None else f["at"])
         header = struct.pack(CENTRAL, f["magic"] or b"PK\1\2", *numbers, *sizes, *place)
         return header + f["name"] + f["extra"] + f["comment"]
 
@@ -373,6 +374,8 @@ pt("codecs-encode-other", pickle=beside(call(
 pt("newobj", pickle=beside(symbol("subprocess", "Popen") + ARGUMENTS + b"\x85\x81"))
 pt("newobj-ex", pickle=beside(symbol("subprocess", "Popen") + EMPTY_TUPLE + dict_of() + b"\x92"))
 pt("newobj-of-ordered-dict", pickle=beside(symbol("collections", "OrderedDict") + b")\x81"))
+pt("obj-of-ordered-dict", pickle=beside(MARK + symbol("collections", "OrderedDict") + b"o"))
+pt("inst-of-ordered-dict", pickle=beside(MARK + b"icollections\nOrderedDict\n"))
 pt("ext1", pickle=beside(b"\x82\x01"))
 pt("ext2", pickle=beside(b"\x83\x01\x01"))
 pt("ext4", pickle=beside(b"\x84\x01\x01\x01\x01"))
@@ -401,31 +404,34 @@ pt("proto-twice", pickle=PROTO + VALID)
 
 # memory, time and depth
 _NESTED = EMPTY_TUPLE + b"\x85" * 5000
-_DOUBLED = EMPTY_TUPLE + b"q\xc8h\xc8\x86" * 24
+_DOUBLED = EMPTY_TUPLE + b"q\xc8h\xc8\x86" * 25  # what hashes or prints it needs 2^25 steps
+_DOUBLED_LIST = EMPTY_LIST + b"q\xc8](h\xc8h\xc8e" * 60
 pt("memo-2-27-of-nothing", pickle=PROTO + b"r\0\0\0\x08" + STOP)
 pt("memo-2-31-of-nothing", pickle=PROTO + b"r\0\0\0\x80" + STOP)
 pt("memo-2-31-then-get-another", pickle=beside(NONE + b"r\0\0\0\x80j\1\0\0\x80"))
 pt("memo-never-written", pickle=beside(b"h\xfe"))
 pt("memo-of-a-mark", pickle=beside(MARK + b"q\xc8" + b"t"))
-pt("billion-laughs-of-lists", pickle=weights(b"]q\xc8]" + b"(" + b"h\xc8" * 10 + b"e" * 1 + b"q\xc8"
-                                              + b"](" + b"h\xc8" * 10 + b"e"))  # fmt: skip
+pt("billion-laughs-of-lists", pickle=weights(_DOUBLED_LIST))
 pt("billion-laughs-of-tuples", pickle=weights(_DOUBLED))
 pt("billion-laughs-as-dict-key", pickle=beside(dict_of((_DOUBLED, NONE))))
 pt("billion-laughs-as-numpy-code", pickle=beside(call(_DTYPE, _DOUBLED, FALSE, TRUE)))
 pt("billion-laughs-as-persistent-id", pickle=beside(_DOUBLED + b"Q"))
 pt("billion-laughs-as-hooks", pickle=weights(tensor(hooks=_DOUBLED)))
 pt("nested-tuple-as-numpy-code", pickle=beside(call(_DTYPE, _NESTED, FALSE, TRUE)))
+pt("nested-tuple-as-numpy-code-deeper", pickle=beside(
+    call(_DTYPE, EMPTY_TUPLE + b"\x85" * 200_000, FALSE, TRUE)
+))  # fmt: skip
 pt("nested-tuple-as-value", pickle=weights(EMPTY_TUPLE + b"\x85" * 1_000_000))
 pt("nested-tuple-as-numpy-state", pickle=beside(
     call(_DTYPE, text("f8"), FALSE, TRUE)
     + tuple_of(integer(3), text("<"), *[_NESTED] * 6) + b"b"
 ))  # fmt: skip
-pt("nested-marks", pickle=PROTO + MARK * 8_000_000 + STOP)
+pt("nested-marks", pickle=PROTO + MARK * 4_000_000 + STOP)
 pt("nested-lists", pickle=PROTO + EMPTY_LIST * 1_000_000 + b"a" * 999_999 + STOP)
-pt("many-lists", pickle=PROTO + EMPTY_LIST * 16_000_000 + STOP)
-pt("many-dicts", pickle=PROTO + EMPTY_DICT * 16_000_000 + STOP)
+pt("many-lists", pickle=PROTO + EMPTY_LIST * 3_000_000 + STOP)
+pt("many-dicts", pickle=PROTO + EMPTY_DICT * 3_000_000 + STOP)
 pt("many-ordered-dicts", pickle=PROTO + symbol("collections", "OrderedDict") + b"q\0"
-   + b"h\0)R" * 2_000_000 + STOP)  # fmt: skip
+   + b"h\0)R" * 500_000 + STOP)  # fmt: skip
 pt("many-memos", pickle=PROTO + NONE + b"".join(
     b"r" + struct.pack("<I", number) for number in range(1_500_000)
 ) + STOP)  # fmt: skip
@@ -436,7 +442,6 @@ pt("one-string-again-and-again", pickle=PROTO + (text("\u6f22" * 340_000) * 25) 
 pt("string-of-4-gib", pickle=PROTO + b"X\xff\xff\xff\xffabc" + STOP)
 pt("string-of-2-mib", pickle=beside(text("a" * (2 << 20))))
 pt("string-not-utf8", pickle=beside(b"X\1\0\0\0\xff"))
-pt("string-lone-surrogate", pickle=beside(b"X\3\0\0\0\xed\xa0\x80"))
 pt("string-8-of-2-62", pickle=PROTO + b"\x8d" + struct.pack("<Q", 1 << 62) + STOP)
 pt("bytes-8-of-2-62", pickle=PROTO + b"\x8e" + struct.pack("<Q", 1 << 62) + STOP)
 pt("bytearray-8-of-2-62", pickle=PROTO + b"\x96" + struct.pack("<Q", 1 << 62) + STOP)
@@ -487,6 +492,10 @@ pt("key-list", pickle=weights(None, (EMPTY_LIST, tensor())))
 pt("key-duplicate", pickle=weights(None, (text(W_DOWN), tensor(storage("1")))))
 pt("key-duplicate-by-setitem", pickle=VALID[:-1] + text(W_DOWN) + tensor(storage("1")) + b"s.")
 pt("key-with-newline", pickle=weights(None, (text("evil\nOK: fine"), tensor(storage("9")))))
+pt("key-with-terminal-escape", pickle=weights(None, (text("\x1b[2J"), tensor(storage("9")))))
+pt("key-lone-surrogate", pickle=weights(
+    None, (b"X\3\0\0\0\xed\xa0\x80", tensor(storage("9")))
+))  # fmt: skip
 pt("setitems-odd", pickle=PROTO + EMPTY_DICT + MARK + text("a") + b"u" + STOP)
 pt("setitems-on-tensor", pickle=PROTO + tensor() + MARK + text("a") + NONE + b"u" + STOP)
 pt("append-to-dict", pickle=PROTO + dict_of(*items()) + NONE + b"a" + STOP)
@@ -537,7 +546,7 @@ for _name, _sizes in {
     "offset-outside": {"offset": integer(17)},
     "offset-too-far": {"offset": integer(1)},
     "offset-negative": {"offset": integer(-1)},
-    "offset-wraps": {"offset": integer((1 << 62))},
+    "offset-wraps": {"offset": integer(1 << 62)},
     "offset-real": {"offset": real(0.0)},
     "offset-boolean": {"offset": FALSE},
     "shape-too-large": {"shape": integers(9, 2)},
@@ -571,6 +580,7 @@ down("parameter-of-a-number", call(
     symbol("torch._utils", "_rebuild_parameter"), integer(3), TRUE, ORDERED_DICT
 ))  # fmt: skip
 
+
 # the zip: compression, encryption, names
 def _deflated(content: bytes) -> dict[str, Any]:
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -596,7 +606,8 @@ pt("member-duplicate-data", last=[extra("data/0", PIECES[1])])
 pt("member-duplicate-by-case", last=[extra("DATA.PKL", VALID)])
 pt("member-duplicate-data-by-case", last=[extra("Data/0", PIECES[1])])
 for _name, _member in {
-    "absolute": "/etc/passwd", "drive": "C:\\x", "parent": f"{ROOT}/../x", "backslash": f"{ROOT}\\x",
+    "absolute": "/etc/passwd", "drive": "C:\\x", "parent": f"{ROOT}/../x",
+    "backslash": f"{ROOT}\\x",
     "backslash-inside": f"{ROOT}/data\\7", "parent-first": "../x/y", "nul": f"{ROOT}/data/7\0",
     "newline": f"{ROOT}/data/7\nOK", "not-ascii": f"{ROOT}/data/\u00b7", "empty": "",
     "root-only": ROOT, "folder": f"{ROOT}/", "empty-part": f"{ROOT}//x", "long": "a/" + "x" * 300,
@@ -607,6 +618,8 @@ pt("member-name-not-utf8", last=[extra("x", central={"name": b"archive/\xff"})])
 pt("member-names-differ", change={"data/0": {"local": {"name": b"archive/data/7"}}})
 pt("member-names-differ-in-length", change={"data/0": {"local": {"name": b"archive/data/00"}}})
 pt("member-names-differ-in-case", change={"data/0": {"local": {"name": b"archive/Data/0"}}})
+# the MS-DOS attribute of a folder: torch 2.13 reads no data then, and returns what memory held
+pt("member-marked-as-a-folder", change={"data/0": {"central": {"attributes": 0x10}}})
 pt("member-torchscript", last=[extra("constants.pkl", PROTO + EMPTY_TUPLE + STOP)])
 pt("no-data-pkl", drop="data.pkl")
 pt("no-data-record", drop="data/0")
@@ -627,6 +640,7 @@ pt("data-empty", change={"data/0": {"data": b""}})
 pt("size-smaller-in-directory", change={"data/0": {"central": {"size": 60, "packed": 60}}})
 pt("size-larger-in-directory", change={"data/0": {"central": {"size": 68, "packed": 68}}})
 pt("size-differs-from-packed", change={"data/0": {"central": {"packed": 60}}})
+pt("crc-differs-in-local", change={"data/0": {"local": {"crc": 1}}})
 pt("size-differs-in-local", change={"data/0": {"local": {"size": 60, "packed": 60}}})
 pt("size-beyond-the-file", change={"data/2": {"central": {"size": 1 << 30, "packed": 1 << 30}}})
 pt("size-4-gib", change={"data/2": {"central": {"size": 0xFFFFFFFF, "packed": 0xFFFFFFFF}}})
@@ -654,16 +668,10 @@ pt("header-in-the-directory", edit=lambda raw: raw.replace(
 pt("header-not-a-header", change={"data/0": {"central": {"at": 7}}})
 pt("header-without-magic", change={"data/0": {"local": {"magic": b"PK\3\5"}}})
 pt("header-shared", change={"data/1": {"central": {"at": 0, "name": b"archive/data.pkl"}}})
-pt("header-extra-outside", change={"version": {"local": {"extra": b"FB\x7c\0" + b"Z" * 0}},
-                                   "data/2": {"central": {"disk": 0}}},
-   edit=lambda raw: raw.replace(b"\x0f\0\x04\0archive/version", b"\x0f\0\xff\xffarchive/version")
-)  # fmt: skip
+pt("header-extra-outside", edit=lambda raw: raw.replace(
+    b"\x0f\0\0\0archive/version", b"\x0f\0\xff\xffarchive/version"
+))  # fmt: skip
 _INNER = Member(f"{ROOT}/data/1", PIECES[1], embedded=True)
-pt("members-overlap", drop="data/1", change={
-    "data/0": {"data": DATA[: 64 - len(_INNER.local_header())] + _INNER.local_header()},
-    "data/2": {},
-}, last=[])  # fmt: skip
-PT_CASES.pop()
 
 
 def _overlapping(directory: Path) -> Path:
@@ -714,7 +722,6 @@ pt("zip64-end-missing", end=_SATURATED)
 def _crowded(directory: Path) -> Path:
     """As many directory entries as the limit allows, all for one member."""
     member = Member("a/b")
-    path = directory / "npt_weights.pt"
     count = (8 << 20) // len(member.central_header(0))
     raw = member.local_header() + member.central_header(0) * count
     places = (count, count, count * len(member.central_header(0)), len(member.local_header()))
@@ -753,9 +760,7 @@ ST_CASES: list[Case] = []
 Header = dict[str, dict[str, Any]]
 HEADER: Header = {
     name: {"dtype": "F32", "shape": list(shape), "data_offsets": place}
-    for (name, shape), place in zip(
-        SHAPES.items(), ([0, 64], [64, 128], [128, 224]), strict=True
-    )
+    for (name, shape), place in zip(SHAPES.items(), ([0, 64], [64, 128], [128, 224]), strict=True)
 }
 
 
@@ -859,7 +864,7 @@ st("dtype-c128", with_fields(dtype="C128", shape=[4]))
 st("dtype-f4-odd", with_tensor("odd", [1], 224, 225, "F4"), DATA + b"\0")
 st("dtype-f6-not-whole-bytes", with_tensor("odd", [2], 224, 226, "F6_E2M3"), DATA + b"\0\0")
 st("duplicate-tensor-leaves-a-hole", TEXT[:-1] + ", " + _DOWN_TEXT.replace("0, 64", "8, 72") + "}")
-st("duplicate-metadata", f'{{{_META}{{}}, {_META}{{}}, {TEXT[1:]}')
+st("duplicate-metadata", f"{{{_META}{{}}, {_META}{{}}, {TEXT[1:]}")
 st_text("duplicate-field", '"shape": [8, 2]', '"shape": [4, 4], "shape": [8, 2]')
 st("metadata-number", {"__metadata__": {"format": 1}, **HEADER})
 st("metadata-nested", {"__metadata__": {"format": {"a": "b"}}, **HEADER})
@@ -867,7 +872,6 @@ st("metadata-value-null", {"__metadata__": {"format": None}, **HEADER})
 st("metadata-list", {"__metadata__": ["format"], **HEADER})
 st("metadata-duplicate-key", f'{{{_META}{{"a": "b", "a": "c"}}, {TEXT[1:]}')
 st("header-length-beyond-the-file", length=10_000)
-st("header-length-100-000-001", length=100_000_001)
 st("header-length-2-63", length=1 << 63)
 st("header-length-2-64-wraps", length=(1 << 64) - 8)
 st("header-length-0", length=0)
@@ -898,8 +902,6 @@ st("tensor-number", {**HEADER, "x": 3})
 st("tensor-list", {**HEADER, "x": ["F32", [0], [224, 224]]})
 st("nested-lists", f'{{"x": {"[" * 100_000}{"]" * 100_000}, {TEXT[1:]}')
 st("nested-objects", '{"x": ' + '{"x": ' * 100_000 + "1" + "}" * 100_000 + ", " + TEXT[1:])
-st("nested-dtype", with_fields(dtype="@").__class__(with_fields(dtype="@")))
-ST_CASES.pop()
 st_text("nested-dtype", f'"{W_DOWN}": {{"dtype": "F32"',
         f'"{W_DOWN}": {{"dtype": {"[" * 900}{"]" * 900}')  # fmt: skip
 st("empty-tensor-inside-another", with_tensor("empty", [0], 32, 32))
@@ -936,8 +938,18 @@ st("header-of-empty-objects", f'{{"x": [{"{}," * 2_700_000}{{}}], {TEXT[1:]}')
 st("header-of-empty-lists", f'{{"x": [{"[]," * 2_700_000}[]], {TEXT[1:]}')
 st("header-of-numbers", f'{{"x": [{"999," * 2_000_000}1], {TEXT[1:]}')
 st("header-of-names", "{" + "".join(f'"{n}":0,' for n in range(700_000)) + TEXT[1:])
-st("duplicate-after-30000-names", "{" + "".join(f'"{n}":0,' for n in range(30_000))
+st("duplicate-after-40000-names", "{" + "".join(f'"{n}":0,' for n in range(40_000))
    + '"last":0,"last":0}')  # fmt: skip
+
+
+def _header_of_100_mb(directory: Path) -> Path:
+    """A header just over what safetensors allows, in a file that is long enough."""
+    path = write_safetensors(directory, length=100_000_001)
+    os.truncate(path, 100_001_000)
+    return path
+
+
+ST_CASES.append(("header-length-100-000-001", _header_of_100_mb))
 
 # not safetensors at all
 for _name, _content in {
@@ -1028,7 +1040,6 @@ for _name, _shard in {
     "number": 2, "null": None, "true": True, "object": {"file": TWO},
 }.items():  # fmt: skip
     index(f"shard-{_name}", {**WHERE, W_B_UP: _shard})
-_ABSENT = "not in the shard"
 index("tensor-not-in-its-shard", {**WHERE, "layer_4_np.W_down": ONE})
 index("tensor-not-in-its-shard-newline", {**WHERE, "a\nOK: fine": ONE})
 index("tensor-not-in-its-shard-surrogate", {**WHERE, "a\ud800": ONE})
@@ -1062,15 +1073,13 @@ for _name, _raw in {
     "infinity": '{"metadata": {"total_size": -Infinity}, ' + _VALID_INDEX[1:],
     "cut": _VALID_INDEX[:-5],
     "garbage-after": _VALID_INDEX + "x",
-    "duplicate-tensor": _VALID_INDEX.replace("{", "{", 1)[:-2] + f', "{W_DOWN}": "{TWO}"}}}}',
+    "duplicate-tensor": _VALID_INDEX[:-2] + f', "{W_DOWN}": "{TWO}"}}}}',
     "duplicate-map": _VALID_INDEX[:-1] + ', "weight_map": {}}',
     "byte-order-mark": "\ufeff" + _VALID_INDEX,
     "nested": '{"metadata": ' + "[" * 200_000 + "]" * 200_000 + ", " + _VALID_INDEX[1:],
     "nested-shard": f'{{"weight_map": {{"{W_DOWN}": {"[" * 900}{"]" * 900}}}}}',
     "over-10-mib": " " * (10 << 20) + _VALID_INDEX,
     "of-empty-objects": '{"weight_map": [' + "{}," * 3_490_000 + "{}]}",
-    "duplicate-after-30000-names": '{"weight_map": {'
-    + "".join(f'"{n}":"{ONE}",' for n in range(30_000)) + f'"0":"{ONE}"}}}}',
 }.items():  # fmt: skip
     index(_name, raw=_raw)
 index("not-utf8", raw=_VALID_INDEX.encode().replace(b"W_down", b"W_\xff\xfe"))

@@ -135,7 +135,11 @@ def open_checkpoint(given: str) -> Checkpoint:
     if path.is_dir():
         directory: Path | None = path
     else:  # a file of the usual name belongs to the folder around it
-        directory = path.parent if path.name.startswith("npt_weights") else None
+        directory = (
+            path.parent
+            if path.name.startswith(("npt_weights", "accumulated_npt_weights"))
+            else None
+        )
     small: dict[str, Mapping[str, Any] | None] = {}
     for name in (CONFIG, NPT_CONFIG, MERGE_SUMMARY):
         file = directory / name if directory else None
@@ -146,10 +150,10 @@ def open_checkpoint(given: str) -> Checkpoint:
         npt_config = strict_json.parse_object(raw, f"{weights.path}: metadata npt_config")
     if npt_config is not None:
         version = npt_config.get("format_version")
-        if type(version) is not int or version > FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: {NPT_CONFIG} has format_version {version!r:.40}, "
-                f"this npt_fast knows {FORMAT_VERSION}; update npt_fast"
+                f"{path}: this npt_fast knows format_version {FORMAT_VERSION} of {NPT_CONFIG}, "
+                "the file has another; update npt_fast"
             )
     modules = collect_modules(weights.tensors, str(weights.path))
     return Checkpoint(

@@ -10,7 +10,7 @@ from typing import Any
 
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.np_module import NPModule
-from npt_fast.checkpoint.numbers import as_float64, count_non_finite
+from npt_fast.checkpoint.numbers import count_non_finite, sum_of_squares
 from npt_fast.checkpoint.plan import plan_merge
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.tensor_entry import TensorEntry
@@ -127,8 +127,9 @@ class CheckpointReport:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+        """Plain data for JSON, which has no NaN or infinity: None instead."""
+        plain: dict[str, Any] = _finite(asdict(self))
+        return plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,9 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     if checkpoint.directory is not None:
         try:
             training = _training_facts(checkpoint, checkpoint.directory / TRAINING_STATE)
+        except NPTError as error:
+            problems.append(str(error))
+        try:
             multi_layer = read_multi_layer_state(checkpoint.directory / MULTI_LAYER_STATE)
         except NPTError as error:
             problems.append(str(error))
@@ -232,18 +236,25 @@ def _tensor(entry: TensorEntry, values: bool) -> TensorReport:
     norm: float | None = None
     non_finite: int | None = None
     if values:
-        total: float | None = 0.0
+        squares: list[float | None] = []
         non_finite = 0
         for window in Recipe(entry.name, entry.dtype, entry.shape, entry).windows():
             non_finite += count_non_finite(window, entry.dtype)
-            elements = as_float64(window, entry.dtype)
-            total = (
-                None if elements is None or total is None else total + float(elements @ elements)
-            )
-        norm = None if total is None else math.sqrt(total)
+            squares.append(sum_of_squares(window, entry.dtype))
+        norm = None if None in squares else math.sqrt(sum(s for s in squares if s is not None))
     return TensorReport(
         entry.name, entry.dtype.name, list(entry.shape), entry.nbytes, norm, non_finite
     )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
 
 
 def _training_facts(checkpoint: Checkpoint, path: Path) -> dict[str, Any] | None:

@@ -99,6 +99,9 @@ def check_target(target: Path, inputs: Sequence[Checkpoint], *, force: bool) -> 
             raise MergeError(
                 f"{target}: contains the input {checkpoint.given}; choose another --output"
             )
+    above = next(folder for folder in real.parents if folder.exists())
+    if not above.is_dir():
+        raise MergeError(f"{target}: {above} is not a directory; nothing was written")
     if not os.path.lexists(target):
         return
     if not force:

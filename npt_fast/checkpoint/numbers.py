@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from npt_fast.checkpoint.dtypes import DType
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _NUMPY_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 # types numpy does not know: width, mask of the tested bits, their value for NaN or infinity
@@ -34,13 +29,16 @@ def count_non_finite(data: bytes | memoryview, dtype: DType) -> int:
     return 0
 
 
-def as_float64(data: bytes | memoryview, dtype: DType) -> NDArray[Any] | None:
-    """The elements as float64, or None for types without arithmetic here (8-bit floats)."""
+def sum_of_squares(data: bytes | memoryview, dtype: DType) -> float | None:
+    """Sum of all elements squared; None for types without arithmetic here (8-bit floats)."""
     import numpy as np
 
     if dtype.name == "BF16":
-        wide = np.frombuffer(data, "<u2").astype(np.uint32) << 16
-        return wide.view(np.float32).astype(np.float64)
-    if dtype.name in _NUMPY_FLOATS:
-        return np.frombuffer(data, _NUMPY_FLOATS[dtype.name]).astype(np.float64)
-    return None
+        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    elif dtype.name in _NUMPY_FLOATS:
+        values = np.frombuffer(data, _NUMPY_FLOATS[dtype.name])
+    else:
+        return None
+    with np.errstate(all="ignore"):  # NaNs and infinities are what is looked for
+        wide = values.astype(np.float64)
+        return float(wide @ wide)

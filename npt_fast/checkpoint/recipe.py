@@ -206,7 +206,7 @@ def _widen(raw: NDArray[Any], dtype: DType) -> NDArray[Any]:
 
 
 def _narrow(values: NDArray[Any], dtype: DType, name: str) -> bytes:
-    """Round to nearest even in the output type, as torch does."""
+    """Round to nearest even in the output type (float64 to bfloat16 by way of float32)."""
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):

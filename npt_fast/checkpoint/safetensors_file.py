@@ -98,9 +98,10 @@ def _tensor_fields(name: str, fields: Any, fail: Any) -> tuple[DType, tuple[int,
         raise fail(f"the tensor name {shown}... is too long")
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise fail(f"{shown}: must have exactly dtype, shape and data_offsets")
-    dtype = BY_NAME.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+    dtype_name = fields["dtype"] if isinstance(fields["dtype"], str) else "of a wrong type"
+    dtype = BY_NAME.get(dtype_name)
     if dtype is None or not dtype.safetensors:
-        raise fail(f"{shown}: unknown dtype {fields['dtype']!r:.40}")
+        raise fail(f"{shown}: unknown dtype {dtype_name:.40}")
     shape, offsets = fields["shape"], fields["data_offsets"]
     if not _are_counts(shape) or len(shape) > _MAX_RANK:
         raise fail(f"{shown}: malformed shape")

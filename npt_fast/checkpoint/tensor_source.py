@@ -118,7 +118,8 @@ def _open_shards(index: Path) -> TensorSource:
         raise CheckpointError(f"{index}: has no weight_map")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            raise CheckpointError(f"{index}: {name:.80} is in {shard!r:.80}, not a file beside it")
+            shown = shard if isinstance(shard, str) else "something else"
+            raise CheckpointError(f"{index}: {name:.80} is in {shown:.80}, not a file beside it")
     files = []
     tensors: dict[str, TensorEntry] = {}
     metadata: Mapping[str, str] = {}

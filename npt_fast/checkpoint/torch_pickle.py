@@ -105,7 +105,7 @@ def decode(data: bytes, where: str) -> Any:
     machine = _Machine(data, where)
     try:
         return machine.run()
-    except (IndexError, ValueError, struct.error):
+    except (IndexError, ValueError, struct.error, RecursionError):
         raise CheckpointError(f"{where}: malformed pickle at byte {machine.position}") from None
 
 
@@ -347,8 +347,8 @@ class _Machine:
         return sizes
 
     def numpy_dtype(self, code: Any, align: Any, copy: Any) -> _NumpyDType:
-        if code not in _NUMPY_SCALARS:
-            raise self.fail(f"a numpy value of type {code!r:.40}; refused")
+        if type(code) is not str or code not in _NUMPY_SCALARS:
+            raise self.fail("a numpy value of an unknown type; refused")
         return _NumpyDType(code)
 
     def numpy_scalar(self, dtype: Any, raw: Any) -> float | int | bool:

@@ -29,7 +29,15 @@ END64_LOCATOR = struct.Struct("<4sIQI")
 END64 = struct.Struct("<4sQHHIIQQQQ")
 _MAX_DIRECTORY = 8 << 20  # 100,000 members; what is read from it takes 10 times as much memory
 _MAX_32 = 0xFFFFFFFF
+_FOLDER = 0x10  # in the external attributes
 _HARMLESS_FLAGS = 0x0808  # sizes also follow the data; names are UTF-8
+_SMALL_MEMBERS = {
+    "version": rb"[1-9]|10",
+    "byteorder": rb"little",
+    ".format_version": rb"[0-9]{1,4}",
+    ".storage_alignment": rb"[1-9][0-9]{0,5}",
+    ".data/serialization_id": rb"[ -~]{0,100}",
+}
 _MEMBER = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}(/[^/\\\x00-\x1f\x7f]{1,255}){1,3}")
 
 
@@ -66,18 +74,19 @@ class TorchZip:
                 f"{where}: its record data/{ref.storage.key} has {record.nbytes} bytes, "
                 f"{ref.storage.numel * unit} expected"
             )
-        extent = 0
+        extent = first = 0
         if math.prod(ref.shape):
+            first = ref.offset
             span = (s * (n - 1) for n, s in zip(ref.shape, ref.strides, strict=True))
             extent = 1 + sum(span)
-        if (ref.offset + extent) * itemsize > record.nbytes:
+        if (first + extent) * itemsize > record.nbytes:
             raise CheckpointError(f"{where}: reaches outside its storage")
         return TensorEntry(
             name,
             ref.dtype,
             ref.shape,
             record,
-            record.offset + ref.offset * itemsize,
+            record.offset + first * itemsize,
             _strides_if_needed(ref, where),
         )
 
@@ -121,15 +130,17 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
         if any(other != root for other in roots):
             raise CheckpointError(f"{file.path}: members under more than one root; refused")
         pickled = members.get(f"{root}/data.pkl")
+        if f"{root}/constants.pkl" in members:
+            raise CheckpointError(f"{file.path}: a TorchScript archive; not a checkpoint")
         if pickled is None:
             raise CheckpointError(f"{file.path}: holds no data.pkl; not a torch checkpoint")
         if pickled.nbytes > MAX_PICKLE_BYTES:
             raise CheckpointError(f"{file.path}: a data.pkl of {pickled.nbytes:,} bytes; refused")
-        for small, allowed in (("version", rb"[1-9]|10"), ("byteorder", rb"little")):
+        for small, allowed in _SMALL_MEMBERS.items():
             member = members.get(f"{root}/{small}")
-            if member is None and small == "byteorder":
-                continue  # older torch wrote none, and is little-endian
-            value = file.read_at(fd, member.offset, min(member.nbytes, 16)) if member else b""
+            if member is None and small != "version":
+                continue  # older torch did not write the others
+            value = file.read_at(fd, member.offset, min(member.nbytes, 128)) if member else b""
             if not re.fullmatch(allowed, value.strip(b"\n")):
                 raise CheckpointError(f"{file.path}: {small} is {value!r}; cannot be read")
         data = file.read_at(fd, pickled.offset, pickled.nbytes)
@@ -163,7 +174,7 @@ def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
             raise fail("its zip directory is malformed")
         (
             magic, _, _, flags, method, _, _, crc, packed, nbytes, name_length, extra_length,
-            comment_length, disk, _, _, header_at,
+            comment_length, disk, _, attributes, header_at,
         ) = CENTRAL.unpack_from(directory, position)  # fmt: skip
         if magic != b"PK\x01\x02" or disk:
             raise fail("its zip directory is malformed")
@@ -177,6 +188,8 @@ def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
             raise fail(f"a member has the odd name {raw_name!r:.80}; refused") from None
         if not _MEMBER.fullmatch(name) or ".." in name.split("/"):
             raise fail(f"a member has the odd name {name!r:.80}; refused")
+        if attributes & _FOLDER:
+            raise fail(f"member {name} is marked as a folder, which torch reads as noise; refused")
         if flags & ~_HARMLESS_FLAGS:
             raise fail(f"member {name} is encrypted or unusual (flags {flags:#x}); refused")
         if method:
@@ -188,7 +201,7 @@ def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
             raise fail(f"member {name} lies outside the file")
         local = LOCAL.unpack(file.read_at(fd, header_at, LOCAL.size))
         local_name = file.read_at(fd, header_at + LOCAL.size, local[9])
-        if local[0] != b"PK\x03\x04" or local_name != raw_name or local[3] != method:
+        if local_name != raw_name or not _agrees(local, flags, crc, nbytes):
             raise fail(f"member {name} is described in two different ways; refused")
         offset = header_at + LOCAL.size + local[9] + local[10]
         if offset + nbytes > start:
@@ -211,6 +224,20 @@ def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
     if not members:
         raise fail("an empty zip; not a torch checkpoint")
     return members
+
+
+def _agrees(local: tuple[Any, ...], flags: int, crc: int, nbytes: int) -> bool:
+    """Whether a member's own header says what the directory says."""
+    magic, _, local_flags, method, _, _, local_crc, packed, size, _, _ = local
+    if magic != b"PK\x03\x04" or method or (local_flags ^ flags) & ~_HARMLESS_FLAGS:
+        return False
+    # the two places may differ where sizes follow the data, or do not fit 32 bits
+    later = local_flags & 0x08
+    crc_agrees = local_crc == crc or (later and not local_crc)
+    sizes_agree = all(
+        value in (nbytes, _MAX_32) or (later and not value) for value in (packed, size)
+    )
+    return bool(crc_agrees and sizes_agree)
 
 
 def _locate_directory(

@@ -174,6 +174,12 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
         files,
         report_progress,
     )
+    for name, value in (
+        ("total_parameters", sum(module.numel for module in checkpoint.modules.values())),
+        ("checkpoint_keys", len(checkpoint.weights.tensors)),
+    ):
+        if name in summary and summary[name] != value:
+            report.problems.append(f"{MERGE_SUMMARY}: {name} is not {value}")
     report.notes[:0] = notes
     return report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -269,3 +270,9 @@ def test_no_with_the_reason(tmp_path: Path, make: Any, reason: str) -> None:
     assert not verdict.mergeable and verdict.layers == []
     (remark,) = verdict.remarks
     assert reason in remark
+
+
+def test_numbers_of_a_curriculum_are_json(tmp_path: Path) -> None:
+    state = multi_layer_state([1], layer_weights={1: math.nan})
+    path = write_checkpoint(tmp_path / "a", layer_weights(1), multi_layer_state=state)
+    json.dumps(npt.inspect(path).to_dict(), allow_nan=False)

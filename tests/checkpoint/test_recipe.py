@@ -100,8 +100,16 @@ def test_the_largest_values_that_fit(tmp_path: Path) -> None:
 def test_types_without_arithmetic_are_named(tmp_path: Path, name: str) -> None:
     tensor = torch.zeros(2, 2, dtype=getattr(torch, BY_NAME[name].torch_name))
     entry = entry_of(tmp_path, tensor)
-    with pytest.raises(npt.MergeError, match=f"x: {name} cannot be converted"):
-        check_castable(entry, F32)
+    check_castable("in.pt", Recipe("y", BY_NAME[name], (2, 2), entry))  # a copy needs none
+    changes = {
+        "cast": Recipe("y", F32, (2, 2), entry),
+        "divided": Recipe("y", BY_NAME[name], (2, 2), entry, divisor=2),
+        "padded": Recipe("y", BY_NAME[name], (2, 3), entry),
+        "new": Recipe("y", BY_NAME[name], (2, 2), None),
+    }
+    for change in changes.values():
+        with pytest.raises(npt.MergeError, match=rf"^in\.pt: y: {name} cannot be converted"):
+            check_castable("in.pt", change)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)

@@ -107,9 +107,15 @@ def test_byte_ranges_hold_the_tensors(tmp_path: Path, form: Callable[[Path], Pat
         assert entry.file.read(entry.offset, entry.nbytes) == raw(WEIGHTS[name])
 
 
-def test_a_bare_file_of_the_usual_name_has_its_folder_around_it(tmp_path: Path) -> None:
+USUAL = ["npt_weights.pt", "accumulated_npt_weights.pt"]
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_a_bare_file_of_a_usual_name_has_its_folder_around_it(tmp_path: Path, name: str) -> None:
     path = write_checkpoint(tmp_path / "c", WEIGHTS, config={"model_name": "test/model"})
-    assert npt.inspect(path / "npt_weights.pt").model_name == "test/model"
+    (path / "npt_weights.pt").rename(path / name)
+    assert npt.inspect(path).model_name == "test/model"
+    assert npt.inspect(path / name).model_name == "test/model"
 
 
 def test_accumulated_weights_are_preferred(tmp_path: Path) -> None:

@@ -205,8 +205,8 @@ def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=20)
     assert process.returncode in (143, 0)  # 0: it was done already
     assert b"Traceback" not in err
-    expected = ["a"] if process.returncode else ["a", "out"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == expected
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["a"] or (left == ["a", "out"] and npt.verify(tmp_path / "out").passed)
 
 
 def test_tracebacks_never_come_from_bad_files(capsys: Any, tmp_path: Path) -> None:

@@ -1,0 +1,432 @@
+"""Hostile and broken checkpoints are refused in one line, cheaply, and never run.
+
+Every case of `tests.hostile` is opened in a child process without torch, so that a crash, a hang
+or a gigabyte of memory is a failed test and not the end of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from npt_fast.checkpoint.np_module import Architecture, collect_modules
+from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.tensor_source import TensorSource, open_tensors
+from npt_fast.errors import CheckpointError
+from tests import hostile
+
+ROOT = Path(__file__).parents[2]
+CASES = {f"pt/{name}": build for name, build in hostile.PT_CASES} | {
+    f"st/{name}": build for name, build in hostile.ST_CASES
+}
+MAX_MEMORY_KB = 256 << 10
+MAX_SECONDS = 10  # of CPU for one file; the slowest needs a quarter of it
+
+CHILD = """
+import json, os, sys, time
+sys.path[0] = sys.argv[1]
+from npt_fast.checkpoint.tensor_source import open_tensors
+from npt_fast.errors import CheckpointError
+from pathlib import Path
+for line in sys.stdin:
+    path = Path(json.loads(line))
+    os.chdir(path.parent)
+    before = time.process_time()
+    try:
+        open_tensors(path)
+        error, message = "accepted", ""
+    except Exception as caught:
+        error, message = type(caught).__name__, str(caught)
+    status = dict(row.split(":", 1) for row in open("/proc/self/status"))
+    print(json.dumps({
+        "error": error,
+        "message": message,
+        "seconds": time.process_time() - before,
+        # not ru_maxrss: that starts from the memory of the process which started this one
+        "peak_kb": int(status["VmHWM"].split()[0]),
+        "imported": sorted({"torch", "pickle", "numpy"} & sys.modules.keys()),
+    }), flush=True)
+"""
+
+
+def open_all(paths: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """What happened to each file, opened one after the other in as few processes as possible."""
+    waiting, outcomes = list(paths), {}
+    while waiting:
+        lines = "".join(json.dumps(str(paths[name])) + "\n" for name in waiting)
+        child = subprocess.run(
+            [sys.executable, "-c", CHILD, str(ROOT)],
+            input=lines, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        done = [json.loads(line) for line in child.stdout.splitlines()]
+        outcomes |= dict(zip(waiting, done, strict=False))
+        waiting = waiting[len(done) :]
+        if waiting and not (done or child.returncode < 0):
+            raise RuntimeError(child.stderr)
+        if waiting:
+            died = f"the process died with {child.returncode}"
+            empty = {"message": child.stderr, "seconds": 0.0, "peak_kb": 0, "imported": []}
+            outcomes[waiting.pop(0)] = {"error": died, **empty}
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[dict[str, dict[str, Any]]]:
+    """What `open_all` says about every case, with the path and whether the payload ran."""
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = {}
+        for number, (name, build) in enumerate(CASES.items()):
+            directory = Path(temporary) / str(number)
+            directory.mkdir()
+            paths[name] = build(directory)
+        found = open_all(paths)
+        for name, path in paths.items():
+            found[name]["path"] = path
+            found[name]["ran"] = (path.parent / "canary").exists()
+        yield found
+
+
+def test_there_are_many_cases() -> None:
+    assert len(hostile.PT_CASES) >= 60
+    assert len(hostile.ST_CASES) >= 60
+    assert len(CASES) == len(hostile.PT_CASES) + len(hostile.ST_CASES)  # no name twice
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_in_one_line(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
+    outcome = outcomes[name]
+    assert outcome["error"] == "CheckpointError", outcome
+    message, path = outcome["message"], outcome["path"]
+    # also keeps line separators, terminal escapes and lone surrogates from what is printed
+    assert message.isprintable()
+    # for an index, one of the shards may be to blame
+    assert (f"{path.parent}/" if name.startswith("st/index-") else str(path)) in message
+    assert len(message.replace(str(path), "")) < 500
+    assert not outcome["ran"]
+    assert outcome["seconds"] < MAX_SECONDS
+
+
+def test_memory_stays_small(outcomes: dict[str, dict[str, Any]]) -> None:
+    peak, growth = 0, {}
+    for name, outcome in outcomes.items():
+        growth[name] = max(0, outcome["peak_kb"] - peak)
+        peak = max(peak, outcome["peak_kb"])
+    greedy = sorted(growth, key=lambda name: -growth[name])[:5]
+    assert 0 < peak <= MAX_MEMORY_KB, [(name, outcomes[name]["peak_kb"]) for name in greedy]
+
+
+def test_neither_torch_nor_pickle_is_needed(outcomes: dict[str, dict[str, Any]]) -> None:
+    assert {module for outcome in outcomes.values() for module in outcome["imported"]} == set()
+
+
+# --- the cases are what they claim to be
+
+
+def built(name: str, directory: Path) -> Path:
+    return CASES[name](directory)
+
+
+@pytest.mark.parametrize(("name", "build"), hostile.CONTROLS, ids=[n for n, _ in hostile.CONTROLS])
+def test_without_anything_wrong_they_are_accepted(
+    name: str, build: hostile.Builder, tmp_path: Path
+) -> None:
+    path = build(tmp_path)
+    source = open_tensors(path)
+    modules = collect_modules(source.tensors, str(path))
+    assert {layer: module.architecture for layer, module in modules.items()} == {
+        3: Architecture("single", 1, 2, 8, 12)
+    }
+    for (tensor, shape), data in zip(hostile.SHAPES.items(), hostile.PIECES, strict=True):
+        assert source.tensors[tensor].shape == shape
+        assert content(source.tensors[tensor]) == data
+    if source.format == "pt":
+        same(source, torch.load(path, weights_only=True))
+    elif path.suffix == ".safetensors":
+        same(source, load_file(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "build"), hostile.NO_WEIGHTS, ids=[name for name, _ in hostile.NO_WEIGHTS]
+)
+def test_well_formed_files_without_weights(
+    name: str, build: hostile.Builder, tmp_path: Path
+) -> None:
+    path = build(tmp_path)
+    tensors = open_tensors(path).tensors
+    with pytest.raises(CheckpointError, match=str(path)):
+        collect_modules(tensors, str(path))
+
+
+@pytest.mark.parametrize("name", hostile.PAYLOADS)
+def test_payloads_do_run_in_torch(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = built(f"pt/{name}", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    loaded = torch.load(path, weights_only=False)
+    assert list(loaded) == list(hostile.SHAPES)  # the victim notices nothing
+    assert (tmp_path / "canary").exists()
+
+
+def test_a_bare_pickle_runs_in_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    path = built("pt/file-bare-pickle", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "canary").exists()
+
+
+ACCEPTED_BY_TORCH = [
+    "second-pickle-after-stop", "zeros-after-stop", "key-duplicate", "deflated-data-pkl",
+    "tensor-strides-zero-of-2-40", "tensor-strides-overlap", "member-duplicate-pickle",
+    "member-duplicate-data", "members-overlap", "crc-differs-in-local", "size-differs-in-local",
+    "encrypted-by-local-only", "comment", "values-left-on-the-stack",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACCEPTED_BY_TORCH)
+def test_torch_accepts_what_is_refused_here(name: str, tmp_path: Path) -> None:
+    assert len(torch.load(built(f"pt/{name}", tmp_path), weights_only=True)) == 3
+
+
+def test_a_duplicate_means_two_things(tmp_path: Path) -> None:
+    path = built("pt/member-duplicate-pickle", tmp_path)
+    with zipfile.ZipFile(path) as archive:  # takes the last
+        assert archive.read("archive/data.pkl") != hostile.VALID
+    loaded = torch.load(path, weights_only=True)  # takes the first
+    assert as_bytes(loaded[hostile.W_DOWN]) == hostile.PIECES[0]
+
+
+@pytest.mark.parametrize("name", ["prefix", "prefix-not-counted"])
+def test_a_prefix_is_fine_for_zipfile(name: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(built(f"pt/{name}", tmp_path)) as archive:
+        assert archive.read("archive/data.pkl") == hostile.VALID
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript:UserWarning")
+def test_a_torchscript_archive_is_something_else_for_torch(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="TorchScript"):
+        torch.load(built("pt/member-torchscript", tmp_path), weights_only=True)
+
+
+ACCEPTED_BY_SAFETENSORS = [
+    "duplicate-tensor", "shape-0-2-63-4", "shape-2-64-less-1-and-0", "unknown-field",
+    "metadata-null", "name-empty", "name-nul", "name-parent", "name-parent-by-backslash",
+    "name-escape", "name-newline", "name-of-5000-bytes", "leading-space", "leading-newline",
+    "data-start-misaligned", "data-start-odd", "f32-at-odd-offset", "rank-100000", "rank-65",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACCEPTED_BY_SAFETENSORS)
+def test_safetensors_accepts_what_is_refused_here(name: str, tmp_path: Path) -> None:
+    with safe_open(built(f"st/{name}", tmp_path), framework="pt") as opened:
+        assert set(hostile.SHAPES) <= set(opened.keys())
+
+
+# --- every byte of a valid file, changed
+
+
+def content(entry: TensorEntry) -> bytes:
+    """The tensor's elements, densely, from the raw bytes of the file."""
+    if entry.strides is None:
+        return entry.file.read(entry.offset, entry.nbytes)
+    record = entry.file.read(entry.record.offset, entry.record.nbytes)
+    flat = torch.frombuffer(bytearray(record), dtype=getattr(torch, entry.dtype.torch_name))
+    first = (entry.offset - entry.record.offset) // entry.dtype.itemsize
+    return as_bytes(flat.as_strided(entry.shape, entry.strides, first))
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def same(source: TensorSource, expected: Mapping[str, torch.Tensor]) -> None:
+    """`source` has exactly the names, types, shapes and bytes of `expected`."""
+    assert set(source.tensors) == set(expected)
+    for name, entry in source.tensors.items():
+        tensor = expected[name]
+        assert f"torch.{entry.dtype.torch_name}" == str(tensor.dtype)
+        assert entry.shape == tuple(tensor.shape)
+        found = content(entry)
+        assert found == as_bytes(tensor)
+
+
+def flips(path: Path, untouched: set[int]) -> Iterator[tuple[int, int]]:
+    """Position and mask of every change, which is in the file until the next."""
+    whole = path.read_bytes()
+    for position, byte in enumerate(whole):
+        if position in untouched:
+            continue
+        for mask in (0x01, 0x20, 0xFF):
+            changed = bytearray(whole)
+            changed[position] = byte ^ mask
+            path.write_bytes(changed)
+            yield position, mask
+    path.write_bytes(whole)
+
+
+def flip_everything(path: Path, untouched: set[int]) -> tuple[int, int]:
+    """Numbers of refused and accepted changes; accepted ones mean the same to the libraries."""
+    refused, accepted, problems = 0, 0, []
+    for position, mask in flips(path, untouched):
+        try:
+            source = open_tensors(path)
+        except CheckpointError as error:
+            assert str(path) in str(error) and str(error).isprintable(), (position, mask)
+            refused += 1
+            continue
+        accepted += 1
+        try:
+            if path.suffix == ".safetensors":
+                same(source, load_file(path))
+            else:
+                same(source, torch.load(path, weights_only=True, mmap=False, map_location="cpu"))
+        except Exception as error:
+            problems.append(f"byte {position} ^ {mask:#04x}: {type(error).__name__} {error!s:.100}")
+    assert not problems
+    return refused, accepted
+
+
+def tiny_weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in hostile.SHAPES.items()}
+
+
+def test_flips_in_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "npt_weights.safetensors"
+    save_file(tiny_weights(), path, {"format": "pt"})
+    data = {
+        entry.offset + place
+        for entry in open_tensors(path).tensors.values()
+        for place in range(entry.nbytes)
+    }
+    refused, accepted = flip_everything(path, data)
+    # a letter of a name, or of the metadata, may become another one
+    assert refused > 2 * accepted > 0
+
+
+def test_flips_in_pt(tmp_path: Path) -> None:
+    path = tmp_path / "npt_weights.pt"
+    torch.save(tiny_weights(), path)
+    data = {
+        entry.offset + place
+        for entry in open_tensors(path).tensors.values()
+        for place in range(entry.nbytes)
+    }
+    refused, accepted = flip_everything(path, data)
+    # padding, times, descriptors after the data, and the CRCs of tensors that nobody reads yet
+    assert refused > 1000 and accepted > 1000
+
+
+# --- whatever torch and safetensors write
+
+IN_BOTH = [
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
+    torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.uint16, torch.uint32,
+    torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+]  # fmt: skip
+NAMES = st.lists(
+    st.text("abcXYZ019_-.é漢", min_size=1, max_size=12).filter(lambda name: ".." not in name),
+    max_size=5, unique=True,
+)  # fmt: skip
+FIXED = settings(
+    max_examples=60, derandomize=True, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+
+
+@st.composite
+def tensors(draw: st.DrawFn, dtypes: list[torch.dtype]) -> torch.Tensor:
+    """A contiguous tensor of random bits."""
+    dtype = draw(st.sampled_from(dtypes))
+    shape = draw(st.lists(st.integers(0, 5), max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    numel = torch.Size(shape).numel()
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).bool()
+    raw = torch.randint(0, 256, (numel * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).reshape(shape)
+
+
+@st.composite
+def views(draw: st.DrawFn, dtypes: list[torch.dtype], others: list[torch.Tensor]) -> torch.Tensor:
+    """A tensor, or a view of it or of one of `others`, or a Parameter."""
+    tensor = draw(st.sampled_from(others)) if others and draw(st.booleans()) else None
+    if tensor is None:
+        tensor = draw(tensors(dtypes))
+    ways = ["itself", "transposed", "from-1", "every-2nd", "flat", "parameter"]
+    way = draw(st.sampled_from(ways))
+    if way == "transposed":
+        return tensor.permute(list(reversed(range(tensor.dim()))))
+    if way == "from-1" and tensor.dim():
+        return tensor[1:]
+    if way == "every-2nd" and tensor.dim():
+        return tensor[..., ::2]
+    if way == "flat" and tensor.is_contiguous():
+        return tensor.view(-1)
+    if way == "parameter" and (tensor.is_floating_point() or tensor.is_complex()):
+        return torch.nn.Parameter(tensor.detach())
+    return tensor
+
+
+@FIXED
+@given(drawn=st.data())
+def test_whatever_torch_saves(
+    drawn: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    expected: dict[str, torch.Tensor] = OrderedDict() if drawn.draw(st.booleans()) else {}
+    for name in drawn.draw(NAMES):
+        detached = [tensor.detach() for tensor in expected.values()]
+        expected[name] = drawn.draw(views([*IN_BOTH, torch.complex128], detached))
+    path = tmp_path_factory.getbasetemp() / "drawn.pt"
+    torch.save(expected, path)
+    source = open_tensors(path)
+    assert list(source.tensors) == list(expected)
+    same(source, expected)
+    for entry in source.tensors.values():
+        record = entry.file.read(entry.record.offset, entry.record.nbytes)
+        assert entry.record.crc32 == zlib.crc32(record)
+
+
+def test_empty_views(tmp_path: Path) -> None:
+    """Their offset may lie outside the storage, which torch does not mind."""
+    path = tmp_path / "npt_weights.pt"
+    expected = {"a": torch.zeros(1, 0)[1:], "b": torch.zeros(3)[3:], "c": torch.zeros(2, 3)[:, 3:]}
+    torch.save(expected, path)
+    assert list(torch.load(path, weights_only=True)) == list(expected)
+    same(open_tensors(path), expected)
+
+
+@FIXED
+@given(drawn=st.data())
+def test_whatever_safetensors_saves(
+    drawn: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    expected = {name: drawn.draw(tensors(IN_BOTH)) for name in drawn.draw(NAMES)}
+    words = st.text(max_size=5)
+    # not an empty dict: of nothing at all and {}, safetensors 0.8 writes broken JSON
+    metadata = drawn.draw(st.none() | st.dictionaries(words, words, min_size=1))
+    path = tmp_path_factory.getbasetemp() / "drawn.safetensors"
+    save_file(expected, path, metadata)
+    source = open_tensors(path)
+    same(source, expected)
+    assert dict(source.metadata) == (metadata or {})
+    assert all(entry.crc32 == 0 for entry in source.tensors.values())
