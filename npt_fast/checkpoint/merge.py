@@ -19,7 +19,7 @@ from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory
 from npt_fast.checkpoint.source_file import filesystem_type
-from npt_fast.checkpoint.verify import verify_plan
+from npt_fast.checkpoint.verify import Progress, verify_plan
 from npt_fast.config import MergeOptions
 from npt_fast.errors import MergeError, StorageError, VerificationError
 
@@ -36,7 +36,7 @@ def merge(
     force: bool = False,
     dry_run: bool = False,
     options: MergeOptions | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> MergeReport:
     """Merge NPT checkpoints into one.
 
@@ -156,9 +156,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
         raise MergeError(f"{where}: {error.strerror or error}; nothing was written") from None
 
 
-def _write_files(
-    plan: MergePlan, directory: Path, progress: Callable[[str, int, int], None]
-) -> Counter[str]:
+def _write_files(plan: MergePlan, directory: Path, progress: Progress) -> Counter[str]:
     total = plan.total_bytes
     done = 0
 

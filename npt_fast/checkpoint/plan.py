@@ -80,10 +80,6 @@ class MergePlan:
     def total_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
-    @property
-    def weights_format(self) -> str:
-        return self.options.format or self.inputs[0].checkpoint.weights.format
-
     def known_digests(self) -> dict[str, dict[str, str]]:
         """Digests that inputs have recorded for tensors copied from them: file -> name -> digest.
 
@@ -183,8 +179,13 @@ def _open_input(given: str, options: MergeOptions) -> MergeInput:
         layers = tuple(sorted(set(selection)))
     state = multi_layer = None
     if checkpoint.directory is not None and not options.weights_only:
-        state = read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
-        multi_layer = read_multi_layer_state(checkpoint.directory / MULTI_LAYER_STATE)
+        try:
+            state = read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
+            multi_layer = read_multi_layer_state(checkpoint.directory / MULTI_LAYER_STATE)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; use --weights-only to merge without training state"
+            ) from None
     return MergeInput(checkpoint, layers, selection is not None, state, multi_layer)
 
 

@@ -23,7 +23,6 @@ from npt_fast.errors import CheckpointError
 TRAINING_STATE = "training_state.pt"
 MULTI_LAYER_STATE = "multi_layer_state.pt"
 _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
-_REMEDY = "use --weights-only to merge without training state"
 
 SlotState = Mapping[str, TensorEntry | float | int]
 """AdamW's state of one parameter: ``step``, ``exp_avg``, ``exp_avg_sq``."""
@@ -74,10 +73,7 @@ def read_training_state(path: Path, modules: Mapping[int, NPModule]) -> Training
     """
     if not os.path.lexists(path):
         return None
-    try:
-        return _parse(read_torch_zip(SourceFile.of(path)), modules)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {_REMEDY}") from None
+    return _parse(read_torch_zip(SourceFile.of(path)), modules)
 
 
 def read_multi_layer_state(path: Path) -> dict[str, Any] | None:

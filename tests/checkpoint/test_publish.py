@@ -195,8 +195,9 @@ def test_made_parents_go_again_when_a_further_one_cannot_be_made(
 def test_a_parent_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "in", layer_weights(1))
     (tmp_path / "file").write_bytes(b"mine")
-    with pytest.raises(MergeError, match="nothing was written"):
+    with pytest.raises(MergeError, match=r"(?i)not a directory") as caught:
         merge([checkpoint], tmp_path / "file" / "out")
+    assert "\n" not in str(caught.value)
     assert names_in(tmp_path) == ["file", "in"]
     assert (tmp_path / "file").read_bytes() == b"mine"
 
