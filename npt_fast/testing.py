@@ -1,0 +1,105 @@
+"""Inputs and error budgets shared by tests and benchmarks of the operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npt_fast.kernels.factored import Base, Modulation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Sizes of one modulated MLP.
+
+    Attributes:
+        tokens: T.
+        hidden: D.
+        intermediate: F.
+        num_ranks: components k.
+        rank: r of each.
+        projections: 1 gate; 2 gate and up; 3 gate, up and down.
+        bias: whether the base projections have biases.
+    """
+
+    tokens: int = 7
+    hidden: int = 24
+    intermediate: int = 40
+    num_ranks: int = 2
+    rank: int = 5
+    projections: int = 3
+    bias: bool = False
+
+
+def make_inputs(
+    problem: Problem,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Base, Modulation]:
+    """x, h, base weights and modulation, scaled so that every path contributes about equally."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    p = problem
+    d, f, r = p.hidden, p.intermediate, p.num_ranks * p.rank
+
+    def tensor(*shape: int, fan_in: int = 1) -> Tensor:
+        values: Tensor = torch.randn(shape, generator=generator, dtype=torch.float64) / fan_in**0.5
+        values = values.to(device, dtype).requires_grad_(requires_grad)
+        return values
+
+    inputs = min(p.projections, 2)
+    base = Base(
+        tensor(f, d, fan_in=d),
+        tensor(f, d, fan_in=d),
+        tensor(d, f, fan_in=f),
+        *((tensor(f), tensor(f), tensor(d)) if p.bias else ()),
+    )
+    modulation = Modulation(
+        tensor(d, p.projections * r, fan_in=d),
+        tensor(inputs * r, d, fan_in=d),
+        tensor(r, f, fan_in=f) if p.projections == 3 else None,
+        tensor(r, f, fan_in=r),
+        tensor(r, f, fan_in=r) if p.projections > 1 else None,
+        tensor(r, d, fan_in=r) if p.projections == 3 else None,
+        p.num_ranks,
+    )
+    return tensor(p.tokens, d), tensor(p.tokens, d), base, modulation
+
+
+def leaves(x: Tensor, h: Tensor, base: Base, modulation: Modulation) -> dict[str, Tensor]:
+    """All tensors by name, without those that are None."""
+    named = {"x": x, "h": h, **base._asdict(), **modulation._asdict()}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def assert_within_budget(
+    actual: Tensor, exact: Tensor, low_precision: Tensor, name: str = "result"
+) -> None:
+    """Fail unless `actual` is about as close to `exact` as torch's own result in that precision.
+
+    The budget is twice the relative Frobenius error of `low_precision`, plus one rounding of the
+    dtype (STYLE 21).
+
+    Args:
+        actual: what is tested.
+        exact: float64.
+        low_precision: an eager computation in `actual`'s dtype.
+        name: for the message.
+
+    Raises:
+        AssertionError: not finite, of another shape or dtype, or over budget.
+    """
+    if actual.shape != exact.shape or actual.dtype != low_precision.dtype:
+        raise AssertionError(f"{name}: {actual.dtype}{tuple(actual.shape)} is of the wrong form")
+    if not torch.isfinite(actual).all():
+        raise AssertionError(f"{name}: not finite")
+    norm = exact.norm().item()
+    error = (actual.double() - exact).norm().item()
+    allowed = 2 * (low_precision.double() - exact).norm().item()
+    allowed += torch.finfo(actual.dtype).eps * norm
+    if error > allowed:
+        raise AssertionError(f"{name}: error {error:.3e}, {allowed:.3e} allowed, norm {norm:.3e}")
