@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 ConflictPolicy = Literal["first", "last", "error", "identical", "concat", "mean"]
 FileFormat = Literal["pt", "safetensors"]
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, bytes done and bytes in all."""
 WeightDType = Literal["float64", "float32", "float16", "bfloat16"]
 
 

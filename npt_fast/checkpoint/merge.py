@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
@@ -19,9 +20,11 @@ from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory
 from npt_fast.checkpoint.source_file import filesystem_type
-from npt_fast.checkpoint.verify import Progress, verify_plan
-from npt_fast.config import MergeOptions
+from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import MergeError, StorageError, VerificationError
+
+if TYPE_CHECKING:
+    from npt_fast.checkpoint.verify import VerifyReport
 
 _REFLINK_FILESYSTEMS = ("xfs", "btrfs", "bcachefs", "ocfs2")
 _SLACK = 1 << 20  # for directory blocks and the summary
@@ -68,8 +71,11 @@ def merge(
     report_progress = progress or (lambda activity, done, total: None)
     with _disk_errors(target), StagedDirectory(target, replace=force) as staged:
         ways = _write_files(plan, staged.path, report_progress)
-        proof = None
+        proof: VerifyReport | None = None
         if verify:
+            # here, since a merge without proof starts sooner without it
+            from npt_fast.checkpoint.verify import verify_plan
+
             proof = verify_plan(plan, staged.path, report_progress)
             if not proof.passed:
                 raise VerificationError(

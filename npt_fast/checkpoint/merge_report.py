@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npt_fast.checkpoint.merged_layer import MergedLayer
 from npt_fast.checkpoint.plan import MergePlan
-from npt_fast.checkpoint.verify import VerifyReport, layer_digest
+
+if TYPE_CHECKING:
+    from npt_fast.checkpoint.verify import VerifyReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,3 +188,11 @@ def _provenance(merged: MergedLayer, digests: dict[str, str]) -> dict[str, Any]:
             for index, part in enumerate(merged.parts)
         ]
     return facts
+
+
+def layer_digest(names: Sequence[str], digests: Mapping[str, str]) -> str | None:
+    """One digest for a layer, from those of its tensors; None unless all are known."""
+    if not all(name in digests for name in names):
+        return None
+    lines = "".join(f"{name} {digests[name]}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import shutil
 import signal
 from pathlib import Path
@@ -22,6 +21,7 @@ from npt_fast.checkpoint import linux
 from npt_fast.errors import MergeError
 
 _TOKEN_BYTES = 6
+_ASIDE = "-old"
 _TOKEN = re.compile(r"[0-9a-f]{12}")
 
 
@@ -50,7 +50,7 @@ class StagedDirectory:
                     self._new_parents.append(folder)
             self._remove_abandoned()
             while self._lock < 0:
-                self.path = parent / (self._prefix + secrets.token_hex(_TOKEN_BYTES))
+                self.path = parent / (self._prefix + os.urandom(_TOKEN_BYTES).hex())
                 self.path.mkdir()
                 # another run may take it for abandoned before it is locked
                 with contextlib.suppress(FileNotFoundError):
@@ -110,9 +110,12 @@ class StagedDirectory:
         return f".{os.fsdecode(os.fsencode(self.target.name)[:200])}.npt-fast-"
 
     def _remove_abandoned(self) -> None:
-        for left in self.target.parent.iterdir():
+        for left in sorted(self.target.parent.iterdir()):
             token = left.name.removeprefix(self._prefix)
-            if token == left.name or not _TOKEN.fullmatch(token):
+            if token == left.name or not _TOKEN.fullmatch(token.removesuffix(_ASIDE)):
+                continue
+            if token.endswith(_ASIDE) and not self.target.exists():
+                os.rename(left, self.target)  # killed in the middle of `_exchange`
                 continue
             try:
                 lock = _lock(left)
@@ -153,7 +156,7 @@ def _exchange(new: Path, old: Path) -> None:
     except OSError as error:
         if error.errno not in linux.UNSUPPORTED:
             raise
-        aside = new.with_name(new.name + "-old")
+        aside = new.with_name(new.name + _ASIDE)
         os.rename(old, aside)
         try:
             os.rename(new, old)

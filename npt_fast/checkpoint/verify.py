@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,10 +40,8 @@ from npt_fast.checkpoint.training_state import (
     TRAINING_STATE,
     read_training_state,
 )
-from npt_fast.config import MergeOptions
+from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import CheckpointError, NPTError
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(slots=True)
@@ -292,8 +290,9 @@ def _check_tensor(check: _Check) -> _Outcome:
         bad += count_non_finite(data, entry.dtype)
         if beside is not None:
             expected = beside.take(len(data))
-            equal = equal and data == expected
-            source_crc = zlib.crc32(expected, source_crc)
+            same = equal and data == expected
+            source_crc = crc if same else zlib.crc32(expected, source_crc)
+            equal = same
     if not equal:
         source = recipe.source if recipe else None
         origin = f"{source.file.path}: {source.name}" if source else "its recomputation"
@@ -428,14 +427,6 @@ def _recipes_by_name(plan: MergePlan) -> dict[tuple[str, str], Recipe]:
         for file in plan.files
         for p in file.pieces
     }
-
-
-def layer_digest(names: Sequence[str], digests: Mapping[str, str]) -> str | None:
-    """One digest for a layer, from those of its tensors; None unless all are known."""
-    if not all(name in digests for name in names):
-        return None
-    lines = "".join(f"{name} {digests[name]}\n" for name in names)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _forget_cached(path: Path) -> None:

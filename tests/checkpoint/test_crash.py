@@ -175,6 +175,7 @@ def check_after_kill(
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True])
 def test_killed_around_system_calls(
     small: Case, runner: Runner, tmp_path: Path, force: bool

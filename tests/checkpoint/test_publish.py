@@ -474,3 +474,18 @@ def test_directories_are_synced_around_the_rename(
     assert synced[-1].parent == tmp_path
     assert synced[-1].name.startswith(".out.npt-fast-")
     assert ("fsync", str(tmp_path)) in events[at:]
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["between", "before-clean-up"])
+def test_a_swap_that_was_killed_halfway_is_settled(tmp_path: Path, replaced: bool) -> None:
+    """Without renameat2 the old output stands aside for a moment; it must not get lost there."""
+    target = tmp_path / "out"
+    aside = tmp_path / ".out.npt-fast-0123456789ab-old"
+    aside.mkdir()
+    (aside / "a").write_bytes(b"old")
+    if replaced:
+        target.mkdir()
+        (target / "a").write_bytes(b"newer")
+    with StagedDirectory(target, replace=True):
+        assert content(target) == {"a": b"newer" if replaced else b"old"}
+    assert names_in(tmp_path) == ["out"]
