@@ -41,13 +41,15 @@ def size(count: int) -> str:
 
 def print_verification(report: VerifyReport) -> None:
     """What was checked, then the guide's block, to the letter when it passed."""
-    say(
-        f"Read back {report.tensors} tensors ({size(report.bytes_read)}): "
-        f"{report.compared} bit-equal to their sources, "
-        f"{report.digests_matched} equal to recorded digests, {report.crcs_matched} CRCs match."
-        if report.passed
-        else f"Read back {report.tensors} tensors ({size(report.bytes_read)})."
-    )
+    line = f"Read back {report.tensors} tensors, {size(report.bytes_read)}"
+    counts = {
+        "bit-equal to their sources": report.compared,
+        "equal to recorded digests": report.digests_matched,
+        "CRCs match": report.crcs_matched,
+    }
+    if report.passed:
+        line += "".join(f"; {count} {what}" for what, count in counts.items() if count)
+    say(line)
     for note in report.notes:
         say(f"Note: {note}")
     say("Verification Results:")
