@@ -44,16 +44,18 @@ pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
 _, status, usage = os.wait4(pid, 0)
 seconds = time.perf_counter() - start
 code = os.waitstatus_to_exitcode(status)
-os.write(3, json.dumps([code, seconds, usage.ru_maxrss * 1024]).encode())
+cpu = usage.ru_utime + usage.ru_stime
+os.write(3, json.dumps([code, seconds, cpu, usage.ru_maxrss * 1024]).encode())
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One finished process: exit code, wall time, peak resident memory in bytes, output."""
+    """One finished process: exit code, wall and CPU seconds, peak resident bytes, output."""
 
     code: int
     seconds: float
+    cpu: float
     peak: int
     stdout: str
     stderr: str
@@ -73,8 +75,8 @@ def measure(command: Sequence[str | Path], cwd: Path | None = None) -> Measureme
             )  # fmt: skip
         finally:
             os.close(writer)
-        code, seconds, peak = json.loads(result.read())
-    return Measurement(code, seconds, peak, done.stdout, done.stderr)
+        code, seconds, cpu, peak = json.loads(result.read())
+    return Measurement(code, seconds, cpu, peak, done.stdout, done.stderr)
 
 
 @dataclass(frozen=True, slots=True)
