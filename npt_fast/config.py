@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,6 +12,44 @@ FileFormat = Literal["pt", "safetensors"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done and bytes in all."""
 WeightDType = Literal["float64", "float32", "float16", "bfloat16"]
+
+
+ModulationType = Literal["single", "dual", "triple"]
+Residual = Literal["removed", "kept"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NPTConfig:
+    """The NP layers of a model, all of one architecture.
+
+    Attributes:
+        layers: indices of decoder layers; negative ones count from the end.
+        rank: bottleneck r of each component.
+        num_ranks: components k per projection.
+        modulation: projections whose weights change: gate; gate and up; gate, up and down.
+        residual: ``removed``: the layer adds its MLP alone, which stands for attention too;
+            ``kept``: it adds attention as well (SPEC 1.3).
+    """
+
+    layers: Sequence[int]
+    rank: int = 64
+    num_ranks: int = 1
+    modulation: ModulationType = "triple"
+    residual: Residual = "removed"
+
+    def __post_init__(self) -> None:
+        if not self.layers or any(type(layer) is not int for layer in self.layers):
+            raise ValueError(f"layers must be a list of layer indices, got {self.layers!r}")
+        if self.rank < 1 or self.num_ranks < 1:
+            raise ValueError(
+                f"rank and num_ranks must be positive, got {self.rank} and {self.num_ranks}"
+            )
+        for name, value, allowed in (
+            ("modulation", self.modulation, get_args(ModulationType)),
+            ("residual", self.residual, get_args(Residual)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

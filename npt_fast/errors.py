@@ -29,6 +29,10 @@ class MergeError(NPTError):
     """The inputs cannot be merged as asked, or the output cannot be put where asked."""
 
 
+class ModelError(NPTError):
+    """A model cannot be converted, or does not fit a checkpoint."""
+
+
 class StorageError(NPTError):
     """The disk is full, or would be."""
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from npt_fast.kernels import factored, reference
-from npt_fast.kernels.factored import ACTIVATIONS, Base, Modulation
+from npt_fast.kernels.factored import ACTIVATIONS as ACTIVATIONS
+from npt_fast.kernels.factored import Base
+from npt_fast.kernels.factored import Modulation as Modulation
 
 if TYPE_CHECKING:
     from collections.abc import Callable

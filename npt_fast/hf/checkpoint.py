@@ -1,0 +1,173 @@
+"""NPT checkpoints into and out of a Hugging Face model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.checkpoint import FORMAT_VERSION, NPT_CONFIG, Checkpoint, open_checkpoint
+from npt_fast.checkpoint.publish import StagedDirectory
+from npt_fast.checkpoint.recipe import Recipe
+from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.tensor_source import PT_WEIGHTS, SAFETENSORS_WEIGHTS
+from npt_fast.config import FileFormat, NPTConfig
+from npt_fast.errors import ModelError
+from npt_fast.hf.convert import Model, components, convert, decoder_layers
+
+
+def load(model: Model, path: str | Path) -> Model:
+    """Put a checkpoint's layers into a model; what is not converted yet is converted.
+
+    The architecture of every layer is read from the checkpoint; no option has to be repeated.
+
+    Args:
+        model: a Hugging Face causal language model.
+        path: checkpoint directory or weights file.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ModelError: it was trained on another base model, or a layer is converted differently.
+    """
+    checkpoint = open_checkpoint(str(path))
+    _check_base(model, checkpoint)
+    present = components(model)
+    for layer, module in checkpoint.modules.items():
+        architecture = module.architecture
+        residual = checkpoint.record(layer).residual or "removed"
+        wanted = (architecture.modulation, architecture.num_ranks, architecture.rank, residual)
+        if layer in present:
+            part = present[layer]
+            found = (part.modulation_type, part.num_ranks, part.rank, part.residual)
+            if found != wanted:
+                raise ModelError(f"{path}: layer {layer} is {wanted}, the model's is {found}")
+    for layer, module in checkpoint.modules.items():
+        if layer not in present:
+            architecture = module.architecture
+            config = NPTConfig(
+                layers=[layer],
+                rank=architecture.rank,
+                num_ranks=architecture.num_ranks,
+                modulation=architecture.modulation,  # type: ignore[arg-type]
+                residual=checkpoint.record(layer).residual or "removed",  # type: ignore[arg-type]
+            )
+            convert(model, config)
+        prefix = f"layer_{layer}_np."
+        tensors = {
+            str(module.architecture.key(layer, slot)).removeprefix(prefix): read_tensor(entry)
+            for slot, entry in module.tensors.items()
+        }
+        components(model)[layer].load_state_dict(tensors)
+    return model
+
+
+def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetensors") -> Path:
+    """Write the NPT part of a model as a checkpoint: complete or not at all.
+
+    Args:
+        model: with converted layers.
+        output: directory; must not exist.
+        format: of the weights; the original reads ``"pt"``.
+
+    Raises:
+        ModelError: the model has no NP layers, or the directory exists.
+    """
+    converted = components(model)
+    if not converted:
+        raise ModelError("the model has no NP layers to save")
+    target = Path(output)
+    if os.path.lexists(target):
+        raise ModelError(f"{target}: exists already; choose another directory")
+    weights = {
+        f"layer_{layer}_np.{name}": tensor.cpu()
+        for layer, component in converted.items()
+        for name, tensor in component.state_dict().items()
+    }
+    with StagedDirectory(target, replace=False) as staged:
+        if format == "pt":
+            torch.save(weights, staged.path / PT_WEIGHTS)
+        else:
+            from safetensors.torch import save_file
+
+            save_file(weights, staged.path / SAFETENSORS_WEIGHTS, metadata={"format": "pt"})
+        (staged.path / NPT_CONFIG).write_bytes(strict_json.dump(_describe(model)))
+        for file in staged.path.iterdir():
+            file.chmod(0o666 & ~_umask())  # safetensors makes its files private
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        staged.publish()
+    return target
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """One tensor of a checkpoint, through mapped windows; nothing is unpickled."""
+    dtype = getattr(torch, entry.dtype.torch_name)
+    data = bytearray(entry.nbytes)
+    position = 0
+    for window in Recipe(entry.name, entry.dtype, entry.shape, entry).windows():
+        data[position : position + len(window)] = window
+        position += len(window)
+    return torch.frombuffer(data, dtype=dtype).view(entry.shape)
+
+
+def _check_base(model: Any, checkpoint: Checkpoint) -> None:
+    layers = decoder_layers(model)
+    config = model.config
+    architecture = next(iter(checkpoint.modules.values())).architecture
+    facts: Mapping[str, int | None] = {
+        "hidden_size": architecture.hidden_size,
+        "intermediate_size": architecture.intermediate_size,
+        "num_hidden_layers": checkpoint.base_fact("num_hidden_layers"),
+        "vocab_size": checkpoint.base_fact("vocab_size"),
+    }
+    for name, value in facts.items():
+        own = getattr(config, name, None)
+        if value is not None and own is not None and own != value:
+            raise ModelError(
+                f"{checkpoint.given}: was trained on another base model: "
+                f"{name} {value}, the model has {own}"
+            )
+    last = max(checkpoint.modules)
+    if last >= len(layers):
+        raise ModelError(f"{checkpoint.given}: has layer {last}, the model has {len(layers)}")
+
+
+def _describe(model: Any) -> dict[str, object]:
+    """The content of ``npt_config.json`` (DESIGN 5)."""
+    config = model.config
+    return {
+        "format_version": FORMAT_VERSION,
+        "base_model": {
+            "name": getattr(config, "_name_or_path", "") or None,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "vocab_size": config.vocab_size,
+        },
+        "layers": {
+            str(layer): {
+                "modulation": component.modulation_type,
+                "num_ranks": component.num_ranks,
+                "rank": component.rank,
+                "residual": component.residual,
+                "step": None,
+                "source": None,
+                "fidelity": None,
+            }
+            for layer, component in components(model).items()
+        },
+    }
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

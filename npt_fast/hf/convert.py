@@ -1,0 +1,207 @@
+"""Give decoder layers of a Hugging Face model their NP component, and take it away again.
+
+Works on instances: a converted layer gets the submodule ``np_component`` and a forward of its own;
+classes and base weights are untouched. Any decoder layer will do that is built of input_layernorm,
+self_attn, post_attention_layernorm and an mlp with gate_proj, up_proj and down_proj, as those of
+Llama, Mistral, Qwen2 and Qwen3 are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from npt_fast.config import NPTConfig
+from npt_fast.errors import ModelError
+from npt_fast.functional import ACTIVATIONS
+from npt_fast.modules import NPComponent
+
+Model = TypeVar("Model", bound=nn.Module)
+_PARTS = (
+    "input_layernorm",
+    "self_attn",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatus:
+    """One converted layer.
+
+    Attributes:
+        layer: index.
+        modulation: ``"single"``, ``"dual"`` or ``"triple"``.
+        num_ranks: components per projection.
+        rank: bottleneck of each.
+        residual: ``"removed"`` or ``"kept"``.
+        parameters: number of weights.
+        enabled: whether the layer runs as an NP layer now.
+    """
+
+    layer: int
+    modulation: str
+    num_ranks: int
+    rank: int
+    residual: str
+    parameters: int
+    enabled: bool
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a causal language model.
+
+    Raises:
+        ModelError: the model has none where models of this family have them.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(f"{type(model).__name__}: has no list of decoder layers; not supported")
+    return layers
+
+
+def components(model: nn.Module) -> dict[int, NPComponent]:
+    """NP components by layer index, ascending."""
+    found = ((i, getattr(m, "np_component", None)) for i, m in enumerate(decoder_layers(model)))
+    return {index: part for index, part in found if isinstance(part, NPComponent)}
+
+
+def convert(model: Model, config: NPTConfig) -> Model:
+    """Convert layers in place; the base model's parameters no longer ask for gradients.
+
+    Args:
+        model: a Hugging Face causal language model.
+        config: which layers, and how.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelError: a layer that does not exist, is converted already, or is not built as needed;
+            nothing has been changed then.
+    """
+    layers = decoder_layers(model)
+    indices = []
+    for given in config.layers:
+        index = given + len(layers) if given < 0 else given
+        if not 0 <= index < len(layers):
+            raise ModelError(f"there is no layer {given}: the model has {len(layers)}")
+        if hasattr(layers[index], "np_component"):
+            raise ModelError(f"layer {index} is an NP layer already; unload the model first")
+        indices.append(index)
+    fresh = {index: _component(layers[index], index, model, config) for index in indices}
+    model.requires_grad_(False)
+    for index, component in fresh.items():
+        _attach(layers[index], component)
+    return model
+
+
+def unload(model: Model) -> Model:
+    """The base model again, bit for bit; its parameters stay frozen. Returns the same model."""
+    for layer in decoder_layers(model):
+        if hasattr(layer, "np_component"):
+            name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"
+            setattr(layer, name, layer.__dict__["_base_forward"])
+            del layer._base_forward, layer.np_component
+            if layer.__dict__.get("forward") == MethodType(type(layer).forward, layer):
+                del layer.forward
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[None]:
+    """Within the context the layers (default: all) behave as in the base model, bit for bit.
+
+    Raises:
+        ModelError: one of `layers` is no NP layer.
+    """
+    converted = components(model)
+    chosen = list(converted) if layers is None else list(layers)
+    for layer in chosen:
+        if layer not in converted:
+            raise ModelError(f"layer {layer} is no NP layer; converted are {list(converted)}")
+    before = {layer: converted[layer].enabled for layer in chosen}
+    try:
+        for layer in chosen:
+            converted[layer].enabled = False
+        yield
+    finally:
+        for layer, enabled in before.items():
+            converted[layer].enabled = enabled
+
+
+def status(model: nn.Module) -> list[LayerStatus]:
+    """What is converted, and whether it is on."""
+    return [
+        LayerStatus(
+            layer=layer,
+            modulation=component.modulation_type,
+            num_ranks=component.num_ranks,
+            rank=component.rank,
+            residual=component.residual,
+            parameters=sum(parameter.numel() for parameter in component.parameters()),
+            enabled=component.enabled,
+        )
+        for layer, component in components(model).items()
+    ]
+
+
+def _component(layer: Any, index: int, model: Any, config: NPTConfig) -> NPComponent:
+    for name in _PARTS:
+        try:
+            layer.get_submodule(name)
+        except AttributeError:
+            raise ModelError(
+                f"layer {index} ({type(layer).__name__}) has no {name}; not supported"
+            ) from None
+    activation = getattr(model.config, "hidden_act", None)
+    if activation not in ACTIVATIONS:
+        raise ModelError(
+            f"the model's activation {activation!r} is not supported, "
+            f"only {', '.join(ACTIVATIONS)} are"
+        )
+    weight = layer.get_submodule("mlp.gate_proj").weight
+    if weight.is_meta:
+        # accelerate brings offloaded weights when their module is called; ours are read directly
+        raise ModelError(f"layer {index} is offloaded; NP layers must be on a device")
+    intermediate, hidden = weight.shape
+    return NPComponent(
+        hidden,
+        intermediate,
+        rank=config.rank,
+        num_ranks=config.num_ranks,
+        modulation=config.modulation,
+        residual=config.residual,
+        activation=activation,
+        device=weight.device,
+        dtype=torch.float32,
+    )
+
+
+def _attach(layer: nn.Module, component: NPComponent) -> None:
+    layer.np_component = component
+    # with device_map, accelerate's hook has taken the place of forward and calls _old_forward
+    name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"
+    layer.__dict__["_base_forward"] = getattr(layer, name)
+    setattr(layer, name, MethodType(_forward, layer))
+
+
+def _forward(layer: Any, hidden_states: Tensor, **options: Any) -> Tensor:
+    """A decoder layer whose MLP is modulated by its own attention output (SPEC 1.3)."""
+    component: NPComponent = layer.np_component
+    if not component.enabled:
+        base: Tensor = layer._base_forward(hidden_states, **options)
+        return base
+    attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **options)
+    h = layer.post_attention_layernorm(hidden_states)
+    out: Tensor = hidden_states + component(attention, h, layer.mlp)
+    return out + attention if component.residual == "kept" else out

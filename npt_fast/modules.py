@@ -1,0 +1,183 @@
+"""The NP component of one layer: parameters and their names; the arithmetic is in `functional`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npt_fast.functional import Modulation, modulated_mlp
+
+_PROJECTIONS = {"single": ("",), "dual": ("gate", "up"), "triple": ("gate", "up", "down")}
+
+
+class NPComponent(nn.Module):
+    """Turns a layer's attention output into a low-rank change of that layer's MLP weights.
+
+    Parameters are stored joined, as the GEMMs want them (`Modulation`); the state dict has one
+    tensor per factor, projection and component, under the names of the original
+    (``W_down_gate.0``), so that checkpoints need no translation.
+
+    Args:
+        hidden_size: model width D.
+        intermediate_size: MLP width F.
+        rank: bottleneck r of each component.
+        num_ranks: components k.
+        modulation: ``"single"`` (gate), ``"dual"`` (gate, up) or ``"triple"`` (gate, up, down).
+        residual: ``"removed"``: the MLP stands for attention too; ``"kept"``: attention is added.
+        activation: the MLP's, one of `npt_fast.functional.ACTIVATIONS`.
+        device: where to put the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        rank: int,
+        num_ranks: int = 1,
+        modulation: str = "triple",
+        residual: str = "removed",
+        activation: str = "silu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if modulation not in _PROJECTIONS:
+            raise ValueError(f"modulation must be single, dual or triple, got {modulation!r}")
+        if residual not in ("removed", "kept"):
+            raise ValueError(f"residual must be removed or kept, got {residual!r}")
+        if rank < 1 or num_ranks < 1:
+            raise ValueError(f"rank and num_ranks must be positive, got {rank} and {num_ranks}")
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.modulation_type = modulation
+        self.residual = residual
+        self.activation = activation
+        self.enabled = True
+        d, f, r = hidden_size, intermediate_size, rank * num_ranks
+        projections = len(_PROJECTIONS[modulation])
+        inputs = min(projections, 2)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.w_down = parameter(d, projections * r)
+        self.w_a_in = parameter(inputs * r, d)
+        self.w_a_mid = parameter(r, f) if projections == 3 else None
+        self.w_b_gate = parameter(r, f)
+        self.w_b_up = parameter(r, f) if projections > 1 else None
+        self.w_b_down = parameter(r, d) if projections == 3 else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier-uniform for what reads, zero for what writes: no change yet, live gradients."""
+        for slot, view in self._views().items():
+            if slot.startswith("W_b_up"):
+                view.zero_()
+            else:
+                bound = math.sqrt(6 / sum(view.shape))
+                view.uniform_(-bound, bound)
+
+    @property
+    def factors(self) -> Modulation:
+        """The parameters as the operator takes them."""
+        return Modulation(
+            self.w_down,
+            self.w_a_in,
+            self.w_a_mid,
+            self.w_b_gate,
+            self.w_b_up,
+            self.w_b_down,
+            self.num_ranks,
+        )
+
+    def forward(self, attention: Tensor, h: Tensor, mlp: Any) -> Tensor:
+        """The output of `mlp`, its weights changed by the attention output.
+
+        Args:
+            attention: attention output after its output projection, ``(..., D)``.
+            h: MLP input, ``(..., D)``.
+            mlp: has gate_proj, up_proj and down_proj.
+
+        Returns:
+            ``(..., D)``.
+        """
+        gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        return modulated_mlp(
+            attention,
+            h,
+            gate.weight,
+            up.weight,
+            down.weight,
+            self.factors,
+            gate_bias=gate.bias,
+            up_bias=up.bias,
+            down_bias=down.bias,
+            activation=self.activation,
+        )
+
+    def _views(self) -> dict[str, Tensor]:
+        """One view per tensor of the original, in its order: ``W_down_gate.0`` -> (D, r)."""
+        r, size = self.rank, self.rank * self.num_ranks
+        w_b = {"gate": self.w_b_gate, "up": self.w_b_up, "down": self.w_b_down}
+        views: dict[str, Tensor] = {}
+        for index, projection in enumerate(_PROJECTIONS[self.modulation_type]):
+            name = f"_{projection}" if projection else ""
+            w_a, first = (self.w_a_mid, 0) if index == 2 else (self.w_a_in, index * size)
+            w_out = w_b[projection or "gate"]
+            assert w_a is not None and w_out is not None
+            stems = {
+                "W_down": (self.w_down, index * size, 1),
+                "W_a_up": (w_a, first, 0),
+                "W_b_up": (w_out, 0, 0),
+            }
+            for stem, (tensor, start, axis) in stems.items():
+                for component in range(self.num_ranks):
+                    suffix = f".{component}" if self.num_ranks > 1 else ""
+                    views[f"{stem}{name}{suffix}"] = tensor.narrow(axis, start + component * r, r)
+        return views
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name, view in self._views().items():
+            # a copy of its own: a view would be saved with all that it is a view of
+            destination[prefix + name] = view if keep_vars else view.detach().clone()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        views = self._views()
+        for name, view in views.items():
+            value = state_dict.get(prefix + name)
+            if value is None:
+                missing_keys.append(prefix + name)
+            elif value.shape != view.shape:
+                shapes = f"{list(value.shape)}, {list(view.shape)} expected"
+                error_msgs.append(f"{prefix}{name} is {shapes}")
+            else:
+                with torch.no_grad():
+                    view.copy_(value)
+        unexpected_keys += [
+            key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in views
+        ]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.modulation_type}, num_ranks={self.num_ranks}, rank={self.rank}, "
+            f"residual={self.residual!r}"
+        )

@@ -1,0 +1,140 @@
+"""NPT checkpoints into and out of models, from the original's files to merges."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import npt_fast as npt
+from npt_fast.hf.convert import components
+from tests.checkpoints import layer_weights, write_checkpoint
+from tests.hf.test_convert import converted, logits, tiny
+
+SIZES = {"d": 32, "f": 48}
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_round_trip(tmp_path: Path, form: Any) -> None:
+    model = converted()
+    npt.save(model, tmp_path / "out", format=form)
+    other = npt.load(tiny(), tmp_path / "out")
+    assert torch.equal(logits(other), logits(model))
+    assert npt.status(other) == npt.status(model)
+    assert npt.verify(tmp_path / "out").passed
+
+
+def test_what_is_saved_is_the_np_part_in_the_guides_names(tmp_path: Path) -> None:
+    npt.save(converted(), tmp_path / "out", format="pt")
+    weights = torch.load(tmp_path / "out" / "npt_weights.pt", weights_only=True)
+    assert list(weights) == [
+        *layer_weights(1, num_ranks=2, **SIZES),
+        *layer_weights(2, num_ranks=2, **SIZES),
+    ]
+    config = json.loads((tmp_path / "out" / "npt_config.json").read_text())
+    assert config["base_model"]["vocab_size"] == 128
+    assert config["layers"]["1"]["residual"] == "removed"
+
+
+def test_files_can_be_read_by_others(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        npt.save(converted(), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
+
+
+def test_architecture_per_layer(tmp_path: Path) -> None:
+    """A merge of unlike layers loads without an option, each layer as it is."""
+    write_checkpoint(tmp_path / "a", layer_weights(0, rank=3, modulation="dual", **SIZES))
+    write_checkpoint(tmp_path / "b", layer_weights(2, rank=5, num_ranks=3, **SIZES))
+    npt.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged", verify=True)
+    model = npt.load(tiny(), tmp_path / "merged")
+    assert [(s.layer, s.modulation, s.num_ranks, s.rank) for s in npt.status(model)] == [
+        (0, "dual", 1, 3),
+        (2, "triple", 3, 5),
+    ]
+    expected = layer_weights(2, rank=5, num_ranks=3, prefix="", **SIZES)
+    for name, tensor in components(model)[2].state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_merge_is_its_parts_together(tmp_path: Path) -> None:
+    for layer in (1, 2):
+        write_checkpoint(tmp_path / str(layer), layer_weights(layer, **SIZES))
+    npt.merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
+    one_by_one = npt.load(npt.load(tiny(), tmp_path / "1"), tmp_path / "2")
+    assert torch.equal(logits(npt.load(tiny(), tmp_path / "merged")), logits(one_by_one))
+
+
+def test_uniform_padding_does_not_change_the_model(tmp_path: Path) -> None:
+    scaled = {name: tensor * 0.3 for name, tensor in layer_weights(1, rank=3, **SIZES).items()}
+    write_checkpoint(tmp_path / "a", scaled)
+    wide = layer_weights(2, rank=5, num_ranks=2, **SIZES)
+    write_checkpoint(tmp_path / "b", {name: tensor * 0.3 for name, tensor in wide.items()})
+    plain = npt.load(npt.load(tiny(), tmp_path / "a"), tmp_path / "b")
+    npt.merge(
+        [tmp_path / "a", tmp_path / "b"], tmp_path / "m", options=npt.MergeOptions(uniform=True)
+    )
+    uniform = npt.load(tiny(), tmp_path / "m")
+    assert len({(s.num_ranks, s.rank) for s in npt.status(uniform)}) == 1
+    torch.testing.assert_close(logits(uniform), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_loading_again_replaces_the_weights(tmp_path: Path) -> None:
+    model = converted()
+    npt.save(model, tmp_path / "out")
+    expected = logits(model)
+    with torch.no_grad():
+        components(model)[1].w_b_gate.zero_()
+    npt.load(model, tmp_path / "out")
+    assert torch.equal(logits(model), expected)
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", layer_weights(1, rank=7, **SIZES))
+    model = converted()
+    expected = logits(model)
+    with pytest.raises(npt.ModelError, match="layer 1 is"):
+        npt.load(model, tmp_path / "a")
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes", "message"),
+    [
+        (1, {"d": 16, "f": 48}, "hidden_size 16, the model has 32"),
+        (1, {"d": 32, "f": 24}, "intermediate_size 24, the model has 48"),
+        (4, SIZES, "has layer 4, the model has 4"),
+    ],
+)
+def test_another_base_is_refused(
+    tmp_path: Path, layer: int, sizes: dict[str, int], message: str
+) -> None:
+    write_checkpoint(tmp_path / "a", layer_weights(layer, **sizes))
+    model = tiny()
+    with pytest.raises(npt.ModelError, match=message):
+        npt.load(model, tmp_path / "a")
+    assert not npt.status(model)
+
+
+def test_another_vocabulary_is_another_base(tmp_path: Path) -> None:
+    npt.save(converted(), tmp_path / "out")
+    model = tiny()
+    model.config.vocab_size = 129
+    with pytest.raises(npt.ModelError, match="vocab_size 128, the model has 129"):
+        npt.load(model, tmp_path / "out")
+
+
+def test_saving_is_refused_where_it_makes_no_sense(tmp_path: Path) -> None:
+    with pytest.raises(npt.ModelError, match="no NP layers"):
+        npt.save(tiny(), tmp_path / "out")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(npt.ModelError, match="exists already"):
+        npt.save(converted(), tmp_path / "taken")
+    assert os.listdir(tmp_path) == ["taken"]
