@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from npt_fast.checkpoint.keys import PROJECTIONS
 from npt_fast.functional import Modulation, modulated_mlp
-
-_PROJECTIONS = {"single": ("",), "dual": ("gate", "up"), "triple": ("gate", "up", "down")}
 
 
 class NPComponent(nn.Module):
@@ -46,7 +45,7 @@ class NPComponent(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if modulation not in _PROJECTIONS:
+        if modulation not in PROJECTIONS:
             raise ValueError(f"modulation must be single, dual or triple, got {modulation!r}")
         if residual not in ("removed", "kept"):
             raise ValueError(f"residual must be removed or kept, got {residual!r}")
@@ -61,7 +60,7 @@ class NPComponent(nn.Module):
         self.activation = activation
         self.enabled = True
         d, f, r = hidden_size, intermediate_size, rank * num_ranks
-        projections = len(_PROJECTIONS[modulation])
+        projections = len(PROJECTIONS[modulation])
         inputs = min(projections, 2)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -128,7 +127,7 @@ class NPComponent(nn.Module):
         r, size = self.rank, self.rank * self.num_ranks
         w_b = {"gate": self.w_b_gate, "up": self.w_b_up, "down": self.w_b_down}
         views: dict[str, Tensor] = {}
-        for index, projection in enumerate(_PROJECTIONS[self.modulation_type]):
+        for index, projection in enumerate(PROJECTIONS[self.modulation_type]):
             name = f"_{projection}" if projection else ""
             w_a, first = (self.w_a_mid, 0) if index == 2 else (self.w_a_in, index * size)
             w_out = w_b[projection or "gate"]

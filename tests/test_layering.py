@@ -20,7 +20,7 @@ ALLOWED = {
     "kernels": set[str](),
     "checkpoint": {"config", "errors"},
     "functional": {"config", "errors", "kernels"},
-    "modules": {"config", "errors", "functional"},
+    "modules": {"config", "errors", "checkpoint", "functional"},
     "hf": {"config", "errors", "checkpoint", "functional", "modules"},
     "training": {"config", "errors", "checkpoint", "functional", "modules", "hf"},
     "transfer": {"config", "errors", "checkpoint", "functional", "modules", "hf"},

@@ -24,10 +24,10 @@ from npt_fast.checkpoint.checkpoint import (
     open_checkpoint,
 )
 from npt_fast.checkpoint.layout import TorchZipLayout
-from npt_fast.checkpoint.numbers import count_non_finite
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.checkpoint.tensor_check import TensorCheck, check_tensor
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
 from npt_fast.checkpoint.tensor_source import (
     PT_WEIGHTS,
@@ -87,23 +87,6 @@ class VerifyReport:
         plain = asdict(self)
         del plain["digests"], plain["files"]
         return {"passed": self.passed, **plain}
-
-
-@dataclass(frozen=True, slots=True)
-class _Check:
-    """One output tensor and what it is held against."""
-
-    file: str
-    entry: TensorEntry
-    recipe: Recipe | None
-    recorded: str | None
-
-
-@dataclass(slots=True)
-class _Outcome:
-    digest: str
-    problems: list[str]
-    crcs_matched: int = 0
 
 
 def verify_plan(plan: MergePlan, directory: Path, progress: Progress) -> VerifyReport:
@@ -232,7 +215,7 @@ def _examine(
             recipe = wanted.pop((kind, entry.name), None)
             if plan is not None and recipe is None:
                 report.problems.append(f"{file}: {entry.name} comes from no source")
-            checks.append(_Check(file, entry, recipe, digests.get(file, {}).get(entry.name)))
+            checks.append(TensorCheck(file, entry, recipe, digests.get(file, {}).get(entry.name)))
     missing_tensors = {name: kind for kind, name in wanted}
     for file, recorded in digests.items():
         present = {entry.name for entry in found.get(file, ())}
@@ -248,13 +231,13 @@ def _examine(
     return report
 
 
-def _run_checks(checks: Sequence[_Check], report: VerifyReport, progress: Progress) -> None:
+def _run_checks(checks: Sequence[TensorCheck], report: VerifyReport, progress: Progress) -> None:
     total = sum(check.entry.nbytes for check in checks)
     progress("verifying", 0, total)
     # hashing and comparing release the interpreter lock, so threads do help
     pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
     try:
-        for check, outcome in zip(checks, pool.map(_check_tensor, checks), strict=True):
+        for check, outcome in zip(checks, pool.map(check_tensor, checks), strict=True):
             report.problems.extend(outcome.problems)
             report.digests.setdefault(check.file, {})[check.entry.name] = outcome.digest
             report.tensors += 1
@@ -265,74 +248,6 @@ def _run_checks(checks: Sequence[_Check], report: VerifyReport, progress: Progre
             progress("verifying", report.bytes_read, total)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _check_tensor(check: _Check) -> _Outcome:
-    """Read a tensor once, and its source once beside it."""
-    entry, recipe = check.entry, check.recipe
-    own = Recipe(entry.name, entry.dtype, entry.shape, entry)
-    where = f"{check.file}: {entry.name}"
-    outcome = _Outcome("", [])
-    if recipe is not None and (recipe.dtype, recipe.shape) != (entry.dtype, entry.shape):
-        outcome.problems.append(
-            f"{where}: is {entry.dtype.name}{list(entry.shape)}, "
-            f"{recipe.dtype.name}{list(recipe.shape)} expected"
-        )
-        recipe = None
-    digest = hashlib.sha256()
-    crc = source_crc = bad = 0
-    equal = True
-    beside = _Rechunked(recipe.windows()) if recipe is not None else None
-    for window in own.windows():
-        data = bytes(window)
-        digest.update(data)
-        crc = zlib.crc32(data, crc)
-        bad += count_non_finite(data, entry.dtype)
-        if beside is not None:
-            expected = beside.take(len(data))
-            same = equal and data == expected
-            source_crc = crc if same else zlib.crc32(expected, source_crc)
-            equal = same
-    if not equal:
-        source = recipe.source if recipe else None
-        origin = f"{source.file.path}: {source.name}" if source else "its recomputation"
-        outcome.problems.append(f"{where}: differs from {origin}")
-    if bad:
-        outcome.problems.append(f"{where}: {bad} values are NaN or infinite")
-    outcome.digest = f"{entry.dtype.name}{list(entry.shape)} {digest.hexdigest()}"
-    if check.recorded is not None and check.recorded != outcome.digest:
-        outcome.problems.append(f"{where}: differs from its recorded digest")
-    outcome.crcs_matched += _check_crc(entry, crc, outcome.problems)
-    if recipe is not None and recipe.is_copy and recipe.source is not None:
-        outcome.crcs_matched += _check_crc(recipe.source, source_crc, outcome.problems)
-    return outcome
-
-
-class _Rechunked:
-    """Take any number of bytes at a time from windows of other sizes."""
-
-    def __init__(self, windows: Iterator[memoryview | bytes]) -> None:
-        self._windows = windows
-        self._left = b""
-
-    def take(self, count: int) -> bytes:
-        while len(self._left) < count:
-            more = next(self._windows, None)
-            if more is None:
-                break
-            self._left = self._left + more if self._left else bytes(more)
-        taken, self._left = self._left[:count], self._left[count:]
-        return taken
-
-
-def _check_crc(entry: TensorEntry, crc: int, problems: list[str]) -> bool:
-    """Whether a recorded CRC matches; a problem when it does not, nothing when there is none."""
-    if not entry.crc32:
-        return False
-    if entry.crc32 == crc:
-        return True
-    problems.append(f"{entry.file.path}: {entry.name}: damaged, its CRC-32 differs")
-    return False
 
 
 def _check_shared_records(plan: MergePlan | None, report: VerifyReport) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.byte_mover import PAGE
 from npt_fast.checkpoint.checkpoint import FORMAT_VERSION, NPT_CONFIG, Checkpoint, open_checkpoint
+from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
 from npt_fast.checkpoint.publish import StagedDirectory
 from npt_fast.checkpoint.recipe import Recipe
+from npt_fast.checkpoint.safetensors_file import build_header
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.tensor_source import PT_WEIGHTS, SAFETENSORS_WEIGHTS
 from npt_fast.config import FileFormat, NPTConfig
@@ -92,17 +95,18 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
         for name, tensor in component.state_dict().items()
     }
     with StagedDirectory(target, replace=False) as staged:
-        if format == "pt":
-            torch.save(weights, staged.path / PT_WEIGHTS)
-        else:
-            from safetensors.torch import save_file
-
-            save_file(weights, staged.path / SAFETENSORS_WEIGHTS, metadata={"format": "pt"})
-        (staged.path / NPT_CONFIG).write_bytes(strict_json.dump(_describe(model)))
-        for file in staged.path.iterdir():
-            file.chmod(0o666 & ~_umask())  # safetensors makes its files private
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+        name = PT_WEIGHTS if format == "pt" else SAFETENSORS_WEIGHTS
+        with (staged.path / name).open("xb") as file:
+            if format == "pt":
+                torch.save(weights, file)
+            else:
+                _write_safetensors(weights, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with (staged.path / NPT_CONFIG).open("xb") as file:
+            file.write(strict_json.dump(_describe(model)))
+            file.flush()
+            os.fsync(file.fileno())
         staged.publish()
     return target
 
@@ -116,6 +120,19 @@ def read_tensor(entry: TensorEntry) -> Tensor:
         data[position : position + len(window)] = window
         position += len(window)
     return torch.frombuffer(data, dtype=dtype).view(entry.shape)
+
+
+def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
+    """Data begins on a page, so that a merge of this file can clone it."""
+    placed = []
+    end = 0
+    for name, tensor in weights.items():
+        dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]
+        placed.append((name, dtype, tuple(tensor.shape), end, end + tensor.nbytes))
+        end += tensor.nbytes
+    file.write(build_header(placed, {"format": "pt"}, PAGE, 0))
+    for tensor in weights.values():
+        file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def _check_base(model: Any, checkpoint: Checkpoint) -> None:
@@ -165,9 +182,3 @@ def _describe(model: Any) -> dict[str, object]:
             for layer, component in components(model).items()
         },
     }
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

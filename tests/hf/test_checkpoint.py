@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import npt_fast as npt
 from npt_fast.hf.convert import components
@@ -47,6 +48,15 @@ def test_files_can_be_read_by_others(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
+
+
+def test_saved_safetensors_begin_on_a_page(tmp_path: Path) -> None:
+    """Then a merge clones them where the file system can."""
+    npt.save(converted(), tmp_path / "out")
+    raw = (tmp_path / "out" / "npt_weights.safetensors").read_bytes()
+    assert (8 + int.from_bytes(raw[:8], "little")) % 4096 == 0
+    found = load_file(tmp_path / "out" / "npt_weights.safetensors")
+    assert sorted(found) == sorted([*layer_weights(1, num_ranks=2), *layer_weights(2, num_ranks=2)])
 
 
 def test_architecture_per_layer(tmp_path: Path) -> None:
