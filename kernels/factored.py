@@ -34,7 +34,7 @@ from torch.nn import functional
 
 aten = torch.ops.aten
 
-_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (functional.silu, aten.silu_backward),
     "gelu": (functional.gelu, aten.gelu_backward),
     "gelu_pytorch_tanh": (
@@ -43,7 +43,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
     ),
     "relu": (functional.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
 }
-ACTIVATIONS = tuple(_ACTIVATIONS)
+"""Activation by name, and its backward from (grad, x)."""
 
 
 class Modulation(NamedTuple):
@@ -186,7 +186,7 @@ def _forward(
         s_up, z = _coefficients(u_parts[1], p_parts[1], k)
         coefficients.append(s_up)
         up = torch.addmm(up, z, m.w_b_up)
-    inner = _ACTIVATIONS[activation][0](gate) * up
+    inner = ACTIVATIONS[activation][0](gate) * up
     y = functional.linear(inner, base.down, base.down_bias)
     p_mid = None
     if m.w_a_mid is not None and m.w_b_down is not None:
@@ -218,7 +218,7 @@ def _backward(
 ) -> list[Tensor | None]:
     """Gradients of x, h, the six of `Base` and the six of `Modulation`; None where not needed."""
     k, rank = m.num_ranks, m.w_b_gate.shape[0]
-    act, act_backward = _ACTIVATIONS[activation]
+    act, act_backward = ACTIVATIONS[activation]
     u_parts = torch.split(saved.u, rank, dim=1)
     s_parts = torch.split(saved.s, k, dim=1)
     p_in = h @ m.w_a_in.t() if saved.p_in is None else saved.p_in

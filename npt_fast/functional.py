@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from npt_fast.kernels import factored, reference
 from npt_fast.kernels.factored import ACTIVATIONS as ACTIVATIONS
 from npt_fast.kernels.factored import Base
 from npt_fast.kernels.factored import Modulation as Modulation
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 Implementation = Literal["auto", "factored", "reference"]
 
@@ -94,14 +91,13 @@ def _reference(x: Tensor, h: Tensor, base: Base, m: Modulation, activation: str)
         factors = (t.unflatten(0, (k, -1)) for t in (w_a, w_b))
         return reference.Projection(w, bias, reference.Modulation(downs[index], *factors))
 
-    function: Callable[[Tensor], Tensor] = factored._ACTIVATIONS[activation][0]
     return reference.modulated_mlp(
         x,
         h,
         projection(0, base.gate, base.gate_bias, m.w_b_gate),
         projection(1, base.up, base.up_bias, m.w_b_up),
         projection(2, base.down, base.down_bias, m.w_b_down),
-        function,
+        ACTIVATIONS[activation][0],
     )
 
 

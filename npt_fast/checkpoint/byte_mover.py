@@ -13,6 +13,7 @@ pair of file systems:
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import struct
 from collections import Counter
@@ -90,12 +91,10 @@ class ByteMover:
         if (source.identity.device, "reflink") in self._refused:
             return False
         try:
-            import fcntl
-
             request = struct.pack("qQQQ", source_fd, offset, length, to)
             fcntl.ioctl(fd, _FICLONERANGE, request)
-        except (OSError, ImportError) as error:
-            if isinstance(error, OSError) and error.errno not in _NOT_HERE:
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
                 raise
             self._refused.add((source.identity.device, "reflink"))
             return False

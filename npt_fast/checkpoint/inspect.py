@@ -238,7 +238,7 @@ def _tensor(entry: TensorEntry, values: bool) -> TensorReport:
     if values:
         squares: list[float | None] = []
         non_finite = 0
-        for window in Recipe(entry.name, entry.dtype, entry.shape, entry).windows():
+        for window in Recipe.unchanged(entry).windows():
             non_finite += count_non_finite(window, entry.dtype)
             squares.append(sum_of_squares(window, entry.dtype))
         norm = None if None in squares else math.sqrt(sum(s for s in squares if s is not None))

@@ -6,7 +6,6 @@ import errno
 import os
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
 from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint
-from npt_fast.checkpoint.layout import Piece, runs
+from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory
@@ -70,7 +69,7 @@ def merge(
         raise StorageError(f"{target}: {needed:,} bytes needed, {free:,} free on its file system")
     report_progress = progress or (lambda activity, done, total: None)
     with _disk_errors(target), StagedDirectory(target, replace=force) as staged:
-        ways = _write_files(plan, staged.path, report_progress)
+        mover = _write_files(plan, staged.path, report_progress)
         proof: VerifyReport | None = None
         if verify:
             # here, since a merge without proof starts sooner without it
@@ -81,14 +80,13 @@ def merge(
                 raise VerificationError(
                     f"{target}: not written, since it would differ from its sources", proof.problems
                 )
-        summary = strict_json.dump(summary_of(plan, proof))
-        _write_bytes(staged.path / MERGE_SUMMARY, summary)
+        summary = BytesFile(MERGE_SUMMARY, strict_json.dump(summary_of(plan, proof)))
+        _write_file(summary, staged.path, mover, lambda count: None)
         strict_json.read_object(staged.path / MERGE_SUMMARY)
-        ways["headers"] += len(summary)
         staged.publish()
         if proof is not None:
             proof.path = str(target)
-    return report_of(plan, target, ways, free, needed, started, proof=proof)
+    return report_of(plan, target, mover.moved, free, needed, started, proof=proof)
 
 
 def check_target(target: Path, inputs: Sequence[Checkpoint], *, force: bool) -> None:
@@ -162,7 +160,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
         raise MergeError(f"{where}: {error.strerror or error}; nothing was written") from None
 
 
-def _write_files(plan: MergePlan, directory: Path, progress: Progress) -> Counter[str]:
+def _write_files(plan: MergePlan, directory: Path, progress: Progress) -> ByteMover:
     total = plan.total_bytes
     done = 0
 
@@ -174,20 +172,25 @@ def _write_files(plan: MergePlan, directory: Path, progress: Progress) -> Counte
     mover = ByteMover(advance, reserve=not _can_clone(plan, directory))
     advance(0)
     for file in plan.files:
-        fd = os.open(
-            directory / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
-        )
-        try:
-            mover.start_file(fd, file.size)
-            crcs = _write_pieces(file.pieces, fd, mover, advance)
-            for offset, data in file.frame(crcs):
-                write_all(fd, data, offset)
-                mover.moved["headers"] += len(data)
-                advance(len(data))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    return mover.moved
+        _write_file(file, directory, mover, advance)
+    return mover
+
+
+def _write_file(
+    file: OutputFile, directory: Path, mover: ByteMover, advance: Callable[[int], None]
+) -> None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(directory / file.name, flags, 0o666)
+    try:
+        mover.start_file(fd, file.size)
+        crcs = _write_pieces(file.pieces, fd, mover, advance)
+        for offset, data in file.frame(crcs):
+            write_all(fd, data, offset)
+            mover.moved["headers"] += len(data)
+            advance(len(data))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _write_pieces(
@@ -212,12 +215,3 @@ def _write_pieces(
             advance(len(window))
         crcs[recipe.name] = crc
     return crcs
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        write_all(fd, data, 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,9 +99,9 @@ def report_of(
     proof: VerifyReport | None = None,
 ) -> MergeReport:
     layers = []
+    weights = iter(plan.weights)  # layer by layer, in parameter order
     for merged in plan.layers:
-        names = set(merged.architecture.names(merged.layer))
-        recipes = [recipe for recipe in plan.weights if recipe.name in names]
+        recipes = list(islice(weights, len(merged.architecture.names(merged.layer))))
         layers.append(
             LayerReport(
                 layer=merged.layer,

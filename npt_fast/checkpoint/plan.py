@@ -303,7 +303,7 @@ def _training_state_file(
 
     def resolve(ref: TensorRef) -> Recipe:
         entry = base.archive.entry(f"other.{next(others)}", ref)
-        return Recipe(entry.name, entry.dtype, entry.shape, entry)
+        return Recipe.unchanged(entry)
 
     return TorchZipLayout.seal(TRAINING_STATE, content, resolve)
 

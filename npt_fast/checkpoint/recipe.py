@@ -48,6 +48,11 @@ class Recipe:
     divisor: int = 1
     random: bool = False
 
+    @classmethod
+    def unchanged(cls, entry: TensorEntry) -> Recipe:
+        """The tensor as it is, made contiguous if need be."""
+        return cls(entry.name, entry.dtype, entry.shape, entry)
+
     @property
     def numel(self) -> int:
         return math.prod(self.shape)

@@ -47,7 +47,7 @@ class CheckOutcome:
 def check_tensor(check: TensorCheck) -> CheckOutcome:
     """Read a tensor once, and its source once beside it."""
     entry, recipe = check.entry, check.recipe
-    own = Recipe(entry.name, entry.dtype, entry.shape, entry)
+    own = Recipe.unchanged(entry)
     where = f"{check.file}: {entry.name}"
     outcome = CheckOutcome("", [])
     if recipe is not None and (recipe.dtype, recipe.shape) != (entry.dtype, entry.shape):

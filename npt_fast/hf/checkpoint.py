@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,26 +44,17 @@ def load(model: Model, path: str | Path) -> Model:
     checkpoint = open_checkpoint(str(path))
     _check_base(model, checkpoint)
     present = components(model)
-    for layer, module in checkpoint.modules.items():
-        architecture = module.architecture
-        residual = checkpoint.record(layer).residual or "removed"
-        wanted = (architecture.modulation, architecture.num_ranks, architecture.rank, residual)
+    configs = {layer: _config(checkpoint, layer) for layer in checkpoint.modules}
+    for layer, config in configs.items():
         if layer in present:
             part = present[layer]
+            wanted = (config.modulation, config.num_ranks, config.rank, config.residual)
             found = (part.modulation_type, part.num_ranks, part.rank, part.residual)
             if found != wanted:
                 raise ModelError(f"{path}: layer {layer} is {wanted}, the model's is {found}")
     for layer, module in checkpoint.modules.items():
         if layer not in present:
-            architecture = module.architecture
-            config = NPTConfig(
-                layers=[layer],
-                rank=architecture.rank,
-                num_ranks=architecture.num_ranks,
-                modulation=architecture.modulation,  # type: ignore[arg-type]
-                residual=checkpoint.record(layer).residual or "removed",  # type: ignore[arg-type]
-            )
-            convert(model, config)
+            convert(model, configs[layer])
         prefix = f"layer_{layer}_np."
         tensors = {
             str(module.architecture.key(layer, slot)).removeprefix(prefix): read_tensor(entry)
@@ -96,17 +88,13 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
     }
     with StagedDirectory(target, replace=False) as staged:
         name = PT_WEIGHTS if format == "pt" else SAFETENSORS_WEIGHTS
-        with (staged.path / name).open("xb") as file:
+        with _synced(staged.path / name) as file:
             if format == "pt":
                 torch.save(weights, file)
             else:
                 _write_safetensors(weights, file)
-            file.flush()
-            os.fsync(file.fileno())
-        with (staged.path / NPT_CONFIG).open("xb") as file:
+        with _synced(staged.path / NPT_CONFIG) as file:
             file.write(strict_json.dump(_describe(model)))
-            file.flush()
-            os.fsync(file.fileno())
         staged.publish()
     return target
 
@@ -116,10 +104,19 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     dtype = getattr(torch, entry.dtype.torch_name)
     data = bytearray(entry.nbytes)
     position = 0
-    for window in Recipe(entry.name, entry.dtype, entry.shape, entry).windows():
+    for window in Recipe.unchanged(entry).windows():
         data[position : position + len(window)] = window
         position += len(window)
     return torch.frombuffer(data, dtype=dtype).view(entry.shape)
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[BinaryIO]:
+    """A new file that is on the disk when it is closed."""
+    with path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
@@ -133,6 +130,17 @@ def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
     file.write(build_header(placed, {"format": "pt"}, PAGE, 0))
     for tensor in weights.values():
         file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+
+
+def _config(checkpoint: Checkpoint, layer: int) -> NPTConfig:
+    architecture = checkpoint.modules[layer].architecture
+    return NPTConfig(
+        layers=[layer],
+        rank=architecture.rank,
+        num_ranks=architecture.num_ranks,
+        modulation=architecture.modulation,  # type: ignore[arg-type]
+        residual=checkpoint.record(layer).residual or "removed",  # type: ignore[arg-type]
+    )
 
 
 def _check_base(model: Any, checkpoint: Checkpoint) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 import npt_fast as npt
-from npt_fast.checkpoint.source_file import SourceFile
 from tests.checkpoints import (
     adamw_state,
     layer_weights,
@@ -21,16 +19,6 @@ from tests.checkpoints import (
     trained_checkpoint,
     write_checkpoint,
 )
-
-
-@pytest.fixture
-def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading tensor data fails."""
-
-    def windows(self: SourceFile, *arguments: Any) -> Iterator[bytes]:
-        raise AssertionError(f"read data of {self.path}")
-
-    monkeypatch.setattr(SourceFile, "windows", windows)
 
 
 @pytest.mark.usefixtures("headers_only")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,9 @@ from safetensors.torch import save_file
 
 import npt_fast as npt
 from npt_fast.checkpoint.plan import plan_merge
-from npt_fast.checkpoint.source_file import SourceFile
 from tests.checkpoints import layer_weights, trained_checkpoint, write_checkpoint
 
 BIG = {"d": 96, "f": 160, "rank": 16}
-
-
-@pytest.fixture
-def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading tensor data fails."""
-
-    def windows(self: SourceFile, *arguments: Any) -> Iterator[bytes]:
-        raise AssertionError(f"read data of {self.path}")
-
-    monkeypatch.setattr(SourceFile, "windows", windows)
 
 
 @pytest.mark.usefixtures("headers_only")

@@ -72,18 +72,24 @@ def logits(model: Any, ids: Tensor = PROMPT, **options: Any) -> Tensor:
     return model(ids, use_cache=False, **options).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("residual", ["removed", "kept"])
-def test_a_converted_layer_is_the_definition(family: str, residual: str) -> None:
-    """SPEC 1.3, written out with the layer's own parts and the definition's v_a and v_b."""
-    model = converted(family, layers=(1,), residual=residual)
-    layer = decoder_layers(model)[1]
+def one_pass(model: Any, layer: Any) -> dict[str, Any]:
+    """What enters a layer (h, kwargs) and leaves it (out) in one forward pass."""
     seen: dict[str, Any] = {}
     layer.register_forward_hook(
         lambda module, args, kwargs, out: seen.update(h=args[0], kwargs=kwargs, out=out),
         with_kwargs=True,
     )
     logits(model)
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("residual", ["removed", "kept"])
+def test_a_converted_layer_is_the_definition(family: str, residual: str) -> None:
+    """SPEC 1.3, written out with the layer's own parts and the definition's v_a and v_b."""
+    model = converted(family, layers=(1,), residual=residual)
+    layer = decoder_layers(model)[1]
+    seen = one_pass(model, layer)
     h, part, mlp = seen["h"], layer.np_component, layer.mlp
     with torch.no_grad():
         attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(h), **seen["kwargs"])
@@ -132,12 +138,7 @@ def test_a_kept_residual_starts_as_the_mlp_without_attention_in_its_input() -> N
     model = tiny()
     npt.convert(model, npt.NPTConfig(layers=[0], residual="kept", rank=4))
     layer = decoder_layers(model)[0]
-    seen: dict[str, Any] = {}
-    layer.register_forward_hook(
-        lambda module, args, kwargs, out: seen.update(h=args[0], kwargs=kwargs, out=out),
-        with_kwargs=True,
-    )
-    logits(model)
+    seen = one_pass(model, layer)
     with torch.no_grad():
         h = seen["h"]
         attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(h), **seen["kwargs"])
