@@ -17,13 +17,15 @@ from npt_fast.errors import NPTError, VerificationError
 
 app = App(
     name="npt-fast",
-    help="Merge, prove and describe Neuro-Plastic Transformer checkpoints.",
+    help="Train, merge, prove and measure Neuro-Plastic Transformer layers.",
     version=lambda: npt.__version__,
     suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative=()),  # flags have no --no- form: all are off by default
 )
 app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints into one.")
 app.command("npt_fast.cli.analyze:analyze", name="analyze", help="Describe checkpoints.")
+app.command("npt_fast.cli.train:train", name="train", help="Train NP layers of a model.")
+app.command("npt_fast.cli.evaluate:evaluate", name="evaluate", help="Measure checkpoints on text.")
 app.command("npt_fast.cli.verify:verify", name="verify", help="Prove a merged checkpoint.")
 
 

@@ -14,21 +14,27 @@ if TYPE_CHECKING:
     from npt_fast.checkpoint.merge import merge
     from npt_fast.checkpoint.merge_report import MergeReport
     from npt_fast.checkpoint.verify import VerifyReport, verify
-    from npt_fast.config import MergeOptions, NPTConfig
+    from npt_fast.config import MergeOptions, NPTConfig, TrainOptions
     from npt_fast.errors import (
         CheckpointError,
+        DataError,
         MergeError,
         ModelError,
         NPTError,
         StorageError,
+        TrainingError,
         VerificationError,
     )
     from npt_fast.hf.checkpoint import load, save
     from npt_fast.hf.convert import LayerStatus, convert, disabled, status, unload
+    from npt_fast.training.evaluation import Evaluation, evaluate
+    from npt_fast.training.train import TrainReport, train
 
 _HOMES = {
     "CheckpointError": "npt_fast.errors",
     "CheckpointReport": "npt_fast.checkpoint.inspect",
+    "DataError": "npt_fast.errors",
+    "Evaluation": "npt_fast.training.evaluation",
     "LayerStatus": "npt_fast.hf.convert",
     "MergeError": "npt_fast.errors",
     "MergeOptions": "npt_fast.config",
@@ -38,16 +44,21 @@ _HOMES = {
     "NPTConfig": "npt_fast.config",
     "NPTError": "npt_fast.errors",
     "StorageError": "npt_fast.errors",
+    "TrainOptions": "npt_fast.config",
+    "TrainReport": "npt_fast.training.train",
+    "TrainingError": "npt_fast.errors",
     "VerificationError": "npt_fast.errors",
     "VerifyReport": "npt_fast.checkpoint.verify",
     "can_merge": "npt_fast.checkpoint.inspect",
     "convert": "npt_fast.hf.convert",
     "disabled": "npt_fast.hf.convert",
+    "evaluate": "npt_fast.training.evaluation",
     "inspect": "npt_fast.checkpoint.inspect",
     "load": "npt_fast.hf.checkpoint",
     "merge": "npt_fast.checkpoint.merge",
     "save": "npt_fast.hf.checkpoint",
     "status": "npt_fast.hf.convert",
+    "train": "npt_fast.training.train",
     "unload": "npt_fast.hf.convert",
     "verify": "npt_fast.checkpoint.verify",
 }
@@ -55,6 +66,8 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "CheckpointReport",
+    "DataError",
+    "Evaluation",
     "LayerStatus",
     "MergeError",
     "MergeOptions",
@@ -64,16 +77,21 @@ __all__ = [
     "NPTConfig",
     "NPTError",
     "StorageError",
+    "TrainOptions",
+    "TrainReport",
+    "TrainingError",
     "VerificationError",
     "VerifyReport",
     "can_merge",
     "convert",
     "disabled",
+    "evaluate",
     "inspect",
     "load",
     "merge",
     "save",
     "status",
+    "train",
     "unload",
     "verify",
 ]

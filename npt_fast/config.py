@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,15 @@ FileFormat = Literal["pt", "safetensors"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done and bytes in all."""
 WeightDType = Literal["float64", "float32", "float16", "bfloat16"]
-
-
 ModulationType = Literal["single", "dual", "triple"]
 Residual = Literal["removed", "kept"]
+Initialization = Literal["zero", "improved", "conservative"]
+LossKind = Literal["relative", "mse"]
+LRSchedule = Literal["cosine", "constant"]
+BaseDType = Literal["auto", "float32", "bfloat16", "float16"]
+Parallel = Literal["ddp", "fsdp2", "layers"]
+Tracker = Literal["none", "wandb", "tensorboard", "trackio"]
+WandbMode = Literal["online", "offline", "disabled"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,3 +98,219 @@ class MergeOptions:
                 raise ValueError(f"{name} must be one of {names}, got {value!r}")
         if self.max_shard_size < 1:
             raise ValueError(f"max_shard_size must be positive, got {self.max_shard_size}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """How to train NP layers; the names and, where sane, the defaults of the original (SPEC 5.1).
+
+    Attributes:
+        train_layers: layers to train: 11 or 11,13 or 11-15.
+        model_name: base model: Hub id, folder, .gguf file, or smollm2-135m.
+        resume_from: checkpoint to go on from: of this run, a merge, or one with other layers.
+        data: training text: small, medium, large or xlarge (Hugging Face datasets, streamed);
+            python-docs (always there); or a file, folder or glob of .txt, .jsonl or .parquet.
+        eval_data: held-out text from elsewhere; without, the first windows of data are held out.
+        num_eval_samples: held-out windows.
+        max_length: tokens per window.
+        stride: tokens from one window to the next; max_length if not given.
+        num_workers: threads that tokenise.
+        np_rank: bottleneck of each component, of layers that start fresh.
+        num_ranks: components per projection, of layers that start fresh.
+        modulation: projections that change: gate; gate and up; gate, up and down.
+        residual: removed: the trained MLP stands for attention too; kept: attention is added.
+        init_strategy: zero starts as the base MLP; improved and conservative are the original's.
+        np_init_scale: scale of the original's initializations.
+        curriculum_stages: name:steps[:attention_ratio[:mlp_ratio]], comma separated; names are
+            teacher, mixed, student.
+        layer_weights: uniform, linear (1.0 to 0.5), or one number per layer.
+        loss: relative: squared error over squared target per token, and KL for fidelity; mse: the
+            original's mean squared errors.
+        direct_mlp_weight: of each layer's own error.
+        fidelity_weight: of the difference in logits; above 0, all layers of the model are run.
+        lambda_reg: of the mean squares of v_a and v_b.
+        batch_size: windows per process and micro-batch.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        learning_rate: AdamW's, at its peak; wins over a checkpoint's.
+        lr_schedule: after warm-up: half a cosine down to 0 at max_steps, or constant.
+        warmup_steps: linear warm-up; the smaller of 1000 and a tenth of max_steps if not given.
+        weight_decay: AdamW's.
+        gradient_clip: largest norm of all gradients together; 0 is no limit.
+        max_steps: optimizer steps in all, those before resuming included.
+        teacher_cache: memory for the base model's activations, e.g. 2GB. In the teacher stage with
+            small data, later epochs then need no base model.
+        mixed_precision: autocast in bfloat16.
+        fp16: autocast in float16, with loss scaling.
+        base_dtype: of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+        cpu: train on the CPU although there is a GPU.
+        num_processes: processes, one per GPU.
+        parallel: ddp: every process a part of the batch; fsdp2: also the model in parts; layers:
+            every process its own layers, merged at the end.
+        output_dir: where to write; experiments/<wandb_name> if not given.
+        format: of weights; the original reads pt.
+        logging_steps: optimizer steps between lines of metrics.
+        eval_steps: between evaluations in student mode; 0 is never.
+        save_steps: between checkpoints; the last step is saved always.
+        keep_last: how many checkpoint-N to keep; all if not given.
+        generation_steps: between samples of text; 0 is never.
+        track: where metrics go beside training_log.jsonl.
+        wandb_name: name of the run.
+        wandb_project: project of the run, for any tracker.
+        wandb_tags: of the run.
+        wandb_mode: online, offline or disabled; naming one turns wandb on.
+        seed: of initialization, order of data, samples.
+    """
+
+    train_layers: str | Sequence[int]
+    model_name: str = "meta-llama/Llama-3.2-1B"
+    resume_from: str | None = None
+    data: str = "medium"
+    eval_data: str | None = None
+    num_eval_samples: int = 100
+    max_length: int = 512
+    stride: int | None = None
+    num_workers: int = 4
+    np_rank: int = 256
+    num_ranks: int = 1
+    modulation: ModulationType = "triple"
+    residual: Residual = "removed"
+    init_strategy: Initialization = "zero"
+    np_init_scale: float = 0.001
+    curriculum_stages: str = "teacher:5000,mixed:5000:0.5,student:20000"
+    layer_weights: str = "uniform"
+    loss: LossKind = "relative"
+    direct_mlp_weight: float = 10.0
+    fidelity_weight: float = 0.0
+    lambda_reg: float = 0.0
+    batch_size: int = 4
+    gradient_accumulation_steps: int = 4
+    learning_rate: float = 5e-5
+    lr_schedule: LRSchedule = "cosine"
+    warmup_steps: int | None = None
+    weight_decay: float = 0.01
+    gradient_clip: float = 0.5
+    max_steps: int = 30000
+    teacher_cache: str = "0"
+    mixed_precision: bool = False
+    fp16: bool = False
+    base_dtype: BaseDType = "auto"
+    cpu: bool = False
+    num_processes: int = 1
+    parallel: Parallel = "ddp"
+    output_dir: Path | None = None
+    format: FileFormat = "pt"
+    logging_steps: int = 10
+    eval_steps: int = 500
+    save_steps: int = 2000
+    keep_last: int | None = None
+    generation_steps: int = 500
+    track: Tracker = "none"
+    wandb_name: str | None = None
+    wandb_project: str = "npt-multi-layer"
+    wandb_tags: Sequence[str] = ()
+    wandb_mode: WandbMode | None = None
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            value, allowed = getattr(self, name), get_args(kind)
+            if value not in allowed and not (name == "wandb_mode" and value is None):
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if self.stride is not None and not 0 < self.stride <= self.max_length:
+            raise ValueError(f"stride must be from 1 to max_length, got {self.stride}")
+        if self.mixed_precision and self.fp16:
+            raise ValueError("mixed_precision is bfloat16; choose it or fp16, not both")
+        if not self.direct_mlp_weight and not self.fidelity_weight:
+            raise ValueError("direct_mlp_weight and fidelity_weight are both 0: nothing to learn")
+        parse_layers(self.train_layers)
+        parse_size(self.teacher_cache)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers to train, as given: sorted only later, since layer_weights follow this order."""
+        return parse_layers(self.train_layers)
+
+
+_CHOICES = {
+    "modulation": ModulationType,
+    "residual": Residual,
+    "init_strategy": Initialization,
+    "loss": LossKind,
+    "lr_schedule": LRSchedule,
+    "base_dtype": BaseDType,
+    "parallel": Parallel,
+    "format": FileFormat,
+    "track": Tracker,
+    "wandb_mode": WandbMode,
+}
+_POSITIVE = (
+    "num_eval_samples",
+    "num_workers",
+    "np_rank",
+    "num_ranks",
+    "np_init_scale",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "max_steps",
+    "num_processes",
+    "logging_steps",
+    "save_steps",
+    "keep_last",
+)
+_NOT_NEGATIVE = (
+    "direct_mlp_weight",
+    "fidelity_weight",
+    "lambda_reg",
+    "warmup_steps",
+    "weight_decay",
+    "gradient_clip",
+    "eval_steps",
+    "generation_steps",
+)
+
+
+def parse_layers(layers: str | Sequence[int]) -> tuple[int, ...]:
+    """``"11,13"``, ``"11-15"`` or a sequence -> layer indices, in the order given.
+
+    Raises:
+        ValueError: not layers, or one of them twice.
+    """
+    if isinstance(layers, str):
+        found: list[int] = []
+        for part in layers.split(","):
+            match = re.fullmatch(r"\s*(-?[0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
+            if match is None:
+                raise ValueError(f"{layers!r} is not a list of layers such as 11,13 or 11-15")
+            first, last = int(match[1]), int(match[2] or match[1])
+            found.extend(range(first, last + 1))
+    else:
+        found = list(layers)
+    if not found or any(type(layer) is not int for layer in found):
+        raise ValueError(f"layers must be a list of layer indices, got {layers!r}")
+    if len(set(found)) < len(found):
+        raise ValueError(f"layers names a layer twice: {layers!r}")
+    return tuple(found)
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """``"5GB"`` -> bytes.
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(match[1]) * _UNITS[(match[2] or "").upper()]

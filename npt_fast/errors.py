@@ -33,6 +33,14 @@ class ModelError(NPTError):
     """A model cannot be converted, or does not fit a checkpoint."""
 
 
+class TrainingError(NPTError):
+    """Training cannot start as asked, or had to stop."""
+
+
+class DataError(NPTError):
+    """Training data cannot be read, or is too little."""
+
+
 class StorageError(NPTError):
     """The disk is full, or would be."""
 

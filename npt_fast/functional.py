@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +73,58 @@ def modulated_mlp(
             x, h, base, modulation, activation=activation, save_probe=save_probe
         )
     return y.view(shape)
+
+
+class VectorNorms(NamedTuple):
+    """Measures of the vectors v_a and v_b of one layer, which are not formed.
+
+    Attributes:
+        v_a: squared norms, ``(..., c, k)``, float32.
+        v_b: squared norms, ``(..., c, k)``, float32.
+        similarity: cosine of gate's v_a with the attention output, mean over k, ``(...)``.
+        mean_square: sum over the 2 c vectors of the mean of their squares, ``(...)`` (SPEC 5.4).
+    """
+
+    v_a: Tensor
+    v_b: Tensor
+    similarity: Tensor
+    mean_square: Tensor
+
+
+def vector_norms(x: Tensor, modulation: Modulation) -> VectorNorms:
+    """Norms of v_a and v_b from their Gram matrices: ``|u W|^2 = u (W W') u'`` (SPEC 1.5).
+
+    Args:
+        x: attention output, ``(..., D)``.
+        modulation: factors of the weight changes.
+    """
+    m, k = modulation, modulation.num_ranks
+    rank = m.w_b_gate.shape[0]
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float()
+        u = (x @ m.w_down.float()).unflatten(-1, (-1, k, rank // k))
+        a_heads = [*torch.split(m.w_a_in, rank), m.w_a_mid]
+        b_heads = [m.w_b_gate, m.w_b_up, m.w_b_down]
+
+        def squares(heads: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+            """Squared norms, and their sum as means over components and entries."""
+            norms, means = [], []
+            for index in range(u.shape[-3]):
+                head = heads[index]
+                assert head is not None
+                w = head.float().unflatten(0, (k, -1))
+                part = u[..., index, :, :]
+                gram = torch.einsum("...kr,krs->...ks", part, w @ w.mT)
+                norms.append((gram * part).sum(-1))
+                means.append(norms[-1].mean(-1) / w.shape[-1])
+            return torch.stack(norms, -2), torch.stack(means, -1).sum(-1)
+
+        v_a, mean_a = squares(a_heads)
+        v_b, mean_b = squares(b_heads)
+        dots = u[..., 0, :, :] * (x @ m.w_a_in[:rank].float().t()).unflatten(-1, (k, -1))
+        lengths = v_a[..., 0, :].clamp_min(0).sqrt() * x.norm(dim=-1, keepdim=True)
+        similarity = (dots.sum(-1) / lengths.clamp_min(1e-12)).mean(-1)
+        return VectorNorms(v_a, v_b, similarity, mean_a + mean_b)
 
 
 def _reference(x: Tensor, h: Tensor, base: Base, m: Modulation, activation: str) -> Tensor:

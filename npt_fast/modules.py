@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -122,26 +123,33 @@ class NPComponent(nn.Module):
             activation=self.activation,
         )
 
-    def _views(self) -> dict[str, Tensor]:
-        """One view per tensor of the original, in its order: ``W_down_gate.0`` -> (D, r)."""
+    def split(self, joined: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take tensors of the parameters' shapes apart as the original stores them.
+
+        Args:
+            joined: by parameter name: the parameters themselves, or AdamW's moments of them.
+
+        Returns:
+            One view per tensor of the original, in its order: ``W_down_gate.0`` -> ``(D, r)``.
+        """
         r, size = self.rank, self.rank * self.num_ranks
-        w_b = {"gate": self.w_b_gate, "up": self.w_b_up, "down": self.w_b_down}
         views: dict[str, Tensor] = {}
         for index, projection in enumerate(PROJECTIONS[self.modulation_type]):
             name = f"_{projection}" if projection else ""
-            w_a, first = (self.w_a_mid, 0) if index == 2 else (self.w_a_in, index * size)
-            w_out = w_b[projection or "gate"]
-            assert w_a is not None and w_out is not None
+            w_a, first = ("w_a_mid", 0) if index == 2 else ("w_a_in", index * size)
             stems = {
-                "W_down": (self.w_down, index * size, 1),
-                "W_a_up": (w_a, first, 0),
-                "W_b_up": (w_out, 0, 0),
+                "W_down": (joined["w_down"], index * size, 1),
+                "W_a_up": (joined[w_a], first, 0),
+                "W_b_up": (joined[f"w_b_{projection or 'gate'}"], 0, 0),
             }
             for stem, (tensor, start, axis) in stems.items():
                 for component in range(self.num_ranks):
                     suffix = f".{component}" if self.num_ranks > 1 else ""
                     views[f"{stem}{name}{suffix}"] = tensor.narrow(axis, start + component * r, r)
         return views
+
+    def _views(self) -> dict[str, Tensor]:
+        return self.split(dict(self.named_parameters()))
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

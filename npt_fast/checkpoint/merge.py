@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,7 @@ from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint
 from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
-from npt_fast.checkpoint.publish import StagedDirectory
+from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.source_file import filesystem_type
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import MergeError, StorageError, VerificationError
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 
 _REFLINK_FILESYSTEMS = ("xfs", "btrfs", "bcachefs", "ocfs2")
 _SLACK = 1 << 20  # for directory blocks and the summary
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def merge(
@@ -68,7 +65,7 @@ def merge(
     if needed > free:
         raise StorageError(f"{target}: {needed:,} bytes needed, {free:,} free on its file system")
     report_progress = progress or (lambda activity, done, total: None)
-    with _disk_errors(target), StagedDirectory(target, replace=force) as staged:
+    with disk_errors(target, MergeError), StagedDirectory(target, replace=force) as staged:
         mover = _write_files(plan, staged.path, report_progress)
         proof: VerifyReport | None = None
         if verify:
@@ -147,17 +144,6 @@ def _can_clone(plan: MergePlan, directory: Path) -> bool:
         for item in plan.inputs
         for file in item.checkpoint.weights.files
     )
-
-
-@contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise StorageError(f"{target}: {error.strerror}; nothing was written") from None
-        where = error.filename or target
-        raise MergeError(f"{where}: {error.strerror or error}; nothing was written") from None
 
 
 def _write_files(plan: MergePlan, directory: Path, progress: Progress) -> ByteMover:

@@ -14,12 +14,15 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from npt_fast.checkpoint import linux
-from npt_fast.errors import MergeError
+from npt_fast.errors import MergeError, NPTError, StorageError
 
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TOKEN_BYTES = 6
 _ASIDE = "-old"
 _TOKEN = re.compile(r"[0-9a-f]{12}")
@@ -123,6 +126,23 @@ class StagedDirectory:
                 continue  # in use, or gone
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
+
+
+@contextmanager
+def disk_errors(target: Path, kind: type[NPTError]) -> Iterator[None]:
+    """Turn what the operating system refuses while `target` is written into one line.
+
+    Raises:
+        StorageError: no space.
+        NPTError: of `kind`: anything else.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise StorageError(f"{target}: {error.strerror}; nothing was written") from None
+        where = error.filename or target
+        raise kind(f"{where}: {error.strerror or error}; nothing was written") from None
 
 
 def _lock(directory: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +15,7 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import PAGE
 from npt_fast.checkpoint.checkpoint import FORMAT_VERSION, NPT_CONFIG, Checkpoint, open_checkpoint
 from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
-from npt_fast.checkpoint.publish import StagedDirectory
+from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.safetensors_file import build_header
 from npt_fast.checkpoint.tensor_entry import TensorEntry
@@ -25,7 +25,7 @@ from npt_fast.errors import ModelError
 from npt_fast.hf.convert import Model, components, convert, decoder_layers
 
 
-def load(model: Model, path: str | Path) -> Model:
+def load(model: Model, path: str | Path, *, layers: Sequence[int] | None = None) -> Model:
     """Put a checkpoint's layers into a model; what is not converted yet is converted.
 
     The architecture of every layer is read from the checkpoint; no option has to be repeated.
@@ -33,18 +33,24 @@ def load(model: Model, path: str | Path) -> Model:
     Args:
         model: a Hugging Face causal language model.
         path: checkpoint directory or weights file.
+        layers: only these; all if not given.
 
     Returns:
         The same model.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ModelError: it was trained on another base model, or a layer is converted differently.
+        ModelError: it was trained on another base model, lacks one of `layers`, or a layer is
+            converted differently.
     """
     checkpoint = open_checkpoint(str(path))
-    _check_base(model, checkpoint)
+    check_base(model, checkpoint)
+    chosen = list(checkpoint.modules) if layers is None else list(layers)
+    for layer in chosen:
+        if layer not in checkpoint.modules:
+            raise ModelError(f"{path}: has no layer {layer}, only {list(checkpoint.modules)}")
     present = components(model)
-    configs = {layer: _config(checkpoint, layer) for layer in checkpoint.modules}
+    configs = {layer: _config(checkpoint, layer) for layer in chosen}
     for layer, config in configs.items():
         if layer in present:
             part = present[layer]
@@ -52,7 +58,8 @@ def load(model: Model, path: str | Path) -> Model:
             found = (part.modulation_type, part.num_ranks, part.rank, part.residual)
             if found != wanted:
                 raise ModelError(f"{path}: layer {layer} is {wanted}, the model's is {found}")
-    for layer, module in checkpoint.modules.items():
+    for layer in chosen:
+        module = checkpoint.modules[layer]
         if layer not in present:
             convert(model, configs[layer])
         prefix = f"layer_{layer}_np."
@@ -86,17 +93,21 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
         for layer, component in converted.items()
         for name, tensor in component.state_dict().items()
     }
-    with StagedDirectory(target, replace=False) as staged:
-        name = PT_WEIGHTS if format == "pt" else SAFETENSORS_WEIGHTS
-        with _synced(staged.path / name) as file:
-            if format == "pt":
-                torch.save(weights, file)
-            else:
-                _write_safetensors(weights, file)
-        with _synced(staged.path / NPT_CONFIG) as file:
-            file.write(strict_json.dump(_describe(model)))
+    with disk_errors(target, ModelError), StagedDirectory(target, replace=False) as staged:
+        write_weights(staged.path, weights, format)
+        with synced(staged.path / NPT_CONFIG) as file:
+            file.write(strict_json.dump(describe(model)))
         staged.publish()
     return target
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor], format: FileFormat) -> None:
+    """The weights file of a checkpoint: CPU tensors by full name, written and synced."""
+    with synced(folder / (PT_WEIGHTS if format == "pt" else SAFETENSORS_WEIGHTS)) as file:
+        if format == "pt":
+            torch.save(dict(weights), file)
+        else:
+            _write_safetensors(weights, file)
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
@@ -111,7 +122,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
 
 @contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
+def synced(path: Path) -> Iterator[BinaryIO]:
     """A new file that is on the disk when it is closed."""
     with path.open("xb") as file:
         yield file
@@ -143,7 +154,7 @@ def _config(checkpoint: Checkpoint, layer: int) -> NPTConfig:
     )
 
 
-def _check_base(model: Any, checkpoint: Checkpoint) -> None:
+def check_base(model: Any, checkpoint: Checkpoint) -> None:
     layers = decoder_layers(model)
     config = model.config
     architecture = next(iter(checkpoint.modules.values())).architecture
@@ -165,13 +176,26 @@ def _check_base(model: Any, checkpoint: Checkpoint) -> None:
         raise ModelError(f"{checkpoint.given}: has layer {last}, the model has {len(layers)}")
 
 
-def _describe(model: Any) -> dict[str, object]:
-    """The content of ``npt_config.json`` (DESIGN 5)."""
+def describe(
+    model: Any,
+    *,
+    base_name: str | None = None,
+    steps: Mapping[int, int] | None = None,
+    fidelity: Mapping[int, float] | None = None,
+) -> dict[str, object]:
+    """The content of ``npt_config.json`` (DESIGN 5).
+
+    Args:
+        model: with converted layers.
+        base_name: of the base model; the name the model was loaded under if not given.
+        steps: optimizer steps that each layer was trained for, where known.
+        fidelity: error that was measured of each layer, where known.
+    """
     config = model.config
     return {
         "format_version": FORMAT_VERSION,
         "base_model": {
-            "name": getattr(config, "_name_or_path", "") or None,
+            "name": base_name or getattr(config, "_name_or_path", "") or None,
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
             "num_hidden_layers": config.num_hidden_layers,
@@ -183,9 +207,9 @@ def _describe(model: Any) -> dict[str, object]:
                 "num_ranks": component.num_ranks,
                 "rank": component.rank,
                 "residual": component.residual,
-                "step": None,
+                "step": (steps or {}).get(layer),
                 "source": None,
-                "fidelity": None,
+                "fidelity": (fidelity or {}).get(layer),
             }
             for layer, component in components(model).items()
         },

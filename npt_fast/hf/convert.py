@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from npt_fast.config import NPTConfig
 from npt_fast.errors import ModelError
-from npt_fast.functional import ACTIVATIONS
+from npt_fast.functional import ACTIVATIONS, VectorNorms, vector_norms
 from npt_fast.modules import NPComponent
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -54,6 +54,31 @@ class LayerStatus:
     residual: str
     parameters: int
     enabled: bool
+
+
+class Scaffold(NamedTuple):
+    """Says what a trained layer gets in place of its input, and asks for its parts.
+
+    A layer that is called with ``scaffold=`` returns `Parts`. Everything that needs the layer's
+    weights happens inside that one call, so that FSDP has them gathered.
+
+    Attributes:
+        attention_input: hidden states for attention; None for the layer's input.
+        attention: the attention output itself, where it is known already.
+        norms: whether to measure v_a and v_b.
+    """
+
+    attention_input: Tensor | None = None
+    attention: Tensor | None = None
+    norms: bool = False
+
+
+class Parts(NamedTuple):
+    """What an NP layer adds up, each ``(..., D)``, and measures of its vectors if asked for."""
+
+    attention: Tensor
+    mlp: Tensor
+    norms: VectorNorms | None
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -99,7 +124,8 @@ def convert(model: Model, config: NPTConfig) -> Model:
             raise ModelError(f"layer {index} is an NP layer already; unload the model first")
         indices.append(index)
     fresh = {index: _component(layers[index], index, model, config) for index in indices}
-    model.requires_grad_(False)
+    if not components(model):  # what was converted before is being trained, or is not: leave it
+        model.requires_grad_(False)
     for index, component in fresh.items():
         _attach(layers[index], component)
     return model
@@ -195,13 +221,20 @@ def _attach(layer: nn.Module, component: NPComponent) -> None:
     setattr(layer, name, MethodType(_forward, layer))
 
 
-def _forward(layer: Any, hidden_states: Tensor, **options: Any) -> Tensor:
+def _forward(
+    layer: Any, hidden_states: Tensor, *, scaffold: Scaffold | None = None, **options: Any
+) -> Tensor | Parts:
     """A decoder layer whose MLP is modulated by its own attention output (SPEC 1.3)."""
     component: NPComponent = layer.np_component
     if not component.enabled:
         base: Tensor = layer._base_forward(hidden_states, **options)
         return base
-    attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **options)
-    h = layer.post_attention_layernorm(hidden_states)
-    out: Tensor = hidden_states + component(attention, h, layer.mlp)
+    source, attention, norms = scaffold or Scaffold()
+    if attention is None:
+        source = layer.input_layernorm(hidden_states if source is None else source)
+        attention, _ = layer.self_attn(hidden_states=source, **options)
+    mlp = component(attention, layer.post_attention_layernorm(hidden_states), layer.mlp)
+    if scaffold is not None:
+        return Parts(attention, mlp, vector_norms(attention, component.factors) if norms else None)
+    out: Tensor = hidden_states + mlp
     return out + attention if component.residual == "kept" else out

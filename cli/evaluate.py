@@ -1,0 +1,96 @@
+"""``npt-fast evaluate``"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated
+
+from cyclopts import Parameter
+
+import npt_fast as npt
+from npt_fast.cli.output import print_json, say
+
+
+def evaluate(
+    *,
+    checkpoint: Annotated[list[str], Parameter(consume_multiple=True)],
+    model_name: str = "meta-llama/Llama-3.2-1B",
+    data: str = "medium",
+    num_eval_samples: int = 100,
+    max_length: int = 512,
+    batch_size: int = 4,
+    base_dtype: str = "auto",
+    prompt: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
+    max_new_tokens: int = 30,
+    cpu: bool = False,
+    json: bool = False,
+) -> None:
+    """Measure how well checkpoints stand for their base model on held-out text.
+
+    Parameters
+    ----------
+    checkpoint
+        Checkpoint directories or weight files, each measured by itself.
+    model_name
+        Base model: Hub id, folder, .gguf file, or smollm2-135m.
+    data
+        Text, as for train; the windows that train holds out are used.
+    num_eval_samples
+        How many windows.
+    max_length
+        Tokens per window.
+    batch_size
+        Windows at a time.
+    base_dtype
+        Of the base model's weights: auto, float32, bfloat16 or float16.
+    prompt
+        Texts to go on with, by the base model and with each checkpoint.
+    max_new_tokens
+        Length of what is generated.
+    cpu
+        Use the CPU although there is a GPU.
+    json
+        Print everything as JSON.
+    """
+    from npt_fast.hf.base_model import load_base_model
+    from npt_fast.training.evaluation import continue_text, default_device
+
+    model, tokenizer = load_base_model(
+        model_name, dtype=base_dtype, device="cpu" if cpu else default_device()
+    )
+    results = []
+    texts = {"base": [continue_text(model, tokenizer, p, max_new_tokens) for p in prompt]}
+    for path in checkpoint:
+        npt.load(model, path)
+        found = npt.evaluate(
+            model,
+            tokenizer,
+            data,
+            windows=num_eval_samples,
+            max_length=max_length,
+            batch_size=batch_size,
+        )
+        layers = [status.layer for status in npt.status(model)]
+        texts[path] = [continue_text(model, tokenizer, p, max_new_tokens) for p in prompt]
+        npt.unload(model)
+        results.append({"checkpoint": path, "layers": layers, **asdict(found)})
+        if not json:
+            say(f"{path}: layers {layers}")
+            say(
+                f"  perplexity {found.perplexity:.3f}, base {found.base_perplexity:.3f}, "
+                f"ratio {found.perplexity / found.base_perplexity:.4f}"
+            )
+            say(f"  KL {found.kl:.4f} nats, top-1 agreement {found.top1_agreement:.4f}")
+            errors = ", ".join(
+                f"layer {layer} {value:.4f}" for layer, value in found.direct.items()
+            )
+            say(f"  relative error: {errors}")
+            say(f"  {found.tokens:,} tokens")
+    if json:
+        print_json({"results": results, "prompts": list(prompt), "texts": texts})
+        return
+    for index, text in enumerate(prompt):
+        say(f"Prompt: {text}")
+        for name, continued in texts.items():
+            say(f"  {name}: {' '.join(continued[index].split())}")

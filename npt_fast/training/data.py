@@ -1,0 +1,407 @@
+"""Text to windows of tokens, in one order always, and resumable without reading it all again.
+
+Documents are tokenised, joined, and cut into windows. What a window holds depends on the text
+alone; the seed decides in which order windows come. A place in the stream is a position of the
+documents' reader (kept by `datasets`) and fewer left-over tokens than a window has.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, NamedTuple
+
+import datasets  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from npt_fast.errors import DataError
+
+Window = dict[str, Tensor]
+"""``input_ids``: int64 ``(max_length,)``. ``attention_mask``: likewise, 0 on padding. ``window``:
+int64 scalar, the window's number within its epoch before shuffling, from 0; the same in every epoch
+and different for every window."""
+
+
+class _HubDataset(NamedTuple):
+    path: str
+    name: str | None = None
+    revision: str | None = None
+
+
+_BOOKCORPUS = _HubDataset(
+    "bookcorpus/bookcorpus",
+    # the main branch still has a loading script, which `datasets` no longer runs
+    revision="refs/convert/parquet",
+)
+_LARGE = (
+    _HubDataset("wikimedia/wikipedia", "20231101.en"),
+    _BOOKCORPUS,
+    _HubDataset("Skylion007/openwebtext"),
+)
+_PRESETS = {
+    "small": (_HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1"),),
+    "medium": (_HubDataset("Salesforce/wikitext", "wikitext-103-raw-v1"), _BOOKCORPUS),
+    "large": _LARGE,
+    # the pile is compressed with zstd: reading it takes the package `zstandard`
+    "xlarge": (
+        *_LARGE,
+        _HubDataset("vblagoje/cc_news"),
+        _HubDataset("monology/pile-uncopyrighted"),
+    ),
+}
+_LOADERS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+_BATCH = 256  # documents tokenised at once: enough for all threads of a fast tokenizer
+_SHORTEST = 32  # tokens of a window that is worth training on
+_REMEMBERED = 8192  # windows that loaders may have read ahead of what has been trained on
+
+
+def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
+    """Open a stream of documents, rows of ``{"text": str}`` in one order always.
+
+    Args:
+        source: ``python-docs``: Python's own help texts, always there; ``small``, ``medium``,
+            ``large`` or ``xlarge``: sets of Hugging Face datasets; or a file, folder or glob of
+            .txt and .md (a paragraph is a document), .jsonl, .json and .parquet (with a column
+            ``text``).
+        seed: of the order in which the datasets of a set take turns, each equally likely.
+
+    Raises:
+        DataError: there is no such source, or it cannot be read.
+    """
+    if source == "python-docs":
+        texts = [text for _, text in sorted(topics.items())]
+        return datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    if source in _PRESETS:
+        streams = [_open_on_hub(source, dataset) for dataset in _PRESETS[source]]
+        return datasets.interleave_datasets(
+            streams,
+            probabilities=[1 / len(streams)] * len(streams),
+            seed=seed,
+            # every document once: text that is held out must not come again
+            stopping_strategy="all_exhausted_without_replacement",
+        )
+    files = _find(source)
+    for file in files:
+        next(_read([file]), None)  # a file of the wrong kind should not show after hours
+    return datasets.IterableDataset.from_generator(_read, gen_kwargs={"files": files})
+
+
+def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
+    try:
+        stream = datasets.load_dataset(
+            dataset.path, dataset.name, revision=dataset.revision, split="train", streaming=True
+        )
+        return stream.select_columns(["text"])
+    except Exception as error:  # the network, the Hub and every loader fail in their own way
+        raise DataError(
+            f"{preset}: cannot open {dataset.path} of the Hugging Face Hub: {_reason(error)}; "
+            "check the network, or give a file or folder of text, or python-docs"
+        ) from error
+
+
+def _find(source: str) -> list[str]:
+    path = Path(source).expanduser()
+    paths = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    found = [path] if path.is_file() else [path for path in paths if path.is_file()]
+    files = sorted(str(path) for path in found if path.suffix.lower() in _LOADERS)
+    if not files and not found and not path.is_dir():
+        raise DataError(
+            f"{source}: no such file or folder, and no file matches; give one, or one of "
+            f"python-docs, {', '.join(_PRESETS)}"
+        )
+    if not files:
+        raise DataError(f"{source}: has no text; put it into files of {', '.join(_LOADERS)}")
+    return files
+
+
+def _read(files: list[str]) -> Iterator[dict[str, str]]:
+    """Rows of local files; each file is opened when it is its turn."""
+    for file in files:
+        if not os.path.getsize(file):
+            continue  # no documents, but the JSON loader fails
+        kind = _LOADERS[Path(file).suffix.lower()]
+        options = {"sample_by": "paragraph"} if kind == "text" else {}
+        try:
+            rows = datasets.load_dataset(
+                kind, data_files=[glob.escape(file)], split="train", streaming=True, **options
+            )
+            for number, row in enumerate(rows):
+                if not isinstance(row.get("text"), str):
+                    has = ", ".join(f"{name} ({type(row[name]).__name__})" for name in row)
+                    raise DataError(
+                        f"{file}: row {number} needs a string in a column named text, has {has}"
+                    )
+                yield {"text": row["text"]}
+        except DataError:
+            raise
+        except Exception as error:  # every loader fails in its own way
+            raise DataError(
+                f"{file}: cannot be read as {kind}: {_reason(error)}; repair or remove it"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+class _Place(NamedTuple):
+    """A window of an epoch, and where to begin reading in order to make it.
+
+    Attributes:
+        epoch: from 0.
+        window: its number within the epoch.
+        documents: position of the documents' reader.
+        tokens: what is left over from earlier documents, fewer than a window has.
+        skip: how many of `tokens` and the documents that follow come before the window.
+    """
+
+    epoch: int
+    window: int
+    documents: Mapping[str, Any]
+    tokens: list[int]
+    skip: int
+
+
+class TokenWindows(IterableDataset[Window]):
+    """Endless stream of windows; every epoch has the same ones in another order.
+
+    They are shuffled within blocks, so that memory holds one block. An epoch that fits in one is
+    kept there and tokenised only once, so its tensors come again: do not change them in place.
+    For use in the main process, by one iterator at a time; where several processes train, each
+    reads the same stream.
+
+    Args:
+        source: as for `open_documents`.
+        tokenizer: its special tokens are added to every document.
+        max_length: tokens per window; the last one of an epoch may be padded.
+        stride: tokens from one window to the next, `max_length` if not given.
+        seed: of the order.
+        held_out: windows of `max_length` at the beginning of the text that are kept from training.
+        block: windows that are shuffled together.
+        start: result of `state_after`, to go on from there.
+
+    Attributes:
+        held_out: windows really held out: of a text that has no more than were asked for, a tenth.
+        position: windows used since training began, before this stream.
+
+    Raises:
+        ValueError: a number is out of range, or `start` is of other settings.
+        DataError: the source cannot be read, or is too short. Also while iterating.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        stride: int | None = None,
+        seed: int = 42,
+        held_out: int = 0,
+        block: int = 2048,
+        start: Mapping[str, Any] | None = None,
+    ) -> None:
+        stride = max_length if stride is None else stride
+        for name, value, least in (
+            ("max_length", max_length, 1),
+            ("stride", stride, 1),
+            ("held_out", held_out, 0),
+            ("block", block, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if stride > max_length:
+            raise ValueError(f"stride must not exceed max_length {max_length}, got {stride}")
+        self._settings = {
+            "source": source,
+            "max_length": max_length,
+            "stride": stride,
+            "seed": seed,
+            "held_out": held_out,
+            "block": block,
+        }
+        if start is not None and (field := self._misfit(start)):
+            raise ValueError(f"cannot go on with this data: {field} is not as it was")
+
+        self._source = source
+        self._tokenizer = tokenizer
+        self._length = max_length
+        self._shortest = min(_SHORTEST if max_length >= _SHORTEST else 2, max_length)
+        self._stride = stride
+        self._seed = seed
+        self._block = block
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self._padding = next(token for token in candidates if token is not None)
+        self._documents = open_documents(source, seed=seed)
+        self._first_document = self._documents.state_dict()
+        self._held = self._hold_out(held_out)
+        self.held_out = len(self._held)
+
+        self.position = 0
+        self._start = (0, self._beginning(0))
+        if start is not None:
+            place = _Place(*(start[name] for name in _Place._fields))
+            self.position = start["windows"]
+            self._start = start["before"], place._replace(documents=json.loads(start["documents"]))
+        # where the latest blocks begin, and how many windows were yielded before each
+        self._marks = deque([self._start])
+
+    def held_out_windows(self) -> list[Window]:
+        """The windows held out: `held_out` full ones, not overlapping; counted from -held_out."""
+        return list(self._held)
+
+    def state_after(self, windows: int) -> dict[str, Any]:
+        """What another stream needs as `start` in order to go on from here.
+
+        Args:
+            windows: how many have been used since training began, before `start` too; at most as
+                many as the stream has yielded, and at most 8192 fewer.
+
+        Returns:
+            str, int and a list of int only; the number of windows is under ``windows``.
+        """
+        marks = [mark for mark in self._marks if mark[0] <= windows]
+        assert marks, f"the way back to window {windows} is forgotten"
+        before, place = marks[-1]
+        # the position is for `datasets` to know; as text, its 128-bit numbers fit anywhere
+        documents = json.dumps(place.documents)
+        numbers = {"windows": windows, "before": before}
+        return {**self._settings, **numbers, **place._asdict(), "documents": documents}
+
+    def accepts(self, state: Mapping[str, Any]) -> bool:
+        """Whether `state` is a `start` for a stream with these settings."""
+        return isinstance(state, Mapping) and self._misfit(state) is None
+
+    def _misfit(self, state: Mapping[str, Any]) -> str | None:
+        for name, value in self._settings.items():
+            if state.get(name) != value:
+                return name
+        kinds = {"documents": str, "tokens": list}
+        for name in ("windows", "before", *_Place._fields):
+            if type(state.get(name)) is not kinds.get(name, int):
+                return name
+        return None
+
+    def __iter__(self) -> Iterator[Window]:
+        before, place = self._start
+        passed = self.position - before  # windows of the first block that are used already
+        self._marks.clear()
+        epoch: list[Window] = []  # if it fits in one block
+        while True:
+            block: list[Window] = []
+            blocks = [(place, epoch)] if epoch else self._blocks(place)
+            for place, block in blocks:
+                self._remember(before, place)
+                for index in self._order(place, len(block))[passed:]:
+                    yield block[index]
+                before += len(block)
+                passed = 0
+            if place.window == 0:
+                epoch = block
+            place = self._beginning(place.epoch + 1)
+
+    def _beginning(self, epoch: int) -> _Place:
+        return _Place(epoch, 0, self._first_document, [], self.held_out * self._length)
+
+    def _remember(self, before: int, place: _Place) -> None:
+        self._marks.append((before, place))
+        while len(self._marks) > 1 and self._marks[1][0] <= before - _REMEMBERED:
+            self._marks.popleft()
+
+    def _order(self, place: _Place, windows: int) -> list[int]:
+        name = f"{self._seed} {place.epoch} {place.window // self._block}"
+        # strings are hashed well: neighbouring epochs and seeds have nothing in common
+        generator = torch.Generator().manual_seed(random.Random(name).getrandbits(63))
+        order: list[int] = torch.randperm(windows, generator=generator).tolist()
+        return order
+
+    def _blocks(self, place: _Place) -> Iterator[tuple[_Place, list[Window]]]:
+        windows = self._windows(place)
+        while block := list(islice(windows, self._block)):
+            yield block[0][0], [window for _, window in block]
+
+    def _windows(self, place: _Place) -> Iterator[tuple[_Place, Window]]:
+        """All windows of an epoch from `place` on, in the order of the text."""
+        epoch, number, documents, tokens, skip = place
+        buffer = tokens
+        for documents, new in self._batches(place.documents):
+            tokens, skip = buffer[skip:], max(0, skip - len(buffer))
+            buffer = tokens + new
+            while len(buffer) - skip >= self._length:
+                window = self._window(number, buffer[skip : skip + self._length])
+                yield _Place(epoch, number, documents, tokens, skip), window
+                number += 1
+                skip += self._stride
+        rest = buffer[skip:]
+        overlap = self._length - self._stride if number else 0
+        if len(rest) >= self._shortest and len(rest) > overlap:
+            yield _Place(epoch, number, documents, tokens, skip), self._window(number, rest)
+
+    def _batches(
+        self, documents: Mapping[str, Any]
+    ) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
+        """The reader's position before each batch of documents from `documents` on; its tokens."""
+        self._documents.load_state_dict(documents)
+        rows = iter(self._documents)
+        while batch := self._next_rows(rows):
+            texts = [row["text"] for row in batch if row["text"] and not row["text"].isspace()]
+            # of blank documents only special tokens would come; the tokenizer wants one text
+            ids = self._tokenizer(texts, verbose=False).input_ids if texts else []
+            yield documents, list(chain.from_iterable(ids))
+            documents = self._documents.state_dict()
+
+    def _next_rows(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        try:
+            return list(islice(rows, _BATCH))
+        except DataError:
+            raise
+        except Exception as error:  # the network, the Hub and every loader fail in their own way
+            raise DataError(
+                f"{self._source}: reading broke off: {_reason(error)}; resume from a checkpoint"
+            ) from error
+
+    def _window(self, number: int, tokens: list[int]) -> Window:
+        padding = self._length - len(tokens)
+        return {
+            "input_ids": torch.tensor(tokens + [self._padding] * padding),
+            "attention_mask": torch.tensor([1] * len(tokens) + [0] * padding),
+            "window": torch.tensor(number),
+        }
+
+    def _hold_out(self, wanted: int) -> list[Window]:
+        """Read as much text as tells how many windows can be held out; return them."""
+        length = self._length
+        tokens: list[int] = []
+        for _, new in self._batches(self._first_document):
+            tokens += new
+            if len(tokens) >= wanted * length + self._shortest:
+                held = wanted
+                break
+        else:  # that was all the text there is
+            windows = len(tokens) // length + (len(tokens) % length >= self._shortest)
+            held = max(1, windows // 10) if wanted else 0
+            if windows <= held:
+                raise DataError(
+                    f"{self._source}: has {len(tokens)} tokens, {held * length + self._shortest} "
+                    f"are needed for windows of {length}; give more text or shorter windows"
+                )
+        return [
+            self._window(index - held, tokens[index * length : (index + 1) * length])
+            for index in range(held)
+        ]

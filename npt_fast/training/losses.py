@@ -1,0 +1,127 @@
+"""Distances between what the base model and the trained model compute, per token, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from npt_fast.config import LossKind
+
+_CHUNK = 2048  # tokens whose logits exist at one time
+
+
+def direct_errors(output: Tensor, target: Tensor, kind: LossKind) -> Tensor:
+    """Error of a layer's output.
+
+    Tokens that serve as attention sinks are thousands of times longer than the rest and drown it in
+    a plain mean; relative to its target every token counts the same.
+
+    Args:
+        output: ``(B, S, D)``.
+        target: ``(B, S, D)``.
+        kind: ``"relative"``: squared error over squared target; ``"mse"``: mean squared error.
+
+    Returns:
+        ``(B, S)``.
+    """
+    target = target.float()
+    squares = (output.float() - target).square()
+    if kind == "mse":
+        return squares.mean(-1)
+    return squares.sum(-1) / target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def fidelity_sum(
+    student: Tensor,
+    teacher: Tensor,
+    head: Callable[[Tensor], Tensor],
+    weights: Tensor,
+    kind: LossKind,
+) -> Tensor:
+    """Difference in next-token predictions, summed over tokens.
+
+    Logits exist for 2048 tokens at a time and are made again in backward.
+
+    Args:
+        student: final hidden states of the trained model, ``(B, S, D)``.
+        teacher: those of the base model, ``(B, S, D)``.
+        head: hidden states to logits.
+        weights: of the tokens, ``(B, S)``.
+        kind: ``"relative"``: KL(teacher, student) in nats; ``"mse"``: mean squared difference of
+            logits (SPEC 5.4).
+    """
+
+    def part(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+        ours, theirs = head(student).float(), head(teacher).float()
+        if kind == "mse":
+            errors = (ours - theirs).square().mean(-1)
+        else:
+            errors = functional.kl_div(
+                ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
+            ).sum(-1)
+        return (errors * weights).sum()
+
+    chunks = zip(*_chunks(student, teacher, weights), strict=True)
+    # use_reentrant=False keeps autocast's state and works under DDP
+    sums = [checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.stack(sums).sum()
+
+
+class Agreement(NamedTuple):
+    """Sums over tokens: how a model predicts, and how much as the base model does.
+
+    Attributes:
+        loss: of the trained model predicting the text, nats.
+        base_loss: of the base model.
+        predicted: tokens that were to be predicted.
+        kl: KL(base, trained), nats.
+        agreed: where both find the same token likeliest.
+        tokens: number of tokens, for `kl` and `agreed`.
+    """
+
+    loss: Tensor
+    base_loss: Tensor
+    predicted: Tensor
+    kl: Tensor
+    agreed: Tensor
+    tokens: Tensor
+
+
+def agreement(
+    student: Tensor,
+    teacher: Tensor,
+    head: Callable[[Tensor], Tensor],
+    input_ids: Tensor,
+    weights: Tensor,
+) -> Agreement:
+    """Compare predictions at all positions; shapes as in `fidelity_sum`, ``input_ids (B, S)``."""
+    targets = functional.pad(input_ids[:, 1:], (0, 1))
+    predicted = functional.pad(weights[:, 1:], (0, 1)) * weights
+    sums = []
+    for ours, theirs, target, real, weight in zip(
+        *_chunks(student, teacher, targets, predicted, weights), strict=True
+    ):
+        ours, theirs = head(ours).float().log_softmax(-1), head(theirs).float().log_softmax(-1)
+        target = target.unsqueeze(-1)
+        sums.append(
+            torch.stack(
+                (
+                    -(ours.gather(-1, target).squeeze(-1) * real).sum(),
+                    -(theirs.gather(-1, target).squeeze(-1) * real).sum(),
+                    real.sum(),
+                    ((theirs.exp() * (theirs - ours)).sum(-1) * weight).sum(),
+                    ((ours.argmax(-1) == theirs.argmax(-1)) * weight).sum(),
+                    weight.sum(),
+                )
+            )
+        )
+    return Agreement(*torch.stack(sums).double().sum(0))
+
+
+def _chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return [tensor.flatten(0, 1).split(_CHUNK) for tensor in tensors]

@@ -1,0 +1,90 @@
+"""Where metrics go: always a JSONL file, and a tracker if one is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from npt_fast.config import TrainOptions
+from npt_fast.errors import TrainingError
+
+LOG = "training_log.jsonl"
+
+
+class Metrics:
+    """A run's metrics, under the names of SPEC 5.10.
+
+    Args:
+        folder: the run's; ``training_log.jsonl`` in it gets a line per call.
+        options: which tracker, and the run's name.
+        step: optimizer step that the run begins at; what an earlier, longer run wrote beyond it is
+            dropped.
+        config: what trackers show as the run's configuration.
+
+    Raises:
+        TrainingError: the tracker is not installed, or does not start.
+    """
+
+    def __init__(
+        self, folder: Path, options: TrainOptions, step: int, config: Mapping[str, Any]
+    ) -> None:
+        self.path = folder / LOG
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self._tracker = _start(options, folder, config)
+
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """One line of metrics; what is no finite number is null in the file."""
+        line = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
+        if self._tracker is not None:
+            numbers = {n: v for n, v in values.items() if not isinstance(v, str)}
+            self._tracker.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Finish the tracker's run."""
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def _start(options: TrainOptions, folder: Path, config: Mapping[str, Any]) -> Any:
+    name = "wandb" if options.wandb_mode else options.track
+    if name == "none":
+        return None
+    if importlib.util.find_spec(name) is None:
+        raise TrainingError(f"track {name}: is not installed; pip install {name}")
+    from accelerate import tracking  # type: ignore[import-untyped]
+
+    run = options.wandb_name or folder.name
+    try:
+        if name == "tensorboard":
+            tracker = tracking.TensorBoardTracker(run, logging_dir=folder / "tensorboard")
+        elif name == "trackio":
+            os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").resolve()))
+            tracker = tracking.TrackioTracker(options.wandb_project, name=run)
+        else:
+            tracker = tracking.WandBTracker(
+                options.wandb_project,
+                name=run,
+                tags=list(options.wandb_tags),
+                mode=options.wandb_mode or "online",
+                dir=str(folder),
+            )
+        tracker.start()
+        tracker.store_init_configuration(dict(config))
+    except Exception as error:  # a tracker fails in its own ways: no key, no network, ...
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrainingError(
+            f"track {name}: does not start: {reason}; metrics are in {LOG} without it too"
+        ) from error
+    return tracker

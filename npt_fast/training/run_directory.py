@@ -1,0 +1,81 @@
+"""The folder of a run: one run at a time, complete checkpoints, the newest and the best."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.errors import TrainingError
+
+BEST = "best"
+FINAL = "final"
+
+
+class RunDirectory:
+    """``<path>/checkpoints/checkpoint-N``, ``best``, ``final``, and the run's other files.
+
+    Args:
+        path: folder of the run; made if needed.
+        resuming: whether the run goes on from a checkpoint; a new run wants no checkpoints there.
+
+    Raises:
+        TrainingError: another process trains into it, or it holds another run's checkpoints.
+    """
+
+    def __init__(self, path: Path, *, resuming: bool) -> None:
+        self.path = path
+        with disk_errors(path, TrainingError):
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise TrainingError(
+                f"{path}: another run is training into it; choose another --wandb_name"
+            ) from None
+        if not resuming and any(self.checkpoints()):
+            os.close(self._lock)
+            raise TrainingError(
+                f"{path}: holds checkpoints of another run; go on with --resume_from, "
+                "or choose another --wandb_name"
+            )
+
+    def checkpoint(self, name: int | str) -> Path:
+        """Where a checkpoint is: of a step, ``best`` or ``final``."""
+        return (
+            self.path / "checkpoints" / (f"checkpoint-{name}" if type(name) is int else str(name))
+        )
+
+    def checkpoints(self) -> Iterator[int]:
+        """Steps of which there is a checkpoint, ascending."""
+        names = [path.name for path in self.path.glob("checkpoints/checkpoint-*")]
+        numbers = [name.removeprefix("checkpoint-") for name in names]
+        yield from sorted(int(number) for number in numbers if number.isdecimal())
+
+    def link(self, step: int, name: str) -> None:
+        """Give the checkpoint of `step` a second name; takes no space where links are possible."""
+        source = self.checkpoint(step)
+        target = self.checkpoint(name)
+        with disk_errors(target, TrainingError), StagedDirectory(target, replace=True) as staged:
+            for file in source.iterdir():
+                try:
+                    os.link(file, staged.path / file.name)
+                except OSError:
+                    shutil.copy2(file, staged.path / file.name)
+            staged.publish()
+
+    def keep_last(self, count: int) -> None:
+        """Remove all but the newest `count` checkpoints; ``best`` and ``final`` stay."""
+        for step in list(self.checkpoints())[:-count]:
+            shutil.rmtree(self.checkpoint(step), ignore_errors=True)
+
+    def close(self) -> None:
+        """Let other runs in."""
+        with contextlib.suppress(OSError):
+            os.close(self._lock)

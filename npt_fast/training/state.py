@@ -1,0 +1,173 @@
+"""Everything a run needs to go on: out of the optimizer into a checkpoint, and back.
+
+Parameters are stored joined; a checkpoint has one AdamW state per tensor of the original, in its
+order (SPEC 2.3), so that merges and the original can read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.checkpoint import CONFIG, NPT_CONFIG, Checkpoint
+from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.training_state import (
+    MULTI_LAYER_STATE,
+    TRAINING_STATE,
+    TrainingState,
+    read_training_state,
+)
+from npt_fast.config import FileFormat
+from npt_fast.errors import TrainingError
+from npt_fast.hf.checkpoint import read_tensor, synced, write_weights
+from npt_fast.modules import NPComponent
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def gather_weights(parts: Mapping[int, NPComponent]) -> dict[str, Tensor]:
+    """Weights of all layers by full name, on the CPU. Under FSDP every process must call it."""
+    return {
+        f"layer_{layer}_np.{name}": view.clone()
+        for layer, part in parts.items()
+        for name, view in part.split(
+            {name: _whole(parameter) for name, parameter in part.named_parameters()}
+        ).items()
+    }
+
+
+def gather_optimizer(
+    optimizer: torch.optim.Optimizer, parts: Mapping[int, NPComponent]
+) -> dict[str, Any]:
+    """AdamW's state in the original's form, on the CPU. Under FSDP every process must call it."""
+    state: dict[int, dict[str, Tensor]] = {}
+    index = 0
+    for part in parts.values():
+        own = dict(part.named_parameters())
+        names = list(
+            part.split({name: torch.empty(p.shape, device="meta") for name, p in own.items()})
+        )
+        held = {name: optimizer.state[p] for name, p in own.items() if p in optimizer.state}
+        if held:
+            split = {
+                moment: part.split({name: _whole(values[moment]) for name, values in held.items()})
+                for moment in _MOMENTS
+            }
+            step = _whole(next(iter(held.values()))["step"]).to(torch.float32)
+            for offset, name in enumerate(names):
+                moments = {moment: split[moment][name].clone() for moment in _MOMENTS}
+                state[index + offset] = {"step": step.clone(), **moments}
+        index += len(names)
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    group |= {"fused": None, "foreach": None, "params": list(range(index))}
+    return {"state": state, "param_groups": [group]}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parts: Mapping[int, NPComponent],
+    saved: TrainingState,
+    checkpoint: Checkpoint,
+) -> list[int]:
+    """Give AdamW its moments back, by name; layers the checkpoint has none of start fresh.
+
+    Where the tensors that are joined in one parameter differ in step, as after a merge that joined
+    two modules of one layer, the moments are brought to the highest step so that what AdamW divides
+    by ``1 - beta^step`` stays the same.
+
+    Returns:
+        Layers that start fresh.
+    """
+    betas = optimizer.param_groups[0]["betas"]
+    fresh = []
+    for layer, part in parts.items():
+        slots = saved.optimizer.get(layer)
+        if not slots:
+            fresh.append(layer)
+            continue
+        architecture = checkpoint.modules[layer].architecture
+        prefix = f"layer_{layer}_np."
+        states = {
+            str(architecture.key(layer, slot)).removeprefix(prefix): values
+            for slot, values in slots.items()
+        }
+        steps = {name: _number(values["step"]) for name, values in states.items()}
+        top = max(steps.values())
+        own = dict(part.named_parameters())
+        joined = {
+            moment: {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in own.items()}
+            for moment in _MOMENTS
+        }
+        for moment, beta in zip(_MOMENTS, betas, strict=True):
+            views = part.split(joined[moment])
+            for name, values in states.items():
+                entry = values[moment]
+                assert isinstance(entry, TensorEntry)
+                views[name].copy_(read_tensor(entry))
+                if steps[name] != top:
+                    views[name].mul_((1 - beta**top) / (1 - beta ** steps[name]))
+        for name, parameter in own.items():
+            moments = {moment: _like(joined[moment][name], parameter) for moment in _MOMENTS}
+            step = torch.tensor(float(top), dtype=torch.float32, device=parameter.device)
+            optimizer.state[parameter] = {"step": step, **moments}
+    return fresh
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
+def _number(value: TensorEntry | float) -> float:
+    return float(read_tensor(value).item()) if isinstance(value, TensorEntry) else float(value)
+
+
+def read_state(checkpoint: Checkpoint) -> TrainingState | None:
+    """The training state of a checkpoint, None if it has none."""
+    if checkpoint.directory is None:
+        return None
+    return read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
+
+
+def write_checkpoint(
+    target: Path,
+    *,
+    weights: Mapping[str, Tensor],
+    format: FileFormat,
+    training_state: Mapping[str, Any],
+    multi_layer_state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    npt_config: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint in the guide's layout: complete or not at all.
+
+    Raises:
+        StorageError: the disk is full.
+        TrainingError: it cannot be written.
+    """
+    with disk_errors(target, TrainingError), StagedDirectory(target, replace=True) as staged:
+        write_weights(staged.path, weights, format)
+        for name, state in (
+            (TRAINING_STATE, training_state),
+            (MULTI_LAYER_STATE, multi_layer_state),
+        ):
+            with synced(staged.path / name) as file:
+                torch.save(dict(state), file)
+        for name, content in ((CONFIG, config), (NPT_CONFIG, npt_config)):
+            with synced(staged.path / name) as file:
+                file.write(strict_json.dump(dict(content)))
+        staged.publish()

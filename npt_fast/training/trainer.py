@@ -1,0 +1,487 @@
+"""The training loop: transformers' Trainer around a `Distillation`.
+
+Trainer accumulates, clips, scales, autocasts and spreads over processes; what a step means, what is
+measured, what is written and where a run goes on is here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from npt_fast.checkpoint.checkpoint import Checkpoint
+from npt_fast.checkpoint.training_state import TrainingState
+from npt_fast.config import TrainOptions
+from npt_fast.errors import TrainingError
+from npt_fast.hf.checkpoint import describe
+from npt_fast.hf.convert import components
+from npt_fast.modules import NPComponent
+from npt_fast.training.curriculum import Stage, stage_index
+from npt_fast.training.data import TokenWindows
+from npt_fast.training.distillation import Distillation, Losses
+from npt_fast.training.evaluation import Evaluation, collate, evaluate_windows
+from npt_fast.training.metrics import Metrics
+from npt_fast.training.run_directory import BEST, RunDirectory
+from npt_fast.training.state import (
+    gather_optimizer,
+    gather_weights,
+    restore_optimizer,
+    write_checkpoint,
+)
+
+PROMPTS = ("The future of artificial intelligence", "Hi")
+
+
+class NPTTrainer(Trainer):
+    """Trains the NP layers of a model.
+
+    Args:
+        distillation: the step.
+        options: how to train.
+        arguments: the same for transformers.
+        tokenizer: of the model.
+        stages: the curriculum.
+        windows: training text, at the position where the run begins.
+        held_out: windows for evaluation.
+        run: where to write; every process knows it, the first one writes.
+        metrics: of the first process, None in the others.
+        checkpoint: what the run goes on from.
+        saved: its training state.
+        stop: gives the number of a signal that asks to stop, 0 as long as there is none.
+        say: prints a line for people.
+    """
+
+    def __init__(
+        self,
+        distillation: Distillation,
+        options: TrainOptions,
+        arguments: TrainingArguments,
+        *,
+        tokenizer: Any,
+        stages: Sequence[Stage],
+        windows: TokenWindows,
+        held_out: Sequence[Mapping[str, Tensor]],
+        run: RunDirectory | None,
+        metrics: Metrics | None,
+        checkpoint: Checkpoint | None,
+        saved: TrainingState | None,
+        stop: Callable[[], int],
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(
+            distillation,
+            arguments,
+            data_collator=collate,
+            train_dataset=windows,
+            callbacks=[_Steps(self)],
+        )
+        for printer in ("PrinterCallback", "ProgressCallback"):
+            for callback in list(self.callback_handler.callbacks):
+                if type(callback).__name__ == printer:
+                    self.remove_callback(callback)
+        self.distillation = distillation
+        self.options = options
+        self.tokenizer = tokenizer
+        self.stages = stages
+        self.windows = windows
+        self.held_out = held_out
+        self.run = run
+        self.metrics = metrics
+        self.checkpoint = checkpoint
+        self.saved = saved
+        self.stop = stop
+        self.say = say
+        self.start = saved.global_step if saved else 0
+        content = saved.content if saved else {}
+        self.best = _float(content.get("best_val_loss"))
+        self.micro_batches = int(content.get("batch_count") or 0)
+        self.evaluation: Evaluation | None = None
+        self.stopped_by = 0
+        self._stage = -1
+        self._first_window = windows.position
+        self._sums: dict[str, Tensor] = {}
+        self._step_total: Tensor | None = None
+        self._since = time.monotonic()
+
+    # ---- what Trainer asks for ----
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate knows FSDP on accelerators only; torch has it on CPUs too, for tests
+            from accelerate.utils import FullyShardedDataParallelPlugin
+
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One AdamW group over all NP parameters."""
+        if self.optimizer is None:
+            options = self.options
+            parameters = [p for p in self.distillation.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.AdamW(
+                parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+            )
+            for group in self.optimizer.param_groups:
+                group["initial_lr"] = (
+                    options.learning_rate
+                )  # for a schedule that begins in the middle
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean over all tokens of the optimizer step, in all processes together."""
+        step = self.state.global_step
+        tokens = inputs.pop("labels").ne(-100).sum()
+        losses = model(**inputs, stage=self._current_stage(step), norms=self._logs(step + 1))
+        self._add(losses, tokens)
+        self.micro_batches += 1
+        assert num_items_in_batch is not None
+        # DDP and FSDP take the mean over processes, each of which has a part of the tokens
+        return losses.total * self.accelerator.num_processes / num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Metrics under the names of SPEC 5.10, since the last call."""
+        if "learning_rate" not in logs:
+            return  # Trainer's own summary at the end
+        self._check_finite()
+        step = self.state.global_step
+        stage = self._current_stage(step - 1)
+        names = sorted(self._sums)
+        sums = self.accelerator.reduce(torch.stack([self._sums[n].double() for n in names]), "sum")
+        found = dict(zip(names, sums.tolist(), strict=True))
+        tokens, measured = found.pop("tokens"), found.pop("measured", 0.0)
+        seconds = time.monotonic() - self._since
+        values: dict[str, float | str] = {
+            name: value / (measured if name.startswith("v_") else tokens)
+            for name, value in found.items()
+        }
+        values |= {
+            "curriculum/stage": stage.name,
+            "curriculum/stage_index": self._stage,
+            "curriculum/mixing_ratio": stage.attention_ratio,
+            "training/learning_rate": logs["learning_rate"],
+            "training/grad_norm": logs["grad_norm"],
+            "training/tokens_per_second": tokens / seconds,
+        }
+        self._sums = {}
+        self._since = time.monotonic()
+        if self.metrics is not None:
+            self.metrics.write(step, values)
+        left = (self.options.max_steps - step) * seconds / max(step - self._logged_before(step), 1)
+        self.say(
+            f"step {step}/{self.options.max_steps}  {stage.name}  loss {values['loss/total']:.4f}  "
+            + "".join(
+                f"layer {n} {values[f'mlp_direct_loss/layer_{n}']:.4f}  " for n in self._parts()
+            )
+            + f"lr {logs['learning_rate']:.2e}  {tokens / seconds:,.0f} tokens/s  "
+            f"{_duration(left)} left"
+        )
+
+    # ---- measuring ----
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        """Ours, in accelerate's wrapping or not."""
+        optimizer: Any = self.optimizer
+        found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return found
+
+    def _parts(self) -> dict[int, NPComponent]:
+        return components(self.distillation.model)
+
+    def _logs(self, step: int) -> bool:
+        """Whether Trainer logs after this optimizer step."""
+        every = self.options.logging_steps
+        return step % every == 0 or step in (1, self.start + 1, self.options.max_steps)
+
+    def _logged_before(self, step: int) -> int:
+        return max(self.start, next((s for s in range(step - 1, 0, -1) if self._logs(s)), 0))
+
+    def _current_stage(self, step: int) -> Stage:
+        return self.stages[stage_index(self.stages, step)]
+
+    def _add(self, losses: Losses, tokens: Tensor) -> None:
+        values = {"loss/total": losses.total, "tokens": tokens}
+        if losses.fidelity is not None:
+            values["loss/fidelity"] = losses.fidelity
+        for layer, value in losses.direct.items():
+            values[f"mlp_direct_loss/layer_{layer}"] = value
+        for layer, value in (losses.regularization or {}).items():
+            values[f"regularization/layer_{layer}"] = value
+        if losses.norms is not None:
+            values["measured"] = tokens
+            for layer, (v_a, v_b, similarity) in losses.norms.items():
+                values[f"v_a_norm/layer_{layer}"] = v_a
+                values[f"v_b_norm/layer_{layer}"] = v_b
+                values[f"v_a_attention_similarity/layer_{layer}"] = similarity
+        for name, value in values.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._last = losses
+
+    def _check_finite(self) -> None:
+        losses = self._last
+        if bool(torch.isfinite(losses.total)):
+            return
+        bad = [layer for layer, value in losses.direct.items() if not bool(torch.isfinite(value))]
+        where = f"of layer {', '.join(map(str, bad))}" if bad else "in all"
+        raise TrainingError(
+            f"the loss {where} is not finite at step {self.state.global_step}; "
+            f"{self._last_good()}; a lower --learning_rate may help"
+        )
+
+    def _last_good(self) -> str:
+        steps = list(self.run.checkpoints()) if self.run else []
+        if not steps or self.run is None:
+            return "no checkpoint had been saved"
+        return f"the last good checkpoint is {self.run.checkpoint(steps[-1])}"
+
+    # ---- the run ----
+
+    def begin(self) -> None:
+        """Go on where the checkpoint ended; called when model and optimizer are in place."""
+        self.state.global_step = self._globalstep_last_logged = self.start
+        if self.saved is not None and self.checkpoint is not None:
+            fresh = restore_optimizer(self._adamw(), self._parts(), self.saved, self.checkpoint)
+            if fresh:
+                self.say(f"Optimizer starts fresh for layers {fresh}")
+            scaler = self.saved.content.get("scaler_state_dict")
+            if scaler and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(dict(scaler))
+        self._since = time.monotonic()
+
+    def enter_step(self) -> None:
+        """Before an optimizer step."""
+        step = self.state.global_step
+        index = stage_index(self.stages, step)
+        if index == self._stage:
+            return
+        stage = self.stages[index]
+        if self._stage >= 0:
+            self.say(f"Curriculum stage changed to: {stage.name}")
+            if self.metrics is not None:
+                changed = {
+                    "curriculum/stage_transition": 1.0,
+                    "curriculum/attention_mixing_ratio": stage.attention_ratio,
+                    "curriculum/mlp_mixing_ratio": stage.mlp_ratio,
+                }
+                self.metrics.write(step, changed)
+        self._stage = index
+
+    def leave_step(self, control: Any) -> None:
+        """After an optimizer step: evaluate, save, sample, stop, as is due."""
+        options, step = self.options, self.state.global_step
+        if self.accelerator.device.type == "cpu":
+            self._check_finite()  # elsewhere it would wait for the device: when logging, saving
+        self.stopped_by = self._agreed_stop()
+        begun = time.monotonic()
+        last = step >= options.max_steps
+        evaluates = options.eval_steps and (step % options.eval_steps == 0 or last)
+        better = self._evaluate_now() if evaluates else False
+        saves = step % options.save_steps == 0 or last or self.stopped_by
+        if saves or better:
+            self._write(step, saves=bool(saves), better=better)
+        if options.generation_steps and step % options.generation_steps == 0:
+            self._sample()
+        self._since += time.monotonic() - begun  # not part of the training's speed
+        if self.stopped_by:
+            control.should_training_stop = True
+
+    def _agreed_stop(self) -> int:
+        number = self.stop()
+        if self.accelerator.num_processes == 1:
+            return number
+        flag = torch.tensor(number, device=self.accelerator.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)
+
+    def _evaluate_now(self) -> bool:
+        """Evaluate on the held-out windows; whether this is the best so far."""
+        self._check_finite()
+        step = self.state.global_step
+        processes = self.accelerator.num_processes
+        distillation: Any = self.distillation
+        windows = self.held_out
+        reduce: Callable[[Tensor], Tensor] = lambda sums: sums  # noqa: E731
+        if self.is_fsdp_enabled:
+            distillation = self.model_wrapped  # all processes take part in every layer
+        elif processes > 1 and len(windows) >= processes:
+            windows = windows[self.accelerator.process_index :: processes]
+            reduce = lambda sums: self.accelerator.reduce(sums, "sum")  # noqa: E731
+        found = evaluate_windows(
+            distillation,
+            windows,
+            batch_size=self.options.batch_size,
+            device=self.accelerator.device,
+            total=reduce,
+        )
+        self.evaluation = found
+        if self.metrics is not None:
+            values: dict[str, float | str] = {
+                "eval_loss/total": found.loss,
+                "eval/perplexity": found.perplexity,
+                "eval/base_perplexity": found.base_perplexity,
+                "eval/kl": found.kl,
+                "eval/top1_agreement": found.top1_agreement,
+            }
+            values |= {f"eval_mlp_direct_loss/layer_{n}": v for n, v in found.direct.items()}
+            self.metrics.write(step, values)
+        self.say(
+            f"step {step}  evaluation  perplexity {found.perplexity:.3f} (base "
+            f"{found.base_perplexity:.3f})  KL {found.kl:.4f}  top-1 {found.top1_agreement:.4f}"
+        )
+        better = self.best is None or found.kl < self.best
+        if better:
+            self.best = found.kl
+        return better
+
+    def _write(self, step: int, *, saves: bool, better: bool) -> None:
+        """Write ``checkpoint-N``, ``best`` or both; under FSDP all processes take part."""
+        self._check_finite()
+        parts = self._parts()
+        if not self.is_fsdp_enabled and self.run is None:
+            return
+        weights, optimizer_state = gather_weights(parts), gather_optimizer(self._adamw(), parts)
+        if self.run is None:
+            return
+        bad = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
+        if bad:
+            raise TrainingError(f"{bad[0]} is not finite at step {step}; {self._last_good()}")
+        options, scaler = self.options, self.accelerator.scaler
+        target = self.run.checkpoint(step if saves else BEST)
+        write_checkpoint(
+            target,
+            weights=weights,
+            format=options.format,
+            training_state={
+                "global_step": step,
+                "batch_count": self.micro_batches,
+                "optimizer_state_dict": optimizer_state,
+                "scheduler_state_dict": self.lr_scheduler.state_dict()
+                if self.lr_scheduler
+                else None,
+                "scaler_state_dict": scaler.state_dict() if scaler is not None else None,
+                "best_val_loss": self.best,
+                "data_state": self._data_state(step),
+            },
+            multi_layer_state=self._multi_layer_state(step),
+            config={
+                "model_name": options.model_name,
+                "batch_size": options.batch_size,
+                "learning_rate": options.learning_rate,
+                "max_steps": options.max_steps,
+                "gradient_accumulation_steps": options.gradient_accumulation_steps,
+                "mixed_precision": options.mixed_precision or options.fp16,
+                "gradient_clip_value": options.gradient_clip,
+                "data": options.data,
+                "max_length": options.max_length,
+                "loss": options.loss,
+                "seed": options.seed,
+            },
+            npt_config=describe(
+                self.distillation.model,
+                base_name=options.model_name,
+                steps={layer: self._layer_steps(layer) for layer in parts},
+                fidelity=self.evaluation.direct if self.evaluation else None,
+            ),
+        )
+        if saves and better:
+            self.run.link(step, BEST)
+        if saves and options.keep_last is not None:
+            self.run.keep_last(options.keep_last)
+        self.say(f"Saved {target}" + (", the best so far" if better else ""))
+
+    def _layer_steps(self, layer: int) -> int:
+        """Optimizer steps that a layer was trained for, in earlier runs too."""
+        own = self.state.global_step - self.start
+        if self.checkpoint is None or layer not in self.checkpoint.modules:
+            return own
+        return own + (self.checkpoint.record(layer).step or self.start)
+
+    def _data_state(self, step: int) -> dict[str, Any]:
+        options = self.options
+        per_step = options.batch_size * options.gradient_accumulation_steps
+        taken = (step - self.start) * per_step * self.accelerator.num_processes
+        return self.windows.state_after(self._first_window + taken)
+
+    def _multi_layer_state(self, step: int) -> dict[str, Any]:
+        cache = self.distillation.cache
+        return {
+            "layers_to_train": list(self._parts()),
+            "curriculum_schedule": [
+                {
+                    "name": stage.name,
+                    "until_step": stage.until_step,
+                    "mixing_ratio": stage.attention_ratio,
+                    "mlp_mixing_ratio": stage.mlp_ratio,
+                }
+                for stage in self.stages
+            ],
+            "current_stage_index": stage_index(self.stages, step),
+            "layer_weights": dict(self.distillation.layer_weights),
+            "teacher_cache_hits": cache.hits,
+            "teacher_cache_misses": cache.misses,
+        }
+
+    def _sample(self) -> None:
+        """Texts as the trained model goes on with them; the training's random numbers stay put."""
+        if self.run is None or self.is_fsdp_enabled:
+            return
+        model = self.distillation.model
+        device = self.accelerator.device
+        for prompt in PROMPTS:
+            inputs = self.tokenizer(prompt, return_tensors="pt").to(device)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(self.options.seed + self.state.global_step)
+                tokens = model.generate(
+                    **inputs,
+                    max_length=50,
+                    do_sample=True,
+                    temperature=0.8,
+                    top_p=0.9,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+            text = self.tokenizer.decode(tokens[0], skip_special_tokens=True)
+            self.say(f"step {self.state.global_step}  sample  {' '.join(text.split())}")
+
+
+class _Steps(TrainerCallback):
+    """Trainer's hooks, handed to the trainer."""
+
+    def __init__(self, trainer: NPTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.enter_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._logs(state.global_step):
+            control.should_log = True
+        self.trainer.leave_step(control)
+
+
+def _float(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,565 @@
+"""Text to windows: what they hold, their order, and going on after a stop, against plain lists."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+import npt_fast as npt
+from npt_fast.training import data
+from npt_fast.training.data import TokenWindows, open_documents
+
+BOS, PAD, WORDS = 0, 1, 3000
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("a test reached for the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf")))
+
+
+class Words:
+    """A tokenizer of one token per word, which begins every text with BOS and counts texts."""
+
+    def __init__(self) -> None:
+        vocabulary = {"<bos>": BOS, "<pad>": PAD, **{f"w{n}": n + 2 for n in range(WORDS)}}
+        raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<bos>"))
+        raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        raw.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", BOS)])
+        self.real = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
+        self.texts: list[str] = []
+        self.pad_token_id: int | None = PAD
+        self.eos_token_id: int | None = None
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        self.texts += texts
+        return self.real(texts, **options)
+
+
+def documents(count: int, seed: int = 0, longest: int = 12) -> list[str]:
+    """Texts in which every word is new, so that a window's words tell where it is from."""
+    rng, word = random.Random(seed), iter(range(WORDS))
+    return [" ".join(f"w{n}" for n in islice(word, rng.randint(1, longest))) for _ in range(count)]
+
+
+def ids(texts: Sequence[str]) -> list[int]:
+    return list(chain.from_iterable([BOS, *(int(w[1:]) + 2 for w in t.split())] for t in texts))
+
+
+def cut(tokens: list[int], length: int, stride: int) -> list[list[int]]:
+    """The plain truth: windows in the order of the text, the last one not padded."""
+    starts = list(range(0, len(tokens), stride))
+    full = [tokens[at : at + length] for at in starts if at + length <= len(tokens)]
+    tail = tokens[len(full) * stride :]
+    covered = (len(full) - 1) * stride + length if full else 0
+    if len(tail) >= (32 if length >= 32 else 2) and covered < len(tokens):
+        return [*full, tail]
+    return full
+
+
+def write(path: Path, texts: Sequence[Any], column: str = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    match path.suffix:
+        case ".jsonl":
+            path.write_text("".join(json.dumps({column: t, "n": 1}) + "\n" for t in texts))
+        case ".json":
+            path.write_text(json.dumps([{column: t} for t in texts]))
+        case ".parquet":
+            parquet.write_table(pyarrow.table({"n": list(range(len(texts))), column: texts}), path)
+        case _:
+            path.write_text("\n\n".join(texts))
+    return path
+
+
+def plain(window: Mapping[str, torch.Tensor]) -> tuple[int, list[int]]:
+    """Number and tokens of a window, without its padding, which is checked."""
+    tokens, mask = window["input_ids"], window["attention_mask"]
+    assert tokens.dtype == mask.dtype == window["window"].dtype == torch.int64
+    assert tokens.shape == mask.shape and tokens.ndim == 1 and window["window"].ndim == 0
+    length = int(mask.sum())
+    assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+    assert set(tokens[length:].tolist()) <= {PAD}
+    return int(window["window"]), tokens[:length].tolist()
+
+
+def take(stream: TokenWindows | Iterator[Any], count: int) -> list[tuple[int, list[int]]]:
+    return [plain(window) for window in islice(stream, count)]
+
+
+def stream(source: str | Path, **options: Any) -> TokenWindows:
+    tokenizer = options.pop("tokenizer", None) or Words()
+    return TokenWindows(str(source), tokenizer, **{"max_length": 8, "block": 4, **options})
+
+
+def texts_of(source: str | Path) -> list[str]:
+    return [row["text"] for row in open_documents(str(source), seed=0)]
+
+
+# ---- documents ----
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.txt", "a.md", "A.TXT"])
+def test_a_file_of_each_kind(tmp_path: Path, name: str) -> None:
+    texts = documents(20)
+    assert texts_of(write(tmp_path / name, texts)) == texts
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
+    texts = documents(12)
+    names = ["a/z.txt", "b.jsonl", "b/c/a.parquet", "c.md", "d.json", "e.txt"]
+    for n in reversed(range(6)):
+        write(tmp_path / "folder" / names[n], texts[2 * n : 2 * n + 2])
+    (tmp_path / "folder" / "image.png").write_bytes(b"no text")
+    (tmp_path / "folder" / "empty.jsonl").write_bytes(b"")
+    assert texts_of(tmp_path / "folder") == texts
+    assert texts_of(tmp_path / "folder" / "**" / "*.txt") == [*texts[:2], *texts[10:]]
+
+
+def test_names_of_files_are_no_patterns(tmp_path: Path) -> None:
+    texts = documents(4)
+    write(tmp_path / "[ab]*?.jsonl", texts)
+    write(tmp_path / "a.jsonl", documents(9))
+    assert texts_of(tmp_path / "[ab]*?.jsonl") == texts
+
+
+def test_home_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = documents(3)
+    write(tmp_path / "texts" / "a.txt", texts)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "texts")
+    assert texts_of("~/texts/a.txt") == texts_of("a.txt") == texts
+
+
+def test_python_docs_are_always_there() -> None:
+    assert texts_of("python-docs") == [topics[name] for name in sorted(topics)]
+
+
+def test_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def load(path: str, name: str | None = None, **options: Any) -> Any:
+        assert options["streaming"] and options["split"] == "train"
+        opened.append((path, name, options["revision"]))
+        rows = {"id": list(range(9)), "text": [f"{path} {n}" for n in range(9)]}
+        return datasets.Dataset.from_dict(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    expected = {"small": 1, "medium": 2, "large": 3, "xlarge": 5}
+    for preset, count in expected.items():
+        opened.clear()
+        rows = list(open_documents(preset, seed=1))
+        assert len({path for path, _, _ in opened}) == count
+        assert all(set(row) == {"text"} for row in rows)
+        texts = [row["text"] for row in rows]
+        assert sorted(texts) == sorted(f"{path} {n}" for path, _, _ in opened for n in range(9))
+        for path, _, _ in opened:
+            own = [text for text in texts if text.startswith(path)]
+            assert own == [f"{path} {n}" for n in range(9)]
+        assert texts == [row["text"] for row in open_documents(preset, seed=1)]
+        if count > 1:
+            assert texts != [row["text"] for row in open_documents(preset, seed=2)]
+            assert len({text.split()[0] for text in texts[:9]}) > 1
+    names = {path: (name, revision) for path, name, revision in opened}
+    assert names["wikimedia/wikipedia"] == ("20231101.en", None)
+    assert names["bookcorpus/bookcorpus"] == (None, "refs/convert/parquet")
+
+
+def test_a_preset_without_a_network_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        npt.DataError, match=r"medium: cannot open Salesforce/wikitext .*network"
+    ) as e:
+        open_documents("medium", seed=0)
+    assert "\n" not in str(e.value)
+
+
+def test_one_dataset_of_a_preset_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: str, *args: Any, **options: Any) -> Any:
+        if path == "bookcorpus/bookcorpus":
+            raise RuntimeError("Dataset scripts are no longer supported\nmore")
+        return datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(
+        npt.DataError, match=r"cannot open bookcorpus/bookcorpus .*supported; check"
+    ):
+        open_documents("medium", seed=0)
+
+
+def test_unknown_sources(tmp_path: Path) -> None:
+    for source in ("tiny", str(tmp_path / "none.txt"), str(tmp_path / "*.txt")):
+        with pytest.raises(npt.DataError, match=r"no such file .*python-docs, small, medium"):
+            open_documents(source, seed=0)
+    (tmp_path / "a.csv").write_text("text\n")
+    for source in (tmp_path, tmp_path / "a.csv", tmp_path / "*.csv"):
+        with pytest.raises(npt.DataError, match=r"has no text; put it into files of \.txt"):
+            open_documents(str(source), seed=0)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_a_file_without_a_column_text(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, ["x"], column="content")
+    with pytest.raises(npt.DataError, match=rf"{name}: row 0 needs .* text, has .*content \(str\)"):
+        open_documents(str(path), seed=0)
+    with pytest.raises(npt.DataError, match=r"text \(int\)"):
+        open_documents(str(write(tmp_path / name, [1, 2])), seed=0)
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ["fine"])
+    cases = {"b.jsonl": b'{"text": \n', "c.txt": "café".encode("latin-1"), "d.parquet": b"PAR1"}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(npt.DataError, match=rf"{name}: cannot be read as \w+: .+; repair or"):
+            open_documents(str(tmp_path), seed=0)
+        (tmp_path / name).unlink()
+
+
+def test_a_fault_further_on_is_named_when_it_is_reached(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [*documents(600), None])
+    windows = stream(path)
+    with pytest.raises(npt.DataError, match=r"a\.jsonl: row 600 needs .* text \(NoneType\)"):
+        take(windows, 10_000)
+
+
+def test_reading_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield from ({"text": text} for text in documents(300))
+        raise ConnectionError("connection reset\nby peer")
+
+    broken = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(data, "open_documents", lambda source, seed: broken)
+    with pytest.raises(npt.DataError, match="anything: reading broke off: connection reset; "):
+        take(stream("anything"), 10_000)
+
+
+# ---- windows ----
+
+
+@pytest.mark.parametrize(
+    ("length", "stride"), [(8, 8), (8, 3), (8, 1), (2, 2), (1, 1), (40, 40), (40, 7), (1000, 900)]
+)
+def test_windows_are_those_of_the_whole_text(tmp_path: Path, length: int, stride: int) -> None:
+    texts = documents(60)
+    source = write(tmp_path / "a.jsonl", texts)
+    expected = list(enumerate(cut(ids(texts), length, stride)))
+    windows = iter(stream(source, max_length=length, stride=stride, block=5))
+    for _ in range(3):
+        assert sorted(take(windows, len(expected))) == expected
+
+
+@pytest.mark.parametrize("length", [5, 40])
+@pytest.mark.parametrize("overlap", [0, 1, 3])
+def test_every_length_of_tail(tmp_path: Path, length: int, overlap: int) -> None:
+    """Padded if long enough and not in the window before; a text of one short window, too."""
+    least = 32 if length == 40 else 2
+    for tokens in range(least, 3 * length):
+        text = " ".join(f"w{n}" for n in range(tokens - 1))
+        source = write(tmp_path / f"{tokens}.jsonl", [text])
+        expected = cut(ids([text]), length, length - overlap)
+        windows = stream(source, max_length=length, stride=length - overlap, block=100)
+        assert sorted(take(windows, len(expected))) == list(enumerate(expected))
+        assert sorted(take(windows, 2 * len(expected)))[::2] == list(enumerate(expected))
+
+
+def test_padding_without_a_padding_token(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", ["w0 w1 w2"])
+    tokenizer = Words()
+    for pad, eos, expected in ((None, 7, 7), (None, None, 0), (0, 7, 0)):
+        tokenizer.pad_token_id, tokenizer.eos_token_id = pad, eos
+        (window,) = islice(stream(source, tokenizer=tokenizer, max_length=6), 1)
+        assert window["input_ids"].tolist() == [BOS, 2, 3, 4, expected, expected]
+
+
+def test_blank_documents_are_left_out(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", ["", "w0 w1", " \n", "w2"] + [""] * 600 + ["w3 w4 w5"])
+    assert take(stream(source), 1) == [(0, ids(["w0 w1", "w2", "w3 w4 w5"])[:8])]
+
+
+def test_a_real_loader(tmp_path: Path) -> None:
+    texts = documents(60)
+    source = write(tmp_path / "a.jsonl", texts)
+    batch = next(iter(DataLoader(stream(source), batch_size=4)))
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 8)
+    expected = cut(ids(texts), 8, 8)
+    assert batch["input_ids"].tolist() == [expected[n] for n in batch["window"].tolist()]
+
+
+# ---- order ----
+
+
+def epochs(source: Path, count: int, **options: Any) -> list[list[int]]:
+    """Numbers of the windows in the order in which they come, by epoch."""
+    one = len(cut(ids(texts_of(source)), 8, 8))
+    windows = iter(stream(source, **options))
+    return [[number for number, _ in take(windows, one)] for _ in range(count)]
+
+
+def test_order_differs_by_epoch_and_seed_only(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", documents(60))
+    for block in (7, 2048):
+        orders = epochs(source, 4, block=block) + epochs(source, 4, block=block, seed=43)
+        assert len({tuple(order) for order in orders}) == 8
+        assert epochs(source, 4, block=block) == orders[:4]
+    assert epochs(source, 2, block=1) == [sorted(orders[0])] * 2
+
+
+def test_windows_move_within_their_block(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", documents(60))
+    for order in epochs(source, 3, block=7):
+        blocks = [order[at : at + 7] for at in range(0, len(order), 7)]
+        assert [number for block in blocks for number in sorted(block)] == sorted(order)
+        assert any(block != sorted(block) for block in blocks)
+        within = [tuple(n - min(block) for n in block) for block in blocks[:-1]]
+        assert len(set(within)) > 1  # each block in its own order
+
+
+def test_an_epoch_that_fits_in_a_block_is_tokenised_once(tmp_path: Path) -> None:
+    texts = documents(60)
+    source, count = write(tmp_path / "a.jsonl", texts), len(cut(ids(texts), 8, 8))
+    for block, epochs_tokenised in ((count, 1), (count + 5, 1), (count - 1, 3)):
+        tokenizer = Words()
+        windows = stream(source, tokenizer=tokenizer, block=block)
+        tokenizer.texts.clear()  # those read to see how much there is
+        take(windows, 3 * count)
+        assert len(tokenizer.texts) == epochs_tokenised * len(texts)
+
+
+# ---- held-out text ----
+
+
+@pytest.mark.parametrize("stride", [8, 3])
+@pytest.mark.parametrize("held_out", [1, 5])
+def test_held_out_text_is_never_trained_on(tmp_path: Path, stride: int, held_out: int) -> None:
+    texts = documents(60)
+    tokens = ids(texts)
+    source = write(tmp_path / "a.jsonl", texts)
+    windows = stream(source, stride=stride, held_out=held_out)
+    assert windows.held_out == held_out
+    held = [plain(window) for window in windows.held_out_windows()]
+    first = tokens[: held_out * 8]
+    assert held == [(n - held_out, first[8 * n : 8 * n + 8]) for n in range(held_out)]
+    expected = list(enumerate(cut(tokens[held_out * 8 :], 8, stride)))
+    training = iter(windows)
+    for _ in range(3):
+        assert sorted(take(training, len(expected))) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted", "held"),
+    [(88, 10, 10), (82, 10, 10), (81, 10, 1), (80, 10, 1), (200, 100, 2), (18, 100, 1), (10, 9, 1)],
+)
+def test_of_a_short_text_a_tenth_is_held_out(
+    tmp_path: Path, tokens: int, wanted: int, held: int
+) -> None:
+    text = " ".join(f"w{n}" for n in range(tokens - 1))
+    windows = stream(write(tmp_path / "a.jsonl", [text]), held_out=wanted)
+    assert windows.held_out == len(windows.held_out_windows()) == held
+    expected = cut(ids([text])[held * 8 :], 8, 8)
+    assert sorted(take(windows, len(expected))) == list(enumerate(expected))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "held_out", "needed"),
+    [(9, 8, 1, 10), (31, 40, 0, 32), (71, 40, 1, 72), (1, 8, 0, 2), (0, 8, 3, 10)],
+)
+def test_too_short_a_text(
+    tmp_path: Path, tokens: int, length: int, held_out: int, needed: int
+) -> None:
+    source = write(tmp_path / "a.jsonl", [" ".join("w0" for _ in range(tokens - 1)) or "\n"] * 1)
+    if tokens == 1:
+        pytest.skip("a document of no words is blank")
+    with pytest.raises(npt.DataError, match=f"has {tokens} tokens, {needed} are needed .*{length}"):
+        stream(source, max_length=length, held_out=held_out)
+
+
+def test_an_empty_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"")
+    for held_out in (0, 3):
+        with pytest.raises(npt.DataError, match="has 0 tokens"):
+            stream(tmp_path, held_out=held_out)
+
+
+# ---- going on ----
+
+
+def only_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(type(key) is str for key in value) and all(map(only_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(only_plain, value))
+    return value is None or type(value) in (str, float) or (type(value) is int and value < 1 << 63)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"block": 1},
+    {"block": 4},
+    {"block": 4, "stride": 3},
+    {"block": 4, "held_out": 3},
+    {"block": 5, "held_out": 2, "stride": 5, "max_length": 9},
+    {"block": 2048},
+    {"block": 2048, "held_out": 3, "max_length": 40, "stride": 30},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_going_on_after_every_window(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from a stream that had gone on itself, and with what is read ahead thrown away."""
+    monkeypatch.setattr(data, "_BATCH", 3)  # many reads per block, and blocks per read
+    for n, part in enumerate(range(0, 36, 12)):
+        write(tmp_path / f"{n}.jsonl", documents(36, longest=20)[part : part + 12])
+    whole = stream(tmp_path, **settings)
+    count = 140 if settings["block"] < 2048 else 90
+    truth = take(whole, count + 20)
+    for used in range(count):
+        state = json.loads(json.dumps(whole.state_after(used)))
+        assert only_plain(state) and state["windows"] == used
+        assert len(state["tokens"]) < settings.get("max_length", 8)
+        again = stream(tmp_path, start=state, **settings)
+        assert again.position == used
+        assert again.state_after(used) == state  # before it begins, too
+        ahead = used % 17
+        assert take(again, ahead) == truth[used : used + ahead]
+        for further in {used, used + ahead // 2, used + ahead}:
+            third = stream(tmp_path, start=again.state_after(further), **settings)
+            assert take(third, 3) == truth[further : further + 3]
+
+
+def test_going_on_with_datasets_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = documents(50)
+
+    def load(path: str, *args: Any, **options: Any) -> Any:
+        own = texts[:37] if "wikitext" in path else texts[37:]
+        return datasets.Dataset.from_dict({"text": own}).to_iterable_dataset(num_shards=3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(data, "_BATCH", 4)
+    whole = stream("medium", block=3)
+    truth = take(whole, 110)
+    for used in range(0, 100, 3):
+        state = json.loads(json.dumps(whole.state_after(used)))
+        assert only_plain(state)
+        assert take(stream("medium", block=3, start=state), 10) == truth[used : used + 10]
+
+
+def test_going_on_does_not_read_from_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_BATCH", 5)
+    texts = documents(200)
+    for n in range(10):
+        write(tmp_path / f"{n}.jsonl", texts[20 * n : 20 * n + 20])
+    whole = stream(tmp_path, block=4)
+    count = len(cut(ids(texts), 8, 8))
+    truth = take(whole, count)
+    opened = []
+    read = data._read
+
+    def watch(files: list[str]) -> Iterator[dict[str, str]]:
+        opened.extend(files)
+        yield from read(files)
+
+    monkeypatch.setattr(data, "_read", watch)
+    for used in range(0, count - 1, 9):
+        tokenizer = Words()
+        again = stream(tmp_path, block=4, start=whole.state_after(used), tokenizer=tokenizer)
+        tokenizer.texts.clear()
+        opened.clear()
+        assert take(again, 1) == truth[used : used + 1]
+        block = [tokens for _, tokens in sorted(truth)][used // 4 * 4 : used // 4 * 4 + 4]
+        first, last = (
+            next(n for n, t in enumerate(texts) if f"w{w}" in t.split())
+            for w in (
+                min(token - 2 for tokens in block for token in tokens if token > PAD),
+                max(token - 2 for tokens in block for token in tokens if token > PAD),
+            )
+        )
+        positions = [texts.index(text) for text in tokenizer.texts]
+        assert first - 6 <= min(positions) and max(positions) <= last + 6
+        assert [Path(file).stem for file in opened] == [
+            str(n) for n in range(min(positions) // 20, max(positions) // 20 + 1)
+        ]
+
+
+def test_what_is_far_behind_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_REMEMBERED", 10)
+    source = write(tmp_path / "a.jsonl", documents(60))
+    windows = stream(source, block=4)
+    with pytest.raises(AssertionError):
+        windows.state_after(-1)
+    take(windows, 41)
+    assert windows.state_after(31)["windows"] == 31
+    with pytest.raises(AssertionError, match="forgotten"):
+        windows.state_after(25)
+    assert len(windows._marks) < 5
+
+
+def test_settings_must_be_the_same(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", documents(60))
+    other = write(tmp_path / "b.jsonl", documents(60))
+    windows = stream(source, held_out=2)
+    state = windows.state_after(0)
+    assert windows.accepts(state)
+    changes: dict[str, Any] = {
+        "max_length": 9,
+        "stride": 4,
+        "seed": 1,
+        "held_out": 3,
+        "block": 5,
+    }
+    for field, value in changes.items():
+        settings = {"held_out": 2, field: value}
+        assert not stream(source, **settings).accepts(state)
+        with pytest.raises(ValueError, match=f": {field} is not as it was"):
+            stream(source, start=state, **settings)
+    with pytest.raises(ValueError, match=": source is not as it was"):
+        stream(other, held_out=2, start=state)
+    for field in state:
+        for wrong in (None, 1.5, "x", [1.5]):
+            damaged = {**state, field: wrong}
+            if field in ("documents", "tokens") and type(wrong) is type(state[field]):
+                continue
+            assert not windows.accepts(damaged)
+        assert not windows.accepts({name: state[name] for name in state if name != field})
+    assert not windows.accepts(None)  # type: ignore[arg-type]
+
+
+def test_a_damaged_position_is_one_clear_error(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", documents(60))
+    state = stream(source).state_after(0)
+    for documents_state in ("{}", "[]", '{"epoch": 0, "examples_iterable": {"x": 1}}'):
+        with pytest.raises(npt.DataError, match=r"a\.jsonl: reading broke off"):
+            take(stream(source, start={**state, "documents": documents_state}), 1)
+
+
+def test_numbers_out_of_range() -> None:
+    for options in (
+        {"max_length": 0},
+        {"stride": 0},
+        {"stride": 9},
+        {"held_out": -1},
+        {"block": 0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            stream("python-docs", **options)

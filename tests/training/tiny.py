@@ -1,0 +1,48 @@
+"""A tiny model, tokenizer and text for training tests; nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<eos>": 0, **{letter: n + 1 for n, letter in enumerate(alphabet)}}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>")
+
+
+def model(layers: int = 4, **changes: Any) -> LlamaForCausalLM:
+    """A random Llama, width 32; the same every time."""
+    config = LlamaConfig(
+        **{
+            "vocab_size": 257,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            **changes,
+        }
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def save(folder: Path, **changes: Any) -> Path:
+    """The model and its tokenizer as `TrainOptions.model_name` takes them."""
+    model(**changes).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
