@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 
-.PHONY: install demo test lint format bench bench-merge clean
+.PHONY: install demo test lint format bench bench-merge bench-modulation bench-train clean
 
 install: .venv/.installed
 
@@ -33,7 +33,13 @@ bench: install
 	$(BIN)/python -m pytest benchmarks
 
 bench-merge: install
-	$(BIN)/python benchmarks/bench_merge.py
+	$(BIN)/python -m benchmarks.bench_merge
+
+bench-modulation: install
+	$(BIN)/python -m benchmarks.bench_modulation
+
+bench-train: install
+	$(BIN)/python -m benchmarks.bench_train
 
 clean:
 	rm -rf .venv demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis

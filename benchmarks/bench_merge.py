@@ -1,6 +1,6 @@
 """How fast a merge is, and how much memory it takes, beside ``cp`` and the usual ways.
 
-``python benchmarks/bench_merge.py`` (``make bench-merge``) prints one table and keeps it in
+``python -m benchmarks.bench_merge`` (``make bench-merge``) prints one table and keeps it in
 ``benchmarks/results``; ``pytest benchmarks/bench_merge.py`` gives the same runs to
 pytest-benchmark. Every run is a process of its own, from start to exit; the rounds are
 interleaved, so that a busy minute of the machine hits all rows alike. The bar is ``cp`` of the
@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
-import re
 import shutil
 import statistics
 import subprocess
@@ -23,16 +21,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
-MB = 1_000_000
+from benchmarks.harness import MB, ROOT, machine_facts, save, table_of
+
 _COPY = "cp + fsync"
 
 # A small process in between: what a child counts as its peak memory begins with its parent's, and
@@ -217,8 +212,8 @@ def ratio_to_copy(row: Row, rows: Sequence[Row]) -> float:
     return row.median / copy.median
 
 
-def table_of(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, which reads well on a terminal too."""
+def rows_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
     heads = ("checkpoints", "format", "way", "wall s", "min", "max", "peak MB", "ratio to cp")
     body = [
         (
@@ -227,62 +222,21 @@ def table_of(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
-    lines = []
-    for cells in (heads, tuple("-" * width for width in widths), *body):
-        padded = (
-            cell.ljust(width) if index < 3 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        lines.append(f"| {' | '.join(padded)} |")
-    return "\n".join(lines)
-
-
-def machine_facts(directory: Path) -> dict[str, str]:
-    """What a reader needs to judge the numbers."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    model = re.search(r"model name\s*:\s*(.+)", text)
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    stat = subprocess.run(
-        ["stat", "-f", "-c", "%T", str(directory)], capture_output=True, text=True
-    )
-    facts = {
-        "date": date.today().isoformat(),
-        "commit": commit or "unknown",
-        "cpu": model[1] if model else platform.machine(),
-        "cores": str(os.cpu_count()),
-        "kernel": platform.release(),
-        "file system": stat.stdout.strip() or "unknown",
-        "python": platform.python_version(),
-    }
-    for package in ("npt_fast", "torch", "safetensors", "numpy"):
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "not installed"
-    return facts
+    return table_of(heads, body)
 
 
 def save_results(rows: Sequence[Row], facts: dict[str, str], rounds: int) -> Path:
     """Write the table and the raw numbers; gives the path of the table."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    lines = ["# Merging: wall time and memory", ""]
-    lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += [
-        f"- command: `make bench-merge`; medians of {rounds} interleaved rounds, warm page cache",
-        "", table_of(rows), "",
+    command = f"`make bench-merge`; medians of {rounds} interleaved rounds, warm page cache"
+    lines = [
+        rows_table(rows), "",
         "Wall is the whole process. `cp + fsync` copies the same input files; npt-fast syncs its",
         "output too, torch and safetensors do not. Peak is the resident memory of one process.",
     ]  # fmt: skip
-    table = RESULTS / f"merge-{cpu}.md"
-    table.write_text("\n".join(lines) + "\n")
     plain = [{k: v for k, v in asdict(row).items() if k != "command"} for row in rows]
     document = {"machine": facts, "rounds": rounds, "rows": plain}
-    table.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    return table
+    title = "Merging: wall time and memory"
+    return save("merge", title, facts | {"command": command}, "\n".join(lines), document)
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: size.name)
@@ -318,9 +272,12 @@ def main() -> None:
             own = rows_of(size, Path(folder) / "in", Path(folder) / "out")
             run_rounds(own, Path(folder) / "out", options.rounds)
             rows += own
-    facts = machine_facts(Path(options.directory))
+    stat = ["stat", "-f", "-c", "%T", options.directory]
+    filesystem = subprocess.run(stat, capture_output=True, text=True).stdout.strip()
+    facts = machine_facts("npt_fast", "torch", "safetensors", "numpy")
+    facts["file system"] = filesystem or "unknown"
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    print(table_of(rows))
+    print(rows_table(rows))
     if not options.no_save:
         print(f"Saved to {save_results(rows, facts, options.rounds)}")
 

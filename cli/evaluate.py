@@ -7,9 +7,11 @@ from dataclasses import asdict
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 import npt_fast as npt
 from npt_fast.cli.output import print_json, say
+from npt_fast.config import BaseDType
 
 
 def evaluate(
@@ -17,12 +19,12 @@ def evaluate(
     checkpoint: Annotated[list[str], Parameter(consume_multiple=True)],
     model_name: str = "meta-llama/Llama-3.2-1B",
     data: str = "medium",
-    num_eval_samples: int = 100,
-    max_length: int = 512,
-    batch_size: int = 4,
-    base_dtype: str = "auto",
+    num_eval_samples: Annotated[int, Parameter(validator=Number(gte=1))] = 100,
+    max_length: Annotated[int, Parameter(validator=Number(gte=2))] = 512,
+    batch_size: Annotated[int, Parameter(validator=Number(gte=1))] = 4,
+    base_dtype: BaseDType = "auto",
     prompt: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
-    max_new_tokens: int = 30,
+    max_new_tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 30,
     cpu: bool = False,
     json: bool = False,
 ) -> None:
@@ -43,7 +45,7 @@ def evaluate(
     batch_size
         Windows at a time.
     base_dtype
-        Of the base model's weights: auto, float32, bfloat16 or float16.
+        Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
     prompt
         Texts to go on with, by the base model and with each checkpoint.
     max_new_tokens

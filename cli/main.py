@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
@@ -36,15 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # the check mark, on a terminal without UTF-8
     try:
-        result = app(
-            list(sys.argv[1:] if arguments is None else arguments),
-            exit_on_error=False,
-            print_error=False,
-            result_action="return_value",
-        )
+        result = _parse(list(sys.argv[1:] if arguments is None else arguments))()
         sys.stdout.flush()
-    except CycloptsError as error:
-        _exit(2, f"{' '.join(str(error).split())} (npt-fast --help lists verbs and options)")
     except VerificationError as error:
         _exit(error.exit_code, str(error), *(f"  {line}" for line in shortened(error.problems)))
     except NPTError as error:
@@ -57,6 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _parse(arguments: list[str]) -> Callable[[], object]:
+    """The verb with its options, which are all checked here: what fails later is no usage error."""
+    try:
+        verb, options, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        reason = " ".join(str(error).split())
+    except ValueError as error:  # of a dataclass of options
+        reason = str(error)
+    else:
+        return partial(verb, *options.args, **options.kwargs)
+    _exit(2, f"{reason} (npt-fast --help lists verbs and options)")
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

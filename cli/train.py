@@ -12,7 +12,7 @@ from npt_fast.config import TrainOptions
 
 
 def train(
-    options: Annotated[TrainOptions, Parameter(name="*")],
+    options: Annotated[TrainOptions, Parameter(name="*", consume_multiple=True)],
     *,
     json: bool = False,
 ) -> int:

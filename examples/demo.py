@@ -1,7 +1,7 @@
-"""The main job on real input: two layers of SmolLM2-135M, trained apart, become one checkpoint.
+"""The guide's workflow on a real model: two layers of SmolLM2-135M trained apart, merged, used.
 
-Prints every command as a user would type it, runs it, and ends with what was written. Works in the
-folder ``demo`` and leaves the result there.
+Prints every command as a user would type it, runs it, and ends with a table and a picture. Works in
+the folder ``demo`` and leaves the results there. Two CPU cores are enough.
 """
 
 from __future__ import annotations
@@ -13,11 +13,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL_CHECKPOINTS = ROOT / "tests" / "data" / "smollm2_135m"
-LAYER11 = "layer11/checkpoint-800"
-LAYER13 = "layer13/checkpoint-600"
+DEMO = ROOT / "demo"
+MODEL = "--model_name smollm2-135m --data python-docs --max_length 256 --num_eval_samples 24"
+BATCHES = "--batch_size 4 --gradient_accumulation_steps 1 --eval_steps 0 --generation_steps 0"
+ALONE = "--num_ranks 4 --np_rank 64 --learning_rate 5e-4 --teacher_cache 2GB --logging_steps 25"
+TOGETHER = "--curriculum_stages student:612 --learning_rate 2e-5 --lr_schedule constant"
+LAYER11 = "experiments/layer11_training/checkpoint-600"
+LAYER13 = "experiments/layer13_training/checkpoint-500"
+LAYER23 = "experiments/layer23_training/checkpoint-150"
+MERGED = "experiments/merged_11_13"
+MERGED_V2 = "experiments/merged_11_13_23"
+CONTINUED = "experiments/continued/checkpoint-612"
+PROMPT = "The capital of France is"
 
 
 def say(text: str) -> None:
@@ -25,54 +35,126 @@ def say(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n## {text}", flush=True)
 
 
-def run(command: str) -> float:
-    """Show a command, run it in the demo folder, stop at the first failure; seconds taken."""
+def run(command: str, *, keep_output: bool = False) -> tuple[float, str]:
+    """Show a command, run it in the demo folder, stop at a failure; seconds and kept output."""
     print(f"$ {command}", flush=True)
     program, *arguments = shlex.split(command)
     started = time.perf_counter()
     result = subprocess.run(
-        [Path(sys.executable).with_name(program), *arguments], cwd=ROOT / "demo", check=False
+        [Path(sys.executable).with_name(program), *arguments],
+        cwd=DEMO,
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE if keep_output else None,
     )
     if result.returncode:
         sys.exit(result.returncode)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, result.stdout or ""
+
+
+def train(layer: int, steps: int) -> float:
+    """Train one layer by itself; seconds."""
+    name = f"--wandb_name layer{layer}_training"
+    what = f"--train_layers {layer} --max_steps {steps} {name}"
+    return run(f"npt-fast train {what} {MODEL} {BATCHES} {ALONE}")[0]
 
 
 def main() -> None:
     """Run the demo."""
-    demo = ROOT / "demo"
-    shutil.rmtree(demo, ignore_errors=True)
-    shutil.copytree(REAL_CHECKPOINTS, demo)
+    begun = time.perf_counter()
+    shutil.rmtree(DEMO, ignore_errors=True)
+    DEMO.mkdir()
+    seconds: dict[str, float] = {}
 
-    say("1. What is in the two checkpoints, and can they be merged?")
+    say("1. Train layer 11")
+    seconds[LAYER11] = train(11, 600)
+
+    say("2. Train layer 13 separately")
+    seconds[LAYER13] = train(13, 500)
+
+    say("3. Analyze both: can they be merged?")
     run(f"npt-fast analyze --checkpoint {LAYER11} {LAYER13}")
 
-    say("2. Merge them, and compare every tensor with its source")
-    seconds = run(
-        f"npt-fast merge --checkpoints {LAYER11} {LAYER13} --output merged_11_13 --verify"
+    say("4. Merge them, and compare every tensor with its source")
+    merging = f"npt-fast merge --checkpoints {LAYER11} {LAYER13} --output {MERGED} --verify"
+    seconds[MERGED] = run(merging)[0]
+
+    say("5. Add a layer later: train layer 23, merge it into the merge")
+    seconds[LAYER23] = train(23, 150)
+    merging = f"npt-fast merge --checkpoints {MERGED} {LAYER23} --output {MERGED_V2} --verify"
+    seconds[MERGED_V2] = run(merging)[0]
+
+    say("6. Continue training all three, from their merged optimizer state, as the student")
+    seconds[CONTINUED] = run(
+        f"npt-fast train --train_layers 11,13,23 --resume_from {MERGED_V2} --max_steps 612 "
+        f"--wandb_name continued {MODEL} {BATCHES} {TOGETHER} --warmup_steps 0 --logging_steps 2"
+    )[0]
+
+    say("7. Measure them on text that none of them was trained on; go on with a prompt")
+    checkpoints = [LAYER11, LAYER13, MERGED, MERGED_V2, CONTINUED]
+    _, output = run(
+        f"npt-fast evaluate --checkpoint {' '.join(checkpoints)} {MODEL} "
+        f"--prompt {shlex.quote(PROMPT)} --json",
+        keep_output=True,
     )
-
-    say("3. What is in the result?")
-    run("npt-fast analyze --checkpoint merged_11_13")
-
-    say("4. Merge the merge with a checkpoint that holds layer 13 again: the first one wins")
-    run(f"npt-fast merge --checkpoints merged_11_13 {LAYER13} --output merged_v2 --verify")
-
-    say("5. Anyone can prove the result again, here or on a copy")
-    run("npt-fast verify merged_v2")
+    found = json.loads(output)
 
     say("What you got")
-    for name in ("merged_11_13", "merged_v2"):
-        summary = json.loads((demo / name / "merge_summary.json").read_text())
-        files = sorted((demo / name).iterdir())
-        total = sum(file.stat().st_size for file in files)
-        print(f"demo/{name}: {total / 1e6:.1f} MB in {len(files)} files")
-        for file in files:
-            print(f"  {file.name:<24}{file.stat().st_size:>12,} bytes")
-        for layer, facts in summary["layers"].items():
-            origin = " <- ".join([facts["source"], *facts["chain"]])
-            print(f"  layer {layer}: {origin}, sha256 {facts['digest'][:16]}")
-    print(f"Analyzing took no tensor data; the verified merge took {seconds:.2f} s.")
+    print_table(found, seconds)
+    print(f"\n{PROMPT!r} goes on:")
+    for name, (text,) in found["texts"].items():
+        print(f"  {Path(name).parent.name if 'checkpoint-' in name else name}: {text.strip()!r}")
+    picture = DEMO / "losses.png"
+    draw(picture)
+    print(f"\nLoss curves: {picture.relative_to(ROOT)}")
+    print(f"The whole demo took {time.perf_counter() - begun:.0f} s.")
+
+
+def print_table(found: dict[str, Any], seconds: dict[str, float]) -> None:
+    """One row per checkpoint: what it predicts, what it took, how large it is."""
+    base = found["results"][0]["base_perplexity"]
+    tokens = found["results"][0]["tokens"]
+    print(f"Held-out text, {tokens:,} positions, all of them counted:\n")
+    print("| model | layers | perplexity | ratio | KL, nats | top-1 | seconds | MB |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(f"| base | | {base:.3f} | 1 | 0 | 1 | | |")
+    for row in found["results"]:
+        path = row["checkpoint"]
+        real = DEMO / path.replace("/checkpoint-", "/checkpoints/checkpoint-")
+        size = sum(file.stat().st_size for file in real.iterdir())
+        print(
+            f"| {path.removeprefix('experiments/')} | {', '.join(map(str, row['layers']))} "
+            f"| {row['perplexity']:.3f} | {row['perplexity'] / base:.4f} | {row['kl']:.4f} "
+            f"| {row['top1_agreement']:.4f} | {seconds[path]:.1f} | {size / 1e6:.1f} |"
+        )
+
+
+def draw(path: Path) -> None:
+    """Every layer's error over the optimizer steps of all runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    prefix = "mlp_direct_loss/"
+    for run_name in ("layer11_training", "layer13_training", "layer23_training", "continued"):
+        log = DEMO / "experiments" / run_name / "training_log.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        for name in sorted({key for line in lines for key in line if key.startswith(prefix)}):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            label = f"{name.removeprefix(prefix).replace('_', ' ')}, {run_name.replace('_', ' ')}"
+            style = "--" if run_name == "continued" else "-"
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(
+        xlabel="optimizer step",
+        ylabel="squared error / squared target, mean over tokens",
+        yscale="log",
+        title="NP layers of SmolLM2-135M on CPU",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

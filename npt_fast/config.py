@@ -35,6 +35,9 @@ class NPTConfig:
         modulation: projections whose weights change: gate; gate and up; gate, up and down.
         residual: ``removed``: the layer adds its MLP alone, which stands for attention too;
             ``kept``: it adds attention as well (SPEC 1.3).
+        init: how they start: ``zero`` changes nothing yet and learns at once; ``improved`` and
+            ``conservative`` are the original's (SPEC 1.4).
+        init_scale: scale of the original's; ``zero`` has none.
     """
 
     layers: Sequence[int]
@@ -42,6 +45,8 @@ class NPTConfig:
     num_ranks: int = 1
     modulation: ModulationType = "triple"
     residual: Residual = "removed"
+    init: Initialization = "zero"
+    init_scale: float = 0.001
 
     def __post_init__(self) -> None:
         if not self.layers or any(type(layer) is not int for layer in self.layers):
@@ -53,9 +58,12 @@ class NPTConfig:
         for name, value, allowed in (
             ("modulation", self.modulation, get_args(ModulationType)),
             ("residual", self.residual, get_args(Residual)),
+            ("init", self.init, get_args(Initialization)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not 0 < self.init_scale < float("inf"):
+            raise ValueError(f"init_scale must be positive and finite, got {self.init_scale}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +135,8 @@ class TrainOptions:
         loss: relative: squared error over squared target per token, and KL for fidelity; mse: the
             original's mean squared errors.
         direct_mlp_weight: of each layer's own error.
+        sink_weight: of the error at the first token of every window, to which nearly all others
+            attend, relative to the layer's output; where loss is relative.
         fidelity_weight: of the difference in logits; above 0, all layers of the model are run.
         lambda_reg: of the mean squares of v_a and v_b.
         batch_size: windows per process and micro-batch.
@@ -180,6 +190,7 @@ class TrainOptions:
     layer_weights: str = "uniform"
     loss: LossKind = "relative"
     direct_mlp_weight: float = 10.0
+    sink_weight: float = 64.0
     fidelity_weight: float = 0.0
     lambda_reg: float = 0.0
     batch_size: int = 4
@@ -268,6 +279,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     "direct_mlp_weight",
+    "sink_weight",
     "fidelity_weight",
     "lambda_reg",
     "warmup_steps",

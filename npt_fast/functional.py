@@ -79,8 +79,8 @@ class VectorNorms(NamedTuple):
     """Measures of the vectors v_a and v_b of one layer, which are not formed.
 
     Attributes:
-        v_a: squared norms, ``(..., c, k)``, float32.
-        v_b: squared norms, ``(..., c, k)``, float32.
+        v_a: squared norms, ``(..., c, k)``, in float32 at least, as everything here.
+        v_b: squared norms, ``(..., c, k)``.
         similarity: cosine of gate's v_a with the attention output, mean over k, ``(...)``.
         mean_square: sum over the 2 c vectors of the mean of their squares, ``(...)`` (SPEC 5.4).
     """
@@ -101,8 +101,9 @@ def vector_norms(x: Tensor, modulation: Modulation) -> VectorNorms:
     m, k = modulation, modulation.num_ranks
     rank = m.w_b_gate.shape[0]
     with torch.autocast(x.device.type, enabled=False):
-        x = x.float()
-        u = (x @ m.w_down.float()).unflatten(-1, (-1, k, rank // k))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(dtype)
+        u = (x @ m.w_down.to(dtype)).unflatten(-1, (-1, k, rank // k))
         a_heads = [*torch.split(m.w_a_in, rank), m.w_a_mid]
         b_heads = [m.w_b_gate, m.w_b_up, m.w_b_down]
 
@@ -112,7 +113,7 @@ def vector_norms(x: Tensor, modulation: Modulation) -> VectorNorms:
             for index in range(u.shape[-3]):
                 head = heads[index]
                 assert head is not None
-                w = head.float().unflatten(0, (k, -1))
+                w = head.to(dtype).unflatten(0, (k, -1))
                 part = u[..., index, :, :]
                 gram = torch.einsum("...kr,krs->...ks", part, w @ w.mT)
                 norms.append((gram * part).sum(-1))
@@ -121,7 +122,7 @@ def vector_norms(x: Tensor, modulation: Modulation) -> VectorNorms:
 
         v_a, mean_a = squares(a_heads)
         v_b, mean_b = squares(b_heads)
-        dots = u[..., 0, :, :] * (x @ m.w_a_in[:rank].float().t()).unflatten(-1, (k, -1))
+        dots = u[..., 0, :, :] * (x @ m.w_a_in[:rank].to(dtype).t()).unflatten(-1, (k, -1))
         lengths = v_a[..., 0, :].clamp_min(0).sqrt() * x.norm(dim=-1, keepdim=True)
         similarity = (dots.sum(-1) / lengths.clamp_min(1e-12)).mean(-1)
         return VectorNorms(v_a, v_b, similarity, mean_a + mean_b)

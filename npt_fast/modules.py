@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from npt_fast.checkpoint.keys import PROJECTIONS
+from npt_fast.config import Initialization
 from npt_fast.functional import Modulation, modulated_mlp
+from npt_fast.initialization import initialize
 
 
 class NPComponent(nn.Module):
@@ -28,6 +30,8 @@ class NPComponent(nn.Module):
         modulation: ``"single"`` (gate), ``"dual"`` (gate, up) or ``"triple"`` (gate, up, down).
         residual: ``"removed"``: the MLP stands for attention too; ``"kept"``: attention is added.
         activation: the MLP's, one of `npt_fast.functional.ACTIVATIONS`.
+        init: how the parameters start, see `npt_fast.initialization`.
+        init_scale: scale of the inits that are the original's.
         device: where to put the parameters.
         dtype: of the parameters.
     """
@@ -42,6 +46,8 @@ class NPComponent(nn.Module):
         modulation: str = "triple",
         residual: str = "removed",
         activation: str = "silu",
+        init: Initialization = "zero",
+        init_scale: float = 0.001,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -52,6 +58,10 @@ class NPComponent(nn.Module):
             raise ValueError(f"residual must be removed or kept, got {residual!r}")
         if rank < 1 or num_ranks < 1:
             raise ValueError(f"rank and num_ranks must be positive, got {rank} and {num_ranks}")
+        if init not in get_args(Initialization):
+            raise ValueError(f"init must be zero, improved or conservative, got {init!r}")
+        if not 0 < init_scale < math.inf:
+            raise ValueError(f"init_scale must be positive and finite, got {init_scale}")
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.rank = rank
@@ -59,6 +69,8 @@ class NPComponent(nn.Module):
         self.modulation_type = modulation
         self.residual = residual
         self.activation = activation
+        self.init = init
+        self.init_scale = init_scale
         self.enabled = True
         d, f, r = hidden_size, intermediate_size, rank * num_ranks
         projections = len(PROJECTIONS[modulation])
@@ -75,15 +87,14 @@ class NPComponent(nn.Module):
         self.w_b_down = parameter(r, d) if projections == 3 else None
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier-uniform for what reads, zero for what writes: no change yet, live gradients."""
-        for slot, view in self._views().items():
-            if slot.startswith("W_b_up"):
-                view.zero_()
-            else:
-                bound = math.sqrt(6 / sum(view.shape))
-                view.uniform_(-bound, bound)
+        """Start afresh, as `init` says; the same seed gives the same parameters."""
+        initialize(
+            self.split(dict(self.named_parameters())),
+            init=self.init,
+            scale=self.init_scale,
+            num_ranks=self.num_ranks,
+        )
 
     @property
     def factors(self) -> Modulation:
@@ -148,13 +159,10 @@ class NPComponent(nn.Module):
                     views[f"{stem}{name}{suffix}"] = tensor.narrow(axis, start + component * r, r)
         return views
 
-    def _views(self) -> dict[str, Tensor]:
-        return self.split(dict(self.named_parameters()))
-
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        for name, view in self._views().items():
+        for name, view in self.split(dict(self.named_parameters())).items():
             # a copy of its own: a view would be saved with all that it is a view of
             destination[prefix + name] = view if keep_vars else view.detach().clone()
 
@@ -168,7 +176,7 @@ class NPComponent(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        views = self._views()
+        views = self.split(dict(self.named_parameters()))
         for name, view in views.items():
             value = state_dict.get(prefix + name)
             if value is None:

@@ -51,6 +51,20 @@ def test_state_round_trip(modulation: str, num_ranks: int) -> None:
         assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
+@pytest.mark.parametrize(("modulation", "num_ranks"), CASES)
+def test_moments_split_as_weights_do(modulation: str, num_ranks: int) -> None:
+    """AdamW's state has the parameters' shapes; elementwise, it says which weight is whose."""
+    part = component(modulation, num_ranks)
+    part.load_state_dict(layer_weights(1, modulation=modulation, num_ranks=num_ranks, prefix=""))
+    moments = {name: parameter.detach().square() for name, parameter in part.named_parameters()}
+    views, weights = part.split(moments), part.state_dict()
+    assert list(views) == list(weights)
+    for name, view in views.items():
+        assert torch.equal(view, weights[name].square()), name
+        view.fill_(-1)
+    assert all((moment == -1).all() for moment in moments.values()), "views, and of everything"
+
+
 def test_every_parameter_is_in_the_state() -> None:
     part = component()
     assert sum(t.numel() for t in part.state_dict().values()) == sum(

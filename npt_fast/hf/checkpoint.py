@@ -105,9 +105,19 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], format: FileForma
     """The weights file of a checkpoint: CPU tensors by full name, written and synced."""
     with synced(folder / (PT_WEIGHTS if format == "pt" else SAFETENSORS_WEIGHTS)) as file:
         if format == "pt":
-            torch.save(dict(weights), file)
+            save_pt(dict(weights), file)
         else:
             _write_safetensors(weights, file)
+
+
+def save_pt(value: object, file: BinaryIO) -> None:
+    """`torch.save`, except that a full disk is the OSError that it was."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:  # its archive, closed too early, says only "unexpected pos"
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:

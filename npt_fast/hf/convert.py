@@ -208,6 +208,8 @@ def _component(layer: Any, index: int, model: Any, config: NPTConfig) -> NPCompo
         modulation=config.modulation,
         residual=config.residual,
         activation=activation,
+        init=config.init,
+        init_scale=config.init_scale,
         device=weight.device,
         dtype=torch.float32,
     )

@@ -13,6 +13,7 @@ import os
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -52,19 +53,20 @@ _PRESETS = {
     "small": (_HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1"),),
     "medium": (_HubDataset("Salesforce/wikitext", "wikitext-103-raw-v1"), _BOOKCORPUS),
     "large": _LARGE,
-    # the pile is compressed with zstd: reading it takes the package `zstandard`
     "xlarge": (
         *_LARGE,
         _HubDataset("vblagoje/cc_news"),
         _HubDataset("monology/pile-uncopyrighted"),
     ),
 }
+# not `load_dataset`, which reports every use to the Hub, of local files too
+_PARAGRAPHS = partial(datasets.IterableDataset.from_text, sample_by="paragraph")
 _LOADERS = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
+    ".txt": _PARAGRAPHS,
+    ".md": _PARAGRAPHS,
+    ".jsonl": datasets.IterableDataset.from_json,
+    ".json": datasets.IterableDataset.from_json,
+    ".parquet": datasets.IterableDataset.from_parquet,
 }
 _BATCH = 256  # documents tokenised at once: enough for all threads of a fast tokenizer
 _SHORTEST = 32  # tokens of a window that is worth training on
@@ -86,7 +88,7 @@ def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
     """
     if source == "python-docs":
         texts = [text for _, text in sorted(topics.items())]
-        return datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
+        return datasets.IterableDataset.from_dict({"text": texts})
     if source in _PRESETS:
         streams = [_open_on_hub(source, dataset) for dataset in _PRESETS[source]]
         return datasets.interleave_datasets(
@@ -109,9 +111,10 @@ def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
         )
         return stream.select_columns(["text"])
     except Exception as error:  # the network, the Hub and every loader fail in their own way
+        remedy = "install zstandard" if "zstd" in str(error) else "check the network"
         raise DataError(
             f"{preset}: cannot open {dataset.path} of the Hugging Face Hub: {_reason(error)}; "
-            "check the network, or give a file or folder of text, or python-docs"
+            f"{remedy}, or give a file or folder of text, or python-docs"
         ) from error
 
 
@@ -133,15 +136,11 @@ def _find(source: str) -> list[str]:
 def _read(files: list[str]) -> Iterator[dict[str, str]]:
     """Rows of local files; each file is opened when it is its turn."""
     for file in files:
-        if not os.path.getsize(file):
-            continue  # no documents, but the JSON loader fails
-        kind = _LOADERS[Path(file).suffix.lower()]
-        options = {"sample_by": "paragraph"} if kind == "text" else {}
+        load = _LOADERS[Path(file).suffix.lower()]
         try:
-            rows = datasets.load_dataset(
-                kind, data_files=[glob.escape(file)], split="train", streaming=True, **options
-            )
-            for number, row in enumerate(rows):
+            if not os.path.getsize(file):
+                continue  # no documents, but the JSON loader fails
+            for number, row in enumerate(load(glob.escape(file))):
                 if not isinstance(row.get("text"), str):
                     has = ", ".join(f"{name} ({type(row[name]).__name__})" for name in row)
                     raise DataError(
@@ -152,7 +151,7 @@ def _read(files: list[str]) -> Iterator[dict[str, str]]:
             raise
         except Exception as error:  # every loader fails in its own way
             raise DataError(
-                f"{file}: cannot be read as {kind}: {_reason(error)}; repair or remove it"
+                f"{file}: cannot be read: {_reason(error)}; repair or remove it"
             ) from error
 
 
@@ -314,6 +313,8 @@ class TokenWindows(IterableDataset[Window]):
                 passed = 0
             if place.window == 0:
                 epoch = block
+                if not block:  # or it would look for text for ever
+                    raise DataError(f"{self._source}: has no text any more; resume when it is back")
             place = self._beginning(place.epoch + 1)
 
     def _beginning(self, epoch: int) -> _Place:

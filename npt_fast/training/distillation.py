@@ -7,7 +7,7 @@ last trained layer, and of the trained layers only their MLPs once more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from npt_fast.config import LossKind
 from npt_fast.functional import VectorNorms
 from npt_fast.hf.convert import Parts, Scaffold, components, decoder_layers, disabled
+from npt_fast.modules import NPComponent
 from npt_fast.training.curriculum import Stage
-from npt_fast.training.losses import Agreement, agreement, direct_errors, fidelity_sum
+from npt_fast.training.losses import (
+    Agreement,
+    agreement,
+    direct_errors,
+    fidelity_sum,
+    sink_errors,
+)
 
 STUDENT = Stage("student", 0, 1.0, 1.0)
 
@@ -35,6 +42,11 @@ class Activations(NamedTuple):
     hidden: Tensor
     attention: Tensor
     mlp: Tensor
+
+    @property
+    def output(self) -> Tensor:
+        """The layer's output."""
+        return self.hidden + self.attention + self.mlp
 
 
 class Losses(NamedTuple):
@@ -73,6 +85,8 @@ class Distillation(nn.Module):
         layer_weights: by layer.
         loss: how errors are measured.
         direct_weight: of the layers' own errors.
+        sink_weight: of `sink_errors`, which are added to them where `loss` is relative; what is
+            reported as the layers' errors is without.
         fidelity_weight: of the difference in logits; 0 leaves it out.
         reg_weight: of the mean squares of v_a and v_b; 0 leaves them out.
         cache_bytes: memory for the base model's activations of windows seen before; used where they
@@ -89,6 +103,7 @@ class Distillation(nn.Module):
         layer_weights: Mapping[int, float] | None = None,
         loss: LossKind = "relative",
         direct_weight: float = 1.0,
+        sink_weight: float = 0.0,
         fidelity_weight: float = 0.0,
         reg_weight: float = 0.0,
         cache_bytes: int = 0,
@@ -99,6 +114,7 @@ class Distillation(nn.Module):
         self.layer_weights = {n: (layer_weights or {}).get(n, 1.0) for n in trained}
         self.loss = loss
         self.direct_weight = direct_weight
+        self.sink_weight = sink_weight if loss == "relative" else 0.0
         self.fidelity_weight = fidelity_weight
         self.reg_weight = reg_weight
         self.cache = TeacherCache(cache_bytes)
@@ -107,6 +123,12 @@ class Distillation(nn.Module):
     def config(self) -> Any:
         """The model's, where a trainer looks for it."""
         return self.model.config
+
+    def train(self, mode: bool = True) -> Distillation:
+        """A trainer asks for training mode; the model stays out of it: no target is random."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     def forward(
         self,
@@ -128,7 +150,7 @@ class Distillation(nn.Module):
             norms: measure v_a and v_b.
             evaluate: compare predictions too.
         """
-        trained = components(self.model)
+        trained = self._trained()
         first, last = min(trained), max(trained)
         to_the_end = evaluate or self.fidelity_weight > 0
         # before the first trained layer both models are one, so a lone one needs no student pass
@@ -151,13 +173,17 @@ class Distillation(nn.Module):
                 scaffold = Scaffold(attention=seen.attention, norms=want_norms)
                 parts[index] = decoder_layers(self.model)[index](seen.hidden, scaffold=scaffold)
 
-        direct = {}
+        direct, minimised = {}, {}
         for index, seen in activations.items():
             kept = trained[index].residual == "kept"
             target = seen.mlp if kept else seen.attention + seen.mlp
-            errors = direct_errors(parts[index].mlp, target, self.loss)
-            direct[index] = (errors * weights).sum()
-        losses = Losses(self._weighted(direct) * self.direct_weight, direct)
+            errors = direct_errors(parts[index].mlp, target, self.loss) * weights
+            direct[index] = errors.sum()
+            minimised[index] = direct[index]
+            if self.sink_weight:
+                sink = sink_errors(parts[index].mlp, target, seen.output) * weights[:, 0]
+                minimised[index] = direct[index] + self.sink_weight * sink.sum()
+        losses = Losses(self._weighted(minimised) * self.direct_weight, direct)
         measured = {n: part.norms for n, part in parts.items() if part.norms is not None}
         if self.reg_weight:
             squares = {n: (m.mean_square * weights).sum() for n, m in measured.items()}
@@ -181,6 +207,28 @@ class Distillation(nn.Module):
                 losses = losses._replace(agreement=compared)
         return losses
 
+    @torch.no_grad()
+    def calibrate(self, input_ids: Tensor, layers: Sequence[int]) -> None:
+        """Scale W_down of fresh layers so that the bottleneck's entries are of size 1 on a text.
+
+        A change of weights grows with the square of the attention output, whose size differs
+        tenfold from layer to layer; without this, the learning rate that a layer can bear differs
+        a hundredfold.
+
+        Args:
+            input_ids: the text, ``(B, S)``.
+            layers: which.
+        """
+        activations = self._base(input_ids, None).activations
+        for layer in layers:
+            w_down = self._trained()[layer].w_down
+            u = activations[layer].attention.to(w_down.dtype) @ w_down
+            w_down.div_(u.square().mean(-1).sqrt().median())
+
+    def _trained(self) -> dict[int, NPComponent]:
+        """NP layers by index; one that is off is a base layer."""
+        return {n: part for n, part in components(self.model).items() if part.enabled}
+
     def _weighted(self, by_layer: Mapping[int, Tensor]) -> Tensor:
         return torch.stack([self.layer_weights[n] * value for n, value in by_layer.items()]).sum()
 
@@ -193,7 +241,7 @@ class Distillation(nn.Module):
         to_the_end: bool = False,
     ) -> _Base:
         """The base model, up to the last layer that is needed."""
-        trained = components(self.model)
+        trained = self._trained()
         end = len(decoder_layers(self.model)) if to_the_end else max(trained) + 1
         decoder = self.model.get_decoder()
         with ExitStack() as stack:
@@ -226,7 +274,7 @@ class Distillation(nn.Module):
         run as they are (SPEC 5.3).
         """
         layers = decoder_layers(self.model)
-        trained = components(self.model)
+        trained = self._trained()
         state = base.activations[first].hidden
         for index in range(first, len(layers) if to_the_end else last + 1):
             options = base.options[index]

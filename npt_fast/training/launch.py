@@ -7,10 +7,14 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
+from multiprocessing import connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
 from npt_fast.checkpoint.merge import merge
 from npt_fast.config import TrainOptions
@@ -30,6 +34,9 @@ def launch(options: TrainOptions) -> TrainReport:
     """
     if options.parallel == "layers":
         return _layer_parallel(options)
+    count = 0 if options.cpu else torch.cuda.device_count()
+    if 0 < count < options.num_processes:
+        raise TrainingError(f"num_processes {options.num_processes}: there are only {count} GPUs")
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -48,42 +55,59 @@ def launch(options: TrainOptions) -> TrainReport:
 
 
 def _layer_parallel(options: TrainOptions) -> TrainReport:
-    """Every process trains its own layers, without a word to the others; then they are merged."""
-    from npt_fast.training.run_directory import FINAL, RunDirectory
-    from npt_fast.training.train import output_directory
+    """Every process trains its own layers, without a word to the others; then they are merged.
+
+    A run that was stopped leaves every process at a step of its own; resumed from the run's folder,
+    each goes on from there.
+    """
+    from npt_fast.training.run_directory import FINAL, RunDirectory, checkpoints
+    from npt_fast.training.train import TrainReport, output_directory
 
     begun = time.monotonic()
+    if options.layer_weights not in ("uniform", "linear"):
+        raise TrainingError("layer_weights mean nothing where every layer is trained by itself")
     output = output_directory(options)
     count = min(options.num_processes, len(options.layers))
-    shares = [options.layers[n::count] for n in range(count)]
-    own = [
-        dataclasses.replace(
+    tasks = []
+    done = []  # by a process that was not stopped
+    for share in (options.layers[n::count] for n in range(count)):
+        name = "layers_" + "-".join(map(str, share))
+        start = options.resume_from
+        own = checkpoints(Path(start) / name) if start is not None else {}
+        if options.max_steps in own:
+            done.append(own[options.max_steps])
+            continue
+        task = dataclasses.replace(
             options,
             train_layers=share,
             num_processes=1,
-            output_dir=output / f"layers_{'-'.join(str(layer) for layer in share)}",
-            wandb_name=f"{output.name}_layers_{'-'.join(str(layer) for layer in share)}",
+            resume_from=str(own[max(own)]) if own else start,
+            output_dir=output / name,
+            wandb_name=f"{output.name}_{name}",
         )
-        for share in shares
-    ]
-    if options.layer_weights not in ("uniform", "linear"):
-        raise TrainingError("layer_weights mean nothing where every layer is trained by itself")
+        tasks.append(task)
     run = RunDirectory(output, resuming=options.resume_from is not None)
     try:
-        environment = [{"CUDA_VISIBLE_DEVICES": device} for device in _devices(count)]
-        reports = _run(own, environment)
-        last = min(reports, key=lambda report: report.global_step)
-        target = run.checkpoint(last.global_step)
-        if not any(report.stopped_by for report in reports):
-            merge([report.checkpoint for report in reports], target, verify=True, force=True)
-            run.link(last.global_step, FINAL)
-        return dataclasses.replace(
-            last,
+        environment = [{"CUDA_VISIBLE_DEVICES": device} for device in _devices(len(tasks))]
+        reports = _run(tasks, environment) if tasks else []
+        step = min((report.global_step for report in reports), default=options.max_steps)
+        stopped_by = next((report.stopped_by for report in reports if report.stopped_by), 0)
+        layers = sorted(layer for report in reports for layer in report.layers)
+        checkpoint = output
+        if not stopped_by:
+            checkpoint = run.checkpoint(step)
+            sources = [*done, *(report.checkpoint for report in reports)]
+            merged = merge(sources, checkpoint, verify=True, force=True)
+            layers = [info.layer for info in merged.layers]
+            run.link(step, FINAL)
+        return TrainReport(
             output=output,
-            checkpoint=target,
-            layers=tuple(sorted(layer for report in reports for layer in report.layers)),
+            checkpoint=checkpoint,
+            global_step=step,
+            layers=tuple(layers),
             seconds=time.monotonic() - begun,
             evaluation=None,
+            stopped_by=stopped_by,
         )
     finally:
         run.close()
@@ -99,11 +123,14 @@ def _run(tasks: list[TrainOptions], environment: list[dict[str, str]]) -> list[T
     """One process per task; the reports in order. A signal to this process goes to all of them."""
     results = multiprocessing.get_context("spawn").SimpleQueue()
     threads = max(1, (os.cpu_count() or 1) // len(tasks))
+    received = 0
     context: Any = multiprocessing.spawn(  # type: ignore[no-untyped-call, attr-defined]
         _work, (tasks, environment, threads, results), nprocs=len(tasks), join=False
     )
 
-    def forward(number: int, frame: Any) -> None:
+    def forward(number: int, frame: Any = None) -> None:
+        nonlocal received
+        received = received or number
         for process in context.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
@@ -111,9 +138,12 @@ def _run(tasks: list[TrainOptions], environment: list[dict[str, str]]) -> list[T
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     failure: Exception | None = None
     try:
+        if not _all_well(context.processes):
+            for process in context.processes:
+                process.terminate()  # save and end
         while not context.join(grace_period=_GRACE):
             pass
-    except Exception as error:  # how a process ended; why it did is in the queue
+    except ProcessException as error:  # how a process ended; why it did is in the queue
         failure = error
     finally:
         for number, handler in before.items():
@@ -124,9 +154,22 @@ def _run(tasks: list[TrainOptions], environment: list[dict[str, str]]) -> list[T
         if isinstance(result, NPTError):
             raise result
         found[index] = result
-    if failure is not None or len(found) < len(tasks):
-        raise TrainingError(f"a training process ended unexpectedly: {failure}")
-    return [found[index] for index in range(len(tasks))]
+    if failure is None and len(found) == len(tasks):
+        return [found[index] for index in range(len(tasks))]
+    if received:  # before training began
+        raise KeyboardInterrupt if received == signal.SIGINT else SystemExit(128 + received)
+    if isinstance(failure, ProcessRaisedException):
+        raise failure  # a bug of ours, with its traceback
+    raise TrainingError(f"a training process ended unexpectedly: {failure}")
+
+
+def _all_well(processes: Sequence[Any]) -> bool:
+    """Wait for processes to end; False as soon as one of them failed."""
+    while running := [process for process in processes if process.is_alive()]:
+        connection.wait([process.sentinel for process in running])
+        if any(process.exitcode for process in processes):
+            return False
+    return True
 
 
 def _work(
@@ -136,6 +179,8 @@ def _work(
     threads: int,
     results: Any,
 ) -> None:
+    # until training defers it, Ctrl-C ends a process even where it waits for another in C++
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(environment[index])
     os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate sets torch's threads by it
     torch.set_num_threads(threads)

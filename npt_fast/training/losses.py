@@ -1,4 +1,7 @@
-"""Distances between what the base model and the trained model compute, per token, in float32."""
+"""Distances between what the base model and the trained model compute, per token.
+
+Low precision is widened to float32; float64 stays, so that the formulas can be checked exactly.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from npt_fast.config import LossKind
 
+_TINY = torch.finfo(torch.float32).tiny
 _CHUNK = 2048  # tokens whose logits exist at one time
 
 
@@ -29,11 +33,30 @@ def direct_errors(output: Tensor, target: Tensor, kind: LossKind) -> Tensor:
     Returns:
         ``(B, S)``.
     """
-    target = target.float()
-    squares = (output.float() - target).square()
+    target = _wide(target)
+    squares = (_wide(output) - target).square()
     if kind == "mse":
         return squares.mean(-1)
-    return squares.sum(-1) / target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return squares.sum(-1) / target.square().sum(-1).clamp_min(_TINY)
+
+
+def sink_errors(output: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
+    """Error at the first token, relative to the hidden state that leaves the layer.
+
+    Nearly every token attends to the first one, so an error there is an error everywhere; in a mean
+    over tokens it is one of many. What comes after a layer normalizes its output: an error matters
+    by its share of that, much where a layer writes an attention sink, not at all where one stands.
+
+    Args:
+        output: ``(B, S, D)``.
+        target: ``(B, S, D)``.
+        hidden: output of the base model's layer, ``(B, S, D)``.
+
+    Returns:
+        ``(B,)``.
+    """
+    output, target, hidden = (_wide(tensor[:, 0]) for tensor in (output, target, hidden))
+    return (output - target).square().sum(-1) / hidden.square().sum(-1).clamp_min(_TINY)
 
 
 def fidelity_sum(
@@ -57,7 +80,7 @@ def fidelity_sum(
     """
 
     def part(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-        ours, theirs = head(student).float(), head(teacher).float()
+        ours, theirs = _wide(head(student)), _wide(head(teacher))
         if kind == "mse":
             errors = (ours - theirs).square().mean(-1)
         else:
@@ -106,7 +129,7 @@ def agreement(
     for ours, theirs, target, real, weight in zip(
         *_chunks(student, teacher, targets, predicted, weights), strict=True
     ):
-        ours, theirs = head(ours).float().log_softmax(-1), head(theirs).float().log_softmax(-1)
+        ours, theirs = (_wide(head(hidden)).log_softmax(-1) for hidden in (ours, theirs))
         target = target.unsqueeze(-1)
         sums.append(
             torch.stack(
@@ -121,6 +144,11 @@ def agreement(
             )
         )
     return Agreement(*torch.stack(sums).double().sum(0))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +37,12 @@ class Metrics:
         self, folder: Path, options: TrainOptions, step: int, config: Mapping[str, Any]
     ) -> None:
         self.path = folder / LOG
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
         self._tracker = _start(options, folder, config)
+        lines = self.path.read_bytes().splitlines() if step and self.path.exists() else []
+        kept = [line for line in lines if _step(line) <= step]
+        fresh = self.path.with_name(f".{LOG}.new")  # killed meanwhile, no line is lost
+        fresh.write_bytes(b"".join(line + b"\n" for line in kept))
+        fresh.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """One line of metrics; what is no finite number is null in the file."""
@@ -54,11 +59,27 @@ class Metrics:
     def close(self) -> None:
         """Finish the tracker's run."""
         if self._tracker is not None:
-            self._tracker.finish()
+            with redirect_stdout(sys.stderr):
+                self._tracker.finish()
+
+
+def _step(line: bytes) -> float:
+    """Of a line of the log; infinite if it is none: a killed run leaves half a line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _name(options: TrainOptions) -> str:
+    """The tracker that is asked for: naming wandb's mode is enough, unless it is ``disabled``."""
+    if options.wandb_mode == "disabled":
+        return "none" if options.track == "wandb" else options.track
+    return "wandb" if options.wandb_mode else options.track
 
 
 def _start(options: TrainOptions, folder: Path, config: Mapping[str, Any]) -> Any:
-    name = "wandb" if options.wandb_mode else options.track
+    name = _name(options)
     if name == "none":
         return None
     if importlib.util.find_spec(name) is None:
@@ -73,6 +94,8 @@ def _start(options: TrainOptions, folder: Path, config: Mapping[str, Any]) -> An
             os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").resolve()))
             tracker = tracking.TrackioTracker(options.wandb_project, name=run)
         else:
+            if options.wandb_mode == "offline":  # it reports its own errors all the same
+                os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
             tracker = tracking.WandBTracker(
                 options.wandb_project,
                 name=run,
@@ -80,8 +103,13 @@ def _start(options: TrainOptions, folder: Path, config: Mapping[str, Any]) -> An
                 mode=options.wandb_mode or "online",
                 dir=str(folder),
             )
-        tracker.start()
-        tracker.store_init_configuration(dict(config))
+        with redirect_stdout(sys.stderr):  # they talk; stdout is for the report
+            tracker.start()
+            # not every tracker takes lists
+            plain = {n: str(v) if isinstance(v, list) else v for n, v in config.items()}
+            tracker.store_init_configuration(plain)
+        if name == "trackio":  # accelerate's leaves it to be finished once more at exit, aloud
+            tracker.finish = importlib.import_module("trackio").finish
     except Exception as error:  # a tracker fails in its own ways: no key, no network, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,17 @@ from npt_fast.errors import TrainingError
 
 BEST = "best"
 FINAL = "final"
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """Checkpoints of the run in `folder` by step, ascending."""
+    found = {
+        int(name[1]): path
+        for path in folder.glob("checkpoints/checkpoint-*")
+        if (name := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
+    return dict(sorted(found.items()))
 
 
 class RunDirectory:
@@ -39,7 +51,7 @@ class RunDirectory:
             raise TrainingError(
                 f"{path}: another run is training into it; choose another --wandb_name"
             ) from None
-        if not resuming and any(self.checkpoints()):
+        if not resuming and checkpoints(path):
             os.close(self._lock)
             raise TrainingError(
                 f"{path}: holds checkpoints of another run; go on with --resume_from, "
@@ -54,9 +66,7 @@ class RunDirectory:
 
     def checkpoints(self) -> Iterator[int]:
         """Steps of which there is a checkpoint, ascending."""
-        names = [path.name for path in self.path.glob("checkpoints/checkpoint-*")]
-        numbers = [name.removeprefix("checkpoint-") for name in names]
-        yield from sorted(int(number) for number in numbers if number.isdecimal())
+        yield from checkpoints(self.path)
 
     def link(self, step: int, name: str) -> None:
         """Give the checkpoint of `step` a second name; takes no space where links are possible."""
@@ -70,9 +80,16 @@ class RunDirectory:
                     shutil.copy2(file, staged.path / file.name)
             staged.publish()
 
-    def keep_last(self, count: int) -> None:
-        """Remove all but the newest `count` checkpoints; ``best`` and ``final`` stay."""
-        for step in list(self.checkpoints())[:-count]:
+    def keep_last(self, count: int, *, newest: int | None = None) -> None:
+        """Remove all but the newest `count` checkpoints; ``best`` and ``final`` stay.
+
+        Args:
+            count: how many stay.
+            newest: step of the one just written; what an earlier, longer run left beyond it stays,
+                and does not count.
+        """
+        steps = [step for step in self.checkpoints() if newest is None or step <= newest]
+        for step in steps[:-count]:
             shutil.rmtree(self.checkpoint(step), ignore_errors=True)
 
     def close(self) -> None:

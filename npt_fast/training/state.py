@@ -26,7 +26,7 @@ from npt_fast.checkpoint.training_state import (
 )
 from npt_fast.config import FileFormat
 from npt_fast.errors import TrainingError
-from npt_fast.hf.checkpoint import read_tensor, synced, write_weights
+from npt_fast.hf.checkpoint import read_tensor, save_pt, synced, write_weights
 from npt_fast.modules import NPComponent
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -166,7 +166,7 @@ def write_checkpoint(
             (MULTI_LAYER_STATE, multi_layer_state),
         ):
             with synced(staged.path / name) as file:
-                torch.save(dict(state), file)
+                save_pt(dict(state), file)
         for name, content in ((CONFIG, config), (NPT_CONFIG, npt_config)):
             with synced(staged.path / name) as file:
                 file.write(strict_json.dump(dict(content)))

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.checkpoint.training_state import TrainingState
 from npt_fast.config import NPTConfig, TrainOptions, parse_size
 from npt_fast.errors import TrainingError, printable
@@ -29,7 +29,7 @@ from npt_fast.hf.convert import components, convert, decoder_layers
 from npt_fast.training.curriculum import parse_curriculum
 from npt_fast.training.data import TokenWindows
 from npt_fast.training.distillation import Distillation
-from npt_fast.training.evaluation import Evaluation
+from npt_fast.training.evaluation import Evaluation, collate
 from npt_fast.training.launch import launch
 from npt_fast.training.metrics import Metrics
 from npt_fast.training.run_directory import FINAL, RunDirectory
@@ -100,9 +100,12 @@ def train_here(options: TrainOptions) -> TrainReport:
     run = RunDirectory(output, resuming=checkpoint is not None) if first else None
     metrics = None
     try:
-        arguments = _arguments(options, output, start)
+        arguments = _arguments(options, output)
         model, tokenizer = load_base_model(
-            options.model_name, dtype=options.base_dtype, device=arguments.device
+            options.model_name,
+            dtype=options.base_dtype,
+            device=arguments.device,
+            keep_on_cpu=bool(arguments.fsdp),  # it may not fit on one device whole
         )
         layers = _put_layers(model, options, checkpoint, say)
         windows, held_out = _data(options, tokenizer, saved, say)
@@ -111,14 +114,21 @@ def train_here(options: TrainOptions) -> TrainReport:
             layer_weights=_layer_weights(options, model),
             loss=options.loss,
             direct_weight=options.direct_mlp_weight,
+            sink_weight=options.sink_weight,
             fidelity_weight=options.fidelity_weight,
             reg_weight=options.lambda_reg,
             cache_bytes=parse_size(options.teacher_cache),
         )
+        if options.init_strategy == "zero":
+            known = checkpoint.modules if checkpoint else {}
+            fresh = [layer for layer in layers if layer not in known]
+            text = collate(held_out[:4])["input_ids"].to(model.device)
+            distillation.calibrate(text, fresh)
         config = {name: _plain(value) for name, value in asdict(options).items()}
         if run is not None:
-            metrics = Metrics(output, options, start, config)
-            (output / CONFIG).write_bytes(strict_json.dump(config))
+            with disk_errors(output, TrainingError):
+                metrics = Metrics(output, options, start, config)
+                (output / CONFIG).write_bytes(strict_json.dump(config))
         _announce(say, options, model, layers, output, start)
         with _deferred_signals() as stop:
             trainer = NPTTrainer(
@@ -179,9 +189,7 @@ def _open(options: TrainOptions) -> tuple[Checkpoint | None, TrainingState | Non
     return checkpoint, read_state(checkpoint)
 
 
-def _arguments(options: TrainOptions, output: Path, start: int) -> TrainingArguments:
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+def _arguments(options: TrainOptions, output: Path) -> TrainingArguments:
     warmup = options.warmup_steps
     if warmup is None:
         warmup = min(1000, options.max_steps // 10)
@@ -194,8 +202,6 @@ def _arguments(options: TrainOptions, output: Path, start: int) -> TrainingArgum
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine" if options.lr_schedule == "cosine" else "constant_with_warmup",
-        lr_scheduler_kwargs={"last_epoch": start - 1},
         warmup_steps=warmup,
         weight_decay=options.weight_decay,
         max_grad_norm=options.gradient_clip,
@@ -224,8 +230,7 @@ def _put_layers(
     model: Any, options: TrainOptions, checkpoint: Checkpoint | None, say: Callable[[str], None]
 ) -> list[int]:
     """Layers from the checkpoint as they are there, the others anew; ascending."""
-    count = len(decoder_layers(model))
-    layers = sorted(layer + count if layer < 0 else layer for layer in options.layers)
+    layers = sorted(_indices(options, model))
     known = [layer for layer in layers if checkpoint and layer in checkpoint.modules]
     if checkpoint is not None:
         if not known:
@@ -253,6 +258,18 @@ def _put_layers(
     return layers
 
 
+def _indices(options: TrainOptions, model: Any) -> list[int]:
+    """Layers in the order in which they are named, from 0."""
+    count = len(decoder_layers(model))
+    for layer in options.layers:
+        if not -count <= layer < count:
+            raise TrainingError(f"train_layers: there is no layer {layer}, the model has {count}")
+    layers = [layer % count for layer in options.layers]
+    if len(set(layers)) < len(layers):
+        raise TrainingError(f"train_layers names a layer twice: {layers}")
+    return layers
+
+
 def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
     return NPTConfig(
         layers=[layer],
@@ -260,15 +277,14 @@ def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
         num_ranks=options.num_ranks,
         modulation=options.modulation,
         residual=options.residual,
-        # init=options.init_strategy,
-        # init_scale=options.np_init_scale,
+        init=options.init_strategy,
+        init_scale=options.np_init_scale,
     )
 
 
 def _layer_weights(options: TrainOptions, model: Any) -> dict[int, float]:
     """Weights by layer; given in the order in which the layers are named."""
-    count = len(decoder_layers(model))
-    layers = [layer + count if layer < 0 else layer for layer in options.layers]
+    layers = _indices(options, model)
     text = options.layer_weights
     if text == "uniform":
         values = [1.0] * len(layers)
@@ -348,16 +364,18 @@ def _announce(
 @contextmanager
 def _deferred_signals() -> Iterator[Callable[[], int]]:
     """SIGTERM and Ctrl-C wait for the end of the step, so that it is saved; a second does not."""
-    received = 0
+    received, since = 0, 0.0
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0  # Python handles signals in the main thread only
         return
 
     def note(number: int, frame: Any) -> None:
-        nonlocal received
-        if received:
+        nonlocal received, since
+        if not received:
+            received, since = number, time.monotonic()
+        elif time.monotonic() - since > 1:
+            # sooner it is the same one: Ctrl-C goes to all processes, and `launch` passes it on
             raise SystemExit(128 + number)
-        received = number
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -14,9 +14,16 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+)
 
 from npt_fast.checkpoint.checkpoint import Checkpoint
+from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.checkpoint.training_state import TrainingState
 from npt_fast.config import TrainOptions
 from npt_fast.errors import TrainingError
@@ -132,10 +139,25 @@ class NPTTrainer(Trainer):
                 parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
             )
             for group in self.optimizer.param_groups:
-                group["initial_lr"] = (
-                    options.learning_rate
-                )  # for a schedule that begins in the middle
+                # for a schedule that begins in the middle
+                group["initial_lr"] = options.learning_rate
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm-up, then half a cosine or constant, from the step where the run begins."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            last = self.start - 1
+            self.lr_scheduler = (
+                get_cosine_schedule_with_warmup(
+                    optimizer, warmup, num_training_steps, last_epoch=last
+                )
+                if self.options.lr_schedule == "cosine"
+                else get_constant_schedule_with_warmup(optimizer, warmup, last)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def compute_loss(
         self,
@@ -180,8 +202,7 @@ class NPTTrainer(Trainer):
         }
         self._sums = {}
         self._since = time.monotonic()
-        if self.metrics is not None:
-            self.metrics.write(step, values)
+        self._record(step, values)
         left = (self.options.max_steps - step) * seconds / max(step - self._logged_before(step), 1)
         self.say(
             f"step {step}/{self.options.max_steps}  {stage.name}  loss {values['loss/total']:.4f}  "
@@ -199,6 +220,11 @@ class NPTTrainer(Trainer):
         optimizer: Any = self.optimizer
         found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         return found
+
+    def _record(self, step: int, values: Mapping[str, float | str]) -> None:
+        if self.metrics is not None:
+            with disk_errors(self.metrics.path, TrainingError):
+                self.metrics.write(step, values)
 
     def _parts(self) -> dict[int, NPComponent]:
         return components(self.distillation.model)
@@ -273,13 +299,12 @@ class NPTTrainer(Trainer):
         stage = self.stages[index]
         if self._stage >= 0:
             self.say(f"Curriculum stage changed to: {stage.name}")
-            if self.metrics is not None:
-                changed = {
-                    "curriculum/stage_transition": 1.0,
-                    "curriculum/attention_mixing_ratio": stage.attention_ratio,
-                    "curriculum/mlp_mixing_ratio": stage.mlp_ratio,
-                }
-                self.metrics.write(step, changed)
+            changed = {
+                "curriculum/stage_transition": 1.0,
+                "curriculum/attention_mixing_ratio": stage.attention_ratio,
+                "curriculum/mlp_mixing_ratio": stage.mlp_ratio,
+            }
+            self._record(step, changed)
         self._stage = index
 
     def leave_step(self, control: Any) -> None:
@@ -287,9 +312,9 @@ class NPTTrainer(Trainer):
         options, step = self.options, self.state.global_step
         if self.accelerator.device.type == "cpu":
             self._check_finite()  # elsewhere it would wait for the device: when logging, saving
-        self.stopped_by = self._agreed_stop()
         begun = time.monotonic()
         last = step >= options.max_steps
+        self.stopped_by = 0 if last else self._agreed_stop()
         evaluates = options.eval_steps and (step % options.eval_steps == 0 or last)
         better = self._evaluate_now() if evaluates else False
         saves = step % options.save_steps == 0 or last or self.stopped_by
@@ -330,16 +355,15 @@ class NPTTrainer(Trainer):
             total=reduce,
         )
         self.evaluation = found
-        if self.metrics is not None:
-            values: dict[str, float | str] = {
-                "eval_loss/total": found.loss,
-                "eval/perplexity": found.perplexity,
-                "eval/base_perplexity": found.base_perplexity,
-                "eval/kl": found.kl,
-                "eval/top1_agreement": found.top1_agreement,
-            }
-            values |= {f"eval_mlp_direct_loss/layer_{n}": v for n, v in found.direct.items()}
-            self.metrics.write(step, values)
+        values: dict[str, float | str] = {
+            "eval_loss/total": found.loss,
+            "eval/perplexity": found.perplexity,
+            "eval/base_perplexity": found.base_perplexity,
+            "eval/kl": found.kl,
+            "eval/top1_agreement": found.top1_agreement,
+        }
+        values |= {f"eval_mlp_direct_loss/layer_{n}": v for n, v in found.direct.items()}
+        self._record(step, values)
         self.say(
             f"step {step}  evaluation  perplexity {found.perplexity:.3f} (base "
             f"{found.base_perplexity:.3f})  KL {found.kl:.4f}  top-1 {found.top1_agreement:.4f}"
@@ -402,7 +426,7 @@ class NPTTrainer(Trainer):
         if saves and better:
             self.run.link(step, BEST)
         if saves and options.keep_last is not None:
-            self.run.keep_last(options.keep_last)
+            self.run.keep_last(options.keep_last, newest=step)
         self.say(f"Saved {target}" + (", the best so far" if better else ""))
 
     def _layer_steps(self, layer: int) -> int:

@@ -1,0 +1,332 @@
+"""How much memory and time a modulated MLP takes, beside its definition and its bare GEMMs.
+
+``pytest benchmarks/bench_modulation.py`` times a training step (forward and backward; the base
+weights frozen) against ``impl="reference"``, which forms v_a and v_b, and a forward against the
+matrix products that it contains. The baseline runs before every round, so that a busy minute of
+the machine hits both alike; the ratio, a median over the rounds, is in the row's name and fails
+nothing. What autograd keeps for backward is counted and must equal the formula.
+
+One thread, unless OMP_NUM_THREADS says more: with several, each of the reference's many small
+operations waits for the slowest thread, and on a machine that also does something else the ratio
+comes out several times too good.
+
+``python -m benchmarks.bench_modulation`` runs all that and keeps the tables in
+``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import MB, machine_facts, save, table_of
+from npt_fast.functional import modulated_mlp
+from npt_fast.kernels.factored import Base, Modulation
+from npt_fast.testing import Problem, leaves, make_inputs
+
+Inputs = tuple[Tensor, Tensor, Base, Modulation]
+ROUNDS = 7
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+# The widths of Llama-3.2-1B. With 128 components and 512 tokens the reference keeps 8 GB, and its
+# process grows to 15 GB; half the tokens leave room for whatever else the machine does.
+_LLAMA_1B = partial(Problem, hidden=2048, intermediate=8192)
+PROBLEMS = (
+    _LLAMA_1B(tokens=512, num_ranks=8, rank=128),
+    _LLAMA_1B(tokens=256, num_ranks=128, rank=16),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A way to compute the modulated MLP, by the options of `modulated_mlp`."""
+
+    name: str
+    impl: str
+    save_probe: bool = True
+
+
+FACTORED = Form("factored", "factored")
+REFERENCE = Form("reference", "reference")
+FORMS = (FACTORED, Form("factored, save_probe=False", "factored", save_probe=False), REFERENCE)
+
+
+def run(inputs: Inputs, form: Form = FACTORED) -> Tensor:
+    """The modulated MLP of `inputs`, ``(T, D)``."""
+    x, h, base, modulation = inputs
+    options: dict[str, Any] = {"impl": form.impl, "save_probe": form.save_probe}
+    return modulated_mlp(x, h, base.gate, base.up, base.down, modulation, **options)
+
+
+def training_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
+    """Everything requires gradients except the base weights, as when modulation is trained."""
+    x, h, base, modulation = make_inputs(problem, dtype=dtype)
+    return x, h, Base._make(w if w is None else w.detach() for w in base), modulation
+
+
+def step(inputs: Inputs, form: Form = FACTORED) -> None:
+    """Forward and backward, to the gradients of x, h and the modulation."""
+    trained = [tensor for tensor in leaves(*inputs).values() if tensor.requires_grad]
+    y = run(inputs, form)
+    torch.autograd.grad(y, trained, torch.ones_like(y))
+
+
+def bare_gemms(inputs: Inputs) -> Callable[[], None]:
+    """The matrix products of a triple's forward and nothing else: not even outputs to allocate."""
+    x, h, base, m = inputs
+    assert m.w_a_mid is not None and m.w_b_up is not None and m.w_b_down is not None
+    z, inner = torch.randn(len(h), len(m.w_b_gate)), torch.randn(len(h), len(base.gate))
+    pairs = [
+        (x, m.w_down), (h, m.w_a_in.t()),
+        (h, base.gate.t()), (z, m.w_b_gate),
+        (h, base.up.t()), (z, m.w_b_up),
+        (inner, base.down.t()), (inner, m.w_a_mid.t()), (z, m.w_b_down),
+    ]  # fmt: skip
+    products = [(a.detach(), b.detach(), torch.empty(len(a), b.shape[1])) for a, b in pairs]
+
+    def multiply() -> None:
+        for a, b, out in products:
+            torch.mm(a, b, out=out)
+
+    return multiply
+
+
+def flops(function: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products in a call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return int(counter.get_total_flops())
+
+
+def saved_bytes(inputs: Inputs, form: Form) -> int:
+    """What autograd keeps for backward: x, h and all in between, not the weights.
+
+    Every storage counts once and as a whole, since a view keeps all of it.
+    """
+    _, _, base, modulation = inputs
+    weights = {
+        t.untyped_storage().data_ptr() for t in (*base, *modulation) if isinstance(t, Tensor)
+    }
+    storages: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(inputs, form)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def formula_bytes(problem: Problem, form: Form, dtype: torch.dtype) -> int:
+    """What a triple keeps for backward (KERNELS 2.3), in bytes.
+
+    Both forms keep x and h, 2 D elements per token, and u, 3 R. The factored form adds the probes,
+    3 R if saved, gate and up before the activation, 2 F, and 3 k coefficients of 4 bytes. The
+    reference adds what plain autograd keeps of the MLP, 4 F (gate, its activation, up, their
+    product), v_a and v_b of every component and projection, 3 k (D + F), and 3 k coefficients;
+    it has neither probes nor z, which KERNELS counts for its naive form, 6 R more.
+    """
+    d, f, k = problem.hidden, problem.intermediate, problem.num_ranks
+    r = k * problem.rank
+    if form is REFERENCE:
+        per_token = dtype.itemsize * (2 * d + 3 * r + 4 * f + 3 * k * (d + f) + 3 * k)
+    else:
+        per_token = dtype.itemsize * (2 * d + (6 if form.save_probe else 3) * r + 2 * f) + 12 * k
+    return problem.tokens * per_token
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Bytes kept for backward by one form of one problem, counted and by formula."""
+
+    problem: Problem
+    form: str
+    dtype: str
+    measured: int
+    formula: int
+
+
+def measure_saved(problem: Problem, inputs: Inputs) -> list[Saved]:
+    """All forms, in the dtype of the inputs."""
+    dtype = inputs[0].dtype
+    return [
+        Saved(
+            problem, form.name, str(dtype).removeprefix("torch."),
+            saved_bytes(inputs, form), formula_bytes(problem, form, dtype),
+        )
+        for form in FORMS
+    ]  # fmt: skip
+
+
+def label(problem: Problem) -> str:
+    """The part of a problem in which ours differ."""
+    return f"k={problem.num_ranks} r={problem.rank} T={problem.tokens}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=PROBLEMS, ids=label)
+def case(request: pytest.FixtureRequest) -> tuple[Problem, Inputs]:
+    """A problem and its inputs in float32."""
+    return request.param, training_inputs(request.param, torch.float32)
+
+
+def compare(
+    benchmark: Any,
+    problem: Problem,
+    target: Callable[[], None],
+    baseline: Callable[[], None],
+    name: str,
+) -> None:
+    """Time `target`, each round right after a round of `baseline`, and report the ratio."""
+    seconds: list[float] = []
+
+    def time_baseline() -> None:
+        start = time.perf_counter()
+        baseline()
+        seconds.append(time.perf_counter() - start)
+
+    benchmark.pedantic(target, setup=time_baseline, rounds=ROUNDS, warmup_rounds=1)
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    del seconds[0]  # the warm-up
+    own = benchmark.stats.stats.data
+    ratios = [a / b for a, b in zip(own, seconds, strict=True)]
+    benchmark.extra_info.update(
+        problem=asdict(problem), baseline=name, seconds=own, baseline_seconds=seconds,
+        ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
+    )  # fmt: skip
+    benchmark.stats.name = f"{label(problem)}: {statistics.median(ratios):.2f} x {name}"
+
+
+@pytest.mark.benchmark(group="forward + backward")
+def test_step(benchmark: Any, case: tuple[Problem, Inputs]) -> None:
+    problem, inputs = case
+    with torch.no_grad():
+        y, expected = run(inputs), run(inputs, REFERENCE)
+    assert (y - expected).norm() < 1e-5 * expected.norm()
+    compare(
+        benchmark, problem,
+        lambda: step(inputs), lambda: step(inputs, REFERENCE), "impl='reference'",
+    )  # fmt: skip
+
+
+@pytest.mark.benchmark(group="forward")
+def test_forward(benchmark: Any, case: tuple[Problem, Inputs]) -> None:
+    """In training: what backward needs is kept."""
+    problem, inputs = case
+    gemms = bare_gemms(inputs)
+    assert flops(gemms) == flops(lambda: run(inputs))
+
+    def forward() -> None:
+        run(inputs)
+
+    compare(benchmark, problem, forward, gemms, "its bare GEMMs")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_activations(case: tuple[Problem, Inputs], dtype: torch.dtype) -> None:
+    problem, inputs = case
+    if dtype != torch.float32:
+        inputs = training_inputs(problem, dtype)
+    for saved in measure_saved(problem, inputs):
+        assert saved.measured == pytest.approx(saved.formula, rel=0.02), saved
+
+
+def speed_table(rows: Sequence[dict[str, Any]]) -> str:
+    heads = ("what", "k, r, T", "wall s", "baseline", "baseline s", "ratio", "min", "max")
+    body = []
+    for row in rows:
+        times = (statistics.median(row[name]) for name in ("seconds", "baseline_seconds"))
+        own, baseline = (f"{value:.2f}" for value in times)
+        ratios = (f"{row[name]:.2f}" for name in ("ratio", "ratio_min", "ratio_max"))
+        problem = label(Problem(**row["problem"]))
+        body.append((row["what"], problem, own, row["baseline"], baseline, *ratios))
+    return table_of(heads, body)
+
+
+def saved_table(rows: Sequence[Saved]) -> str:
+    heads = ("k, r, T", "form", "dtype", "MB", "formula", "MB / formula", "formula at T=512")
+    body = [
+        (
+            label(row.problem), row.form, row.dtype, f"{row.measured / MB:.1f}",
+            f"{row.formula / MB:.1f}", f"{row.measured / row.formula:.4f}",
+            f"{row.formula / row.problem.tokens * 512 / MB:.1f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    return table_of(heads, body)
+
+
+NOTES = """\
+Llama-3.2-1B widths (D=2048, F=8192), gate, up and down modulated; speed in float32.
+`ratio` is the median of the rounds' ratios, each to the round of the baseline just before it.
+The bare GEMMs write to outputs made in advance. Freeing what was kept is part of every time.
+k=128 has 256 tokens, not 512, at which the reference would keep 8.1 GB (last column).
+
+Saved: storages that autograd keeps for backward, each once, as a whole: x, h and everything
+computed from them; no weights. Per token the formula is, with e bytes per element,
+e (2D + 6R + 2F) + 12k for the factored form, 3R instead of 6R without probes, and
+e (2D + 3R + 4F + 3k (D + F) + 3k) for the reference, R = k r: KERNELS 2.3, but for 6R that its
+naive form has and the reference does not."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--no-save", action="store_true", help="only print")
+    options = parser.parse_args()
+    with tempfile.NamedTemporaryFile(suffix=".json") as report:
+        code = pytest.main([__file__, "-q", f"--benchmark-json={report.name}"])
+        if code:
+            return int(code)
+        benchmarks = json.loads(Path(report.name).read_bytes())["benchmarks"]
+    speed = [{"what": row["group"], **row["extra_info"]} for row in benchmarks]
+    saved = [
+        row
+        for problem in PROBLEMS
+        for dtype in (torch.bfloat16, torch.float32)
+        for row in measure_saved(problem, training_inputs(problem, dtype))
+    ]
+    facts = machine_facts("npt_fast", "torch") | {
+        "threads": str(THREADS),
+        "command": f"`python -m benchmarks.bench_modulation`; {ROUNDS} rounds",
+    }
+    tables = f"{speed_table(speed)}\n\n{saved_table(saved)}"
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    print(tables)
+    if options.no_save:
+        return 0
+    document = {"machine": facts, "speed": speed, "saved": [asdict(row) for row in saved]}
+    text = f"{tables}\n\n{NOTES}"
+    path = save("modulation", "Modulated MLP: time and memory", facts, text, document)
+    print(f"Saved to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""What every benchmark's results say about the machine, and how they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+MB = 1_000_000
+
+
+def machine_facts(*packages: str) -> dict[str, str]:
+    """What a reader needs to judge the numbers, with the versions of `packages`."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    facts = {
+        "date": date.today().isoformat(),
+        "commit": commit or "unknown",
+        "cpu": model[1] if model else platform.machine(),
+        "cores": str(os.cpu_count()),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+    for package in packages:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    return facts
+
+
+def table_of(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Markdown, which reads well on a terminal too; numbers to the right."""
+    columns = list(zip(heads, *body, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(re.match(r"[-\d]", cell) for cell in column[1:]) for column in columns]
+    lines = []
+    for cells in (heads, tuple("-" * width for width in widths), *body):
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(cells, widths, numeric, strict=True)
+        )
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
+
+
+def save(
+    name: str, title: str, facts: Mapping[str, str], text: str, document: Mapping[str, Any]
+) -> Path:
+    """Write ``<name>-<cpu>.md`` and the raw numbers beside it; gives the path of the former."""
+    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{cpu}.md"
+    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), "", text]
+    path.write_text("\n".join(lines) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    return path

