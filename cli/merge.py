@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,20 +10,17 @@ from cyclopts import Parameter
 import npt_fast as npt
 from npt_fast.checkpoint.merge_report import MergeReport
 from npt_fast.cli.output import print_json, print_verification, progress_bar, say, size, warn
-from npt_fast.config import ConflictPolicy, FileFormat, MergeOptions, WeightDType
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?B)?", text.strip(), re.IGNORECASE)
-    if match is None or not int(match[1]):
-        raise ValueError(f"{text!r} is not a size such as 5GB or 500MB")
-    return int(match[1]) * _UNITS[(match[2] or "").upper()]
-
+from npt_fast.config import (
+    ConflictPolicy,
+    FileFormat,
+    MergeOptions,
+    WeightDType,
+    parse_size,
+)
 
 def _check_size(kind: object, text: str) -> None:
-    _bytes(text)
+    if not parse_size(text):
+        raise ValueError(f"{text!r} is not a size such as 5GB or 500MB")
 
 
 def merge(
@@ -87,7 +83,7 @@ def merge(
         uniform=uniform,
         dtype=dtype,
         format=format,
-        max_shard_size=_bytes(max_shard_size),
+        max_shard_size=parse_size(max_shard_size),
         weights_only=weights_only,
         copy_multi_layer_state=copy_multi_layer_state,
         allow_different_base=allow_different_base,

@@ -229,12 +229,14 @@ class TrainOptions:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value}")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must not be negative, got {value}")
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
         if self.stride is not None and not 0 < self.stride <= self.max_length:
             raise ValueError(f"stride must be from 1 to max_length, got {self.stride}")
         if self.mixed_precision and self.fp16:

@@ -121,10 +121,10 @@ def evaluate(
 
     Raises:
         DataError: the text cannot be read, or is too little.
-        ModelError: the model has no NP layers.
+        ModelError: the model has no NP layers, or all are off.
     """
-    if not components(model):
-        raise ModelError("the model has no NP layers to evaluate")
+    if not any(part.enabled for part in components(model).values()):
+        raise ModelError("the model has no NP layers that are on")
     held_out = TokenWindows(
         data, tokenizer, max_length=max_length, held_out=windows
     ).held_out_windows()

@@ -100,7 +100,7 @@ def _start(options: TrainOptions, folder: Path, config: Mapping[str, Any]) -> An
                 options.wandb_project,
                 name=run,
                 tags=list(options.wandb_tags),
-                mode=options.wandb_mode or "online",
+                mode=options.wandb_mode,
                 dir=str(folder),
             )
         with redirect_stdout(sys.stderr):  # they talk; stdout is for the report

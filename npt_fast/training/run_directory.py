@@ -15,6 +15,7 @@ from npt_fast.errors import TrainingError
 
 BEST = "best"
 FINAL = "final"
+_REMOVED = ".removed"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
@@ -90,7 +91,10 @@ class RunDirectory:
         """
         steps = [step for step in self.checkpoints() if newest is None or step <= newest]
         for step in steps[:-count]:
-            shutil.rmtree(self.checkpoint(step), ignore_errors=True)
+            path = self.checkpoint(step)
+            path.rename(path.with_name(f".{path.name}{_REMOVED}"))  # never there in part
+        for path in self.path.glob(f"checkpoints/.checkpoint-*{_REMOVED}"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Let other runs in."""

@@ -18,7 +18,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import npt_fast as npt
 from npt_fast.training.run_directory import RunDirectory
-from tests.checkpoints import contents, layer_weights, load_state, run, write_checkpoint
+from tests.checkpoints import (
+    contents,
+    layer_weights,
+    load_state,
+    read_weights,
+    run,
+    write_checkpoint,
+)
 from tests.training import runs, tiny
 from tests.training.runs import Place
 
@@ -349,6 +356,6 @@ def test_a_signal_saves(
     else:  # sums in another order
         one, other = load_state(rest), load_state(uninterrupted)
         assert one["data_state"]["windows"] == other["data_state"]["windows"] == 240
-        ours, theirs = (runs.read_weights(p) for p in (rest, uninterrupted))
+        ours, theirs = (read_weights(p) for p in (rest, uninterrupted))
         wrong = torch.cat([(ours[name] - theirs[name]).ravel() for name in theirs]).norm()
         assert wrong < 1e-2 * torch.cat([t.ravel() for t in theirs.values()]).norm()

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 
 import npt_fast as npt
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
@@ -173,7 +172,7 @@ def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
 def test_the_wheels_model() -> None:
     """Its tensors are all there, and it is the model that its name says."""
     model, tokenizer = load_base_model(SMOLLM2)
-    assert isinstance(model, LlamaForCausalLM)
+    assert type(model).__name__ == "LlamaForCausalLM"
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)
     assert model.config._name_or_path == SMOLLM2
     prompt = tokenizer("The capital of France is", return_tensors="pt", add_special_tokens=False)

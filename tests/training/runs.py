@@ -14,13 +14,18 @@ from typing import Any
 import torch
 
 import npt_fast as npt
-from tests.checkpoints import assert_same_tensors, layer_weights, load_state, read_weights
-from tests.checkpoints import write_checkpoint as write
+from tests.checkpoints import (
+    assert_same_tensors,
+    layer_weights,
+    load_state,
+    read_weights,
+    write_checkpoint,
+)
 from tests.training import tiny
 
 LENGTH = 24
 """Tokens per window: fewer than 32, so that the last window of an epoch may be short."""
-SIZES = {"d": 32, "f": 48, "rank": 3, "num_ranks": 2}
+SIZES: dict[str, Any] = {"d": 32, "f": 48, "rank": 3, "num_ranks": 2}
 """Of the layers, for `tests.checkpoints.layer_weights`."""
 
 
@@ -48,7 +53,7 @@ class Place:
             "num_eval_samples": 4,
             "np_rank": 3,
             "num_ranks": 2,
-            "sink_weight": 1.0,
+            "sink_weight": 0.0,
             "batch_size": 2,
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-2,
@@ -93,10 +98,10 @@ def place(folder: Path) -> Iterator[Place]:
 
 def start(folder: Path, *layers: int, **changes: Any) -> Path:
     """A checkpoint of random layers without training state: every gradient is alive from there."""
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for layer in layers:
         weights |= layer_weights(layer, **{**SIZES, **changes})
-    return write(folder, {name: tensor * 0.15 for name, tensor in weights.items()})
+    return write_checkpoint(folder, {name: tensor * 0.15 for name, tensor in weights.items()})
 
 
 def moments(checkpoint: Path) -> list[dict[str, torch.Tensor]]:

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 import npt_fast as npt
 from npt_fast.training import launch
 from npt_fast.training.run_directory import RunDirectory
-from tests.checkpoints import assert_same_tensors, read_weights
+from tests.checkpoints import assert_same_tensors, load_state, read_weights
 from tests.training import runs
 from tests.training.runs import Place
 
@@ -39,7 +39,7 @@ def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr("npt_fast.training.launch.os.cpu_count", lambda: 1)
     multiprocessing.set_forkserver_preload(["npt_fast.training.train"])
-    start = partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    start = partial(start_processes, start_method="forkserver")
     monkeypatch.setattr(torch.multiprocessing, "spawn", start)
 
 
@@ -80,7 +80,7 @@ def test_two_processes_take_the_steps_of_one(place: Place, tmp_path: Path, paral
                 assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
     files = {p.name for p in two.iterdir()}
     assert files == {p.name for p in one.iterdir()}
-    assert runs.load_state(two)["data_state"]["windows"] == 32
+    assert load_state(two)["data_state"]["windows"] == 32
     assert {p.name for p in two.parent.iterdir()} == {p.name for p in one.parent.iterdir()}
 
 

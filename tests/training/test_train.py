@@ -247,7 +247,7 @@ def test_learning_rates(place: Place, tmp_path: Path, schedule: str, warmup: int
     settings = {"lr_schedule": schedule, "warmup_steps": warmup, "logging_steps": 1}
     half = place.train(tmp_path / "out", max_steps=4, **settings)
     place.train(tmp_path / "out", max_steps=20, resume_from=str(half), **settings)
-    first = {None: 2}.get(warmup, warmup)  # without a number, a tenth of the steps
+    first = 2 if warmup is None else warmup  # without a number, a tenth of the steps
 
     def expected(step: int, end: int, first: int) -> float:
         if step < first:
@@ -255,7 +255,7 @@ def test_learning_rates(place: Place, tmp_path: Path, schedule: str, warmup: int
         progress = (step - first) / (end - first) if schedule == "cosine" else 0
         return 1e-2 * (1 + math.cos(math.pi * progress)) / 2
 
-    begun = 0 if warmup is None else first
+    begun = warmup or 0
     found = [line["training/learning_rate"] for line in runs.log(tmp_path / "out")]
     assert found == pytest.approx(
         [expected(step, 4, begun) for step in range(4)]
