@@ -18,6 +18,7 @@ from npt_fast.config import (
     parse_size,
 )
 
+
 def _check_size(kind: object, text: str) -> None:
     if not parse_size(text):
         raise ValueError(f"{text!r} is not a size such as 5GB or 500MB")

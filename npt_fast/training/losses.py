@@ -6,12 +6,12 @@ Low precision is widened to float32; float64 stays, so that the formulas can be 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from npt_fast.config import LossKind
 
@@ -66,9 +66,9 @@ def fidelity_sum(
     weights: Tensor,
     kind: LossKind,
 ) -> Tensor:
-    """Difference in next-token predictions, summed over tokens.
+    """Difference in next-token predictions, summed over tokens; differentiable in `student`.
 
-    Logits exist for 2048 tokens at a time and are made again in backward.
+    Logits exist for 2048 tokens at a time and are made once: the gradient is taken with the value.
 
     Args:
         student: final hidden states of the trained model, ``(B, S, D)``.
@@ -78,21 +78,47 @@ def fidelity_sum(
         kind: ``"relative"``: KL(teacher, student) in nats; ``"mse"``: mean squared difference of
             logits (SPEC 5.4).
     """
+    result: Tensor = _Fidelity.apply(  # type: ignore[no-untyped-call]
+        student, teacher, weights, head, kind
+    )
+    return result
 
-    def part(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-        ours, theirs = _wide(head(student)), _wide(head(teacher))
-        if kind == "mse":
-            errors = (ours - theirs).square().mean(-1)
-        else:
-            errors = functional.kl_div(
-                ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
-            ).sum(-1)
-        return (errors * weights).sum()
 
-    chunks = zip(*_chunks(student, teacher, weights), strict=True)
-    # use_reentrant=False keeps autocast's state and works under DDP
-    sums = [checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.stack(sums).sum()
+class _Fidelity(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Tensor,
+        head: Callable[[Tensor], Tensor],
+        kind: LossKind,
+    ) -> Tensor:
+        sums, gradients = [], []
+        for ours, theirs, weight in zip(*_chunks(student, teacher, weights), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                ours = ours.detach().requires_grad_(ctx.needs_input_grad[0])
+                found = (_fidelity(_wide(head(ours)), _wide(head(theirs)), kind) * weight).sum()
+            if ctx.needs_input_grad[0]:
+                gradients += torch.autograd.grad(found, ours)
+            sums.append(found.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients).view_as(student))
+        return torch.stack(sums).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None, None
+
+
+def _fidelity(ours: Tensor, theirs: Tensor, kind: LossKind) -> Tensor:
+    if kind == "mse":
+        return (ours - theirs).square().mean(-1)
+    return functional.kl_div(
+        ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
 
 
 class Agreement(NamedTuple):
