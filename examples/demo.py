@@ -17,16 +17,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
-MODEL = "--model_name smollm2-135m --data python-docs --max_length 256 --num_eval_samples 24"
+MODEL = "--model_name smollm2-135m --data python-docs --max_length 256 --num_eval_samples 20"
 BATCHES = "--batch_size 4 --gradient_accumulation_steps 1 --eval_steps 0 --generation_steps 0"
 ALONE = "--num_ranks 4 --np_rank 64 --learning_rate 5e-4 --teacher_cache 2GB --logging_steps 25"
-TOGETHER = "--curriculum_stages student:612 --learning_rate 2e-5 --lr_schedule constant"
-LAYER11 = "experiments/layer11_training/checkpoint-600"
+TOGETHER = "--curriculum_stages student:508 --learning_rate 2e-5 --lr_schedule constant"
+LAYER11 = "experiments/layer11_training/checkpoint-500"
 LAYER13 = "experiments/layer13_training/checkpoint-500"
-LAYER23 = "experiments/layer23_training/checkpoint-150"
+LAYER23 = "experiments/layer23_training/checkpoint-100"
 MERGED = "experiments/merged_11_13"
 MERGED_V2 = "experiments/merged_11_13_23"
-CONTINUED = "experiments/continued/checkpoint-612"
+CONTINUED = "experiments/continued/checkpoint-508"
 PROMPT = "The capital of France is"
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     seconds: dict[str, float] = {}
 
     say("1. Train layer 11")
-    seconds[LAYER11] = train(11, 600)
+    seconds[LAYER11] = train(11, 500)
 
     say("2. Train layer 13 separately")
     seconds[LAYER13] = train(13, 500)
@@ -80,13 +80,13 @@ def main() -> None:
     seconds[MERGED] = run(merging)[0]
 
     say("5. Add a layer later: train layer 23, merge it into the merge")
-    seconds[LAYER23] = train(23, 150)
+    seconds[LAYER23] = train(23, 100)
     merging = f"npt-fast merge --checkpoints {MERGED} {LAYER23} --output {MERGED_V2} --verify"
     seconds[MERGED_V2] = run(merging)[0]
 
     say("6. Continue training all three, from their merged optimizer state, as the student")
     seconds[CONTINUED] = run(
-        f"npt-fast train --train_layers 11,13,23 --resume_from {MERGED_V2} --max_steps 612 "
+        f"npt-fast train --train_layers 11,13,23 --resume_from {MERGED_V2} --max_steps 508 "
         f"--wandb_name continued {MODEL} {BATCHES} {TOGETHER} --warmup_steps 0 --logging_steps 2"
     )[0]
 

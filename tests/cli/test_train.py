@@ -281,14 +281,19 @@ def test_a_loss_that_is_not_finite(place: Place, capsys: Any, tmp_path: Path) ->
     assert contents(good) == before
 
 
-@pytest.mark.parametrize("limit", [100, 700, 5_000, 15_000])
-def test_a_full_disk_is_exit_code_4(place: Place, capsys: Any, tmp_path: Path, limit: int) -> None:
-    """While the log, the weights or the optimizer is written."""
+@pytest.mark.parametrize(
+    ("limit", "where"),
+    [(100, ""), (2_500, "/training_log.jsonl"), (9_000, "/checkpoints/checkpoint-8")],
+)
+def test_a_full_disk_is_exit_code_4(
+    place: Place, capsys: Any, tmp_path: Path, limit: int, where: str
+) -> None:
     with runs.file_size_limit(limit):
         code, out, err = run(capsys, *place.arguments(tmp_path / "out", logging_steps=1))
     assert (code, out) == (4, "")
-    assert err.splitlines()[-1].startswith(f"Error: {tmp_path / 'out'}")
-    assert err.endswith("File too large; nothing was written\n") and "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last == f"Error: {tmp_path / 'out'}{where}: File too large; nothing was written"
+    assert "Traceback" not in err
     assert not list((tmp_path / "out").glob("checkpoints/*"))
 
 
