@@ -165,11 +165,14 @@ def _run(tasks: list[TrainOptions], environment: list[dict[str, str]]) -> list[T
 
 def _all_well(processes: Sequence[Any]) -> bool:
     """Wait for processes to end; False as soon as one of them failed."""
-    while running := [process for process in processes if process.is_alive()]:
-        connection.wait([process.sentinel for process in running])
-        if any(process.exitcode for process in processes):
+    while True:
+        codes = [process.exitcode for process in processes]  # None: it runs
+        if any(codes):
             return False
-    return True
+        running = [p.sentinel for p, code in zip(processes, codes, strict=True) if code is None]
+        if not running:
+            return True
+        connection.wait(running)
 
 
 def _work(

@@ -165,13 +165,21 @@ def at_the_start(monkeypatch: pytest.MonkeyPatch, happens: Callable[[list[Any]],
     monkeypatch.setattr(launch, "_all_well", instead)
 
 
+@pytest.mark.parametrize("pause", [0, 1])
 def test_a_process_that_is_killed(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause: float
 ) -> None:
-    """As when memory runs out."""
-    at_the_start(monkeypatch, lambda processes: processes[1].kill())
-    with pytest.raises(npt.TrainingError, match="process 1 terminated with signal SIGKILL"):
+    """As when memory runs out; be it that it is gone before anybody looks."""
+
+    def happens(processes: list[Any]) -> None:
+        processes[0].kill()
+        time.sleep(pause)
+
+    at_the_start(monkeypatch, happens)
+    begun = time.monotonic()
+    with pytest.raises(npt.TrainingError, match="process 0 terminated with signal SIGKILL"):
         place.train(tmp_path / "out", num_processes=2)
+    assert time.monotonic() - begun < launch._GRACE
 
 
 @pytest.mark.parametrize(
