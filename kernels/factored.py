@@ -24,7 +24,7 @@ and p too with ``save_probe=False`` (2 R (2 D + F) more FLOPs per token).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +88,31 @@ class Base(NamedTuple):
     down_bias: Tensor | None = None
 
 
+class Steps(NamedTuple):
+    """What is done between and around the GEMMs; the algebra that uses it is the same for all.
+
+    c counts the projections at hand: those of u, or the one or two of gate and up.
+
+    Attributes:
+        probe: a ``(T, in)``, w_a ``(c R, in)``, u ``(c, T, R)``, k, save
+            -> s ``(c, T, k)``, z ``(c, T, R)``, and if save p ``(T, c R)``.
+        gate_up: h, base, z of gate and up, modulation, activation, save
+            -> inner ``(T, F)``, and if save gate and up before the activation.
+        sum_of_products: several ``(T, K)``, as many ``(K, out)``, a bias -> ``(T, out)``.
+        gated: gate, up, activation -> inner.
+        gated_backward: d_inner, gate, up, activation -> d_gate, d_up, inner.
+        coefficients_backward: dz, u, p, each ``(c, T, R)``, s, and du ``(c, T, R)`` to write to
+            -> dp ``(T, c R)``, z ``(c, T, R)``.
+    """
+
+    probe: Callable[[Tensor, Tensor, Tensor, int, bool], Sequence[Tensor]]
+    gate_up: Callable[[Tensor, Base, Tensor, Modulation, str, bool], Sequence[Tensor]]
+    sum_of_products: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None], Tensor]
+    gated: Callable[[Tensor, Tensor, str], Tensor]
+    gated_backward: Callable[[Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor, Tensor]]
+    coefficients_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 def modulated_mlp(
     x: Tensor,
     h: Tensor,
@@ -96,6 +121,7 @@ def modulated_mlp(
     *,
     activation: str = "silu",
     save_probe: bool = True,
+    steps: Steps | None = None,
 ) -> Tensor:
     """The modulated MLP; all tensors of one dtype and device.
 
@@ -106,15 +132,20 @@ def modulated_mlp(
         modulation: factors of the weight changes.
         activation: one of `ACTIVATIONS`.
         save_probe: keep the probes for backward instead of computing them again.
+        steps: how the parts are computed; in plain torch if None.
 
     Returns:
         ``(T, D)``.
     """
-    *factors, num_ranks = modulation
-    result: Tensor = ModulatedMLPFunction.apply(  # type: ignore[no-untyped-call]
-        x, h, *base, *factors, num_ranks, activation, save_probe
-    )
-    return result
+    steps = TORCH if steps is None else steps
+    tensors = (x, h, *base, *modulation[:-1])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        result: Tensor = ModulatedMLPFunction.apply(  # type: ignore[no-untyped-call]
+            *tensors, modulation.num_ranks, activation, save_probe, steps
+        )
+        return result
+    with torch.autocast(x.device.type, enabled=False):
+        return _forward(x, h, base, modulation, activation, steps, save=False)[0]
 
 
 class ModulatedMLPFunction(torch.autograd.Function):
@@ -122,14 +153,15 @@ class ModulatedMLPFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, *arguments: Any) -> Tensor:
-        *tensors, num_ranks, activation, save_probe = arguments
+        *tensors, num_ranks, activation, save_probe, steps = arguments
         base, modulation = Base._make(tensors[:6]), Modulation._make([*tensors[6:], num_ranks])
         with torch.autocast(x.device.type, enabled=False):
-            y, saved = _forward(x, h, base, modulation, activation)
+            y, saved = _forward(x, h, base, modulation, activation, steps, save=True)
+        assert saved is not None
         if not save_probe:
             saved = saved._replace(p_in=None, p_mid=None)
         ctx.save_for_backward(x, h, *tensors, *saved)
-        ctx.num_ranks, ctx.activation = num_ranks, activation
+        ctx.num_ranks, ctx.activation, ctx.steps = num_ranks, activation, steps
         return y
 
     @staticmethod
@@ -140,70 +172,55 @@ class ModulatedMLPFunction(torch.autograd.Function):
         modulation = Modulation._make([*rest[6:12], ctx.num_ranks])
         with torch.autocast(x.device.type, enabled=False):
             gradients = _backward(
-                grad, x, h, base, modulation, saved, ctx.activation, ctx.needs_input_grad
-            )
-        return (*gradients, None, None, None)
+                grad, x, h, base, modulation, saved, ctx.activation, ctx.steps,
+                ctx.needs_input_grad,
+            )  # fmt: skip
+        return (*gradients, None, None, None, None)
 
 
 class _Saved(NamedTuple):
-    """What backward needs beside the inputs: u ``(T, c R)``, p, s ``(T, c k)``, gate, up."""
+    """What backward needs beside the inputs: u ``(T, c R)``, p ``(T, c R)``, s, gate, up."""
 
     u: Tensor
     p_in: Tensor | None
     p_mid: Tensor | None
-    s: Tensor
+    s_in: Tensor
+    s_mid: Tensor | None
     gate: Tensor
     up: Tensor
 
 
-def _coefficients(u: Tensor, p: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """s ``(T, k)`` in at least float32, and z ``(T, R)`` in u's dtype."""
-    wide = torch.promote_types(u.dtype, torch.float32)
-    u, p = u.unflatten(1, (k, -1)), p.unflatten(1, (k, -1))
-    s = (u.to(wide) * p.to(wide)).sum(-1)
-    return s, _scaled(u.flatten(1), s)
-
-
-def _scaled(u: Tensor, s: Tensor) -> Tensor:
-    z: Tensor = (u.unflatten(1, (s.shape[1], -1)) * s.unsqueeze(-1)).to(u.dtype).flatten(1)
-    return z
-
-
 def _forward(
-    x: Tensor, h: Tensor, base: Base, m: Modulation, activation: str
-) -> tuple[Tensor, _Saved]:
+    x: Tensor, h: Tensor, base: Base, m: Modulation, activation: str, steps: Steps, *, save: bool
+) -> tuple[Tensor, _Saved | None]:
     k, rank = m.num_ranks, m.w_b_gate.shape[0]
+    inputs = m.w_a_in.shape[0] // rank
     u = x @ m.w_down
-    u_parts = torch.split(u, rank, dim=1)
-    p_in = h @ m.w_a_in.t()
-    p_parts = torch.split(p_in, rank, dim=1)
-    gate = functional.linear(h, base.gate, base.gate_bias)
-    s_gate, z = _coefficients(u_parts[0], p_parts[0], k)
-    coefficients = [s_gate]
-    gate = torch.addmm(gate, z, m.w_b_gate)
-    up = functional.linear(h, base.up, base.up_bias)
-    if m.w_b_up is not None:
-        s_up, z = _coefficients(u_parts[1], p_parts[1], k)
-        coefficients.append(s_up)
-        up = torch.addmm(up, z, m.w_b_up)
-    inner = ACTIVATIONS[activation][0](gate) * up
-    y = functional.linear(inner, base.down, base.down_bias)
-    p_mid = None
+    u_parts = _by_projection(u, rank)
+    s_in, z, *p_in = steps.probe(h, m.w_a_in, u_parts[:inputs], k, save)
+    inner, *gate_up = steps.gate_up(h, base, z, m, activation, save)
+    products = [(inner, base.down.t())]
+    s_mid, p_mid = None, [None]
     if m.w_a_mid is not None and m.w_b_down is not None:
-        p_mid = inner @ m.w_a_mid.t()
-        s_down, z = _coefficients(u_parts[2], p_mid, k)
-        coefficients.append(s_down)
-        y = torch.addmm(y, z, m.w_b_down)
-    return y, _Saved(u, p_in, p_mid, torch.cat(coefficients, 1), gate, up)
+        s_mid, z, *p_mid = steps.probe(inner, m.w_a_mid, u_parts[inputs:], k, save)
+        products.append((z[0], m.w_b_down))
+    y = steps.sum_of_products(*zip(*products, strict=True), base.down_bias)
+    return y, _Saved(u, *p_in, *p_mid, s_in, s_mid, *gate_up) if save else None
 
 
-def _coefficients_backward(dz: Tensor, u: Tensor, p: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """du and dp, both ``(T, R)`` in u's dtype."""
-    k, wide = s.shape[1], s.dtype
-    dz, wide_u, wide_p = (t.unflatten(1, (k, -1)).to(wide) for t in (dz, u, p))
-    ds = (dz * wide_u).sum(-1, keepdim=True)
-    du = s.unsqueeze(-1) * dz + ds * wide_p
-    return du.to(u.dtype).flatten(1), (ds * wide_u).to(u.dtype).flatten(1)
+def _by_projection(joined: Tensor, rank: int) -> Tensor:
+    """``(T, c R)`` as ``(c, T, R)``."""
+    return joined.unflatten(1, (-1, rank)).transpose(0, 1)
+
+
+def _stacked(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Products of one shape as one tensor, each written where it belongs."""
+    if torch.compiler.is_compiling():  # which does not like `out`, and needs no help
+        return torch.stack([a @ b for a, b in zip(left, right, strict=True)])
+    out = left[0].new_empty(len(left), left[0].shape[0], right[0].shape[1])
+    for a, b, part in zip(left, right, out, strict=True):
+        torch.mm(a, b, out=part)
+    return out
 
 
 def _backward(
@@ -214,67 +231,132 @@ def _backward(
     m: Modulation,
     saved: _Saved,
     activation: str,
+    steps: Steps,
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Gradients of x, h, the six of `Base` and the six of `Modulation`; None where not needed."""
-    k, rank = m.num_ranks, m.w_b_gate.shape[0]
-    act, act_backward = ACTIVATIONS[activation]
-    u_parts = torch.split(saved.u, rank, dim=1)
-    s_parts = torch.split(saved.s, k, dim=1)
-    p_in = h @ m.w_a_in.t() if saved.p_in is None else saved.p_in
-    p_parts = torch.split(p_in, rank, dim=1)
-    activated = act(saved.gate)
-    inner = activated * saved.up
+    rank = m.w_b_gate.shape[0]
+    inputs = m.w_a_in.shape[0] // rank
+    u = _by_projection(saved.u, rank)
+    du_all = torch.empty_like(saved.u)
+    du = _by_projection(du_all, rank)
     wants = dict(zip(("x", "h", *Base._fields, *Modulation._fields), needed, strict=False))
     grads: dict[str, Tensor] = {}
-    du_parts: list[Tensor] = []
 
-    d_inner = dy @ base.down
-    if m.w_a_mid is not None and m.w_b_down is not None:
-        p_mid = inner @ m.w_a_mid.t() if saved.p_mid is None else saved.p_mid
+    dp_mid = None
+    products = [(dy, base.down)]
+    if m.w_a_mid is not None and m.w_b_down is not None and saved.s_mid is not None:
+        p_mid = saved.p_mid
+        if p_mid is None:
+            p_mid = steps.gated(saved.gate, saved.up, activation) @ m.w_a_mid.t()
+        dz = _stacked([dy], [m.w_b_down.t()])
+        p_parts = _by_projection(p_mid, rank)
+        dp_mid, z = steps.coefficients_backward(dz, u[inputs:], p_parts, saved.s_mid, du[inputs:])
         if wants["w_b_down"]:
-            grads["w_b_down"] = _scaled(u_parts[2], s_parts[2]).t() @ dy
-        du, dp = _coefficients_backward(dy @ m.w_b_down.t(), u_parts[2], p_mid, s_parts[2])
-        du_parts.append(du)
-        d_inner = torch.addmm(d_inner, dp, m.w_a_mid)
-        if wants["w_a_mid"]:
-            grads["w_a_mid"] = dp.t() @ inner
+            grads["w_b_down"] = z[0].t() @ dy
+        products.append((dp_mid, m.w_a_mid))
+    d_inner = steps.sum_of_products(*zip(*products, strict=True), None)
+    d_gate, d_up, inner = steps.gated_backward(d_inner, saved.gate, saved.up, activation)
+    if dp_mid is not None and wants["w_a_mid"]:
+        grads["w_a_mid"] = dp_mid.t() @ inner
     if wants["down"]:
         grads["down"] = dy.t() @ inner
     if wants["down_bias"]:
         grads["down_bias"] = dy.sum(0)
 
-    d_gate = act_backward(d_inner * saved.up, saved.gate)
-    d_up = d_inner * activated
-    dp_parts: list[Tensor] = []
-    for index, (name, d_out, w_b) in enumerate(
-        (("gate", d_gate, m.w_b_gate), ("up", d_up, m.w_b_up))
-    ):
+    for name, d_out in (("gate", d_gate), ("up", d_up)):
         if wants[name]:
             grads[name] = d_out.t() @ h
         if wants[f"{name}_bias"]:
             grads[f"{name}_bias"] = d_out.sum(0)
-        if w_b is None:
-            continue
-        if wants[f"w_b_{name}"]:
-            grads[f"w_b_{name}"] = _scaled(u_parts[index], s_parts[index]).t() @ d_out
-        du, dp = _coefficients_backward(
-            d_out @ w_b.t(), u_parts[index], p_parts[index], s_parts[index]
-        )
-        du_parts.insert(index, du)
-        dp_parts.append(dp)
-    dp_in = torch.cat(dp_parts, 1)
+    p_in = h @ m.w_a_in.t() if saved.p_in is None else saved.p_in
+    heads = [w for w in (m.w_b_gate, m.w_b_up) if w is not None]
+    d_outs = [d_gate, d_up][:inputs]
+    dz = _stacked(d_outs, [w.t() for w in heads])
+    dp_in, z = steps.coefficients_backward(
+        dz, u[:inputs], _by_projection(p_in, rank), saved.s_in, du[:inputs]
+    )
+    for index, name in enumerate(("w_b_gate", "w_b_up")[:inputs]):
+        if wants[name]:
+            grads[name] = z[index].t() @ d_outs[index]
     if wants["w_a_in"]:
         grads["w_a_in"] = dp_in.t() @ h
     if wants["h"]:
-        dh = d_gate @ base.gate
-        dh = torch.addmm(dh, d_up, base.up)
-        grads["h"] = torch.addmm(dh, dp_in, m.w_a_in)
-    if wants["x"] or wants["w_down"]:
-        du_all = torch.cat(du_parts, 1)
-        if wants["w_down"]:
-            grads["w_down"] = x.t() @ du_all
-        if wants["x"]:
-            grads["x"] = du_all @ m.w_down.t()
+        grads["h"] = steps.sum_of_products(
+            (d_gate, d_up, dp_in), (base.gate, base.up, m.w_a_in), None
+        )
+    if wants["w_down"]:
+        grads["w_down"] = x.t() @ du_all
+    if wants["x"]:
+        grads["x"] = du_all @ m.w_down.t()
     names = ("x", "h", *Base._fields, *Modulation._fields[:-1])
     return [grads.get(name) for name in names]
+
+
+# The steps in plain torch.
+
+
+def _components(tensor: Tensor, k: int) -> Tensor:
+    """``(c, T, R)`` as ``(c, T, k, r)``, in float32 at least."""
+    return tensor.unflatten(2, (k, -1)).to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _probe(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> Sequence[Tensor]:
+    p = a @ w_a.t()
+    s = (_components(u, k) * _components(_by_projection(p, u.shape[2]), k)).sum(-1)
+    return (s, _scaled(u, s), p) if save else (s, _scaled(u, s))
+
+
+def _scaled(u: Tensor, s: Tensor) -> Tensor:
+    z: Tensor = (u.unflatten(2, (s.shape[2], -1)) * s.unsqueeze(-1)).to(u.dtype).flatten(2)
+    return z
+
+
+def coefficients_backward(
+    dz: Tensor, u: Tensor, p: Tensor, s: Tensor, du: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The step of that name."""
+    k = s.shape[2]
+    wide_dz, wide_u, scale = _components(dz, k), _components(u, k), s.unsqueeze(-1)
+    ds = (wide_dz * wide_u).sum(-1, keepdim=True)
+    du.copy_((scale * wide_dz + ds * _components(p, k)).flatten(2))
+    dp = (ds * wide_u).to(u.dtype).flatten(2)
+    return dp.transpose(0, 1).flatten(1), _scaled(u, s)
+
+
+def gate_and_up(h: Tensor, base: Base, z: Tensor, m: Modulation) -> tuple[Tensor, Tensor]:
+    """Gate and up before the activation, by torch's GEMMs."""
+    gate = torch.addmm(functional.linear(h, base.gate, base.gate_bias), z[0], m.w_b_gate)
+    up = functional.linear(h, base.up, base.up_bias)
+    return gate, up if m.w_b_up is None else torch.addmm(up, z[1], m.w_b_up)
+
+
+def _gate_up(
+    h: Tensor, base: Base, z: Tensor, m: Modulation, activation: str, save: bool
+) -> Sequence[Tensor]:
+    gate, up = gate_and_up(h, base, z, m)
+    inner = _gated(gate, up, activation)
+    return (inner, gate, up) if save else (inner,)
+
+
+def sum_of_products(left: Sequence[Tensor], right: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """The step of that name, by torch's GEMMs."""
+    y = left[0] @ right[0] if bias is None else torch.addmm(bias, left[0], right[0])
+    for a, b in zip(left[1:], right[1:], strict=True):
+        y = torch.addmm(y, a, b)
+    return y
+
+
+def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return ACTIVATIONS[activation][0](gate) * up
+
+
+def _gated_backward(
+    d_inner: Tensor, gate: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    act, act_backward = ACTIVATIONS[activation]
+    activated = act(gate)
+    return act_backward(d_inner * up, gate), d_inner * activated, activated * up
+
+
+TORCH = Steps(_probe, _gate_up, sum_of_products, _gated, _gated_backward, coefficients_backward)

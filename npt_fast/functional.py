@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from npt_fast.kernels.factored import ACTIVATIONS as ACTIVATIONS
 from npt_fast.kernels.factored import Base
 from npt_fast.kernels.factored import Modulation as Modulation
 
-Implementation = Literal["auto", "factored", "reference"]
+Implementation = Literal["auto", "triton", "factored", "reference"]
 
 
 def modulated_mlp(
@@ -47,8 +49,9 @@ def modulated_mlp(
         down_bias: ``(D,)``.
         activation: one of `ACTIVATIONS`.
         save_probe: keep the probes for backward; without, a little less memory for more compute.
-        impl: ``"factored"`` never forms v_a and v_b; ``"reference"`` does, for comparison;
-            ``"auto"`` is ``"factored"``.
+        impl: ``"triton"`` and ``"factored"`` never form v_a and v_b, the one with Triton kernels,
+            the other in plain torch; ``"reference"`` does, for comparison. ``"auto"`` is triton on
+            a GPU, for silu, with Triton installed and any dtype but float64, and else factored.
 
     Returns:
         ``(..., D)``.
@@ -68,11 +71,40 @@ def modulated_mlp(
     if impl == "reference":
         with torch.autocast(device, enabled=False):
             y = _reference(x, h, base, modulation, activation)
+    elif impl == "triton" or (impl == "auto" and h.is_cuda and _triton_takes(h, activation)):
+        y = _triton(x, h, base, modulation, activation, save_probe)
     else:
         y = factored.modulated_mlp(
             x, h, base, modulation, activation=activation, save_probe=save_probe
         )
     return y.view(shape)
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _triton_takes(h: Tensor, activation: str) -> bool:
+    if not _triton_installed():
+        return False
+    from npt_fast.kernels.modulated_mlp import supports
+
+    return supports(h, activation)
+
+
+def _triton(
+    x: Tensor, h: Tensor, base: Base, m: Modulation, activation: str, save_probe: bool
+) -> Tensor:
+    if not _triton_takes(h, activation):
+        raise ValueError(
+            "impl='triton' needs Triton, a GPU (or TRITON_INTERPRET=1 from the start), silu and "
+            f"float32, float16 or bfloat16; got {h.dtype} on {h.device.type}, {activation}; "
+            "impl='auto' takes what fits"
+        )
+    from npt_fast.kernels import modulated_mlp
+
+    return modulated_mlp.modulated_mlp(x, h, base, m, save_probe=save_probe)
 
 
 class VectorNorms(NamedTuple):
@@ -155,8 +187,8 @@ def _reference(x: Tensor, h: Tensor, base: Base, m: Modulation, activation: str)
 
 
 def _check(x: Tensor, h: Tensor, base: Base, m: Modulation, activation: str, impl: str) -> None:
-    if impl not in ("auto", "factored", "reference"):
-        raise ValueError(f"impl must be auto, factored or reference, got {impl!r}")
+    if impl not in get_args(Implementation):
+        raise ValueError(f"impl must be auto, triton, factored or reference, got {impl!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if base.gate.ndim != 2:

@@ -1,0 +1,188 @@
+"""Coefficients and scaled bottlenecks: what lies between the GEMMs of a modulated projection.
+
+For component i of rank r, u and p being a token's bottleneck and probe (DESIGN 1, KERNELS 2.1)::
+
+    s_i = sum_j u_ij p_ij          z = s u
+    ds_i = sum_j dz_ij u_ij        du = s dz + ds p        dp = ds u
+
+Elementwise over ``(c, T, R)``, ``R = k r``, for c projections in one launch (gate and up share
+their inputs). A program holds whole components, so everything is read once and written once: 3 R
+elements per token and projection forward, 6 R backward, and k coefficients of 4 bytes. s and all
+sums are float32. Backward returns z too: it is not saved, and the gradient of W_b_up needs it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from npt_fast.kernels._launch import cdiv, launch
+from npt_fast.kernels._ops import define
+
+
+@triton.jit
+def _components(
+    T, num_ranks, RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Offsets of a program's tokens, components and columns ``[T, C, R]``, and what exists."""
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_r = tl.arange(0, BLOCK_R)
+    columns = offs_c[None, :, None] * RANK + offs_r[None, None, :]
+    whole = (offs_t < T)[:, None] & (offs_c < num_ranks)[None, :]
+    return offs_t, offs_c, columns, whole, whole[:, :, None] & (offs_r < RANK)[None, None, :]
+
+
+@triton.jit
+def _coefficients_fwd_kernel(
+    u_ptr, p_ptr, s_ptr, z_ptr, T, num_ranks,
+    stride_uc, stride_ut, stride_pc, stride_pt, stride_ps,
+    stride_sc, stride_st, stride_zc, stride_zt,
+    RANK: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    offs_t, offs_c, columns, whole, mask = _components(
+        T, num_ranks, RANK, BLOCK_T, BLOCK_C, BLOCK_R
+    )
+    pid_c = tl.program_id(2).to(tl.int64)
+    token = offs_t[:, None, None]
+    u_at = u_ptr + pid_c * stride_uc + token * stride_ut + columns
+    u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
+    p_at = p_ptr + pid_c * stride_pc + token * stride_pt + columns
+    p = tl.load(p_at, mask=mask, other=0.0).to(tl.float32)
+    for _ in range(1, SPLITS):  # partial sums, in their order
+        p_at += tl.full((), 1, tl.int64) * stride_ps
+        p += tl.load(p_at, mask=mask, other=0.0).to(tl.float32)
+    s = tl.sum(u * p, 2)
+    s_at = s_ptr + pid_c * stride_sc + offs_t[:, None] * stride_st + offs_c[None, :]
+    tl.store(s_at, s, mask=whole)
+    z_at = z_ptr + pid_c * stride_zc + token * stride_zt + columns
+    tl.store(z_at, (s[:, :, None] * u).to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _coefficients_bwd_kernel(
+    dz_ptr, u_ptr, p_ptr, s_ptr, du_ptr, dp_ptr, z_ptr, T, num_ranks,
+    stride_dzc, stride_dzt, stride_uc, stride_ut, stride_pc, stride_pt, stride_sc, stride_st,
+    stride_duc, stride_dut, stride_dpc, stride_dpt, stride_zc, stride_zt,
+    RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    offs_t, offs_c, columns, whole, mask = _components(
+        T, num_ranks, RANK, BLOCK_T, BLOCK_C, BLOCK_R
+    )
+    pid_c = tl.program_id(2).to(tl.int64)
+    token = offs_t[:, None, None]
+    dz_at = dz_ptr + pid_c * stride_dzc + token * stride_dzt + columns
+    dz = tl.load(dz_at, mask=mask, other=0.0).to(tl.float32)
+    u_at = u_ptr + pid_c * stride_uc + token * stride_ut + columns
+    u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
+    p_at = p_ptr + pid_c * stride_pc + token * stride_pt + columns
+    p = tl.load(p_at, mask=mask, other=0.0).to(tl.float32)
+    s_at = s_ptr + pid_c * stride_sc + offs_t[:, None] * stride_st + offs_c[None, :]
+    s = tl.load(s_at, mask=whole, other=0.0)[:, :, None]
+    ds = tl.sum(dz * u, 2)[:, :, None]
+    du_at = du_ptr + pid_c * stride_duc + token * stride_dut + columns
+    tl.store(du_at, (s * dz + ds * p).to(du_ptr.dtype.element_ty), mask=mask)
+    dp_at = dp_ptr + pid_c * stride_dpc + token * stride_dpt + columns
+    tl.store(dp_at, (ds * u).to(dp_ptr.dtype.element_ty), mask=mask)
+    z_at = z_ptr + pid_c * stride_zc + token * stride_zt + columns
+    tl.store(z_at, (s * u).to(z_ptr.dtype.element_ty), mask=mask)
+
+
+def _blocks(rank: int, num_ranks: int) -> dict[str, int]:
+    """Tiles of about 2048 elements, 16 or fewer for every thread: no spill with four operands."""
+    block_r = triton.next_power_of_2(rank)
+    block_c = min(triton.next_power_of_2(num_ranks), max(1, 64 // block_r))
+    block_t = min(32, max(1, 2048 // (block_r * block_c)))
+    size = block_t * block_c * block_r
+    warps = min(16, max(4, size // 512))
+    return {"BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": block_r, "warps": warps}
+
+
+def _grid(u: Tensor, k: int, blocks: dict[str, int]) -> tuple[int, int, int]:
+    return cdiv(u.shape[1], blocks["BLOCK_T"]), cdiv(k, blocks["BLOCK_C"]), u.shape[0]
+
+
+def coefficients_fwd_into(u: Tensor, p: Tensor, s: Tensor, z: Tensor) -> None:
+    """Write `s` and `z`, which may be `p`.
+
+    Args:
+        u: ``(c, T, R)``.
+        p: ``(c, T, R)``, or ``(splits, c, T, R)``: partial sums, added in their order.
+        s: ``(c, T, k)``, float32.
+        z: ``(c, T, R)``.
+    """
+    k = s.shape[2]
+    splits, stride_ps = (p.shape[0], p.stride(0)) if p.ndim == 4 else (1, 0)
+    blocks = _blocks(u.shape[2] // k, k)
+    launch(
+        _coefficients_fwd_kernel, _grid(u, k, blocks), u, p, s, z, u.shape[1], k,
+        *u.stride()[:2], *p.stride()[-3:-1], stride_ps, *s.stride()[:2], *z.stride()[:2],
+        RANK=u.shape[2] // k, SPLITS=splits, **blocks,
+    )  # fmt: skip
+
+
+def coefficient_outputs(u: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for s ``(c, T, k)`` and z ``(c, T, R)``."""
+    s = torch.empty((*u.shape[:2], k), device=u.device, dtype=torch.float32)
+    return s, torch.empty(u.shape, device=u.device, dtype=dtype)
+
+
+@define(
+    "coefficients_fwd(Tensor u, Tensor p, int k) -> (Tensor, Tensor)",
+    lambda u, p, k: coefficient_outputs(u, k, u.dtype),
+)
+def coefficients_fwd(u: Tensor, p: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Coefficients and scaled bottlenecks.
+
+    Args:
+        u: bottlenecks, ``(c, T, R)``; the last dimension contiguous, as of everything here.
+        p: probes, ``(c, T, R)``.
+        k: components.
+
+    Returns:
+        s ``(c, T, k)`` in float32, and z ``(c, T, R)`` in the dtype of `u`.
+    """
+    s, z = coefficient_outputs(u, k, u.dtype)
+    coefficients_fwd_into(u, p, s, z)
+    return s, z
+
+
+def _gradients(u: Tensor) -> tuple[Tensor, Tensor]:
+    c, tokens, width = u.shape
+    dp = torch.empty((tokens, c * width), device=u.device, dtype=u.dtype)
+    return dp, torch.empty(u.shape, device=u.device, dtype=u.dtype)
+
+
+@define(
+    "coefficients_bwd(Tensor dz, Tensor u, Tensor p, Tensor s, Tensor(a!) du) -> (Tensor, Tensor)",
+    lambda dz, u, p, s, du: _gradients(u),
+)
+def coefficients_bwd(
+    dz: Tensor, u: Tensor, p: Tensor, s: Tensor, du: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of bottlenecks, which go to `du`, and of probes.
+
+    Args:
+        dz: ``(c, T, R)``.
+        u: ``(c, T, R)``.
+        p: ``(c, T, R)``.
+        s: ``(c, T, k)``, float32.
+        du: ``(c, T, R)``, a part of what one GEMM takes for all projections.
+
+    Returns:
+        dp ``(T, c R)``, and z ``(c, T, R)``.
+    """
+    dp, z = _gradients(u)
+    width, k = u.shape[2], s.shape[2]
+    blocks = _blocks(width // k, k)
+    launch(
+        _coefficients_bwd_kernel, _grid(u, k, blocks), dz, u, p, s, du, dp, z, u.shape[1], k,
+        *dz.stride()[:2], *u.stride()[:2], *p.stride()[:2], *s.stride()[:2], *du.stride()[:2],
+        width, dp.stride(0), *z.stride()[:2], RANK=width // k, **blocks,
+    )  # fmt: skip
+    return dp, z

@@ -1,0 +1,234 @@
+"""Modulated linear maps in one kernel: base and low-rank products in one accumulator.
+
+`modulated_linear` is a sum of up to three products, ``y = sum_i a_i @ b_i + bias``: forward it is
+``a @ W' + z @ W_b_up`` (DESIGN 1); backward ``dy @ W + dp @ W_a_up``, and for the MLP's input
+``d_gate @ W_gate + d_up @ W_up + dp @ W_a_in``. `modulated_gate_up` is two such sums that share
+their first operand, and SwiGLU of them.
+
+The products are sequential loops over one float32 accumulator, which saves writing and reading
+``(T, out)`` for each and rounds once. Never two products into one accumulator in one loop: some
+Triton versions compile that wrongly for sm_100 (KERNELS 6.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from npt_fast.kernels._launch import Target, Tiles, cdiv, launch, precision, rows
+from npt_fast.kernels._ops import define
+from npt_fast.kernels._tiles import accumulate, dot, tile_indices
+from npt_fast.kernels._tuning import choose
+from npt_fast.kernels.swiglu import silu
+
+GROUP_M = 8
+
+
+@triton.jit
+def _modulated_linear_kernel(
+    a_ptr, b_ptr, a2_ptr, b2_ptr, a3_ptr, b3_ptr, bias_ptr, y_ptr, M, N, K, K2, K3,
+    stride_am, stride_ak, stride_bk, stride_bn,
+    stride_a2m, stride_a2k, stride_b2k, stride_b2n,
+    stride_a3m, stride_a3k, stride_b3k, stride_b3n, stride_ym,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tile_indices(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = accumulate(
+        acc, a_ptr, b_ptr, offs_m, offs_n, mask_m, mask_n, 0, K,
+        stride_am, stride_ak, stride_bk, stride_bn, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if a2_ptr is not None:
+        acc = accumulate(
+            acc, a2_ptr, b2_ptr, offs_m, offs_n, mask_m, mask_n, 0, K2,
+            stride_a2m, stride_a2k, stride_b2k, stride_b2n, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    if a3_ptr is not None:
+        acc = accumulate(
+            acc, a3_ptr, b3_ptr, offs_m, offs_n, mask_m, mask_n, 0, K3,
+            stride_a3m, stride_a3k, stride_b3k, stride_b3n, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_at = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def _modulated_gate_up_kernel(
+    h_ptr, wg_ptr, wu_ptr, zg_ptr, zu_ptr, bg_ptr, bu_ptr, bias_g_ptr, bias_u_ptr,
+    gate_ptr, up_ptr, inner_ptr, M, N, K, R,
+    stride_hm, stride_hk, stride_wgk, stride_wgn, stride_wuk, stride_wun,
+    stride_zgm, stride_zum, stride_bgk, stride_buk, stride_ym,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tile_indices(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    step = tl.full((), BLOCK_K, tl.int64)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_k[None, :] * stride_hk
+    wg_ptrs = wg_ptr + offs_k[:, None] * stride_wgk + offs_n[None, :] * stride_wgn
+    wu_ptrs = wu_ptr + offs_k[:, None] * stride_wuk + offs_n[None, :] * stride_wun
+    for start in range(0, K, BLOCK_K):  # h is loaded once for both
+        mask_k = tl.arange(0, BLOCK_K) < K - start
+        mask_w = mask_k[:, None] & mask_n[None, :]
+        h = tl.load(h_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        gate = dot(h, tl.load(wg_ptrs, mask=mask_w, other=0.0), gate, PRECISION)
+        up = dot(h, tl.load(wu_ptrs, mask=mask_w, other=0.0), up, PRECISION)
+        h_ptrs += step * stride_hk
+        wg_ptrs += step * stride_wgk
+        wu_ptrs += step * stride_wuk
+    gate = accumulate(
+        gate, zg_ptr, bg_ptr, offs_m, offs_n, mask_m, mask_n, 0, R,
+        stride_zgm, 1, stride_bgk, 1, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if zu_ptr is not None:
+        up = accumulate(
+            up, zu_ptr, bu_ptr, offs_m, offs_n, mask_m, mask_n, 0, R,
+            stride_zum, 1, stride_buk, 1, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    if bias_g_ptr is not None:
+        gate += tl.load(bias_g_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if bias_u_ptr is not None:
+        up += tl.load(bias_u_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    at = offs_m[:, None] * stride_ym + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if gate_ptr is not None:
+        tl.store(gate_ptr + at, gate.to(gate_ptr.dtype.element_ty), mask=mask)
+        tl.store(up_ptr + at, up.to(up_ptr.dtype.element_ty), mask=mask)
+    tl.store(inner_ptr + at, (silu(gate) * up).to(inner_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
+    """Tiles of `modulated_linear`, the default first."""
+    if dtype == torch.float32:
+        return [Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 8, 3)]
+    stages = 2 if target.backend == "hip" else 3
+    if tokens <= 64:
+        return [Tiles(64, 128, 64, 4, stages), Tiles(64, 64, 64, 4, stages)]
+    return [
+        Tiles(128, 128, 64, 8, stages),
+        Tiles(128, 64, 64, 4, stages),
+        Tiles(64, 128, 64, 4, stages),
+    ]
+
+
+def gate_up_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
+    """Tiles of `modulated_gate_up`, the default first: two accumulators halve their width."""
+    if dtype == torch.float32:
+        return [Tiles(64, 32, 32, 4, 3), Tiles(64, 64, 32, 8, 3)]
+    stages = 2 if target.backend == "hip" else 3
+    if tokens <= 64:
+        return [Tiles(64, 64, 64, 4, stages)]
+    return [Tiles(128, 64, 64, 8, stages), Tiles(64, 64, 64, 4, stages)]
+
+
+@define(
+    "modulated_linear(Tensor[] a, Tensor[] b, Tensor? bias) -> Tensor",
+    lambda a, b, bias: a[0].new_empty(a[0].shape[0], b[0].shape[1]),
+)
+def modulated_linear(a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """A sum of up to three products.
+
+    Args:
+        a: ``(T, K_i)`` each, of any strides.
+        b: ``(K_i, N)`` each, of any strides.
+        bias: ``(N,)``, or None.
+
+    Returns:
+        ``(T, N)`` in the dtype of `a`.
+    """
+    tokens, width = a[0].shape[0], b[0].shape[1]
+    y = torch.empty((tokens, width), device=a[0].device, dtype=a[0].dtype)
+    pairs = [*zip(a, b, strict=True), (None, None), (None, None)][:3]
+    operands = [tensor for pair in pairs for tensor in pair]
+    sizes = [0 if left is None else left.shape[1] for left, _ in pairs]
+    strides = [
+        stride
+        for left, right in pairs
+        for stride in ((0, 0, 0, 0) if left is None else (*left.stride(), *right.stride()))
+    ]
+
+    def run(tiles: Tiles) -> None:
+        launch(
+            _modulated_linear_kernel, (cdiv(tokens, tiles.m) * cdiv(width, tiles.n),),
+            *operands, bias, y, tokens, width, *sizes, *strides, y.stride(0),
+            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=GROUP_M,
+            PRECISION=precision(y.dtype), warps=tiles.warps, stages=tiles.stages,
+        )  # fmt: skip
+
+    run(choose("modulated_linear", linear_tiles, run, y, (width, *sizes)))
+    return y
+
+
+def _gate_up_outputs(h: Tensor, weight: Tensor, save: bool) -> list[Tensor]:
+    shape = (h.shape[0], weight.shape[0])
+    return [torch.empty(shape, device=h.device, dtype=h.dtype) for _ in range(3 if save else 1)]
+
+
+@define(
+    "modulated_gate_up(Tensor h, Tensor gate_weight, Tensor up_weight, Tensor z, Tensor w_b_gate,"
+    " Tensor? w_b_up, Tensor? gate_bias, Tensor? up_bias, bool save) -> Tensor[]",
+    lambda h, gate_weight, up_weight, z, w_b_gate, w_b_up, gate_bias, up_bias, save: (
+        _gate_up_outputs(h, gate_weight, save)
+    ),
+)
+def modulated_gate_up(
+    h: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    z: Tensor,
+    w_b_gate: Tensor,
+    w_b_up: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    save: bool,
+) -> list[Tensor]:
+    """Gate and up, modulated, and SwiGLU of them.
+
+    Args:
+        h: MLP input, ``(T, D)``.
+        gate_weight: ``(F, D)``.
+        up_weight: ``(F, D)``.
+        z: scaled bottlenecks of gate, or of gate and up, ``(c, T, R)``.
+        w_b_gate: ``(R, F)``.
+        w_b_up: ``(R, F)``, or None where up is not modulated.
+        gate_bias: ``(F,)``, or None.
+        up_bias: ``(F,)``, or None.
+        save: give gate and up too.
+
+    Returns:
+        inner ``(T, F)``, and if `save` gate and up.
+    """
+    outputs = _gate_up_outputs(h, gate_weight, save)
+    inner, gate, up = outputs if save else (outputs[0], None, None)
+    (tokens, width), (hidden, rank) = inner.shape, (h.shape[1], w_b_gate.shape[0])
+    z_up = None if w_b_up is None else z[1]
+    b_gate, b_up = rows(w_b_gate), None if w_b_up is None else rows(w_b_up)
+
+    def run(tiles: Tiles) -> None:
+        launch(
+            _modulated_gate_up_kernel, (cdiv(tokens, tiles.m) * cdiv(width, tiles.n),),
+            h, gate_weight, up_weight, z[0], z_up, b_gate, b_up, gate_bias, up_bias,
+            gate, up, inner, tokens, width, hidden, rank,
+            *h.stride(), *gate_weight.stride()[::-1], *up_weight.stride()[::-1],
+            z.stride(1), z.stride(1), b_gate.stride(0), 0 if b_up is None else b_up.stride(0),
+            inner.stride(0), BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=GROUP_M,
+            PRECISION=precision(h.dtype), warps=tiles.warps, stages=tiles.stages,
+        )  # fmt: skip
+
+    run(choose("modulated_gate_up", gate_up_tiles, run, inner, (width, hidden, rank)))
+    return outputs
