@@ -23,7 +23,7 @@ ALONE = "--num_ranks 4 --np_rank 64 --learning_rate 5e-4 --teacher_cache 2GB --l
 TOGETHER = "--curriculum_stages student:508 --learning_rate 2e-5 --lr_schedule constant"
 LAYER11 = "experiments/layer11_training/checkpoint-500"
 LAYER13 = "experiments/layer13_training/checkpoint-500"
-LAYER23 = "experiments/layer23_training/checkpoint-100"
+LAYER23 = "experiments/layer23_training/checkpoint-250"
 MERGED = "experiments/merged_11_13"
 MERGED_V2 = "experiments/merged_11_13_23"
 CONTINUED = "experiments/continued/checkpoint-508"
@@ -80,7 +80,7 @@ def main() -> None:
     seconds[MERGED] = run(merging)[0]
 
     say("5. Add a layer later: train layer 23, merge it into the merge")
-    seconds[LAYER23] = train(23, 100)
+    seconds[LAYER23] = train(23, 250)
     merging = f"npt-fast merge --checkpoints {MERGED} {LAYER23} --output {MERGED_V2} --verify"
     seconds[MERGED_V2] = run(merging)[0]
 
