@@ -22,7 +22,13 @@ from npt_fast.kernels._launch import Target, Tiles, target_of
 
 Rule = Callable[[Target, torch.dtype, int], list[Tiles]]
 
+NARROW = Tiles(32, 32, 32, 4, 2)
+"""For rows that are read element by element, each with an address in registers."""
+MAX_CANDIDATES = 2
+"""Tiles that a rule offers at most."""
+
 _forced: Tiles | None = None
+_candidate = 0
 _cache: dict[str, Tiles] | None = None
 _file: Path | None = None
 
@@ -36,6 +42,17 @@ def forced(tiles: Tiles) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def candidate(number: int) -> Iterator[None]:
+    """All GEMM kernels run with that one of their rule's tiles, or its last."""
+    global _candidate
+    before, _candidate = _candidate, number
+    try:
+        yield
+    finally:
+        _candidate = before
 
 
 def enable_autotuning(path: str | os.PathLike[str] | None = None) -> None:
@@ -58,6 +75,11 @@ def disable_autotuning() -> None:
     _cache = None
 
 
+def aligned(sizes: Sequence[int]) -> bool:
+    """Whether rows of these lengths can be read 16 bytes at a time."""
+    return all(size % 8 == 0 for size in sizes)
+
+
 def choose(
     kernel: str, rule: Rule, run: Callable[[Tiles], None], output: Tensor, sizes: Sequence[int]
 ) -> Tiles:
@@ -73,9 +95,9 @@ def choose(
     if _forced is not None:
         return _forced
     tokens, target = output.shape[0], target_of(output)
-    candidates = rule(target, output.dtype, tokens)
+    candidates = rule(target, output.dtype, tokens) if aligned(sizes) else [NARROW]
     if _cache is None or not tokens:
-        return candidates[0]
+        return candidates[min(_candidate, len(candidates) - 1)]
     bucket = triton.next_power_of_2(tokens)
     dtype = str(output.dtype).removeprefix("torch.")
     key = " ".join(map(str, (kernel, target, triton.__version__, dtype, bucket, *sizes)))

@@ -93,13 +93,12 @@ def _coefficients_bwd_kernel(
     tl.store(z_at, (s * u).to(z_ptr.dtype.element_ty), mask=mask)
 
 
-def _blocks(rank: int, num_ranks: int) -> dict[str, int]:
-    """Tiles of about 2048 elements, 16 or fewer for every thread: no spill with four operands."""
+def _blocks(rank: int, num_ranks: int, size: int = 2048) -> dict[str, int]:
+    """Tiles of about `size` elements, 16 or fewer for every thread: no spill with four operands."""
     block_r = triton.next_power_of_2(rank)
     block_c = min(triton.next_power_of_2(num_ranks), max(1, 64 // block_r))
-    block_t = min(32, max(1, 2048 // (block_r * block_c)))
-    size = block_t * block_c * block_r
-    warps = min(16, max(4, size // 512))
+    block_t = min(32, max(1, size // (block_r * block_c)))
+    warps = min(16, max(4, block_t * block_c * block_r // 512))
     return {"BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": block_r, "warps": warps}
 
 
@@ -118,7 +117,8 @@ def coefficients_fwd_into(u: Tensor, p: Tensor, s: Tensor, z: Tensor) -> None:
     """
     k = s.shape[2]
     splits, stride_ps = (p.shape[0], p.stride(0)) if p.ndim == 4 else (1, 0)
-    blocks = _blocks(u.shape[2] // k, k)
+    # loads of partial sums are in flight together
+    blocks = _blocks(u.shape[2] // k, k, 2048 if splits == 1 else 1024)
     launch(
         _coefficients_fwd_kernel, _grid(u, k, blocks), u, p, s, z, u.shape[1], k,
         *u.stride()[:2], *p.stride()[-3:-1], stride_ps, *s.stride()[:2], *z.stride()[:2],

@@ -19,6 +19,7 @@ every time. Inference only: nothing is kept for backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -28,6 +29,7 @@ from torch import Tensor
 from npt_fast.kernels._launch import Target, Tiles, cdiv, launch, precision, rows, target_of
 from npt_fast.kernels._ops import define
 from npt_fast.kernels._tiles import accumulate
+from npt_fast.kernels._tuning import NARROW, aligned
 from npt_fast.kernels.coefficients import coefficient_outputs, coefficients_fwd_into
 from npt_fast.kernels.swiglu import silu
 
@@ -160,12 +162,13 @@ def decode_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]
     """Tiles of the decode kernels: all tokens in one, few columns, long runs of K."""
     m = max(16, triton.next_power_of_2(tokens))
     if dtype == torch.float32:
-        return [Tiles(m, 32, 64, 4, 3)]
+        return [Tiles(m, 32, 64 if m == 16 else 32, 4, 3)]
     return [Tiles(m, 64, 128 if m == 16 else 64, 4, 2 if target.backend == "hip" else 4)]
 
 
-def _tiles(tensor: Tensor) -> Tiles:
-    return decode_tiles(target_of(tensor), tensor.dtype, tensor.shape[0])[0]
+def _tiles(tensor: Tensor, *sizes: int) -> Tiles:
+    tiles = decode_tiles(target_of(tensor), tensor.dtype, tensor.shape[0])[0]
+    return tiles if aligned(sizes) else replace(NARROW, m=tiles.m)
 
 
 def split(columns: int, depth: int, tiles: Tiles) -> tuple[int, int]:
@@ -183,7 +186,7 @@ def _products(products: Sequence[tuple[Tensor, Tensor]], *, splits: bool) -> Ten
     operands = [tensor for pair in products for tensor in pair]
     strides = [stride for tensor in operands for stride in tensor.stride()]
     absent = 4 - len(products)
-    tiles = _tiles(a)
+    tiles = _tiles(a, depth, *widths)
     parts, chunk = split(sum(widths), depth, tiles) if splits else (1, depth)
     out = torch.empty((parts, tokens, sum(widths)), device=a.device, dtype=torch.float32)
     launch(
@@ -210,7 +213,7 @@ def _inner(gate: Tensor, up: Tensor, z: Tensor, heads: Sequence[Tensor | None],
            biases: Sequence[Tensor | None]) -> Tensor:  # fmt: skip
     tokens, width = gate.shape
     inner = torch.empty((tokens, width), device=z.device, dtype=z.dtype)
-    tiles = _tiles(inner)
+    tiles = _tiles(inner, width, z.shape[2])
     b_gate, b_up = (head if head is None else rows(head) for head in heads)
     assert b_gate is not None
     launch(

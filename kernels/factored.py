@@ -25,6 +25,7 @@ and p too with ``save_probe=False`` (2 R (2 D + F) more FLOPs per token).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -140,11 +141,11 @@ def modulated_mlp(
     steps = TORCH if steps is None else steps
     tensors = (x, h, *base, *modulation[:-1])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        result: Tensor = ModulatedMLPFunction.apply(  # type: ignore[no-untyped-call]
+        result: Tensor = ModulatedMLPFunction.apply(
             *tensors, modulation.num_ranks, activation, save_probe, steps
         )
         return result
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         return _forward(x, h, base, modulation, activation, steps, save=False)[0]
 
 
@@ -155,7 +156,7 @@ class ModulatedMLPFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, h: Tensor, *arguments: Any) -> Tensor:
         *tensors, num_ranks, activation, save_probe, steps = arguments
         base, modulation = Base._make(tensors[:6]), Modulation._make([*tensors[6:], num_ranks])
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             y, saved = _forward(x, h, base, modulation, activation, steps, save=True)
         assert saved is not None
         if not save_probe:
@@ -170,12 +171,17 @@ class ModulatedMLPFunction(torch.autograd.Function):
         x, h, *rest = ctx.saved_tensors
         base, saved = Base._make(rest[:6]), _Saved._make(rest[12:])
         modulation = Modulation._make([*rest[6:12], ctx.num_ranks])
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             gradients = _backward(
                 grad, x, h, base, modulation, saved, ctx.activation, ctx.steps,
                 ctx.needs_input_grad,
             )  # fmt: skip
         return (*gradients, None, None, None, None)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Dtypes were settled at the entry; there is no autocast for tensors without data."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class _Saved(NamedTuple):
@@ -199,13 +205,15 @@ def _forward(
     u_parts = _by_projection(u, rank)
     s_in, z, *p_in = steps.probe(h, m.w_a_in, u_parts[:inputs], k, save)
     inner, *gate_up = steps.gate_up(h, base, z, m, activation, save)
-    products = [(inner, base.down.t())]
-    s_mid, p_mid = None, [None]
+    left, right = [inner], [base.down.t()]
+    s_mid, p_mid = None, None
     if m.w_a_mid is not None and m.w_b_down is not None:
-        s_mid, z, *p_mid = steps.probe(inner, m.w_a_mid, u_parts[inputs:], k, save)
-        products.append((z[0], m.w_b_down))
-    y = steps.sum_of_products(*zip(*products, strict=True), base.down_bias)
-    return y, _Saved(u, *p_in, *p_mid, s_in, s_mid, *gate_up) if save else None
+        s_mid, z, *saved = steps.probe(inner, m.w_a_mid, u_parts[inputs:], k, save)
+        p_mid = saved[0] if saved else None
+        left.append(z[0])
+        right.append(m.w_b_down)
+    y = steps.sum_of_products(left, right, base.down_bias)
+    return y, _Saved(u, p_in[0], p_mid, s_in, s_mid, *gate_up) if save else None
 
 
 def _by_projection(joined: Tensor, rank: int) -> Tensor:
@@ -244,7 +252,7 @@ def _backward(
     grads: dict[str, Tensor] = {}
 
     dp_mid = None
-    products = [(dy, base.down)]
+    left, right = [dy], [base.down]
     if m.w_a_mid is not None and m.w_b_down is not None and saved.s_mid is not None:
         p_mid = saved.p_mid
         if p_mid is None:
@@ -254,8 +262,9 @@ def _backward(
         dp_mid, z = steps.coefficients_backward(dz, u[inputs:], p_parts, saved.s_mid, du[inputs:])
         if wants["w_b_down"]:
             grads["w_b_down"] = z[0].t() @ dy
-        products.append((dp_mid, m.w_a_mid))
-    d_inner = steps.sum_of_products(*zip(*products, strict=True), None)
+        left.append(dp_mid)
+        right.append(m.w_a_mid)
+    d_inner = steps.sum_of_products(left, right, None)
     d_gate, d_up, inner = steps.gated_backward(d_inner, saved.gate, saved.up, activation)
     if dp_mid is not None and wants["w_a_mid"]:
         grads["w_a_mid"] = dp_mid.t() @ inner
@@ -326,9 +335,9 @@ def coefficients_backward(
 
 def gate_and_up(h: Tensor, base: Base, z: Tensor, m: Modulation) -> tuple[Tensor, Tensor]:
     """Gate and up before the activation, by torch's GEMMs."""
-    gate = torch.addmm(functional.linear(h, base.gate, base.gate_bias), z[0], m.w_b_gate)
+    gate = _plus_product(functional.linear(h, base.gate, base.gate_bias), z[0], m.w_b_gate)
     up = functional.linear(h, base.up, base.up_bias)
-    return gate, up if m.w_b_up is None else torch.addmm(up, z[1], m.w_b_up)
+    return gate, up if m.w_b_up is None else _plus_product(up, z[1], m.w_b_up)
 
 
 def _gate_up(
@@ -343,8 +352,15 @@ def sum_of_products(left: Sequence[Tensor], right: Sequence[Tensor], bias: Tenso
     """The step of that name, by torch's GEMMs."""
     y = left[0] @ right[0] if bias is None else torch.addmm(bias, left[0], right[0])
     for a, b in zip(left[1:], right[1:], strict=True):
-        y = torch.addmm(y, a, b)
+        y = _plus_product(y, a, b)
     return y
+
+
+def _plus_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``y + a @ b``, over y: to another output torch would copy y first (pytorch #153590)."""
+    if torch.compiler.is_compiling():
+        return torch.addmm(y, a, b)
+    return torch.addmm(y, a, b, out=y)  # FLOP counters do not know `addmm_`
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

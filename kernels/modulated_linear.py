@@ -115,22 +115,18 @@ def _modulated_gate_up_kernel(
 def linear_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
     """Tiles of `modulated_linear`, the default first."""
     if dtype == torch.float32:
-        return [Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 8, 3)]
+        return [Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 16, 8, 3)]
     stages = 2 if target.backend == "hip" else 3
     if tokens <= 64:
-        return [Tiles(64, 128, 64, 4, stages), Tiles(64, 64, 64, 4, stages)]
-    return [
-        Tiles(128, 128, 64, 8, stages),
-        Tiles(128, 64, 64, 4, stages),
-        Tiles(64, 128, 64, 4, stages),
-    ]
+        return [Tiles(64, 64, 64, 4, stages)]
+    return [Tiles(128, 128, 64, 8, stages), Tiles(128, 64, 64, 4, stages)]
 
 
 def gate_up_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
     """Tiles of `modulated_gate_up`, the default first: two accumulators halve their width."""
     if dtype == torch.float32:
         return [Tiles(64, 32, 32, 4, 3), Tiles(64, 64, 32, 8, 3)]
-    stages = 2 if target.backend == "hip" else 3
+    stages = 2 if target.backend == "hip" else 4 if target.shared_bytes > 200_000 else 3
     if tokens <= 64:
         return [Tiles(64, 64, 64, 4, stages)]
     return [Tiles(128, 64, 64, 8, stages), Tiles(64, 64, 64, 4, stages)]
@@ -153,14 +149,12 @@ def modulated_linear(a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | No
     """
     tokens, width = a[0].shape[0], b[0].shape[1]
     y = torch.empty((tokens, width), device=a[0].device, dtype=a[0].dtype)
-    pairs = [*zip(a, b, strict=True), (None, None), (None, None)][:3]
-    operands = [tensor for pair in pairs for tensor in pair]
-    sizes = [0 if left is None else left.shape[1] for left, _ in pairs]
-    strides = [
-        stride
-        for left, right in pairs
-        for stride in ((0, 0, 0, 0) if left is None else (*left.stride(), *right.stride()))
-    ]
+    pairs = list(zip(a, b, strict=True))
+    absent = 3 - len(pairs)
+    operands = [*(tensor for pair in pairs for tensor in pair), *(None, None) * absent]
+    sizes = [*(left.shape[1] for left in a), *(0,) * absent]
+    strides = [stride for pair in pairs for tensor in pair for stride in tensor.stride()]
+    strides += (0, 0, 0, 0) * absent
 
     def run(tiles: Tiles) -> None:
         launch(

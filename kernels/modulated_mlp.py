@@ -15,7 +15,7 @@ that of gate, and more than `CHUNK` tokens go through in turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -88,9 +88,15 @@ def modulated_mlp(
         ``(T, D)``.
 
     Raises:
-        ValueError: `path` is none, or is decode with gradients or too many tokens.
+        ValueError: `path` is none, or is decode with gradients or too many tokens; a tensor is
+            one shard of several.
     """
     tensors = (x, h, *base, *modulation[:-1])
+    if any(type(tensor).__name__ == "DTensor" for tensor in tensors):
+        raise ValueError(
+            "Triton kernels take whole tensors, not shards (DTensor): FSDP2 gathers them around the "
+            "module that holds them; for tensor parallelism take impl='factored'"
+        )
     gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if path is None:
         path = choose_path(
@@ -101,7 +107,8 @@ def modulated_mlp(
     if path == "decode":
         if gradients or h.shape[0] > MAX_TOKENS:
             raise ValueError(f"decode takes {MAX_TOKENS} tokens at most, and no gradients")
-        return decode_mlp(x, h, *base, *modulation)
+        operands: tuple[Any, ...] = (*base, *modulation)
+        return decode_mlp(x, h, *operands)
     steps = GEMM if path == "gemm" else FUSED
     if gradients or h.shape[0] <= CHUNK:
         return factored.modulated_mlp(x, h, base, modulation, save_probe=save_probe, steps=steps)

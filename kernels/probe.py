@@ -126,5 +126,5 @@ def probe(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> list[Tensor]
             PRECISION=precision(a.dtype), warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
 
-    run(choose("probe", probe_tiles, run, z[0], (components, rank, a.shape[1])))
+    run(choose("probe", probe_tiles, run, z[0], (rank, rank * components, a.shape[1])))
     return outputs

@@ -1,0 +1,335 @@
+"""Compile every kernel for named GPUs without one, and read what the compiler made of it.
+
+The launches are the real ones: `modulated_mlp` runs on tensors without data, and what it would
+launch is compiled as Triton would on the device, divisibility of arguments included. Reads
+registers, spills, shared memory, matrix instructions and widths of global accesses from the machine
+code. Needs Triton's compiler, and no GPU; says nothing about speed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from npt_fast.kernels import _tuning
+from npt_fast.kernels._launch import Launch, Target, recorded
+from npt_fast.kernels.factored import Base, Modulation
+from npt_fast.kernels.modulated_mlp import Path as KernelPath
+from npt_fast.kernels.modulated_mlp import modulated_mlp
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+}
+_MATRIX = {"cuda": r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", "hip": r"\bv_mfma_\w+"}
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One kernel as compiled for one kind of device.
+
+    Attributes:
+        kernel: its name.
+        config: dtype, tiles and what else distinguishes it.
+        arch: ``sm_90``, ``gfx942``.
+        registers: of a thread.
+        spill_bytes: of a thread, in memory instead of registers.
+        shared_bytes: of a program.
+        warps_per_sm: that fit at a time into a multiprocessor, or compute unit.
+        mma: number of matrix instructions; ``mma_kind`` names them.
+        accesses: widths in bits of global loads and stores, and how often each occurs.
+        problems: what is wrong with it, in words; empty if nothing.
+    """
+
+    kernel: str
+    config: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warps_per_sm: int
+    mma: int
+    mma_kind: str
+    accesses: str
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong with it."""
+        return not self.problems
+
+
+class _Call(NamedTuple):
+    """A call of the operator whose launches are compiled."""
+
+    path: KernelPath
+    tokens: int
+    hidden: int
+    intermediate: int
+    num_ranks: int
+    rank: int
+    dtype: torch.dtype = torch.bfloat16
+    tf32: bool = False
+    gradients: bool = False
+    projections: int = 3
+
+
+_LLAMA = {"hidden": 2048, "intermediate": 8192, "num_ranks": 8}
+_ODD = {"hidden": 431, "intermediate": 1155, "num_ranks": 3, "rank": 5}
+_CALLS = [
+    *(
+        call
+        for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
+        for call in (
+            _Call("gemm", 8192, **_LLAMA, rank=512, dtype=dtype, tf32=tf32, gradients=True),
+            _Call("fused", 8192, **_LLAMA, rank=128, dtype=dtype, tf32=tf32, gradients=True),
+            _Call("decode", 1, **_LLAMA, rank=512, dtype=dtype, tf32=tf32),
+            _Call("decode", 64, **_LLAMA, rank=512, dtype=dtype, tf32=tf32),
+        )
+    ),
+    _Call("fused", 8192, **_LLAMA, rank=16),
+    _Call("fused", 64, **_LLAMA, rank=64, gradients=True),
+    # nothing is a multiple of anything: all accesses are masked and narrow
+    _Call("gemm", 8191, **_ODD, gradients=True),
+    _Call("fused", 8191, **_ODD, gradients=True),
+    _Call("fused", 8191, **_ODD, projections=1),
+    _Call("decode", 3, **_ODD),
+    _Call("decode", 3, **_ODD, projections=1),
+]
+
+
+class Case(NamedTuple):
+    """One thing to compile."""
+
+    launch: Launch
+    config: str
+
+
+@cache
+def cases(target: Target) -> list[Case]:
+    """All that can be launched on a target, each kind once."""
+    found: dict[Any, Case] = {}
+    labels: Counter[str] = Counter()
+    for call in _CALLS:
+        for candidate in range(_tuning.MAX_CANDIDATES):
+            with recorded(target) as launches, _tuning.candidate(candidate):
+                _run(call)
+            for launch in launches:
+                source = _source(launch)
+                key = (launch.kernel.fn.__name__, *map(repr, source), *launch.options.items())
+                if key in found:
+                    continue
+                label = _config(launch, call)
+                labels[key[0] + label] += 1
+                number = labels[key[0] + label]
+                found[key] = Case(launch, label if number == 1 else f"{label} ({number})")
+    return list(found.values())
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _run(call: _Call) -> None:
+    def tensor(*shape: int, requires_grad: bool = False) -> Tensor:
+        return torch.empty(
+            shape, dtype=call.dtype, device="meta", requires_grad=requires_grad and call.gradients
+        )
+
+    d, f, r, c = call.hidden, call.intermediate, call.num_ranks * call.rank, call.projections
+    base = Base(tensor(f, d), tensor(f, d), tensor(d, f))
+    modulation = Modulation(
+        tensor(d, c * r, requires_grad=True),
+        tensor(min(c, 2) * r, d),
+        tensor(r, f) if c == 3 else None,
+        tensor(r, f),
+        tensor(r, f) if c > 1 else None,
+        tensor(r, d) if c == 3 else None,
+        call.num_ranks,
+    )
+    x = tensor(call.tokens, d, requires_grad=True)
+    h = tensor(call.tokens, d, requires_grad=True)
+    with _tf32(call.tf32):
+        y = modulated_mlp(x, h, base, modulation, path=call.path)
+        if call.gradients:
+            y.backward(tensor(call.tokens, d))
+
+
+def _config(launch: Launch, call: _Call) -> str:
+    """What tells a case from others of its kernel, in words."""
+    values = launch.arguments
+    parts = ["tf32" if values.get("PRECISION") == "tf32" else _TYPES[call.dtype][1:]]
+    if "BLOCK_K" in values:
+        blocks = (values[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        parts.append("x".join(map(str, blocks)))
+    else:
+        parts.append("x".join(str(v) for name, v in values.items() if name.startswith("BLOCK_")))
+    parts.append(f"w{launch.options['num_warps']}")
+    if launch.options["num_stages"] > 1:
+        parts.append(f"s{launch.options['num_stages']}")
+    parts.append(f"{call.path} D{call.hidden} r{call.rank}")
+    given = [name for name, value in values.items() if value is None]
+    if given:
+        parts.append("without " + ",".join(name.removesuffix("_ptr") for name in given))
+    # the layout of operands, which differs from call to call of the same kernel
+    parts += [name for name, v in values.items() if name.startswith("stride_b") and v == 1][:1]
+    return " ".join(parts)
+
+
+def _source(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes as Triton's launcher derives them from arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    aligned = [["tt.divisibility", 16]]
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.arguments[name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name], attributes[(index,)] = _TYPES[value.dtype], aligned
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = aligned
+    return signature, constants, attributes
+
+
+def compile_all(names: Sequence[str], *, jobs: int) -> Iterator[Compiled]:
+    """Compile all cases for the named targets, in processes of their own; results as they come.
+
+    Args:
+        names: such as ``sm_90``.
+        jobs: processes.
+
+    Raises:
+        ValueError: a name that is none.
+    """
+    work = [(name, index) for name in names for index in range(len(cases(Target.parse(name))))]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_case, *zip(*work, strict=True))
+
+
+def compile_case(name: str, index: int) -> Compiled:
+    """Compile one of `cases`."""
+    target = Target.parse(name)
+    launch, config = cases(target)[index]
+    wave = 64 if target.backend == "hip" else 32
+    compiled = triton.compile(
+        ASTSource(launch.kernel, *_source(launch)),
+        target=GPUTarget(target.backend, target.arch, wave),
+        options=launch.options,
+    )
+    read = _read_hip if target.backend == "hip" else _read_cuda
+    registers, spill_bytes, code = read(compiled)
+    shared = int(compiled.metadata.shared)
+    matrix = Counter(re.findall(_MATRIX[target.backend], code))
+    problems = []
+    if spill_bytes:
+        problems.append(f"{spill_bytes} bytes are spilled")
+    if shared > target.shared_bytes:
+        problems.append(f"{shared} bytes of shared memory, {target.shared_bytes} at most")
+    precise = launch.arguments.get("PRECISION") == "ieee" and config.startswith("fp32")
+    if "dot" in compiled.asm["ttir"] and not matrix and not precise:
+        problems.append("no matrix instructions")
+    if re.search(r"\.f64\b", compiled.asm.get("ptx", "")):
+        problems.append("arithmetic in float64")
+    return Compiled(
+        kernel=launch.kernel.fn.__name__.strip("_").removesuffix("_kernel"),
+        config=config,
+        arch=name,
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=shared,
+        warps_per_sm=_warps_per_sm(target, registers, shared, launch.options["num_warps"]),
+        mma=sum(matrix.values()),
+        mma_kind=", ".join(sorted(matrix)),
+        accesses=_accesses(code),
+        problems=tuple(problems),
+    )
+
+
+def _read_cuda(compiled: Any) -> tuple[int, int, str]:
+    """Registers, spilled bytes and the machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(compiled.asm["cubin"])
+        usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file)
+        code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", file)
+    found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+    return found["REG"], found["STACK"] + found.get("LOCAL", 0), code
+
+
+def _tool(program: str, *arguments: object) -> str:
+    command = [program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _read_hip(compiled: Any) -> tuple[int, int, str]:
+    code = compiled.asm["amdgcn"]
+    found = {
+        name: int(value)
+        for name, value in re.findall(r"^\s*\.(\w+):\s*(\d+)\s*$", code, re.MULTILINE)
+    }
+    return found["vgpr_count"], found["private_segment_fixed_size"], code
+
+
+_CUDA_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)\.([A-Z0-9.]+)")
+_HIP_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")
+_HIP_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
+
+
+def _accesses(code: str) -> str:
+    """``load 128:12 16:3, store 128:4``: bits of global accesses and how often each occurs."""
+    counts: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    for name, suffix in _CUDA_ACCESS.findall(code):
+        parts = suffix.split(".")
+        bits = next((int(part) for part in parts if part in ("64", "128", "256")), 32)
+        bits = next((int(part[1:]) for part in parts if part in ("U8", "U16", "S16")), bits)
+        counts["store" if name == "STG" else "load"][bits] += 1
+    for name, suffix in _HIP_ACCESS.findall(code):
+        bits = next((b for prefix, b in _HIP_BITS.items() if suffix.startswith(prefix)), 16)
+        counts[name][bits] += 1
+    return ", ".join(
+        f"{name} " + " ".join(f"{bits}:{n}" for bits, n in sorted(widths.items(), reverse=True))
+        for name, widths in counts.items()
+        if widths
+    )
+
+
+def _warps_per_sm(target: Target, registers: int, shared: int, warps: int) -> int:
+    """Warps that registers and shared memory leave room for, by the vendors' occupancy rules."""
+    if target.backend == "hip":  # 4 SIMDs of 512 registers a lane, 8 waves each at most
+        waves = 4 * min(8, 512 // max(1, -(-registers // 8) * 8))
+        programs = min(waves // warps, target.shared_bytes // max(1, shared))
+        return programs * warps
+    consumer = int(target.arch) in (86, 89, 120, 121)
+    limit, memory = (48, 102_400) if consumer else (64, target.shared_bytes + 1024)
+    by_registers = 65_536 // (-(-registers // 8) * 8 * 32) // warps
+    return warps * min(by_registers, limit // warps, memory // (shared + 1024))
