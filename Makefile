@@ -1,8 +1,10 @@
-# Everything runs in .venv, which `install` makes; nothing needs root.
+# Everything but `gpu` runs in .venv, which `install` makes; nothing needs root.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
+# one whose torch sees the GPU: constraints.txt is a stack for CPUs
+GPU_PYTHON ?= python3
 
-.PHONY: install demo test lint format bench bench-merge bench-modulation bench-train clean
+.PHONY: install demo test lint format bench bench-merge bench-modulation bench-train gpu clean
 
 install: .venv/.installed
 
@@ -31,6 +33,10 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# every kernel for five GPUs, without one; a problem with any of them fails
+kernels: install
+	$(BIN)/npt-fast kernels > benchmarks/results/kernels.md
+
 bench: install
 	$(BIN)/python -m pytest benchmarks
 
@@ -42,6 +48,9 @@ bench-modulation: install
 
 bench-train: install
 	$(BIN)/python -m benchmarks.bench_train
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu_day
 
 clean:
 	rm -rf .venv demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis

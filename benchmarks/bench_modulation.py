@@ -115,6 +115,11 @@ def flops(function: Callable[[], object]) -> int:
 
 
 def saved_bytes(inputs: Inputs, form: Form) -> int:
+    """What autograd keeps for backward of the modulated MLP."""
+    return kept_bytes(inputs, lambda: run(inputs, form))
+
+
+def kept_bytes(inputs: Inputs, forward: Callable[[], Tensor]) -> int:
     """What autograd keeps for backward: x, h and all in between, not the weights.
 
     Every storage counts once and as a whole, since a view keeps all of it.
@@ -132,7 +137,7 @@ def saved_bytes(inputs: Inputs, form: Form) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(inputs, form)
+        forward()
     return sum(storage.nbytes() for storage in storages.values())
 
 

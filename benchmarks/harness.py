@@ -57,12 +57,29 @@ def table_of(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def save(
-    name: str, title: str, facts: Mapping[str, str], text: str, document: Mapping[str, Any]
+    name: str,
+    title: str,
+    facts: Mapping[str, str],
+    text: str,
+    document: Mapping[str, Any],
+    *,
+    machine: str = "cpu",
+    directory: Path = RESULTS,
 ) -> Path:
-    """Write ``<name>-<cpu>.md`` and the raw numbers beside it; gives the path of the former."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{cpu}.md"
+    """Write ``<name>-<machine>.md`` and the raw numbers beside it; gives the path of the former.
+
+    Args:
+        name: of the benchmark.
+        title: first line.
+        facts: about the machine and the run.
+        text: tables.
+        document: what goes to the JSON file.
+        machine: the fact that names what was measured.
+        directory: where to.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", facts[machine].lower()).strip("-")
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}-{slug}.md"
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), "", text]
     path.write_text("\n".join(lines) + "\n")
     path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")

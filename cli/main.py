@@ -28,6 +28,7 @@ app.command("npt_fast.cli.analyze:analyze", name="analyze", help="Describe check
 app.command("npt_fast.cli.train:train", name="train", help="Train NP layers of a model.")
 app.command("npt_fast.cli.evaluate:evaluate", name="evaluate", help="Measure checkpoints on text.")
 app.command("npt_fast.cli.verify:verify", name="verify", help="Prove a merged checkpoint.")
+app.command("npt_fast.cli.kernels:app", name="kernels", help="Look at the kernels without a GPU.")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

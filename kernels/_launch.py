@@ -142,9 +142,11 @@ def _device_target(device: torch.device) -> Target:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as torch is told to (``allow_tf32``)."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    """How float32 operands are multiplied: as torch is told to."""
+    matmul = torch.backends.cuda.matmul
+    # since torch 2.9; says what allow_tf32 does, which cannot be read once this one is written
+    told = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
+    return "tf32" if dtype == torch.float32 and told == "tf32" else "ieee"
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -83,38 +83,42 @@ class _Call(NamedTuple):
 
     path: KernelPath
     tokens: int
-    hidden: int
-    intermediate: int
-    num_ranks: int
     rank: int
+    hidden: int = 2048  # as in Llama-3.2-1B
+    intermediate: int = 8192
+    num_ranks: int = 8
     dtype: torch.dtype = torch.bfloat16
     tf32: bool = False
     gradients: bool = False
     projections: int = 3
+    bias: bool = False
 
 
-_LLAMA = {"hidden": 2048, "intermediate": 8192, "num_ranks": 8}
-_ODD = {"hidden": 431, "intermediate": 1155, "num_ranks": 3, "rank": 5}
+_ODD = (5, 431, 1155, 3)
 _CALLS = [
     *(
         call
-        for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
+        for dtype, tf32 in (
+            (torch.bfloat16, False), (torch.float16, False), (torch.float32, True),
+            (torch.float32, False),
+        )
         for call in (
-            _Call("gemm", 8192, **_LLAMA, rank=512, dtype=dtype, tf32=tf32, gradients=True),
-            _Call("fused", 8192, **_LLAMA, rank=128, dtype=dtype, tf32=tf32, gradients=True),
-            _Call("decode", 1, **_LLAMA, rank=512, dtype=dtype, tf32=tf32),
-            _Call("decode", 64, **_LLAMA, rank=512, dtype=dtype, tf32=tf32),
+            _Call("gemm", 8192, 512, dtype=dtype, tf32=tf32, gradients=True),
+            _Call("fused", 8192, 128, dtype=dtype, tf32=tf32, gradients=True),
+            _Call("decode", 1, 512, dtype=dtype, tf32=tf32),
+            _Call("decode", 64, 512, dtype=dtype, tf32=tf32),
         )
     ),
-    _Call("fused", 8192, **_LLAMA, rank=16),
-    _Call("fused", 64, **_LLAMA, rank=64, gradients=True),
+    _Call("fused", 8192, 16),
+    _Call("fused", 8192, 64, gradients=True, bias=True),
+    _Call("fused", 64, 64, gradients=True, bias=True),
     # nothing is a multiple of anything: all accesses are masked and narrow
-    _Call("gemm", 8191, **_ODD, gradients=True),
-    _Call("fused", 8191, **_ODD, gradients=True),
-    _Call("fused", 8191, **_ODD, projections=1),
-    _Call("decode", 3, **_ODD),
-    _Call("decode", 3, **_ODD, projections=1),
-]
+    _Call("gemm", 8191, *_ODD, gradients=True),
+    _Call("fused", 8191, *_ODD, gradients=True),
+    _Call("fused", 8191, *_ODD, projections=1),
+    _Call("decode", 3, *_ODD),
+    _Call("decode", 3, *_ODD, projections=1, bias=True),
+]  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -145,6 +149,11 @@ def cases(target: Target) -> list[Case]:
     return list(found.values())
 
 
+def count(name: str) -> int:
+    """How many cases there are for a target such as ``sm_90``."""
+    return len(cases(Target.parse(name)))
+
+
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
@@ -162,7 +171,8 @@ def _run(call: _Call) -> None:
         )
 
     d, f, r, c = call.hidden, call.intermediate, call.num_ranks * call.rank, call.projections
-    base = Base(tensor(f, d), tensor(f, d), tensor(d, f))
+    biases = (tensor(f), tensor(f), tensor(d)) if call.bias else ()
+    base = Base(tensor(f, d), tensor(f, d), tensor(d, f), *biases)
     modulation = Modulation(
         tensor(d, c * r, requires_grad=True),
         tensor(min(c, 2) * r, d),
@@ -231,7 +241,7 @@ def compile_all(names: Sequence[str], *, jobs: int) -> Iterator[Compiled]:
     Raises:
         ValueError: a name that is none.
     """
-    work = [(name, index) for name in names for index in range(len(cases(Target.parse(name))))]
+    work = [(name, index) for name in names for index in range(count(name))]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(compile_case, *zip(*work, strict=True))
 

@@ -37,6 +37,8 @@ MAX_TOKENS = 64
 _PROGRAMS = 528
 """Programs that keep a large device busy, four for each of its 132 multiprocessors; a constant, so
 that results do not depend on the device."""
+_SPAN = 128
+"""Parts of K are multiples of it, as it is of every tile's k, which depends on the tokens."""
 
 
 @triton.jit
@@ -160,10 +162,10 @@ def _decode_sum_kernel(
 
 def decode_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
     """Tiles of the decode kernels: all tokens in one, few columns, long runs of K."""
-    m = max(16, triton.next_power_of_2(tokens))
+    stages = 2 if target.backend == "hip" else 4
     if dtype == torch.float32:
-        return [Tiles(m, 32, 64 if m == 16 else 32, 4, 3)]
-    return [Tiles(m, 64, 128 if m == 16 else 64, 4, 2 if target.backend == "hip" else 4)]
+        return [Tiles(16, 32, 64, 4, 3) if tokens <= 16 else Tiles(64, 32, 32, 8, 3)]
+    return [Tiles(16, 64, 128, 4, stages) if tokens <= 16 else Tiles(64, 64, 64, 4, stages)]
 
 
 def _tiles(tensor: Tensor, *sizes: int) -> Tiles:
@@ -171,10 +173,13 @@ def _tiles(tensor: Tensor, *sizes: int) -> Tiles:
     return tiles if aligned(sizes) else replace(NARROW, m=tiles.m)
 
 
-def split(columns: int, depth: int, tiles: Tiles) -> tuple[int, int]:
-    """Into how many parts a product of that shape is split, and how much of K is in a part."""
-    parts = max(1, min(16, _PROGRAMS // cdiv(columns, tiles.n), cdiv(depth, 4 * tiles.k)))
-    chunk = cdiv(cdiv(depth, parts), tiles.k) * tiles.k
+def split(columns: int, depth: int) -> tuple[int, int]:
+    """Into how many parts a product of that shape is split, and how much of K is in a part.
+
+    Knows nothing of tokens, dtype or device, so that sums are always added in the same order.
+    """
+    parts = max(1, min(16, _PROGRAMS // cdiv(columns, 64), cdiv(depth, _SPAN)))
+    chunk = cdiv(cdiv(depth, parts), _SPAN) * _SPAN
     return cdiv(depth, chunk), chunk
 
 
@@ -187,7 +192,7 @@ def _products(products: Sequence[tuple[Tensor, Tensor]], *, splits: bool) -> Ten
     strides = [stride for tensor in operands for stride in tensor.stride()]
     absent = 4 - len(products)
     tiles = _tiles(a, depth, *widths)
-    parts, chunk = split(sum(widths), depth, tiles) if splits else (1, depth)
+    parts, chunk = split(sum(widths), depth) if splits else (1, depth)
     out = torch.empty((parts, tokens, sum(widths)), device=a.device, dtype=torch.float32)
     launch(
         _decode_products_kernel, (sum(cdiv(width, tiles.n) for width in widths), parts),

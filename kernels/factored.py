@@ -157,10 +157,10 @@ class ModulatedMLPFunction(torch.autograd.Function):
         *tensors, num_ranks, activation, save_probe, steps = arguments
         base, modulation = Base._make(tensors[:6]), Modulation._make([*tensors[6:], num_ranks])
         with _without_autocast(x):
-            y, saved = _forward(x, h, base, modulation, activation, steps, save=True)
+            y, saved = _forward(
+                x, h, base, modulation, activation, steps, save=True, save_probe=save_probe
+            )
         assert saved is not None
-        if not save_probe:
-            saved = saved._replace(p_in=None, p_mid=None)
         ctx.save_for_backward(x, h, *tensors, *saved)
         ctx.num_ranks, ctx.activation, ctx.steps = num_ranks, activation, steps
         return y
@@ -197,23 +197,32 @@ class _Saved(NamedTuple):
 
 
 def _forward(
-    x: Tensor, h: Tensor, base: Base, m: Modulation, activation: str, steps: Steps, *, save: bool
+    x: Tensor,
+    h: Tensor,
+    base: Base,
+    m: Modulation,
+    activation: str,
+    steps: Steps,
+    *,
+    save: bool,
+    save_probe: bool = False,
 ) -> tuple[Tensor, _Saved | None]:
     k, rank = m.num_ranks, m.w_b_gate.shape[0]
     inputs = m.w_a_in.shape[0] // rank
     u = x @ m.w_down
     u_parts = _by_projection(u, rank)
-    s_in, z, *p_in = steps.probe(h, m.w_a_in, u_parts[:inputs], k, save)
+    s_in, z, *p_in = steps.probe(h, m.w_a_in, u_parts[:inputs], k, save_probe)
     inner, *gate_up = steps.gate_up(h, base, z, m, activation, save)
     left, right = [inner], [base.down.t()]
     s_mid, p_mid = None, None
     if m.w_a_mid is not None and m.w_b_down is not None:
-        s_mid, z, *saved = steps.probe(inner, m.w_a_mid, u_parts[inputs:], k, save)
-        p_mid = saved[0] if saved else None
+        s_mid, z, *p_out = steps.probe(inner, m.w_a_mid, u_parts[inputs:], k, save_probe)
+        p_mid = p_out[0] if p_out else None
         left.append(z[0])
         right.append(m.w_b_down)
     y = steps.sum_of_products(left, right, base.down_bias)
-    return y, _Saved(u, p_in[0], p_mid, s_in, s_mid, *gate_up) if save else None
+    saved_in = p_in[0] if p_in else None
+    return y, _Saved(u, saved_in, p_mid, s_in, s_mid, *gate_up) if save else None
 
 
 def _by_projection(joined: Tensor, rank: int) -> Tensor:

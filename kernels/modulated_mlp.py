@@ -94,7 +94,7 @@ def modulated_mlp(
     tensors = (x, h, *base, *modulation[:-1])
     if any(type(tensor).__name__ == "DTensor" for tensor in tensors):
         raise ValueError(
-            "Triton kernels take whole tensors, not shards (DTensor): FSDP2 gathers them around the "
+            "Triton kernels take whole tensors, not shards (DTensor): FSDP2 gathers them for the "
             "module that holds them; for tensor parallelism take impl='factored'"
         )
     gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+# Triton reads it once, when it is imported, which a library may do at any time. Not for ttsem,
+# which is in the place of a GPU.
+if "ttsem" not in sys.modules and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DATA = Path(__file__).parent / "data" / "smollm2_135m"
 

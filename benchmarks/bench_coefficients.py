@@ -1,0 +1,14 @@
+"""Coefficients and scaled bottlenecks, forward and backward, beside torch's and torch.compile's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.kernel_timing import Case, compare, entries
+
+
+@pytest.mark.parametrize(("case", "provider"), entries("coefficients"))
+def test_coefficients(benchmark: Any, case: Case, provider: str) -> None:
+    compare(benchmark, case, provider)

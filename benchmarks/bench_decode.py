@@ -1,0 +1,14 @@
+"""The modulated MLP of 1 to 64 tokens without gradients, by every path, and the bare MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.kernel_timing import Case, compare, entries
+
+
+@pytest.mark.parametrize(("case", "provider"), entries("decode"))
+def test_decode(benchmark: Any, case: Case, provider: str) -> None:
+    compare(benchmark, case, provider)

@@ -1,0 +1,14 @@
+"""Probes with coefficients in one kernel, beside torch's product and what follows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.kernel_timing import Case, compare, entries
+
+
+@pytest.mark.parametrize(("case", "provider"), entries("probe"))
+def test_probe(benchmark: Any, case: Case, provider: str) -> None:
+    compare(benchmark, case, provider)

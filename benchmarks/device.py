@@ -1,0 +1,85 @@
+"""The device that kernels are timed on: a GPU, or Triton's interpreter to try everything out."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+
+import torch
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+"""What is timed; the interpreter has no arithmetic for bfloat16."""
+
+COMPILER = "inductor" if ON_GPU else "aot_eager"
+"""Backend of torch.compile; without a GPU, none that takes minutes."""
+INTERPRETER = "interpreter: times mean nothing"
+_QUERY = (
+    "uuid,name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,"
+    "temperature.gpu"
+)
+
+
+def device_facts() -> dict[str, str]:
+    """What a reader needs to judge times on this device."""
+    facts = {"device": INTERPRETER, "torch.compile": COMPILER}
+    if not ON_GPU:
+        return facts
+    properties = torch.cuda.get_device_properties(DEVICE)
+    sm = f"sm_{properties.major}{properties.minor}"
+    return facts | {
+        "device": properties.name,
+        "uuid": str(getattr(properties, "uuid", "unknown")),
+        "architecture": properties.gcnArchName if torch.version.hip else sm,
+        "multiprocessors": str(properties.multi_processor_count),
+        "memory": f"{properties.total_memory / 1e9:.1f} GB",
+        "L2": f"{properties.L2_cache_size / 1e6:.1f} MB",
+        "CUDA": str(torch.version.cuda),
+        "ROCm": str(torch.version.hip),
+        "TF32": str(torch.backends.cuda.matmul.allow_tf32),
+    }
+
+
+def device_state() -> list[str]:
+    """Driver, clocks, power and temperature of all NVIDIA devices now; empty without nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (answer.stdout + answer.stderr).splitlines()
+
+
+def synchronize() -> None:
+    """Wait for what was launched."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def milliseconds(function: Callable[[], object]) -> float:
+    """How long the device takes for a call; on a GPU by its own clock."""
+    if not ON_GPU:
+        begin = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - begin)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Memory that a call needs at most beside what was there before; 0 where nobody counts."""
+    if not ON_GPU:
+        function()
+        return 0
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    synchronize()
+    return torch.cuda.max_memory_allocated() - before

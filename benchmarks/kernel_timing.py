@@ -1,0 +1,275 @@
+"""Times of all providers of a case, interleaved; each is first checked, and refused when wrong.
+
+Every round times every provider, in an order that turns, so that clocks and temperatures hit all
+alike. Calls go through copies of the inputs that exceed the L2 cache together, as in a model,
+where other layers come in between; where the inputs fit the cache they are timed in there too.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from benchmarks.device import (
+    DEVICE,
+    DTYPE,
+    INTERPRETER,
+    ON_GPU,
+    milliseconds,
+    synchronize,
+)
+from benchmarks.kernel_cases import REAL, TINY, Case, Inputs, Prepared, cases, copied, tensors
+
+Result = TypeVar("Result")
+
+ROUNDS = 15 if ON_GPU else 1
+_BATCH_MS = 20.0
+"""About how long one timing takes; many calls of what is short, with one start and end."""
+_WARM_SECONDS = 1.0 if ON_GPU else 0.0
+"""Work before the rounds of a case: the device cooled down while others were compiled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One provider of one case, in one way of launching.
+
+    Attributes:
+        status: ok; wrong, and hence not timed; out of memory; failed.
+        detail: the error.
+        launch: to a stream or as a graph; inputs come from memory, or from the L2 cache.
+        milliseconds: of a call, by round.
+        ratios: to the baseline's in the same round.
+        peak: bytes that a call needs at most beside its inputs.
+        flops: of its matrix products.
+        bytes: of inputs and outputs, each once.
+    """
+
+    case: Case
+    provider: str
+    status: str = "ok"
+    detail: str = ""
+    launch: str = ""
+    milliseconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    peak: int = 0
+    flops: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What the device did with a large copy, and a large product by its vendor's library."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def share(self, timing: Timing) -> float:
+        """The time that the slower of both would take, by that taken."""
+        floor = max(timing.bytes / self.bytes_per_second, timing.flops / self.flops_per_second)
+        return 1e3 * floor / statistics.median(timing.milliseconds)
+
+
+def measure_ceilings() -> Ceilings:
+    """After a while of work, so that the device is as warm as later; ten seconds."""
+    n = 8192
+    source = torch.randn(1 << 29, device=DEVICE, dtype=DTYPE)
+    target = torch.empty_like(source)
+    a, b = (source[i * n * n :][: n * n].view(n, n) for i in range(2))
+    product = torch.empty_like(a)
+
+    def multiply() -> None:
+        torch.mm(a, b, out=product)
+
+    spent = 0.0
+    while spent < 1e4:
+        spent += milliseconds(multiply)
+    copy_ms = statistics.median(milliseconds(lambda: target.copy_(source)) for _ in range(20))
+    mm_ms = statistics.median(milliseconds(multiply) for _ in range(20))
+    return Ceilings(2e3 * source.nbytes / copy_ms, 2e3 * n**3 / mm_ms)
+
+
+class _Calls:
+    """A provider's calls, one after the other through copies of the inputs."""
+
+    def __init__(
+        self, prepared: Prepared, name: str, copies: Sequence[Inputs], graph: bool
+    ) -> None:
+        provider = prepared.case.providers[name]
+        self._fresh: Callable[[], None] = lambda: None
+        if provider.overwrites:
+            originals, copies = copies, [copied(inputs) for inputs in copies]
+
+            def restore() -> None:
+                for to, source in zip(tensors(copies), tensors(originals), strict=True):
+                    to.copy_(source)
+
+            self._fresh = restore
+        calls = [partial(provider.run, *inputs) for inputs in copies]
+        self._calls = [_graph(call) for call in calls] if graph else calls
+        self._next = 0
+        self._run(len(calls))
+        synchronize()
+        once = milliseconds(partial(self._run, len(calls))) / len(calls)
+        self._count = max(len(calls), math.ceil(_BATCH_MS / max(once, 1e-3))) if ON_GPU else 1
+
+    def _run(self, count: int) -> None:
+        for _ in range(count):
+            self._calls[self._next]()
+            self._next = (self._next + 1) % len(self._calls)
+
+    def time(self) -> float:
+        """Milliseconds of a call."""
+        self._fresh()
+        return milliseconds(partial(self._run, self._count)) / self._count
+
+
+def _graph(call: Callable[[], object]) -> Callable[[], None]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _copies(prepared: Prepared) -> tuple[list[Inputs], bool]:
+    """Inputs several times over, together more than the L2 cache, as far as there is memory; and
+    whether they fit the cache once."""
+    if not ON_GPU:
+        return [prepared.inputs, copied(prepared.inputs)], False
+    size = sum(tensor.nbytes for tensor in tensors(prepared.inputs))
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    spare = torch.cuda.mem_get_info()[0] // 4 // size
+    more = min(1 + 2 * cache // size, spare)
+    return [prepared.inputs, *(copied(prepared.inputs) for _ in range(more))], size <= cache
+
+
+@lru_cache(maxsize=1)
+def prepare(case: Case) -> Prepared:
+    """A case's inputs, kept until those of another are asked for."""
+    return Prepared(case)
+
+
+def attempt(function: Callable[[], Result]) -> tuple[Result | None, str, str]:
+    """What a function gives, a status, and what an error says."""
+    try:
+        return function(), "ok", ""
+    except AssertionError as error:
+        return None, "wrong", str(error)
+    except torch.OutOfMemoryError as error:
+        message = str(error).partition(". ")[0]
+    except Exception as error:  # nothing that goes wrong in one may stop the others
+        traceback.print_exc()
+        return None, "failed", "".join(traceback.format_exception_only(error)).strip()
+    torch.cuda.empty_cache()  # no longer held by the error
+    return None, "out of memory", message
+
+
+def time_case(case: Case, rounds: int = ROUNDS) -> Iterator[Timing]:
+    """All providers of a case, those that give the right values in every way to launch them."""
+    prepared, status, detail = attempt(lambda: Prepared(case))
+    if prepared is None:
+        yield from (Timing(case, name, status, detail) for name in case.providers)
+        return
+    right: dict[str, Timing] = {}
+    for name in case.providers:
+        peak, status, detail = attempt(partial(prepared.check, name))
+        timing = Timing(case, name, status, detail, peak=peak or 0)
+        if status != "ok":
+            yield timing
+            continue
+        flops, moved = prepared.exact(name)[1], prepared.bytes_moved(name)
+        right[name] = replace(timing, flops=flops, bytes=moved)
+    prepared.forget()
+    torch.cuda.empty_cache()
+    copies, cached = _copies(prepared)
+    ways = [("stream", copies, False)]
+    ways += [("stream, L2", copies[:1], False)] if cached else []
+    ways += [("graph", copies, True)] if case.graphs and ON_GPU else []
+    for launch, inputs, graph in ways:
+        calls: dict[str, _Calls] = {}
+        for name, timing in right.items():
+            made, status, detail = attempt(partial(_Calls, prepared, name, inputs, graph))
+            if made is None:
+                yield replace(timing, launch=launch, status=status, detail=detail)
+            else:
+                calls[name] = made
+        times = _interleaved(calls, rounds)
+        baseline = times.get(case.baseline, [])
+        for name, own in times.items():
+            ratios = [a / b for a, b in zip(own, baseline, strict=False)]
+            yield replace(right[name], launch=launch, milliseconds=own, ratios=ratios)
+
+
+def _interleaved(calls: Mapping[str, _Calls], rounds: int) -> dict[str, list[float]]:
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + _WARM_SECONDS
+    while names and time.perf_counter() < end:
+        for one in calls.values():
+            one.time()
+    for index in range(rounds):
+        turned = names[index % len(names) :] + names[: index % len(names)] if names else []
+        for name in turned:
+            times[name].append(calls[name].time())
+    return times
+
+
+class _DeviceClock:
+    """Stands still but for what `compare` measured: pytest-benchmark then reports device time."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+_clock = _DeviceClock()
+
+
+def entries(op: str) -> list[Any]:
+    """Parameters for `compare`: all cases of an op with each of their providers."""
+    label = "" if ON_GPU else f" ({INTERPRETER})"
+    return [
+        pytest.param(
+            case, name, id=f"{case.what}-{case.shape}-{name}",
+            marks=pytest.mark.benchmark(group=f"{case}{label}", timer=_clock),
+        )
+        for case in cases(op, REAL if ON_GPU else TINY)
+        for name in case.providers
+    ]  # fmt: skip
+
+
+def compare(benchmark: Any, case: Case, name: str) -> None:
+    """Check a provider and time it, each round after a round of the baseline."""
+    prepared = prepare(case)
+    try:
+        prepared.check(name)
+        copies, _ = _copies(prepared)
+        own, baseline = (_Calls(prepared, n, copies, graph=False) for n in (name, case.baseline))
+    except torch.OutOfMemoryError:
+        pytest.skip("does not fit the device's memory")
+    ratios: list[float] = []
+
+    def time_both() -> None:
+        before, milliseconds = baseline.time(), own.time()
+        ratios.append(milliseconds / before)
+        _clock.seconds += milliseconds / 1e3
+
+    benchmark.pedantic(time_both, rounds=ROUNDS)
+    if benchmark.stats is not None and ON_GPU:  # neither --benchmark-disable nor the interpreter
+        benchmark.extra_info.update(baseline=case.baseline, ratios=ratios)
+        benchmark.stats.name = f"{name}: {statistics.median(ratios):.2f} x {case.baseline}"

@@ -1,0 +1,233 @@
+"""``npt-fast kernels``: what can be said about the kernels without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
+
+from npt_fast.cli.output import print_json, say
+from npt_fast.errors import NPTError
+from npt_fast.kernels import roofline as arithmetic
+
+app = App(name="kernels", help="Look at the kernels without a GPU.")
+
+ARCHS = "sm_80,sm_90,sm_100,sm_120,gfx942"
+KNOWN = {*ARCHS.split(","), "sm_86", "sm_89", "sm_103", "sm_121", "gfx950"}
+
+Size = Annotated[int | None, Parameter(validator=Number(gte=1))]
+
+TITLE = "Roofline: arithmetic, not measured"
+ASSUMPTIONS = (
+    "one layer; bfloat16; gate, up and down modulated; no biases; base frozen",
+    "FLOPs: matrix products alone. Weights: each read once, and their gradients written once",
+    "activations: read and written once by every launch that needs them, nothing cached between",
+    "peaks are the vendor's; floor is the larger of compute and memory, all else hidden",
+    "exposed: activations that launches without products move; in turn: products, then those",
+    "v_a/v_b at best: each vector written once and read once; eager: as kernels/reference.py runs",
+)
+
+
+def _known_archs(_: type, names: str) -> None:
+    unknown = set(names.split(",")) - KNOWN
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: not one of {', '.join(sorted(KNOWN))}")
+
+
+@app.default
+def compile_kernels(
+    *,
+    arch: Annotated[str, Parameter(validator=_known_archs)] = ARCHS,
+    jobs: Size = None,
+    json: bool = False,
+) -> int:
+    """Compile every kernel ahead of time, without a GPU, and show what the compiler made of it.
+
+    npt-fast kernels --arch sm_90,gfx942
+
+    Exits with 3 where something spills registers, has no matrix instructions, wants more shared
+    memory than there is, or computes in float64. Says nothing about speed.
+
+    Parameters
+    ----------
+    arch
+        Kinds of GPU, separated by commas.
+    jobs
+        Processes; as many as there are cores if not given.
+    json
+        Print everything as JSON.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise NPTError("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+    try:
+        from npt_fast.kernels import aot
+    except ModuleNotFoundError as error:
+        raise NPTError(f"kernels needs {error.name}: pip install torch triton") from error
+    from rich.console import Console
+    from rich.progress import track
+
+    names = arch.split(",")
+    console = Console(stderr=True)
+    found = list(
+        track(
+            aot.compile_all(names, jobs=jobs or os.cpu_count() or 1),
+            "Compiling",
+            total=sum(map(aot.count, names)),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+    )
+    if json:
+        print_json([{**asdict(one), "ok": one.ok} for one in found])
+    else:
+        heads = (
+            "arch", "kernel", "config", "registers", "spill B", "shared B", "warps/SM", "mma",
+            "instruction", "global accesses, bits:count", "ok",
+        )  # fmt: skip
+        rows = [
+            (
+                one.arch, one.kernel, one.config, str(one.registers), str(one.spill_bytes),
+                str(one.shared_bytes), str(one.warps_per_sm), str(one.mma), one.mma_kind,
+                one.accesses, "ok" if one.ok else "; ".join(one.problems),
+            )
+            for one in found
+        ]  # fmt: skip
+        say(f"Compiled by Triton {version('triton')} without a GPU; says nothing about speed")
+        say()
+        _print_table(heads, rows)
+    bad = [one for one in found if not one.ok]
+    print(f"{len(found)} compiled, {len(bad)} with problems", file=sys.stderr)
+    return 3 if bad else 0
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"One of {', '.join(names)}."
+
+
+def _check(
+    *,
+    model: str | None = None,
+    hidden: int | None = None,
+    intermediate: int | None = None,
+    gpu: str | None = None,
+    **others: object,
+) -> None:
+    """Of the options that are given: wrong ones are wrong usage, before anything is computed."""
+    arithmetic.shape_of(model, hidden, intermediate)
+    if gpu is not None:
+        arithmetic.gpu_of(gpu)
+
+
+@app.command(validator=_check)
+def roofline(
+    *,
+    model: Annotated[str | None, Parameter(help=_listed(arithmetic.MODELS))] = None,
+    hidden: Size = None,
+    intermediate: Size = None,
+    rank: Size = None,
+    num_ranks: Size = None,
+    tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 8192,
+    gpu: Annotated[str, Parameter(help=_listed(arithmetic.GPUS))] = "h100",
+    json: bool = False,
+) -> None:
+    """FLOPs, bytes and least times of a modulated MLP, with and without v_a and v_b: arithmetic.
+
+    npt-fast kernels roofline --model llama-3.2-1b --tokens 8192 --gpu h100
+
+    Parameters
+    ----------
+    hidden
+        Width D of the model, instead of --model.
+    intermediate
+        Width F of the MLP, instead of --model.
+    rank
+        Rank r of a component; 512 for llama-3.2-1b, else 64.
+    num_ranks
+        Components k; 8 if not given.
+    tokens
+        Of all sequences together. Decode takes 64 at most, and is shown for one if there are more.
+    json
+        Print everything as JSON.
+    """
+    shape = arithmetic.shape_of(model, hidden, intermediate, num_ranks, rank)
+    peaks = arithmetic.gpu_of(gpu)
+    costs = list(arithmetic.costs(shape, tokens))
+    kept = arithmetic.kept_for_backward(shape, tokens)
+    if json:
+        passes = [
+            {
+                **asdict(cost),
+                "compute_ms": cost.compute_ms(peaks),
+                "memory_ms": cost.memory_ms(peaks),
+                "floor_ms": cost.floor_ms(peaks),
+                "in_turn_ms": cost.in_turn_ms(peaks),
+            }
+            for cost in costs
+        ]
+        document = {
+            "title": TITLE,
+            "assumptions": ASSUMPTIONS,
+            "model": model,
+            "shape": {**asdict(shape), "joined": shape.joined},
+            "tokens": tokens,
+            "gpu": {
+                "name": gpu,
+                "peaks": "the vendor's",
+                "tflops": peaks.tflops,
+                "tb_per_s": peaks.bandwidth,
+            },
+            "passes": passes,
+            "kept_for_backward": kept,
+        }
+        print_json(document)
+        return
+    say(TITLE)
+    say(
+        f"{model or 'Widths'}: D={shape.hidden}, F={shape.intermediate}, k={shape.num_ranks} "
+        f"components of rank r={shape.rank} (R={shape.joined})"
+    )
+    say(f"{gpu}: {peaks.tflops:g} TFLOP/s dense bfloat16, {peaks.bandwidth:g} TB/s")
+    say("Times in ms, traffic in MB")
+    say()
+    heads = (
+        "pass", "form", "GFLOP", "activations", "weights", "compute", "memory", "floor",
+        "exposed", "in turn",
+    )  # fmt: skip
+    rows = [
+        (
+            f"{cost.phase}, T={cost.tokens}", cost.form, f"{cost.flops / 1e9:.1f}",
+            f"{cost.activations / 1e6:.1f}", f"{cost.weights / 1e6:.1f}",
+            f"{cost.compute_ms(peaks):.3f}", f"{cost.memory_ms(peaks):.3f}",
+            f"{cost.floor_ms(peaks):.3f}", f"{cost.exposed / 1e6:.1f}",
+            f"{cost.in_turn_ms(peaks):.3f}",
+        )
+        for cost in costs
+    ]  # fmt: skip
+    _print_table(heads, rows)
+    say()
+    memory = [(form, f"{count / 1e6:.1f}") for form, count in kept.items()]
+    _print_table((f"kept for backward, T={tokens}", "MB"), memory)
+    say()
+    for line in ASSUMPTIONS:
+        say(f"- {line}")
+
+
+def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Markdown, which reads well on a terminal too; numbers to the right."""
+    columns = list(zip(heads, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(re.match(r"[-\d]", cell) for cell in column[1:]) for column in columns]
+    for cells in (heads, tuple("-" * width for width in widths), *rows):
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(cells, widths, numeric, strict=True)
+        )
+        say(f"| {' | '.join(padded)} |")

@@ -1,0 +1,62 @@
+"""Kernels run on a GPU, under ttsem as if on one, or on a CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.cases import DEVICE, SIMULATED
+
+if SIMULATED:  # it looks at the compiler's first stage alone, so spare the others, most of its time
+    from ttsem import harness, mlir
+
+    mlir.enable_generic_printing()
+    harness._compile_asm = lambda fn, args, kwargs, target: {
+        "ttir": harness._stage_text(
+            SimpleNamespace(fn=fn, args=args, kwargs=kwargs), "ttir", target
+        )
+    }
+
+Normal = Callable[..., Tensor]
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run."""
+    return DEVICE
+
+
+@pytest.fixture
+def normal(device: str) -> Normal:
+    """Random tensors, of variance 1 / fan_in; the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int, dtype: torch.dtype, fan_in: int = 1) -> Tensor:
+        values = torch.randn(shape, generator=generator) / fan_in**0.5
+        return values.to(device, dtype)
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors are so small that threads would do little but wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def new_memory_is_nan() -> Iterator[None]:
+    """What a kernel leaves unwritten, or reads before it is written, shows in the results."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

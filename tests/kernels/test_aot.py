@@ -1,0 +1,80 @@
+"""What the compiler makes of the kernels; the sweep over all of them is `make kernels`, in CI."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels.md"
+
+
+def compiler(code: str) -> Any:
+    """What a script prints as JSON, run where Triton compiles instead of interpreting."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    setup = (
+        "import json\nfrom npt_fast.kernels import aot\nfrom npt_fast.kernels._launch import *\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", setup + code], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_table_has_all_that_can_be_launched_and_nothing_wrong() -> None:
+    lines = [line.split("|") for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line[1:-1]] for line in lines[2:]]
+    expected = compiler(
+        "print(json.dumps([[name, case.launch.kernel.fn.__name__, case.config]"
+        " for name in aot.TARGETS for case in aot.cases(Target.parse(name))]))"
+    )
+    names = [[arch, f"_{kernel}_kernel", config] for arch, kernel, config, *_ in rows]
+    assert names == expected
+    assert {row[-1] for row in rows} == {"ok"}
+    assert {row[4] for row in rows} == {"0"}
+    assert len({tuple(name) for name in names}) == len(names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_the_table_is_what_the_compiler_says(arch: str) -> None:
+    """A few of its rows; with another Triton the numbers are others, and still nothing is wrong."""
+    found = compiler(
+        "chosen = {}\n"
+        f"for index, case in enumerate(aot.cases(Target.parse({arch!r}))):\n"
+        "    chosen.setdefault(case.launch.kernel.fn.__name__, index)\n"
+        f"found = [aot.compile_case({arch!r}, index) for index in chosen.values()]\n"
+        "print(json.dumps([[c.kernel, c.registers, c.shared_bytes, c.mma, c.problems]"
+        " for c in found]))"
+    )
+    assert len(found) == 10
+    for kernel, registers, _, mma, problems in found:
+        assert registers > 0 and problems == [], kernel
+        assert (mma > 0) == kernel.startswith(("modulated", "probe", "decode_products", "decode_i"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "tiles", "problem"),
+    [
+        pytest.param("sm_80", "Tiles(128, 256, 64, 4, 3)", "bytes are spilled", id="spill"),
+        pytest.param("sm_120", "Tiles(128, 128, 64, 8, 4)", "bytes of shared memory", id="shared"),
+    ],
+)
+def test_what_is_wrong_is_named(arch: str, tiles: str, problem: str) -> None:
+    found = compiler(
+        "from npt_fast.kernels import _tuning\n"
+        f"with _tuning.forced({tiles}):\n"
+        f"    cases = aot.cases(Target.parse({arch!r}))\n"
+        "    names = [case.launch.kernel.fn.__name__ for case in cases]\n"
+        f"    c = aot.compile_case({arch!r}, names.index('_modulated_gate_up_kernel'))\n"
+        "print(json.dumps([c.ok, *c.problems]))"
+    )
+    assert found[0] is False
+    assert any(problem in line for line in found[1:]), found

@@ -1,0 +1,106 @@
+"""The modulated MLP of a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from npt_fast.kernels import decode
+from npt_fast.testing import Problem, assert_within_budget, leaves
+from tests.kernels.cases import (
+    DTYPES,
+    Inputs,
+    arranged,
+    cast,
+    dtypes,
+    inputs_of,
+    padded,
+    reference_mlp,
+    transposed,
+    unchanged,
+)
+
+pytestmark = pytest.mark.ttsem
+
+PROBLEMS = [
+    Problem(tokens=1, hidden=33, intermediate=43, num_ranks=1, rank=3),
+    Problem(tokens=5, hidden=33, intermediate=43, num_ranks=3, rank=5, projections=1, bias=True),
+    Problem(tokens=16, hidden=33, intermediate=43, num_ranks=8, rank=3, projections=2, bias=True),
+    Problem(tokens=17, hidden=24, intermediate=600, num_ranks=1, rank=70, bias=True),
+    Problem(tokens=64, hidden=70, intermediate=130, num_ranks=3, rank=16),
+]
+problems = pytest.mark.parametrize(
+    "problem", PROBLEMS, ids=lambda p: f"T{p.tokens}-c{p.projections}-k{p.num_ranks}-r{p.rank}"
+)
+
+
+def run(inputs: Inputs) -> Tensor:
+    x, h, base, modulation = inputs
+    return decode.decode_mlp(x, h, *base, *modulation)
+
+
+def make(problem: Problem, dtype: torch.dtype) -> Inputs:
+    return inputs_of(problem, dtype, requires_grad=False)
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Into how many parts each product was split."""
+    found: list[int] = []
+    split = decode.split
+
+    def noting(*arguments: Any) -> tuple[int, int]:
+        count, chunk = split(*arguments)
+        found.append(count)
+        return count, chunk
+
+    monkeypatch.setattr(decode, "split", noting)
+    return found
+
+
+@dtypes
+@problems
+def test_values(problem: Problem, dtype: torch.dtype) -> None:
+    inputs = make(problem, dtype)
+    with unchanged(*leaves(*inputs).values()):
+        y = run(inputs)
+    assert_within_budget(y, reference_mlp(cast(inputs, torch.float64)), reference_mlp(inputs))
+
+
+@dtypes
+def test_products_in_parts(dtype: torch.dtype, parts: list[int]) -> None:
+    """Their sum is the same every time."""
+    inputs = make(Problem(tokens=5, hidden=24, intermediate=300, num_ranks=2, rank=66), dtype)
+    y = run(inputs)
+    assert parts == [3, 2]  # of intermediate and of R
+    assert_within_budget(y, reference_mlp(cast(inputs, torch.float64)), reference_mlp(inputs))
+    assert torch.equal(run(inputs), y)
+
+
+@dtypes
+def test_a_token_does_not_depend_on_others(dtype: torch.dtype) -> None:
+    x, h, *weights = make(PROBLEMS[2], dtype)
+    assert torch.equal(run((x[:5], h[:5], *weights)), run((x, h, *weights))[:5])
+
+
+def test_parts_cover_k() -> None:
+    """In steps of every tile, whatever the dtype and the number of tokens."""
+    for columns in (1, 64, 5000, 10**6):
+        for depth in (1, 63, 64, 257, 4096, 14336, 10**5):
+            count, chunk = decode.split(columns, depth)
+            assert (count - 1) * chunk < depth <= count * chunk
+            assert chunk % decode._SPAN == 0 and 1 <= count <= 16
+
+
+@pytest.mark.parametrize("layout", [padded, transposed])
+def test_any_strides(layout: Callable[[Tensor], Tensor]) -> None:
+    inputs = make(PROBLEMS[4], DTYPES[0])
+    assert torch.equal(run(arranged(inputs, layout)), run(inputs))
+
+
+def test_no_tokens() -> None:
+    assert run(make(Problem(tokens=0), DTYPES[0])).shape == (0, 24)

@@ -1,0 +1,133 @@
+"""`npt_fast.functional.modulated_mlp` with impl="triton": dtypes, autocast, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from npt_fast.testing import Problem, assert_within_budget, leaves
+from tests.kernels.cases import (
+    DEVICE,
+    DTYPES,
+    Inputs,
+    cast,
+    inputs_of,
+    mlp,
+    output_gradient,
+    reference_mlp,
+    results,
+)
+
+LOW = DTYPES[-1]
+PROBLEM = Problem(tokens=9, hidden=33, intermediate=43, num_ranks=3, rank=3, bias=True)
+autocast = pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+
+
+def triton_mlp(inputs: Inputs) -> Tensor:
+    return mlp(inputs, impl="triton")
+
+
+@autocast
+@pytest.mark.parametrize("modulation", [torch.float32, LOW], ids=["np32", "np16"])
+@pytest.mark.parametrize("base", [torch.float32, LOW], ids=["base32", "base16"])
+@pytest.mark.parametrize("activations", [torch.float32, LOW], ids=["xh32", "xh16"])
+def test_mixed_dtypes(
+    activations: torch.dtype, base: torch.dtype, modulation: torch.dtype, autocast: bool
+) -> None:
+    """Computed in autocast's dtype or that of h; every gradient in its tensor's dtype."""
+    x, h, *weights = inputs_of(PROBLEM, torch.float32)
+    inputs = (
+        *cast((x, h), activations),
+        cast(weights[0], base),
+        cast(weights[1], modulation),
+    )
+    computed = LOW if autocast else activations
+    dy = output_gradient(inputs).to(computed)
+    with torch.autocast(DEVICE, dtype=LOW, enabled=autocast):
+        found, eager = (results(f, inputs, dy) for f in (triton_mlp, reference_mlp))
+    assert found["y"].dtype == computed
+    exact = results(reference_mlp, cast(inputs, torch.float64), dy.double())
+    for name, tensor in leaves(*inputs).items():
+        assert found[name].dtype == tensor.dtype, name
+    for name in found:
+        # a gradient in float32 of what was computed in 16 bits is as precise as those
+        ours, low = (
+            r[name].to(computed) if r[name].dtype == torch.float32 else r[name]
+            for r in (found, eager)
+        )
+        assert_within_budget(ours, exact[name], low, name)
+
+
+def test_leading_dimensions() -> None:
+    x, h, *weights = inputs_of(PROBLEM, DTYPES[0])
+    expected = triton_mlp((x, h, *weights))
+    batched = triton_mlp((x.view(3, 3, -1), h.view(3, 3, -1), *weights))
+    assert torch.equal(batched.view(9, -1), expected)
+
+
+@autocast
+def test_gradient_checkpointing(autocast: bool) -> None:
+    """Computed again, and saved again: as many tensors, of the same dtypes and bits."""
+    inputs = inputs_of(PROBLEM, torch.float32)
+    dy = output_gradient(inputs).to(LOW if autocast else torch.float32)
+
+    def again(inputs: Inputs) -> Tensor:
+        return checkpoint(triton_mlp, inputs, use_reentrant=False)
+
+    with torch.autocast(DEVICE, dtype=LOW, enabled=autocast):
+        found, expected = (results(f, inputs, dy) for f in (again, triton_mlp))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [
+        pytest.param(torch.float64, "silu", id="float64"),
+        pytest.param(torch.float32, "gelu", id="gelu"),
+    ],
+)
+def test_what_triton_does_not_do(dtype: torch.dtype, activation: str) -> None:
+    """An explicit wish is not quietly met by something else."""
+    inputs = inputs_of(PROBLEM, dtype)
+    with pytest.raises(
+        ValueError, match=f"impl='triton' needs Triton.*; got {dtype} on .*{activation}"
+    ):
+        mlp(inputs, impl="triton", activation=activation)
+    assert mlp(inputs, activation=activation).dtype == dtype  # auto takes what fits
+
+
+def in_a_new_process(code: str) -> str:
+    """What a program says that has Triton's compiler, and no interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    program = (
+        "import sys, torch\n"
+        "from npt_fast.functional import modulated_mlp\n"
+        "from npt_fast.testing import Problem, make_inputs\n"
+        "x, h, base, modulation = make_inputs(Problem(), dtype=torch.float32)\n"
+        "def run(impl):\n"
+        "    return modulated_mlp(x, h, *base[:3], modulation, impl=impl)\n"
+    )
+    command = [sys.executable, "-c", program + code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_a_cpu_without_the_interpreter() -> None:
+    said = in_a_new_process("run('triton')")
+    assert "ValueError: impl='triton' needs Triton, a GPU" in said
+    assert "got torch.float32 on cpu" in said
+
+
+def test_auto_on_a_cpu() -> None:
+    """It is the factored form, and Triton is not even imported."""
+    said = in_a_new_process(
+        "print(torch.equal(run('auto'), run('factored')), 'triton' in sys.modules)"
+    )
+    assert said == "True False\n"

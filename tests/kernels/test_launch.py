@@ -1,0 +1,163 @@
+"""How kernels are launched: on which device, with which precision; and launches on record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from npt_fast.kernels import decode, modulated_linear, probe
+from npt_fast.kernels._launch import Target, launch, precision, recorded, rows
+from npt_fast.kernels.coefficients import coefficient_outputs
+from npt_fast.kernels.modulated_mlp import Path, modulated_mlp
+from npt_fast.testing import Problem, make_inputs
+
+
+class Kernel:
+    """Notes how it is launched."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.launches.append((grid, arguments, options))
+
+
+def test_new_memory_is_nan() -> None:
+    """The fixture that shows what no kernel wrote does its work."""
+    for tensor in (*coefficient_outputs(torch.ones(1, 2, 3), 1, torch.float16), torch.empty(3)):
+        assert tensor.isnan().all()
+
+
+def test_the_device_of_the_tensors_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a model is on several, as with device_map="auto"."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.clear()
+
+    class Asserting(Kernel):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            assert current == [torch.device("cuda", 1)]
+            return super().__getitem__(grid)
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    kernel = Asserting()
+    launch(kernel, (1,), SimpleNamespace(device=torch.device("cuda", 1)), warps=4)
+    assert len(kernel.launches) == 1 and not current
+
+
+def test_options_are_said() -> None:
+    """Contraction above all, whose default changes."""
+    kernel, tensor = Kernel(), torch.ones(1)
+    launch(kernel, (2, 3), tensor, 7, warps=8, stages=3, BLOCK=16)
+    options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True, "BLOCK": 16}
+    assert kernel.launches == [((2, 3), (tensor, 7), options)]
+
+
+def test_an_empty_grid_is_not_launched() -> None:
+    kernel = Kernel()
+    launch(kernel, (2, 0), torch.ones(1), warps=4)
+    assert not kernel.launches
+
+
+@pytest.fixture
+def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Torch is told that TF32 will do, in one of the ways to say so."""
+    where, name, value = request.param
+    if callable(where):
+        where(value)
+    else:
+        setattr(where, name, value)
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    "tf32",
+    [
+        pytest.param((torch.backends.cuda.matmul, "allow_tf32", True), id="allow_tf32"),
+        pytest.param((torch.backends.cuda.matmul, "fp32_precision", "tf32"), id="of-matmul"),
+        pytest.param((torch.backends, "fp32_precision", "tf32"), id="of-all"),
+        pytest.param((torch.set_float32_matmul_precision, None, "high"), id="high"),
+    ],
+    indirect=True,
+)
+def test_tf32_as_torch_is_told(tf32: None) -> None:
+    assert precision(torch.float32) == "tf32"
+    assert precision(torch.float16) == precision(torch.bfloat16) == "ieee"
+
+
+def test_no_tf32_unless_torch_is_told() -> None:
+    assert precision(torch.float32) == "ieee"
+
+
+@pytest.mark.parametrize("path", ["gemm", "fused", "decode"])
+def test_every_product_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (decode, modulated_linear, probe):
+        monkeypatch.setattr(module, "precision", "as told for {}".format)
+    inputs = make_inputs(
+        Problem(), dtype=torch.float32, device="meta", requires_grad=path != "decode"
+    )
+    with recorded(Target("cuda", 90)) as launches:
+        y = modulated_mlp(*inputs, path=path)
+        if path != "decode":
+            y.sum().backward()
+    passed = [a["PRECISION"] for _, _, a, _ in launches if "PRECISION" in a]
+    # fused: probe, gate and up, probe, sum; backward: of inner, of h. decode: see its docstring
+    assert passed == ["as told for torch.float32"] * {"gemm": 0, "fused": 6, "decode": 4}[path]
+
+
+def test_launches_on_record() -> None:
+    """By name, in their order; nothing is run, and afterwards everything is again."""
+    x, h, base, modulation = make_inputs(Problem(), device="meta", dtype=torch.bfloat16)
+    with torch.no_grad(), recorded(Target("cuda", 90)) as launches:
+        modulated_mlp(x, h, base, modulation)
+    names = [launch.kernel.__name__ for launch in launches]
+    products, coefficients = "_decode_products_kernel", "_coefficients_fwd_kernel"
+    assert names == [
+        products, coefficients, "_decode_inner_kernel", products, coefficients, products,
+        "_decode_sum_kernel",
+    ]  # fmt: skip
+    assert launches[0].arguments["a0_ptr"] is x
+    assert launches[0].arguments["M"] == 7
+    kernel = Kernel()
+    launch(kernel, (1,), torch.ones(1), warps=4)
+    assert kernel.launches and len(launches) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "shared"),
+    [
+        ("sm_80", Target("cuda", 80), 166_912),
+        ("sm_89", Target("cuda", 89), 101_376),
+        ("sm_90", Target("cuda", 90), 232_448),
+        ("sm_121", Target("cuda", 121), 101_376),
+        ("gfx942", Target("hip", "gfx942"), 65_536),
+    ],
+)
+def test_targets(name: str, target: Target, shared: int) -> None:
+    assert Target.parse(name) == target
+    assert str(target) == name
+    assert target.shared_bytes == shared
+
+
+@pytest.mark.parametrize("name", ["90", "sm_", "sm_9x", "cuda"])
+def test_no_such_target(name: str) -> None:
+    with pytest.raises(ValueError, match=f"arch must be like sm_90 or gfx942, got '{name}'"):
+        Target.parse(name)
+
+
+def test_rows_are_copied_only_where_they_are_not_contiguous() -> None:
+    tensor = torch.ones(4, 6)
+    assert rows(tensor[:, 1:4]).data_ptr() == tensor[:, 1:4].data_ptr()
+    assert rows(tensor.t()).is_contiguous()

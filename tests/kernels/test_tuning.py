@@ -1,0 +1,155 @@
+"""Which tiles kernels run with: the rule's first, or the fastest of its, measured once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from npt_fast.kernels import _tuning
+from npt_fast.kernels._launch import Target, Tiles
+from npt_fast.kernels._tuning import NARROW, candidate, choose, forced
+from npt_fast.kernels.decode import decode_tiles
+from npt_fast.kernels.modulated_linear import gate_up_tiles, linear_tiles
+from npt_fast.kernels.modulated_mlp import modulated_mlp
+from npt_fast.kernels.probe import probe_tiles
+from npt_fast.testing import Problem, assert_within_budget
+from tests.kernels.cases import cast, inputs_of, reference_mlp
+
+SLOW, FAST, FASTER = (Tiles(size, 64, 32, 4, 3) for size in (16, 32, 64))
+SIZES = (64, 128)
+
+
+def rule(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
+    return [SLOW, FASTER, FAST]
+
+
+def chosen(tokens: int = 100, sizes: tuple[int, ...] = SIZES, kernel: str = "kernel") -> Tiles:
+    output = torch.empty(tokens, 64, dtype=torch.float16)
+    return choose(kernel, rule, lambda tiles: None, output, sizes)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tiles]]:
+    """What was measured, by a clock that knows what is slow; at the end nothing is any more."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    found: list[Tiles] = []
+
+    def milliseconds(run: object, tiles: Tiles) -> float:
+        found.append(tiles)
+        return {SLOW: 3.0, FAST: 2.0, FASTER: 1.0}[tiles]
+
+    monkeypatch.setattr(_tuning, "_milliseconds", milliseconds)
+    yield found
+    _tuning.disable_autotuning()
+
+
+def test_nothing_is_measured_unless_asked_for(measured: list[Tiles]) -> None:
+    assert chosen() == SLOW  # the rule's first
+    assert not measured
+
+
+def test_the_fastest_is_kept(measured: list[Tiles], tmp_path: Path) -> None:
+    """In memory, and in a file for other processes."""
+    path = tmp_path / "cache" / "tiles.json"
+    _tuning.enable_autotuning(path)
+    assert chosen() == FASTER
+    assert measured == [SLOW, FASTER, FAST]
+    assert chosen() == FASTER
+    ((key, sizes),) = json.loads(path.read_text()).items()
+    assert key.startswith("kernel sm_") and key.endswith(" float16 128 64 128")
+    assert Tiles(*sizes) == FASTER
+    assert [p.name for p in path.parent.iterdir()] == ["tiles.json"]
+    _tuning.enable_autotuning(path)
+    assert chosen() == FASTER
+    assert len(measured) == 3
+    _tuning.disable_autotuning()
+    assert chosen() == SLOW
+
+
+def test_what_is_measured_apart(measured: list[Tiles], tmp_path: Path) -> None:
+    """Buckets of tokens, sizes and kernels, not every number of tokens."""
+    _tuning.enable_autotuning(tmp_path / "tiles.json")
+    for tokens in (65, 100, 128):
+        chosen(tokens)
+    assert len(measured) == 3
+    chosen(129)
+    chosen(sizes=(64, 64))
+    chosen(kernel="another")
+    assert len(measured) == 12
+    assert len(json.loads((tmp_path / "tiles.json").read_text())) == 4
+
+
+def test_measured_while_nothing_is_captured(
+    measured: list[Tiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _tuning.enable_autotuning(tmp_path / "tiles.json")
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert chosen() == SLOW
+    assert not measured and not list(tmp_path.iterdir())
+    capturing = False
+    assert chosen() == FASTER
+    capturing = True
+    assert chosen() == FASTER  # it is known
+
+
+def test_nothing_to_measure(measured: list[Tiles], tmp_path: Path) -> None:
+    _tuning.enable_autotuning(tmp_path / "tiles.json")
+    assert chosen(tokens=0) == SLOW
+    assert not measured
+
+
+@pytest.mark.parametrize("sizes", [(64, 7), (1, 8)], ids=str)
+def test_rows_that_cannot_be_read_in_blocks(sizes: tuple[int, ...]) -> None:
+    assert chosen(sizes=sizes) == NARROW
+
+
+def test_tests_may_choose() -> None:
+    with candidate(1):
+        assert chosen() == FASTER
+    with candidate(9):
+        assert chosen() == FAST  # the last
+    with forced(NARROW):
+        assert chosen() == NARROW
+    assert chosen() == SLOW
+
+
+def test_measuring_runs_the_kernels(
+    measured: list[Tiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With each of the rule's tiles, and then with one of them for the result."""
+    runs: list[Tiles] = []
+
+    def milliseconds(run: Callable[[Tiles], None], tiles: Tiles) -> float:
+        run(tiles)
+        runs.append(tiles)
+        return -len(runs)  # the last
+
+    monkeypatch.setattr(_tuning, "_milliseconds", milliseconds)
+    problem = Problem(tokens=70, hidden=32, intermediate=64, num_ranks=2, rank=8)
+    inputs = inputs_of(problem, torch.float16, requires_grad=False)
+    _tuning.enable_autotuning(tmp_path / "tiles.json")
+    y = modulated_mlp(*inputs, path="fused")
+    assert_within_budget(y, reference_mlp(cast(inputs, torch.float64)), reference_mlp(inputs))
+    found = json.loads((tmp_path / "tiles.json").read_text())
+    kernels = ["modulated_gate_up", "modulated_linear", "probe", "probe"]
+    assert [key.split()[0] for key in found] == kernels
+    assert {Tiles(*sizes) for sizes in found.values()} <= set(runs)
+
+
+@pytest.mark.parametrize("tiles", [decode_tiles, gate_up_tiles, linear_tiles, probe_tiles])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_rules(arch: str, dtype: torch.dtype, tiles: _tuning.Rule) -> None:
+    """Powers of two that `tl.dot` takes, few enough to measure, the same for all of a bucket."""
+    for bucket in (1, 16, 32, 64, 128, 8192):
+        candidates = tiles(Target.parse(arch), dtype, bucket)
+        assert 1 <= len(candidates) <= _tuning.MAX_CANDIDATES
+        for sizes in candidates:
+            assert min(sizes.m, sizes.n, sizes.k) >= 16
+            assert all(size & (size - 1) == 0 for size in (sizes.m, sizes.n, sizes.k, sizes.warps))
+        assert candidates == tiles(Target.parse(arch), dtype, bucket // 2 + 1)
