@@ -110,6 +110,7 @@ _CALLS = [
         )
     ),
     _Call("fused", 8192, 16),
+    _Call("fused", 8192, 32),
     _Call("fused", 8192, 64, gradients=True, bias=True),
     _Call("fused", 64, 64, gradients=True, bias=True),
     # nothing is a multiple of anything: all accesses are masked and narrow

@@ -80,10 +80,9 @@ def probe_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
     """Tiles of `probe`, the default first; as wide as the largest rank."""
     if dtype == torch.float32:
         return [Tiles(64, 128, 32, 8, 3)]
+    # u, p and their products are alive at once: 128 rows would take all registers
     stages = 2 if target.backend == "hip" else 3
-    if tokens <= 64:
-        return [Tiles(64, 128, 64, 4, stages)]
-    return [Tiles(128, 128, 64, 8, stages), Tiles(64, 128, 64, 4, stages)]
+    return [Tiles(64, 128, 64, 8, stages), Tiles(64, 128, 64, 4, stages)]
 
 
 def _outputs(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> list[Tensor]:

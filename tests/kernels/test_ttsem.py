@@ -19,19 +19,15 @@ ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import importlib.util, sys, torch
-from npt_fast.testing import Problem, make_inputs
 
 spec = importlib.util.spec_from_file_location("kernels_copy", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-problem = Problem(tokens=3, hidden=40, intermediate=300)
-x, h, base, modulation = make_inputs(
-    problem, dtype=torch.bfloat16, device="cuda", requires_grad=False
-)
+a, b = torch.randn(2, 2, 3, 40, dtype=torch.bfloat16, device="cuda")
 if "swiglu" in sys.argv[1]:
-    module.swiglu_fwd(x, h)
+    module.swiglu_fwd(a[0], b[0])
 else:
-    module.decode_mlp(x, h, *base, *modulation)
+    module.coefficients_fwd(a, b, 4)
 """
 
 
@@ -49,10 +45,13 @@ def test_the_other_tests(tmp_path: Path) -> None:
     print(done.stdout[-2000:])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     (suite,) = ElementTree.parse(report).iter("testsuite")
-    counts = {name: int(suite.attrib[name]) for name in ("tests", "skipped", "failures", "errors")}
-    print(counts)
-    assert counts.pop("tests") >= 150
-    assert not any(counts.values())
+    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors")}
+    skipped = {
+        case.attrib["name"] for case in suite.iter("testcase") if case.find("skipped") is not None
+    }
+    print(counts, skipped)
+    assert counts["tests"] >= 150 and counts["failures"] == counts["errors"] == 0
+    assert skipped <= {"tests.kernels.test_roofline"}  # a file whose tests are not among these
     assert "too large to be checked for races" not in done.stdout
 
 
@@ -63,13 +62,15 @@ PLANTED = {
         "tl.store(inner_ptr + offs_t * stride_it + offs_f, inner)",
     ),
     "race": (
-        "decode.py",
-        "at = out_ptr + pid_s * stride_os + offs_m",
-        "at = out_ptr + 0 * stride_os + offs_m",
+        "coefficients.py",
+        "s_at = s_ptr + pid_c * stride_sc + offs_t[:, None] * stride_st + offs_c[None, :]\n"
+        "    tl.store(s_at, s, mask=whole)",
+        "s_at = s_ptr + offs_t[:, None] * stride_st + offs_c[None, :]\n"
+        "    tl.store(s_at, s, mask=whole)",
     ),
 }
-"""What is wrong -> a file, what it says, what it says instead: a store without its mask; parts of
-K that are all written to the same place."""
+"""What is wrong -> a file, what it says, what it says instead: a store without its mask; all
+projections' coefficients in the same place."""
 
 
 @pytest.mark.parametrize("kind", PLANTED)

@@ -1,0 +1,75 @@
+"""A real checkpoint in the real model: the same tokens with kernels as by the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import npt_fast as npt
+from npt_fast import modules
+from npt_fast.functional import modulated_mlp
+from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from npt_fast.kernels import modulated_mlp as kernels
+from tests.kernels.cases import DEVICE
+
+pytestmark = pytest.mark.slow
+SHORT = "The capital of France is"
+LONG = (
+    "The capital of France is Paris, and the capital of Germany is Berlin. Both cities lie on "
+    "rivers: Paris on the Seine, Berlin on the Spree. Trains between them take about eight hours, "
+    "and most travellers change in Cologne or Frankfurt on the way. In winter the days are short "
+    "in both places, but the museums are open and the"
+)
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer() -> tuple[Any, Any]:
+    return load_base_model(SMOLLM2, dtype="float32", device=DEVICE)
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths that were taken, in their order."""
+    found: list[str] = []
+    choose: Callable[..., str] = kernels.choose_path
+
+    def noting(*sizes: Any, **options: Any) -> str:
+        found.append(choose(*sizes, **options))
+        return found[-1]
+
+    monkeypatch.setattr(kernels, "choose_path", noting)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        pytest.param(SHORT, ["decode"] * 4, id="short"),
+        pytest.param(LONG, ["gemm"] + ["decode"] * 3, id="long"),
+    ],
+)
+def test_greedy_tokens(
+    text: str,
+    paths: list[str],
+    model_and_tokenizer: tuple[Any, Any],
+    layer11: Path,
+    used: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, tokenizer = model_and_tokenizer
+    model = npt.load(base, layer11)
+    prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(DEVICE)
+
+    def generate(impl: str) -> torch.Tensor:
+        monkeypatch.setattr(modules, "modulated_mlp", partial(modulated_mlp, impl=impl))
+        return model.generate(**prompt, max_new_tokens=4, do_sample=False)
+
+    expected = generate("reference")
+    assert not used
+    assert torch.equal(generate("triton"), expected)
+    assert used == paths
