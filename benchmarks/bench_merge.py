@@ -26,7 +26,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import MB, ROOT, machine_facts, save, table_of
+from benchmarks.harness import MB, ROOT, machine_facts, save
+from npt_fast.cli.output import markdown_table
 
 _COPY = "cp + fsync"
 
@@ -222,7 +223,7 @@ def rows_table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    return table_of(heads, body)
+    return markdown_table(heads, body)
 
 
 def save_results(rows: Sequence[Row], facts: dict[str, str], rounds: int) -> Path:

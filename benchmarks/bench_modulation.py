@@ -35,7 +35,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import MB, machine_facts, save, table_of
+from benchmarks.harness import MB, machine_facts, save
+from npt_fast.cli.output import markdown_table
 from npt_fast.functional import modulated_mlp
 from npt_fast.kernels.factored import Base, Modulation
 from npt_fast.testing import Problem, leaves, make_inputs
@@ -272,7 +273,7 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
         ratios = (f"{row[name]:.2f}" for name in ("ratio", "ratio_min", "ratio_max"))
         problem = label(Problem(**row["problem"]))
         body.append((row["what"], problem, own, row["baseline"], baseline, *ratios))
-    return table_of(heads, body)
+    return markdown_table(heads, body)
 
 
 def saved_table(rows: Sequence[Saved]) -> str:
@@ -285,7 +286,7 @@ def saved_table(rows: Sequence[Saved]) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    return table_of(heads, body)
+    return markdown_table(heads, body)
 
 
 NOTES = """\

@@ -26,8 +26,9 @@ import pytest
 import torch
 
 import npt_fast as npt
-from benchmarks.harness import MB, ROOT, machine_facts, save, table_of
+from benchmarks.harness import MB, ROOT, machine_facts, save
 from npt_fast import modules
+from npt_fast.cli.output import markdown_table
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.training.curriculum import Stage
@@ -160,7 +161,7 @@ def ways_table(found: dict[str, tuple[list[float], int]]) -> str:
                 f"{most / peak:.1f}",
             )
         )  # fmt: skip
-    return table_of(heads, body)
+    return markdown_table(heads, body)
 
 
 def save_results(found: dict[str, tuple[list[float], int]], rounds: int) -> Path:

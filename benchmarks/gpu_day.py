@@ -38,7 +38,7 @@ from torch import Tensor
 
 from benchmarks.bench_modulation import FORMS, formula_bytes, kept_bytes
 from benchmarks.device import DEVICE, DTYPE, ON_GPU, device_facts, device_state, peak_bytes
-from benchmarks.harness import MB, RESULTS, ROOT, machine_facts, save, table_of
+from benchmarks.harness import MB, RESULTS, ROOT, machine_facts, save
 from benchmarks.kernel_cases import (
     OPS,
     REAL,
@@ -49,6 +49,7 @@ from benchmarks.kernel_cases import (
     tensors,
 )
 from benchmarks.kernel_timing import Ceilings, Timing, attempt, measure_ceilings, prepare, time_case
+from npt_fast.cli.output import markdown_table
 from npt_fast.kernels import coefficients, modulated_linear, probe, roofline, swiglu
 from npt_fast.kernels import modulated_mlp as mlp
 from npt_fast.kernels._launch import INTERPRETED
@@ -411,7 +412,7 @@ def markdown(sections: dict[str, Any]) -> str:
     """A table of sections, and each section's tables."""
     heads = ("section", "seconds", "result")
     summary = [(name, f"{s['seconds']:.0f}", _counts(s["rows"])) for name, s in sections.items()]
-    parts = [table_of(heads, summary)]
+    parts = [markdown_table(heads, summary)]
     for name, section in sections.items():
         parts.append(f"## {name}\n\n{inspect.getdoc(SECTIONS[name])}")
         for op, group in groupby(section["rows"], lambda found: found.get("op", "")):
@@ -428,7 +429,7 @@ def _counts(rows: Sequence[Row]) -> str:
 def _table(rows: Sequence[Row]) -> str:
     """Columns are what any of the rows has something for."""
     heads = dict.fromkeys(key for r in rows for key, value in r.items() if _cell(value) != "-")
-    return table_of(list(heads), [[_cell(r.get(head)) for head in heads] for r in rows])
+    return markdown_table(list(heads), [[_cell(r.get(head)) for head in heads] for r in rows])
 
 
 def _cell(value: Any) -> str:

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,21 +39,6 @@ def machine_facts(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             facts[package] = "not installed"
     return facts
-
-
-def table_of(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Markdown, which reads well on a terminal too; numbers to the right."""
-    columns = list(zip(heads, *body, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    numeric = [all(re.match(r"[-\d]", cell) for cell in column[1:]) for column in columns]
-    lines = []
-    for cells in (heads, tuple("-" * width for width in widths), *body):
-        padded = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(cells, widths, numeric, strict=True)
-        )
-        lines.append(f"| {' | '.join(padded)} |")
-    return "\n".join(lines)
 
 
 def save(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated
@@ -13,7 +12,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
-from npt_fast.cli.output import print_json, say
+from npt_fast.cli.output import markdown_table, print_json, say
 from npt_fast.errors import NPTError
 from npt_fast.kernels import roofline as arithmetic
 
@@ -102,7 +101,7 @@ def compile_kernels(
         ]  # fmt: skip
         say(f"Compiled by Triton {version('triton')} without a GPU; says nothing about speed")
         say()
-        _print_table(heads, rows)
+        print(markdown_table(heads, rows))
     bad = [one for one in found if not one.ok]
     print(f"{len(found)} compiled, {len(bad)} with problems", file=sys.stderr)
     return 3 if bad else 0
@@ -211,23 +210,10 @@ def roofline(
         )
         for cost in costs
     ]  # fmt: skip
-    _print_table(heads, rows)
+    print(markdown_table(heads, rows))
     say()
     memory = [(form, f"{count / 1e6:.1f}") for form, count in kept.items()]
-    _print_table((f"kept for backward, T={tokens}", "MB"), memory)
+    print(markdown_table((f"kept for backward, T={tokens}", "MB"), memory))
     say()
     for line in ASSUMPTIONS:
         say(f"- {line}")
-
-
-def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Markdown, which reads well on a terminal too; numbers to the right."""
-    columns = list(zip(heads, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    numeric = [all(re.match(r"[-\d]", cell) for cell in column[1:]) for column in columns]
-    for cells in (heads, tuple("-" * width for width in widths), *rows):
-        padded = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(cells, widths, numeric, strict=True)
-        )
-        say(f"| {' | '.join(padded)} |")

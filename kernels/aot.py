@@ -191,6 +191,11 @@ def _run(call: _Call) -> None:
             y.backward(tensor(call.tokens, d))
 
 
+def _name(launch: Launch) -> str:
+    name: str = launch.kernel.fn.__name__
+    return name.strip("_").removesuffix("_kernel")
+
+
 def _config(launch: Launch, call: _Call) -> str:
     """What tells a case from others of its kernel, in words."""
     values = launch.arguments
@@ -251,6 +256,14 @@ def compile_case(name: str, index: int) -> Compiled:
     """Compile one of `cases`."""
     target = Target.parse(name)
     launch, config = cases(target)[index]
+    try:
+        return _compiled(target, launch, config)
+    except Exception as error:  # of Triton or what it calls; the others still count
+        reason = f"does not compile: {' '.join(str(error).split())[:200]}"
+        return Compiled(_name(launch), config, name, 0, 0, 0, 0, 0, "", "", (reason,))
+
+
+def _compiled(target: Target, launch: Launch, config: str) -> Compiled:
     wave = 64 if target.backend == "hip" else 32
     compiled = triton.compile(
         ASTSource(launch.kernel, *_source(launch)),
@@ -272,9 +285,9 @@ def compile_case(name: str, index: int) -> Compiled:
     if re.search(r"\.f64\b", compiled.asm.get("ptx", "")):
         problems.append("arithmetic in float64")
     return Compiled(
-        kernel=launch.kernel.fn.__name__.strip("_").removesuffix("_kernel"),
+        kernel=_name(launch),
         config=config,
-        arch=name,
+        arch=str(target),
         registers=registers,
         spill_bytes=spill_bytes,
         shared_bytes=shared,

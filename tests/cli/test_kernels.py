@@ -1,14 +1,16 @@
-"""``npt-fast kernels roofline``, beside numbers that KERNELS 2.2 and 2.3 give."""
+"""``npt-fast kernels``; roofline beside numbers that KERNELS 2.2 and 2.3 give."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 
+from npt_fast.kernels import aot
 from tests.checkpoints import run
 
 ROOFLINE = ("kernels", "roofline")
@@ -150,7 +152,7 @@ def test_it_says_that_it_is_arithmetic(capsys: Any) -> None:
     assert shape == "llama-3.2-1b: D=2048, F=8192, k=8 components of rank r=512 (R=4096)"
     assert gpu == "h100: 990 TFLOP/s dense bfloat16, 3.35 TB/s"
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert ["decode, T=1", "decode", "0.4", "0.8", "402.7", "0.000", "0.120"] in [
+    assert ["decode, T=1", "decode", "0.4", "0.9", "402.7", "0.000", "0.120"] in [
         row[:7] for row in cells
     ]
     assert ["ours", "739.0"] in cells
@@ -205,3 +207,45 @@ except SystemExit:
     modules = set(result.stdout.split("modules")[-1].split())
     assert "npt_fast.kernels.roofline" in modules
     assert not {"torch", "numpy", "triton", "transformers"} & modules
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[aot.Compiled]:
+    """What the compiler says, without compiling; for every arch that is asked for."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    fine = aot.Compiled("swiglu_fwd", "bf16", "", 32, 0, 0, 64, 0, "", "load 128:2", ())
+    results = [fine]
+    monkeypatch.setattr(aot, "count", lambda name: len(results))
+    monkeypatch.setattr(
+        aot,
+        "compile_all",
+        lambda names, jobs: (replace(one, arch=name) for name in names for one in results),
+    )
+    return results
+
+
+def test_compiled_kernels(compiled: list[aot.Compiled], capsys: Any) -> None:
+    code, out, err = run(capsys, "kernels", "--arch", "sm_90,gfx942")
+    assert code == 0
+    assert "without a GPU; says nothing about speed" in out
+    assert [line.split()[1] for line in out.splitlines()[4:]] == ["sm_90", "gfx942"]
+    assert err.strip() == "2 compiled, 0 with problems"
+    code, out, _ = run(capsys, "kernels", "--arch", "sm_90", "--json")
+    (found,) = json.loads(out)
+    keys = {"kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes", "mma", "ok"}
+    assert keys <= set(found) and found["ok"] is True
+
+
+def test_a_problem_is_a_failed_check(compiled: list[aot.Compiled], capsys: Any) -> None:
+    compiled.append(replace(compiled[0], spill_bytes=8, problems=("8 bytes are spilled",)))
+    code, out, err = run(capsys, "kernels", "--arch", "sm_90")
+    assert code == 3
+    assert "8 bytes are spilled" in out and "2 compiled, 1 with problems" in err
+
+
+def test_where_nothing_is_compiled(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run(capsys, "kernels", "--arch", "sm_90,sm_91")
+    assert code == 2 and "sm_91: not one of" in err
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    code, _, err = run(capsys, "kernels")
+    assert code == 1 and "unset it" in err
