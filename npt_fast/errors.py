@@ -41,6 +41,10 @@ class DataError(NPTError):
     """Training data cannot be read, or is too little."""
 
 
+class TransferError(NPTError):
+    """Modulations do not fit together, or cannot be put where asked."""
+
+
 class StorageError(NPTError):
     """The disk is full, or would be."""
 

@@ -1,0 +1,119 @@
+"""Keep a modulation: in the base weights, or as a LoRA adapter for what does not know of NPT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.errors import ModelError, TransferError
+from npt_fast.hf.convert import decoder_layers
+from npt_fast.transfer.modulation import Base, Modulation
+
+
+class Baked:
+    """A modulation that has become part of a model's base weights; `undo` takes it out again."""
+
+    def __init__(self, originals: Mapping[tuple[int, str], Tensor], weights: Any) -> None:
+        self._originals = originals
+        self._weights = weights
+        self._versions = {key: weight._version for key, weight in weights.items()}
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """The weights as they were, bit for bit.
+
+        Raises:
+            TransferError: they were changed since: undo what was baked later first.
+        """
+        for (layer, name), weight in self._weights.items():
+            if weight._version != self._versions[layer, name]:
+                raise TransferError(
+                    f"layer {layer}, {name}_proj was changed since; undo what came later first"
+                )
+        for key, weight in self._weights.items():
+            weight.copy_(self._originals[key])
+        self._weights = {}
+
+
+@torch.no_grad()
+def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Baked:
+    """Add ``strength`` times dW to the base weights, for every token from now on.
+
+    Args:
+        model: the base model, with NP layers or without.
+        modulation: what to add.
+        strength: how much.
+
+    Returns:
+        What can undo it; it keeps a copy of the weights that were changed.
+
+    Raises:
+        ModelError: the modulation is of another base model.
+    """
+    modulation.check_base(model)
+    layers = decoder_layers(model)
+    weights: dict[tuple[int, str], Any] = {
+        (layer, name): layers[layer].get_submodule(f"mlp.{name}_proj").weight
+        for layer, name, _ in modulation.walk()
+    }
+    if any(weight.is_meta for weight in weights.values()):
+        raise ModelError("a layer of the modulation is offloaded; its weights cannot be changed")
+    originals = {key: weight.clone() for key, weight in weights.items()}
+    for layer, name, terms in modulation.walk():
+        weight = weights[layer, name]
+        v_a, v_b = (v.to(weight.device, torch.float32) for v in terms)
+        weight.copy_(torch.addmm(weight.float(), v_b.t(), v_a, alpha=strength))
+    return Baked(originals, weights)
+
+
+def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) -> Path:
+    """Write the modulation as a PEFT adapter: a LoRA of rank n is exactly n rank-1 terms.
+
+    Args:
+        modulation: what to write.
+        model: its base model, whose name goes into the adapter.
+        output: folder; must not exist.
+
+    Raises:
+        ModelError: the modulation is of another base model.
+        TransferError: the folder exists.
+    """
+    modulation.check_base(model)
+    target = Path(output)
+    if target.exists():
+        raise TransferError(f"{target}: exists already; choose another folder")
+    rank = modulation.terms
+    tensors = {}
+    for layer, name, (v_a, v_b) in modulation.walk():
+        missing = rank - len(v_a)  # of terms; PEFT wants one rank for all
+        prefix = f"base_model.model.model.layers.{layer}.mlp.{name}_proj"
+        padded = (torch.cat([v, v.new_zeros(missing, v.shape[1])]).cpu() for v in (v_a, v_b))
+        lora_a, lora_b = padded
+        tensors[f"{prefix}.lora_A.weight"] = lora_a.contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = lora_b.t().contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": Base.of(model).name or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted({f"{name}_proj" for _, name, _ in modulation.walk()}),
+        "layers_to_transform": sorted(modulation.layers),
+        "layers_pattern": "layers",
+    }
+    with disk_errors(target, TransferError), StagedDirectory(target, replace=False) as staged:
+        save_file(tensors, staged.path / "adapter_model.safetensors", {"format": "pt"})
+        (staged.path / "adapter_config.json").write_bytes(strict_json.dump(config))
+        staged.publish()
+    return target

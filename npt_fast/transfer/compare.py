@@ -1,0 +1,197 @@
+"""What an injection does to a prompt: continuations, likeliest tokens, divergence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npt_fast.transfer.extract import tokenize
+from npt_fast.transfer.generate import Sampling, continue_ids
+from npt_fast.transfer.inject import Mode, When, inject
+from npt_fast.transfer.modulation import Modulation
+from npt_fast.transfer.positions import Position
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token's probability, nothing injected and injected.
+
+    Attributes:
+        text: of the token.
+        before: nothing injected.
+        after: injected.
+    """
+
+    text: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A prompt's next tokens, nothing injected and injected.
+
+    Attributes:
+        prompt: tokens of the prompt, as texts.
+        base: continuation, nothing injected, as texts of tokens.
+        injected: continuation, injected.
+        top: likeliest next tokens after the injection.
+        top_base: likeliest next tokens before it.
+        tracked: of the tokens that are followed.
+        kl: KL(base, injected) of the next token, nats.
+        kls: of every generated token, both models reading the injected continuation so far.
+        positions: where it was injected.
+        layers: into which layers.
+        seconds: that the injected continuation took.
+        base_seconds: that the other took.
+    """
+
+    prompt: list[str]
+    base: list[str]
+    injected: list[str]
+    top: list[Token]
+    top_base: list[Token]
+    tracked: list[Token]
+    kl: float
+    kls: list[float]
+    positions: list[int]
+    layers: list[int]
+    seconds: float
+    base_seconds: float
+
+
+@torch.no_grad()
+def compare(
+    model: Any,
+    tokenizer: Any,
+    modulation: Modulation,
+    prompt: str,
+    *,
+    position: Position = -1,
+    mode: Mode = "replace",
+    strength: float = 1.0,
+    when: When = "prefill",
+    sampling: Sampling | None = None,
+    tracked: Sequence[str] = (),
+    top: int = 5,
+) -> Comparison:
+    """Continue a prompt with and without an injection.
+
+    Args:
+        model: with NP layers.
+        tokenizer: of the model; no special tokens are added.
+        modulation: what is injected.
+        prompt: the text.
+        position: as for `inject`, likewise `mode`, `strength` and `when`.
+        mode: see `inject`.
+        strength: see `inject`.
+        when: see `inject`.
+        sampling: how it goes on; one greedy token if None.
+        tracked: texts whose first token's probability is followed.
+        top: how many of the likeliest tokens.
+
+    Raises:
+        TransferError, ModelError: as `inject`.
+    """
+    sampling = sampling or Sampling()
+    ids, tokens = tokenize(tokenizer, prompt)
+    begun = time.perf_counter()
+    base_ids, base_logits = continue_ids(model, ids, sampling)
+    between = time.perf_counter()
+    with inject(
+        model, modulation, position=position, mode=mode, strength=strength, when=when,
+        tokenizer=tokenizer,
+    ) as hits:  # fmt: skip
+        new_ids, new_logits = continue_ids(model, ids, sampling)
+    seconds = time.perf_counter() - between
+    kls = divergences(base_logits[:1], new_logits[:1])
+    if len(new_ids) > 1:  # what the base model makes of the injected text
+        whole = torch.tensor([[*ids, *new_ids[:-1]]], device=model.device)
+        read = model(input_ids=whole, use_cache=False, logits_to_keep=len(new_ids))
+        kls = divergences(read.logits[0].float().cpu(), new_logits)
+    before, after = base_logits[0].softmax(-1), new_logits[0].softmax(-1)
+
+    def token(index: int) -> Token:
+        return Token(tokenizer.decode([index]), before[index].item(), after[index].item())
+
+    return Comparison(
+        prompt=tokens,
+        base=[tokenizer.decode([i]) for i in base_ids],
+        injected=[tokenizer.decode([i]) for i in new_ids],
+        top=[token(i) for i in after.topk(top).indices.tolist()],
+        top_base=[token(i) for i in before.topk(top).indices.tolist()],
+        tracked=[token(tokenize(tokenizer, text)[0][0]) for text in tracked],
+        kl=kls[0],
+        kls=kls,
+        positions=hits.positions[0],
+        layers=hits.layers,
+        seconds=seconds,
+        base_seconds=between - begun,
+    )
+
+
+def divergences(base: Tensor, other: Tensor) -> list[float]:
+    """KL(base, other) of every row of logits ``(n, vocab)``, nats."""
+    p, q = (logits.double().log_softmax(-1) for logits in (base, other))
+    found: list[float] = (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One prompt, many injections.
+
+    Attributes:
+        layers: rows: sets of layers that were injected into.
+        strengths: columns.
+        kl: KL(base, injected) of the next token, by row and column.
+        tracked: probability by tracked token, row and column.
+        base: probability of the tracked tokens, nothing injected.
+    """
+
+    layers: list[list[int]]
+    strengths: list[float]
+    kl: list[list[float]]
+    tracked: dict[str, list[list[float]]]
+    base: dict[str, float]
+
+
+def sweep(
+    model: Any,
+    tokenizer: Any,
+    modulation: Modulation,
+    prompt: str,
+    *,
+    strengths: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
+    position: Position = -1,
+    mode: Mode = "replace",
+    tracked: Sequence[str] = (),
+) -> Sweep:
+    """Inject into every layer of a modulation alone, and into all, at several strengths."""
+    rows = [[layer] for layer in modulation.layers]
+    if len(rows) > 1:
+        rows.append(list(modulation.layers))
+    kl, found = [], []
+    base: dict[str, float] = {}
+    for layers in rows:
+        part = modulation.only(layers)
+        cells = [
+            compare(
+                model, tokenizer, part, prompt, position=position, mode=mode, strength=strength,
+                tracked=tracked,
+            )
+            for strength in strengths
+        ]  # fmt: skip
+        kl.append([cell.kl for cell in cells])
+        found.append([cell.tracked for cell in cells])
+        base = {text: token.before for text, token in zip(tracked, cells[0].tracked, strict=True)}
+    by_token = {
+        text: [[cell[index].after for cell in row] for row in found]
+        for index, text in enumerate(tracked)
+    }
+    return Sweep(rows, list(strengths), kl, by_token, base)

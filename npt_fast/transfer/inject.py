@@ -1,0 +1,286 @@
+"""Put a modulation into a model while it runs: at chosen tokens, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from npt_fast.errors import ModelError, TransferError
+from npt_fast.functional import ACTIVATIONS
+from npt_fast.hf.convert import components
+from npt_fast.modules import NPComponent
+from npt_fast.transfer.extract import component_vectors, on
+from npt_fast.transfer.modulation import PROJECTIONS, Modulation, Terms
+from npt_fast.transfer.positions import Match, Position, resolve
+
+Mode = Literal["replace", "blend", "add", "exact-blend", "exact-add"]
+When = Literal["prefill", "decode", "both"]
+_CHUNK = 64  # tokens whose own vectors are formed at a time
+
+
+@dataclass(slots=True)
+class Hits:
+    """What an injection reached.
+
+    Attributes:
+        positions: of the prompts' tokens, by row of the batch.
+        layers: that were changed.
+        count: layers times tokens, over all passes.
+    """
+
+    positions: list[list[int]] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    count: int = 0
+
+
+@contextmanager
+def inject(
+    model: nn.Module,
+    modulation: Modulation | Sequence[Modulation | None],
+    *,
+    position: Position = -1,
+    mode: Mode = "replace",
+    strength: float = 1.0,
+    when: When = "prefill",
+    tokenizer: Any = None,
+) -> Iterator[Hits]:
+    """Within the context, tokens at `position` get other weight changes than their own.
+
+    Positions are counted on a prompt's tokens without padding, and stay where they are while text
+    is generated, with a KV cache or without. What is injected into the prompt acts on all that
+    follows, through attention.
+
+    ===============  ====================================================================
+    replace          dW of the source, times `strength`
+    blend            v of source and token mixed, ``strength v_source + (1 - strength) v``
+    add              ``v + strength v_source``
+    exact-blend      dW of both mixed, ``strength dW_source + (1 - strength) dW``
+    exact-add        ``dW + strength dW_source``
+    ===============  ====================================================================
+
+    blend and add work on the vectors, as the original does, which mixes both with cross terms.
+
+    Args:
+        model: with NP layers.
+        modulation: for all rows of a batch, or one per row (None leaves a row alone).
+        position: which tokens of the prompt, see `npt_fast.transfer.positions`.
+        mode: how, see above.
+        strength: how much.
+        when: ``"prefill"``: tokens of the prompt; ``"decode"``: all generated tokens; or both.
+        tokenizer: needed for positions that are given by text.
+
+    Yields:
+        what was hit, filled in while the model runs.
+
+    Raises:
+        ModelError: another base model, or a layer that is no NP layer or is off.
+        TransferError: the modulation does not fit the mode; a position is outside a prompt; nothing
+            was hit by the end of the context.
+    """
+    if mode not in get_args(Mode) or when not in get_args(When):
+        raise TransferError(
+            f"mode must be one of {', '.join(get_args(Mode))} and when one of "
+            f"{', '.join(get_args(When))}, got {mode!r} and {when!r}"
+        )
+    given = [modulation] if isinstance(modulation, Modulation) else list(modulation)
+    converted = components(model)
+    layers = sorted({layer for m in given if m is not None for layer in m.layers})
+    for m in given:
+        if m is not None:
+            m.check_base(model)
+            _check_mode(m, mode, converted)
+    for layer in layers:
+        if layer not in converted or not converted[layer].enabled:
+            raise ModelError(
+                f"layer {layer} of the modulation is no NP layer that is on; there are "
+                f"{on(converted)}"
+            )
+    if not layers:
+        raise TransferError("there is nothing to inject")
+    hits = Hits()
+    tracker = _Tracker(position, when, tokenizer, hits)
+    with ExitStack() as stack:
+        decoder: Any = model.get_decoder()  # type: ignore[operator]
+        stack.callback(decoder.register_forward_pre_hook(tracker.before, with_kwargs=True).remove)
+        for layer in layers:
+            parts = [None if m is None else m.layers.get(layer) for m in given]
+            device = converted[layer].w_down.device
+            terms = [None if p is None else _on(p, device) for p in parts]
+            hook = _Injection(layer, terms, mode, strength, tracker)
+            stack.callback(converted[layer].register_forward_hook(hook).remove)
+        yield hits
+    if not hits.count:
+        raise TransferError(
+            f"nothing was injected: no token was at {position} when the model ran"
+            if tracker.passes
+            else "nothing was injected: the model did not run within the context"
+        )
+
+
+def _check_mode(m: Modulation, mode: Mode, converted: dict[int, NPComponent]) -> None:
+    """Modes on vectors need vectors, as many as the layer has components."""
+    if mode not in ("blend", "add"):
+        return
+    if not m.vectors:
+        raise TransferError(
+            f"{mode} mixes vectors, and this modulation is a sum of others; take exact-{mode}"
+        )
+    for layer, projection, terms in m.walk():
+        component = converted.get(layer)
+        if component is not None and len(terms.v_a) != component.num_ranks:
+            raise TransferError(
+                f"layer {layer}, {projection}: {len(terms.v_a)} vectors for a layer with "
+                f"{component.num_ranks}; take exact-{mode}"
+            )
+
+
+def _on(terms: Any, device: torch.device) -> dict[str, Terms]:
+    return {name: Terms(*(v.to(device) for v in pair)) for name, pair in terms.items()}
+
+
+class _Tracker:
+    """Knows in every pass of the model which of its tokens are meant."""
+
+    def __init__(self, position: Position, when: When, tokenizer: Any, hits: Hits) -> None:
+        self.position = position
+        self.when = when
+        self.tokenizer = tokenizer
+        self.hits = hits
+        self.passes = 0
+        self.chosen: Tensor | None = None  # of this pass, (B, S)
+        self._prompt: Tensor | None = None
+        self._columns: Tensor | None = None  # of the prompt, (B, S)
+
+    def before(self, _: Any, args: Any, kwargs: Any) -> None:
+        """As the decoder is about to run."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise TransferError("injecting needs input_ids; embeddings have no positions to count")
+        self.passes += 1
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        if past:
+            chosen = torch.full_like(ids, self.when != "prefill", dtype=torch.bool)
+        else:
+            if not self._goes_on(ids):
+                self._begin(ids, kwargs.get("attention_mask"))
+            assert self._columns is not None
+            chosen = torch.full_like(ids, self.when != "prefill", dtype=torch.bool)
+            prompt = self._columns if self.when != "decode" else torch.zeros_like(self._columns)
+            chosen[:, : prompt.shape[1]] = prompt
+        self.chosen = chosen if bool(chosen.any()) else None
+
+    def _goes_on(self, ids: Tensor) -> bool:
+        """Without a cache the text so far comes again, some tokens longer."""
+        prompt = self._prompt
+        if prompt is None or ids.shape[0] != prompt.shape[0] or ids.shape[1] <= prompt.shape[1]:
+            return False
+        return torch.equal(ids[:, : prompt.shape[1]], prompt)
+
+    def _begin(self, ids: Tensor, mask: Any) -> None:
+        """A prompt: where are the tokens that are meant?"""
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise TransferError("injecting needs an attention mask of (batch, tokens), or none")
+        self._prompt = ids.clone()
+        self._columns = torch.zeros_like(ids, dtype=torch.bool)
+        self.hits.positions = []
+        for row, row_ids in enumerate(ids):
+            real = row_ids.new_ones(row_ids.shape) if mask is None else mask[row]
+            columns = real.nonzero().flatten()
+            places = resolve(self.position, self._texts(row_ids[columns].tolist()))
+            self._columns[row, columns[places]] = True
+            self.hits.positions.append(places)
+
+    def _texts(self, ids: list[int]) -> list[str]:
+        by_text = isinstance(self.position, Match) or (
+            isinstance(self.position, str) and self.position.startswith(("at:", "after:"))
+        )
+        if not by_text:
+            return [""] * len(ids)
+        if self.tokenizer is None:
+            raise TransferError(f"the position {self.position} needs the tokenizer")
+        return [self.tokenizer.decode([i]) for i in ids]
+
+
+class _Injection:
+    """Hook of one layer's NP component: computes the tokens that are meant anew."""
+
+    def __init__(
+        self,
+        layer: int,
+        terms: Sequence[dict[str, Terms] | None],
+        mode: Mode,
+        strength: float,
+        tracker: _Tracker,
+    ) -> None:
+        self.layer = layer
+        self.terms = terms
+        self.mode = mode
+        self.strength = strength
+        self.tracker = tracker
+
+    def __call__(self, component: NPComponent, args: Any, output: Tensor) -> Tensor | None:
+        chosen = self.tracker.chosen
+        if chosen is None:
+            return None
+        attention, h, mlp = args
+        batch = chosen.shape[0]
+        if batch % len(self.terms):
+            raise TransferError(f"{len(self.terms)} modulations for a batch of {batch}")
+        output = output.clone()
+        rows = torch.arange(batch, device=chosen.device) // (batch // len(self.terms))
+        for index, terms in enumerate(self.terms):
+            if terms is None:
+                continue
+            meant = (chosen & (rows == index)[:, None]).to(output.device)
+            if not bool(meant.any()):
+                continue
+            parts = zip(attention[meant].split(_CHUNK), h[meant].split(_CHUNK), strict=True)
+            output[meant] = torch.cat(
+                [self._compute(component, a, x, mlp, terms) for a, x in parts]
+            )
+            hits = self.tracker.hits
+            hits.count += int(meant.sum())
+            if self.layer not in hits.layers:
+                hits.layers = sorted([*hits.layers, self.layer])
+        return output
+
+    def _compute(
+        self, component: NPComponent, attention: Tensor, h: Tensor, mlp: Any, source: Any
+    ) -> Tensor:
+        """The layer's MLP for tokens ``(n, D)``, with the weight changes that are asked for."""
+        own: dict[str, tuple[Tensor, Tensor]] = {}
+        if self.mode != "replace" or len(source) < len(PROJECTIONS):
+            own = component_vectors(component, attention.to(h.dtype))
+
+        def projected(a: Tensor, name: str) -> Tensor:
+            module = mlp.get_submodule(f"{name}_proj")
+            y: Tensor = linear(a, module.weight, module.bias)
+            if name not in source:  # it says nothing of this one, which keeps its own change
+                return y + _change(a, *own[name]) if name in own else y
+            v_a, v_b = (v.to(a.dtype) for v in source[name])
+            keep = 1.0 - self.strength if self.mode.endswith("blend") else 1.0
+            if self.mode in ("blend", "add"):
+                mixed = (
+                    keep * v + self.strength * w for v, w in zip(own[name], (v_a, v_b), strict=True)
+                )
+                return y + _change(a, *mixed)
+            y = y + self.strength * ((a @ v_a.t()) @ v_b)
+            if self.mode != "replace" and name in own:
+                y = y + keep * _change(a, *own[name])
+            return y
+
+        inner = ACTIVATIONS[component.activation][0](projected(h, "gate")) * projected(h, "up")
+        return projected(inner, "down")
+
+
+def _change(a: Tensor, v_a: Tensor, v_b: Tensor) -> Tensor:
+    """``sum_i v_b_i (v_a_i . a)`` with vectors of each token, ``(n, k, width)``."""
+    change: Tensor = torch.einsum("nki,ni,nko->no", v_a, a, v_b)
+    return change

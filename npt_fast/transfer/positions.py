@@ -1,0 +1,118 @@
+"""Positions in a text, counted on its tokens without padding.
+
+``-1`` or ``"last"``, ``0`` or ``"first"``, ``"all"``, a slice or ``"2:5"``, a list, and by what is
+written there: `at` (``"at:Germany"``) all tokens of the words, `after` (``"after:is"``) the token
+that follows them.
+
+The last token of a prompt is the one that produces the first new token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from npt_fast.errors import TransferError
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Where a text occurs first.
+
+    Attributes:
+        text: what is looked for.
+        after: the token behind it, instead of its own.
+    """
+
+    text: str
+    after: bool = False
+
+    def __str__(self) -> str:
+        return f"{'after' if self.after else 'at'}:{self.text}"
+
+
+Position = int | slice | Sequence[int] | str | Match
+
+
+def at(text: str) -> Match:
+    """All tokens of the first occurrence of `text`."""
+    return Match(text)
+
+
+def after(text: str) -> Match:
+    """The token that follows the first occurrence of `text`."""
+    return Match(text, after=True)
+
+
+def resolve(position: Position, tokens: Sequence[str]) -> list[int]:
+    """Indices from 0 on, ascending, each once.
+
+    Args:
+        position: what is asked for.
+        tokens: the texts of the tokens, without padding.
+
+    Raises:
+        TransferError: it is outside the text, matches nothing, or is no position.
+    """
+    count = len(tokens)
+    parsed = parse(position) if isinstance(position, str) else position
+    if isinstance(parsed, Match):
+        return _matched(parsed, tokens)
+    if isinstance(parsed, slice):
+        found = list(range(*parsed.indices(count)))
+    else:
+        found = [parsed] if isinstance(parsed, int) else list(parsed)
+    for index in found:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TransferError(f"positions are whole numbers, not {index!r}")
+        if not -count <= index < count:
+            raise TransferError(
+                f"position {index} is outside the text, which has {count} tokens: "
+                f"{', '.join(f'{i} {t!r}' for i, t in enumerate(tokens[:20]))}"
+                + (", ..." if count > 20 else "")
+            )
+    if not found:
+        raise TransferError(f"no token of {count} is at {position}")
+    return sorted({index % count for index in found})
+
+
+def parse(text: str) -> int | slice | list[int] | Match:
+    """A position as users write it.
+
+    Raises:
+        TransferError: it is none.
+    """
+    names: dict[str, int | slice] = {"last": -1, "first": 0, "all": slice(None)}
+    if text in names:
+        return names[text]
+    if match := re.fullmatch(r"(at|after):(.+)", text, re.DOTALL):
+        return Match(match[2], match[1] == "after")
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if match := re.fullmatch(r"(-?\d*):(-?\d*)", text):
+        start, stop = (int(part) if part else None for part in match.groups())
+        return slice(start, stop)
+    if re.fullmatch(r"-?\d+(,-?\d+)+", text):
+        return [int(part) for part in text.split(",")]
+    raise TransferError(
+        f"{text!r} is no position: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD"
+    )
+
+
+def _matched(match: Match, tokens: Sequence[str]) -> list[int]:
+    whole = "".join(tokens)
+    start = whole.find(match.text)
+    if start < 0 or not match.text:
+        raise TransferError(f"{match.text!r} does not occur in {whole!r}")
+    end = start + len(match.text)
+    found, place = [], 0
+    for index, token in enumerate(tokens):
+        if place < end and place + len(token) > start:
+            found.append(index)
+        place += len(token)
+    if not match.after:
+        return found
+    if found[-1] + 1 == len(tokens):
+        raise TransferError(f"nothing follows {match.text!r} in {whole!r}")
+    return [found[-1] + 1]
