@@ -99,7 +99,7 @@ def modulated_mlp(
     return modulated_linear(inner, x, down)
 
 
-# The parts, with z and s formed instead of v_a and v_b: s = v_a . a, z = s u.
+# What single kernels compute, named as in `factored`: u is the bottleneck, s = v_a . a, z = s u.
 
 
 def coefficients(u: Tensor, p: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:

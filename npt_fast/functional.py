@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
@@ -14,6 +13,7 @@ from npt_fast.kernels.factored import ACTIVATIONS as ACTIVATIONS
 from npt_fast.kernels.factored import Base
 from npt_fast.kernels.factored import Modulation as Modulation
 
+_TRITON = find_spec("triton") is not None
 Implementation = Literal["auto", "triton", "factored", "reference"]
 
 
@@ -80,13 +80,8 @@ def modulated_mlp(
     return y.view(shape)
 
 
-@cache
-def _triton_installed() -> bool:
-    return find_spec("triton") is not None
-
-
 def _triton_takes(h: Tensor, activation: str) -> bool:
-    if not _triton_installed():
+    if not _TRITON:
         return False
     from npt_fast.kernels.modulated_mlp import supports
 

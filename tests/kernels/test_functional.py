@@ -26,7 +26,7 @@ from tests.kernels.cases import (
 
 LOW = DTYPES[-1]
 PROBLEM = Problem(tokens=9, hidden=33, intermediate=43, num_ranks=3, rank=3, bias=True)
-autocast = pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+autocast = pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 
 
 def triton_mlp(inputs: Inputs) -> Tensor:

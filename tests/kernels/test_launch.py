@@ -28,8 +28,15 @@ class Kernel:
 
 
 def test_new_memory_is_nan() -> None:
-    """The fixture that shows what no kernel wrote does its work."""
-    for tensor in (*coefficient_outputs(torch.ones(1, 2, 3), 1, torch.float16), torch.empty(3)):
+    """The fixture that shows what no kernel wrote does its work, for every way to get memory."""
+    some = torch.ones(1, 2, 3)
+    made = [
+        torch.empty(3),
+        torch.empty_like(some),
+        some.new_empty(3),
+        torch.empty_strided((3,), (2,)),
+    ]
+    for tensor in (*made, *coefficient_outputs(some, 1, torch.float16)):
         assert tensor.isnan().all()
 
 

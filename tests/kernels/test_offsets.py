@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Sequence
 from tempfile import TemporaryFile
@@ -38,17 +39,19 @@ def no_copies(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 def far_apart(tensor: Tensor) -> Tensor:
     """The same values, on a CPU in a file of which only the pages that are touched exist."""
     *rows, width = tensor.shape
-    count = tensor.numel() // width
-    stride = 2**31 // min(count - 1, 15) + 64  # of which a step of 16 rows is too long as well
+    stride = 2**31 // min(rows[-1] - 1, 15) + 64  # of which a step of 16 rows is too long as well
+    before = 2**31  # where an offset that went wrong finds zeros, and not the end of the process
+    count = before + math.prod(rows) * stride
     if tensor.is_cuda:
-        memory = torch.empty(count * stride, dtype=tensor.dtype, device=tensor.device)
+        if torch.cuda.mem_get_info()[0] < count * tensor.itemsize:
+            pytest.skip("not enough memory on this GPU")
+        memory = torch.zeros(count, dtype=tensor.dtype, device=tensor.device)
     else:
-        size = count * stride * tensor.itemsize
         with TemporaryFile() as file:
-            file.truncate(size)
-            memory = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=tensor.dtype)
-    far = memory.view(*rows, stride)[..., :width]
-    assert sum((n - 1) * s for n, s in zip(far.shape, far.stride(), strict=True)) > 2**31
+            file.truncate(count * tensor.itemsize)
+            pages = mmap.mmap(file.fileno(), count * tensor.itemsize)
+        memory = torch.frombuffer(pages, dtype=tensor.dtype)
+    far = memory[before:].view(*rows, stride)[..., :width]
     far.copy_(tensor)
     return far
 

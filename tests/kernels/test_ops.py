@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from npt_fast.kernels import decode  # noqa: F401, registers
 from npt_fast.kernels import modulated_mlp as kernels
 from npt_fast.testing import Problem
 from tests.kernels.cases import (

@@ -74,6 +74,7 @@ def work(rank: int, folder: Path) -> None:
     except ValueError as error:
         found["refused"] = str(error)
     torch.save(found, folder / f"{rank}.pt")
+    distributed.barrier()  # or one hangs up while the other still listens
     distributed.destroy_process_group()
 
 
