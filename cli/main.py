@@ -27,6 +27,11 @@ app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints in
 app.command("npt_fast.cli.analyze:analyze", name="analyze", help="Describe checkpoints.")
 app.command("npt_fast.cli.train:train", name="train", help="Train NP layers of a model.")
 app.command("npt_fast.cli.evaluate:evaluate", name="evaluate", help="Measure checkpoints on text.")
+app.command("npt_fast.cli.trace:trace", name="trace", help="Find layers that are worth training.")
+app.command("npt_fast.cli.compare:compare", name="compare", help="Show what an injection does.")
+app.command("npt_fast.cli.sweep:sweep", name="sweep", help="Inject into layers, at many strengths.")
+app.command("npt_fast.cli.check:check", name="check", help="Score injections against expectations.")
+app.command("npt_fast.cli.interact:interact", name="interact", help="Transfer knowledge.")
 app.command("npt_fast.cli.verify:verify", name="verify", help="Prove a merged checkpoint.")
 app.command("npt_fast.cli.kernels:app", name="kernels", help="Look at the kernels without a GPU.")
 

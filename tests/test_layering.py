@@ -31,7 +31,7 @@ FOREIGN = {
     "config": set[str](),
     "errors": set[str](),
     "kernels": {"torch", "triton"},
-    "cli": {"cyclopts", "rich"},
+    "cli": {"cyclopts", "prompt_toolkit", "rich"},
 }
 """Packages outside the standard library that a part may use, for the parts that are settled."""
 

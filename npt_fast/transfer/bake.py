@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Baked:
     def __init__(self, originals: Mapping[tuple[int, str], Tensor], weights: Any) -> None:
         self._originals = originals
         self._weights = weights
-        self._versions = {key: weight._version for key, weight in weights.items()}
+        self._digests = {key: _digest(weight) for key, weight in weights.items()}
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -33,7 +34,7 @@ class Baked:
             TransferError: they were changed since: undo what was baked later first.
         """
         for (layer, name), weight in self._weights.items():
-            if weight._version != self._versions[layer, name]:
+            if _digest(weight) != self._digests[layer, name]:
                 raise TransferError(
                     f"layer {layer}, {name}_proj was changed since; undo what came later first"
                 )
@@ -68,9 +69,16 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
     originals = {key: weight.clone() for key, weight in weights.items()}
     for layer, name, terms in modulation.walk():
         weight = weights[layer, name]
-        v_a, v_b = (v.to(weight.device, torch.float32) for v in terms)
-        weight.copy_(torch.addmm(weight.float(), v_b.t(), v_a, alpha=strength))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        v_a, v_b = (v.to(weight.device, wide) for v in terms)
+        weight.copy_(torch.addmm(weight.to(wide), v_b.t(), v_a, alpha=strength))
     return Baked(originals, weights)
+
+
+def _digest(weight: Tensor) -> bytes:
+    """Of the contents: they are the same again when what came later has been undone."""
+    data = weight.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).digest()
 
 
 def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) -> Path:

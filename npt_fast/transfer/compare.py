@@ -40,11 +40,15 @@ class Comparison:
         prompt: tokens of the prompt, as texts.
         base: continuation, nothing injected, as texts of tokens.
         injected: continuation, injected.
+        base_text: `base` decoded as a whole: a letter may take several tokens.
+        injected_text: likewise.
         top: likeliest next tokens after the injection.
         top_base: likeliest next tokens before it.
         tracked: of the tokens that are followed.
+        paths: their probability before every generated token, injected.
         kl: KL(base, injected) of the next token, nats.
         kls: of every generated token, both models reading the injected continuation so far.
+        generated: likewise, the probability of each token of the injected continuation.
         positions: where it was injected.
         layers: into which layers.
         seconds: that the injected continuation took.
@@ -54,11 +58,15 @@ class Comparison:
     prompt: list[str]
     base: list[str]
     injected: list[str]
+    base_text: str
+    injected_text: str
     top: list[Token]
     top_base: list[Token]
     tracked: list[Token]
+    paths: list[list[float]]
     kl: float
     kls: list[float]
+    generated: list[Token]
     positions: list[int]
     layers: list[int]
     seconds: float
@@ -109,12 +117,14 @@ def compare(
     ) as hits:  # fmt: skip
         new_ids, new_logits = continue_ids(model, ids, sampling)
     seconds = time.perf_counter() - between
-    kls = divergences(base_logits[:1], new_logits[:1])
+    same_text = base_logits[:1]
     if len(new_ids) > 1:  # what the base model makes of the injected text
         whole = torch.tensor([[*ids, *new_ids[:-1]]], device=model.device)
         read = model(input_ids=whole, use_cache=False, logits_to_keep=len(new_ids))
-        kls = divergences(read.logits[0].float().cpu(), new_logits)
+        same_text = read.logits[0].float().cpu()
+    kls = divergences(same_text, new_logits)
     before, after = base_logits[0].softmax(-1), new_logits[0].softmax(-1)
+    followed = [tokenize(tokenizer, text)[0][0] for text in tracked]
 
     def token(index: int) -> Token:
         return Token(tokenizer.decode([index]), before[index].item(), after[index].item())
@@ -123,11 +133,18 @@ def compare(
         prompt=tokens,
         base=[tokenizer.decode([i]) for i in base_ids],
         injected=[tokenizer.decode([i]) for i in new_ids],
+        base_text=tokenizer.decode(base_ids),
+        injected_text=tokenizer.decode(new_ids),
         top=[token(i) for i in after.topk(top).indices.tolist()],
         top_base=[token(i) for i in before.topk(top).indices.tolist()],
-        tracked=[token(tokenize(tokenizer, text)[0][0]) for text in tracked],
+        tracked=[token(i) for i in followed],
+        paths=[new_logits.softmax(-1)[:, i].tolist() for i in followed],
         kl=kls[0],
         kls=kls,
+        generated=[
+            Token(tokenizer.decode([i]), p.softmax(-1)[i].item(), q.softmax(-1)[i].item())
+            for i, p, q in zip(new_ids, same_text, new_logits, strict=True)
+        ],
         positions=hits.positions[0],
         layers=hits.layers,
         seconds=seconds,

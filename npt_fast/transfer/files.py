@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,11 @@ def save_modulation(modulation: Modulation, path: Path) -> None:
     try:
         save_file(tensors, temporary, {FORMAT: json.dumps(description, ensure_ascii=False)})
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RecursionError) as error:  # an origin may be long
         raise TransferError(f"{path}: cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_modulation(path: str | Path) -> Modulation:
@@ -63,9 +65,9 @@ def load_modulation(path: str | Path) -> Modulation:
             "save it as .safetensors"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        file: Any = safe_open(path, framework="pt")
+        metadata = file.metadata() or {}
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if FORMAT not in metadata:
@@ -83,9 +85,9 @@ def load_modulation(path: str | Path) -> Modulation:
         }
         origin, vectors = dict(description["origin"]), bool(description["vectors"])
         _check(base, layers, shapes)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its description does not hold: {error}") from error
-    return Modulation(_Layers(path, layers), base, origin, vectors)
+    return Modulation(_Layers(file, layers), base, origin, vectors)
 
 
 def _check(base: Base, layers: Mapping[int, list[str]], shapes: Mapping[str, Any]) -> None:
@@ -112,21 +114,20 @@ def _check(base: Base, layers: Mapping[int, list[str]], shapes: Mapping[str, Any
 
 
 class _Layers(Mapping[int, Mapping[str, Terms]]):
-    """Terms that are read from a file when they are asked for."""
+    """Terms that are read when they are asked for, from the file as it was when it was opened."""
 
-    def __init__(self, path: Path, layers: Mapping[int, list[str]]) -> None:
-        self._path = path
+    def __init__(self, file: Any, layers: Mapping[int, list[str]]) -> None:
+        self._file = file
         self._layers = layers
 
     def __getitem__(self, layer: int) -> Mapping[str, Terms]:
         projections = self._layers[layer]
-        with safe_open(self._path, framework="pt") as file:
-            return {
-                projection: Terms(
-                    *(file.get_tensor(f"layer.{layer}.{projection}.{v}") for v in ("v_a", "v_b"))
-                )
-                for projection in projections
-            }
+        return {
+            projection: Terms(
+                *(self._file.get_tensor(f"layer.{layer}.{projection}.{v}") for v in ("v_a", "v_b"))
+            )
+            for projection in projections
+        }
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._layers)

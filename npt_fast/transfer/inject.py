@@ -133,7 +133,14 @@ def _check_mode(m: Modulation, mode: Mode, converted: dict[int, NPComponent]) ->
         )
     for layer, projection, terms in m.walk():
         component = converted.get(layer)
-        if component is not None and len(terms.v_a) != component.num_ranks:
+        if component is None:
+            continue
+        if getattr(component, f"w_b_{projection}") is None:
+            raise TransferError(
+                f"layer {layer} does not change {projection}: {mode} has nothing to mix with; "
+                f"take exact-{mode}"
+            )
+        if len(terms.v_a) != component.num_ranks:
             raise TransferError(
                 f"layer {layer}, {projection}: {len(terms.v_a)} vectors for a layer with "
                 f"{component.num_ranks}; take exact-{mode}"
@@ -156,6 +163,7 @@ class _Tracker:
         self.chosen: Tensor | None = None  # of this pass, (B, S)
         self._prompt: Tensor | None = None
         self._columns: Tensor | None = None  # of the prompt, (B, S)
+        self._length = 0  # of the last pass that had no past
 
     def before(self, _: Any, args: Any, kwargs: Any) -> None:
         """As the decoder is about to run."""
@@ -165,21 +173,27 @@ class _Tracker:
         self.passes += 1
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
+        if past and ids.shape[1] != 1:
+            raise TransferError(
+                "injecting needs the whole prompt in one pass and then one token at a time: no "
+                "prefilled cache, chunks or assisted generation"
+            )
         if past:
             chosen = torch.full_like(ids, self.when != "prefill", dtype=torch.bool)
         else:
-            if not self._goes_on(ids):
+            if cache is not None or not self._goes_on(ids):
                 self._begin(ids, kwargs.get("attention_mask"))
             assert self._columns is not None
+            self._length = ids.shape[1]
             chosen = torch.full_like(ids, self.when != "prefill", dtype=torch.bool)
             prompt = self._columns if self.when != "decode" else torch.zeros_like(self._columns)
             chosen[:, : prompt.shape[1]] = prompt
         self.chosen = chosen if bool(chosen.any()) else None
 
     def _goes_on(self, ids: Tensor) -> bool:
-        """Without a cache the text so far comes again, some tokens longer."""
+        """Without a cache the text so far comes again, a token longer."""
         prompt = self._prompt
-        if prompt is None or ids.shape[0] != prompt.shape[0] or ids.shape[1] <= prompt.shape[1]:
+        if prompt is None or ids.shape[0] != prompt.shape[0] or ids.shape[1] != self._length + 1:
             return False
         return torch.equal(ids[:, : prompt.shape[1]], prompt)
 

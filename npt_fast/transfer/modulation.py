@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from npt_fast.errors import ModelError, TransferError
+from npt_fast.errors import ModelError, TransferError, printable
 
 PROJECTIONS = ("gate", "up", "down")
 FORMAT = "npt_modulation"
@@ -212,7 +212,10 @@ class Modulation:
     @cached_property
     def description(self) -> str:
         """Where it comes from, in a line."""
-        return describe(self.origin)
+        try:
+            return printable(describe(self.origin))
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+            return "unknown"  # it comes from a file, which may say anything
 
 
 def mean(modulations: Sequence[Modulation]) -> Modulation:

@@ -1,0 +1,217 @@
+"""``npt-fast interact``"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+import npt_fast as npt
+from npt_fast.cli.output import warn
+from npt_fast.config import BaseDType, parse_layers
+from npt_fast.errors import ModelError, NPTError, TransferError, VerificationError
+
+if TYPE_CHECKING:
+    from npt_fast.cli.shell import Shell
+    from npt_fast.transfer.journal import Journal
+    from npt_fast.transfer.session import Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractOptions:
+    """What the shell runs on.
+
+    Attributes:
+        checkpoint: Checkpoint directory or weights file.
+        model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
+        layers: Layers to load, like 11,13; all of the checkpoint if not given.
+        device: Where the model runs; a GPU where there is one if not given.
+        base_dtype: Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+        script: File with commands, one a line, in place of the terminal or stdin.
+        json: Print one JSON object per command.
+        keep_going: Go on after a command of a script or of stdin has failed.
+        log: Where the session is logged; a new file in the state folder if not given.
+        replay: Log whose commands are run again, on its model and checkpoint if none are given.
+        exact: Exit with 3 at the first result that differs from the log.
+    """
+
+    checkpoint: str | None = None
+    model_name: str | None = None
+    layers: str | None = None
+    device: str | None = None
+    base_dtype: BaseDType = "auto"
+    script: Path | None = None
+    json: bool = False
+    keep_going: bool = False
+    log: Path | None = None
+    replay: str | None = None
+    exact: Annotated[bool, Parameter(name="--assert")] = False
+
+    def __post_init__(self) -> None:
+        if self.replay is not None and (self.script or self.log):
+            raise ValueError("--replay runs a log and writes none: leave out --script and --log")
+        if self.exact and self.replay is None:
+            raise ValueError("--assert needs --replay")
+        if self.layers is not None:
+            parse_layers(self.layers)
+
+
+class UsageError(NPTError):
+    """An option is missing."""
+
+    exit_code = 2
+
+
+_NOTHING = InteractOptions()
+
+
+def interact(options: Annotated[InteractOptions, Parameter(name="*")] = _NOTHING) -> int:
+    """Extract, combine and inject knowledge by commands: a shell, or a script.
+
+    npt-fast interact --checkpoint experiments/merged_11_13 --layers 11,13
+
+    Where stdin is no terminal, lines are read from it until one fails. help lists the commands.
+    """
+    from npt_fast.cli.shell import JsonOutput, PlainOutput, Shell
+    from npt_fast.cli.shell_commands import Context, read_script
+
+    if options.checkpoint is None and options.replay is None:
+        raise UsageError("--checkpoint is missing (npt-fast interact --help lists the options)")
+    terminal = options.script is None and options.replay is None and _is_terminal()
+    if terminal and find_spec("prompt_toolkit") is None:
+        raise NPTError("the shell needs prompt_toolkit: pip install 'npt_fast[interact]'")
+    script = None if options.script is None else read_script(str(options.script))
+    if options.replay is not None:
+        return _replay(options)
+    session = _session(options, options.checkpoint or "", options.model_name)
+    journal = _journal(options, session)
+    output = JsonOutput() if options.json else PlainOutput()
+    shell = Shell(Context(session), output, journal, keep_going=options.keep_going)
+    try:
+        if terminal:
+            return _converse(options, shell)
+        lines = sys.stdin if script is None else script
+        if hasattr(lines, "reconfigure"):
+            lines.reconfigure(encoding="utf-8", errors="replace")
+        shell.run_lines(lines)
+    finally:
+        if journal is not None:
+            journal.close()
+    return 1 if shell.failed else 0
+
+
+def _converse(options: InteractOptions, shell: Shell) -> int:
+    from npt_fast.cli import shell_terminal
+    from npt_fast.transfer.journal import state_folder
+
+    session = shell.context.session
+    if not options.json:
+        shell.output = shell_terminal.TerminalOutput()
+        for line in _banner(session):
+            shell.output.note(line)
+        if shell.journal is not None:
+            shell.output.note(f"Log: {shell.journal.path}")
+        shell.output.note("help lists the commands, Tab completes, Ctrl-D leaves")
+    shell_terminal.run(shell, _name(options), state_folder() / "history")
+    return 0
+
+
+def _banner(session: Session) -> list[str]:
+    lines = ["Knowledge transfer", f"  Model: {type(session.model).__name__}"]
+    lines += [
+        f"  Layer {layer.layer}: {layer.modulation}, {layer.num_ranks} ranks of {layer.rank}"
+        for layer in npt.status(session.model)
+    ]
+    return [*lines, f"  Device: {session.model.device}"]
+
+
+def _replay(options: InteractOptions) -> int:
+    from npt_fast.cli.shell import JsonOutput, PlainOutput, Shell, replay
+    from npt_fast.cli.shell_commands import Context
+    from npt_fast.transfer import journal
+
+    path = str(options.replay)
+    header, entries = journal.read(path)
+    checkpoint = options.checkpoint or header.get("checkpoint")
+    model = options.model_name or header.get("model_name")
+    if not isinstance(checkpoint, str) or not isinstance(model, str):
+        raise TransferError(f"{path}: names no checkpoint and model; give --checkpoint and others")
+    session = _session(options, checkpoint, model, header.get("layers"))
+    output = JsonOutput() if options.json else PlainOutput()
+    try:
+        output.note(replay(Shell(Context(session), output), path, header, entries))
+    except VerificationError as error:
+        if options.exact:
+            raise
+        warn(f"{error}: {error.problems[0]}")
+    return 0
+
+
+def _session(
+    options: InteractOptions, checkpoint: str, model_name: str | None, layers: Any = None
+) -> Session:
+    from npt_fast.hf.base_model import load_base_model
+    from npt_fast.training.evaluation import default_device
+    from npt_fast.transfer.session import Session
+
+    name = model_name or _DEFAULT_MODEL
+    if options.layers is not None:
+        layers = parse_layers(options.layers)
+    with _waiting(f"Loading model from {name}..."):
+        device = options.device or default_device()
+        try:
+            model, tokenizer = load_base_model(name, dtype=options.base_dtype, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{name} cannot be put on {device!r}: {reason}") from error
+        npt.load(model, checkpoint, layers=layers)
+    return Session(model, tokenizer)
+
+
+_DEFAULT_MODEL = "meta-llama/Llama-3.2-1B"
+
+
+def _name(options: InteractOptions) -> str:
+    return Path(options.model_name or _DEFAULT_MODEL).name
+
+
+@contextmanager
+def _waiting(message: str) -> Iterator[None]:
+    """A spinner on a terminal, a line elsewhere; both on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        with console.status(message):
+            yield
+    else:
+        print(message, file=sys.stderr, flush=True)
+        yield
+
+
+def _journal(options: InteractOptions, session: Session) -> Journal | None:
+    from npt_fast.transfer import journal
+
+    header = {
+        "npt_fast": npt.__version__,
+        "model_name": options.model_name or _DEFAULT_MODEL,
+        "checkpoint": options.checkpoint,
+        **session.description(),
+    }
+    try:
+        return journal.Journal(options.log or journal.default_path(), header)
+    except TransferError as error:
+        if options.log is not None:
+            raise
+        warn(f"this session is not logged: {error}")
+        return None
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()

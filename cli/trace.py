@@ -1,0 +1,125 @@
+"""``npt-fast trace``"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from npt_fast.cli.output import markdown_table, print_json, say
+from npt_fast.config import BaseDType
+
+if TYPE_CHECKING:
+    from npt_fast.transfer.trace import Patch, Trace
+
+
+def trace(
+    *,
+    source: Annotated[str, Parameter(name="--from", allow_leading_hyphen=True)],
+    target: Annotated[str, Parameter(name="--to", allow_leading_hyphen=True)],
+    model_name: str = "meta-llama/Llama-3.2-1B",
+    track: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
+    window: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
+    from_position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
+    to_position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
+    base_dtype: BaseDType = "auto",
+    cpu: bool = False,
+    json: bool = False,
+    plot: Path | None = None,
+) -> None:
+    """Find the layers that carry the difference between two prompts, before anything is trained.
+
+    npt-fast trace --from "The capital of France is" --to "The capital of Germany is"
+
+    Parameters
+    ----------
+    source
+        Prompt whose attention outputs are taken.
+    target
+        Prompt that they are put into, one layer at a time.
+    model_name
+        Base model: Hub id, folder, .gguf file, or smollm2-135m.
+    track
+        Texts whose first token is followed, with their space; else the likeliest of each prompt.
+    window
+        Neighbouring layers at a time.
+    from_position
+        Where outputs are taken: a number, 2:5, last, first, all, at:WORD or after:WORD.
+    to_position
+        Where they are put.
+    base_dtype
+        Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+    cpu
+        Use the CPU although there is a GPU.
+    json
+        Print everything as JSON.
+    plot
+        Picture to draw: .png, .svg or .pdf.
+    """
+    from npt_fast.hf.base_model import load_base_model
+    from npt_fast.training.evaluation import default_device
+    from npt_fast.transfer import trace as library
+
+    if plot is not None:
+        library.figure_class()  # before minutes of loading
+    model, tokenizer = load_base_model(
+        model_name, dtype=base_dtype, device="cpu" if cpu else default_device()
+    )
+    found = library.trace(
+        model, tokenizer, source, target,
+        tracked=track, window=window, source_position=from_position, target_position=to_position,
+    )  # fmt: skip
+    if plot is not None:
+        library.draw(found, plot)
+    if json:
+        decisive = [patch.layers for patch in found.decisive]
+        strongest = found.strongest.layers
+        print_json({**asdict(found), "decisive": decisive, "strongest": strongest})
+    else:
+        _print(found)
+
+
+def _print(found: Trace) -> None:
+    for name, tokens, places, top, tracked in (
+        ("From", found.source, found.source_positions, found.source_top, found.source_tracked),
+        ("To", found.target, found.target_positions, found.target_top, found.target_tracked),
+    ):
+        where = ", ".join(f"{place} {tokens[place]!r}" for place in places)
+        likely = ", ".join(
+            f"{text!r} {value:.4f}" for text, value in zip(found.tracked, tracked, strict=True)
+        )
+        say(f"{name}: {''.join(tokens)!r} at token {where}; likeliest {top!r}; {likely}")
+    decisive = found.decisive
+    heads = ["layer", *map(repr, found.tracked), "KL", "top-1"]
+    body = [
+        [
+            _name(patch),
+            *(
+                f"{before:.4f} -> {after:.4f}"
+                for before, after in zip(found.target_tracked, patch.tracked, strict=True)
+            ),
+            f"{patch.kl:.4f}",
+            f"{found.target_top!r} -> {patch.top!r}" if patch in decisive else repr(patch.top),
+        ]
+        for patch in found.patches
+    ]
+    for line in markdown_table(heads, body).splitlines():
+        say(line)
+    if decisive:
+        what = "; ".join(f"{_name(p)} (top-1 {p.top!r}, KL {p.kl:.4f})" for p in decisive)
+        say(f"Layers that change the answer: {what}")
+    else:
+        patch = found.strongest
+        say(
+            f"No layer changes the answer, which stays {found.target_top!r}; most changes at "
+            f"layer {_name(patch)} (KL {patch.kl:.4f})"
+        )
+
+
+def _name(patch: Patch) -> str:
+    first, last = patch.layers[0], patch.layers[-1]
+    return str(first) if first == last else f"{first}-{last}"

@@ -1,0 +1,68 @@
+"""Arithmetic on modulations as users write it: ``0.7*a - b``, ``mean(a, b, c)``."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable
+
+from npt_fast.errors import TransferError
+from npt_fast.transfer.modulation import Modulation, mean
+
+Value = Modulation | float
+_LONGEST = 1000  # characters; the parser of Python recurses
+_OPERATORS: dict[type[ast.operator], Callable[..., Value]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
+
+
+def evaluate(text: str, find: Callable[[str], Modulation]) -> Modulation:
+    """The modulation that an expression stands for; exact, on dW.
+
+    Args:
+        text: names, numbers, ``+ - * ( )`` and ``mean(...)``; nothing else is understood.
+        find: the modulation of a name.
+
+    Raises:
+        TransferError: it is no such expression, or its parts do not fit together.
+    """
+    if len(text) > _LONGEST:
+        raise TransferError(f"an expression of {len(text)} characters is too long")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise TransferError(f"{text.strip()!r} cannot be read; it goes like 0.7*a - b") from None
+    found = _value(tree.body, find)
+    if not isinstance(found, Modulation):
+        raise TransferError(f"{text.strip()!r} is a number, not a modulation")
+    return found
+
+
+def _value(node: ast.expr, find: Callable[[str], Modulation]) -> Value:
+    match node:
+        case ast.Name(id=name):
+            return find(name)
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            return float(number)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
+            value = _value(operand, find)
+            return -value if isinstance(sign, ast.USub) else value
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            a, b = _value(left, find), _value(right, find)
+            both = isinstance(a, Modulation) and isinstance(b, Modulation)
+            if isinstance(op, ast.Mult) and both:
+                raise TransferError("modulations are multiplied by numbers, not by each other")
+            if not isinstance(op, ast.Mult) and isinstance(a, Modulation) != isinstance(
+                b, Modulation
+            ):
+                raise TransferError("a number cannot be added to a modulation, or subtracted")
+            return _OPERATORS[type(op)](a, b)
+        case ast.Call(func=ast.Name(id="mean"), args=arguments, keywords=[]) if arguments:
+            values = [_value(argument, find) for argument in arguments]
+            modulations = [value for value in values if isinstance(value, Modulation)]
+            if len(modulations) < len(values):
+                raise TransferError("mean() takes modulations, no numbers")
+            return mean(modulations)
+    raise TransferError(f"{ast.unparse(node)!r:.60}: only names, numbers, + - * ( ) and mean(...)")

@@ -1,0 +1,183 @@
+"""What injections do, as one HTML file that needs no server, no script and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from npt_fast.checkpoint.publish import disk_errors
+from npt_fast.errors import TransferError
+from npt_fast.transfer.compare import Comparison, Sweep, Token
+
+_FULL = 2.0  # KL in nats that has the full colour
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --paper: #fff; --faint: #656d76;
+  --line: #d0d7de; --box: #f6f8fa; --heat: 219 98 20; --mark: #0969da; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --paper: #0d1117; --faint: #8b949e;
+    --line: #30363d; --box: #161b22; --heat: 219 109 40; --mark: #58a6ff; }
+}
+body { margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: var(--ink);
+  background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
+dt, th, .note { color: var(--faint); font-weight: normal; } dd { margin: 0; }
+dd, td, th { overflow-wrap: anywhere; }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
+.text { background: var(--box); border: 1px solid var(--line); border-radius: 6px;
+  padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-family: ui-monospace, monospace; }
+.text h3 { margin: 0 0 .5rem; font: 1rem system-ui, sans-serif; color: var(--faint); }
+.text span, .scale span { border-radius: 3px; } .hit { outline: 1px solid var(--mark); }
+.prompt { color: var(--faint); }
+.scale span { padding: .1rem .5rem; color: var(--ink); }
+details { margin-top: 2rem; }
+summary { font-size: 1.1rem; font-weight: bold; cursor: pointer; margin-bottom: .5rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .8rem; border: 1px solid var(--line); text-align: right; }
+th:first-child { text-align: left; } td.token { text-align: left; white-space: pre-wrap;
+  font-family: ui-monospace, monospace; }
+"""
+
+
+def comparison_html(comparison: Comparison, facts: Mapping[str, str] | None = None) -> str:
+    """Both continuations side by side, tokens coloured by KL, and the likeliest next tokens.
+
+    Args:
+        comparison: what is shown.
+        facts: lines for the head, such as the checkpoint's name.
+
+    Returns:
+        a complete document; all texts are escaped.
+    """
+    prompt = "".join(
+        f'<span class="{"hit" if i in comparison.positions else "prompt"}">{_text(token)}</span>'
+        for i, token in enumerate(comparison.prompt)
+    )
+    base = _text(comparison.base_text)
+    injected = "".join(
+        f'<span style="{_heat(kl / _FULL)}" title="KL {kl:.4f}">{_text(token)}</span>'
+        for token, kl in zip(comparison.injected, comparison.kls, strict=True)
+    )
+    seen = {t.text: t for t in (*comparison.tracked, *comparison.top, *comparison.top_base)}
+    hits = ", ".join(f"{i} {comparison.prompt[i]!r}" for i in comparison.positions)
+    head = {
+        **(facts or {}),
+        "layers": ", ".join(map(str, comparison.layers)),
+        "tokens hit": hits or "those that are generated",
+        "KL of the next token": f"{comparison.kl:.4f} nats",
+        "time": f"{comparison.seconds:.2f} s, {comparison.base_seconds:.2f} s without",
+    }
+    sections = [
+        '<div class="sides">',
+        f'<div class="text"><h3>base</h3>{prompt}{base}</div>',
+        f'<div class="text"><h3>injected</h3>{prompt}{injected}</div>',
+        "</div>",
+        f'<p class="note">Outlined: where it was injected. {_scale()}</p>',
+        "<h2>Next token</h2>",
+        _table(["token", "before", "after"], [_probabilities(t) for t in seen.values()]),
+        "<details><summary>Every generated token</summary>",
+        _table(
+            ["token", "base", "injected", "KL, nats"],
+            [
+                [*_probabilities(token), f'<td style="{_heat(kl / _FULL)}">{kl:.4f}</td>']
+                for token, kl in zip(comparison.generated, comparison.kls, strict=True)
+            ],
+        ),
+        '<p class="note">Base: the probability that it gives the token after the same text.</p>',
+        "</details>",
+    ]
+    return _document("What an injection does", head, sections)
+
+
+def sweep_html(sweep: Sweep, facts: Mapping[str, str] | None = None) -> str:
+    """A heat map of layers and strengths for KL, and one for every tracked token.
+
+    Args:
+        sweep: what is shown.
+        facts: lines for the head, such as the prompt.
+
+    Returns:
+        a complete document; all texts are escaped.
+    """
+    sections = ["<h2>KL of the next token, nats</h2>", _map(sweep, sweep.kl, _FULL)]
+    sections.append(f'<p class="note">{_scale()}</p>')
+    for text, values in sweep.tracked.items():
+        sections.append(f"<h2>Probability of {_text(repr(text))}</h2>")
+        sections.append(f'<p class="note">{sweep.base[text]:.4f} with nothing injected</p>')
+        sections.append(_map(sweep, values, 1.0))
+    return _document("Layers and strengths", facts or {}, sections)
+
+
+def write(html: str, path: str | Path) -> None:
+    """Write a document.
+
+    Raises:
+        TransferError: the file cannot be written.
+    """
+    target = Path(path)
+    with disk_errors(target, TransferError):
+        target.write_text(html, encoding="utf-8")
+
+
+def _document(title: str, facts: Mapping[str, str], sections: Sequence[str]) -> str:
+    head = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items())
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            # nothing may be fetched or run, whatever a prompt has smuggled in
+            '<meta http-equiv="Content-Security-Policy" '
+            "content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+            f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>",
+            f"<h1>{_text(title)}</h1><dl>{head}</dl>",
+            *sections,
+            "</body></html>\n",
+        ]
+    )
+
+
+def _text(text: str) -> str:
+    """Escaped; what HTML does not allow, or a byte of half a character, as a replacement."""
+    shown = "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+    return escape(shown)
+
+
+def _probabilities(token: Token) -> list[str]:
+    """Cells of a row: the token, before and after."""
+    values = (f'<td style="{_heat(p)}">{p:.4f}</td>' for p in (token.before, token.after))
+    return [f'<td class="token">{_text(repr(token.text))}</td>', *values]
+
+
+def _heat(share: float) -> str:
+    """A colour that lies over light and dark paper; text on it stays readable in both."""
+    opacity = 0.65 * max(0.0, min(share, 1.0)) ** 0.5  # small values are to be seen too
+    return f"background: rgb(var(--heat) / {opacity:.3f})"
+
+
+def _scale() -> str:
+    steps = "".join(
+        f'<span style="{_heat(kl / _FULL)}">{kl:g}</span>' for kl in (0, 0.25, 0.5, 1, 1.5, _FULL)
+    )
+    return f'Colour: KL from the base, nats <span class="scale">{steps}</span>'
+
+
+def _map(sweep: Sweep, values: Sequence[Sequence[float]], full: float) -> str:
+    rows = [
+        [
+            f"<th>{', '.join(map(str, layers))}</th>",
+            *(f'<td style="{_heat(value / full)}">{value:.4f}</td>' for value in row),
+        ]
+        for layers, row in zip(sweep.layers, values, strict=True)
+    ]
+    return _table(["layers \\ strength", *(f"{s:g}" for s in sweep.strengths)], rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<th>{_text(head)}</th>" for head in heads), *map("".join, rows)]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

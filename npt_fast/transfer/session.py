@@ -1,0 +1,531 @@
+"""What an interactive session knows: modulations by name, what is followed, what can be undone."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.errors import CheckpointError, ModelError, TransferError
+from npt_fast.hf.convert import components
+from npt_fast.transfer import bake as baking
+from npt_fast.transfer.compare import Comparison, Sweep, compare, sweep
+from npt_fast.transfer.expression import evaluate
+from npt_fast.transfer.extract import digest, extract, tokenize
+from npt_fast.transfer.files import load_modulation
+from npt_fast.transfer.generate import Sampling, continue_ids
+from npt_fast.transfer.inject import Mode, When
+from npt_fast.transfer.modulation import Base, Modulation
+from npt_fast.transfer.positions import Position
+
+FORMAT = "npt_shelf"
+VERSION = 1
+_INDEX = "session.json"
+_NO_EFFECT = 1e-9  # nats
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A modulation on the shelf.
+
+    Attributes:
+        modulation: the thing itself.
+        created: when, as ISO 8601.
+    """
+
+    modulation: Modulation
+    created: str
+
+
+@dataclass(frozen=True)
+class State:
+    """All of a session that commands change, besides base weights; never changed in place.
+
+    Attributes:
+        shelf: modulations by name.
+        tracked: texts whose first token's probability is followed.
+        layers: NP layers that are on.
+        settings: how text is continued, where a command does not say.
+    """
+
+    shelf: Mapping[str, Item]
+    tracked: tuple[str, ...]
+    layers: tuple[int, ...]
+    settings: Sampling
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says, nothing injected.
+
+    Attributes:
+        prompt: tokens, as texts.
+        continuation: tokens that were generated, as texts.
+        text: the same decoded as a whole.
+        top: likeliest next tokens and their probabilities.
+        tracked: likewise, of the tokens that are followed.
+    """
+
+    prompt: list[str]
+    continuation: list[str]
+    text: str
+    top: list[tuple[str, float]]
+    tracked: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Injection:
+    """One injection and what it did.
+
+    Attributes:
+        comparison: with and without.
+        left_out: layers of the modulation that are off and were not touched.
+        no_effect: why nothing changed; empty if something did.
+    """
+
+    comparison: Comparison
+    left_out: list[int]
+    no_effect: str
+
+
+class Session:
+    """State and operations of the shell, which parses and prints.
+
+    Args:
+        model: with NP layers.
+        tokenizer: of the model.
+
+    Raises:
+        ModelError: the model has no NP layers.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.available = tuple(components(model))
+        if not self.available:
+            raise ModelError("no NPT layers are loaded")
+        self._first = State(MappingProxyType({}), (), self.available, Sampling())
+        self.state = self._first
+        self._undo: list[tuple[str, State, baking.Baked | None]] = []
+        self._activate()
+
+    @property
+    def bakes(self) -> int:
+        """How many modulations are part of the base weights now."""
+        return sum(baked is not None for _, _, baked in self._undo)
+
+    def modulation(self, name: str) -> Modulation:
+        """What is on the shelf under a name.
+
+        Raises:
+            TransferError: nothing is.
+        """
+        return self.item(name).modulation
+
+    def item(self, name: str) -> Item:
+        """As `modulation`, with its time."""
+        shelf = self.state.shelf
+        if name not in shelf:
+            there = f"; there are {', '.join(sorted(shelf))}" if shelf else "; extract one first"
+            raise TransferError(
+                f"no modulation is called {name!r}{suggestion(name, shelf) or there}"
+            )
+        return shelf[name]
+
+    def extract(
+        self, name: str, text: str, *, position: Position = -1, sequence: bool = False
+    ) -> Modulation:
+        """Put a text's modulation of the active layers on the shelf, replacing one of that name.
+
+        Args:
+            name: on the shelf.
+            text: what is read.
+            position: of the token whose modulation it is.
+            sequence: the mean over all positions instead.
+        """
+        found = extract(
+            self.model,
+            self.tokenizer,
+            text,
+            position="all" if sequence else position,
+            layers=self.state.layers,
+            reduce="mean" if sequence else "none",
+        )
+        return self._keep(name, found, f"extract {name}")
+
+    def combine(self, name: str, result: Modulation) -> Modulation:
+        """Put the result of arithmetic on the shelf."""
+        return self._keep(name, result, f"{name} = {result.description}")
+
+    def calculate(self, name: str, expression: str) -> Modulation:
+        """Put the value of an expression on the shelf, see `npt_fast.transfer.expression`."""
+        result = evaluate(expression, self.modulation)
+        return self._keep(name, result, f"{name} = {expression.strip()}")
+
+    def delete(self, name: str) -> None:
+        """Take a modulation off the shelf."""
+        self.item(name)
+        shelf = {key: item for key, item in self.state.shelf.items() if key != name}
+        self._change(f"delete {name}", shelf=MappingProxyType(shelf))
+
+    def _keep(self, name: str, modulation: Modulation, what: str) -> Modulation:
+        item = Item(modulation, time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        self._change(what, shelf=MappingProxyType({**self.state.shelf, name: item}))
+        return modulation
+
+    def first_piece(self, text: str) -> tuple[str, int]:
+        """The token of a text that is followed, and how many it has."""
+        _, tokens = tokenize(self.tokenizer, text)
+        return tokens[0], len(tokens)
+
+    def track(self, texts: Sequence[str]) -> None:
+        """Follow the first token of texts."""
+        for text in texts:
+            self.first_piece(text)
+        new = [text for text in dict.fromkeys(texts) if text not in self.state.tracked]
+        if new:
+            self._change(f"track {new}", tracked=(*self.state.tracked, *new))
+
+    def untrack(self, texts: Sequence[str]) -> None:
+        """Follow them no more."""
+        kept = tuple(text for text in self.state.tracked if text not in texts)
+        if kept != self.state.tracked:
+            self._change(f"untrack {list(texts)}", tracked=kept)
+
+    def activate(self, layers: Sequence[int]) -> None:
+        """Have these NP layers on, all others off.
+
+        Raises:
+            TransferError: one is not loaded.
+        """
+        for layer in layers:
+            if layer not in self.available:
+                raise TransferError(f"layer {layer} is not loaded; there are {self._loaded()}")
+        self._change(f"layers {list(layers)}", layers=tuple(sorted(set(layers))))
+
+    def set(self, **values: Any) -> None:
+        """Change settings, see `Sampling`.
+
+        Raises:
+            TransferError: a value is not allowed.
+        """
+        self._change(f"set {values}", settings=replace(self.state.settings, **values))
+
+    def _loaded(self) -> str:
+        return ", ".join(map(str, self.available))
+
+    @torch.no_grad()
+    def predict(self, text: str, sampling: Sampling | None = None, top: int = 5) -> Prediction:
+        """What the model says with its active layers, nothing injected."""
+        ids, tokens = tokenize(self.tokenizer, text)
+        found, logits = continue_ids(self.model, ids, sampling or self.state.settings)
+        probabilities = logits[0].softmax(-1)
+
+        def token(index: int) -> tuple[str, float]:
+            return self.tokenizer.decode([index]), probabilities[index].item()
+
+        return Prediction(
+            prompt=tokens,
+            continuation=[self.tokenizer.decode([i]) for i in found],
+            text=self.tokenizer.decode(found),
+            top=[token(i) for i in probabilities.topk(top).indices.tolist()],
+            tracked=[token(tokenize(self.tokenizer, t)[0][0]) for t in self.state.tracked],
+        )
+
+    def inject(
+        self,
+        name: str,
+        text: str,
+        *,
+        position: Position = -1,
+        mode: Mode = "replace",
+        strength: float = 1.0,
+        when: When = "prefill",
+        sampling: Sampling | None = None,
+    ) -> Injection:
+        """Continue a text with and without a modulation, in those of its layers that are on.
+
+        Raises:
+            TransferError, ModelError: as `npt_fast.transfer.compare.compare`; all are off.
+        """
+        part, left_out = self._active_part(name)
+        found = compare(
+            self.model,
+            self.tokenizer,
+            part,
+            text,
+            position=position,
+            mode=mode,
+            strength=strength,
+            when=when,
+            sampling=sampling or self.state.settings,
+            tracked=self.state.tracked,
+        )
+        return Injection(found, left_out, _no_effect(part, found, mode, strength))
+
+    def sweep(
+        self,
+        name: str,
+        text: str,
+        *,
+        strengths: Sequence[float],
+        position: Position = -1,
+        mode: Mode = "replace",
+    ) -> Sweep:
+        """Every active layer of a modulation by itself, and all, at several strengths."""
+        part, _ = self._active_part(name)
+        return sweep(
+            self.model,
+            self.tokenizer,
+            part,
+            text,
+            strengths=strengths,
+            position=position,
+            mode=mode,
+            tracked=self.state.tracked,
+        )
+
+    def bake(self, name: str, strength: float = 1.0) -> Modulation:
+        """Make a modulation part of the base weights, until it is undone."""
+        found = self.modulation(name)
+        with _uninterrupted():
+            baked = baking.bake(self.model, found, strength)
+            self._undo.append((f"bake {name}", self.state, baked))
+        return found
+
+    def export_lora(self, name: str, folder: str | Path) -> Path:
+        """Write a modulation as a PEFT adapter."""
+        return baking.export_lora(self.modulation(name), self.model, folder)
+
+    def _active_part(self, name: str) -> tuple[Modulation, list[int]]:
+        found = self.modulation(name)
+        chosen = [layer for layer in found.layers if layer in self.state.layers]
+        if not chosen:
+            raise TransferError(
+                f"{name!r} changes layers {sorted(found.layers)}, which are off; on are "
+                f"{list(self.state.layers)} (layers {','.join(map(str, sorted(found.layers)))})"
+            )
+        left_out = sorted(set(found.layers) - set(chosen))
+        return (found.only(chosen) if left_out else found), left_out
+
+    def undo(self) -> str:
+        """Take the last change back, of whatever kind; what it was.
+
+        Raises:
+            TransferError: there is none.
+        """
+        if not self._undo:
+            raise TransferError("there is nothing to undo")
+        with _uninterrupted():
+            what, before, baked = self._undo[-1]
+            if baked is not None:
+                baked.undo()
+            self._undo.pop()
+            self.state = before
+            self._activate()
+        return what
+
+    def reset(self) -> None:
+        """As at the start, base weights too; `undo` brings back all but what was baked."""
+        with _uninterrupted():
+            for _, _, baked in reversed(self._undo):
+                if baked is not None:
+                    baked.undo()
+            self._undo = [("reset", self.state, None)]
+            self.state = self._first
+            self._activate()
+
+    def _change(self, what: str, **changes: Any) -> None:
+        after = replace(self.state, **changes)
+        self._undo.append((what, self.state, None))
+        self.state = after
+        self._activate()
+
+    def _activate(self) -> None:
+        for layer, component in components(self.model).items():
+            component.enabled = layer in self.state.layers
+
+    def save(self, path: str | Path) -> Path:
+        """Write shelf, tracked tokens, layers and settings: safetensors and JSON in a folder.
+
+        Raises:
+            TransferError: the folder exists and is not that of a session.
+        """
+        target = Path(path)
+        if target.exists() and not _is_session(target):
+            raise TransferError(f"{target}: exists and is no saved session; choose another folder")
+        files = {name: f"{number}.safetensors" for number, name in enumerate(self.state.shelf)}
+        index = {
+            FORMAT: VERSION,
+            "base": asdict(Base.of(self.model)),
+            "modulations": [
+                {"name": name, "file": files[name], "created": item.created}
+                for name, item in self.state.shelf.items()
+            ],
+            "tracked": list(self.state.tracked),
+            "layers": list(self.state.layers),
+            "settings": asdict(self.state.settings),
+        }
+        with disk_errors(target, TransferError), StagedDirectory(target, replace=True) as staged:
+            for name, item in self.state.shelf.items():
+                item.modulation.save(staged.path / files[name])
+            (staged.path / _INDEX).write_bytes(strict_json.dump(index))
+            staged.publish()
+        return target
+
+    def load(self, path: str | Path) -> list[str]:
+        """Read a saved session, which takes the place of this one, or add one modulation's file.
+
+        Returns:
+            names of what was read.
+
+        Raises:
+            CheckpointError: a file is missing, broken, or a pickle.
+            ModelError: it is of another base model.
+        """
+        source = Path(path)
+        if not source.is_dir():
+            _refuse_pickle(source)
+            name = source.name.removesuffix(".safetensors")
+            self._keep(name, self._read(source), f"load {path}")
+            return [name]
+        index = strict_json.read_object(source / _INDEX)
+        if index.get(FORMAT) != VERSION:
+            raise CheckpointError(f"{source}: is no saved session of version {VERSION}")
+        try:
+            items = {
+                str(entry["name"]): Item(
+                    self._read(source / Path(str(entry["file"])).name), str(entry["created"])
+                )
+                for entry in index["modulations"]
+            }
+            state = State(
+                MappingProxyType(items),
+                tuple(map(str, index["tracked"])),
+                tuple(sorted(map(int, index["layers"]))),
+                checked_settings(index["settings"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{source / _INDEX}: does not hold: {error!r}") from None
+        for text in state.tracked:
+            self.first_piece(text)
+        for layer in state.layers:
+            if layer not in self.available:
+                raise ModelError(f"{source}: layer {layer} is not loaded, only {self._loaded()}")
+        self._change(f"load {path}", **{f.name: getattr(state, f.name) for f in _fields(State)})
+        return list(items)
+
+    def _read(self, path: Path) -> Modulation:
+        """Into memory: the file may be replaced while the session goes on."""
+        found = load_modulation(path)
+        found.check_base(self.model)
+        return found.to(self.model.device)
+
+    def description(self) -> dict[str, Any]:
+        """What the session runs on, with digests of the NP layers' weights; as JSON has it."""
+        return {
+            "torch": torch.__version__,
+            "base": asdict(Base.of(self.model)),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "layers": list(self.available),
+            "weights": {str(n): digest(part) for n, part in components(self.model).items()},
+        }
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        """SHA-256 of the terms of modulations."""
+        return {name: fingerprint(self.modulation(name)) for name in names}
+
+
+def fingerprint(modulation: Modulation) -> str:
+    """SHA-256 of a modulation's terms."""
+    found = hashlib.sha256()
+    for layer, name, terms in modulation.walk():
+        found.update(f"{layer}.{name}".encode())
+        for tensor in terms:
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def checked_settings(values: Mapping[str, Any]) -> Sampling:
+    """Settings of the types that they have.
+
+    Raises:
+        TransferError: a value is not allowed.
+        TypeError: a name or type is wrong.
+    """
+    kinds = {field.name: type(field.default) for field in _fields(Sampling)}
+    for name, value in values.items():
+        if name in kinds and not isinstance(value, (kinds[name], int)):
+            raise TypeError(f"{name} is {value!r}")
+    return Sampling(**values)
+
+
+def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(kind)
+
+
+def _is_session(folder: Path) -> bool:
+    """Whether it holds what `save` writes and nothing else, so that it may be replaced."""
+    if not folder.is_dir():
+        return False
+    names = {file.name for file in folder.iterdir()}
+    return _INDEX in names and all(n.endswith(".safetensors") for n in names - {_INDEX})
+
+
+def _refuse_pickle(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if start[:1] == b"\x80" or start == b"PK":
+        raise CheckpointError(
+            f"{path}: a session of the original is a pickle, which can run code, and is not read; "
+            "extract its modulations again and save them"
+        )
+
+
+def _no_effect(modulation: Modulation, found: Comparison, mode: Mode, strength: float) -> str:
+    """Why the next tokens are what they were."""
+    if max(found.kls) > _NO_EFFECT or found.base != found.injected:
+        return ""
+    if strength == 0 and mode != "replace":
+        return "the strength is 0"
+    origin = modulation.origin
+    own = found.prompt[: max(found.positions, default=-1) + 1]
+    if origin.get("tokens") and found.positions == origin.get("positions"):
+        if origin["tokens"][: len(own)] == own:
+            return "what was injected is what the token has of its own"
+    if all(not t.v_b.any() or not t.v_a.any() for _, _, t in modulation.walk()):
+        return "the modulation is zero"
+    return "these layers' weight changes do not matter for this text"
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits: weights are changed whole, and so that they can be undone."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

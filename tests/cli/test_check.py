@@ -1,0 +1,109 @@
+"""``npt-fast check``: exit codes, lines, JSON and JUnit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from tests.checkpoints import run
+from tests.training import runs
+from tests.training.runs import Place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with runs.place(tmp_path_factory.mktemp("place")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.start(tmp_path_factory.mktemp("checkpoint") / "a", 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def restore_sigterm() -> Iterator[None]:
+    """main() installs its own handler."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def facts(tmp_path: Path, *given: dict[str, Any]) -> Path:
+    path = tmp_path / "facts.yaml"
+    path.write_text(yaml.safe_dump({"facts": list(given)}))
+    return path
+
+
+# a modulation in its own place changes nothing; "nowhere" is in no continuation
+HOLDS: dict[str, Any] = {
+    "name": "holds", "prompt": "dead", "inject": {"from": "abc"}, "must_not_change": ["abc"],
+    "tokens": 3,
+}  # fmt: skip
+FAILS: dict[str, Any] = {
+    "name": "fails", "prompt": "dead", "inject": {"from": "abc"}, "expect": "nowhere", "tokens": 3,
+}  # fmt: skip
+
+
+def arguments(place: Place, checkpoint: Path, path: Path, *more: object) -> list[object]:
+    return ["check", path, "--checkpoint", checkpoint, "--model_name", place.base, "--cpu", *more]
+
+
+def test_all_hold(place: Place, checkpoint: Path, capsys: Any, tmp_path: Path) -> None:
+    code, out, err = run(capsys, *arguments(place, checkpoint, facts(tmp_path, HOLDS)))
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("ok holds (") and lines[1].startswith("  'dead': ")
+    assert lines[-1] == "1 of 1 facts hold"
+
+
+def test_one_fails(place: Place, checkpoint: Path, capsys: Any, tmp_path: Path) -> None:
+    path, junit = facts(tmp_path, HOLDS, FAILS), tmp_path / "junit.xml"
+    given = arguments(place, checkpoint, path, "--junit", junit, "--layers", "1-2")
+    code, out, err = run(capsys, *given)
+    assert (code, err) == (3, "")
+    assert out.splitlines()[2].startswith("FAIL fails (")
+    assert out.splitlines()[4].startswith("  expected to contain 'nowhere', got ")
+    assert out.splitlines()[-1] == "1 of 2 facts hold"
+    (suite,) = ElementTree.parse(junit).getroot()
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    assert suite.get("name") == str(path)
+    code, out, _ = run(capsys, *given, "--json")
+    found = json.loads(out)
+    assert code == 3 and found["failed"] == 1
+    assert [fact["passed"] for fact in found["facts"]] == [True, False]
+    assert found["facts"][1]["problems"][0].startswith("expected to contain 'nowhere'")
+
+
+def test_what_is_wrong_is_one_line_each(
+    place: Place, checkpoint: Path, capsys: Any, tmp_path: Path
+) -> None:
+    """Mistakes in the file are told before a model is loaded, all at once."""
+    path = facts(tmp_path, {**HOLDS, "expects": "x", "tokens": 0})
+    code, out, err = run(capsys, "check", path, "--checkpoint", "none", "--model_name", "/none")
+    assert (code, out) == (1, "")
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(f"Error: {path}: fact 'holds': ") for line in lines)
+    good = facts(tmp_path, HOLDS)
+    outside = tmp_path / "outside.yaml"
+    changed = {**HOLDS, "inject": {"from": "abc", "position": 7}}
+    outside.write_text(yaml.safe_dump({"facts": [changed]}))
+    cases: list[tuple[list[object], int, str]] = [
+        (arguments(place, checkpoint, tmp_path / "none.yaml"), 1, "none.yaml: No such file"),
+        (arguments(place, tmp_path / "none", good), 1, "Checkpoint not found"),
+        (arguments(place, checkpoint, good, "--layers", "5"), 1, "has no layer 5"),
+        (arguments(place, checkpoint, outside), 1, "fact 'holds': position 7 is outside the text"),
+        (["check", "--checkpoint", checkpoint], 2, "FACTS"),
+    ]
+    for given, expected_code, expected in cases:
+        code, out, err = run(capsys, *given)
+        assert (code, out) == (expected_code, ""), err
+        assert err.startswith("Error: ") and err.count("\n") == 1 and expected in err

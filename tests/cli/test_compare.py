@@ -1,0 +1,114 @@
+"""``npt-fast compare``: what the library finds, as lines, JSON and a report."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+import npt_fast as npt
+from npt_fast.cli import compare as verb
+from npt_fast.hf.base_model import load_base_model
+from npt_fast.transfer import inject as library
+from npt_fast.transfer.compare import compare
+from npt_fast.transfer.generate import Sampling
+from tests.checkpoints import run
+from tests.training import runs
+from tests.training.runs import Place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with runs.place(tmp_path_factory.mktemp("place")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.start(tmp_path_factory.mktemp("checkpoint") / "a", 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def restore_sigterm() -> Iterator[None]:
+    """main() installs its own handler."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def arguments(place: Place, checkpoint: Path, *more: object) -> list[object]:
+    return [
+        "compare", "--checkpoint", checkpoint, "--model_name", place.base, "--cpu",
+        "--from", "abc", "--prompt", "dead", *more,
+    ]  # fmt: skip
+
+
+def test_modes_are_the_librarys() -> None:
+    """They are written twice, since --help must not import torch."""
+    assert get_args(verb.Mode) == get_args(library.Mode)
+    assert get_args(verb.When) == get_args(library.When)
+
+
+def test_json_is_the_librarys(place: Place, checkpoint: Path, capsys: Any) -> None:
+    more = [
+        "--layers", "2", "--sequence", "--position", "-2", "--mode", "exact-add",
+        "--strength", "-1.5", "--when", "both", "--tokens", 4, "--track", "a", " b",
+    ]  # fmt: skip
+    code, out, err = run(capsys, *arguments(place, checkpoint, *more, "--json"))
+    assert (code, err) == (0, "")
+    model, tokenizer = load_base_model(str(place.base))
+    npt.load(model, checkpoint, layers=[2])
+    source = npt.extract(model, tokenizer, "abc", position="all", reduce="mean")
+    expected = compare(
+        model, tokenizer, source, "dead", position=-2, mode="exact-add", strength=-1.5,
+        when="both", sampling=Sampling(tokens=4), tracked=["a", " b"],
+    )  # fmt: skip
+    found = json.loads(out)
+    assert found["layers"] == [2] and found["positions"] == [2]
+    assert (found["base"], found["injected"]) == (expected.base, expected.injected)
+    assert found["kls"] == pytest.approx(expected.kls)
+    assert [t["after"] for t in found["tracked"]] == pytest.approx(
+        [token.after for token in expected.tracked]
+    )
+    assert found["mode"] == "exact-add, strength -1.5, both"
+    assert found["injected"] != found["base"]
+
+
+def test_lines_and_a_report(place: Place, checkpoint: Path, capsys: Any, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    code, out, _ = run(
+        capsys, *arguments(place, checkpoint, "--tokens", 3, "--track", "a", "--html", report)
+    )
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == f"Checkpoint: {checkpoint}"
+    assert "Hit: layers [1, 2], tokens 3 'd'" in lines and "Prompt: dead" in lines
+    assert any(line.startswith("  base: ") for line in lines)
+    assert any(line.startswith("  injected: ") for line in lines)
+    assert any(line.startswith("| 'a' ") for line in lines)
+    html = report.read_text()
+    assert str(checkpoint) in html and "What an injection does" in html
+
+
+def test_what_is_wrong_is_one_line(
+    place: Place, checkpoint: Path, capsys: Any, tmp_path: Path
+) -> None:
+    cases: list[tuple[list[object], int, str]] = [
+        (["--mode", "ad"], 2, "mode"),
+        (["--layers", "x"], 2, "'x' is not a list of layers"),
+        (["--tokens", 0], 2, "tokens"),
+        (["--layers", "3"], 1, "has no layer 3, only [1, 2]"),
+        (["--position", 9], 1, "position 9 is outside the text"),
+        (["--position", "at:q"], 1, "'q' does not occur in 'dead'"),
+        (["--html", tmp_path / "none" / "a.html"], 1, "none"),
+    ]
+    for more, expected_code, expected in cases:
+        code, out, err = run(capsys, *arguments(place, checkpoint, *more))
+        assert (code, out) == (expected_code, ""), err
+        assert err.startswith("Error: ") and err.count("\n") == 1 and expected in err
+    code, _, err = run(capsys, "compare", "--from", "a", "--prompt", "b")
+    assert code == 2 and "--checkpoint" in err

@@ -1,0 +1,91 @@
+"""``npt-fast sweep``: layers by strengths, as tables, JSON and a report."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import npt_fast as npt
+from npt_fast.hf.base_model import load_base_model
+from npt_fast.transfer.compare import compare
+from tests.checkpoints import run
+from tests.training import runs
+from tests.training.runs import Place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with runs.place(tmp_path_factory.mktemp("place")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.start(tmp_path_factory.mktemp("checkpoint") / "a", 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def restore_sigterm() -> Iterator[None]:
+    """main() installs its own handler."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def arguments(place: Place, checkpoint: Path, *more: object) -> list[object]:
+    return [
+        "sweep", "--checkpoint", checkpoint, "--model_name", place.base, "--cpu",
+        "--from", "abc", "--prompt", "dead", *more,
+    ]  # fmt: skip
+
+
+def test_every_cell_is_a_comparison(place: Place, checkpoint: Path, capsys: Any) -> None:
+    more = ["--strength", 0.5, 2, "--mode", "blend", "--position", "first", "--track", "a", "b"]
+    code, out, err = run(capsys, *arguments(place, checkpoint, *more, "--json"))
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["layers"] == [[1], [2], [1, 2]] and found["strengths"] == [0.5, 2]
+    model, tokenizer = load_base_model(str(place.base))
+    npt.load(model, checkpoint)
+    source = npt.extract(model, tokenizer, "abc")
+    for row, layers in enumerate(found["layers"]):
+        for column, strength in enumerate(found["strengths"]):
+            expected = compare(
+                model, tokenizer, source.only(layers), "dead",
+                position=0, mode="blend", strength=strength, tracked=["a", "b"],
+            )  # fmt: skip
+            assert found["kl"][row][column] == pytest.approx(expected.kl)
+            for token in expected.tracked:
+                values = found["tracked"][token.text]
+                assert values[row][column] == pytest.approx(token.after)
+                assert found["base"][token.text] == pytest.approx(token.before)
+
+
+def test_tables_and_a_report(place: Place, checkpoint: Path, capsys: Any, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    code, out, _ = run(capsys, *arguments(place, checkpoint, "--track", "a", "--html", report))
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == f"Checkpoint: {checkpoint}"
+    heads = [line for line in lines if line.startswith("| layers")]
+    assert len(heads) == 2 and all("x 0.25" in head and "x 2" in head for head in heads)
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert names == ["layers", "------", "1", "2", "1,2"] * 2
+    assert "Layers and strengths" in report.read_text()
+
+
+def test_what_is_wrong_is_one_line(place: Place, checkpoint: Path, capsys: Any) -> None:
+    cases: list[tuple[list[object], int, str]] = [
+        (["--strength", "much"], 2, "strength"),
+        (["--layers", "3"], 1, "has no layer 3, only [1, 2]"),
+        (["--track", ""], 1, "the text is empty"),
+    ]
+    for more, expected_code, expected in cases:
+        code, out, err = run(capsys, *arguments(place, checkpoint, *more))
+        assert (code, out) == (expected_code, ""), err
+        assert err.startswith("Error: ") and err.count("\n") == 1 and expected in err

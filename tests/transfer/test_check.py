@@ -1,0 +1,230 @@
+"""Facts: what YAML may say, and how a fact is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import yaml  # type: ignore[import-untyped]
+
+import npt_fast as npt
+from npt_fast.errors import TransferError
+from npt_fast.transfer.check import Fact, FactsError, Outcome, check, read_facts, write_junit
+from tests.transfer import models
+
+
+class Tokenizer:
+    """One letter per token, none of which are lost when they are read as text."""
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return models.tokenizer(text, **options)
+
+    def decode(self, ids: Any) -> str:
+        letters = [(models.tokenizer.decode([int(i)]), int(i)) for i in ids]
+        return "".join(
+            a if a.isascii() and a.isprintable() else chr(0x4E00 + i) for a, i in letters
+        )
+
+
+tokenizer = Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return models.converted()
+
+
+def said(model: Any, prompt: str, source: str = "", tokens: int = 6, **how: Any) -> str:
+    """What `generate` goes on with, injected from a source if there is one."""
+    inputs = models.left_padded([prompt])
+    if not source:
+        found, _ = models.greedy(model, inputs, tokens)
+    else:
+        everywhere = how.pop("sequence", False)
+        modulation = npt.extract(
+            model, tokenizer, source,
+            position="all" if everywhere else "last", reduce="mean",
+        )  # fmt: skip
+        with npt.inject(model, modulation, tokenizer=tokenizer, **how):
+            found, _ = models.greedy(model, inputs, tokens)
+    return tokenizer.decode(found[0])
+
+
+HOW: list[dict[str, Any]] = [
+    {},
+    {"sequence": True},
+    {"position": "at:use", "strength": 4.0},
+    {"mode": "exact-add", "strength": -2.0},
+    {"when": "both"},
+]
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_the_continuation_is_that_of_generate(model: Any, how: dict[str, Any]) -> None:
+    fact = Fact(name="x", prompt=models.TEXT, source=models.SOURCE, tokens=6, contains="", **how)
+    outcome = check(model, tokenizer, fact)
+    assert outcome.before == said(model, models.TEXT)
+    assert outcome.after == said(model, models.TEXT, models.SOURCE, **how)
+    assert outcome.before != outcome.after, "an injection without effect proves nothing"
+    assert outcome.problems == [] and outcome.seconds > 0
+
+
+def test_expectations(model: Any) -> None:
+    after = said(model, models.TEXT, models.SOURCE)
+    given: dict[str, Any] = {"name": "x", "prompt": models.TEXT, "source": models.SOURCE}
+
+    def problems(**expected: Any) -> list[str]:
+        return check(model, tokenizer, Fact(**given, tokens=6, **expected)).problems
+
+    assert problems(begins=after[:2], contains=after[2:4]) == []
+    assert problems(begins=" " + after.lstrip()[:2]) == []
+    assert problems(begins=after[1:]) == [f"expected to begin with {after[1:]!r}, got {after!r}"]
+    assert problems(contains="nowhere") == [f"expected to contain 'nowhere', got {after!r}"]
+    assert len(problems(begins="nowhere", contains="nowhere")) == 2
+    # the prompt itself changes; a modulation put in its own place does not
+    before = said(model, models.TEXT)
+    assert problems(must_not_change=[models.SOURCE]) == []
+    assert problems(must_not_change=[models.SOURCE, models.TEXT]) == [
+        f"{models.TEXT!r} must go on {before!r}, got {after!r}"
+    ]
+
+
+def test_an_injection_that_cannot_be_made_names_the_fact(model: Any) -> None:
+    fact = Fact(name="mine", prompt="abc", source="x", position="at:q", contains="")
+    with pytest.raises(TransferError, match="fact 'mine': 'q' does not occur in 'abc'"):
+        check(model, tokenizer, fact)
+    fact = Fact(name="mine", prompt="abq", source="x", position="at:q", must_not_change=["abc"])
+    with pytest.raises(TransferError, match="fact 'mine': 'q' does not occur in 'abc'"):
+        check(model, tokenizer, fact)
+
+
+def test_a_file_of_facts(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text(
+        """
+facts:
+  - prompt: The capital of Germany is
+    inject: {from: The capital of France is}
+    expect: Paris
+  - name: all
+    prompt: p
+    inject: {from: s, sequence: true, position: -2, mode: add, strength: 2, when: both}
+    expect: {begins: a, contains: b}
+    must_not_change: [c, d]
+    tokens: 3
+"""
+    )
+    assert read_facts(path) == [
+        Fact(
+            name="The capital of Germany is",
+            prompt="The capital of Germany is",
+            source="The capital of France is",
+            contains="Paris",
+        ),
+        Fact(
+            name="all", prompt="p", source="s", sequence=True, position=-2, mode="add", strength=2,
+            when="both", begins="a", contains="b", must_not_change=["c", "d"], tokens=3,
+        ),
+    ]  # fmt: skip
+
+
+RIGHT: dict[str, Any] = {"name": "n", "prompt": "p", "inject": {"from": "s"}, "expect": "e"}
+
+
+def wrong(**changes: Any) -> str:
+    fact = {key: value for key, value in {**RIGHT, **changes}.items() if value is not None}
+    return str(yaml.safe_dump({"facts": [fact]}))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (wrong(expects="e"), ": fact 'n': unknown key 'expects'; did you mean expect?"),
+        (wrong(zzz=1), ": fact 'n': unknown key 'zzz'; there are name, prompt"),
+        (wrong(inject={"from": "s", "mod": "add"}), ": fact 'n': inject: unknown key 'mod'"),
+        (wrong(expect={"ends": "x"}), ": fact 'n': expect: unknown key 'ends'"),
+        (wrong(inject={}), ": fact 'n': inject: from is missing"),
+        (wrong(inject="s"), ": fact 'n': inject must be a mapping with from, not 's'"),
+        (wrong(prompt=None), ": fact 'n': prompt is missing"),
+        (wrong(prompt=""), ": fact 'n': prompt must be a text, not ''"),
+        (wrong(expect=True), ": fact 'n': expect must be a text or a mapping, not True"),
+        (wrong(expect=None), ": fact 'n': expects nothing; give expect or must_not_change"),
+        (wrong(expect={}), ": fact 'n': expects nothing"),
+        (wrong(must_not_change="x"), ": fact 'n': must_not_change must be a list of prompts"),
+        (wrong(tokens=0), ": fact 'n': tokens must be a whole number from 1 on, not 0"),
+        (wrong(tokens=True), ": fact 'n': tokens must be"),
+        (wrong(inject={"from": "s", "mode": "ad"}), "mode must be one of replace, blend, add"),
+        (wrong(inject={"from": "s", "when": "now"}), "when must be one of prefill"),
+        (wrong(inject={"from": "s", "strength": "2"}), "strength must be a number, not '2'"),
+        (wrong(inject={"from": "s", "strength": float("nan")}), "strength must be a number"),
+        (wrong(inject={"from": "s", "position": "there"}), "position must be a number, 2:5"),
+        (wrong(inject={"from": "s", "position": 1.5}), "position must be a number, 2:5"),
+        (wrong(inject={"from": "s", "sequence": 1}), "sequence must be true or false, not 1"),
+        ("facts: [3]", ": fact 1: must be a mapping with prompt, inject"),
+        ("facts: []", ": has no facts"),
+        ("facts: {}", ": facts must be a list"),
+        ("", ": must be a mapping with facts"),
+        ("- a", ": must be a mapping with facts"),
+        ("fact: []", ": unknown key 'fact'; did you mean facts?"),
+        ("facts: [", ": is no YAML: "),
+        ("facts: []\nfacts: []", ": is no YAML: 'facts' is there twice"),
+        ("? [a]\n: 1", ": is no YAML: "),
+        ("facts: !!python/object/apply:os.system [true]", ": is no YAML: "),
+        ("facts: &a [*a]", ": fact 1: must be a mapping"),
+        ("facts: 2026-13-45", ": "),
+        ("[" * 5000, ": is no YAML: "),
+        ("a: \x00", ": is no YAML: "),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text(text)
+    with pytest.raises(FactsError) as caught:
+        read_facts(path)
+    assert caught.value.problems[0].startswith(str(path)) and "\n" not in str(caught.value)
+    assert any(expected in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_all_mistakes_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    second = {**RIGHT, "prompt": 3, "inject": {"from": "", "mode": "x"}}
+    third = {**RIGHT, "name": "other", "tokens": "many"}
+    path.write_text(yaml.safe_dump({"facts": [RIGHT, second, third]}))
+    with pytest.raises(FactsError, match=r"\(and 4 more\)") as caught:
+        read_facts(path)
+    assert len(caught.value.problems) == 5  # three, a name twice, and the third's
+    assert sum("fact 'n'" in problem for problem in caught.value.problems) == 4
+    path.write_bytes(b"facts: \xff")
+    with pytest.raises(FactsError, match="is no YAML"):
+        read_facts(path)
+    with pytest.raises(FactsError, match="No such file"):
+        read_facts(tmp_path / "none.yaml")
+
+
+def test_junit(tmp_path: Path) -> None:
+    outcomes = [
+        Outcome("fine", "p", "a", "b", [], 0.5),
+        Outcome("<bad>\x00", "p", "a", "b", ["got '\x1b' & \"<x>\"", "second"], 1.0),
+    ]
+    write_junit(outcomes, tmp_path / "a.xml", "facts.yaml")
+    suite = ElementTree.parse(tmp_path / "a.xml").getroot()[0]
+    assert suite.attrib == {
+        "name": "facts.yaml", "tests": "2", "failures": "1", "errors": "0", "time": "1.500",
+    }  # fmt: skip
+    assert [case.get("name") for case in suite] == ["fine", "<bad>\\x00"]
+    assert [len(case) for case in suite] == [0, 1]
+    assert suite[1][0].text == "got '\\x1b' & \"<x>\"\nsecond"
+    with pytest.raises(TransferError, match="none"):
+        write_junit(outcomes, tmp_path / "none" / "a.xml", "x")
+
+
+def test_nothing_of_the_model_changes(model: Any) -> None:
+    before = [p.clone() for p in model.parameters()]
+    hooks = sum(len(part._forward_hooks) for part in model.modules())
+    fact = Fact(name="x", prompt="abc", source="xyz", must_not_change=["q"])
+    check(model, tokenizer, fact)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert sum(len(part._forward_hooks) for part in model.modules()) == hooks

@@ -1,0 +1,162 @@
+"""Comparing: probabilities and divergences against those of plain forward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import npt_fast as npt
+from npt_fast.transfer.compare import Comparison, Sweep, compare, divergences, sweep
+from npt_fast.transfer.generate import Sampling
+from npt_fast.transfer.modulation import Modulation
+from tests.transfer.models import SOURCE, TEXT, converted, hooks, ids_of, logits, tokenizer
+
+LETTERS = [tokenizer.decode([i]) for i in range(257)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return converted()
+
+
+@pytest.fixture(scope="module")
+def modulation(model: Any) -> Modulation:
+    return npt.extract(model, tokenizer, SOURCE)
+
+
+def next_token(model: Any, text: str, m: Modulation | None, **options: Any) -> Tensor:
+    """Its probabilities."""
+    if m is None:
+        return logits(model, ids_of(text))[0, -1].softmax(-1)
+    with npt.inject(model, m, **options):
+        return logits(model, ids_of(text))[0, -1].softmax(-1)
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    return float(sum(a * (a / b).log() for a, b in zip(p, q, strict=True)))
+
+
+def test_the_next_token(model: Any, modulation: Modulation) -> None:
+    found = compare(model, tokenizer, modulation, TEXT, tracked=["a", "bee", " "], top=3)
+    before, after = next_token(model, TEXT, None), next_token(model, TEXT, modulation)
+    assert found.prompt == list(TEXT)
+    assert (found.positions, found.layers) == ([12], [1, 2])
+    assert found.base == [LETTERS[before.argmax()]] and found.injected == [LETTERS[after.argmax()]]
+    for shown, order in ((found.top, after), (found.top_base, before)):
+        places = order.topk(3).indices.tolist()
+        assert [token.text for token in shown] == [LETTERS[i] for i in places]
+        assert [token.before for token in shown] == pytest.approx(before[places].tolist(), rel=1e-4)
+        assert [token.after for token in shown] == pytest.approx(after[places].tolist(), rel=1e-4)
+    assert [token.text for token in found.tracked] == ["a", "b", " "]  # of a text, the first token
+    for token in found.tracked:
+        place = ids_of(token.text)[0, 0]
+        assert token.before == pytest.approx(before[place].item(), rel=1e-4)
+        assert token.after == pytest.approx(after[place].item(), rel=1e-4)
+    assert found.kls == [found.kl] and found.kl == pytest.approx(kl(before, after), rel=1e-4)
+    assert found.seconds > 0 and found.base_seconds > 0 and not hooks(model)
+
+
+@pytest.mark.parametrize("when", ["prefill", "decode", "both"])
+def test_every_generated_token(model: Any, modulation: Modulation, when: Any) -> None:
+    found = compare(model, tokenizer, modulation, TEXT, sampling=Sampling(tokens=5), when=when)
+    ids = ids_of(TEXT)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    base = model.generate(ids, **options)[0, 13:].tolist()
+    with npt.inject(model, modulation, when=when):
+        injected = model.generate(ids, **options)[0, 13:].tolist()
+    assert found.base == [LETTERS[i] for i in base]
+    assert found.injected == [LETTERS[i] for i in injected]
+    assert injected != base
+    expected = []
+    for n in range(5):  # both read what was generated with the injection
+        read = torch.tensor([[*ids[0].tolist(), *injected[:n]]])
+        p = logits(model, read)[0, -1].softmax(-1)
+        places = {"prefill": [12], "decode": [], "both": [12]}[when]
+        places += [] if when == "prefill" else range(13, 13 + n)
+        if places:
+            with npt.inject(model, modulation, position=places):
+                q = logits(model, read)[0, -1].softmax(-1)
+        else:
+            q = p
+        expected.append(kl(p, q))
+    assert found.kls == pytest.approx(expected, rel=1e-3, abs=1e-6) and found.kl == found.kls[0]
+
+
+def test_options_reach_the_injection(model: Any, modulation: Modulation) -> None:
+    options: dict[str, Any] = {"position": "at:red", "mode": "blend", "strength": 0.4}
+    found = compare(model, tokenizer, modulation, TEXT, **options)
+    expected = next_token(model, TEXT, modulation, **options, tokenizer=tokenizer)
+    assert found.positions == [4, 5, 6]
+    assert found.top[0].after == pytest.approx(expected.max().item(), rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_text(model: Any, modulation: Modulation) -> None:
+    def run(seed: int) -> Comparison:
+        sampling = Sampling(tokens=8, strategy="top_p", seed=seed)
+        return compare(model, tokenizer, modulation, TEXT, sampling=sampling)
+
+    first, again, other = run(1), run(1), run(2)
+    assert (first.base, first.injected, first.kls) == (again.base, again.injected, again.kls)
+    assert first.injected != other.injected
+
+
+def test_divergences_of_equal_and_of_far_logits() -> None:
+    rows = torch.tensor([[0.0, 1.0, -2.0], [50.0, 0.0, -50.0]])
+    assert divergences(rows, rows + 3.0) == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert min(divergences(rows, rows.clone())) >= 0
+    p, q = rows.double().softmax(-1), rows.flip(0).double().softmax(-1)
+    expected = [kl(a, b) for a, b in zip(p, q, strict=True)]
+    assert divergences(rows, rows.flip(0)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": ""}, "the text is empty"),
+        ({"tracked": [""]}, "the text is empty"),
+        ({"position": 13}, "position 13 is outside the text, which has 13 tokens"),
+        ({"position": "at:blue"}, "'blue' does not occur in 'the red house'"),
+        ({"mode": "subtract"}, "mode must be one of"),
+        ({"when": "decode"}, "nothing was injected"),
+    ],
+)
+def test_bad_input(
+    model: Any, modulation: Modulation, changes: dict[str, Any], message: str
+) -> None:
+    options = {"prompt": TEXT, **changes}
+    with pytest.raises(npt.TransferError, match=message):
+        compare(model, tokenizer, modulation, **options)
+    assert not hooks(model)
+
+
+def test_sweep(model: Any, modulation: Modulation) -> None:
+    strengths = [0.5, 2.0]
+    found: Sweep = sweep(
+        model,
+        tokenizer,
+        modulation,
+        TEXT,
+        strengths=strengths,
+        mode="exact-add",
+        tracked=["a", "b"],
+    )
+    assert found.layers == [[1], [2], [1, 2]] and found.strengths == strengths
+    before = next_token(model, TEXT, None)
+    for letter in "ab":
+        assert found.base[letter] == pytest.approx(before[ids_of(letter)[0, 0]].item(), rel=1e-4)
+    for row, layers in enumerate(found.layers):
+        for column, strength in enumerate(strengths):
+            part = modulation.only(layers)
+            after = next_token(model, TEXT, part, mode="exact-add", strength=strength)
+            assert found.kl[row][column] == pytest.approx(kl(before, after), rel=1e-3)
+            for letter in "ab":
+                expected = after[ids_of(letter)[0, 0]].item()
+                assert found.tracked[letter][row][column] == pytest.approx(expected, rel=1e-4)
+
+
+def test_sweep_of_one_layer_has_one_row(model: Any, modulation: Modulation) -> None:
+    found = sweep(model, tokenizer, modulation.only([2]), TEXT, strengths=[1.0])
+    assert found.layers == [[2]] and len(found.kl) == 1 and found.tracked == {} == found.base

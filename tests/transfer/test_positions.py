@@ -1,0 +1,122 @@
+"""Positions: what users write, counted on a text's tokens."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import npt_fast as npt
+from npt_fast.transfer.positions import Position, parse, resolve
+
+TOKENS = ["The", " capital", " of", " Ger", "many", " is", " of", " note"]
+
+
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [
+        (0, [0]),
+        (7, [7]),
+        (-1, [7]),
+        (-8, [0]),
+        ("3", [3]),
+        ("-2", [6]),
+        ("last", [7]),
+        ("first", [0]),
+        ("all", list(range(8))),
+        (slice(2, 5), [2, 3, 4]),
+        (slice(None, None, 3), [0, 3, 6]),
+        (slice(-2, None), [6, 7]),
+        (slice(6, 99), [6, 7]),
+        ("2:5", [2, 3, 4]),
+        (":2", [0, 1]),
+        ("-2:", [6, 7]),
+        (":", list(range(8))),
+        ([1, 4], [1, 4]),
+        ((4, -1, 1), [1, 4, 7]),
+        (range(2, 4), [2, 3]),
+        ([5, -3, 5], [5]),
+        ("1,4", [1, 4]),
+        ("-1,0", [0, 7]),
+        ("at:capital", [1]),
+        ("at:Germany", [3, 4]),
+        (npt.at("Germany"), [3, 4]),
+        ("at:erman", [3, 4]),
+        ("at:of Germany is", [2, 3, 4, 5]),
+        (npt.at(" of"), [2]),
+        ("after:of", [3]),
+        (npt.after("Germany"), [5]),
+        ("after:Ger", [4]),
+        ("at:The capital of Germany is of note", list(range(8))),
+    ],
+    ids=str,
+)
+def test_positions(position: Position, expected: list[int]) -> None:
+    assert resolve(position, TOKENS) == expected
+
+
+OUTSIDE = "outside the text, which has 8 tokens: 0 'The', 1 ' capital'"
+
+
+@pytest.mark.parametrize(
+    ("position", "message"),
+    [
+        (8, f"position 8 is {OUTSIDE}"),
+        (-9, f"position -9 is {OUTSIDE}"),
+        ("42", f"position 42 is {OUTSIDE}"),
+        ([0, 8], f"position 8 is {OUTSIDE}"),
+        (slice(5, 2), "no token of 8 is at slice(5, 2, None)"),
+        ("9:", "no token of 8 is at 9:"),
+        ([], "no token of 8 is at []"),
+        (True, "positions are whole numbers, not True"),
+        ([1.5], "positions are whole numbers, not 1.5"),
+        ("at:France", "'France' does not occur in 'The capital of Germany is of note'"),
+        ("after:note", "nothing follows 'note' in"),
+        (npt.at(""), "'' does not occur"),
+        ("at:", "'at:' is no position: a number, 2:5, 1,4, last, first, all, at:WORD or after:"),
+        ("second", "'second' is no position"),
+        ("", "'' is no position"),
+        ("1:2:3", "'1:2:3' is no position"),
+        ("1.0", "'1.0' is no position"),
+    ],
+    ids=str,
+)
+def test_what_is_no_position(position: Any, message: str) -> None:
+    with pytest.raises(npt.TransferError, match=re.escape(message)):
+        resolve(position, TOKENS)
+
+
+def test_a_long_text_is_not_listed_whole() -> None:
+    with pytest.raises(npt.TransferError, match=r"19 'x', \.\.\.$"):
+        resolve(100, ["x"] * 50)
+
+
+@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(-n, n - 1))))
+def test_a_number_is_python_indexing(case: tuple[int, int]) -> None:
+    count, index = case
+    tokens = [str(i) for i in range(count)]
+    assert [tokens[i] for i in resolve(index, tokens)] == [tokens[index]]
+    assert resolve(str(index), tokens) == resolve(index, tokens)
+
+
+@given(st.lists(st.text("ab ", min_size=1, max_size=3), min_size=1, max_size=6), st.data())
+def test_a_match_covers_the_text_and_no_token_more(tokens: list[str], data: st.DataObject) -> None:
+    whole = "".join(tokens)
+    start = data.draw(st.integers(0, len(whole) - 1))
+    text = whole[start : data.draw(st.integers(start + 1, len(whole)))]
+    found = resolve(npt.at(text), tokens)
+    assert found == list(range(found[0], found[-1] + 1))
+    assert text in "".join(tokens[i] for i in found)
+    for fewer in (found[1:], found[:-1]):
+        begin = len("".join(tokens[: fewer[0]])) if fewer else 0
+        end = begin + len("".join(tokens[i] for i in fewer))
+        first = whole.find(text)
+        assert not begin <= first <= first + len(text) <= end
+
+
+def test_a_match_is_written_as_it_is_read() -> None:
+    for written in ("at:Germany", "after:is: not"):
+        assert str(parse(written)) == written

@@ -1,0 +1,144 @@
+"""Reports: everything is in them, and nothing in a prompt becomes markup."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from npt_fast.errors import StorageError, TransferError
+from npt_fast.transfer.compare import Comparison, Sweep, Token, compare, sweep
+from npt_fast.transfer.extract import extract
+from npt_fast.transfer.generate import Sampling
+from npt_fast.transfer.report import comparison_html, sweep_html, write
+from tests.transfer import models
+
+HOSTILE = '<script>alert("x")</script><img src=x onerror=y>&amp;\x00\x1b'
+VOID = {"meta", "br", "img"}
+
+
+class Reader(HTMLParser):
+    """The tags with their attributes, and the texts; fails on tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def cells(self) -> list[str]:
+        return [text for text in self.text if text.strip()]
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    model = models.converted()
+    source = extract(model, models.tokenizer, models.SOURCE)
+    return compare(
+        model, models.tokenizer, source, models.TEXT,
+        sampling=Sampling(tokens=6), tracked=["a", "<"], position="at:red",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept() -> Sweep:
+    model = models.converted()
+    source = extract(model, models.tokenizer, models.SOURCE)
+    return sweep(model, models.tokenizer, source, models.TEXT, strengths=[0.5, 1], tracked=["<"])
+
+
+def test_a_comparison_is_all_there(comparison: Comparison) -> None:
+    found = Reader(comparison_html(comparison, {"checkpoint": "x"}))
+    cells = found.cells()
+    for value in (*comparison.kls, *(v for t in comparison.top for v in (t.before, t.after))):
+        assert f"{value:.4f}" in cells
+    spans = [attributes for tag, attributes in found.tags if tag == "span"]
+    assert sum(attributes.get("class") == "hit" for attributes in spans) == 2 * len("red")
+    titles = [attributes["title"] for attributes in spans if "title" in attributes]
+    assert titles == [f"KL {value:.4f}" for value in comparison.kls]
+    assert "'<'" in cells and "checkpoint" in cells and "1, 2" in cells
+
+
+def test_a_sweep_is_all_there(swept: Sweep) -> None:
+    found = Reader(sweep_html(swept))
+    cells = found.cells()
+    assert sum(tag == "table" for tag, _ in found.tags) == 2
+    for value in (v for values in (swept.kl, swept.tracked["<"]) for row in values for v in row):
+        assert f"{value:.4f}" in cells
+    assert {"1", "2", "1, 2", "0.5"} <= set(cells)
+    assert f"{swept.base['<']:.4f} with nothing injected" in cells
+
+
+def test_texts_stay_texts(comparison: Comparison, swept: Sweep) -> None:
+    """Of prompts, tokens, and the head."""
+    head = {"a": "b"}
+    plain = [Reader(comparison_html(comparison, head)).tags, Reader(sweep_html(swept, head)).tags]
+    token = Token(HOSTILE, 0.5, 0.25)
+    changed = dataclasses.replace(
+        comparison,
+        prompt=[HOSTILE] * len(comparison.prompt),
+        injected=[HOSTILE] * len(comparison.injected),
+        base_text=HOSTILE,
+        generated=[token] * len(comparison.generated),
+        top=[dataclasses.replace(t, text=f"{HOSTILE}{i}") for i, t in enumerate(comparison.top)],
+    )
+    html = [
+        comparison_html(changed, {HOSTILE: HOSTILE}),
+        sweep_html(
+            dataclasses.replace(swept, tracked={HOSTILE: swept.kl}, base={HOSTILE: 0.0}),
+            {HOSTILE: HOSTILE},
+        ),
+    ]
+    for document, before in zip(html, plain, strict=True):
+        found = Reader(document)
+        assert {tag for tag, _ in found.tags} == {tag for tag, _ in before}
+        assert "script" not in {tag for tag, _ in found.tags}
+        assert not {"onerror", "src", "href"} & {a for _, some in found.tags for a in some}
+        assert "\x00" not in document and "\x1b" not in document
+        assert '<script>alert("x")</script>' in "".join(found.text)
+
+
+def test_nothing_is_fetched(comparison: Comparison, swept: Sweep) -> None:
+    for html in (comparison_html(comparison), sweep_html(swept)):
+        assert html.startswith("<!DOCTYPE html>")
+        assert "url(" not in html and "http:" not in html and "https:" not in html
+        assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html
+
+
+def test_values_that_are_not_finite(swept: Sweep) -> None:
+    """An injection that destroys the output has a KL of infinity, or none."""
+    broken = dataclasses.replace(swept, kl=[[float("inf"), float("nan")]] * len(swept.kl))
+    html = sweep_html(broken)
+    assert "/ inf" not in html and "/ nan" not in html and ">inf<" in html and ">nan<" in html
+
+
+def test_writing(tmp_path: Path, monkeypatch: Any) -> None:
+    write("<p>ä</p>", tmp_path / "a.html")
+    assert (tmp_path / "a.html").read_bytes() == "<p>ä</p>".encode()
+    with pytest.raises(TransferError, match="none"):
+        write("", tmp_path / "none" / "a.html")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(StorageError):
+        write("", tmp_path / "b.html")

@@ -1,0 +1,180 @@
+"""Patching attention outputs: one row of a batch per layer is one layer at a time."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import npt_fast as npt
+from npt_fast.errors import TransferError
+from npt_fast.hf.base_model import load_base_model
+from npt_fast.transfer import trace as module
+from npt_fast.transfer.trace import trace
+from tests.training import tiny
+
+SOURCE, TARGET = "abcd efg", "xyz uv"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """With weights so large that its layers do something."""
+    found = tiny.model()
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if "proj" in name:
+                parameter.mul_(8)
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny.tokenizer()
+
+
+@torch.no_grad()
+def one_by_one(
+    model: Any, tokenizer: Any, layers: list[int], taken: list[int], put: list[int]
+) -> torch.Tensor:
+    """Probabilities after TARGET, by hooks on o_proj, and nothing batched."""
+    ids = [tokenizer(text, return_tensors="pt").input_ids for text in (SOURCE, TARGET)]
+    kept: dict[int, torch.Tensor] = {}
+    modules = {layer: model.model.layers[layer].self_attn.o_proj for layer in layers}
+    hooks = [
+        part.register_forward_hook(lambda m, a, out, n=n: kept.update({n: out[0, taken].clone()}))
+        for n, part in modules.items()
+    ]
+    model(ids[0], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+
+    def put_in(n: int, out: torch.Tensor) -> torch.Tensor:
+        out = out.clone()
+        out[0, put] = kept[n]
+        return out
+
+    hooks = [
+        part.register_forward_hook(lambda m, a, out, n=n: put_in(n, out))
+        for n, part in modules.items()
+    ]
+    logits = model(ids[1], use_cache=False).logits[0, -1]
+    for hook in hooks:
+        hook.remove()
+    return logits.double().softmax(-1)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("where", "taken", "put"),
+    [
+        ((-1, "last"), [7], [5]),
+        ((2, "all"), [2], [0, 1, 2, 3, 4, 5]),
+        (("0:2", [1, 3]), [0, 1], [1, 3]),
+        (("at:efg", "at:xyz"), [5, 6, 7], [0, 1, 2]),
+    ],
+)
+def test_rows_are_single_runs(
+    model: Any, tokenizer: Any, window: int, where: Any, taken: list[int], put: list[int]
+) -> None:
+    found = trace(
+        model, tokenizer, SOURCE, TARGET, tracked=["a", "q"], window=window,
+        source_position=where[0], target_position=where[1],
+    )  # fmt: skip
+    assert (found.source_positions, found.target_positions) == (taken, put)
+    base = one_by_one(model, tokenizer, [], taken, put)
+    follow = [tokenizer(text)["input_ids"][0] for text in "aq"]
+    assert found.target_tracked == pytest.approx(base[follow].tolist())
+    assert [patch.layers[0] for patch in found.patches] == list(range(4 - window + 1))
+    for patch in found.patches:
+        assert patch.layers == list(range(patch.layers[0], patch.layers[0] + window))
+        expected = one_by_one(model, tokenizer, patch.layers, taken, put)
+        assert patch.tracked == pytest.approx(expected[follow].tolist(), rel=1e-4)
+        assert patch.top == tokenizer.decode([int(expected.argmax())])
+        kl = (base * (base / expected).log()).sum().item()
+        assert patch.kl == pytest.approx(kl, rel=1e-3, abs=1e-7)
+        # the last layer's attention output at an earlier token reaches nothing
+        assert kl > 1e-6 or (patch.layers == [3] and 5 not in put)
+
+
+def test_several_passes_are_one(model: Any, tokenizer: Any, monkeypatch: Any) -> None:
+    whole = trace(model, tokenizer, SOURCE, TARGET)
+    monkeypatch.setattr(module, "_TOKENS", 3 * len(TARGET))
+    parts = trace(model, tokenizer, SOURCE, TARGET)
+    for a, b in zip(whole.patches, parts.patches, strict=True):
+        assert (a.layers, a.top) == (b.layers, b.top)
+        assert a.tracked == pytest.approx(b.tracked, rel=1e-4)
+    assert len(parts.patches) == 4
+
+
+def test_the_likeliest_tokens_are_followed_unasked(model: Any, tokenizer: Any) -> None:
+    found = trace(model, tokenizer, SOURCE, TARGET)
+    assert found.source_top != found.target_top
+    assert found.tracked == [found.source_top, found.target_top]
+
+
+def test_a_prompt_into_itself_changes_nothing(model: Any, tokenizer: Any) -> None:
+    found = trace(model, tokenizer, TARGET, TARGET)
+    assert found.decisive == []
+    assert all(patch.kl < 1e-9 for patch in found.patches)
+
+
+def test_np_layers_are_off_meanwhile(tokenizer: Any) -> None:
+    plain = trace(tiny.model(), tokenizer, SOURCE, TARGET)
+    converted = npt.convert(tiny.model(), npt.NPTConfig(layers=(1, 2), rank=3, num_ranks=2))
+    hooks = sum(len(part._forward_hooks) for part in converted.modules())
+    found = trace(converted, tokenizer, SOURCE, TARGET)
+    assert found.target_tracked == pytest.approx(plain.target_tracked, rel=1e-6)
+    kls = [[patch.kl for patch in one.patches] for one in (found, plain)]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-4)
+    assert [status.enabled for status in npt.status(converted)] == [True, True]
+    assert sum(len(part._forward_hooks) for part in converted.modules()) == hooks
+
+
+def test_what_is_wrong_is_said(model: Any, tokenizer: Any) -> None:
+    for changes, expected in (
+        ({"window": 0}, "a window of 0 layers: the model has 4"),
+        ({"window": 5}, "a window of 5 layers"),
+        ({"source_position": 8}, "position 8 is outside the text"),
+        ({"source_position": "all"}, "8 tokens cannot be put at 1"),
+        ({"tracked": [""]}, "the text is empty"),
+    ):
+        with pytest.raises(TransferError, match=expected):
+            trace(model, tokenizer, SOURCE, TARGET, **changes)
+    assert not any(part._forward_hooks for part in model.modules())
+
+
+def test_a_picture(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    found = trace(model, tokenizer, "$x_1^ $", TARGET)  # what matplotlib would take for a formula
+    module.draw(found, tmp_path / "trace.png")
+    assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("none/trace.png", "trace.xyz"):
+        with pytest.raises(TransferError, match="cannot be written"):
+            module.draw(found, tmp_path / name)
+    imported = builtins.__import__
+
+    def without(name: str, *args: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return imported(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(TransferError, match=r"pip install 'npt_fast\[plot\]'"):
+        module.draw(found, tmp_path / "trace.png")
+
+
+@pytest.mark.slow
+def test_layer_23_has_the_capitals() -> None:
+    """The facts of issue 5, measured by hand before there was a tool."""
+    model, tokenizer = load_base_model("smollm2-135m")
+    found = trace(
+        model, tokenizer, "The capital of France is", "The capital of Germany is",
+        tracked=[" Paris", " Berlin"],
+    )  # fmt: skip
+    assert found.target_tracked == pytest.approx([0.007, 0.80], abs=0.005)
+    assert [patch.layers for patch in found.decisive] == [[23]]
+    assert found.strongest is found.patches[23]
+    assert found.patches[23].tracked == pytest.approx([0.84, 0.001], abs=0.005)
+    assert {patch.top for patch in found.patches if patch.layers != [23]} == {" Berlin"}
