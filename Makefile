@@ -4,7 +4,7 @@ BIN = .venv/bin
 # one whose torch sees the GPU: constraints.txt is a stack for CPUs
 GPU_PYTHON ?= python3
 
-.PHONY: install demo test lint format bench bench-merge bench-modulation bench-train gpu clean
+.PHONY: install demo test lint format bench bench-merge bench-modulation bench-train bench-inject kernels gpu clean
 
 install: .venv/.installed
 
@@ -51,6 +51,9 @@ bench-train: install
 
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu_day
+
+bench-inject: install
+	$(BIN)/python -m benchmarks.bench_inject
 
 clean:
 	rm -rf .venv demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,11 +23,18 @@ ALONE = "--num_ranks 4 --np_rank 64 --learning_rate 5e-4 --teacher_cache 2GB --l
 TOGETHER = "--curriculum_stages student:508 --learning_rate 2e-5 --lr_schedule constant"
 LAYER11 = "experiments/layer11_training/checkpoint-500"
 LAYER13 = "experiments/layer13_training/checkpoint-500"
-LAYER23 = "experiments/layer23_training/checkpoint-250"
+LAYER23 = "experiments/layer23_training/checkpoint-300"
 MERGED = "experiments/merged_11_13"
 MERGED_V2 = "experiments/merged_11_13_23"
 CONTINUED = "experiments/continued/checkpoint-508"
 PROMPT = "The capital of France is"
+TARGET = "The capital of Germany is"
+TRACE = f'--from "{PROMPT}" --to "{TARGET}" --track " Paris" " Berlin"'
+TRANSFER = f"""\
+track " Paris" " Berlin"
+extract-seq knowledge "{PROMPT} Paris"
+inject knowledge "{TARGET}"
+"""
 
 
 def say(text: str) -> None:
@@ -80,7 +87,7 @@ def main() -> None:
     seconds[MERGED] = run(merging)[0]
 
     say("5. Add a layer later: train layer 23, merge it into the merge")
-    seconds[LAYER23] = train(23, 250)
+    seconds[LAYER23] = train(23, 300)
     merging = f"npt-fast merge --checkpoints {MERGED} {LAYER23} --output {MERGED_V2} --verify"
     seconds[MERGED_V2] = run(merging)[0]
 
@@ -98,6 +105,16 @@ def main() -> None:
         keep_output=True,
     )
     found = json.loads(output)
+
+    say("8. Which layer knows about capitals? On the base model, before anything is trained")
+    run(f"npt-fast trace --model_name smollm2-135m {TRACE}")
+
+    say("9. Transfer knowledge: what one sentence does to a layer, put into another sentence")
+    (DEMO / "transfer.txt").write_text(TRANSFER)
+    run(
+        f"npt-fast interact --checkpoint {MERGED_V2} --model_name smollm2-135m --layers 11,13,23 "
+        "--script transfer.txt"
+    )
 
     say("What you got")
     print_table(found, seconds)
