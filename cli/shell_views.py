@@ -198,7 +198,7 @@ def comparison(name: str, c: Comparison) -> list[str]:
 
 def sweep(found: Sweep) -> list[str]:
     """Layers by strengths: KL, then every followed token."""
-    heads = ["Layers", *(f"x{strength:g}" for strength in found.strengths)]
+    heads = ["Layers", *found.columns]
 
     def table(values: Sequence[Sequence[float]]) -> list[str]:
         rows = [

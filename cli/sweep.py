@@ -25,16 +25,17 @@ def sweep(
     model_name: str = "meta-llama/Llama-3.2-1B",
     layers: Layers = None,
     sequence: bool = False,
-    position: Text = "last",
+    position: Text = "",
+    each_token: bool = False,
     mode: Mode = "replace",
-    strength: Annotated[Sequence[float], Parameter(consume_multiple=True)] = (0.25, 0.5, 1.0, 2.0),
+    strength: Annotated[Sequence[float], Parameter(consume_multiple=True)] = (),
     track: Texts = (),
     base_dtype: BaseDType = "auto",
     cpu: bool = False,
     html: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Inject into every layer alone, and into all, at several strengths.
+    """Inject into every layer alone, and into all, at several strengths or tokens.
 
     Parameters
     ----------
@@ -51,11 +52,14 @@ def sweep(
     sequence
         Inject the mean over the tokens of the text, as extract-seq does.
     position
-        Where it goes: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD.
+        Where it goes: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD; last if not
+        given, and all with --each_token.
+    each_token
+        A column for each of these tokens, at the first strength.
     mode
         How, as for compare.
     strength
-        Columns of the table.
+        Columns of the table; 0.25, 0.5, 1 and 2 if not given.
     track
         Texts whose first token is followed, with their space.
     base_dtype
@@ -69,11 +73,14 @@ def sweep(
     """
     from npt_fast.transfer import compare as library
 
+    position = position or ("all" if each_token else "last")
+    strength = strength or ((1.0,) if each_token else (0.25, 0.5, 1.0, 2.0))
     model, tokenizer = load_model(checkpoint, model_name, layers, base_dtype, cpu)
     modulation = extract_text(model, tokenizer, source, sequence)
     found = library.sweep(
         model, tokenizer, modulation, prompt,
         strengths=strength, position=position, mode=mode, tracked=track,
+        each_token=each_token,
     )  # fmt: skip
     facts = {
         "checkpoint": checkpoint,
@@ -106,6 +113,6 @@ def _print(found: Sweep) -> None:
             [",".join(map(str, layers)), *(f"{value:.4f}" for value in row)]
             for layers, row in zip(found.layers, rows, strict=True)
         ]
-        heads = ["layers", *(f"x {strength:g}" for strength in found.strengths)]
+        heads = ["layers", *found.columns]
         for line in markdown_table(heads, body).splitlines():
             say(line)

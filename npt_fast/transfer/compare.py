@@ -14,7 +14,7 @@ from npt_fast.transfer.extract import tokenize
 from npt_fast.transfer.generate import Sampling, continue_ids
 from npt_fast.transfer.inject import Mode, When, inject
 from npt_fast.transfer.modulation import Modulation
-from npt_fast.transfer.positions import Position
+from npt_fast.transfer.positions import Position, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +165,15 @@ class Sweep:
 
     Attributes:
         layers: rows: sets of layers that were injected into.
-        strengths: columns.
+        columns: what each is: a strength, or a token of the prompt.
+        strengths: that were used.
         kl: KL(base, injected) of the next token, by row and column.
         tracked: probability by tracked token, row and column.
         base: probability of the tracked tokens, nothing injected.
     """
 
     layers: list[list[int]]
+    columns: list[str]
     strengths: list[float]
     kl: list[list[float]]
     tracked: dict[str, list[list[float]]]
@@ -188,8 +190,21 @@ def sweep(
     position: Position = -1,
     mode: Mode = "replace",
     tracked: Sequence[str] = (),
+    each_token: bool = False,
 ) -> Sweep:
-    """Inject into every layer of a modulation alone, and into all, at several strengths."""
+    """Inject into every layer of a modulation alone, and into all: a row each.
+
+    A column is one of `strengths`, at `position`; with `each_token` one of the tokens at
+    `position`, at the first strength.
+    """
+    if each_token:
+        strengths = strengths[:1]
+        tokens = tokenize(tokenizer, prompt)[1]
+        columns: list[tuple[str, float, Position]] = [
+            (f"{i} {tokens[i]!r}", strengths[0], i) for i in resolve(position, tokens)
+        ]
+    else:
+        columns = [(f"x {strength:g}", strength, position) for strength in strengths]
     rows = [[layer] for layer in modulation.layers]
     if len(rows) > 1:
         rows.append(list(modulation.layers))
@@ -199,10 +214,10 @@ def sweep(
         part = modulation.only(layers)
         cells = [
             compare(
-                model, tokenizer, part, prompt, position=position, mode=mode, strength=strength,
+                model, tokenizer, part, prompt, position=at, mode=mode, strength=strength,
                 tracked=tracked,
             )
-            for strength in strengths
+            for _, strength, at in columns
         ]  # fmt: skip
         kl.append([cell.kl for cell in cells])
         found.append([cell.tracked for cell in cells])
@@ -211,4 +226,4 @@ def sweep(
         text: [[cell[index].after for cell in row] for row in found]
         for index, text in enumerate(tracked)
     }
-    return Sweep(rows, list(strengths), kl, by_token, base)
+    return Sweep(rows, [name for name, *_ in columns], list(strengths), kl, by_token, base)

@@ -93,7 +93,7 @@ def comparison_html(comparison: Comparison, facts: Mapping[str, str] | None = No
 
 
 def sweep_html(sweep: Sweep, facts: Mapping[str, str] | None = None) -> str:
-    """A heat map of layers and strengths for KL, and one for every tracked token.
+    """A heat map of layers and strengths, or tokens, for KL, and one for every tracked token.
 
     Args:
         sweep: what is shown.
@@ -108,7 +108,7 @@ def sweep_html(sweep: Sweep, facts: Mapping[str, str] | None = None) -> str:
         sections.append(f"<h2>Probability of {_text(repr(text))}</h2>")
         sections.append(f'<p class="note">{sweep.base[text]:.4f} with nothing injected</p>')
         sections.append(_map(sweep, values, 1.0))
-    return _document("Layers and strengths", facts or {}, sections)
+    return _document("Layer by layer", facts or {}, sections)
 
 
 def write(html: str, path: str | Path) -> None:
@@ -175,7 +175,7 @@ def _map(sweep: Sweep, values: Sequence[Sequence[float]], full: float) -> str:
         ]
         for layers, row in zip(sweep.layers, values, strict=True)
     ]
-    return _table(["layers \\ strength", *(f"{s:g}" for s in sweep.strengths)], rows)
+    return _table(["layers", *sweep.columns], rows)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -76,7 +76,20 @@ def test_tables_and_a_report(place: Place, checkpoint: Path, capsys: Any, tmp_pa
     assert len(heads) == 2 and all("x 0.25" in head and "x 2" in head for head in heads)
     names = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
     assert names == ["layers", "------", "1", "2", "1,2"] * 2
-    assert "Layers and strengths" in report.read_text()
+    assert "Layer by layer" in report.read_text()
+
+
+def test_a_column_for_each_token(
+    place: Place, checkpoint: Path, capsys: Any, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.html"
+    more = ["--each_token", "--html", report, "--json"]
+    code, out, _ = run(capsys, *arguments(place, checkpoint, *more))
+    found = json.loads(out)
+    assert code == 0 and found["position"] == "all" and found["strengths"] == [1]
+    assert found["columns"] == ["0 'd'", "1 'e'", "2 'a'", "3 'd'"]
+    assert all(len(row) == 4 for row in found["kl"])
+    assert "<th>1 &#x27;e&#x27;</th>" in report.read_text()
 
 
 def test_what_is_wrong_is_one_line(place: Place, checkpoint: Path, capsys: Any) -> None:

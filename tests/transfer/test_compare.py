@@ -160,3 +160,15 @@ def test_sweep(model: Any, modulation: Modulation) -> None:
 def test_sweep_of_one_layer_has_one_row(model: Any, modulation: Modulation) -> None:
     found = sweep(model, tokenizer, modulation.only([2]), TEXT, strengths=[1.0])
     assert found.layers == [[2]] and len(found.kl) == 1 and found.tracked == {} == found.base
+
+
+def test_sweep_over_the_tokens_of_a_prompt(model: Any, modulation: Modulation) -> None:
+    found = sweep(model, tokenizer, modulation, TEXT, position=[0, -1], each_token=True)
+    last = len(ids_of(TEXT)[0]) - 1
+    assert found.strengths == [0.25] and [c.split()[0] for c in found.columns] == ["0", str(last)]
+    before = next_token(model, TEXT, None)
+    for row, layers in enumerate(found.layers):
+        for column, position in enumerate((0, last)):
+            part = modulation.only(layers)
+            after = next_token(model, TEXT, part, strength=0.25, position=position)
+            assert found.kl[row][column] == pytest.approx(kl(before, after), rel=1e-3, abs=1e-9)
