@@ -6,7 +6,7 @@ and every run computes alike. `kernels/aot.py` and the tests read launches inste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -157,6 +157,3 @@ def rows(tensor: Tensor) -> Tensor:
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
-
-
-Chooser = Callable[[Target, torch.dtype], Tiles]

@@ -23,7 +23,6 @@ from torch import Tensor
 from npt_fast.kernels import factored
 from npt_fast.kernels._launch import DTYPES, INTERPRETED, Target, target_of
 from npt_fast.kernels.coefficients import (
-    coefficient_outputs,
     coefficients_bwd,
     coefficients_fwd,
     coefficients_fwd_into,
@@ -124,7 +123,7 @@ def _probe_gemm(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> Sequen
     parts = p.unflatten(1, (u.shape[0], -1)).transpose(0, 1)
     if save or torch.compiler.is_compiling():
         return (*coefficients_fwd(u, parts, k), p)[: 3 if save else 2]
-    s, _ = coefficient_outputs(u[:, :, :0], k, u.dtype)
+    s = torch.empty((*u.shape[:2], k), device=u.device, dtype=torch.float32)
     coefficients_fwd_into(u, parts, s, parts)
     return s, parts
 

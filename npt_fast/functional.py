@@ -71,8 +71,10 @@ def modulated_mlp(
     if impl == "reference":
         with torch.autocast(device, enabled=False):
             y = _reference(x, h, base, modulation, activation)
-    elif impl == "triton" or (impl == "auto" and h.is_cuda and _triton_takes(h, activation)):
-        y = _triton(x, h, base, modulation, activation, save_probe)
+    elif _takes_triton(impl, h, activation):
+        from npt_fast.kernels import modulated_mlp as triton
+
+        y = triton.modulated_mlp(x, h, base, modulation, save_probe=save_probe)
     else:
         y = factored.modulated_mlp(
             x, h, base, modulation, activation=activation, save_probe=save_probe
@@ -80,26 +82,22 @@ def modulated_mlp(
     return y.view(shape)
 
 
-def _triton_takes(h: Tensor, activation: str) -> bool:
-    if not _TRITON:
+def _takes_triton(impl: Implementation, h: Tensor, activation: str) -> bool:
+    """Whether Triton's kernels compute a call: where they are asked for, or can on a GPU."""
+    if impl == "factored" or (impl == "auto" and not h.is_cuda):
         return False
-    from npt_fast.kernels.modulated_mlp import supports
+    if _TRITON:
+        from npt_fast.kernels.modulated_mlp import supports
 
-    return supports(h, activation)
-
-
-def _triton(
-    x: Tensor, h: Tensor, base: Base, m: Modulation, activation: str, save_probe: bool
-) -> Tensor:
-    if not _triton_takes(h, activation):
+        if supports(h, activation):
+            return True
+    if impl == "triton":
         raise ValueError(
             "impl='triton' needs Triton, a GPU (or TRITON_INTERPRET=1 from the start), silu and "
             f"float32, float16 or bfloat16; got {h.dtype} on {h.device.type}, {activation}; "
             "impl='auto' takes what fits"
         )
-    from npt_fast.kernels import modulated_mlp
-
-    return modulated_mlp.modulated_mlp(x, h, base, m, save_probe=save_probe)
+    return False
 
 
 class VectorNorms(NamedTuple):

@@ -208,22 +208,21 @@ def sweep(
     rows = [[layer] for layer in modulation.layers]
     if len(rows) > 1:
         rows.append(list(modulation.layers))
-    kl, found = [], []
-    base: dict[str, float] = {}
+    ids, once = tokenize(tokenizer, prompt)[0], Sampling()
+    followed = {text: tokenize(tokenizer, text)[0][0] for text in tracked}
+    nothing = continue_ids(model, ids, once)[1]
+    kl: list[list[float]] = []
+    after: dict[str, list[list[float]]] = {text: [] for text in followed}
     for layers in rows:
         part = modulation.only(layers)
-        cells = [
-            compare(
-                model, tokenizer, part, prompt, position=at, mode=mode, strength=strength,
-                tracked=tracked,
-            )
-            for _, strength, at in columns
-        ]  # fmt: skip
-        kl.append([cell.kl for cell in cells])
-        found.append([cell.tracked for cell in cells])
-        base = {text: token.before for text, token in zip(tracked, cells[0].tracked, strict=True)}
-    by_token = {
-        text: [[cell[index].after for cell in row] for row in found]
-        for index, text in enumerate(tracked)
-    }
-    return Sweep(rows, [name for name, *_ in columns], list(strengths), kl, by_token, base)
+        cells = []
+        for _, strength, at in columns:
+            with inject(
+                model, part, position=at, mode=mode, strength=strength, tokenizer=tokenizer
+            ):
+                cells.append(continue_ids(model, ids, once)[1])
+        kl.append([divergences(nothing, cell)[0] for cell in cells])
+        for text, index in followed.items():
+            after[text].append([cell[0].softmax(-1)[index].item() for cell in cells])
+    base = {text: nothing[0].softmax(-1)[index].item() for text, index in followed.items()}
+    return Sweep(rows, [name for name, *_ in columns], list(strengths), kl, after, base)

@@ -18,14 +18,6 @@ from tests.checkpoints import layer_weights, run, trained_checkpoint, write_chec
 PROGRAM = [sys.executable, "-m", "npt_fast"]
 
 
-@pytest.fixture(autouse=True)
-def restore_sigterm() -> Any:
-    """main() installs its own handler."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*PROGRAM, *map(str, arguments)],

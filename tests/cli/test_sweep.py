@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +12,7 @@ import npt_fast as npt
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.transfer.compare import compare
 from tests.checkpoints import run
-from tests.training import runs
 from tests.training.runs import Place
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with runs.place(tmp_path_factory.mktemp("place")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.start(tmp_path_factory.mktemp("checkpoint") / "a", 1, 2)
-
-
-@pytest.fixture(autouse=True)
-def restore_sigterm() -> Iterator[None]:
-    """main() installs its own handler."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def arguments(place: Place, checkpoint: Path, *more: object) -> list[object]:
