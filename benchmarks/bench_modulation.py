@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import MB, machine_facts, save
+from npt_fast.benchmarks.harness import MB, machine_facts, save
 from npt_fast.cli.output import markdown_table
 from npt_fast.functional import modulated_mlp
 from npt_fast.kernels.factored import Base, Modulation

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kernel_timing import Case, compare, entries
+from npt_fast.benchmarks.kernel_timing import Case, compare, entries
 
 
 @pytest.mark.parametrize(("case", "provider"), entries("probe"))

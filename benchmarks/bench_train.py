@@ -26,8 +26,8 @@ import pytest
 import torch
 
 import npt_fast as npt
-from benchmarks.harness import MB, ROOT, machine_facts, save
 from npt_fast import modules
+from npt_fast.benchmarks.harness import MB, ROOT, machine_facts, save
 from npt_fast.cli.output import markdown_table
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
 from npt_fast.hf.convert import components, decoder_layers

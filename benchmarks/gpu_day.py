@@ -36,10 +36,10 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from benchmarks.bench_modulation import FORMS, formula_bytes, kept_bytes
-from benchmarks.device import DEVICE, DTYPE, ON_GPU, device_facts, device_state, peak_bytes
-from benchmarks.harness import MB, RESULTS, ROOT, machine_facts, save
-from benchmarks.kernel_cases import (
+from npt_fast.benchmarks.bench_modulation import FORMS, formula_bytes, kept_bytes
+from npt_fast.benchmarks.device import DEVICE, DTYPE, ON_GPU, device_facts, device_state, peak_bytes
+from npt_fast.benchmarks.harness import MB, RESULTS, ROOT, machine_facts, save
+from npt_fast.benchmarks.kernel_cases import (
     OPS,
     REAL,
     TINY,
@@ -48,7 +48,14 @@ from benchmarks.kernel_cases import (
     cases,
     tensors,
 )
-from benchmarks.kernel_timing import Ceilings, Timing, attempt, measure_ceilings, prepare, time_case
+from npt_fast.benchmarks.kernel_timing import (
+    Ceilings,
+    Timing,
+    attempt,
+    measure_ceilings,
+    prepare,
+    time_case,
+)
 from npt_fast.cli.output import markdown_table
 from npt_fast.kernels import coefficients, modulated_linear, probe, roofline, swiglu
 from npt_fast.kernels import modulated_mlp as mlp

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.device import COMPILER, DEVICE, DTYPE, ON_GPU, peak_bytes
+from npt_fast.benchmarks.device import COMPILER, DEVICE, DTYPE, ON_GPU, peak_bytes
 from npt_fast.functional import modulated_mlp
 from npt_fast.kernels import (
     coefficients,

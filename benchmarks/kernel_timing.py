@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from benchmarks.device import (
+from npt_fast.benchmarks.device import (
     DEVICE,
     DTYPE,
     INTERPRETER,
@@ -27,7 +27,16 @@ from benchmarks.device import (
     milliseconds,
     synchronize,
 )
-from benchmarks.kernel_cases import REAL, TINY, Case, Inputs, Prepared, cases, copied, tensors
+from npt_fast.benchmarks.kernel_cases import (
+    REAL,
+    TINY,
+    Case,
+    Inputs,
+    Prepared,
+    cases,
+    copied,
+    tensors,
+)
 
 Result = TypeVar("Result")
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.bench_modulation import (
+from npt_fast.benchmarks.bench_modulation import (
     FACTORED,
     FORMS,
     REFERENCE,

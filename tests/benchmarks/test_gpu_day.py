@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_day
-from benchmarks.device import INTERPRETER
-from benchmarks.gpu_day import SECTIONS, Day
-from benchmarks.kernel_cases import OPS, TINY, Case, Prepared, cases
-from benchmarks.kernel_timing import attempt
+from npt_fast.benchmarks import gpu_day
+from npt_fast.benchmarks.device import INTERPRETER
+from npt_fast.benchmarks.gpu_day import SECTIONS, Day
+from npt_fast.benchmarks.kernel_cases import OPS, TINY, Case, Prepared, cases
+from npt_fast.benchmarks.kernel_timing import attempt
 from npt_fast.kernels import roofline
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_wrong_values_are_refused_and_no_times_of_the_interpreter_pass_for_speed
 ) -> None:
     planted = (
         "import sys\n"
-        "from benchmarks import gpu_day\n"
+        "from npt_fast.benchmarks import gpu_day\n"
         "from npt_fast.kernels import swiglu\n"
         "right = swiglu.swiglu_fwd\n"
         "swiglu.swiglu_fwd = lambda gate, up: right(gate, up) * 1.001\n"

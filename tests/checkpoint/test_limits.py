@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.bench_merge import Measurement, measure
+from npt_fast.benchmarks.bench_merge import Measurement, measure
 from npt_fast.checkpoint import linux
 from npt_fast.checkpoint import merge as merge_module
 from npt_fast.checkpoint.merge import merge
