@@ -29,8 +29,8 @@ from npt_fast.benchmarks.device import DEVICE, DTYPE, ON_GPU, device_facts, peak
 from npt_fast.benchmarks.harness import MB, machine_facts
 from npt_fast.benchmarks.kernel_cases import OURS, REAL, TINY, Case, Shapes, cases, tensors
 from npt_fast.benchmarks.kernel_timing import (
-    Ceilings,
     Timing,
+    as_row,
     attempt,
     ceilings,
     prepare,
@@ -39,12 +39,11 @@ from npt_fast.benchmarks.kernel_timing import (
 from npt_fast.benchmarks.programs import Program, run_tests
 from npt_fast.benchmarks.rows import NOT_RUN, Job, Row
 from npt_fast.benchmarks.saved_bytes import FORMS, formula_bytes, kept_bytes
-from npt_fast.kernels import coefficients, modulated_linear, probe, roofline, swiglu
+from npt_fast.kernels import coefficients, modulated_linear, probe, swiglu
 from npt_fast.kernels import modulated_mlp as mlp
 from npt_fast.kernels._tuning import disable_autotuning, enable_autotuning
 
 PATHS = get_args(mlp.Path)
-ROOFLINES = {path: path for path in PATHS} | {"reference": roofline.EAGER_VECTORS}
 MLP_OPS = ("decode", "modulated_mlp")
 
 
@@ -181,45 +180,10 @@ def _time(case: Case, names: Sequence[str], deadline: float) -> Iterator[Row]:
     limits, timed = ceilings(case.workload.dtype), []
     for timing in time_case(case, names, deadline):
         timed.append(timing)
-        yield timing_row(timing, limits)
+        yield as_row(timing, limits)
     for launch, group in groupby(timed, lambda timing: timing.launch):
         if launch and case.chosen:
             yield _path_row(f"{case}, {launch}", case.chosen, list(group))
-
-
-def timing_row(timing: Timing, limits: Ceilings | None) -> Row:
-    """A timing as a row of a table; no times that mean nothing."""
-    case, ms = timing.case, timing.milliseconds
-    found: Row = {
-        "op": case.op, "what": f"{case.what}, {case.shape}", "provider": timing.provider,
-        "launch": timing.launch, "status": timing.status, "detail": timing.detail,
-    }  # fmt: skip
-    if ms and limits is None:
-        return found | {"interpreter ms": ms[0]}
-    if ms and limits:
-        low, *_, high = statistics.quantiles(ms, n=5, method="inclusive") if ms[1:] else (ms * 2)
-        median = statistics.median(ms)
-        found |= {"ms": median, "p20": low, "p80": high}
-        if timing.ratios:
-            found["ratio"] = statistics.median(timing.ratios)
-        found |= {"GB/s": timing.bytes / median / 1e6, "TFLOP/s": timing.flops / median / 1e9}
-        found["of ceiling"] = limits.share(timing)
-        found["of roofline"] = _roofline_ms(timing, limits) / median or None
-        found |= {"peak MB": timing.peak / MB, "milliseconds": ms, "ratios": timing.ratios}
-    return found
-
-
-def _roofline_ms(timing: Timing, limits: Ceilings) -> float:
-    """The least time of a path of the MLP; 0 for all else."""
-    form, case = ROOFLINES.get(timing.provider), timing.case
-    if case.chosen is None or form is None:
-        return 0.0
-    p = case.workload
-    shape = roofline.Shape(p.hidden, p.intermediate, p.num_ranks, p.rank)
-    gpu = roofline.GPU(limits.flops_per_second / 1e12, limits.bytes_per_second / 1e12)
-    phases = ("decode",) if form == "decode" else tuple(case.what.split(" + "))
-    costs = roofline.costs(shape, p.tokens)
-    return sum(c.in_turn_ms(gpu) for c in costs if c.form == form and c.phase in phases)
 
 
 def _path_row(what: str, chosen: str, group: Sequence[Timing]) -> Row:

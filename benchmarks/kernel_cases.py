@@ -10,6 +10,7 @@ problems, one of them of odd sizes, and nothing else: a short script for compute
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from npt_fast.benchmarks.device import COMPILER, DEVICE, DTYPE, ON_GPU, RUNS_TRI
 from npt_fast.functional import modulated_mlp
 from npt_fast.kernels import factored, reference
 from npt_fast.kernels.factored import TORCH, Base, Modulation
-from npt_fast.kernels.roofline import DECODE_TOKENS, MODELS
+from npt_fast.kernels.roofline import DECODE_TOKENS, shape_of
 from npt_fast.testing import Problem, assert_within_budget, make_inputs
 
 if RUNS_TRITON:
@@ -66,25 +67,34 @@ class Shapes(NamedTuple):
 
 
 def workload(
-    model: str, tokens: int, num_ranks: int, rank: int, dtype: torch.dtype = DTYPE
+    model: str,
+    tokens: int,
+    num_ranks: int | None = None,
+    rank: int | None = None,
+    dtype: torch.dtype = DTYPE,
 ) -> tuple[str, Workload]:
     """One layer of a model, or of widths ``D,F``, and its name.
 
+    Args:
+        model: one of `roofline.MODELS`, which have k and r too, or two numbers.
+        tokens: T.
+        num_ranks: k, if another.
+        rank: r, if another.
+        dtype: of all tensors.
+
     Raises:
-        ValueError: the model is none of `roofline.MODELS` and no pair of widths.
+        ValueError: an unknown model.
     """
-    shape = MODELS.get(model)
-    widths = model.split(",") if shape is None else (shape.hidden, shape.intermediate)
-    try:
-        hidden, intermediate = map(int, widths)
-    except ValueError:
-        known = ", ".join(MODELS)
-        raise ValueError(f"model must be D,F or one of {known}; got {model!r}") from None
-    problem = Workload(
-        tokens=tokens, hidden=hidden, intermediate=intermediate,
-        num_ranks=num_ranks, rank=rank, dtype=dtype,
+    if re.fullmatch(r"[1-9]\d*,[1-9]\d*", model):
+        hidden, intermediate = map(int, model.split(","))
+        shape = shape_of(None, hidden, intermediate, num_ranks, rank)
+    else:
+        shape = shape_of(model, None, None, num_ranks, rank)
+    sizes = Workload(
+        tokens=tokens, hidden=shape.hidden, intermediate=shape.intermediate,
+        num_ranks=shape.num_ranks, rank=shape.rank, dtype=dtype,
     )  # fmt: skip
-    return f"{model} k={num_ranks} r={rank} T={tokens}", problem
+    return f"{model} k={shape.num_ranks} r={shape.rank} T={tokens}", sizes
 
 
 REAL = Shapes(

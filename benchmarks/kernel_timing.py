@@ -19,11 +19,16 @@ from typing import TypeVar
 import torch
 
 from npt_fast.benchmarks.device import DEVICE, INTERPRETED, ON_GPU, milliseconds, synchronize
+from npt_fast.benchmarks.harness import MB
 from npt_fast.benchmarks.kernel_cases import Case, Inputs, Prepared, copied, tensors
-from npt_fast.benchmarks.rows import NOT_RUN
+from npt_fast.benchmarks.rows import NOT_RUN, Row
+from npt_fast.kernels import roofline
 
 Result = TypeVar("Result")
 
+_ROOFLINES = {path: path for path in ("gemm", "fused", "decode")}
+_ROOFLINES["reference"] = roofline.EAGER_VECTORS
+"""Providers by the forms that `roofline` counts."""
 ROUNDS = 15 if ON_GPU else 1 if INTERPRETED else 5
 _BATCH_MS = 0.0 if INTERPRETED else 20.0
 """About how long one timing takes; many calls of what is short, with one start and end."""
@@ -159,6 +164,41 @@ def _copies(prepared: Prepared) -> tuple[list[Inputs], bool]:
     spare = torch.cuda.mem_get_info()[0] // 4 // size
     more = min(1 + 2 * l2 // size, spare, _MAX_COPIES - 1)
     return [prepared.inputs, *(copied(prepared.inputs) for _ in range(more))], size <= l2
+
+
+def as_row(timing: Timing, limits: Ceilings | None) -> Row:
+    """A timing as a row of a table; no times that mean nothing."""
+    case, ms = timing.case, timing.milliseconds
+    found: Row = {
+        "op": case.op, "what": f"{case.what}, {case.shape}", "provider": timing.provider,
+        "launch": timing.launch, "status": timing.status, "detail": timing.detail,
+    }  # fmt: skip
+    if ms and limits is None:
+        found["interpreter ms"] = ms[0]
+    elif ms and limits:
+        low, *_, high = statistics.quantiles(ms, n=5, method="inclusive") if ms[1:] else (ms * 2)
+        median = statistics.median(ms)
+        found |= {"ms": median, "p20": low, "p80": high}
+        if timing.ratios:
+            found["ratio"] = statistics.median(timing.ratios)
+        found |= {"GB/s": timing.bytes / median / 1e6, "TFLOP/s": timing.flops / median / 1e9}
+        found["of ceiling"] = limits.share(timing)
+        found["of roofline"] = _roofline_ms(timing, limits) / median or None
+        found |= {"peak MB": timing.peak / MB, "milliseconds": ms, "ratios": timing.ratios}
+    return found
+
+
+def _roofline_ms(timing: Timing, limits: Ceilings) -> float:
+    """The least time of a path of the MLP; 0 for all else."""
+    form, case = _ROOFLINES.get(timing.provider), timing.case
+    if case.chosen is None or form is None:
+        return 0.0
+    p = case.workload
+    shape = roofline.Shape(p.hidden, p.intermediate, p.num_ranks, p.rank)
+    gpu = roofline.GPU(limits.flops_per_second / 1e12, limits.bytes_per_second / 1e12)
+    phases = ("decode",) if form == "decode" else tuple(case.what.split(" + "))
+    costs = roofline.costs(shape, p.tokens)
+    return sum(c.in_turn_ms(gpu) for c in costs if c.form == form and c.phase in phases)
 
 
 @lru_cache(maxsize=1)

@@ -33,6 +33,7 @@ app.command("npt_fast.cli.sweep:sweep", name="sweep", help="Inject into layers, 
 app.command("npt_fast.cli.check:check", name="check", help="Score injections against expectations.")
 app.command("npt_fast.cli.interact:interact", name="interact", help="Transfer knowledge.")
 app.command("npt_fast.cli.verify:verify", name="verify", help="Prove a merged checkpoint.")
+app.command("npt_fast.cli.bench:bench", name="bench", help="Time the modulated MLP.")
 app.command("npt_fast.cli.kernels:app", name="kernels", help="Look at the kernels without a GPU.")
 
 

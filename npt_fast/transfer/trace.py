@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import decoder_layers, disabled
+from npt_fast.pictures import figure_class, save
 from npt_fast.transfer.compare import divergences
 from npt_fast.transfer.extract import tokenize
 from npt_fast.transfer.positions import Position, resolve
@@ -218,7 +219,7 @@ def draw(trace: Trace, path: str | Path) -> None:
     """A picture: KL by layer, and below it the probability of the tracked tokens.
 
     Raises:
-        TransferError: matplotlib is missing, or the file cannot be written.
+        NPTError: matplotlib is missing, or the file cannot be written.
     """
     Figure = figure_class()
     firsts = [patch.layers[0] for patch in trace.patches]
@@ -237,20 +238,4 @@ def draw(trace: Trace, path: str | Path) -> None:
     below.set_xlabel("layer" if trace.window == 1 else f"first of {trace.window} layers")
     for text in below.legend(title="dotted: unpatched").get_texts():
         text.set_parse_math(False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # a folder that is missing, a format that is unknown
-        raise TransferError(f"{path}: cannot be written: {error}") from error
-
-
-def figure_class() -> Any:
-    """That of matplotlib, which draws without a display.
-
-    Raises:
-        TransferError: it is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TransferError("a picture needs matplotlib; pip install 'npt_fast[plot]'") from None
-    return Figure
+    save(figure, path)

@@ -1,0 +1,178 @@
+"""``npt-fast bench``"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from npt_fast.cli.output import print_json, say
+from npt_fast.errors import BenchmarkError, NPTError
+from npt_fast.tables import markdown_table
+
+Size = Annotated[int | None, Parameter(validator=Number(gte=1))]
+Row = dict[str, Any]
+
+
+def _listed(_: type, value: str | None) -> None:
+    if value is not None and not all(value.split(",")):
+        raise ValueError(f"names separated by commas, got {value!r}")
+
+
+def _numbers(_: type, value: str | None) -> None:
+    if value is not None and not all(w.isdecimal() and int(w) for w in value.split(",")):
+        raise ValueError(f"positive numbers separated by commas, got {value!r}")
+
+
+Names = Annotated[str | None, Parameter(validator=_listed)]
+Numbers = Annotated[str | None, Parameter(validator=_numbers)]
+
+
+def bench(
+    *,
+    op: Names = None,
+    model: str = "llama-3.2-1b",
+    tokens: Numbers = None,
+    num_ranks: Size = None,
+    np_rank: Size = None,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    against: Names = None,
+    budget: float | None = None,
+    plot: Path | None = None,
+    host: bool = False,
+    json: bool = False,
+) -> int:
+    """Time one modulated MLP by every way to compute it, on a GPU or a CPU.
+
+    npt-fast bench --model llama-3.2-1b --tokens 1,64,2048 --plot bench.png
+
+    Every way's values are compared with float64 first; what is wrong is not timed, and the exit
+    code is 3. Times are medians of rounds in which all ways take turns.
+
+    Parameters
+    ----------
+    op
+        What to time, separated by commas: modulated_mlp, decode, swiglu, coefficients,
+        modulated_linear, probe. If not given, modulated_mlp, and decode on a GPU.
+    model
+        A model's name, whose sizes are taken, or its widths as D,F.
+    tokens
+        Numbers of tokens, separated by commas; 1,64,2048 on a GPU and 1,16,128 on a CPU if not
+        given.
+    num_ranks
+        Components of a weight change; the model's if not given.
+    np_rank
+        Rank of a component; the model's if not given.
+    dtype
+        Of all tensors; bfloat16 on a GPU and float32 on a CPU if not given.
+    against
+        What our kernels are compared with: eager, reference, base, compile, compile-gemm,
+        compile-reference, compile-base, liger. If not given, reference,base where an op has them.
+    budget
+        Seconds; what is not begun by then is not run, and says so.
+    plot
+        Picture to write: time against tokens, with the least time that this device could take.
+    host
+        Show the host's microseconds and launches of a call instead; without a GPU too.
+    json
+        Print everything as JSON.
+    """
+    begin = time.monotonic()
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise NPTError("bench needs torch; pip install 'npt_fast[hf]'") from None
+    if host:
+        return _host(json)
+
+    from npt_fast.benchmarks import bench as library
+    from npt_fast.benchmarks.device import device_facts
+    from npt_fast.benchmarks.harness import machine_facts
+    from npt_fast.benchmarks.rows import BAD
+    from npt_fast.pictures import figure_class
+
+    if budget is not None and not budget >= library.LEAST:
+        raise BenchmarkError(
+            f"budget {budget:g}: nothing can be timed in less than {library.LEAST:g} s"
+        )
+    given: dict[str, Any] = {
+        "ops": op and op.split(","),
+        "tokens": tokens and [int(word) for word in tokens.split(",")],
+        "dtype": dtype and getattr(torch, dtype),
+        "against": against and against.split(","),
+    }
+    wanted = library.Bench(
+        model=model, num_ranks=num_ranks, rank=np_rank,
+        **{name: value for name, value in given.items() if value},
+    )  # fmt: skip
+    if plot is not None:
+        figure_class()  # before minutes of work
+    facts = machine_facts("npt_fast", "torch", "triton") | device_facts()
+    rows: list[Row] = []
+    for row in wanted.rows(begin + budget if budget else math.inf):
+        rows.append(row)
+        if sys.stderr.isatty():
+            print(f"{row['what']}, {row['provider']}: {row['status']}", file=sys.stderr)
+    if json:
+        limits = wanted.ceilings()
+        peaks = limits and {
+            "GB/s": limits.bytes_per_second / 1e9, "TFLOP/s": limits.flops_per_second / 1e12
+        }  # fmt: skip
+        print_json({"machine": facts, "ceilings": peaks, "rows": rows})
+    else:
+        say(library.title(wanted, facts))
+        _print(rows, wanted.ceilings())
+    if plot is not None:
+        library.plot(wanted, rows, facts, plot)
+    return 3 if any(row["status"] in BAD for row in rows) else 0
+
+
+def _print(rows: Sequence[Row], limits: Any) -> None:
+    if limits:
+        say(
+            f"Ceilings measured in this run: {limits.bytes_per_second / 1e9:.0f} GB/s, "
+            f"{limits.flops_per_second / 1e12:.2f} TFLOP/s"
+        )
+    tables: dict[str, list[Row]] = {}
+    for row in rows:
+        tables.setdefault(f"{row['op']}, {row['direction']}", []).append(row)
+    for name, found in tables.items():
+        baseline = f"x {found[0]['baseline']}"
+        heads = ("tokens", "by", "launch", "ms", "p20", "p80", baseline, "of ceiling", "status")
+        body = [
+            (
+                str(row["tokens"]), row["provider"], row["launch"] or "-",
+                *(_number(row, key) for key in ("ms", "p20", "p80")),
+                _number(row, "ratio", ".2f"), _number(row, "of ceiling", ".0%"),
+                f"{row['status']} {row['detail']}".strip(),
+            )
+            for row in found
+        ]  # fmt: skip
+        say()
+        say(f"{name}:")
+        for line in markdown_table(heads, body).splitlines():
+            say(line)
+
+
+def _number(row: Row, key: str, form: str = ".3g") -> str:
+    return format(row[key], form) if key in row else "-"
+
+
+def _host(json: bool) -> int:
+    from npt_fast.benchmarks.host import measure
+
+    from npt_fast.benchmarks.rows import table
+
+    rows = measure()
+    if json:
+        print_json(rows)
+    else:
+        for line in table(rows).splitlines():
+            say(line)
+    return 0

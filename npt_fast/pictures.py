@@ -1,0 +1,33 @@
+"""Pictures by matplotlib, without a display."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from npt_fast.errors import NPTError
+
+
+def figure_class() -> Any:
+    """matplotlib's Figure.
+
+    Raises:
+        NPTError: it is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise NPTError("a picture needs matplotlib; pip install 'npt_fast[plot]'") from None
+    return Figure
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure, in the format that the file's name says.
+
+    Raises:
+        NPTError: the folder is missing, or the format unknown.
+    """
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise NPTError(f"{path}: cannot be written: {error}") from error
