@@ -1,0 +1,270 @@
+"""What a call of every path costs on the host: launches, torch operations, microseconds.
+
+Tensors are so small that the device, if there is one, waits for the host. On a GPU the clock is
+that on the wall, between synchronisations. Without one, launches go to `stub_driver` and the clock
+counts the process's own time, in which tiny products on the CPU stand for launches of the vendor's
+GEMMs; the driver's share of a launch is missing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from npt_fast.benchmarks.device import DEVICE, ON_GPU, synchronize
+from npt_fast.benchmarks.stub_driver import stub_driver
+from npt_fast.cli.output import markdown_table
+from npt_fast.errors import NPTError
+from npt_fast.functional import modulated_mlp
+from npt_fast.kernels import factored
+from npt_fast.kernels import modulated_mlp as paths
+from npt_fast.kernels._launch import INTERPRETED
+from npt_fast.kernels.factored import Base, Modulation
+from npt_fast.testing import Problem, make_inputs
+
+Row = dict[str, Any]
+
+PROBLEM = Problem(tokens=16, hidden=16, intermediate=16, num_ranks=2, rank=8)
+"""The smallest with whole tiles, so that compiling takes no longer than it must."""
+
+_now = time.perf_counter if ON_GPU else time.process_time
+
+
+class Call(NamedTuple):
+    """One path in one direction.
+
+    Attributes:
+        path: its name.
+        gradients: whether backward follows.
+        run: calls it.
+    """
+
+    path: str
+    gradients: bool
+    run: Callable[[], object]
+
+
+def calls(dtype: torch.dtype) -> list[Call]:
+    """All that is measured, the MLP that is not modulated first, for comparison.
+
+    Those called layer are `npt_fast.functional.modulated_mlp` as an NP layer calls it: a batch,
+    the path chosen by `choose_path`, and factors in float32 or in the activations' dtype.
+
+    Args:
+        dtype: of activations and base weights.
+    """
+    x, h, base, modulation = make_inputs(PROBLEM, dtype=dtype, device=str(DEVICE))
+    base = Base._make(None if w is None else w.detach() for w in base)
+    wide = Modulation._make(
+        m.detach().float().requires_grad_() if isinstance(m, Tensor) else m for m in modulation
+    )
+
+    def unmodulated() -> Tensor:
+        inner = functional.silu(functional.linear(h, base.gate)) * functional.linear(h, base.up)
+        return functional.linear(inner, base.down)
+
+    def layer(factors: Modulation, impl: Any = "triton") -> Tensor:
+        batch = x.unsqueeze(0), h.unsqueeze(0)
+        return modulated_mlp(*batch, base.gate, base.up, base.down, factors, impl=impl)
+
+    def path(name: paths.Path) -> Callable[[], Tensor]:
+        return partial(paths.modulated_mlp, x, h, base, modulation, path=name)
+
+    name = str(dtype).removeprefix("torch.")
+    both: dict[str, tuple[Callable[[], Tensor], Sequence[Any]]] = {
+        "base MLP": (unmodulated, [h]),
+        "gemm": (path("gemm"), [x, h, *modulation]),
+        "fused": (path("fused"), [x, h, *modulation]),
+        "factored": (partial(factored.modulated_mlp, x, h, base, modulation), [x, h, *modulation]),
+        "reference": (partial(layer, modulation, "reference"), [x, h, *modulation]),
+        "layer, factors float32": (partial(layer, wide), [x, h, *wide]),
+    }
+    if dtype != torch.float32:
+        both[f"layer, factors {name}"] = partial(layer, modulation), [x, h, *modulation]
+
+    def step(forward: Callable[[], Tensor], inputs: Sequence[Any]) -> Callable[[], object]:
+        trained = [tensor for tensor in inputs if isinstance(tensor, Tensor)]
+        with torch.no_grad():
+            gradient = torch.ones_like(forward())
+        return lambda: torch.autograd.grad(forward(), trained, gradient)
+
+    forward = {"decode": path("decode")} | {name: run for name, (run, _) in both.items()}
+    return [Call(name, False, run) for name, run in forward.items()] + [
+        Call(name, True, step(*item)) for name, item in both.items()
+    ]
+
+
+def measure(
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    target: str = "sm_90",
+    rounds: int = 15,
+    number: int = 20,
+) -> list[Row]:
+    """Launches, operations and host time of every path, on the GPU or, without one, on a stub.
+
+    Times are medians over rounds, in each of which all paths come in turn. What launching takes is
+    the difference to a call whose launches return at once. What torch takes is that of the same
+    calls of torch again, one after the other. The rest is Python around both, and what autograd
+    does by itself: all of backward, where it is not ours.
+
+    Args:
+        dtype: of activations and base weights.
+        target: which GPU the stub stands for.
+        rounds: times that every path is timed; at least two.
+        number: calls for each of those.
+
+    Returns:
+        For each path and direction: ``path``; ``what``, the direction; ``launches`` of Triton
+        kernels, and ``kernels``, which; ``torch ops`` that reach the dispatcher, views included;
+        ``us`` per call, the median, with ``p20`` and ``p80``; and of these ``triton us``,
+        ``torch us`` and ``rest us``.
+
+    Raises:
+        NPTError: Triton's interpreter is on.
+        ValueError: no such target.
+    """
+    if INTERPRETED:
+        raise NPTError("TRITON_INTERPRET is set, and the interpreter launches nothing: unset it")
+    driver: AbstractContextManager[Any] = nullcontext() if ON_GPU else stub_driver(target)
+    with driver, _one_thread():
+        measured = [_Measured(call) for call in calls(dtype)]
+        for _ in range(rounds):
+            for one in measured:
+                one.time(number)
+    return [one.row() for one in measured]
+
+
+class _Measured:
+    """A call, what it consists of, and how long all of it took so far."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.whole: list[float] = []
+        self.without_launches: list[float] = []
+        self.torch_alone: list[float] = []
+        with torch.set_grad_enabled(call.gradients):
+            call.run()  # compiles
+            with launched() as self.kernels, _Operations() as operations:
+                call.run()
+            # autograd would be one call, and what is called in it not noted
+            with patch.object(torch.autograd, "has_torch_function", lambda _: False):
+                with _CallsOfTorch() as of_torch:
+                    call.run()
+        self.operations = operations.count
+        self.of_torch = of_torch.found
+
+    def time(self, number: int) -> None:
+        with torch.set_grad_enabled(self.call.gradients):
+            self.whole.append(_seconds(self.call.run, number))
+            if self.kernels:
+                with patch.object(JITFunction, "run", lambda *_, **__: None):
+                    self.without_launches.append(_seconds(self.call.run, number))
+        with torch.no_grad():  # as within our forward and backward
+            self.torch_alone.append(_seconds(self._again, number))
+
+    def _again(self) -> None:
+        for function, arguments, options in self.of_torch:
+            function(*arguments, **options)
+
+    def row(self) -> Row:
+        whole = statistics.median(self.whole)
+        without = statistics.median(self.without_launches or self.whole)
+        alone = statistics.median(self.torch_alone)
+        fifths = statistics.quantiles(self.whole, n=5)
+        counts = Counter(name.strip("_").removesuffix("_kernel") for name in self.kernels)
+        times = {
+            "us": whole, "p20": fifths[0], "p80": fifths[-1],
+            "triton us": whole - without, "torch us": alone, "rest us": without - alone,
+        }  # fmt: skip
+        return {
+            "path": self.call.path,
+            "what": "forward + backward" if self.call.gradients else "forward",
+            "launches": len(self.kernels),
+            "torch ops": self.operations,
+            **{name: round(1e6 * seconds, 1) for name, seconds in times.items()},
+            "kernels": ", ".join(f"{count} {name}" for name, count in counts.items()),
+        }
+
+
+@contextmanager
+def launched() -> Iterator[list[str]]:
+    """Names of the kernels that are launched, in their order."""
+    names: list[str] = []
+    run = JITFunction.run
+
+    def noting(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        names.append(kernel.fn.__name__)
+        return run(kernel, *arguments, **options)
+
+    with patch.object(JITFunction, "run", noting):
+        yield names
+
+
+class _Operations(TorchDispatchMode):
+    """Counts torch's operations below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _CallsOfTorch(TorchFunctionMode):
+    """Notes what Python calls of torch, with the arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.found.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Time of the process is that of all its threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds(function: Callable[[], object], number: int) -> float:
+    """Of one call."""
+    for _ in range(3):  # what ran before left the caches to itself
+        function()
+    synchronize()
+    begin = _now()
+    for _ in range(number):
+        function()
+    synchronize()
+    return (_now() - begin) / number
+
+
+if __name__ == "__main__":
+    rows = measure()
+    print(markdown_table(list(rows[0]), [[str(cell) for cell in row.values()] for row in rows]))
