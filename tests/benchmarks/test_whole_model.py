@@ -167,13 +167,16 @@ def test_products_are_counted_as_torch_counts_them(work: Open, eager_attention: 
     with work(TINY) as (call, _, flops, _), implementation("factored"):
         with FlopCounterMode(display=False) as counter:
             call()
+    # older versions of transformers multiply matrices for the angles of positions
+    counts = counter.get_flop_counts().items()
+    angles = sum(sum(by.values()) for name, by in counts if name.endswith(".rotary_emb"))
     masked = 0
     if work.func is whole_model.training:
         # eager attention also computes what the mask then hides: the upper triangle, by products
         # with keys and with values, in all layers up to the one in the middle
         hidden = TINY.length * (TINY.length - 1) // 2
         masked = (MIDDLE + 1) * TINY.windows * hidden * 2 * 2 * TINY.shape.hidden
-    assert counter.get_total_flops() - masked == flops
+    assert counter.get_total_flops() - angles - masked == flops
 
 
 class Reads(TorchDispatchMode):
@@ -266,6 +269,19 @@ def test_the_model_is_as_before(work: Open, model: Any) -> None:
         assert now.dtype == tensor.dtype and torch.equal(now, tensor) and wants == wanted, name
     del after["tensors"]
     assert after == before
+
+
+def test_no_gradients_are_left_of_a_step_that_fails(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(_: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    with training(False)(TINY) as (call, *_):
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(torch.OutOfMemoryError):
+            call()
+        assert any(parameter.grad is not None for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
