@@ -24,8 +24,8 @@ import torch
 
 import npt_fast as npt
 from npt_fast.benchmarks.harness import ROOT, machine_facts, save
-from npt_fast.cli.output import markdown_table
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from npt_fast.tables import markdown_table
 
 CHECKPOINTS = ("layer11/checkpoint-800", "layer13/checkpoint-600")
 TOKENS = 64

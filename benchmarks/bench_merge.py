@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 
 from npt_fast.benchmarks.harness import MB, ROOT, machine_facts, save
-from npt_fast.cli.output import markdown_table
+from npt_fast.tables import markdown_table
 
 _COPY = "cp + fsync"
 

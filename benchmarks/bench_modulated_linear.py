@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from npt_fast.benchmarks.kernel_timing import Case, compare, entries
+from npt_fast.benchmarks.kernel_cases import Case
+from npt_fast.benchmarks.op_benchmark import compare, entries
 
 
 @pytest.mark.parametrize(("case", "provider"), entries("modulated_linear"))

@@ -32,16 +32,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from npt_fast.benchmarks.harness import MB, machine_facts, save
-from npt_fast.cli.output import markdown_table
+from npt_fast.benchmarks.saved_bytes import (
+    FACTORED,
+    FORMS,
+    REFERENCE,
+    Form,
+    Inputs,
+    formula_bytes,
+    kept_bytes,
+)
 from npt_fast.functional import modulated_mlp
-from npt_fast.kernels.factored import Base, Modulation
+from npt_fast.kernels.factored import Base
+from npt_fast.tables import markdown_table
 from npt_fast.testing import Problem, leaves, make_inputs
 
-Inputs = tuple[Tensor, Tensor, Base, Modulation]
 ROUNDS = 7
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
@@ -52,20 +59,6 @@ PROBLEMS = (
     _LLAMA_1B(tokens=512, num_ranks=8, rank=128),
     _LLAMA_1B(tokens=256, num_ranks=128, rank=16),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A way to compute the modulated MLP, by the options of `modulated_mlp`."""
-
-    name: str
-    impl: str
-    save_probe: bool = True
-
-
-FACTORED = Form("factored", "factored")
-REFERENCE = Form("reference", "reference")
-FORMS = (FACTORED, Form("factored, save_probe=False", "factored", save_probe=False), REFERENCE)
 
 
 def run(inputs: Inputs, form: Form = FACTORED) -> Tensor:
@@ -118,46 +111,6 @@ def flops(function: Callable[[], object]) -> int:
 def saved_bytes(inputs: Inputs, form: Form) -> int:
     """What autograd keeps for backward of the modulated MLP."""
     return kept_bytes(inputs, lambda: run(inputs, form))
-
-
-def kept_bytes(inputs: Inputs, forward: Callable[[], Tensor]) -> int:
-    """What autograd keeps for backward: x, h and all in between, not the weights.
-
-    Every storage counts once and as a whole, since a view keeps all of it.
-    """
-    _, _, base, modulation = inputs
-    weights = {
-        t.untyped_storage().data_ptr() for t in (*base, *modulation) if isinstance(t, Tensor)
-    }
-    storages: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def formula_bytes(problem: Problem, form: Form, dtype: torch.dtype) -> int:
-    """What a triple keeps for backward (KERNELS 2.3), in bytes.
-
-    Both forms keep x and h, 2 D elements per token, and u, 3 R. The factored form adds the probes,
-    3 R if saved, gate and up before the activation, 2 F, and 3 k coefficients of 4 bytes. The
-    reference adds what plain autograd keeps of the MLP, 4 F (gate, its activation, up, their
-    product), v_a and v_b of every component and projection, 3 k (D + F), and 3 k coefficients;
-    it has neither probes nor z, which KERNELS counts for its naive form, 6 R more.
-    """
-    d, f, k = problem.hidden, problem.intermediate, problem.num_ranks
-    r = k * problem.rank
-    if form is REFERENCE:
-        per_token = dtype.itemsize * (2 * d + 3 * r + 4 * f + 3 * k * (d + f) + 3 * k)
-    else:
-        per_token = dtype.itemsize * (2 * d + (6 if form.save_probe else 3) * r + 2 * f) + 12 * k
-    return problem.tokens * per_token
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,28 @@
-"""The device that kernels are timed on: a GPU, or Triton's interpreter to try everything out."""
+"""The device that everything is timed on: a GPU, a CPU, or Triton's interpreter on a CPU."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-"""What is timed; the interpreter has no arithmetic for bfloat16."""
+"""What is timed if nobody says; the interpreter has no arithmetic for bfloat16."""
 
-COMPILER = "inductor" if ON_GPU else "aot_eager"
-"""Backend of torch.compile; without a GPU, none that takes minutes."""
+_TRITON = find_spec("triton") is not None
+INTERPRETED = _TRITON and not ON_GPU and os.environ.get("TRITON_INTERPRET", "0") != "0"
+"""Whether kernels run in Triton's interpreter: all of it works, and its times mean nothing."""
+RUNS_TRITON = _TRITON and (ON_GPU or INTERPRETED)
+
+COMPILER = "aot_eager" if INTERPRETED else "inductor"
+"""Backend of torch.compile; in the interpreter, one that does not take minutes."""
 INTERPRETER = "interpreter: times mean nothing"
 _QUERY = (
     "uuid,name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,"
@@ -25,9 +32,10 @@ _QUERY = (
 
 def device_facts() -> dict[str, str]:
     """What a reader needs to judge times on this device."""
-    facts = {"device": INTERPRETER, "torch.compile": COMPILER}
+    facts = {"torch.compile": COMPILER}
     if not ON_GPU:
-        return facts
+        named = {"device": INTERPRETER} if INTERPRETED else {"device": "cpu"}
+        return named | facts | {"threads": str(torch.get_num_threads())}
     properties = torch.cuda.get_device_properties(DEVICE)
     sm = f"sm_{properties.major}{properties.minor}"
     return facts | {
@@ -56,6 +64,15 @@ def synchronize() -> None:
     """Wait for what was launched."""
     if ON_GPU:
         torch.cuda.synchronize()
+
+
+def device_error() -> str:
+    """What is wrong with the device, after which this process can no longer use it; or nothing."""
+    try:
+        synchronize()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return ""
 
 
 def milliseconds(function: Callable[[], object]) -> float:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from datetime import date
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
+"""Of the checkout; of the installed package where there is none."""
+CHECKOUT = (ROOT / "pyproject.toml").exists()
+RESULTS = ROOT / "benchmarks" / "results" if CHECKOUT else Path("benchmark-results")
 MB = 1_000_000
 
 
@@ -23,11 +26,9 @@ def machine_facts(*packages: str) -> dict[str, str]:
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     model = re.search(r"model name\s*:\s*(.+)", text)
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     facts = {
         "date": date.today().isoformat(),
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "cpu": model[1] if model else platform.machine(),
         "cores": str(os.cpu_count()),
         "kernel": platform.release(),
@@ -39,6 +40,15 @@ def machine_facts(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             facts[package] = "not installed"
     return facts
+
+
+def _commit() -> str:
+    """Of the checkout; NPT_COMMIT says it where there is no git."""
+    told = os.environ.get("NPT_COMMIT", "")
+    if told or not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return told or "unknown"
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def save(
@@ -62,10 +72,22 @@ def save(
         machine: the fact that names what was measured.
         directory: where to.
     """
-    slug = re.sub(r"[^a-z0-9]+", "-", facts[machine].lower()).strip("-")
+    path = result_path(name, facts[machine], directory)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{name}-{slug}.md"
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), "", text]
-    path.write_text("\n".join(lines) + "\n")
-    path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    _replace(path, "\n".join(lines))
+    _replace(path.with_suffix(".json"), json.dumps(document, indent=1))
     return path
+
+
+def result_path(name: str, machine: str, directory: Path) -> Path:
+    """Where the tables of a benchmark are kept for a machine of that name."""
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    return directory / f"{name}-{slug}.md"
+
+
+def _replace(path: Path, text: str) -> None:
+    """In one step: whoever is ended in between leaves the file as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)

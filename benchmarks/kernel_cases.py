@@ -1,10 +1,11 @@
 """What is checked and timed: for every op its inputs, and all the ways to compute it.
 
-One table for `gpu_day` and for ``bench_<op>.py``. The first provider of a case is its baseline,
-plain torch: cuBLAS and eager operations; in float64 it is the truth for all that compute the same.
+One table for `bench`, `gpu_day` and ``bench_<op>.py``. The first provider of a case is its
+baseline, plain torch: cuBLAS and eager operations; in float64 it is the truth for all that compute
+the same. Triton's providers are there where its kernels run: on a GPU, or in its interpreter.
 
-``python -m benchmarks.kernel_cases [op ...]`` checks every Triton provider on a tiny problem, and
-nothing else: a short script for compute-sanitizer.
+``python -m npt_fast.benchmarks.kernel_cases [op ...]`` checks every Triton provider on two small
+problems, one of them of odd sizes, and nothing else: a short script for compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -22,21 +23,17 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from npt_fast.benchmarks.device import COMPILER, DEVICE, DTYPE, ON_GPU, peak_bytes
+from npt_fast.benchmarks.device import COMPILER, DEVICE, DTYPE, ON_GPU, RUNS_TRITON, peak_bytes
 from npt_fast.functional import modulated_mlp
-from npt_fast.kernels import (
-    coefficients,
-    decode,
-    factored,
-    modulated_linear,
-    probe,
-    reference,
-    swiglu,
-)
-from npt_fast.kernels import modulated_mlp as paths
-from npt_fast.kernels._launch import target_of
+from npt_fast.kernels import factored, reference
 from npt_fast.kernels.factored import TORCH, Base, Modulation
+from npt_fast.kernels.roofline import DECODE_TOKENS, MODELS
 from npt_fast.testing import Problem, assert_within_budget, make_inputs
+
+if RUNS_TRITON:
+    from npt_fast.kernels import coefficients, modulated_linear, probe, swiglu
+    from npt_fast.kernels import modulated_mlp as paths
+    from npt_fast.kernels._launch import target_of
 
 Inputs = tuple[Any, ...]
 Compute = Callable[..., Any]
@@ -45,35 +42,72 @@ Compute = Callable[..., Any]
 LIGER = ON_GPU and find_spec("liger_kernel") is not None
 OPS = ("coefficients", "swiglu", "modulated_linear", "probe", "decode", "modulated_mlp")
 
-_1B = partial(Problem, hidden=2048, intermediate=8192)
-_8B = partial(Problem, hidden=4096, intermediate=14336)
+PROVIDERS = (
+    "eager", "factored", "gemm", "fused", "decode", "gemm-again", "triton", "reference", "base",
+    "compile", "compile-gemm", "compile-reference", "compile-base", "liger",
+)  # fmt: skip
+"""Names of all ways to compute something; docs/benchmarks.md says what each is."""
+OURS = ("gemm", "fused", "decode", "gemm-again", "triton")
+"""Those that launch Triton kernels of ours in eager mode."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload(Problem):
+    """A problem and the dtype of its tensors."""
+
+    dtype: torch.dtype = DTYPE
 
 
 class Shapes(NamedTuple):
-    """Problems by name: those of a training step, and of decoding."""
+    """Workloads by name: those of a training step, and of decoding."""
 
-    training: dict[str, Problem]
-    decode: dict[str, Problem]
+    training: dict[str, Workload]
+    decode: dict[str, Workload]
+
+
+def workload(
+    model: str, tokens: int, num_ranks: int, rank: int, dtype: torch.dtype = DTYPE
+) -> tuple[str, Workload]:
+    """One layer of a model, or of widths ``D,F``, and its name.
+
+    Raises:
+        ValueError: the model is none of `roofline.MODELS` and no pair of widths.
+    """
+    shape = MODELS.get(model)
+    widths = model.split(",") if shape is None else (shape.hidden, shape.intermediate)
+    try:
+        hidden, intermediate = map(int, widths)
+    except ValueError:
+        known = ", ".join(MODELS)
+        raise ValueError(f"model must be D,F or one of {known}; got {model!r}") from None
+    problem = Workload(
+        tokens=tokens, hidden=hidden, intermediate=intermediate,
+        num_ranks=num_ranks, rank=rank, dtype=dtype,
+    )  # fmt: skip
+    return f"{model} k={num_ranks} r={rank} T={tokens}", problem
 
 
 REAL = Shapes(
-    {
-        # with 8192 tokens the reference form would keep 65 GB of the last
-        "Llama-3.2-1B k=8 r=512 T=8192": _1B(tokens=8192, num_ranks=8, rank=512),
-        "Llama-3.1-8B k=8 r=64 T=8192": _8B(tokens=8192, num_ranks=8, rank=64),
-        "Llama-3.2-1B k=128 r=16 T=2048": _1B(tokens=2048, num_ranks=128, rank=16),
-    },
-    {
-        f"{name} T={tokens}": model(tokens=tokens, num_ranks=8, rank=rank)
-        for name, model, rank in (
-            ("Llama-3.2-1B k=8 r=512", _1B, 512),
-            ("Llama-3.1-8B k=8 r=64", _8B, 64),
+    dict(
+        workload(*sizes)
+        for sizes in (
+            # with 8192 tokens the reference form would keep 65 GB of the last
+            ("llama-3.2-1b", 8192, 8, 512),
+            ("llama-3.1-8b", 8192, 8, 64),
+            ("llama-3.2-1b", 2048, 128, 16),
         )
+    ),
+    dict(
+        workload(model, tokens, 8, rank)
+        for model, rank in (("llama-3.2-1b", 512), ("llama-3.1-8b", 64))
         for tokens in (1, 4, 16, 64)
-    },
+    ),
 )
-_tiny = partial(Problem, hidden=48, intermediate=80, num_ranks=2, rank=16)
+_tiny = partial(Workload, hidden=48, intermediate=80, num_ranks=2, rank=16)
 TINY = Shapes({"tiny k=2 r=16 T=33": _tiny(tokens=33)}, {"tiny k=2 r=16 T=4": _tiny(tokens=4)})
+_odd = partial(Workload, hidden=45, intermediate=77, num_ranks=3, rank=5)
+ODD = Shapes({"odd k=3 r=5 T=33": _odd(tokens=33)}, {"odd k=3 r=5 T=3": _odd(tokens=3)})
+"""Nothing is a multiple of anything: every access is masked and narrow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +137,7 @@ class Case:
         op: one of `OPS`.
         what: which part or direction of it.
         shape: name of the problem.
+        workload: its sizes and dtype.
         inputs: makes them.
         providers: by name, the baseline first.
         chosen: what `choose_path` takes for it, where there are paths.
@@ -112,6 +147,7 @@ class Case:
     op: str
     what: str
     shape: str
+    workload: Workload
     inputs: Callable[[], Inputs]
     providers: dict[str, Provider]
     chosen: str | None = None
@@ -151,47 +187,51 @@ def _compiled(function: Compute) -> Compute:
     return torch.compile(function, fullgraph=True, dynamic=False, backend=COMPILER)
 
 
-def _with_torch(function: Compute, **triton: Compute) -> dict[str, Provider]:
-    """In eager torch, by `torch.compile`, and by others."""
-    providers = {"eager": function, "torch.compile": _compiled(function), **triton}
-    return {name: Provider(run) for name, run in providers.items()}
+def _with_torch(function: Compute) -> dict[str, Provider]:
+    """In eager torch, and by `torch.compile`."""
+    return {"eager": Provider(function), "compile": Provider(_compiled(function))}
 
 
-def _randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+def _randn(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
-def _by_projection(problem: Problem, projections: int) -> Tensor:
+def _by_projection(problem: Workload, projections: int) -> Tensor:
     """``(c, T, R)`` as a GEMM for all projections leaves it."""
     width = problem.num_ranks * problem.rank
-    joined = _randn(problem.tokens, projections * width)
-    return joined.unflatten(1, (projections, width)).transpose(0, 1)
+    joined = _randn(problem.tokens, projections * width, dtype=problem.dtype)
+    parts: Tensor = joined.unflatten(1, (projections, width))
+    return parts.transpose(0, 1)
 
 
 @lru_cache(maxsize=1)
-def _layer(problem: Problem) -> tuple[Tensor, Tensor, Base, Modulation]:
-    return make_inputs(problem, dtype=DTYPE, device=str(DEVICE), requires_grad=False)
+def _layer(problem: Workload) -> tuple[Tensor, Tensor, Base, Modulation]:
+    """Drawn on the device: on a host, 200 million numbers take minutes."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    return make_inputs(
+        problem, dtype=problem.dtype, device=str(DEVICE), requires_grad=False, generator=generator
+    )
 
 
-def _coefficients_fwd(shape: str, problem: Problem) -> Case:
+def _coefficients_fwd(shape: str, problem: Workload) -> Case:
     k = problem.num_ranks
 
     def eager(u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         return reference.coefficients(u, p, k)
 
-    def triton(u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        return coefficients.coefficients_fwd(u, p, k)
-
-    return Case(
-        "coefficients", "forward, gate and up", shape,
-        lambda: (_by_projection(problem, 2), _by_projection(problem, 2)),
-        _with_torch(eager, triton=triton),
-    )  # fmt: skip
-
-
-def _coefficients_bwd(shape: str, problem: Problem) -> Case:
     def inputs() -> Inputs:
-        dz = _randn(2, problem.tokens, problem.num_ranks * problem.rank)
+        return _by_projection(problem, 2), _by_projection(problem, 2)
+
+    providers = _with_torch(eager)
+    if RUNS_TRITON:
+        providers["triton"] = Provider(lambda u, p: coefficients.coefficients_fwd(u, p, k))
+    return Case("coefficients", "forward, gate and up", shape, problem, inputs, providers)
+
+
+def _coefficients_bwd(shape: str, problem: Workload) -> Case:
+    def inputs() -> Inputs:
+        width = problem.num_ranks * problem.rank
+        dz = _randn(2, problem.tokens, width, dtype=problem.dtype)
         s = _randn(2, problem.tokens, problem.num_ranks, dtype=torch.float32)
         return dz, _by_projection(problem, 2), _by_projection(problem, 2), s
 
@@ -202,32 +242,44 @@ def _coefficients_bwd(shape: str, problem: Problem) -> Case:
 
         return run
 
-    return Case(
-        "coefficients", "backward, gate and up", shape, inputs,
-        _with_torch(
-            into_new(factored.coefficients_backward),
-            triton=into_new(coefficients.coefficients_bwd),
-        ),
-    )  # fmt: skip
+    providers = _with_torch(into_new(factored.coefficients_backward))
+    if RUNS_TRITON:
+        providers["triton"] = Provider(into_new(coefficients.coefficients_bwd))
+    return Case("coefficients", "backward, gate and up", shape, problem, inputs, providers)
 
 
-def _swiglu_fwd(shape: str, problem: Problem) -> Case:
+def _swiglu_fwd(shape: str, problem: Workload) -> Case:
     size = problem.tokens, problem.intermediate
-    providers = _with_torch(lambda *a: TORCH.gated(*a, "silu"), triton=swiglu.swiglu_fwd)
+
+    def eager(gate: Tensor, up: Tensor) -> Tensor:
+        return TORCH.gated(gate, up, "silu")
+
+    providers = _with_torch(eager)
+    if RUNS_TRITON:
+        providers["triton"] = Provider(swiglu.swiglu_fwd)
     if LIGER:
         from liger_kernel.ops.swiglu import swiglu_forward
 
         providers["liger"] = Provider(lambda gate, up: swiglu_forward(gate, up)[2])
-    return Case("swiglu", "forward", shape, lambda: (_randn(*size), _randn(*size)), providers)
+
+    def inputs() -> Inputs:
+        return tuple(_randn(*size, dtype=problem.dtype) for _ in range(2))
+
+    return Case("swiglu", "forward", shape, problem, inputs, providers)
 
 
-def _swiglu_bwd(shape: str, problem: Problem) -> Case:
+def _swiglu_bwd(shape: str, problem: Workload) -> Case:
     size = problem.tokens, problem.intermediate
 
-    def eager(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return TORCH.gated_backward(*tensors, "silu")
+    def inputs() -> Inputs:
+        return tuple(_randn(*size, dtype=problem.dtype) for _ in range(3))
 
-    providers = _with_torch(eager, triton=swiglu.swiglu_bwd)
+    def eager(d_inner: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        return TORCH.gated_backward(d_inner, gate, up, "silu")
+
+    providers = _with_torch(eager)
+    if RUNS_TRITON:
+        providers["triton"] = Provider(swiglu.swiglu_bwd)
     if LIGER:
         from liger_kernel.ops.swiglu import swiglu_backward
 
@@ -236,59 +288,62 @@ def _swiglu_bwd(shape: str, problem: Problem) -> Case:
 
         # gives d_gate and d_up, but not inner
         providers["liger"] = Provider(liger, truth=lambda *a: eager(*a)[:2], overwrites=True)
-    return Case(
-        "swiglu", "backward", shape, lambda: tuple(_randn(*size) for _ in range(3)), providers
-    )
+    return Case("swiglu", "backward", shape, problem, inputs, providers)
 
 
-def _z(problem: Problem) -> Tensor:
-    return _randn(2, problem.tokens, problem.num_ranks * problem.rank)
+def _z(problem: Workload) -> Tensor:
+    return _randn(2, problem.tokens, problem.num_ranks * problem.rank, dtype=problem.dtype)
 
 
 def _products(
-    what: str, shape: str, inputs: Callable[[], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+    what: str,
+    shape: str,
+    problem: Workload,
+    inputs: Callable[[], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
 ) -> Case:
     def by(sum_of_products: Compute) -> Compute:
         return lambda left, right: sum_of_products(left, right, None)
 
-    providers = _with_torch(by(TORCH.sum_of_products), triton=by(modulated_linear.modulated_linear))
-    return Case("modulated_linear", what, shape, inputs, providers)
+    providers = _with_torch(by(TORCH.sum_of_products))
+    if RUNS_TRITON:
+        providers["triton"] = Provider(by(modulated_linear.modulated_linear))
+    return Case("modulated_linear", what, shape, problem, inputs, providers)
 
 
-def _linear(shape: str, problem: Problem) -> Case:
+def _linear(shape: str, problem: Workload) -> Case:
     def inputs() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         _, h, base, m = _layer(problem)
         return (h, _z(problem)[0]), (base.gate.t(), m.w_b_gate)
 
-    return _products("forward, gate", shape, inputs)
+    return _products("forward, gate", shape, problem, inputs)
 
 
-def _linear_backward(shape: str, problem: Problem) -> Case:
+def _linear_backward(shape: str, problem: Workload) -> Case:
     def inputs() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         _, _, base, m = _layer(problem)
         widths = problem.intermediate, problem.intermediate, len(m.w_a_in)
-        gradients = tuple(_randn(problem.tokens, width) for width in widths)
+        gradients = tuple(_randn(problem.tokens, n, dtype=problem.dtype) for n in widths)
         return gradients, (base.gate, base.up, m.w_a_in)
 
-    return _products("backward, to h", shape, inputs)
+    return _products("backward, to h", shape, problem, inputs)
 
 
-def _gate_up(shape: str, problem: Problem) -> Case:
+def _gate_up(shape: str, problem: Workload) -> Case:
     def inputs() -> Inputs:
         _, h, base, m = _layer(problem)
         return h, base, _z(problem), m
 
     def by(steps: factored.Steps) -> Compute:
-        return lambda *arguments: steps.gate_up(*arguments, "silu", True)
+        return lambda h, base, z, m: steps.gate_up(h, base, z, m, "silu", True)
 
-    providers = {"triton fused": by(paths.FUSED), "triton gemm": by(paths.GEMM)}
-    return Case(
-        "modulated_linear", "forward, gate and up with SwiGLU", shape, inputs,
-        _with_torch(by(TORCH), **providers),
-    )  # fmt: skip
+    providers = _with_torch(by(TORCH))
+    if RUNS_TRITON:
+        providers |= {"fused": Provider(by(paths.FUSED)), "gemm": Provider(by(paths.GEMM))}
+    what = "forward, gate and up with SwiGLU"
+    return Case("modulated_linear", what, shape, problem, inputs, providers)
 
 
-def _probe(shape: str, problem: Problem) -> Case:
+def _probe(shape: str, problem: Workload) -> Case:
     k = problem.num_ranks
 
     def inputs() -> Inputs:
@@ -298,10 +353,12 @@ def _probe(shape: str, problem: Problem) -> Case:
     def by(step: Compute) -> Compute:
         return lambda a, w_a, u: step(a, w_a, u, k, True)
 
-    providers = {"triton gemm": by(paths.GEMM.probe)}
-    if problem.rank <= probe.MAX_RANK:
-        providers["triton fused"] = by(probe.probe)
-    return Case("probe", "gate and up", shape, inputs, _with_torch(by(TORCH.probe), **providers))
+    providers = _with_torch(by(TORCH.probe))
+    if RUNS_TRITON:
+        providers["gemm"] = Provider(by(paths.GEMM.probe))
+        if problem.rank <= probe.MAX_RANK:
+            providers["fused"] = Provider(by(probe.probe))
+    return Case("probe", "gate and up", shape, problem, inputs, providers)
 
 
 def _reference(x: Tensor, h: Tensor, base: Base, m: Modulation) -> Tensor:
@@ -315,62 +372,66 @@ def _base(x: Tensor, h: Tensor, base: Base, m: Modulation) -> Tensor:
 
 def _forwards(tokens: int | None) -> dict[str, Provider]:
     """All ways to compute the MLP; those without gradients where tokens are given."""
-
-    def by(path: paths.Path) -> Provider:
-        return Provider(partial(paths.modulated_mlp, path=path))
-
     providers = {
-        "eager": Provider(factored.modulated_mlp),
-        "torch.compile": Provider(_compiled(factored.modulated_mlp)),
-        "triton gemm": by("gemm"),
-        "triton fused": by("fused"),
-        "torch.compile of triton gemm": Provider(_compiled(by("gemm").run)),
+        "factored": Provider(factored.modulated_mlp),
+        "compile": Provider(_compiled(factored.modulated_mlp)),
     }
-    if tokens is None:
-        again = partial(paths.modulated_mlp, path="gemm", save_probe=False)
-        providers["triton gemm, probes again"] = Provider(again)
-    elif tokens <= decode.MAX_TOKENS:
-        providers["triton decode"] = by("decode")
+    if RUNS_TRITON:
+
+        def by(path: paths.Path, **options: Any) -> Provider:
+            return Provider(partial(paths.modulated_mlp, path=path, **options))
+
+        providers |= {
+            "gemm": by("gemm"),
+            "fused": by("fused"),
+            "compile-gemm": Provider(_compiled(by("gemm").run)),
+        }
+        if tokens is None:
+            providers["gemm-again"] = by("gemm", save_probe=False)
+        elif tokens <= DECODE_TOKENS:
+            providers["decode"] = by("decode")
     # adds k times to what it rounds: four times as wrong in bfloat16, with 128 components
     definition = partial(Provider, budget=_reference)
     base = partial(Provider, truth=_base, unread=(0, 3))
     providers |= {
         "reference": definition(_reference),
-        "torch.compile of reference": definition(_compiled(_reference)),
-        "base MLP": base(_base),
-        "torch.compile of base MLP": base(_compiled(_base)),
+        "compile-reference": definition(_compiled(_reference)),
+        "base": base(_base),
+        "compile-base": base(_compiled(_base)),
     }
     if LIGER:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-        def liger(x: Tensor, h: Tensor, base: Base, m: Modulation) -> Tensor:
+        def liger(x: Tensor, h: Tensor, base: Base, m: Modulation) -> Any:
             inner = LigerSiLUMulFunction.apply(h @ base.gate.t(), h @ base.up.t())
             return inner @ base.down.t()
 
-        providers["base MLP, liger"] = base(liger)
+        providers["liger"] = base(liger)
     return providers
 
 
-def _chosen(problem: Problem, *, gradients: bool) -> str:
+def _chosen(problem: Workload, *, gradients: bool) -> str | None:
+    if not RUNS_TRITON:
+        return None
     target = target_of(torch.empty(0, device=DEVICE))
     rank = problem.num_ranks * problem.rank
     return paths.choose_path(target, problem.tokens, rank, gradients=gradients)
 
 
-def _mlp(op: str, what: str, shape: str, problem: Problem) -> Case:
+def _mlp(op: str, what: str, shape: str, problem: Workload) -> Case:
     return Case(
-        op, what, shape, lambda: _layer(problem), _forwards(problem.tokens),
+        op, what, shape, problem, lambda: _layer(problem), _forwards(problem.tokens),
         chosen=_chosen(problem, gradients=False), graphs=op == "decode",
     )  # fmt: skip
 
 
-def _training(op: str, what: str, shape: str, problem: Problem) -> Case:
+def _training(op: str, what: str, shape: str, problem: Workload) -> Case:
     """Gradients of x, h and the modulation; the base is frozen."""
 
     def inputs() -> Inputs:
         x, h, base, m = _layer(problem)
         x, h, m = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), (x, h, m))
-        return x, h, base, m, _randn(*h.shape)
+        return x, h, base, m, _randn(*h.shape, dtype=h.dtype)
 
     @cache  # providers that share a truth share its step
     def step_of(forward: Compute) -> Compute:
@@ -391,7 +452,7 @@ def _training(op: str, what: str, shape: str, problem: Problem) -> Case:
         for name, p in _forwards(None).items()
     }
     chosen = _chosen(problem, gradients=True)
-    return Case(op, what, shape, inputs, providers, chosen=chosen)
+    return Case(op, what, shape, problem, inputs, providers, chosen=chosen)
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -475,14 +536,13 @@ class Prepared:
 
 
 def main(ops: Sequence[str]) -> None:
-    """Every Triton provider on the tiny problem."""
-    for op in ops:
-        for case in cases(op, TINY):
-            prepared = Prepared(case)
-            for name in case.providers:
-                if name.startswith("triton"):
-                    prepared.check(name)
-                    print(f"{case}, {name}: right", flush=True)
+    """Every Triton provider on the small problems."""
+    for case in (case for shapes in (TINY, ODD) for op in ops for case in cases(op, shapes)):
+        prepared = Prepared(case)
+        for name in case.providers:
+            if name in OURS:
+                prepared.check(name)
+                print(f"{case}, {name}: right", flush=True)
 
 
 if __name__ == "__main__":

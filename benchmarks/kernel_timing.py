@@ -11,40 +11,26 @@ import math
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
-from typing import Any, TypeVar
+from functools import cache, lru_cache, partial
+from typing import TypeVar
 
-import pytest
 import torch
 
-from npt_fast.benchmarks.device import (
-    DEVICE,
-    DTYPE,
-    INTERPRETER,
-    ON_GPU,
-    milliseconds,
-    synchronize,
-)
-from npt_fast.benchmarks.kernel_cases import (
-    REAL,
-    TINY,
-    Case,
-    Inputs,
-    Prepared,
-    cases,
-    copied,
-    tensors,
-)
+from npt_fast.benchmarks.device import DEVICE, INTERPRETED, ON_GPU, milliseconds, synchronize
+from npt_fast.benchmarks.kernel_cases import Case, Inputs, Prepared, copied, tensors
+from npt_fast.benchmarks.rows import NOT_RUN
 
 Result = TypeVar("Result")
 
-ROUNDS = 15 if ON_GPU else 1
-_BATCH_MS = 20.0
+ROUNDS = 15 if ON_GPU else 1 if INTERPRETED else 5
+_BATCH_MS = 0.0 if INTERPRETED else 20.0
 """About how long one timing takes; many calls of what is short, with one start and end."""
 _WARM_SECONDS = 1.0 if ON_GPU else 0.0
 """Work before the rounds of a case: the device cooled down while others were compiled."""
+_MAX_COPIES = 16
+"""Of inputs: small ones would be copied thousands of times to exceed a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +38,7 @@ class Timing:
     """One provider of one case, in one way of launching.
 
     Attributes:
-        status: ok; wrong, and hence not timed; out of memory; failed.
+        status: ok; wrong, and hence not timed; out of memory; failed; not run.
         detail: the error.
         launch: to a stream or as a graph; inputs come from memory, or from the L2 cache.
         milliseconds: of a call, by round.
@@ -81,16 +67,25 @@ class Ceilings:
     bytes_per_second: float
     flops_per_second: float
 
+    def floor_ms(self, flops: float, moved: float) -> float:
+        """The least time of so many FLOPs and bytes: the larger of both."""
+        return 1e3 * max(moved / self.bytes_per_second, flops / self.flops_per_second)
+
     def share(self, timing: Timing) -> float:
-        """The time that the slower of both would take, by that taken."""
-        floor = max(timing.bytes / self.bytes_per_second, timing.flops / self.flops_per_second)
-        return 1e3 * floor / statistics.median(timing.milliseconds)
+        """The least time, by that taken."""
+        return self.floor_ms(timing.flops, timing.bytes) / statistics.median(timing.milliseconds)
 
 
-def measure_ceilings() -> Ceilings:
-    """After a while of work, so that the device is as warm as later; ten seconds."""
-    n = 8192
-    source = torch.randn(1 << 29, device=DEVICE, dtype=DTYPE)
+@cache
+def ceilings(dtype: torch.dtype) -> Ceilings | None:
+    """What the device can do in a dtype, after 3 seconds of work, so that it is as warm as later.
+
+    None in the interpreter, whose times mean nothing.
+    """
+    if INTERPRETED:
+        return None
+    n, count, seconds = (8192, 1 << 29, 3.0) if ON_GPU else (2048, 1 << 26, 1.0)
+    source = torch.randn(count, device=DEVICE, dtype=dtype)
     target = torch.empty_like(source)
     a, b = (source[i * n * n :][: n * n].view(n, n) for i in range(2))
     product = torch.empty_like(a)
@@ -98,9 +93,9 @@ def measure_ceilings() -> Ceilings:
     def multiply() -> None:
         torch.mm(a, b, out=product)
 
-    spent = 0.0
-    while spent < 1e4:
-        spent += milliseconds(multiply)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        milliseconds(multiply)
     copy_ms = statistics.median(milliseconds(lambda: target.copy_(source)) for _ in range(20))
     mm_ms = statistics.median(milliseconds(multiply) for _ in range(20))
     return Ceilings(2e3 * source.nbytes / copy_ms, 2e3 * n**3 / mm_ms)
@@ -128,7 +123,7 @@ class _Calls:
         self._run(len(calls))
         synchronize()
         once = milliseconds(partial(self._run, len(calls))) / len(calls)
-        self._count = max(len(calls), math.ceil(_BATCH_MS / max(once, 1e-3))) if ON_GPU else 1
+        self._count = max(1, math.ceil(_BATCH_MS / max(once, 1e-3)))
 
     def _run(self, count: int) -> None:
         for _ in range(count):
@@ -160,10 +155,10 @@ def _copies(prepared: Prepared) -> tuple[list[Inputs], bool]:
     if not ON_GPU:
         return [prepared.inputs, copied(prepared.inputs)], False
     size = sum(tensor.nbytes for tensor in tensors(prepared.inputs))
-    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    l2 = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     spare = torch.cuda.mem_get_info()[0] // 4 // size
-    more = min(1 + 2 * cache // size, spare)
-    return [prepared.inputs, *(copied(prepared.inputs) for _ in range(more))], size <= cache
+    more = min(1 + 2 * l2 // size, spare, _MAX_COPIES - 1)
+    return [prepared.inputs, *(copied(prepared.inputs) for _ in range(more))], size <= l2
 
 
 @lru_cache(maxsize=1)
@@ -187,14 +182,27 @@ def attempt(function: Callable[[], Result]) -> tuple[Result | None, str, str]:
     return None, "out of memory", message
 
 
-def time_case(case: Case, rounds: int = ROUNDS) -> Iterator[Timing]:
-    """All providers of a case, those that give the right values in every way to launch them."""
+def time_case(
+    case: Case, names: Collection[str], deadline: float = math.inf, rounds: int = ROUNDS
+) -> Iterator[Timing]:
+    """Providers of a case, those that give the right values in every way to launch them.
+
+    Args:
+        case: what to time.
+        names: which providers; the baseline comes along.
+        deadline: of `time.monotonic`; what is not begun by then is not run, and rounds end.
+        rounds: of timings.
+    """
+    wanted = [name for name in case.providers if name in names or name == case.baseline]
     prepared, status, detail = attempt(lambda: Prepared(case))
     if prepared is None:
-        yield from (Timing(case, name, status, detail) for name in case.providers)
+        yield from (Timing(case, name, status, detail) for name in wanted)
         return
     right: dict[str, Timing] = {}
-    for name in case.providers:
+    for name in wanted:
+        if time.monotonic() > deadline:
+            yield Timing(case, name, NOT_RUN, "budget")
+            continue
         peak, status, detail = attempt(partial(prepared.check, name))
         timing = Timing(case, name, status, detail, peak=peak or 0)
         if status != "ok":
@@ -206,9 +214,13 @@ def time_case(case: Case, rounds: int = ROUNDS) -> Iterator[Timing]:
     torch.cuda.empty_cache()
     copies, cached = _copies(prepared)
     ways = [("stream", copies, False)]
-    ways += [("stream, L2", copies[:1], False)] if cached else []
     ways += [("graph", copies, True)] if case.graphs and ON_GPU else []
+    ways += [("stream, L2", copies[:1], False)] if cached else []
     for launch, inputs, graph in ways:
+        if time.monotonic() > deadline:
+            for timing in right.values():
+                yield replace(timing, launch=launch, status=NOT_RUN, detail="budget")
+            continue
         calls: dict[str, _Calls] = {}
         for name, timing in right.items():
             made, status, detail = attempt(partial(_Calls, prepared, name, inputs, graph))
@@ -216,14 +228,17 @@ def time_case(case: Case, rounds: int = ROUNDS) -> Iterator[Timing]:
                 yield replace(timing, launch=launch, status=status, detail=detail)
             else:
                 calls[name] = made
-        times = _interleaved(calls, rounds)
+        times = _interleaved(calls, rounds, deadline)
         baseline = times.get(case.baseline, [])
         for name, own in times.items():
             ratios = [a / b for a, b in zip(own, baseline, strict=False)]
             yield replace(right[name], launch=launch, milliseconds=own, ratios=ratios)
 
 
-def _interleaved(calls: Mapping[str, _Calls], rounds: int) -> dict[str, list[float]]:
+def _interleaved(
+    calls: Mapping[str, _Calls], rounds: int, deadline: float
+) -> dict[str, list[float]]:
+    """Of every round all, so that ratios have both sides; one round at least."""
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + _WARM_SECONDS
@@ -231,54 +246,23 @@ def _interleaved(calls: Mapping[str, _Calls], rounds: int) -> dict[str, list[flo
         for one in calls.values():
             one.time()
     for index in range(rounds):
+        if index and time.monotonic() > deadline:
+            break
         turned = names[index % len(names) :] + names[: index % len(names)] if names else []
         for name in turned:
             times[name].append(calls[name].time())
     return times
 
 
-class _DeviceClock:
-    """Stands still but for what `compare` measured: pytest-benchmark then reports device time."""
+def ratio_to_baseline(prepared: Prepared, name: str) -> Callable[[], tuple[float, float]]:
+    """A function that times the baseline, then a provider: its milliseconds, and their ratio."""
+    copies, _ = _copies(prepared)
+    own, baseline = (
+        _Calls(prepared, n, copies, graph=False) for n in (name, prepared.case.baseline)
+    )
 
-    seconds = 0.0
+    def time_both() -> tuple[float, float]:
+        before, own_ms = baseline.time(), own.time()
+        return own_ms, own_ms / before
 
-    def __call__(self) -> float:
-        return self.seconds
-
-
-_clock = _DeviceClock()
-
-
-def entries(op: str) -> list[Any]:
-    """Parameters for `compare`: all cases of an op with each of their providers."""
-    label = "" if ON_GPU else f" ({INTERPRETER})"
-    return [
-        pytest.param(
-            case, name, id=f"{case.what}-{case.shape}-{name}",
-            marks=pytest.mark.benchmark(group=f"{case}{label}", timer=_clock),
-        )
-        for case in cases(op, REAL if ON_GPU else TINY)
-        for name in case.providers
-    ]  # fmt: skip
-
-
-def compare(benchmark: Any, case: Case, name: str) -> None:
-    """Check a provider and time it, each round after a round of the baseline."""
-    prepared = prepare(case)
-    try:
-        prepared.check(name)
-        copies, _ = _copies(prepared)
-        own, baseline = (_Calls(prepared, n, copies, graph=False) for n in (name, case.baseline))
-    except torch.OutOfMemoryError:
-        pytest.skip("does not fit the device's memory")
-    ratios: list[float] = []
-
-    def time_both() -> None:
-        before, milliseconds = baseline.time(), own.time()
-        ratios.append(milliseconds / before)
-        _clock.seconds += milliseconds / 1e3
-
-    benchmark.pedantic(time_both, rounds=ROUNDS)
-    if benchmark.stats is not None and ON_GPU:  # neither --benchmark-disable nor the interpreter
-        benchmark.extra_info.update(baseline=case.baseline, ratios=ratios)
-        benchmark.stats.name = f"{name}: {statistics.median(ratios):.2f} x {case.baseline}"
+    return time_both

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +21,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import npt_fast as npt
-from npt_fast.benchmarks import kernel_timing
-from npt_fast.benchmarks.device import DEVICE, DTYPE, ON_GPU, milliseconds, peak_bytes, synchronize
+from npt_fast.benchmarks.device import (
+    DEVICE,
+    DTYPE,
+    ON_GPU,
+    RUNS_TRITON,
+    milliseconds,
+    peak_bytes,
+    synchronize,
+)
+from npt_fast.benchmarks.kernel_timing import Ceilings, ceilings
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.kernels import roofline
 from npt_fast.modules import NPComponent
@@ -167,34 +174,29 @@ def measure(
 
     Returns:
         ``ms`` of a call, the median, ``p20`` and ``p80``; ``tokens/s``, ``GB/s``, ``TFLOP/s``;
-        ``of ceiling``, where there are ceilings: the time in which the device could have done it,
-        by the time it took; ``peak MB`` on a GPU, without a graph: memory that a call needs beside
+        ``of ceiling`` on a GPU: the time in which it could have done it, by the time it took;
+        ``peak MB`` on a GPU, without a graph: memory that a call needs beside
         what is there before, which are weights, and moments where there is an optimizer. Or, where
         it cannot run here, a ``status`` and the reason as ``detail``.
     """
     if why := _obstacle(graph, name):
         return {"status": "skipped", "detail": why}
-    with work(size) as (call, tokens, flops, moved), implementation(name):
-        times = _times(_captured(call) if graph else call)
-        peak = 0 if graph else peak_bytes(call)
-    low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
-    ms = statistics.median(times)
-    row = {"ms": ms, "p20": low, "p80": high, "tokens/s": 1e3 * tokens / ms}
-    row |= {"GB/s": moved / ms / 1e6, "TFLOP/s": flops / ms / 1e9}
-    if ceilings := find_ceilings():
-        floor = max(moved / ceilings.bytes_per_second, flops / ceilings.flops_per_second)
-        row["of ceiling"] = 1e3 * floor / ms
+    with work(size) as given, implementation(name):
+        times = _times(_captured(given.call) if graph else given.call)
+        peak = 0 if graph else peak_bytes(given.call)
+    row = row_of(given, times, ceilings(DTYPE) if ON_GPU else None)
     return row | {"peak MB": peak / 1e6} if peak else row
 
 
-def find_ceilings() -> kernel_timing.Ceilings | None:
-    """What the device did in this run with a large copy and a large product, if it is a GPU."""
-    find: Callable[[], kernel_timing.Ceilings | None] = getattr(kernel_timing, "ceilings", _none)
-    return find()
-
-
-def _none() -> None:
-    return None
+def row_of(work: Work, times: Sequence[float], limits: Ceilings | None) -> Row:
+    """What follows from the milliseconds of several calls, see `measure`."""
+    low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
+    ms = statistics.median(times)
+    row = {"ms": ms, "p20": low, "p80": high, "tokens/s": 1e3 * work.tokens / ms}
+    row |= {"GB/s": work.bytes / ms / 1e6, "TFLOP/s": work.flops / ms / 1e9}
+    if limits is not None:
+        row["of ceiling"] = limits.floor_ms(work.flops, work.bytes) / ms
+    return row
 
 
 def _obstacle(graph: bool, name: str) -> str:
@@ -203,17 +205,9 @@ def _obstacle(graph: bool, name: str) -> str:
         return ""
     if graph:
         return "a CUDA graph needs a GPU"
-    if name in PATHS and not _kernels_run():
+    if name in PATHS and not RUNS_TRITON:
         return "Triton's kernels need a GPU, or TRITON_INTERPRET=1 from the start"
     return ""
-
-
-def _kernels_run() -> bool:
-    if not find_spec("triton"):
-        return False
-    from npt_fast.kernels.modulated_mlp import supports
-
-    return supports(torch.empty(0, device=DEVICE, dtype=DTYPE), "silu")
 
 
 def _times(call: Callable[[], object]) -> list[float]:

@@ -11,8 +11,9 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 import npt_fast as npt
-from npt_fast.cli.output import markdown_table, print_json, say
+from npt_fast.cli.output import print_json, say
 from npt_fast.config import BaseDType, parse_layers
+from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
     from npt_fast.transfer.compare import Comparison, Token

@@ -12,9 +12,10 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
-from npt_fast.cli.output import markdown_table, print_json, say
+from npt_fast.cli.output import print_json, say
 from npt_fast.errors import NPTError
 from npt_fast.kernels import roofline as arithmetic
+from npt_fast.tables import markdown_table
 
 app = App(name="kernels", help="Look at the kernels without a GPU.")
 

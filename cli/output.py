@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -48,21 +47,6 @@ def size(count: int) -> str:
             break
         value /= 1000
     return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
-
-
-def markdown_table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table that reads well on a terminal too; numbers to the right."""
-    columns = list(zip(heads, *body, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    numeric = [all(re.match(r"[-\d]", cell) for cell in column[1:]) for column in columns]
-    lines = []
-    for cells in (heads, tuple("-" * width for width in widths), *body):
-        padded = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(cells, widths, numeric, strict=True)
-        )
-        lines.append(f"| {' | '.join(padded)} |")
-    return "\n".join(lines)
 
 
 def print_verification(report: VerifyReport) -> None:

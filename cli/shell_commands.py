@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from npt_fast.cli import shell_views as views
-from npt_fast.cli.output import markdown_table
 from npt_fast.cli.shell_line import Arguments, parse
-from npt_fast.errors import TransferError
+from npt_fast.errors import TransferError, suggestion
+from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
     from npt_fast.transfer.generate import Sampling
@@ -491,8 +491,6 @@ def find(name: str) -> Command:
     Raises:
         TransferError: there is none.
     """
-    from npt_fast.transfer.session import suggestion
-
     if name.lower() not in COMMANDS:
         hint = suggestion(name.lower(), COMMANDS) or "; help lists them"
         raise TransferError(f"Unknown command: {name}{hint}")
@@ -531,8 +529,6 @@ def _value(name: str, text: str, what: str) -> Iterator[None]:
 
 
 def _setting(c: Context, key: str, value: str) -> dict[str, Any]:
-    from npt_fast.transfer.session import suggestion
-
     kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(c.session.state.settings)}
     if key not in kinds:
         hint = suggestion(key, kinds) or f"; there are {', '.join(kinds)}"

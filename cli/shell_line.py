@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from npt_fast.errors import TransferError
+from npt_fast.errors import TransferError, suggestion
 
 _WORD = re.compile(r'"((?:[^"\\]|\\.)*)"|[^\s"]+')
 _OPTION = re.compile(r"--?[A-Za-z]")
@@ -132,8 +132,6 @@ def _text(line: str, plain: Sequence[tuple[int, Word]], usage: str) -> str:
 
 
 def _unknown(option: str, known: Sequence[str], text: bool) -> TransferError:
-    from npt_fast.transfer.session import suggestion
-
     hint = suggestion(option, known)
     if not hint:
         hint = f"; there are {', '.join(known)}" if known else "; there are none here"

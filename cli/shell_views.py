@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from npt_fast.cli.output import markdown_table
 from npt_fast.errors import printable
+from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
     from npt_fast.transfer.compare import Comparison, Sweep, Token

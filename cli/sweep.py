@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from npt_fast.cli.compare import Layers, Mode, Source, Text, Texts, extract_text, load_model
-from npt_fast.cli.output import markdown_table, print_json, say
+from npt_fast.cli.output import print_json, say
 from npt_fast.config import BaseDType
+from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
     from npt_fast.transfer.compare import Sweep

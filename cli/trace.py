@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from npt_fast.cli.output import markdown_table, print_json, say
+from npt_fast.cli.output import print_json, say
 from npt_fast.config import BaseDType
+from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
     from npt_fast.transfer.trace import Patch, Trace

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import npt_fast as npt
-from npt_fast.cli.output import markdown_table
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.convert import decoder_layers
+from npt_fast.tables import markdown_table
 from npt_fast.transfer.compare import divergences
 from npt_fast.transfer.trace import trace
 

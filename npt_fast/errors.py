@@ -6,10 +6,20 @@ line prints the message and exits with ``exit_code``; anything else that escapes
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def printable(text: str) -> str:
     """`text` on one line without control characters: names in a checkpoint are anybody's choice."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class NPTError(Exception):
@@ -43,6 +53,10 @@ class DataError(NPTError):
 
 class TransferError(NPTError):
     """Modulations do not fit together, or cannot be put where asked."""
+
+
+class BenchmarkError(NPTError):
+    """Nothing can be measured as asked, or a file of results is none."""
 
 
 class StorageError(NPTError):

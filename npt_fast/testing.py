@@ -53,16 +53,26 @@ def make_inputs(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     requires_grad: bool = True,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Base, Modulation]:
-    """x, h, base weights and modulation, scaled so that every path contributes about equally."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    """x, h, base weights and modulation, scaled so that every path contributes about equally.
+
+    Args:
+        problem: sizes.
+        dtype: of all tensors.
+        device: where they are.
+        requires_grad: of all tensors.
+        generator: draws the numbers, on its own device; one on the CPU with seed 0 if None.
+    """
+    source = torch.Generator().manual_seed(0) if generator is None else generator
     p = problem
     d, f, r = p.hidden, p.intermediate, p.num_ranks * p.rank
 
     def tensor(*shape: int, fan_in: int = 1) -> Tensor:
-        values: Tensor = torch.randn(shape, generator=generator, dtype=torch.float64) / fan_in**0.5
-        values = values.to(device, dtype).requires_grad_(requires_grad)
+        values: Tensor = torch.randn(
+            shape, generator=source, device=source.device, dtype=torch.float64
+        )
+        values = (values / fan_in**0.5).to(device, dtype).requires_grad_(requires_grad)
         return values
 
     inputs = min(p.projections, 2)

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "npt_fast"
 ALLOWED = {
     "config": set[str](),
     "errors": set[str](),
+    "tables": set[str](),
     "kernels": set[str](),
     "checkpoint": {"config", "errors"},
     "functional": {"config", "errors", "kernels"},

@@ -7,15 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from npt_fast.benchmarks.bench_modulation import (
-    FACTORED,
-    FORMS,
-    REFERENCE,
-    Form,
-    formula_bytes,
-    saved_bytes,
-    training_inputs,
-)
+from npt_fast.benchmarks.bench_modulation import saved_bytes, training_inputs
+from npt_fast.benchmarks.saved_bytes import FACTORED, FORMS, REFERENCE, Form, formula_bytes
 from npt_fast.testing import Problem
 
 PROBLEMS = [

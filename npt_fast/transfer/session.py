@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import signal
 import time
@@ -18,7 +17,7 @@ import torch
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
-from npt_fast.errors import CheckpointError, ModelError, TransferError
+from npt_fast.errors import CheckpointError, ModelError, TransferError, suggestion
 from npt_fast.hf.convert import components
 from npt_fast.transfer import bake as baking
 from npt_fast.transfer.compare import Comparison, Sweep, compare, sweep
@@ -34,12 +33,6 @@ FORMAT = "npt_shelf"
 VERSION = 1
 _INDEX = "session.json"
 _NO_EFFECT = 1e-9  # nats
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @dataclass(frozen=True)

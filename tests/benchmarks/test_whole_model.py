@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,12 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from npt_fast.benchmarks import kernel_timing, whole_model
+from npt_fast.benchmarks import whole_model
 from npt_fast.benchmarks.device import DEVICE, DTYPE, ON_GPU
 from npt_fast.benchmarks.kernel_timing import Ceilings
-from npt_fast.benchmarks.whole_model import TINY, Job, Row, Size, Work, jobs, measure
+from npt_fast.benchmarks.whole_model import TINY, Job, Row, Size, Work, jobs, row_of
 from npt_fast.hf.convert import components, decoder_layers
-from npt_fast.kernels import modulated_mlp as kernels
 from npt_fast.testing import implementation
 from tests.computed import record
 
@@ -155,7 +153,7 @@ def test_a_training_step_is_computed_as_it_says(name: str, monkeypatch: pytest.M
 
 @pytest.mark.skipif(ON_GPU, reason="without a GPU")
 def test_kernels_are_skipped_where_nothing_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(whole_model, "RUNS_TRITON", False)
     row = find("training step, 2 x 16 tokens, fused").run()
     reason = "Triton's kernels need a GPU, or TRITON_INTERPRET=1 from the start"
     assert row == {"status": "skipped", "detail": reason}
@@ -293,29 +291,17 @@ def test_a_training_step_trains() -> None:
         assert not torch.equal(component.w_b_gate, first)
 
 
-@pytest.mark.skipif(ON_GPU, reason="without a GPU")
-def test_nothing_is_claimed_without_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_timing, "ceilings", lambda: None, raising=False)
-    assert "of ceiling" not in measure(TINY, layer(True, F32))
+WORK = Work(lambda: None, tokens=10, flops=6_000_000_000, bytes=3_000_000)
 
 
-@pytest.mark.parametrize("ceilings", [Ceilings(1e9, 1e15), Ceilings(1e15, 1e9)])
-def test_share_of_the_ceiling_that_is_reached_first(
-    ceilings: Ceilings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernel_timing, "ceilings", lambda: ceilings, raising=False)
-    row = measure(TINY, layer(True, F32))
-    low = ceilings.bytes_per_second < ceilings.flops_per_second
-    share = row["GB/s"] if low else 1e3 * row["TFLOP/s"]
-    assert row["of ceiling"] == pytest.approx(share)  # of 1e9 per second
+def test_rates_follow_from_the_times() -> None:
+    row = row_of(WORK, [4.0, 1.0, 2.0, 3.0, 5.0], None)
+    assert (row.pop("p20"), row.pop("ms"), row.pop("p80")) == pytest.approx((1.8, 3.0, 4.2))
+    assert row == pytest.approx({"tokens/s": 10 / 3e-3, "GB/s": 1.0, "TFLOP/s": 2.0})
 
 
-def test_rates_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = [4.0, 1.0, 2.0, 3.0, 5.0]
-    monkeypatch.setattr(whole_model, "_times", lambda call: times)
-    with layer(True, F32)(TINY) as (_, tokens, flops, moved):
-        row = measure(TINY, layer(True, F32))
-    assert (row["p20"], row["ms"], row["p80"]) == (1.8, statistics.median(times), 4.2)
-    assert row["tokens/s"] == pytest.approx(tokens / 3e-3)
-    assert row["GB/s"] == pytest.approx(moved / 3e-3 / 1e9)
-    assert row["TFLOP/s"] == pytest.approx(flops / 3e-3 / 1e12)
+@pytest.mark.parametrize(
+    ("limits", "share"), [(Ceilings(4e9, 1e15), 0.25), (Ceilings(1e15, 4e12), 0.5)]
+)
+def test_share_of_the_ceiling_that_is_reached_first(limits: Ceilings, share: float) -> None:
+    assert row_of(WORK, [3.0, 3.0], limits)["of ceiling"] == pytest.approx(share)

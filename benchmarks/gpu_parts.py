@@ -1,0 +1,496 @@
+"""The parts of a GPU day, most valuable first: what each looks at, job by job.
+
+A part is a function that lists its jobs without using the device much; its docstring stands in the
+report. `PARTS` has their order, and how long each takes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from npt_fast.benchmarks.device import DEVICE, DTYPE, ON_GPU, device_facts, peak_bytes
+from npt_fast.benchmarks.harness import MB, machine_facts
+from npt_fast.benchmarks.kernel_cases import OURS, REAL, TINY, Case, Shapes, cases, tensors
+from npt_fast.benchmarks.kernel_timing import (
+    Ceilings,
+    Timing,
+    attempt,
+    ceilings,
+    prepare,
+    time_case,
+)
+from npt_fast.benchmarks.programs import Program, run_tests
+from npt_fast.benchmarks.rows import NOT_RUN, Job, Row
+from npt_fast.benchmarks.saved_bytes import FORMS, formula_bytes, kept_bytes
+from npt_fast.kernels import coefficients, modulated_linear, probe, roofline, swiglu
+from npt_fast.kernels import modulated_mlp as mlp
+from npt_fast.kernels._tuning import disable_autotuning, enable_autotuning
+
+PATHS = get_args(mlp.Path)
+ROOFLINES = {path: path for path in PATHS} | {"reference": roofline.EAGER_VECTORS}
+MLP_OPS = ("decode", "modulated_mlp")
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """What of everything is wanted.
+
+    Attributes:
+        tiny: small problems.
+        ops: what is timed.
+        providers: what of it; baselines come along.
+        shapes: a regular expression; names of problems in which it is found are timed.
+    """
+
+    tiny: bool
+    ops: Sequence[str]
+    providers: Sequence[str]
+    shapes: str = ""
+
+    def cases(self, *ops: str) -> list[Case]:
+        """Those of the named ops that are wanted."""
+        shapes: Shapes = TINY if self.tiny else REAL
+        found = (case for op in ops if op in self.ops for case in cases(op, shapes))
+        return [case for case in found if re.search(self.shapes, case.shape)]
+
+
+def one_row(what: str, function: Callable[[], Row | None], **more: object) -> Job:
+    """A job of one row: what a function says, or how it failed."""
+
+    def run(deadline: float) -> Iterator[Row]:
+        result, status, detail = attempt(function)
+        yield {"what": what, **more, "status": status, "detail": detail, **(result or {})}
+
+    return Job(what, run)
+
+
+def environment(day: Day) -> list[Job]:
+    """Versions, the device, and which programs there are."""
+    packages = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-kernel", "pytest")
+
+    def run(deadline: float) -> Iterator[Row]:
+        for name, value in (machine_facts("npt_fast", *packages) | device_facts()).items():
+            yield {"what": name, "status": "ok", "detail": value}
+        for program in ("git", "gcc", "nvcc", "ncu", "compute-sanitizer"):
+            found = shutil.which(program) or "not on PATH"
+            yield {"what": program, "status": "ok", "detail": found}
+
+    return [Job("environment", run)]
+
+
+def values(day: Day) -> list[Job]:
+    """Every kernel in every dtype of the device against its definition: tests/kernels.
+
+    Without those that simulate a GPU, compile for other GPUs, or need a model.
+    """
+    left_out = ("ttsem", "aot", "smollm2", "gpu_only", "offsets")
+    files = [f"--ignore=tests/kernels/test_{name}.py" for name in left_out]
+    # where there is no GPU all of them run elsewhere, and take minutes
+    chosen = ["tests/kernels/test_tuning.py"] if day.tiny else ["tests/kernels", *files]
+    return [Job("tests/kernels", partial(run_tests, chosen))]
+
+
+def graphs(day: Day) -> list[Job]:
+    """CUDA graphs, second devices, offsets beyond 2^31: tests that want a GPU for themselves."""
+    chosen = ["tests/kernels/test_gpu_only.py"]
+    chosen += [] if day.tiny else ["tests/kernels/test_offsets.py"]
+    return [Job("tests of graphs and offsets", partial(run_tests, chosen, processes=1))]
+
+
+def timings(day: Day) -> list[Job]:
+    """Decode and the MLP by all paths, beside plain torch, the reference form and the bare MLP.
+
+    Medians, interleaved; what gives wrong values is refused, and not timed. Ratios are to the time
+    of the factored form in plain torch: smaller is faster. GB/s counts inputs and outputs once. The
+    ceiling is what a plain copy of these bytes or the vendor's product of as many FLOPs takes on
+    this device, whichever is longer; the roofline, the same launch by launch, as
+    kernels/roofline.py counts a path's bytes.
+    """
+    return [Job("ceilings", _ceilings), *_timing_jobs(day, day.cases(*MLP_OPS), _is_quick)]
+
+
+def compilers(day: Day) -> list[Job]:
+    """The same by `torch.compile`, and with Liger's SwiGLU."""
+    return _timing_jobs(day, day.cases(*MLP_OPS), lambda name: not _is_quick(name))
+
+
+def small_ops(day: Day) -> list[Job]:
+    """What the MLP consists of, op by op, beside plain torch, `torch.compile` and Liger."""
+    others = [op for op in day.ops if op not in MLP_OPS]
+    return _timing_jobs(day, day.cases(*others), lambda name: True)
+
+
+def tiles(day: Day) -> list[Job]:
+    """The fused path again with tiles that were measured, and which these are.
+
+    The rules' defaults are in the part timings.
+    """
+    if not ON_GPU:
+        return [one_row("fused, tiles measured", lambda: _skipped("needs a GPU"))]
+    return [
+        Job(str(case), partial(_with_measured_tiles, case, day))
+        for case in day.cases("modulated_mlp")
+    ]
+
+
+def _is_quick(name: str) -> bool:
+    return not name.startswith(("compile", "liger"))
+
+
+def _skipped(reason: str) -> Row:
+    return {"status": "skipped", "detail": reason}
+
+
+def _ceilings(deadline: float) -> Iterator[Row]:
+    found = ceilings(DTYPE)
+    what = {"op": "ceilings", "what": "a large copy, a large product"}
+    if found is None:
+        yield what | _skipped("times of the interpreter mean nothing")
+    else:
+        numbers = {"GB/s": found.bytes_per_second / 1e9, "TFLOP/s": found.flops_per_second / 1e12}
+        yield what | {"status": "ok", "detail": "", **numbers}
+
+
+def _timing_jobs(day: Day, found: Sequence[Case], wanted: Callable[[str], bool]) -> list[Job]:
+    jobs = []
+    for case in found:
+        names = [name for name in case.providers if wanted(name) and name in day.providers]
+        if names:
+            jobs.append(Job(str(case), partial(_time, case, names)))
+    return jobs
+
+
+def _time(case: Case, names: Sequence[str], deadline: float) -> Iterator[Row]:
+    limits, timed = ceilings(case.workload.dtype), []
+    for timing in time_case(case, names, deadline):
+        timed.append(timing)
+        yield timing_row(timing, limits)
+    for launch, group in groupby(timed, lambda timing: timing.launch):
+        if launch and case.chosen:
+            yield _path_row(f"{case}, {launch}", case.chosen, list(group))
+
+
+def timing_row(timing: Timing, limits: Ceilings | None) -> Row:
+    """A timing as a row of a table; no times that mean nothing."""
+    case, ms = timing.case, timing.milliseconds
+    found: Row = {
+        "op": case.op, "what": f"{case.what}, {case.shape}", "provider": timing.provider,
+        "launch": timing.launch, "status": timing.status, "detail": timing.detail,
+    }  # fmt: skip
+    if ms and limits is None:
+        return found | {"interpreter ms": ms[0]}
+    if ms and limits:
+        low, *_, high = statistics.quantiles(ms, n=5, method="inclusive") if ms[1:] else (ms * 2)
+        median = statistics.median(ms)
+        found |= {"ms": median, "p20": low, "p80": high}
+        if timing.ratios:
+            found["ratio"] = statistics.median(timing.ratios)
+        found |= {"GB/s": timing.bytes / median / 1e6, "TFLOP/s": timing.flops / median / 1e9}
+        found["of ceiling"] = limits.share(timing)
+        found["of roofline"] = _roofline_ms(timing, limits) / median or None
+        found |= {"peak MB": timing.peak / MB, "milliseconds": ms, "ratios": timing.ratios}
+    return found
+
+
+def _roofline_ms(timing: Timing, limits: Ceilings) -> float:
+    """The least time of a path of the MLP; 0 for all else."""
+    form, case = ROOFLINES.get(timing.provider), timing.case
+    if case.chosen is None or form is None:
+        return 0.0
+    p = case.workload
+    shape = roofline.Shape(p.hidden, p.intermediate, p.num_ranks, p.rank)
+    gpu = roofline.GPU(limits.flops_per_second / 1e12, limits.bytes_per_second / 1e12)
+    phases = ("decode",) if form == "decode" else tuple(case.what.split(" + "))
+    costs = roofline.costs(shape, p.tokens)
+    return sum(c.in_turn_ms(gpu) for c in costs if c.form == form and c.phase in phases)
+
+
+def _path_row(what: str, chosen: str, group: Sequence[Timing]) -> Row:
+    """What `choose_path` takes, and the fastest of the paths."""
+    times = {
+        timing.provider: statistics.median(timing.milliseconds)
+        for timing in group
+        if timing.milliseconds and timing.provider in PATHS
+    }
+    found: Row = {"op": "paths", "what": what, "status": "ok", "chosen": chosen}
+    if ON_GPU and chosen in times:
+        fastest = min(times, key=lambda path: times[path])
+        found |= {"fastest": fastest, "chosen / fastest": times[chosen] / times[fastest]}
+    return found
+
+
+def _with_measured_tiles(case: Case, day: Day, deadline: float) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tiles.json"
+        enable_autotuning(file)
+        try:
+            yield from _time(case, [n for n in ("fused",) if n in day.providers], deadline)
+            measured = json.loads(file.read_text()) if file.exists() else {}
+        finally:
+            disable_autotuning()
+    for launch, sizes in measured.items():
+        detail = " ".join(map(str, sizes))
+        yield {"op": "tiles", "what": launch, "status": "ok", "detail": f"m n k w s: {detail}"}
+
+
+def model(day: Day) -> list[Job]:
+    """A Llama of the widths of Llama-3.2-1B with random weights: decoding, one layer, training."""
+    from npt_fast.benchmarks import whole_model  # which takes a while to import
+
+    return [one_row(job.what, job.run) for job in whole_model.jobs(tiny=day.tiny)]
+
+
+def host(day: Day) -> list[Job]:
+    """Microseconds of the host for a call of every path, and its launches.
+
+    The device has next to nothing to do.
+    """
+
+    def run(deadline: float) -> Iterator[Row]:
+        if not ON_GPU:
+            yield {"what": "calls", **_skipped("npt-fast bench --host measures without a GPU")}
+            return
+        from npt_fast.benchmarks.host import measure
+
+        for found in measure():
+            yield {"status": "ok", "detail": "", **found}
+
+    return [Job("calls", run)]
+
+
+def memory(day: Day) -> list[Job]:
+    """A training step's bytes: kept between forward and backward, by formula too; at the peak."""
+    factored, again, reference = FORMS
+    forms = {
+        "factored": factored,
+        "gemm": factored,
+        "fused": factored,
+        "gemm-again": again,
+        "reference": reference,
+    }
+    return [
+        one_row(f"{case.shape}, {name}", partial(_memory_row, case, name, form))
+        for case in day.cases("modulated_mlp")
+        if case.what != "forward"
+        for name, form in forms.items()
+        if name in day.providers
+    ]
+
+
+def _memory_row(case: Case, name: str, form: object) -> Row:
+    expected = formula_bytes(case.workload, form, case.workload.dtype)  # type: ignore[arg-type]
+    inputs = prepare(case).inputs
+    run = partial(case.providers[name].run, *inputs)
+    kept = kept_bytes(inputs[:4], run)  # a step's backward keeps nothing more
+    found: Row = {"kept MB": kept / MB, "formula MB": expected / MB}
+    found["kept / formula"] = kept / expected
+    if ON_GPU:
+        found["peak MB"] = peak_bytes(run) / MB
+    return found | {"status": "ok" if abs(kept / expected - 1) <= 0.02 else "differs"}
+
+
+def large(day: Day) -> list[Job]:
+    """Tensors of more than 2^31 elements, by comparing some rows with calls for these rows alone.
+
+    Rows are the first, the last, and those around element 2^31.
+    """
+    width, rank = (64, 16) if day.tiny else (4096, 64)
+    tokens = 300 if day.tiny else 2**31 // width + 193
+    k = width // rank
+    narrow = 32
+
+    def weight(*shape: int) -> Tensor:
+        values: Tensor = torch.randn(shape, device=DEVICE, dtype=DTYPE) / shape[0] ** 0.5
+        return values
+
+    def coefficients_bwd(dz: Tensor, u: Tensor, p: Tensor, s: Tensor) -> Sequence[Tensor]:
+        du = torch.empty_like(u)
+        one = (t.unsqueeze(0) for t in (dz, u, p, s.float(), du))
+        dp, z = coefficients.coefficients_bwd(*one)
+        return dp, z[0], du
+
+    def coefficients_fwd(u: Tensor, p: Tensor) -> Sequence[Tensor]:
+        s, z = coefficients.coefficients_fwd(u.unsqueeze(0), p.unsqueeze(0), k)
+        return s[0], z[0]
+
+    def probe_fwd(a: Tensor, u: Tensor) -> Sequence[Tensor]:
+        s, z, p = probe.probe(a, weight(width, narrow), u.unsqueeze(0), k, True)
+        return s[0], z[0], p
+
+    def to_wide(a: Tensor) -> Sequence[Tensor]:
+        return [modulated_linear.modulated_linear([a, a], [weight(narrow, width)] * 2, None)]
+
+    def from_wide(a: Tensor) -> Sequence[Tensor]:
+        return [modulated_linear.modulated_linear([a, a], [weight(width, narrow)] * 2, None)]
+
+    def gate_up(h: Tensor) -> Sequence[Tensor]:
+        back = weight(width, narrow)
+        arguments = (back, back, h.unsqueeze(0), weight(narrow, width), None, None, None, True)
+        return modulated_linear.modulated_gate_up(h, *arguments)
+
+    def job(
+        what: str, widths: Sequence[int], written: int, run: Callable[..., Sequence[Tensor]]
+    ) -> Job:
+        need = tokens * (sum(widths) + written) * DTYPE.itemsize
+
+        def compare() -> Row | None:
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0] if ON_GPU else math.inf
+            if 1.05 * need > free:
+                return _skipped(f"the device has {free / 1e9:.1f} GB free")
+            _sampled(run, tokens, widths, width)
+            return None
+
+        return one_row(what, compare, elements=tokens * width, GB=need / 1e9)
+
+    return [
+        job("coefficients, forward", (width, width), width + 2 * k, coefficients_fwd),
+        job("coefficients, backward", (width, width, width, k), 3 * width, coefficients_bwd),
+        job("swiglu, forward", (width, width), width, lambda *a: [swiglu.swiglu_fwd(*a)]),
+        job("swiglu, backward", (width, width, width), 3 * width, swiglu.swiglu_bwd),
+        job("modulated_linear, wide result", (narrow,), width, to_wide),
+        job("modulated_linear, wide operand", (width,), narrow, from_wide),
+        job("modulated_linear, gate and up", (narrow,), 3 * width, gate_up),
+        job("probe", (narrow, width), 2 * width + 2 * k, probe_fwd),
+    ]
+
+
+def _sampled(
+    run: Callable[..., Sequence[Tensor]], tokens: int, widths: Sequence[int], width: int
+) -> None:
+    def seeded(*inputs: Tensor) -> Sequence[Tensor]:
+        torch.manual_seed(0)  # weights are the same in every call
+        return run(*inputs)
+
+    inputs = [torch.randn(tokens, n, device=DEVICE, dtype=DTYPE) for n in widths]
+    results = seeded(*inputs)
+    middle = min(2**31 // width, tokens - 128)
+    for begin in (0, middle - 64, tokens - 128):
+        some = slice(begin, begin + 128)
+        for found, expected in zip(results, seeded(*(t[some] for t in inputs)), strict=True):
+            torch.testing.assert_close(found[some], expected, rtol=0.02, atol=0.02)
+
+
+def determinism(day: Day) -> list[Job]:
+    """Bits of two runs, values and gradients; and of a token decoded alone and among others."""
+    jobs = []
+    for case in day.cases(*MLP_OPS):
+        for name in case.providers:
+            if name in OURS and name in day.providers:
+                jobs.append(one_row(f"{case}, {name}", partial(_twice, case, name)))
+        if case.op == "decode":
+            jobs.append(one_row(f"{case}, first token alone", partial(_alone, case)))
+    return jobs
+
+
+def _twice(case: Case, name: str) -> Row:
+    run = partial(case.providers[name].run, *prepare(case).inputs)
+    pairs = zip(tensors(run()), tensors(run()), strict=True)
+    same = all(torch.equal(first, second) for first, second in pairs)
+    return {"status": "ok" if same else "differs", "detail": "" if same else "of another run"}
+
+
+def _alone(case: Case) -> Row:
+    """Reported, and no failure: tiles of more tokens may add up in another order."""
+    x, h, base, m = prepare(case).inputs
+    alone = mlp.modulated_mlp(x[:1], h[:1], base, m, path="decode")
+    among = mlp.modulated_mlp(x, h, base, m, path="decode")[:1]
+    if torch.equal(alone, among):
+        return {"detail": f"the same bits as among {len(x)}"}
+    error = (alone - among).norm() / among.norm()
+    return {"detail": f"relative difference {error.item():.1e} from that among {len(x)}"}
+
+
+def sanitizer(day: Day) -> list[Job]:
+    """Accesses out of bounds and races, as NVIDIA's compute-sanitizer sees them.
+
+    On two small problems, one of odd sizes.
+    """
+    tool = shutil.which("compute-sanitizer") if ON_GPU else None
+    if not tool:
+        reason = "compute-sanitizer is not on PATH" if ON_GPU else "needs a GPU"
+        script = partial(_script, "its script, without it", (), ("swiglu",), 120.0)
+        return [one_row("compute-sanitizer", lambda: _skipped(reason)), Job("script", script)]
+    # room between allocations, of which torch must make one for every tensor
+    memcheck = (tool, "--tool=memcheck", "--padding=4096")
+    racecheck = (tool, "--tool=racecheck")
+    return [
+        Job("memcheck", partial(_script, "memcheck", memcheck, day.ops, 150.0)),
+        Job("racecheck", partial(_script, "racecheck", racecheck, day.ops, 120.0)),
+    ]
+
+
+def _script(
+    what: str, tool: Sequence[str], ops: Sequence[str], seconds: float, deadline: float
+) -> Iterator[Row]:
+    # PyTorch probes for peers and attributes with calls that fail on purpose
+    options = ["--report-api-errors=no", "--error-exitcode=1"] if tool else []
+    command = [*tool, *options, sys.executable, "-m", "npt_fast.benchmarks.kernel_cases", *ops]
+    variables = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    limit = min(deadline, time.monotonic() + seconds)
+    program = Program(command, limit, variables)
+    output = [line for line in program.lines() if line.strip()]
+    detail = output[-1] if output else ""
+    status = "failed" if program.code else "ok"
+    if program.code is None:
+        status, detail = NOT_RUN, f"ended after {seconds:.0f} s, or with the budget; {detail}"
+    yield {"what": what, "status": status, "detail": detail, "output": output[-200:]}
+
+
+def prepare_process() -> None:
+    """For the process that does the jobs."""
+    if not ON_GPU:  # on a busy machine, small operations wait for the slowest thread
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the day.
+
+    Attributes:
+        jobs: lists its jobs.
+        seconds: about what it takes on an H100, reckoned and not yet measured; with a budget, a
+            part that takes half as much again is cut off, so that those behind it get their turn.
+    """
+
+    jobs: Callable[[Day], list[Job]]
+    seconds: float
+
+
+PARTS = {
+    part.jobs.__name__: part
+    for part in (
+        Part(environment, 10),
+        Part(values, 140),
+        Part(graphs, 60),
+        Part(timings, 120),
+        Part(model, 110),
+        Part(host, 15),
+        Part(memory, 20),
+        Part(large, 40),
+        Part(determinism, 30),
+        Part(compilers, 150),
+        Part(small_ops, 70),
+        Part(tiles, 60),
+        Part(sanitizer, 270),
+    )
+}
+"""By name, most valuable first."""

@@ -1,0 +1,134 @@
+"""A process of its own that does jobs: a device that failed, or no longer answers, is lost for all
+later work of the process that used it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+from npt_fast.benchmarks.rows import Row
+
+_GRACE = 5.0
+"""Seconds that a job may go on behind its deadline, which it looks at now and then."""
+
+
+class Late(RuntimeError):
+    """A job did not end in time, and its process was ended."""
+
+
+class Worker:
+    """Lists and does jobs in a process, which is started again when it has ended.
+
+    Args:
+        day: a `gpu_parts.Day`.
+    """
+
+    def __init__(self, day: Any) -> None:
+        self._day = day
+        self._process: Any = None
+        self._connection: Any = None
+        self._start()  # it loads torch while the parent does other things
+
+    def facts(self, deadline: float) -> dict[str, str]:
+        """About the device.
+
+        Raises:
+            RuntimeError: the process ended.
+            Late: it has no answer some time after the deadline, of `time.monotonic`.
+        """
+        return dict(self._ask(("facts",), deadline))
+
+    def jobs(self, part: str, deadline: float) -> list[str]:
+        """What the jobs of a part are about; errors as for `facts`."""
+        return list(self._ask(("list", part), deadline))
+
+    def run(self, part: str, index: int, deadline: float) -> Iterator[Row]:
+        """Rows of a job, as they come; errors as for `facts`."""
+        return self._ask(("run", part, index, deadline), deadline)
+
+    def _start(self) -> None:
+        if self._process is not None and self._process.is_alive():
+            return
+        context = get_context("spawn")
+        self._connection, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, self._day), daemon=True)
+        self._process.start()
+        there.close()
+
+    def _ask(self, request: tuple[Any, ...], deadline: float) -> Iterator[Any]:
+        self._start()
+        try:
+            self._connection.send(request)
+            while True:
+                wait = max(0.0, deadline + _GRACE - time.monotonic())
+                if not self._connection.poll(min(wait, 1e6)):
+                    self.stop()
+                    raise Late("no answer; its process was ended")
+                kind, value = self._connection.recv()
+                if kind == "end":
+                    return
+                if kind == "error":
+                    raise RuntimeError(value)
+                yield value
+        except (EOFError, ConnectionError):
+            self._process.join()
+            code = self._process.exitcode
+            self.stop()
+            name = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            raise RuntimeError(f"its process ended with {name}") from None
+
+    def stop(self) -> None:
+        """End the process, and what it has started."""
+        if self._process is None:
+            return
+        self._process.terminate()  # on which it ends its programs
+        self._process.join(2)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._connection.close()
+        self._process = self._connection = None
+
+
+def _serve(connection: Connection, day: Any) -> None:
+    """What the process does: it answers requests until the connection ends."""
+    os.setpgrp()  # signals to the group are the parent's
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    from npt_fast.benchmarks.device import device_error, device_facts
+    from npt_fast.benchmarks.gpu_parts import PARTS, prepare_process
+
+    prepare_process()
+    listed: dict[str, Any] = {}
+
+    def answer(what: str, part: str = "", index: int = 0, deadline: float = 0.0) -> Iterator[Any]:
+        if what == "facts":
+            yield from device_facts().items()
+            return
+        if part not in listed:
+            listed[part] = PARTS[part].jobs(day)
+        if what == "list":
+            yield from (job.what for job in listed[part])
+        else:
+            yield from listed[part][index].run(deadline)
+
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        try:
+            for value in answer(*request):
+                connection.send(("value", value))
+        except Exception as error:  # of a job; the others still count
+            connection.send(("error", f"{type(error).__name__}: {error}"))
+        else:
+            connection.send(("end", None))
+        if lost := device_error():
+            print(f"The device failed: {lost}", file=sys.stderr, flush=True)
+            sys.exit(1)
