@@ -26,11 +26,11 @@ import pytest
 import torch
 
 import npt_fast as npt
-from npt_fast import modules
 from npt_fast.benchmarks.harness import MB, ROOT, machine_facts, save
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.tables import markdown_table
+from npt_fast.testing import implementation
 from npt_fast.training.curriculum import Stage
 from npt_fast.training.distillation import Distillation
 
@@ -54,8 +54,8 @@ def make_step(way: str) -> Callable[[], float]:
     torch.nn.init.normal_(component.w_b_gate, std=1e-3)  # ΔW is not 0 in the middle of training
     optimizer = torch.optim.AdamW(component.parameters(), lr=1e-4)
     ids = torch.randint(0, model.config.vocab_size, (BATCH, LENGTH))
+    losses: Callable[[], torch.Tensor]
     if way == "original":
-        modules.modulated_mlp = functools.partial(modules.modulated_mlp, impl="reference")
         losses = functools.partial(_original, model, ids)
     else:
         both = way == "equal losses"
@@ -96,10 +96,12 @@ def _original(model: Any, ids: torch.Tensor) -> torch.Tensor:
         for hook in hooks:
             hook.remove()
     handle = components(model)[LAYER].register_forward_hook(record("output", None))
-    student = model(ids, use_cache=False).logits
+    with implementation("reference"):
+        student = model(ids, use_cache=False).logits
     handle.remove()
     direct = (seen["output"] - seen["attention"] - seen["mlp"]).square().mean()
-    return 10.0 * direct + (student - teacher).square().mean()
+    loss: torch.Tensor = 10.0 * direct + (student - teacher).square().mean()
+    return loss
 
 
 def _serve(way: str) -> None:
@@ -180,9 +182,8 @@ def save_results(found: dict[str, tuple[list[float], int]], rounds: int) -> Path
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_training_step(benchmark: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_step(benchmark: Any, way: str) -> None:
     """One row of the table, as pytest-benchmark sees it."""
-    monkeypatch.setattr(modules, "modulated_mlp", modules.modulated_mlp)  # restored afterwards
     benchmark.group = "training step, SmolLM2-135M"
     benchmark.name = way
     benchmark.pedantic(make_step(way), rounds=3, warmup_rounds=1)

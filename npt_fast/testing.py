@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
+from importlib.util import find_spec
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from npt_fast import modules
+from npt_fast.functional import modulated_mlp
 from npt_fast.kernels.factored import Base, Modulation
+
+PATHS = ("gemm", "fused", "decode")
+"""Of Triton's kernels, see `npt_fast.kernels.modulated_mlp`."""
+IMPLEMENTATIONS = ("auto", "factored", "reference", *PATHS)
+"""Every way to compute an NP layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,3 +127,37 @@ def assert_within_budget(
     allowed += torch.finfo(actual.dtype).eps * norm
     if error > allowed:
         raise AssertionError(f"{name}: error {error:.3e}, {allowed:.3e} allowed, norm {norm:.3e}")
+
+
+@contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Every NP layer that is called within the context, in any thread, is computed in one way.
+
+    Backward goes the way of its forward, also after the context has ended.
+
+    Args:
+        name: one of `IMPLEMENTATIONS`.
+
+    Raises:
+        ValueError: an unknown name; and from the call of a layer, where that way cannot compute it.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
+        )
+    path = name in PATHS
+    impl: Any = "triton" if path else name
+    with ExitStack() as stack:
+
+        def put(module: Any, function: str, replacement: Any) -> None:
+            stack.enter_context(mock.patch.object(module, function, replacement))
+
+        put(modules, "modulated_mlp", partial(modulated_mlp, impl=impl))
+        if find_spec("triton"):
+            from npt_fast.kernels import modulated_mlp as kernels
+
+            # the rule itself, also where a context around this one has put something in its place
+            rule = inspect.unwrap(kernels.choose_path)
+            forced = wraps(rule)(lambda *_, **__: name)
+            put(kernels, "choose_path", forced if path else rule)
+        yield

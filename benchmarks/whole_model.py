@@ -1,0 +1,408 @@
+"""A whole model: decoding, one NP layer alone, and a step of training.
+
+The model is a Llama of the widths of Llama-3.2-1B with random weights, which are drawn on the
+device, and every layer of it is an NP layer that a job turns on or leaves off. What a job times is
+compared with what any way to compute it must do: read the weights once, in the dtype in which they
+are kept, and multiply the matrices.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+
+import npt_fast as npt
+from npt_fast.benchmarks.device import (
+    DEVICE,
+    DTYPE,
+    ON_GPU,
+    RUNS_TRITON,
+    milliseconds,
+    peak_bytes,
+    synchronize,
+)
+from npt_fast.benchmarks.kernel_timing import Ceilings, ceilings
+from npt_fast.hf.convert import components, decoder_layers
+from npt_fast.kernels import roofline
+from npt_fast.modules import NPComponent
+from npt_fast.testing import PATHS, implementation
+from npt_fast.training.curriculum import Stage
+from npt_fast.training.distillation import Distillation
+
+Row = dict[str, Any]
+
+_ROUNDS = 10
+_BATCH_MS = 20.0
+"""About how long one timing takes: many calls of what is short, with one start and one end."""
+_FACTORS = (torch.float32, torch.bfloat16)
+_TEACHER = Stage("teacher", 1, 0.0, 0.0)
+
+
+class Job(NamedTuple):
+    """One row of the table: what it is about, and what measures it."""
+
+    what: str
+    run: Callable[[], Row]
+
+
+class Work(NamedTuple):
+    """Something to time, and what any way to compute it must do.
+
+    Attributes:
+        call: does it once; may be called again and again.
+        tokens: that a call is for.
+        flops: of the products of matrices.
+        bytes: of weights and of keys and values, read once; with an optimizer, all that it moves.
+            Other activations are left out: they are few where memory is the limit.
+    """
+
+    call: Callable[[], object]
+    tokens: int
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Sizes of the model, and of what it is given.
+
+    Attributes:
+        shape: of an NP layer.
+        layers: number of them.
+        heads: of attention.
+        kv_heads: of keys and values.
+        vocab: number of tokens that there are.
+        context: tokens that a decoded one attends to, itself included.
+        windows: texts of a training step.
+        length: tokens of each.
+    """
+
+    shape: roofline.Shape
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    context: int
+    windows: int
+    length: int
+
+    @property
+    def middle(self) -> int:
+        """The layer that is on where only one is."""
+        return self.layers // 2
+
+
+REAL = Size(roofline.MODELS["llama-3.2-1b"], 16, 32, 8, 128_256, 1024, 8, 1024)
+TINY = Size(roofline.Shape(64, 128, num_ranks=2, rank=16), 4, 4, 2, 256, 12, 2, 16)
+
+
+def jobs(*, tiny: bool) -> list[Job]:
+    """All of it, the most valuable first; nothing is built before a job runs.
+
+    Args:
+        tiny: small widths, to try everything out.
+    """
+    size = TINY if tiny else REAL
+    return [
+        *_decode_jobs(size, graph=True),
+        *_training_jobs(size),
+        *_layer_jobs(size),
+        *_decode_jobs(size, graph=False),
+    ]
+
+
+def _decode_jobs(size: Size, *, graph: bool) -> Iterator[Job]:
+    ways: dict[str, dict[str, Any]] = {"base model": {"layers": (), "factors": torch.float32}}
+    for layers in ((size.middle,), range(size.layers)):
+        count = f"{len(layers)} NP layer{'s' if len(layers) > 1 else ''}"
+        for factors in _FACTORS:
+            ways[f"{count}, factors in {_name(factors)}"] = {"layers": layers, "factors": factors}
+    for batch in (1, 16):
+        what = f"decode, {'graph' if graph else 'eager'}, batch {batch}"
+        for way, options in ways.items():
+            work = partial(decode, batch=batch, **options)
+            yield Job(f"{what}, {way}", partial(measure, size, work, graph=graph))
+
+
+def _training_jobs(size: Size) -> Iterator[Job]:
+    for autocast in (False, True):
+        for name in ("gemm", "fused", "factored", "reference"):
+            what = f"training step, {size.windows} x {size.length} tokens, {name}"
+            run = partial(measure, size, partial(training, autocast=autocast), name=name)
+            yield Job(f"{what}{', autocast' if autocast else ''}", run)
+
+
+def _layer_jobs(size: Size) -> Iterator[Job]:
+    for tokens in (1, 16, 64):
+        what = f"layer alone, graph, T={tokens}"
+        work = partial(layer, tokens=tokens, on=False, factors=torch.float32)
+        yield Job(f"{what}, base MLP", partial(measure, size, work, graph=True))
+        for name in ("decode", "gemm", "factored"):
+            for factors in _FACTORS:
+                work = partial(layer, tokens=tokens, on=True, factors=factors)
+                run = partial(measure, size, work, graph=True, name=name)
+                yield Job(f"{what}, {name}, factors in {_name(factors)}", run)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def measure(
+    size: Size,
+    work: Callable[[Size], AbstractContextManager[Work]],
+    *,
+    graph: bool = False,
+    name: str = "auto",
+) -> Row:
+    """Time something.
+
+    Args:
+        size: of the model.
+        work: prepares it.
+        graph: launch it as a CUDA graph.
+        name: how NP layers are computed, one of `npt_fast.testing.IMPLEMENTATIONS`.
+
+    Returns:
+        ``ms`` of a call, the median, ``p20`` and ``p80``; ``tokens/s``, ``GB/s``, ``TFLOP/s``;
+        ``of ceiling`` on a GPU: the time in which it could have done it, by the time it took;
+        ``peak MB`` on a GPU, without a graph: memory that a call needs beside
+        what is there before, which are weights, and moments where there is an optimizer. Or, where
+        it cannot run here, a ``status`` and the reason as ``detail``.
+    """
+    if why := _obstacle(graph, name):
+        return {"status": "skipped", "detail": why}
+    with work(size) as given, implementation(name):
+        times = _times(_captured(given.call) if graph else given.call)
+        peak = 0 if graph else peak_bytes(given.call)
+    row = row_of(given, times, ceilings(DTYPE) if ON_GPU else None)
+    return row | {"peak MB": peak / 1e6} if peak else row
+
+
+def row_of(work: Work, times: Sequence[float], limits: Ceilings | None) -> Row:
+    """What follows from the milliseconds of several calls, see `measure`."""
+    low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
+    ms = statistics.median(times)
+    row = {"ms": ms, "p20": low, "p80": high, "tokens/s": 1e3 * work.tokens / ms}
+    row |= {"GB/s": work.bytes / ms / 1e6, "TFLOP/s": work.flops / ms / 1e9}
+    if limits is not None:
+        row["of ceiling"] = limits.floor_ms(work.flops, work.bytes) / ms
+    return row
+
+
+def _obstacle(graph: bool, name: str) -> str:
+    """Why something cannot run here; empty if it can."""
+    if ON_GPU:
+        return ""
+    if graph:
+        return "a CUDA graph needs a GPU"
+    if name in PATHS and not RUNS_TRITON:
+        return "Triton's kernels need a GPU, or TRITON_INTERPRET=1 from the start"
+    return ""
+
+
+def _times(call: Callable[[], object]) -> list[float]:
+    """Milliseconds of a call, several times over."""
+    call()
+    synchronize()
+    if not ON_GPU:  # to see that it runs
+        return [milliseconds(call) for _ in range(2)]
+    count = math.ceil(_BATCH_MS / max(milliseconds(call), 1e-3))
+
+    def batch() -> None:
+        for _ in range(count):
+            call()
+
+    for _ in range(3):  # the clocks rise
+        batch()
+    return [milliseconds(batch) / count for _ in range(_ROUNDS)]
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@lru_cache(maxsize=1)
+def build(size: Size) -> Any:
+    """The model, all of its layers NP layers with factors in float32; kept for the next job."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=size.shape.hidden,
+        intermediate_size=size.shape.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        vocab_size=size.vocab,
+        max_position_embeddings=max(size.context, size.length),
+        tie_word_embeddings=True,
+    )
+    auto: Any = AutoModelForCausalLM
+    with DEVICE:
+        model = auto.from_config(config, dtype=DTYPE).eval()
+    options = npt.NPTConfig(
+        layers=range(size.layers), rank=size.shape.rank, num_ranks=size.shape.num_ranks
+    )
+    npt.convert(model, options)
+    for component in components(model).values():
+        for name, parameter in component.named_parameters():
+            if name.startswith("w_b"):  # zeros need less power than what a training leaves there
+                nn.init.normal_(parameter, std=1e-3)
+    return model
+
+
+@contextmanager
+def arranged(model: Any, layers: Sequence[int], factors: torch.dtype) -> Iterator[None]:
+    """Within the context only `layers` are NP layers, and their factors are of that dtype.
+
+    Afterwards all is as before, whatever has been done to the factors' ``data`` and ``grad``.
+    """
+    parts = components(model)
+    off = [index for index in parts if index not in layers]
+    before = [(p, p.data) for index in layers for p in parts[index].parameters()]
+    with npt.disabled(model, layers=off):
+        try:
+            for parameter, data in before:
+                parameter.data = data.to(factors)
+            yield
+        finally:
+            for parameter, data in before:
+                parameter.data, parameter.grad = data, None
+
+
+@contextmanager
+def decode(
+    size: Size, *, batch: int, layers: Sequence[int], factors: torch.dtype
+) -> Iterator[Work]:
+    """The last token that a full static cache has room for, without choosing the one after it.
+
+    Args:
+        size: of the model.
+        batch: texts that are decoded together.
+        layers: that are NP layers.
+        factors: dtype of their factors.
+    """
+    model = build(size)
+    with arranged(model, layers, factors), torch.inference_mode():
+        ids = torch.randint(size.vocab, (batch, size.context), device=DEVICE)
+        cache: Any = StaticCache(config=model.config, max_cache_len=size.context)
+        model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        last = ids[:, -1:].clone()
+        lengths = [part.cumulative_length for part in cache.layers]
+
+        def call() -> Tensor:
+            logits: Tensor = model(last, past_key_values=cache, use_cache=True).logits
+            # the cache counts on the device, also when a graph is replayed: once more the last one
+            torch._foreach_sub_(lengths, 1)
+            return logits
+
+        weights = weights_of(model)
+        held = sum(part.keys.nbytes + part.values.nbytes for part in cache.layers)
+        pairs = size.layers * batch * size.context
+        flops = batch * matrix_flops(weights) + attention_flops(size, pairs)
+        yield Work(call, batch, flops, bytes_of(weights) + held)
+
+
+@contextmanager
+def layer(size: Size, *, tokens: int, on: bool, factors: torch.dtype) -> Iterator[Work]:
+    """The MLP of the layer in the middle, without gradients.
+
+    Args:
+        size: of the model.
+        tokens: T.
+        on: whether it is modulated.
+        factors: dtype of its factors.
+    """
+    model, index = build(size), size.middle
+    mlp, component = decoder_layers(model)[index].get_submodule("mlp"), components(model)[index]
+    with arranged(model, [index], factors), torch.inference_mode():
+        x, h = torch.randn(2, 1, tokens, size.shape.hidden, device=DEVICE, dtype=DTYPE)
+        weights = weights_of(mlp, component) if on else weights_of(mlp)
+        call = partial(component, x, h, mlp) if on else partial(mlp, h)
+        yield Work(call, tokens, tokens * matrix_flops(weights), bytes_of(weights))
+
+
+@contextmanager
+def training(size: Size, *, autocast: bool) -> Iterator[Work]:
+    """A step of the layer in the middle in the teacher stage, with AdamW.
+
+    Args:
+        size: of the model.
+        autocast: in bfloat16.
+    """
+    model, index = build(size), size.middle
+    decoder, component = decoder_layers(model), components(model)[index]
+    with arranged(model, [index], torch.float32):
+        for parameter in component.parameters():
+            parameter.data = parameter.data.clone()  # these are trained
+        ids = torch.randint(size.vocab, (size.windows, size.length), device=DEVICE)
+        distillation = Distillation(model)
+        optimizer = torch.optim.AdamW(component.parameters(), lr=1e-5, fused=True)
+
+        def call() -> None:
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=autocast):
+                loss = distillation(ids, stage=_TEACHER).total / ids.numel()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        run = weights_of(*decoder[: index + 1])
+        mlp = weights_of(decoder[index].get_submodule("mlp"))
+        # run are also the factors, which the base's pass does without: they are the MLP's once more
+        forward = matrix_flops(run) + matrix_flops(mlp)
+        pairs = (index + 1) * size.windows * size.length * (size.length + 1) // 2
+        flops = ids.numel() * (forward + backward_flops(size.shape)) + attention_flops(size, pairs)
+        # gradients are written; AdamW reads them, weights and two moments, and writes the latter
+        moved = bytes_of(run) + 8 * bytes_of(list(component.parameters()))
+        yield Work(call, ids.numel(), flops, moved)
+
+
+def weights_of(*modules: nn.Module) -> list[nn.Parameter]:
+    """Parameters that a call of the modules reads, each once: none of NP layers that are off."""
+    parts = [part for module in modules for part in module.modules()]
+    off = {
+        id(parameter)
+        for part in parts
+        if isinstance(part, NPComponent) and not part.enabled
+        for parameter in part.parameters()
+    }
+    found = {id(p): p for module in modules for p in module.parameters()}
+    return [parameter for key, parameter in found.items() if key not in off]
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Of all together."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def matrix_flops(weights: Sequence[Tensor]) -> int:
+    """Of a token's products with them: 2 for each entry of a matrix."""
+    return 2 * sum(weight.numel() for weight in weights if weight.ndim == 2)
+
+
+def attention_flops(size: Size, pairs: int) -> int:
+    """Of a token's products with keys and with values, for pairs of tokens."""
+    return 4 * size.shape.hidden * pairs
+
+
+def backward_flops(shape: roofline.Shape) -> int:
+    """Of a token where its x and h need no gradients, as in the teacher stage."""
+    d, r, f = shape.hidden, shape.joined, shape.intermediate
+    return roofline.backward_flops(shape) - 2 * (2 * d * f + 5 * d * r)
