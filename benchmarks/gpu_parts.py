@@ -218,7 +218,7 @@ def model(day: Day) -> list[Job]:
     """A Llama of the widths of Llama-3.2-1B with random weights: decoding, one layer, training."""
     from npt_fast.benchmarks import whole_model  # which takes a while to import
 
-    return [one_row(job.what, job.run) for job in whole_model.jobs(tiny=day.tiny)]
+    return [one_row(*found) for found in whole_model.measurements(tiny=day.tiny)]
 
 
 def host(day: Day) -> list[Job]:
@@ -234,7 +234,8 @@ def host(day: Day) -> list[Job]:
         from npt_fast.benchmarks.host import measure
 
         for found in measure():
-            yield {"status": "ok", "detail": "", **found}
+            about = {"what": found.pop("what"), "provider": found.pop("path")}
+            yield about | {"status": "ok", "detail": "", **found}
 
     return [Job("calls", run)]
 

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from npt_fast.benchmarks.device import DEVICE, ON_GPU, synchronize
+from npt_fast.benchmarks.rows import Row, table
 from npt_fast.benchmarks.stub_driver import stub_driver
-from npt_fast.cli.output import markdown_table
 from npt_fast.errors import NPTError
 from npt_fast.functional import modulated_mlp
 from npt_fast.kernels import factored
@@ -34,8 +34,6 @@ from npt_fast.kernels import modulated_mlp as paths
 from npt_fast.kernels._launch import INTERPRETED
 from npt_fast.kernels.factored import Base, Modulation
 from npt_fast.testing import Problem, make_inputs
-
-Row = dict[str, Any]
 
 PROBLEM = Problem(tokens=16, hidden=16, intermediate=16, num_ranks=2, rank=8)
 """The smallest with whole tiles, so that compiling takes no longer than it must."""
@@ -266,5 +264,4 @@ def _seconds(function: Callable[[], object], number: int) -> float:
 
 
 if __name__ == "__main__":
-    rows = measure()
-    print(markdown_table(list(rows[0]), [[str(cell) for cell in row.values()] for row in rows]))
+    print(table(measure()))

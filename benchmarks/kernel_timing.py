@@ -123,7 +123,7 @@ class _Calls:
 
             self._fresh = restore
         calls = [partial(provider.run, *inputs) for inputs in copies]
-        self._calls = [_graph(call) for call in calls] if graph else calls
+        self._calls = [captured(call) for call in calls] if graph else calls
         self._next = 0
         self._run(len(calls))
         synchronize()
@@ -141,7 +141,8 @@ class _Calls:
         return milliseconds(partial(self._run, self._count)) / self._count
 
 
-def _graph(call: Callable[[], object]) -> Callable[[], None]:
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """Replays a call as a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -30,15 +30,14 @@ from npt_fast.benchmarks.device import (
     peak_bytes,
     synchronize,
 )
-from npt_fast.benchmarks.kernel_timing import Ceilings, ceilings
+from npt_fast.benchmarks.kernel_timing import Ceilings, captured, ceilings
+from npt_fast.benchmarks.rows import Row
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.kernels import roofline
 from npt_fast.modules import NPComponent
 from npt_fast.testing import PATHS, implementation
 from npt_fast.training.curriculum import Stage
 from npt_fast.training.distillation import Distillation
-
-Row = dict[str, Any]
 
 _ROUNDS = 10
 _BATCH_MS = 20.0
@@ -47,7 +46,7 @@ _FACTORS = (torch.float32, torch.bfloat16)
 _TEACHER = Stage("teacher", 1, 0.0, 0.0)
 
 
-class Job(NamedTuple):
+class Measurement(NamedTuple):
     """One row of the table: what it is about, and what measures it."""
 
     what: str
@@ -105,8 +104,8 @@ REAL = Size(roofline.MODELS["llama-3.2-1b"], 16, 32, 8, 128_256, 1024, 8, 1024)
 TINY = Size(roofline.Shape(64, 128, num_ranks=2, rank=16), 4, 4, 2, 256, 12, 2, 16)
 
 
-def jobs(*, tiny: bool) -> list[Job]:
-    """All of it, the most valuable first; nothing is built before a job runs.
+def measurements(*, tiny: bool) -> list[Measurement]:
+    """All of it, the most valuable first; nothing is built before one of them runs.
 
     Args:
         tiny: small widths, to try everything out.
@@ -120,7 +119,7 @@ def jobs(*, tiny: bool) -> list[Job]:
     ]
 
 
-def _decode_jobs(size: Size, *, graph: bool) -> Iterator[Job]:
+def _decode_jobs(size: Size, *, graph: bool) -> Iterator[Measurement]:
     ways: dict[str, dict[str, Any]] = {"base model": {"layers": (), "factors": torch.float32}}
     for layers in ((size.middle,), range(size.layers)):
         count = f"{len(layers)} NP layer{'s' if len(layers) > 1 else ''}"
@@ -130,27 +129,27 @@ def _decode_jobs(size: Size, *, graph: bool) -> Iterator[Job]:
         what = f"decode, {'graph' if graph else 'eager'}, batch {batch}"
         for way, options in ways.items():
             work = partial(decode, batch=batch, **options)
-            yield Job(f"{what}, {way}", partial(measure, size, work, graph=graph))
+            yield Measurement(f"{what}, {way}", partial(measure, size, work, graph=graph))
 
 
-def _training_jobs(size: Size) -> Iterator[Job]:
+def _training_jobs(size: Size) -> Iterator[Measurement]:
     for autocast in (False, True):
         for name in ("gemm", "fused", "factored", "reference"):
             what = f"training step, {size.windows} x {size.length} tokens, {name}"
             run = partial(measure, size, partial(training, autocast=autocast), name=name)
-            yield Job(f"{what}{', autocast' if autocast else ''}", run)
+            yield Measurement(f"{what}{', autocast' if autocast else ''}", run)
 
 
-def _layer_jobs(size: Size) -> Iterator[Job]:
+def _layer_jobs(size: Size) -> Iterator[Measurement]:
     for tokens in (1, 16, 64):
         what = f"layer alone, graph, T={tokens}"
         work = partial(layer, tokens=tokens, on=False, factors=torch.float32)
-        yield Job(f"{what}, base MLP", partial(measure, size, work, graph=True))
+        yield Measurement(f"{what}, base MLP", partial(measure, size, work, graph=True))
         for name in ("decode", "gemm", "factored"):
             for factors in _FACTORS:
                 work = partial(layer, tokens=tokens, on=True, factors=factors)
                 run = partial(measure, size, work, graph=True, name=name)
-                yield Job(f"{what}, {name}, factors in {_name(factors)}", run)
+                yield Measurement(f"{what}, {name}, factors in {_name(factors)}", run)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -182,7 +181,7 @@ def measure(
     if why := _obstacle(graph, name):
         return {"status": "skipped", "detail": why}
     with work(size) as given, implementation(name):
-        times = _times(_captured(given.call) if graph else given.call)
+        times = _times(captured(given.call) if graph else given.call)
         peak = 0 if graph else peak_bytes(given.call)
     row = row_of(given, times, ceilings(DTYPE) if ON_GPU else None)
     return row | {"peak MB": peak / 1e6} if peak else row
@@ -225,19 +224,6 @@ def _times(call: Callable[[], object]) -> list[float]:
     for _ in range(3):  # the clocks rise
         batch()
     return [milliseconds(batch) / count for _ in range(_ROUNDS)]
-
-
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 @lru_cache(maxsize=1)

@@ -166,13 +166,21 @@ def _number(row: Row, key: str, form: str = ".3g") -> str:
 
 def _host(json: bool) -> int:
     from npt_fast.benchmarks.host import measure
-
     from npt_fast.benchmarks.rows import table
+
+    from npt_fast.benchmarks.device import ON_GPU
 
     rows = measure()
     if json:
         print_json(rows)
     else:
+        say(
+            "Microseconds of the host for a call with tiny tensors, on a GPU"
+            if ON_GPU
+            else "Microseconds of the process for a call with tiny tensors; kernels are launched "
+            "through a driver that does nothing, and torch's operations run on the CPU"
+        )
+        say()
         for line in table(rows).splitlines():
             say(line)
     return 0

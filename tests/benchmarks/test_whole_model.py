@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from npt_fast.benchmarks import whole_model
 from npt_fast.benchmarks.device import DEVICE, DTYPE, ON_GPU
 from npt_fast.benchmarks.kernel_timing import Ceilings
-from npt_fast.benchmarks.whole_model import TINY, Job, Row, Size, Work, jobs, row_of
+from npt_fast.benchmarks.rows import Row
+from npt_fast.benchmarks.whole_model import TINY, Measurement, Size, Work, measurements, row_of
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.testing import implementation
 from tests.computed import record
@@ -76,7 +77,7 @@ def test_jobs_are_listed_without_a_model(tiny: bool, monkeypatch: pytest.MonkeyP
         raise AssertionError("built")
 
     monkeypatch.setattr(whole_model, "build", build)
-    names = [job.what for job in jobs(tiny=tiny)]
+    names = [job.what for job in measurements(tiny=tiny)]
     count = 4 if tiny else 16
     ways = ["base model"] + [
         f"{layers}, factors in {factors}"
@@ -104,8 +105,8 @@ def test_jobs_are_listed_without_a_model(tiny: bool, monkeypatch: pytest.MonkeyP
 def test_it_needs_little_beside_torch_and_transformers() -> None:
     """A GPU machine may lack what only data, the command line and pictures need."""
     unneeded = {"datasets", "gguf", "cyclopts", "prompt_toolkit", "peft", "matplotlib"}
-    code = "import sys, npt_fast.benchmarks.whole_model as m; m.jobs(tiny=False)"
-    code += f"; m.jobs(tiny=True)[-1].run(); print({unneeded} & set(sys.modules))"
+    code = "import sys, npt_fast.benchmarks.whole_model as m; m.measurements(tiny=False)"
+    code += f"; m.measurements(tiny=True)[-1].run(); print({unneeded} & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
@@ -123,7 +124,7 @@ def test_the_model_is_llamas() -> None:
 
 @pytest.mark.slow
 def test_all_of_it_runs_on_a_tiny_model() -> None:
-    rows = {job.what: job.run() for job in jobs(tiny=True)}
+    rows = {job.what: job.run() for job in measurements(tiny=True)}
     for what, row in rows.items():
         if "graph" in what and not ON_GPU:
             assert row == {"status": "skipped", "detail": "a CUDA graph needs a GPU"}
@@ -139,8 +140,8 @@ def assert_measured(row: Row) -> None:
     assert all(row[name] > 0 for name in numbers)
 
 
-def find(name: str) -> Job:
-    (job,) = (job for job in jobs(tiny=True) if job.what == name)
+def find(name: str) -> Measurement:
+    (job,) = (job for job in measurements(tiny=True) if job.what == name)
     return job
 
 
