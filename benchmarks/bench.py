@@ -44,7 +44,7 @@ class Bench:
         tokens: numbers of tokens; decode is timed for those up to 64.
         num_ranks: components k; those of the model if None.
         rank: r; that of the model if None.
-        dtype: of all tensors; bfloat16 on a GPU and else float32 if None.
+        dtype: of all tensors, by name; bfloat16 on a GPU and else float32 if None.
         against: names of `kernel_cases.PROVIDERS`, beside our own, that are timed too; eager is
             the op's own form in plain torch. None: reference and base, where an op has them.
 
@@ -57,7 +57,7 @@ class Bench:
     tokens: Sequence[int] = TOKENS
     num_ranks: int | None = None
     rank: int | None = None
-    dtype: torch.dtype = DTYPE
+    dtype: str | None = None
     against: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Bench:
                 if word not in known:
                     hint = suggestion(word, known)
                     raise BenchmarkError(f"no {what} {word!r}{hint} ({', '.join(known)})")
-        if INTERPRETED and self.dtype == torch.bfloat16:
+        if INTERPRETED and self.dtype == "bfloat16":
             raise BenchmarkError(
                 "Triton's interpreter has no arithmetic for bfloat16: take float32"
             )
@@ -84,7 +84,7 @@ class Bench:
 
     def _shapes(self) -> Shapes:
         layers = [
-            workload(self.model, tokens, self.num_ranks, self.rank, self.dtype)
+            workload(self.model, tokens, self.num_ranks, self.rank, self._dtype)
             for tokens in sorted(set(self.tokens))
         ]
         few = {name: layer for name, layer in layers if layer.tokens <= DECODE_TOKENS}
@@ -96,7 +96,13 @@ class Bench:
 
     def ceilings(self) -> Ceilings | None:
         """What the device can do; None in the interpreter."""
-        return ceilings(self.dtype)
+        return ceilings(self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype) if self.dtype else DTYPE
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     def rows(self, deadline: float = math.inf) -> Iterator[Row]:
         """A row for each provider of each case, as they are timed.
@@ -118,7 +124,7 @@ def title(bench: Bench, facts: dict[str, str]) -> str:
     """What a picture or a table is about, on one line."""
     _, layer = workload(bench.model, 1, bench.num_ranks, bench.rank)
     device = facts["device"] if ON_GPU or INTERPRETED else facts["cpu"]
-    dtype = str(bench.dtype).removeprefix("torch.")
+    dtype = bench.dtype or str(DTYPE).removeprefix("torch.")
     return (
         f"One layer of {bench.model} (D={layer.hidden}, F={layer.intermediate}), "
         f"k={layer.num_ranks}, r={layer.rank}, {dtype}, {device}"

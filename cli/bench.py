@@ -84,14 +84,12 @@ def bench(
         Print everything as JSON.
     """
     begin = time.monotonic()
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise NPTError("bench needs torch; pip install 'npt_fast[hf]'") from None
     if host:
         return _host(json)
-
-    from npt_fast.benchmarks import bench as library
+    try:
+        from npt_fast.benchmarks import bench as library
+    except ModuleNotFoundError as error:
+        raise NPTError(f"bench needs {error.name}: pip install 'npt_fast[hf]'") from error
     from npt_fast.benchmarks.device import device_facts
     from npt_fast.benchmarks.harness import machine_facts
     from npt_fast.benchmarks.rows import BAD
@@ -104,7 +102,7 @@ def bench(
     given: dict[str, Any] = {
         "ops": op and op.split(","),
         "tokens": tokens and [int(word) for word in tokens.split(",")],
-        "dtype": dtype and getattr(torch, dtype),
+        "dtype": dtype,
         "against": against and against.split(","),
     }
     wanted = library.Bench(
@@ -165,10 +163,9 @@ def _number(row: Row, key: str, form: str = ".3g") -> str:
 
 
 def _host(json: bool) -> int:
+    from npt_fast.benchmarks.device import ON_GPU
     from npt_fast.benchmarks.host import measure
     from npt_fast.benchmarks.rows import table
-
-    from npt_fast.benchmarks.device import ON_GPU
 
     rows = measure()
     if json:

@@ -18,6 +18,7 @@ ALLOWED = {
     "config": set[str](),
     "errors": set[str](),
     "tables": set[str](),
+    "pictures": {"errors"},
     "kernels": set[str](),
     "checkpoint": {"config", "errors"},
     "functional": {"config", "errors", "kernels"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "modules": {"config", "errors", "checkpoint", "functional", "initialization"},
     "hf": {"config", "errors", "checkpoint", "functional", "modules"},
     "training": {"config", "errors", "checkpoint", "functional", "modules", "hf"},
-    "transfer": {"config", "errors", "checkpoint", "functional", "modules", "hf"},
+    "transfer": {"config", "errors", "checkpoint", "functional", "modules", "hf", "pictures"},
 }
 FOREIGN = {
     "checkpoint": {"numpy"},
@@ -40,7 +41,7 @@ FOREIGN = {
 def sources() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts) + [
         path
-        for link in ("cli", "kernels")  # Path.rglob does not follow links
+        for link in ("benchmarks", "cli", "kernels")  # Path.rglob does not follow links
         for path in sorted((PACKAGE / link).glob("*.py"))
     ]
 
@@ -77,6 +78,9 @@ def test_imports_go_one_way(path: Path) -> None:
         if parts[0] != "npt_fast":
             continue
         target = parts[1] if len(parts) > 1 else "npt_fast"
+        if part == "benchmarks":  # measures everything that is below the command line
+            assert target != "cli", f"{path} imports {name}"
+            continue
         if part in ("__init__", "__main__", "cli", "testing") or target == part:
             continue
         assert part in ALLOWED, f"{path}: say in tests/test_layering.py what {part} may import"
@@ -110,6 +114,7 @@ def test_kernels_is_no_package_of_its_own() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (PACKAGE / "kernels").is_symlink()
     assert (PACKAGE / "cli").is_symlink()
+    assert (PACKAGE / "benchmarks").is_symlink()
     assert (PACKAGE / "kernels").resolve() == ROOT / "kernels"
 
 
