@@ -46,7 +46,8 @@ class Program:
                 late.set()
                 os.killpg(process.pid, signal.SIGKILL)
 
-            timer = threading.Timer(max(0.0, self._deadline - time.monotonic()), end)
+            left = max(0.0, self._deadline - time.monotonic())
+            timer = threading.Timer(min(left, threading.TIMEOUT_MAX), end)
             timer.start()
             try:
                 assert process.stdout is not None

@@ -35,6 +35,8 @@ class _Reporter:
             reason = reason[2].removeprefix("Skipped: ")
         elif crash := getattr(reason, "reprcrash", None):
             reason = crash.message.splitlines()[0]
+        else:  # of a file that cannot be collected: the error is at the end
+            reason = next(iter(str(reason or "").splitlines()[::-1]), "")
         found = {"file": file, "test": test, "outcome": report.outcome}
         # on a line of its own, whatever a test has printed before
-        print(f"\n{MARK}{json.dumps(found | {'reason': str(reason or '')[:300]})}", flush=True)
+        print(f"\n{MARK}{json.dumps(found | {'reason': str(reason)[:300]})}", flush=True)

@@ -1,38 +1,46 @@
-"""The command for a GPU, tried out without one: it is complete, honest, and fails when it must."""
+"""The command for a GPU, tried out without one: it is complete, ends in time, and fails when it
+must; whatever ends it leaves a report."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from npt_fast.benchmarks import gpu_day
+from npt_fast.benchmarks import gpu_day, gpu_worker
 from npt_fast.benchmarks.device import INTERPRETER
-from npt_fast.benchmarks.gpu_day import SECTIONS, Day
-from npt_fast.benchmarks.kernel_cases import OPS, TINY, Case, Prepared, cases
-from npt_fast.benchmarks.kernel_timing import attempt
-from npt_fast.kernels import roofline
+from npt_fast.benchmarks.gpu_day import parse
+from npt_fast.benchmarks.gpu_parts import PARTS, Day, small_ops
+from npt_fast.benchmarks.gpu_report import Report
+from npt_fast.benchmarks.gpu_worker import Late, Worker
+from npt_fast.benchmarks.kernel_cases import OPS, PROVIDERS, TINY, Case, Prepared, cases
+from npt_fast.benchmarks.rows import NOT_RUN, STOPPED, Row
+from npt_fast.errors import BenchmarkError
+from npt_fast.kernels import roofline, swiglu
+from tests.benchmarks.days import Crashing, Stuck
 
 ROOT = Path(__file__).parents[2]
 # where there is a GPU, too, this is about the command
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+COMMAND = (sys.executable, "-m", "benchmarks.gpu_day", "--tiny")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
 
 
-def report(folder: Path) -> tuple[dict[str, Any], str]:
+def report_in(folder: Path) -> tuple[dict[str, Any], str]:
     """The JSON file, and the tables."""
     (tables,) = folder.glob("*.md")
     (data,) = folder.glob("*.json")
@@ -40,66 +48,260 @@ def report(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.slow
-def test_all_of_it_runs_on_a_tiny_problem(tmp_path: Path) -> None:
-    result = run("-m", "benchmarks.gpu_day", "--tiny", "--output", str(tmp_path))
+def test_all_of_it_runs_on_small_problems(tmp_path: Path) -> None:
+    result = run(*COMMAND, "--budget", "900", "--output", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
-    document, text = report(tmp_path)
-    assert list(document["sections"]) == list(SECTIONS)
-    assert all(section["rows"] for section in document["sections"].values())
-    assert all(f"\n## {name}\n" in text for name in SECTIONS)
-    timed = document["sections"]["timings"]["rows"]
+    document, text = report_in(tmp_path)
+    assert list(document["parts"]) == list(PARTS)
+    for name, part in document["parts"].items():
+        assert part["rows"] and part["done"], name
+        assert {row["status"] for row in part["rows"]} <= {"ok", "skipped"}, part["rows"]
+        assert f"\n## {name}\n" in text
+    timed = [
+        row for name in ("timings", "compilers", "small_ops")
+        for row in document["parts"][name]["rows"]
+    ]  # fmt: skip
     for case in (case for op in OPS for case in cases(op, TINY)):
         what = f"{case.what}, {case.shape}"
-        providers = [r["provider"] for r in timed if (r["op"], r["what"]) == (case.op, what)]
-        # Liger's are there with a GPU alone
-        assert providers == [name for name in case.providers if "liger" not in name]
+        providers = {r.get("provider") for r in timed if (r["op"], r["what"]) == (case.op, what)}
+        assert providers == set(case.providers), case
         assert f"\n### {case.op}\n" in text
-        assert all(f"| {provider} " in text for provider in providers)
-    assert f"- device: {INTERPRETER}\n" in text
-
-
-@pytest.mark.slow
-def test_wrong_values_are_refused_and_no_times_of_the_interpreter_pass_for_speed(
-    tmp_path: Path,
-) -> None:
-    planted = (
-        "import sys\n"
-        "from npt_fast.benchmarks import gpu_day\n"
-        "from npt_fast.kernels import swiglu\n"
-        "right = swiglu.swiglu_fwd\n"
-        "swiglu.swiglu_fwd = lambda gate, up: right(gate, up) * 1.001\n"
-        "sys.exit(gpu_day.main(sys.argv[1:]))"
-    )
-    options = ("--tiny", "--only", "timings", "--ops", "swiglu", "--output", str(tmp_path))
-    assert run("-c", planted, *options).returncode == 1
-    document, text = report(tmp_path)
-    rows = document["sections"]["timings"]["rows"]
-    bad = [row for row in rows if row["status"] != "ok"]
-    assert {(row["what"].split(",")[0], row["provider"]) for row in bad} == {("forward", "triton")}
-    assert all(row["status"] == "wrong" and "allowed" in row["detail"] for row in bad)
-    for row in rows:
-        assert ("interpreter ms" in row) == (row["status"] == "ok")
+    for row in timed:  # no time of the interpreter passes for speed
         assert not {"ms", "ratio", "GB/s", "TFLOP/s", "of ceiling"} & set(row)
     assert f"- device: {INTERPRETER}\n" in text
 
 
-def test_a_section_that_breaks_off_keeps_its_rows_and_fails(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def broken(day: Day) -> Iterator[gpu_day.Row]:
-        yield {"what": "something", "status": "ok"}
-        raise RuntimeError("no more")
+@pytest.mark.slow
+def test_two_calls_are_one_report_and_the_second_goes_on(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    only = ("--only", "environment,large", "--output")
+    assert run(*COMMAND, *only, str(first)).returncode == 0
+    (earlier,) = first.glob("*.json")
+    only = ("--only", "environment,large,tiles", "--output", str(second), "--merge", str(earlier))
+    result = run(*COMMAND, *only)
+    assert result.returncode == 0, result.stdout + result.stderr
+    document, text = report_in(second)
+    assert list(document["parts"]) == ["environment", "large", "tiles"]
+    assert len(document["runs"]) == 2 and "Rows say which call they are of" in text
+    of_call = {name: {row["run"] for row in p["rows"]} for name, p in document["parts"].items()}
+    assert of_call == {"environment": {1}, "large": {1}, "tiles": {0}}
+    # where there is nothing to run on, merging is all it does
+    command = ("-m", "npt_fast.benchmarks.gpu_day", "--output", str(tmp_path / "both"), "--merge")
+    result = run(sys.executable, *command, str(earlier), *map(str, second.glob("*.json")))
+    assert result.returncode == 0 and "nothing was run" in result.stdout, result.stderr
+    assert list(report_in(tmp_path / "both")[0]["parts"]) == ["environment", "large", "tiles"]
 
-    monkeypatch.setitem(SECTIONS, "memory", broken)
-    day = Day(tiny=True, ops=OPS)
-    first, last = gpu_day.run_section("memory", day, tmp_path, alone=True)["rows"]
-    assert first["status"] == "ok"
-    assert (last["status"], last["detail"]) == ("failed", "RuntimeError: no more")
+
+@pytest.mark.slow
+def test_sigterm_leaves_a_report_of_every_part(tmp_path: Path) -> None:
+    command = [*COMMAND, "--budget", "900", "--output", str(tmp_path)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "forward, tiny" in line:  # in the middle of the timings
+                process.send_signal(signal.SIGTERM)
+                break
+        process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    document, _ = report_in(tmp_path)
+    assert list(document["parts"]) == list(PARTS)
+    statuses = {name: {r["status"] for r in p["rows"]} for name, p in document["parts"].items()}
+    assert statuses["environment"] == {"ok"}
+    assert {"ok", STOPPED} <= statuses["timings"]
+    behind = list(PARTS)[list(PARTS).index("timings") + 1 :]
+    assert all(statuses[name] == {STOPPED} for name in behind)
+
+
+def test_wrong_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = swiglu.swiglu_fwd
+    monkeypatch.setattr(swiglu, "swiglu_fwd", lambda gate, up: right(gate, up) * 1.001)
+    jobs = small_ops(Day(tiny=True, ops=("swiglu",), providers=("triton",)))
+    rows = [row for job in jobs for row in job.run(math.inf)]
+    bad = [row for row in rows if row["status"] != "ok"]
+    assert {(row["what"].split(",")[0], row["provider"]) for row in bad} == {("forward", "triton")}
+    assert all(row["status"] == "wrong" and "allowed" in row["detail"] for row in bad)
+    assert all(("interpreter ms" in row) == (row["status"] == "ok") for row in rows)
 
 
 def test_a_crash_ends_one_process() -> None:
-    _, status, detail = attempt(partial(gpu_day.apart, os.abort))
-    assert status == "failed" and "terminated abruptly" in detail
+    worker = Worker(Crashing())
+    try:
+        with pytest.raises(RuntimeError, match="its process ended with signal SIGABRT"):
+            worker.jobs("timings", math.inf)
+        assert worker.jobs("environment", math.inf) == ["environment"]
+    finally:
+        worker.stop()
+
+
+def test_what_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_worker, "_GRACE", 0.2)
+    worker = Worker(Stuck())
+    try:
+        worker.jobs("environment", math.inf)
+        with pytest.raises(Late):
+            worker.jobs("timings", time.monotonic() + 0.1)
+        assert worker.jobs("environment", math.inf) == ["environment"]
+    finally:
+        worker.stop()
+
+
+class Script:
+    """In a worker's place: jobs by part, each a list of statuses or an error to raise."""
+
+    def __init__(self, parts: dict[str, dict[str, list[str] | BaseException]]) -> None:
+        self._parts = parts
+        self.ran: list[tuple[str, str]] = []
+
+    def jobs(self, part: str, deadline: float) -> list[str]:
+        return list(self._parts[part])
+
+    def run(self, part: str, index: int, deadline: float) -> Iterator[Row]:
+        job, found = list(self._parts[part].items())[index]
+        self.ran.append((part, job))
+        if isinstance(found, BaseException):
+            raise found
+        for number, status in enumerate(found):
+            yield {"what": f"{job} {number}", "status": status}
+
+    def stop(self) -> None:
+        pass
+
+
+def new_report(device: str = "a device") -> Report:
+    report = Report(dict.fromkeys(PARTS, "words"))
+    report.runs.append({"device": device})
+    return report
+
+
+def statuses(report: Report, part: str) -> dict[str, str]:
+    return {row["what"]: row["status"] for row in report.rows(part)}
+
+
+def go(script: Script, report: Report, end: float = math.inf, output: Path | None = None) -> None:
+    gpu_day.run(list(script._parts), script, end, report, output)  # type: ignore[arg-type]
+
+
+def test_nothing_is_begun_when_the_budget_is_over() -> None:
+    script = Script({"values": {"a": ["ok"]}, "model": {"b": ["ok"]}})
+    report = new_report()
+    go(script, report, time.monotonic() + 1.0)
+    assert script.ran == []
+    for part in ("values", "model"):
+        assert set(statuses(report, part).values()) == {NOT_RUN}
+
+
+def test_a_part_has_its_share_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes too long is cut off, and those behind it get their turn."""
+    monkeypatch.setattr(gpu_day, "_SHORTEST", 0.05)
+    slow = PARTS["values"].__class__(PARTS["values"].jobs, 0.2)
+    monkeypatch.setitem(PARTS, "values", slow)
+
+    class Slow(Script):
+        def run(self, part: str, index: int, deadline: float) -> Iterator[Row]:
+            assert deadline < time.monotonic() + 200
+            if part == "values":
+                time.sleep(0.27)
+            yield from super().run(part, index, deadline)
+
+    script = Slow({"values": {"a": ["ok"], "b": ["ok"]}, "model": {"c": ["ok"]}})
+    report = new_report()
+    go(script, report, time.monotonic() + 1000)
+    assert script.ran == [("values", "a"), ("model", "c")]
+    assert statuses(report, "values") == {"a 0": "ok", "b": NOT_RUN}
+
+
+def test_errors_of_jobs_stop_nothing() -> None:
+    jobs: dict[str, list[str] | BaseException] = {
+        "a": RuntimeError("exit code 1"), "b": ["ok"], "c": Late("no answer"), "d": ["ok"]
+    }  # fmt: skip
+    report = new_report()
+    go(Script({"values": jobs}), report)
+    expected = {"a": "failed", "b 0": "ok", "c": NOT_RUN, "d 0": "ok"}
+    assert statuses(report, "values") == expected and report.bad
+    assert [report.has("values", job) for job in jobs] == [True, True, False, True]
+
+
+def test_whatever_stops_it_leaves_a_report(tmp_path: Path) -> None:
+    stop = SystemExit(143)
+    script = Script({"values": {"a": ["ok"], "b": stop, "c": ["ok"]}, "model": {"d": ["ok"]}})
+    with pytest.raises(SystemExit):
+        go(script, new_report(), output=tmp_path)
+    document, text = report_in(tmp_path)
+    found = {r["what"]: r["status"] for p in document["parts"].values() for r in p["rows"]}
+    assert found == {"a 0": "ok", "b": STOPPED, "c": STOPPED, "all of it": STOPPED}
+    assert text.count(STOPPED) >= 3
+
+
+def test_a_merged_report_is_gone_on_with(tmp_path: Path) -> None:
+    """What is done is not done again; rows that say it was not are replaced."""
+    first = new_report()
+    go(Script({"values": {"a": ["ok"], "b": ["ok", NOT_RUN]}}), first)
+    first.add("model", "all of it", {"what": "all of it", "status": NOT_RUN})
+    first.write(tmp_path)
+    second = new_report()
+    second.merge(first.file(tmp_path))
+    script = Script({"values": {"a": ["ok"], "b": ["ok", "ok"]}, "model": {"c": ["ok"]}})
+    go(script, second)
+    assert script.ran == [("values", "b"), ("model", "c")]
+    assert statuses(second, "values") == {"a 0": "ok", "b 0": "ok", "b 1": "ok"}
+    assert statuses(second, "model") == {"c 0": "ok"}
+    assert [row["run"] for row in second.rows("values")] == [1, 0, 0]
+
+
+def test_reports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    other = new_report("another device")
+    other.add("values", "a", {"what": "a", "status": "ok"})
+    other.write(tmp_path)
+    with pytest.raises(BenchmarkError, match="is of another device, another device; this is a dev"):
+        new_report().merge(other.file(tmp_path))
+    for content in ("{}", "[]", "nonsense", '{"device": "x", "runs": [], "parts": {"values": 5}}'):
+        file = tmp_path / "junk.json"
+        file.write_text(content)
+        with pytest.raises(BenchmarkError, match=r"junk.json is no report"):
+            Report({}).merge(file)
+    with pytest.raises(BenchmarkError, match="No such file"):
+        new_report().merge(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--tiny --budget 5", "--budget 5: nothing can be done in less than 30 s"),
+        ("--tiny --budget nan", "--budget nan: nothing can be done"),
+        ("--tiny --only valeus", "there is no valeus; did you mean 'values'?"),
+        ("--tiny --ops decod", "there is no decod; did you mean 'decode'?"),
+        ("--tiny --providers gem", "there is no gem; did you mean 'gemm'?"),
+        ("--tiny --shapes (", "--shapes: missing )"),
+        ("--tiny --merge", "--merge: name files"),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: str, words: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(arguments.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and words in line
+
+
+def test_without_a_gpu_it_says_what_works() -> None:
+    environment = ENVIRONMENT | {"TRITON_INTERPRET": "0"}
+    for more in ((), ("--tiny",)):
+        result = subprocess.run(
+            [*COMMAND[:-1], *more], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        (line,) = result.stderr.splitlines()
+        assert result.returncode == 2 and "no GPU here; with TRITON_INTERPRET=1, --tiny" in line
+
+
+def test_the_installed_package_has_no_tests_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npt_fast.benchmarks.programs.CHECKOUT", False)
+    (job,) = PARTS["values"].jobs(Day(tiny=True, ops=OPS, providers=PROVIDERS))
+    (row,) = job.run(math.inf)
+    assert (row["status"], row["detail"]) == ("skipped", "needs a checkout")
 
 
 @pytest.mark.parametrize("case", cases("modulated_mlp", TINY), ids=str)
@@ -110,14 +312,20 @@ def test_products_are_counted_as_the_roofline_counts_them(case: Case) -> None:
     expected, base = roofline.forward_flops(shape), 2 * roofline.base_parameters(shape)
     if case.what != "forward":
         expected, base = expected + roofline.backward_flops(shape), 2 * base
-    for name, flops in (("eager", expected), ("reference", expected), ("base MLP", base)):
+    for name, flops in (("factored", expected), ("reference", expected), ("base", base)):
         assert prepared.exact(name)[1] == problem.tokens * flops
+
+
+def test_every_provider_has_a_name_that_can_be_asked_for() -> None:
+    found = {name for op in OPS for case in cases(op, TINY) for name in case.providers}
+    assert found | {"liger"} == set(PROVIDERS)  # Liger's needs a GPU
 
 
 @pytest.mark.slow
 def test_every_op_has_its_benchmark() -> None:
     files = [f"benchmarks/bench_{op}.py" for op in OPS]
-    result = run("-m", "pytest", "-q", "--benchmark-disable", "-k", "eager", *files)
+    command = (sys.executable, "-m", "pytest", "-q", "--benchmark-disable")
+    result = run(*command, "-k", "eager or factored", *files)
     assert result.returncode == 0, result.stdout + result.stderr
     count = sum(len(cases(op, TINY)) for op in OPS)
     assert f"{count} passed" in result.stdout
