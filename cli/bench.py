@@ -93,7 +93,7 @@ def bench(
     from npt_fast.benchmarks.device import device_facts
     from npt_fast.benchmarks.harness import machine_facts
     from npt_fast.benchmarks.rows import BAD
-    from npt_fast.pictures import figure_class
+    from npt_fast.pictures import check
 
     if budget is not None and not budget >= library.LEAST:
         raise BenchmarkError(
@@ -110,7 +110,7 @@ def bench(
         **{name: value for name, value in given.items() if value},
     )  # fmt: skip
     if plot is not None:
-        figure_class()  # before minutes of work
+        check(plot)  # before minutes of work
     facts = machine_facts("npt_fast", "torch", "triton") | device_facts()
     rows: list[Row] = []
     for row in wanted.rows(begin + budget if budget else math.inf):

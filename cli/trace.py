@@ -62,12 +62,12 @@ def trace(
         Picture to draw: .png, .svg or .pdf.
     """
     from npt_fast.hf.base_model import load_base_model
-    from npt_fast.pictures import figure_class
+    from npt_fast.pictures import check
     from npt_fast.training.evaluation import default_device
     from npt_fast.transfer import trace as library
 
     if plot is not None:
-        figure_class()  # before minutes of loading
+        check(plot)  # before minutes of loading
     model, tokenizer = load_base_model(
         model_name, dtype=base_dtype, device="cpu" if cpu else default_device()
     )

@@ -21,6 +21,19 @@ def figure_class() -> Any:
     return Figure
 
 
+def check(path: Path) -> None:
+    """Before minutes of work: whether a picture can be drawn and its file written.
+
+    Raises:
+        NPTError: matplotlib or the folder is missing, or the file's name says no format.
+    """
+    formats = figure_class()().canvas.get_supported_filetypes()
+    if not path.parent.is_dir():
+        raise NPTError(f"{path}: cannot be written: there is no folder {path.parent}")
+    if path.suffix.removeprefix(".") not in formats:
+        raise NPTError(f"{path}: the name must end in .png, .svg or .pdf")
+
+
 def save(figure: Any, path: str | Path) -> None:
     """Write a figure, in the format that the file's name says.
 

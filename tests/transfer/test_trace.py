@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import npt_fast as npt
-from npt_fast.errors import TransferError
+from npt_fast.errors import NPTError, TransferError
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.transfer import trace as module
 from npt_fast.transfer.trace import trace
@@ -151,7 +151,7 @@ def test_a_picture(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any)
     module.draw(found, tmp_path / "trace.png")
     assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
     for name in ("none/trace.png", "trace.xyz"):
-        with pytest.raises(TransferError, match="cannot be written"):
+        with pytest.raises(NPTError, match="cannot be written"):
             module.draw(found, tmp_path / name)
     imported = builtins.__import__
 
@@ -161,7 +161,7 @@ def test_a_picture(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any)
         return imported(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(TransferError, match=r"pip install 'npt_fast\[plot\]'"):
+    with pytest.raises(NPTError, match=r"pip install 'npt_fast\[plot\]'"):
         module.draw(found, tmp_path / "trace.png")
 
 

@@ -1,0 +1,143 @@
+"""``npt-fast bench`` on a CPU, where its times are real, and in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import run
+
+SMALL = ("--model", "64,96", "--num_ranks", "2", "--np_rank", "8", "--tokens", "1,5")
+
+
+def bench(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which alone knows whether Triton interprets."""
+    chosen = {"TRITON_INTERPRET": "1" if interpreted else "0", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "npt_fast", "bench", *arguments],
+        env=os.environ | chosen, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What it prints as JSON, and the picture."""
+    picture = tmp_path_factory.mktemp("bench") / "bench.svg"
+    result = bench(*SMALL, "--json", "--plot", str(picture))
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout), picture
+
+
+def test_every_way_is_timed_for_every_number_of_tokens(
+    found: tuple[dict[str, Any], Path],
+) -> None:
+    document, _ = found
+    assert document["ceilings"]["GB/s"] > 0 and document["machine"]["device"] == "cpu"
+    rows = document["rows"]
+    assert {(r["direction"], r["tokens"], r["provider"]) for r in rows} == {
+        (direction, tokens, provider)
+        for direction in ("forward", "forward + backward")
+        for tokens in (1, 5)
+        for provider in ("factored", "reference", "base")
+    }
+    for row in rows:
+        assert row["status"] == "ok" and 0 < row["p20"] <= row["ms"] <= row["p80"]
+        assert row["baseline"] == "factored"
+        # the floor is that of the ceilings of the same run
+        floor = max(
+            row["GB/s"] / document["ceilings"]["GB/s"],
+            row["TFLOP/s"] / document["ceilings"]["TFLOP/s"],
+        )
+        assert row["of ceiling"] == pytest.approx(floor)
+    factored = [row for row in rows if row["provider"] == "factored"]
+    assert all(row["ratio"] == 1 for row in factored)
+
+
+def test_flops_and_bytes_are_those_of_the_layer(found: tuple[dict[str, Any], Path]) -> None:
+    d, f, r = 64, 96, 16
+    factors = 6 * d * r + 3 * f * r
+    for row in found[0]["rows"]:
+        if row["provider"] == "factored" and row["direction"] == "forward":
+            flops = 2 * row["tokens"] * (3 * d * f + factors)
+            moved = 4 * (3 * d * f + factors + 3 * row["tokens"] * d)
+            assert row["TFLOP/s"] == pytest.approx(flops / row["ms"] / 1e9)
+            assert row["GB/s"] == pytest.approx(moved / row["ms"] / 1e6)
+
+
+def test_the_picture_says_what_it_shows(found: tuple[dict[str, Any], Path]) -> None:
+    text = found[1].read_text()  # matplotlib writes each text as a comment beside its outlines
+    for words in (
+        "modulated_mlp, forward", "tokens", "milliseconds a call", "factored", "reference", "base",
+        "floor by this device's ceilings", "D=64, F=96", "k=2, r=8, float32",
+    ):  # fmt: skip
+        assert words in text, words
+
+
+def test_a_table_for_people() -> None:
+    result = bench(*SMALL[:-1], "3", "--op", "swiglu", "--against", "eager")
+    assert result.returncode == 0, result.stderr
+    assert "One layer of 64,96 (D=64, F=96), k=2, r=8, float32" in result.stdout
+    assert "Ceilings measured in this run" in result.stdout and "x eager" in result.stdout
+    assert "swiglu, backward:" in result.stdout
+
+
+def test_the_interpreter_runs_our_kernels_and_claims_nothing() -> None:
+    result = bench(*SMALL[:-1], "3", "--op", "decode", "--json", interpreted=True)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert {"gemm", "fused", "decode"} <= {row["provider"] for row in document["rows"]}
+    assert document["ceilings"] is None
+    assert "times mean nothing" in document["machine"]["device"]
+    assert not any("ms" in row for row in document["rows"])
+
+
+def test_a_budget_is_kept() -> None:
+    """What is not begun says so; 600 problems would take minutes."""
+    tokens = ",".join(map(str, range(1, 301)))
+    result = bench(*SMALL[:-1], tokens, "--budget", "8", "--json")
+    assert result.returncode == 0, result.stderr
+    statuses = [row["status"] for row in json.loads(result.stdout)["rows"]]
+    assert "ok" in statuses and "not run: budget" in statuses
+    assert statuses.index("not run: budget") > statuses.index("ok")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("--op decod", 1, "no op 'decod'; did you mean 'decode'?"),
+        ("--against lige", 1, "no provider 'lige'; did you mean 'liger'?"),
+        ("--against liger", 1, "liger cannot be had for these ops, or without a GPU; there are"),
+        ("--model llama", 1, "unknown model 'llama'"),
+        ("--model 0,8", 1, "unknown model '0,8'"),
+        ("--op decode --tokens 128", 1, "decode takes 64 tokens at most"),
+        ("--tokens 0", 2, "positive numbers separated by commas, got '0'"),
+        ("--tokens 1,,2", 2, "positive numbers separated by commas"),
+        ("--op swiglu,", 2, "names separated by commas"),
+        ("--num_ranks 0", 2, "--num_ranks. Must be >= 1"),
+        ("--dtype int8", 2, "dtype"),
+        ("--budget 1", 1, "nothing can be timed in less than 5 s"),
+        ("--budget nan", 1, "nothing can be timed"),
+        ("--plot missing/a.png", 1, "cannot be written: there is no folder missing"),
+        ("--plot a.nonsense", 1, "the name must end in .png"),
+        ("--host", 1, "TRITON_INTERPRET"),
+    ],
+)
+def test_bad_options_are_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: str, code: int, words: str
+) -> None:
+    found, stdout, stderr = run(capsys, "bench", *arguments.split())
+    (line,) = stderr.splitlines()
+    assert found == code and line.startswith("Error: ") and words in line and not stdout
+
+
+def test_kernels_that_cannot_run_here_are_named() -> None:
+    result = bench("--against", "gemm")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1
+    assert "gemm cannot be had for these ops, or without a GPU; there are factored," in line
