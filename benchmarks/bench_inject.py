@@ -150,7 +150,7 @@ def passes(lengths: list[int]) -> str:
 
 def save_results(found: dict[str, Row], rounds: int) -> Path:
     """Write the table and the raw numbers; gives the path of the table."""
-    facts = machine_facts("npt_fast", "torch", "transformers") | {
+    facts = machine_facts("torch", "transformers") | {
         "threads": str(torch.get_num_threads()),
         "model": "SmolLM2-135M, float32, NP layers 11 and 13 (tests/data), KV cache",
         "task": f"{setup().ids.shape[1]} tokens of prompt, {TOKENS} generated, greedy",

@@ -275,7 +275,7 @@ def main() -> None:
             rows += own
     stat = ["stat", "-f", "-c", "%T", options.directory]
     filesystem = subprocess.run(stat, capture_output=True, text=True).stdout.strip()
-    facts = machine_facts("npt_fast", "torch", "safetensors", "numpy")
+    facts = machine_facts("torch", "safetensors", "numpy")
     facts["file system"] = filesystem or "unknown"
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     print(rows_table(rows))

@@ -271,7 +271,7 @@ def main() -> int:
         for dtype in (torch.bfloat16, torch.float32)
         for row in measure_saved(problem, training_inputs(problem, dtype))
     ]
-    facts = machine_facts("npt_fast", "torch") | {
+    facts = machine_facts("torch") | {
         "threads": str(THREADS),
         "command": f"`python -m benchmarks.bench_modulation`; {ROUNDS} rounds",
     }

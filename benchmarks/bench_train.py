@@ -168,7 +168,7 @@ def ways_table(found: dict[str, tuple[list[float], int]]) -> str:
 
 def save_results(found: dict[str, tuple[list[float], int]], rounds: int) -> Path:
     """Write the table and the raw numbers; gives the path of the table."""
-    facts = machine_facts("npt_fast", "torch", "transformers") | {
+    facts = machine_facts("torch", "transformers") | {
         "threads": str(torch.get_num_threads()),
         "model": "SmolLM2-135M, float32, 30 layers",
         "trained": f"layer {LAYER}, triple, num_ranks {NUM_RANKS}, rank {RANK}",

@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     worker = Worker(day) if options.runs else None
     try:
         if worker:
-            facts = machine_facts("npt_fast", "torch", "triton", "transformers", "liger-kernel")
+            facts = machine_facts("torch", "triton", "transformers", "liger-kernel")
             facts |= worker.facts(begin + _LONGEST)
             if state := device_state():
                 facts["nvidia-smi"] = "; ".join(state)

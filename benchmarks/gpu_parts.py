@@ -85,7 +85,7 @@ def environment(day: Day) -> list[Job]:
     packages = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-kernel", "pytest")
 
     def run(deadline: float) -> Iterator[Row]:
-        for name, value in (machine_facts("npt_fast", *packages) | device_facts()).items():
+        for name, value in (machine_facts(*packages) | device_facts()).items():
             yield {"what": name, "status": "ok", "detail": value}
         for program in ("git", "gcc", "nvcc", "ncu", "compute-sanitizer"):
             found = shutil.which(program) or "not on PATH"

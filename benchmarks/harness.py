@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import npt_fast
+
 ROOT = Path(__file__).resolve().parent.parent
 """Of the checkout; of the installed package where there is none."""
 CHECKOUT = (ROOT / "pyproject.toml").exists()
@@ -33,6 +35,7 @@ def machine_facts(*packages: str) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "npt_fast": npt_fast.__version__,
     }
     for package in packages:
         try:

@@ -111,7 +111,7 @@ def bench(
     )  # fmt: skip
     if plot is not None:
         check(plot)  # before minutes of work
-    facts = machine_facts("npt_fast", "torch", "triton") | device_facts()
+    facts = machine_facts("torch", "triton") | device_facts()
     rows: list[Row] = []
     for row in wanted.rows(begin + budget if budget else math.inf):
         rows.append(row)

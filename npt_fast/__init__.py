@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from npt_fast.transfer.modulation import Modulation, mean
     from npt_fast.transfer.positions import after, at
 
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it, so that a source tree has it too
+
 _HOMES = {
     "Baked": "npt_fast.transfer.bake",
     "CheckpointError": "npt_fast.errors",
@@ -129,10 +131,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("npt_fast")
     if name == "functional":
         return import_module("npt_fast.functional")
     if name not in _HOMES:

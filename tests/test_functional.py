@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from npt_fast.functional import modulated_mlp, vector_norms
 from npt_fast.kernels.factored import ACTIVATIONS, Base, Modulation
-from npt_fast.testing import Problem, assert_within_budget, leaves, make_inputs
+from npt_fast.testing import Problem, assert_within_budget, leaves, longest_sum, make_inputs
 from tests.checkpoints import layer_weights
 from tests.reference import Situation
 from tests.reference import modulated_mlp as spelled_out
@@ -134,11 +135,12 @@ def test_low_precision_stays_within_budget(dtype: torch.dtype, projections: int)
     low = as_dtype(make_inputs(problem), dtype)
     exact = as_dtype(low, torch.float64)  # the same numbers: only the arithmetic differs
     y, eager, truth = run(low), run(low, impl="reference"), run(exact, impl="reference")
-    assert_within_budget(y, truth, eager, "y")
+    terms = longest_sum(low)
+    assert_within_budget(y, truth, eager, "y", terms=terms)
     dy = output_gradient(truth).to(dtype)
     found, baseline = gradients(low, y, dy), gradients(low, eager, dy)
     for name, gradient in gradients(exact, truth, dy.double()).items():
-        assert_within_budget(found[name], gradient, baseline[name], name)
+        assert_within_budget(found[name], gradient, baseline[name], name, terms=terms)
 
 
 def test_the_budget_can_be_exceeded() -> None:
@@ -149,6 +151,67 @@ def test_the_budget_can_be_exceeded() -> None:
         assert_within_budget(low + 1e-3, exact, low)
     with pytest.raises(AssertionError, match="not finite"):
         assert_within_budget(low * torch.nan, exact, low)
+
+
+LONG = 1024
+
+
+def a_product(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Two matrices of a dtype, with sums of `LONG` terms between them, and their exact product."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(16, LONG, generator=generator).to(dtype)
+    b = torch.randn(LONG, 16, generator=generator).to(dtype)
+    return a, b, a.double() @ b.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_budget_allows_another_order_of_a_sum(dtype: torch.dtype) -> None:
+    """Even where torch happens to round once alone: terms are added one by one in float32."""
+    a, b, exact = a_product(dtype)
+    found = torch.zeros(exact.shape)
+    for column, row in zip(a.float().t(), b.float(), strict=True):
+        found += torch.outer(column, row)
+    assert_within_budget(found.to(dtype), exact, exact.to(dtype), terms=LONG)
+
+
+def without_a_term(a: Tensor, b: Tensor) -> Tensor:
+    return a[:, 1:] @ b[1:]
+
+
+def a_wrong_scale(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b * (1 + 64 / LONG)  # as of a mean over whole tiles
+
+
+def without_an_element(a: Tensor, b: Tensor) -> Tensor:
+    product = a @ b
+    product[-1, -1] = 0
+    return product
+
+
+def in_tf32(a: Tensor, b: Tensor) -> Tensor:
+    def rounded(tensor: Tensor) -> Tensor:
+        return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    return rounded(a) @ rounded(b)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fault"),
+    [
+        *(
+            pytest.param(dtype, fault, id=f"{fault.__name__}-{dtype}")
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+            for fault in (without_a_term, a_wrong_scale, without_an_element)
+        ),
+        pytest.param(torch.float32, in_tf32, id="in_tf32"),
+    ],
+)
+def test_faults_exceed_the_budget(
+    dtype: torch.dtype, fault: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    a, b, exact = a_product(dtype)
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_within_budget(fault(a, b), exact, a @ b, terms=LONG)
 
 
 def test_no_modulation_is_the_base_mlp() -> None:
@@ -261,7 +324,7 @@ def test_autocast() -> None:
         y, eager = run(inputs), run(inputs, impl="reference")
     assert y.dtype == torch.bfloat16
     truth = run(exact, impl="reference")
-    assert_within_budget(y, truth, eager)
+    assert_within_budget(y, truth, eager, terms=longest_sum(inputs))
     y.float().sum().backward()
     assert all(tensor.grad.dtype == torch.float32 for tensor in leaves(*inputs).values())
 

@@ -52,7 +52,11 @@ def test_unknown_names() -> None:
         _ = npt.merges  # type: ignore[attr-defined]
 
 
-def test_version() -> None:
+def test_version_of_a_source_tree(tmp_path: Path) -> None:
+    """Where nothing is installed, and so no metadata can be asked."""
+    (tmp_path / "npt_fast").symlink_to(SOURCE.parent)
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import npt_fast as n"
+    assert python(f"{code}; print(n.__version__)", "-I", "-S") == npt.__version__
     assert npt.__version__[0].isdigit()
 
 

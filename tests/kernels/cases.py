@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from npt_fast.functional import modulated_mlp
 from npt_fast.kernels._tuning import MAX_CANDIDATES
 from npt_fast.kernels.factored import Base, Modulation
-from npt_fast.testing import Problem, assert_within_budget, leaves, make_inputs
+from npt_fast.testing import Problem, assert_within_budget, leaves, longest_sum, make_inputs
 
 SIMULATED = "ttsem" in sys.modules
 """Whether this is `python -m ttsem.sanitize pytest`: it passes for a GPU, and checks accesses."""
@@ -47,6 +48,23 @@ def padded(tensor: Tensor) -> Tensor:
     around = torch.full((*rows, width + 5), torch.nan, dtype=tensor.dtype, device=tensor.device)
     around[..., 2:-3] = tensor
     return around[..., 2:-3]
+
+
+class PackedProducts(TorchDispatchMode):
+    """Inside it torch's own matrix products get copies of their operands, without padding.
+
+    In bfloat16 on a CPU with AMX they multiply what lies behind a row by 0, which leaves NaN as it
+    is. Kernels still get the operands that a test has made.
+    """
+
+    PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket in self.PRODUCTS:
+            args = tuple(operand.contiguous() for operand in args)
+        return func(*args, **(kwargs or {}))
 
 
 def transposed(tensor: Tensor) -> Tensor:
@@ -104,7 +122,7 @@ def assert_like(oracle: Callable[..., Any], arguments: Sequence[Any], found: Any
     results = [found, oracle(*cast(arguments, torch.float64)), oracle(*arguments)]
     ours, exact, eager = ([r] if isinstance(r, Tensor) else r for r in results)
     for index, compared in enumerate(zip(ours, exact, eager, strict=True)):
-        assert_within_budget(*compared, f"result {index}")
+        assert_within_budget(*compared, f"result {index}", terms=longest_sum(arguments))
 
 
 def inputs_of(problem: Problem, dtype: torch.dtype, **options: Any) -> Inputs:
@@ -168,4 +186,4 @@ def assert_mlp_within_budget(
     exact = results(reference_mlp, cast(inputs, torch.float64), dy.double())
     low = results(eager, inputs, dy)
     for name, tensor in found.items():
-        assert_within_budget(tensor, exact[name], low[name], name)
+        assert_within_budget(tensor, exact[name], low[name], name, terms=longest_sum(inputs))

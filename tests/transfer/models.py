@@ -70,6 +70,13 @@ def converted(
     return model.double()
 
 
+def terms(model: Any) -> int:
+    """Of the sums that follow one another between a token and its logits."""
+    c = model.config
+    layer = 3 * c.hidden_size + c.intermediate_size  # q, k, v; o; gate and up; then down
+    return int(c.num_hidden_layers * layer + c.hidden_size)
+
+
 def ids_of(text: str) -> Tensor:
     """``(1, tokens)``."""
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])

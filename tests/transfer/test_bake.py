@@ -32,6 +32,7 @@ from tests.transfer.models import (
     ids_of,
     logits,
     random_modulation,
+    terms,
     tokenizer,
 )
 
@@ -95,7 +96,7 @@ def test_float32_keeps_the_budget() -> None:
         rows.append((logits(model, IDS), exact, low))
         baked.undo()
     found, exact, low = (torch.cat(each) for each in zip(*rows, strict=True))
-    assert_within_budget(found, exact, low)
+    assert_within_budget(found, exact, low, terms=terms(model))
 
 
 def test_bfloat16_is_rounded_once() -> None:
@@ -221,7 +222,7 @@ def test_peft_within_the_budget_in_float32(tmp_path: Path) -> None:
         npt.bake(model, m)
         rows.append((found, logits(exact_model, IDS), logits(model, IDS)))
     found, exact, low = (torch.cat(each) for each in zip(*rows, strict=True))
-    assert_within_budget(found, exact, low)
+    assert_within_budget(found, exact, low, terms=terms(base()))
 
 
 def test_projections_with_fewer_terms_are_filled_up(tmp_path: Path) -> None:
