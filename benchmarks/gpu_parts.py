@@ -6,6 +6,7 @@ report. `PARTS` has their order, and how long each takes.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -27,7 +28,16 @@ from torch import Tensor
 
 from npt_fast.benchmarks.device import DEVICE, DTYPE, ON_GPU, device_facts, peak_bytes
 from npt_fast.benchmarks.harness import MB, machine_facts
-from npt_fast.benchmarks.kernel_cases import OURS, REAL, TINY, Case, Shapes, cases, tensors
+from npt_fast.benchmarks.kernel_cases import (
+    OURS,
+    REAL,
+    TINY,
+    Case,
+    Shapes,
+    cases,
+    layer_inputs,
+    tensors,
+)
 from npt_fast.benchmarks.kernel_timing import (
     Timing,
     as_row,
@@ -424,6 +434,16 @@ def prepare_process() -> None:
     if not ON_GPU:  # on a busy machine, small operations wait for the slowest thread
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+
+
+def free_memory() -> None:
+    """Forget inputs and models that jobs of one part share, before another part begins."""
+    prepare.cache_clear()
+    layer_inputs.cache_clear()
+    if whole_model := sys.modules.get("npt_fast.benchmarks.whole_model"):
+        whole_model.build.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def _serve(connection: Connection, day: Any) -> None:
     os.setpgrp()  # signals to the group are the parent's
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     from npt_fast.benchmarks.device import device_error, device_facts
-    from npt_fast.benchmarks.gpu_parts import PARTS, prepare_process
+    from npt_fast.benchmarks.gpu_parts import PARTS, free_memory, prepare_process
 
     prepare_process()
     listed: dict[str, Any] = {}
@@ -111,6 +111,7 @@ def _serve(connection: Connection, day: Any) -> None:
             yield from device_facts().items()
             return
         if part not in listed:
+            free_memory()
             listed[part] = PARTS[part].jobs(day)
         if what == "list":
             yield from (job.what for job in listed[part])

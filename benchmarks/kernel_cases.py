@@ -215,7 +215,7 @@ def _by_projection(problem: Workload, projections: int) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _layer(problem: Workload) -> tuple[Tensor, Tensor, Base, Modulation]:
+def layer_inputs(problem: Workload) -> tuple[Tensor, Tensor, Base, Modulation]:
     """Drawn on the device: on a host, 200 million numbers take minutes."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     return make_inputs(
@@ -322,7 +322,7 @@ def _products(
 
 def _linear(shape: str, problem: Workload) -> Case:
     def inputs() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        _, h, base, m = _layer(problem)
+        _, h, base, m = layer_inputs(problem)
         return (h, _z(problem)[0]), (base.gate.t(), m.w_b_gate)
 
     return _products("forward, gate", shape, problem, inputs)
@@ -330,7 +330,7 @@ def _linear(shape: str, problem: Workload) -> Case:
 
 def _linear_backward(shape: str, problem: Workload) -> Case:
     def inputs() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        _, _, base, m = _layer(problem)
+        _, _, base, m = layer_inputs(problem)
         widths = problem.intermediate, problem.intermediate, len(m.w_a_in)
         gradients = tuple(_randn(problem.tokens, n, dtype=problem.dtype) for n in widths)
         return gradients, (base.gate, base.up, m.w_a_in)
@@ -340,7 +340,7 @@ def _linear_backward(shape: str, problem: Workload) -> Case:
 
 def _gate_up(shape: str, problem: Workload) -> Case:
     def inputs() -> Inputs:
-        _, h, base, m = _layer(problem)
+        _, h, base, m = layer_inputs(problem)
         return h, base, _z(problem), m
 
     def by(steps: factored.Steps) -> Compute:
@@ -357,7 +357,7 @@ def _probe(shape: str, problem: Workload) -> Case:
     k = problem.num_ranks
 
     def inputs() -> Inputs:
-        _, h, _, m = _layer(problem)
+        _, h, _, m = layer_inputs(problem)
         return h, m.w_a_in, _by_projection(problem, 2)
 
     def by(step: Compute) -> Compute:
@@ -430,7 +430,7 @@ def _chosen(problem: Workload, *, gradients: bool) -> str | None:
 
 def _mlp(op: str, what: str, shape: str, problem: Workload) -> Case:
     return Case(
-        op, what, shape, problem, lambda: _layer(problem), _forwards(problem.tokens),
+        op, what, shape, problem, lambda: layer_inputs(problem), _forwards(problem.tokens),
         chosen=_chosen(problem, gradients=False), graphs=op == "decode",
     )  # fmt: skip
 
@@ -439,7 +439,7 @@ def _training(op: str, what: str, shape: str, problem: Workload) -> Case:
     """Gradients of x, h and the modulation; the base is frozen."""
 
     def inputs() -> Inputs:
-        x, h, base, m = _layer(problem)
+        x, h, base, m = layer_inputs(problem)
         x, h, m = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), (x, h, m))
         return x, h, base, m, _randn(*h.shape, dtype=h.dtype)
 

@@ -190,11 +190,11 @@ def as_row(timing: Timing, limits: Ceilings | None) -> Row:
 
 
 def _roofline_ms(timing: Timing, limits: Ceilings) -> float:
-    """The least time of a path of the MLP; 0 for all else."""
+    """The least time of a path of the MLP; 0 for all else, as for dtypes it does not count."""
     form, case = _ROOFLINES.get(timing.provider), timing.case
-    if case.chosen is None or form is None:
-        return 0.0
     p = case.workload
+    if case.chosen is None or form is None or p.dtype.itemsize != roofline.ELEMENT:
+        return 0.0
     shape = roofline.Shape(p.hidden, p.intermediate, p.num_ranks, p.rank)
     gpu = roofline.GPU(limits.flops_per_second / 1e12, limits.bytes_per_second / 1e12)
     phases = ("decode",) if form == "decode" else tuple(case.what.split(" + "))
