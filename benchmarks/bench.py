@@ -171,6 +171,8 @@ def plot(bench: Bench, rows: Sequence[Row], facts: dict[str, str], path: str | P
 
 
 def _panel(axes: Any, name: str, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import LogLocator
+
     floors: dict[int, float] = {}
     lines: dict[str, list[Row]] = {}
     for row in rows:
@@ -185,9 +187,11 @@ def _panel(axes: Any, name: str, rows: Sequence[Row]) -> None:
         axes.fill_between(tokens, low, high, alpha=0.2, color=colour, linewidth=0)
     axes.plot(
         list(floors), list(floors.values()), "--", color="black", linewidth=1,
-        label="floor by this device's ceilings",
+        label="floor of a modulated MLP, by this device's ceilings",
     )  # fmt: skip
     axes.set(xscale="log", yscale="log", title=name, xlabel="tokens", ylabel="milliseconds a call")
     axes.set_xticks(list(floors), [str(tokens) for tokens in floors])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(which="major", color="0.9")

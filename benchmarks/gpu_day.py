@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +29,7 @@ from npt_fast.benchmarks.gpu_report import ALL_OF_IT, Report
 from npt_fast.benchmarks.gpu_worker import Late, Worker
 from npt_fast.benchmarks.harness import RESULTS, machine_facts
 from npt_fast.benchmarks.kernel_cases import OPS, PROVIDERS
-from npt_fast.benchmarks.rows import NOT_RUN, STOPPED, Row
+from npt_fast.benchmarks.rows import NOT_RUN, SKIPPED, STOPPED, Row
 from npt_fast.errors import BenchmarkError, suggestion
 
 LEAST = 30.0
@@ -38,80 +40,92 @@ _SHORTEST = 2.0
 """Seconds that must be left for a job to be begun."""
 _LONGEST = 3600.0
 """Seconds after which a job counts as hung where there is no budget."""
-_PATIENCE = 1.5
+_PATIENCE = 1.2
 """What a part may take of its time where there is a budget, since others wait behind it."""
 
 
-def run(
-    parts: Sequence[str], worker: Worker, end: float, report: Report, output: Path | None
-) -> None:
-    """Do what the report has not. It is written after every job, and when something stops all.
+@dataclass(frozen=True)
+class Call:
+    """One call of the command.
 
-    Args:
-        parts: of `PARTS`.
+    Attributes:
         worker: does the jobs.
-        end: of `time.monotonic`; nothing is begun behind it.
         report: has the facts about this call.
-        output: a folder; None: nothing is written.
+        end: of `time.monotonic`; nothing is begun behind it.
+        output: a folder for the report, which is written after every job, and when something stops
+            all; None: nothing is written.
+        whole: whether jobs do all they can: with some providers or ops left out, a later call
+            must not take them for done.
     """
-    left = list(parts)
-    try:
-        while left:
-            print(left[0], flush=True)
-            started = time.monotonic()
-            try:
-                _run_part(left[0], worker, end, report, output)
-            finally:
-                report.took(left.pop(0), time.monotonic() - started)
-    finally:
-        for name in left:
-            report.add(name, ALL_OF_IT, {"what": ALL_OF_IT, "status": STOPPED})
-        if output:
-            report.write(output)
 
+    worker: Worker
+    report: Report
+    end: float = math.inf
+    output: Path | None = None
+    whole: bool = True
 
-def _run_part(name: str, worker: Worker, end: float, report: Report, output: Path | None) -> None:
-    now = time.monotonic()
-    deadline = min(end, now + (_LONGEST if math.isinf(end) else _PATIENCE * PARTS[name].seconds))
-    jobs, index = [ALL_OF_IT], 0
-    try:
-        if deadline - now > _SHORTEST:
-            jobs = worker.jobs(name, deadline)
-        for index, job in enumerate(jobs):
-            if not report.has(name, job):
-                _run_job(name, job, index, worker, deadline, report)
-                if output:
-                    report.write(output)
-    except RuntimeError as error:  # of the list
-        report.add(name, ALL_OF_IT, {"what": ALL_OF_IT, "status": "failed", "detail": str(error)})
-    except BaseException:
-        for job in jobs[index:]:
-            report.add(name, job, {"what": job, "status": STOPPED})
-        raise
+    def run(self, parts: Sequence[str]) -> None:
+        """Do what the report has not of these parts."""
+        left = list(parts)
+        try:
+            while left:
+                print(left[0], flush=True)
+                started = time.monotonic()
+                try:
+                    self._part(left[0])
+                finally:
+                    self.report.took(left.pop(0), time.monotonic() - started)
+        finally:
+            for name in left:
+                self.report.add(name, ALL_OF_IT, {"what": ALL_OF_IT, "status": STOPPED})
+            self._write()
 
+    def _part(self, name: str) -> None:
+        now = time.monotonic()
+        share = _LONGEST if math.isinf(self.end) else _PATIENCE * PARTS[name].seconds
+        deadline = min(self.end, now + share)
+        jobs, index = [ALL_OF_IT], 0
+        try:
+            if deadline - now > _SHORTEST:
+                jobs = self.worker.jobs(name, deadline)
+            for index, job in enumerate(jobs):
+                if not self.report.has(name, job):
+                    self._job(name, job, index, deadline)
+                    self._write()
+        except Late:  # the list itself
+            self.report.add(name, ALL_OF_IT, {"what": ALL_OF_IT, "status": NOT_RUN})
+        except RuntimeError as error:
+            failed = {"what": ALL_OF_IT, "status": "failed", "detail": str(error)}
+            self.report.add(name, ALL_OF_IT, failed)
+        except BaseException:
+            for job in jobs[index:]:
+                self.report.add(name, job, {"what": job, "status": STOPPED})
+            raise
 
-def _run_job(
-    part: str, job: str, index: int, worker: Worker, deadline: float, report: Report
-) -> None:
-    def add(row: Row) -> None:
-        report.add(part, job, row)
-        print(f"  {row['status']:15} {row['what']} {row.get('provider', '')}", flush=True)
+    def _job(self, part: str, job: str, index: int, deadline: float) -> None:
+        def add(row: Row) -> None:
+            self.report.add(part, job, row)
+            print(f"  {row['status']:15} {row['what']} {row.get('provider', '')}", flush=True)
 
-    if deadline - time.monotonic() < _SHORTEST:
-        add({"what": job, "status": NOT_RUN})
-        return
-    complete = True
-    try:
-        for row in worker.run(part, index, deadline):
-            complete = complete and row["status"] != NOT_RUN
-            add(row)
-    except Late as error:
-        complete = False
-        add({"what": job, "status": NOT_RUN, "detail": f"begun, and then {error}"})
-    except RuntimeError as error:
-        add({"what": job, "status": "failed", "detail": str(error)})
-    if complete:
-        report.finish(part, job)
+        if deadline - time.monotonic() < _SHORTEST:
+            add({"what": job, "status": NOT_RUN})
+            return
+        complete = self.whole
+        try:
+            for row in self.worker.run(part, index, deadline):
+                complete = complete and row["status"] not in (NOT_RUN, SKIPPED)
+                add(row)
+        except Late as error:
+            complete = False
+            add({"what": job, "status": NOT_RUN, "detail": f"begun, and then {error}"})
+        except RuntimeError as error:
+            add({"what": job, "status": "failed", "detail": str(error)})
+        if complete:
+            self.report.finish(part, job)
+
+    def _write(self) -> None:
+        if self.output:
+            self.report.write(self.output)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,7 +158,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         for word in getattr(options, name):
             if word not in known:
                 parser.error(
-                    f"--{name}: there is no {word}{suggestion(word, known)} ({', '.join(known)})"
+                    f"--{name}: there is no {word!r}{suggestion(word, known)} ({', '.join(known)})"
                 )
     try:
         re.compile(options.shapes)
@@ -158,13 +172,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.output = options.output or (None if options.tiny else RESULTS)
     if options.merge == [] and options.output is None:
         parser.error("--merge: name files, or --output, whose report it then goes on with")
+    if options.output:
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--output {options.output}: {error.strerror}")
+        if not os.access(options.output, os.W_OK):
+            parser.error(f"--output {options.output}: cannot be written to")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    end = begin + options.budget - _END if options.budget else math.inf
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda number, frame: sys.exit(128 + number))
     report = Report({name: inspect.getdoc(part.jobs) or "" for name, part in PARTS.items()})
     given = sys.argv[1:] if arguments is None else arguments
     day = Day(options.tiny, options.ops, options.providers, options.shapes)
@@ -172,11 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if worker:
             facts = machine_facts("torch", "triton", "transformers", "liger-kernel")
-            facts |= worker.facts(begin + _LONGEST)
+            facts |= worker.facts(min(end, begin + _LONGEST))
             if state := device_state():
                 facts["nvidia-smi"] = "; ".join(state)
             if options.tiny:
                 facts["problems"] = "tiny: times mean nothing"
+                if ON_GPU:  # no report of a real run takes these numbers over
+                    facts["device"] += ", tiny problems"
             facts["command"] = f"`{' '.join(['python -m npt_fast.benchmarks.gpu_day', *given])}`"
             report.runs.append(facts)
         files = list(options.merge or ())
@@ -185,8 +210,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for file in files:
             report.merge(file)
         if worker:
-            end = begin + options.budget - _END if options.budget else math.inf
-            run(options.only, worker, end, report, options.output)
+            whole = (options.ops, options.providers) == (OPS, PROVIDERS)
+            Call(worker, report, end, options.output, whole).run(options.only)
+    except OSError as error:
+        print(f"Error: the report cannot be written: {error}", file=sys.stderr)
+        return 4
     except (BenchmarkError, RuntimeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from npt_fast.benchmarks.harness import result_path, save
-from npt_fast.benchmarks.rows import BAD, NOT_RUN, STOPPED, Row, table
+from npt_fast.benchmarks.rows import BAD, NOT_RUN, SKIPPED, STOPPED, Row, table
 from npt_fast.errors import BenchmarkError
 from npt_fast.tables import markdown_table
 
@@ -19,7 +19,7 @@ _KEY = ("op", "what", "provider", "launch")
 """What a row is about; a later row about the same takes its place."""
 ALL_OF_IT = "all of it"
 """What the row of a part is about that was not begun."""
-_UNDONE = (NOT_RUN, STOPPED)
+_UNDONE = (NOT_RUN, STOPPED, SKIPPED)
 
 
 class Report:
@@ -55,11 +55,11 @@ class Report:
         self._seconds[part] += seconds
 
     def finish(self, part: str, job: str) -> None:
-        """Nothing of the job is missing, nor of a part all of it."""
+        """Nothing of the job is missing, and not all of the part."""
         self._done.setdefault(part, set()).add(job)
         rows = self._rows.get(part, {})
         for key, row in list(rows.items()):
-            if row["status"] in _UNDONE and row["job"] in (job, ALL_OF_IT):
+            if row["job"] == ALL_OF_IT or (row["job"] == job and row["status"] in _UNDONE):
                 del rows[key]
 
     def has(self, part: str, job: str) -> bool:
@@ -101,6 +101,8 @@ class Report:
             if self.runs and device != self.runs[0]["device"]:
                 ours = self.runs[0]["device"]
                 raise BenchmarkError(f"{file} is of another device, {device}; this is {ours}")
+            if not runs:
+                raise ValueError("no call")
             for name, part in parts.items():
                 for row in part["rows"]:
                     self._put(name, row | {"run": row["run"] + before})

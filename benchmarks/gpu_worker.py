@@ -3,6 +3,7 @@ later work of the process that used it."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -104,6 +105,8 @@ def _serve(connection: Connection, day: Any) -> None:
     from npt_fast.benchmarks.gpu_parts import PARTS, free_memory, prepare_process
 
     prepare_process()
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("npt_fast.benchmarks").setLevel(logging.DEBUG)  # errors with their traces
     listed: dict[str, Any] = {}
 
     def answer(what: str, part: str = "", index: int = 0, deadline: float = 0.0) -> Iterator[Any]:
@@ -123,13 +126,13 @@ def _serve(connection: Connection, day: Any) -> None:
             request = connection.recv()
         except EOFError:
             return
+        outcome: tuple[str, Any] = ("end", None)
         try:
             for value in answer(*request):
                 connection.send(("value", value))
         except Exception as error:  # of a job; the others still count
-            connection.send(("error", f"{type(error).__name__}: {error}"))
-        else:
-            connection.send(("end", None))
-        if lost := device_error():
+            outcome = ("error", f"{type(error).__name__}: {error}")
+        if lost := device_error():  # before the answer, so that it is this job that has failed
             print(f"The device failed: {lost}", file=sys.stderr, flush=True)
             sys.exit(1)
+        connection.send(outcome)

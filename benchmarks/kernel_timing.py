@@ -7,6 +7,7 @@ where other layers come in between; where the inputs fit the cache they are time
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -18,13 +19,21 @@ from typing import TypeVar
 
 import torch
 
-from npt_fast.benchmarks.device import DEVICE, INTERPRETED, ON_GPU, milliseconds, synchronize
+from npt_fast.benchmarks.device import (
+    DEVICE,
+    INTERPRETED,
+    ON_GPU,
+    device_error,
+    milliseconds,
+    synchronize,
+)
 from npt_fast.benchmarks.harness import MB
 from npt_fast.benchmarks.kernel_cases import Case, Inputs, Prepared, copied, tensors
 from npt_fast.benchmarks.rows import NOT_RUN, Row
 from npt_fast.kernels import roofline
 
 Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
 
 _ROOFLINES = {path: path for path in ("gemm", "fused", "decode")}
 _ROOFLINES["reference"] = roofline.EAGER_VECTORS
@@ -184,6 +193,7 @@ def as_row(timing: Timing, limits: Ceilings | None) -> Row:
             found["ratio"] = statistics.median(timing.ratios)
         found |= {"GB/s": timing.bytes / median / 1e6, "TFLOP/s": timing.flops / median / 1e9}
         found["of ceiling"] = limits.share(timing)
+        found["ceilings"] = [limits.bytes_per_second / 1e9, limits.flops_per_second / 1e12]
         found["of roofline"] = _roofline_ms(timing, limits) / median or None
         found |= {"peak MB": timing.peak / MB, "milliseconds": ms, "ratios": timing.ratios}
     return found
@@ -217,7 +227,7 @@ def attempt(function: Callable[[], Result]) -> tuple[Result | None, str, str]:
     except torch.OutOfMemoryError as error:
         message = str(error).partition(". ")[0]
     except Exception as error:  # nothing that goes wrong in one may stop the others
-        traceback.print_exc()
+        _log.debug("%s", error, exc_info=True)
         return None, "failed", "".join(traceback.format_exception_only(error)).strip()
     torch.cuda.empty_cache()  # no longer held by the error
     return None, "out of memory", message
@@ -235,6 +245,9 @@ def time_case(
         rounds: of timings.
     """
     wanted = [name for name in case.providers if name in names or name == case.baseline]
+    if time.monotonic() > deadline:  # before inputs are drawn
+        yield from (Timing(case, name, NOT_RUN) for name in wanted)
+        return
     prepared, status, detail = attempt(lambda: Prepared(case))
     if prepared is None:
         yield from (Timing(case, name, status, detail) for name in wanted)
@@ -242,12 +255,14 @@ def time_case(
     right: dict[str, Timing] = {}
     for name in wanted:
         if time.monotonic() > deadline:
-            yield Timing(case, name, NOT_RUN, "budget")
+            yield Timing(case, name, NOT_RUN)
             continue
         peak, status, detail = attempt(partial(prepared.check, name))
         timing = Timing(case, name, status, detail, peak=peak or 0)
         if status != "ok":
             yield timing
+            if lost := device_error():
+                raise RuntimeError(f"the device failed: {lost}")
             continue
         flops, moved = prepared.exact(name)[1], prepared.bytes_moved(name)
         right[name] = replace(timing, flops=flops, bytes=moved)
@@ -260,7 +275,7 @@ def time_case(
     for launch, inputs, graph in ways:
         if time.monotonic() > deadline:
             for timing in right.values():
-                yield replace(timing, launch=launch, status=NOT_RUN, detail="budget")
+                yield replace(timing, launch=launch, status=NOT_RUN)
             continue
         calls: dict[str, _Calls] = {}
         for name, timing in right.items():

@@ -13,6 +13,8 @@ Row = dict[str, Any]
 BAD = ("failed", "wrong", "differs")
 NOT_RUN = "not run: budget"
 """Status of what the budget had no time for."""
+SKIPPED = "skipped"
+"""Status of what lacks something: memory, a tool, a GPU."""
 STOPPED = "not run: stopped"
 """Status of what was not reached before somebody stopped it all."""
 

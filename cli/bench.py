@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def _listed(_: type, value: str | None) -> None:
 
 
 def _numbers(_: type, value: str | None) -> None:
-    if value is not None and not all(w.isdecimal() and int(w) for w in value.split(",")):
+    if value is not None and not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", value):
         raise ValueError(f"positive numbers separated by commas, got {value!r}")
 
 
@@ -85,14 +86,17 @@ def bench(
     """
     begin = time.monotonic()
     if host:
+        others = (op, tokens, num_ranks, np_rank, dtype, against, budget, plot)
+        if any(value is not None for value in others):
+            raise BenchmarkError("--host has sizes of its own: it goes with --json alone")
         return _host(json)
     try:
         from npt_fast.benchmarks import bench as library
     except ModuleNotFoundError as error:
         raise NPTError(f"bench needs {error.name}: pip install 'npt_fast[hf]'") from error
-    from npt_fast.benchmarks.device import device_facts
+    from npt_fast.benchmarks.device import INTERPRETED, INTERPRETER, device_facts
     from npt_fast.benchmarks.harness import machine_facts
-    from npt_fast.benchmarks.rows import BAD
+    from npt_fast.benchmarks.rows import BAD, NOT_RUN
     from npt_fast.pictures import check
 
     if budget is not None and not budget >= library.LEAST:
@@ -109,6 +113,8 @@ def bench(
         model=model, num_ranks=num_ranks, rank=np_rank,
         **{name: value for name, value in given.items() if value},
     )  # fmt: skip
+    if plot is not None and INTERPRETED:
+        raise BenchmarkError(f"{plot}: there is nothing to draw, for the {INTERPRETER}")
     if plot is not None:
         check(plot)  # before minutes of work
     facts = machine_facts("torch", "triton") | device_facts()
@@ -117,6 +123,8 @@ def bench(
         rows.append(row)
         if sys.stderr.isatty():
             print(f"{row['what']}, {row['provider']}: {row['status']}", file=sys.stderr)
+    if all(row["status"] == NOT_RUN for row in rows):
+        raise BenchmarkError(f"budget {budget:g}: nothing could be timed in it")
     if json:
         limits = wanted.ceilings()
         peaks = limits and {
@@ -125,6 +133,8 @@ def bench(
         print_json({"machine": facts, "ceilings": peaks, "rows": rows})
     else:
         say(library.title(wanted, facts))
+        if INTERPRETED:
+            say(f"The {INTERPRETER}, and are not shown")
         _print(rows, wanted.ceilings())
     if plot is not None:
         library.plot(wanted, rows, facts, plot)
@@ -137,6 +147,8 @@ def _print(rows: Sequence[Row], limits: Any) -> None:
             f"Ceilings measured in this run: {limits.bytes_per_second / 1e9:.0f} GB/s, "
             f"{limits.flops_per_second / 1e12:.2f} TFLOP/s"
         )
+    from npt_fast.benchmarks.rows import cell
+
     tables: dict[str, list[Row]] = {}
     for row in rows:
         tables.setdefault(f"{row['op']}, {row['direction']}", []).append(row)
@@ -148,7 +160,7 @@ def _print(rows: Sequence[Row], limits: Any) -> None:
                 str(row["tokens"]), row["provider"], row["launch"] or "-",
                 *(_number(row, key) for key in ("ms", "p20", "p80")),
                 _number(row, "ratio", ".2f"), _number(row, "of ceiling", ".0%"),
-                f"{row['status']} {row['detail']}".strip(),
+                cell(f"{row['status']} {row['detail']}".strip()),
             )
             for row in found
         ]  # fmt: skip
@@ -158,13 +170,18 @@ def _print(rows: Sequence[Row], limits: Any) -> None:
             say(line)
 
 
-def _number(row: Row, key: str, form: str = ".3g") -> str:
-    return format(row[key], form) if key in row else "-"
+def _number(row: Row, key: str, form: str = "") -> str:
+    if key not in row:
+        return "-"
+    return format(row[key], form or (".0f" if row[key] >= 1000 else ".3g"))
 
 
 def _host(json: bool) -> int:
-    from npt_fast.benchmarks.device import ON_GPU
-    from npt_fast.benchmarks.host import measure
+    try:
+        from npt_fast.benchmarks.device import ON_GPU
+        from npt_fast.benchmarks.host import measure
+    except ModuleNotFoundError as error:
+        raise NPTError(f"bench --host needs {error.name}: pip install torch triton") from error
     from npt_fast.benchmarks.rows import table
 
     rows = measure()

@@ -26,3 +26,19 @@ class Stuck:
 
     def cases(self, *ops: str) -> Any:
         time.sleep(600)
+
+
+@dataclass
+class Failing:
+    """Its timings break the device."""
+
+    tiny: bool = True
+
+    def cases(self, *ops: str) -> Any:
+        import npt_fast.benchmarks.device as device
+
+        def broken() -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        device.synchronize = broken
+        return []

@@ -26,7 +26,7 @@ from npt_fast.benchmarks.kernel_cases import OPS, PROVIDERS, TINY, Case, Prepare
 from npt_fast.benchmarks.rows import NOT_RUN, STOPPED, Row
 from npt_fast.errors import BenchmarkError
 from npt_fast.kernels import roofline, swiglu
-from tests.benchmarks.days import Crashing, Stuck
+from tests.benchmarks.days import Crashing, Failing, Stuck
 
 ROOT = Path(__file__).parents[2]
 # where there is a GPU, too, this is about the command
@@ -180,8 +180,15 @@ def statuses(report: Report, part: str) -> dict[str, str]:
     return {row["what"]: row["status"] for row in report.rows(part)}
 
 
-def go(script: Script, report: Report, end: float = math.inf, output: Path | None = None) -> None:
-    gpu_day.run(list(script._parts), script, end, report, output)  # type: ignore[arg-type]
+def go(
+    script: Script,
+    report: Report,
+    end: float = math.inf,
+    output: Path | None = None,
+    *,
+    whole: bool = True,
+) -> None:
+    gpu_day.Call(script, report, end, output, whole).run(list(script._parts))  # type: ignore[arg-type]
 
 
 def test_nothing_is_begun_when_the_budget_is_over() -> None:
@@ -251,13 +258,47 @@ def test_a_merged_report_is_gone_on_with(tmp_path: Path) -> None:
     assert [row["run"] for row in second.rows("values")] == [1, 0, 0]
 
 
+def test_what_was_skipped_or_restricted_is_not_done() -> None:
+    report = new_report()
+    go(Script({"values": {"a": ["skipped"], "b": ["ok"]}}), report)
+    assert not report.has("values", "a") and report.has("values", "b")
+    go(Script({"model": {"c": ["ok"]}}), report, whole=False)
+    assert not report.has("model", "c")
+    go(Script({"values": {"a": ["ok"]}}), report)
+    assert statuses(report, "values") == {"a 0": "ok", "b 0": "ok"}
+
+
+def test_a_list_that_comes_late_is_no_failure() -> None:
+    class Slow(Script):
+        def jobs(self, part: str, deadline: float) -> list[str]:
+            raise Late("no answer")
+
+    report = new_report()
+    go(Slow({"values": {}}), report)
+    assert statuses(report, "values") == {"all of it": NOT_RUN} and not report.bad
+    go(Script({"values": {"a": ["ok"]}}), report)
+    assert statuses(report, "values") == {"a 0": "ok"}
+
+
+def test_a_device_that_fails_costs_the_job_that_broke_it() -> None:
+    worker = Worker(Failing())
+    try:
+        assert worker.jobs("environment", math.inf) == ["environment"]
+        with pytest.raises(RuntimeError, match="its process ended with exit code 1"):
+            worker.jobs("timings", math.inf)
+        assert worker.jobs("environment", math.inf) == ["environment"]
+    finally:
+        worker.stop()
+
+
 def test_reports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     other = new_report("another device")
     other.add("values", "a", {"what": "a", "status": "ok"})
     other.write(tmp_path)
     with pytest.raises(BenchmarkError, match="is of another device, another device; this is a dev"):
         new_report().merge(other.file(tmp_path))
-    for content in ("{}", "[]", "nonsense", '{"device": "x", "runs": [], "parts": {"values": 5}}'):
+    none = '{"device": "x", "runs": [], "parts": {}}'
+    for content in ("{}", "[]", "nonsense", none, none.replace("{}", '{"values": 5}')):
         file = tmp_path / "junk.json"
         file.write_text(content)
         with pytest.raises(BenchmarkError, match=r"junk.json is no report"):
@@ -271,11 +312,13 @@ def test_reports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     [
         ("--tiny --budget 5", "--budget 5: nothing can be done in less than 30 s"),
         ("--tiny --budget nan", "--budget nan: nothing can be done"),
-        ("--tiny --only valeus", "there is no valeus; did you mean 'values'?"),
-        ("--tiny --ops decod", "there is no decod; did you mean 'decode'?"),
-        ("--tiny --providers gem", "there is no gem; did you mean 'gemm'?"),
+        ("--tiny --only valeus", "there is no 'valeus'; did you mean 'values'?"),
+        ("--tiny --ops decod", "there is no 'decod'; did you mean 'decode'?"),
+        ("--tiny --providers gem", "there is no 'gem'; did you mean 'gemm'?"),
         ("--tiny --shapes (", "--shapes: missing )"),
         ("--tiny --merge", "--merge: name files"),
+        ("--tiny --only values,", "there is no ''"),
+        (f"--tiny --output {__file__}", "--output"),
     ],
 )
 def test_wrong_usage_is_one_line(

@@ -74,7 +74,7 @@ def test_the_picture_says_what_it_shows(found: tuple[dict[str, Any], Path]) -> N
     text = found[1].read_text()  # matplotlib writes each text as a comment beside its outlines
     for words in (
         "modulated_mlp, forward", "tokens", "milliseconds a call", "factored", "reference", "base",
-        "floor by this device's ceilings", "D=64, F=96", "k=2, r=8, float32",
+        "floor of a modulated MLP", "D=64, F=96", "k=2, r=8, float32",
     ):  # fmt: skip
         assert words in text, words
 
@@ -123,9 +123,10 @@ def test_a_budget_is_kept() -> None:
         ("--dtype int8", 2, "dtype"),
         ("--budget 1", 1, "nothing can be timed in less than 5 s"),
         ("--budget nan", 1, "nothing can be timed"),
-        ("--plot missing/a.png", 1, "cannot be written: there is no folder missing"),
-        ("--plot a.nonsense", 1, "the name must end in .png"),
+        ("--plot a.png", 1, "there is nothing to draw, for the interpreter: times mean nothing"),
+        ("--tokens 99999999999999999999", 2, "positive numbers separated by commas"),
         ("--host", 1, "TRITON_INTERPRET"),
+        ("--host --plot a.png", 1, "it goes with --json alone"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -141,3 +142,16 @@ def test_kernels_that_cannot_run_here_are_named() -> None:
     (line,) = result.stderr.splitlines()
     assert result.returncode == 1
     assert "gemm cannot be had for these ops, or without a GPU; there are factored," in line
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        ("missing/a.png", "cannot be written: there is no folder missing"),
+        ("a.nonsense", "the name must end in .png"),
+    ],
+)
+def test_pictures_are_refused_before_the_work(picture: str, words: str) -> None:
+    result = bench("--plot", picture)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and words in line
