@@ -128,8 +128,8 @@ def timings(day: Day) -> list[Job]:
 
     Medians, interleaved; what gives wrong values is refused, and not timed. Ratios are to the time
     of the factored form in plain torch: smaller is faster. GB/s counts inputs and outputs once. The
-    ceiling is what a plain copy of these bytes or the vendor's product of as many FLOPs takes on
-    this device, whichever is longer; the roofline, the same launch by launch, as
+    ceiling is what copying or reading these bytes, or the vendor's product of as many FLOPs, takes
+    on this device at best, whichever is longer; the roofline, the same launch by launch, as
     kernels/roofline.py counts a path's bytes.
     """
     return [Job("ceilings", _ceilings), *_timing_jobs(day, day.cases(*MLP_OPS), _is_quick)]
@@ -172,7 +172,7 @@ def _skipped(reason: str) -> Row:
 
 def _ceilings(deadline: float) -> Iterator[Row]:
     found = ceilings(DTYPE)
-    what = {"op": "ceilings", "what": "a large copy, a large product"}
+    what = {"op": "ceilings", "what": "copying or reading, a large product"}
     if found is None:
         yield what | _skipped("times of the interpreter mean nothing")
     else:

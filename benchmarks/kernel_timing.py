@@ -76,7 +76,12 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the device did with a large copy, and a large product by its vendor's library."""
+    """The best that torch gets out of the device.
+
+    Attributes:
+        bytes_per_second: of a large copy or a matrix times a vector, whichever is faster.
+        flops_per_second: of a large matrix product, by the vendor's library.
+    """
 
     bytes_per_second: float
     flops_per_second: float
@@ -92,7 +97,7 @@ class Ceilings:
 
 @cache
 def ceilings(dtype: torch.dtype) -> Ceilings | None:
-    """What the device can do in a dtype, after 3 seconds of work, so that it is as warm as later.
+    """The best the device does in a dtype, after 3 seconds of work, so that it is warm.
 
     None in the interpreter, whose times mean nothing.
     """
@@ -103,6 +108,8 @@ def ceilings(dtype: torch.dtype) -> Ceilings | None:
     target = torch.empty_like(source)
     a, b = (source[i * n * n :][: n * n].view(n, n) for i in range(2))
     product = torch.empty_like(a)
+    matrix = source.view(-1, 4096)
+    column, sums = matrix[0].clone(), matrix[:, 0].clone()
 
     def multiply() -> None:
         torch.mm(a, b, out=product)
@@ -110,9 +117,14 @@ def ceilings(dtype: torch.dtype) -> Ceilings | None:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         milliseconds(multiply)
-    copy_ms = statistics.median(milliseconds(lambda: target.copy_(source)) for _ in range(20))
-    mm_ms = statistics.median(milliseconds(multiply) for _ in range(20))
-    return Ceilings(2e3 * source.nbytes / copy_ms, 2e3 * n**3 / mm_ms)
+
+    def best(function: Callable[[], object]) -> float:
+        return min(milliseconds(function) for _ in range(20)) / 1e3
+
+    # a CPU reads faster than it copies, since it also reads what it writes to
+    copied = 2 * source.nbytes / best(lambda: target.copy_(source))
+    read = source.nbytes / best(lambda: torch.mv(matrix, column, out=sums))
+    return Ceilings(max(copied, read), 2 * n**3 / best(multiply))
 
 
 class _Calls:

@@ -54,8 +54,9 @@ def test_all_of_it_runs_on_small_problems(tmp_path: Path) -> None:
     document, text = report_in(tmp_path)
     assert list(document["parts"]) == list(PARTS)
     for name, part in document["parts"].items():
-        assert part["rows"] and part["done"], name
-        assert {row["status"] for row in part["rows"]} <= {"ok", "skipped"}, part["rows"]
+        found = {row["status"] for row in part["rows"]}
+        assert found and found <= {"ok", "skipped"}, part["rows"]
+        assert part["done"] or "skipped" in found, name
         assert f"\n## {name}\n" in text
     timed = [
         row for name in ("timings", "compilers", "small_ops")
