@@ -65,8 +65,6 @@ def compile_kernels(
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise NPTError("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
     try:
-        import triton
-
         from npt_fast.kernels import aot
     except ModuleNotFoundError as error:
         raise NPTError(f"kernels needs {error.name}: pip install torch triton") from error
@@ -100,7 +98,7 @@ def compile_kernels(
             )
             for one in found
         ]  # fmt: skip
-        say(f"Compiled by Triton {triton.__version__} without a GPU; says nothing about speed")
+        say(f"Compiled by {aot.COMPILER} without a GPU; says nothing about speed")
         say()
         print(markdown_table(heads, rows))
     bad = [one for one in found if not one.ok]

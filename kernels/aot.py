@@ -33,6 +33,7 @@ from npt_fast.kernels.factored import Base, Modulation
 from npt_fast.kernels.modulated_mlp import Path as KernelPath
 from npt_fast.kernels.modulated_mlp import modulated_mlp
 
+COMPILER = f"Triton {triton.__version__}"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 _TYPES = {
