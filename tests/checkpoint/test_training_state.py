@@ -38,7 +38,8 @@ def pair(tmp_path: Path) -> list[Path]:
 
 def loaded_state(path: Path) -> dict[str, Any]:
     """A source's training state, numpy scalars and all."""
-    numpy_scalar = [np._core.multiarray.scalar, np.dtype, type(np.dtype("float64"))]  # SPEC 2.3
+    scalar = np.float64().__reduce__()[0]  # NumPy 2 has it in another place than 1
+    numpy_scalar = [scalar, np.dtype, type(np.dtype("float64"))]  # SPEC 2.3
     with torch.serialization.safe_globals(numpy_scalar):
         state = torch.load(path / "training_state.pt", weights_only=True)
     assert isinstance(state, dict)
