@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -27,9 +26,13 @@ def test_the_deadline_ends_it_and_its_children() -> None:
         "import subprocess, sys; child = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
         "print(subprocess.Popen(child).pid, flush=True); import time; time.sleep(600)"
     )
-    program = Program([sys.executable, "-c", code], time.monotonic() + 2)
-    (child,) = program.lines()
-    assert program.code is None
+    for seconds in (2, 10, 60):  # a busy machine may take a while until the first line
+        program = Program([sys.executable, "-c", code], time.monotonic() + seconds)
+        lines = list(program.lines())
+        assert program.code is None
+        if lines:
+            break
+    (child,) = lines
     for _ in range(100):
         if not Path(f"/proc/{child}").exists() or "\nState:\tZ" in _status(child):
             break
@@ -83,7 +86,10 @@ def test_files_that_cannot_be_collected_are_failures(tests: Path) -> None:
 
 def test_a_deadline_keeps_what_came_before(tests: Path) -> None:
     tests.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(600)\n")
-    seconds = 10 if os.environ.get("CI") else 6
-    first, last = run_tests([str(tests)], time.monotonic() + seconds)
+    for seconds in (6, 20, 60):  # a busy machine may take a while until the first test
+        rows = list(run_tests([str(tests)], time.monotonic() + seconds))
+        if len(rows) > 1:
+            break
+    first, last = rows[0], rows[-1]
     assert (first["status"], first["passed"]) == ("ok", 1)
     assert last["status"] == NOT_RUN

@@ -6,11 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from npt_fast.benchmarks import kernel_timing
+from npt_fast.benchmarks.bench import Bench
 from tests.checkpoints import run
 
 SMALL = ("--model", "64,96", "--num_ranks", "2", "--np_rank", "8", "--tokens", "1,5")
@@ -97,14 +102,26 @@ def test_the_interpreter_runs_our_kernels_and_claims_nothing() -> None:
     assert not any("ms" in row for row in document["rows"])
 
 
-def test_a_budget_is_kept() -> None:
-    """What is not begun says so; 600 problems would take minutes."""
-    tokens = ",".join(map(str, range(1, 301)))
-    result = bench(*SMALL[:-1], tokens, "--budget", "8", "--json")
-    assert result.returncode == 0, result.stderr
-    statuses = [row["status"] for row in json.loads(result.stdout)["rows"]]
-    assert "ok" in statuses and "not run: budget" in statuses
-    assert statuses.index("not run: budget") > statuses.index("ok")
+def test_what_is_not_begun_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a second whenever it is read."""
+    clock = count()
+    stand_in = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr(kernel_timing, "time", stand_in)
+    options: dict[str, Any] = {"model": "64,96", "num_ranks": 2, "rank": 8}
+    wanted = Bench(ops=["swiglu"], tokens=range(1, 6), against=[], **options)
+    statuses = [row["status"] for row in wanted.rows(deadline=12)]
+    late = statuses.index("not run: budget")
+    assert late and set(statuses[:late]) == {"ok"} and set(statuses[late:]) == {"not run: budget"}
+    assert len(statuses) == len([name for case in wanted.cases() for name in ("eager", "triton")])
+
+
+def test_a_budget_too_small_for_anything(capsys: pytest.CaptureFixture[str]) -> None:
+    library = sys.modules["npt_fast.benchmarks.bench"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "LEAST", 0.0)
+        code, stdout, stderr = run(capsys, "bench", *SMALL, "--op", "swiglu", "--budget", "1e-9")
+    assert code == 1 and not stdout
+    assert stderr == "Error: budget 1e-09: nothing could be timed in it\n"
 
 
 @pytest.mark.parametrize(
