@@ -176,8 +176,7 @@ def _ceilings(deadline: float) -> Iterator[Row]:
     if found is None:
         yield what | _skipped("times of the interpreter mean nothing")
     else:
-        numbers = {"GB/s": found.bytes_per_second / 1e9, "TFLOP/s": found.flops_per_second / 1e12}
-        yield what | {"status": "ok", "detail": "", **numbers}
+        yield what | {"status": "ok", "detail": "", **found.numbers}
 
 
 def _timing_jobs(day: Day, found: Sequence[Case], wanted: Callable[[str], bool]) -> list[Job]:

@@ -6,7 +6,6 @@ import inspect
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +127,12 @@ class Report:
             parts.append(table([{"run": i, **facts} for i, facts in enumerate(self.runs)]))
         for name, *_ in summary:
             parts.append(f"## {name}\n\n{inspect.cleandoc(self._docs[name])}")
-            for op, group in groupby(self.rows(name), lambda row: row.get("op", "")):
+            by_op: dict[str, list[Row]] = {}  # jobs have rows of several, such as paths
+            for row in self.rows(name):
+                by_op.setdefault(row.get("op", ""), []).append(self._shown(row))
+            for op, rows in by_op.items():
                 parts += [f"### {op}"] if op else []
-                parts.append(table([self._shown(row) for row in group]))
+                parts.append(table(rows))
         return "\n\n".join(parts)
 
     def _shown(self, row: Row) -> Row:

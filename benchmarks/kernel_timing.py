@@ -86,6 +86,11 @@ class Ceilings:
     bytes_per_second: float
     flops_per_second: float
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Both in the units of a row."""
+        return {"GB/s": self.bytes_per_second / 1e9, "TFLOP/s": self.flops_per_second / 1e12}
+
     def floor_ms(self, flops: float, moved: float) -> float:
         """The least time of so many FLOPs and bytes: the larger of both."""
         return 1e3 * max(moved / self.bytes_per_second, flops / self.flops_per_second)
@@ -205,7 +210,7 @@ def as_row(timing: Timing, limits: Ceilings | None) -> Row:
             found["ratio"] = statistics.median(timing.ratios)
         found |= {"GB/s": timing.bytes / median / 1e6, "TFLOP/s": timing.flops / median / 1e9}
         found["of ceiling"] = limits.share(timing)
-        found["ceilings"] = [limits.bytes_per_second / 1e9, limits.flops_per_second / 1e12]
+        found["ceilings"] = list(limits.numbers.values())
         found["of roofline"] = _roofline_ms(timing, limits) / median or None
         found |= {"peak MB": timing.peak / MB, "milliseconds": ms, "ratios": timing.ratios}
     return found

@@ -127,10 +127,7 @@ def bench(
         raise BenchmarkError(f"budget {budget:g}: nothing could be timed in it")
     if json:
         limits = wanted.ceilings()
-        peaks = limits and {
-            "GB/s": limits.bytes_per_second / 1e9, "TFLOP/s": limits.flops_per_second / 1e12
-        }  # fmt: skip
-        print_json({"machine": facts, "ceilings": peaks, "rows": rows})
+        print_json({"machine": facts, "ceilings": limits and limits.numbers, "rows": rows})
     else:
         say(library.title(wanted, facts))
         if INTERPRETED:

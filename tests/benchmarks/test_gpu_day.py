@@ -291,6 +291,14 @@ def test_a_device_that_fails_costs_the_job_that_broke_it() -> None:
         worker.stop()
 
 
+def test_rows_of_an_op_are_one_table() -> None:
+    report = new_report()
+    for op, what in (("decode", "a"), ("paths", "b"), ("decode", "c"), ("paths", "d")):
+        report.add("timings", "job", {"op": op, "what": what, "status": "ok"})
+    text = report.markdown()
+    assert text.count("### decode") == text.count("### paths") == 1
+
+
 def test_reports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     other = new_report("another device")
     other.add("values", "a", {"what": "a", "status": "ok"})
