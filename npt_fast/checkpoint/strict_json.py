@@ -10,8 +10,13 @@ from typing import Any
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import CheckpointError
 
-MAX_BYTES = 8 << 20
-_MAX_CONTAINERS = 400_000  # an empty list takes 3 bytes here and 64 in memory
+MAX_BYTES = 100_000_000
+"""Of any document: the limit that the safetensors format sets for its header."""
+
+# An empty list takes 3 bytes here and 64 in memory. A tensor in a safetensors header takes three
+# objects and lists, and at least 55 bytes.
+_MANY_CONTAINERS = 400_000
+_BYTES_PER_CONTAINER = 16
 
 
 def parse_object(data: bytes, where: str, *, floats: bool = True) -> dict[str, Any]:
@@ -39,7 +44,8 @@ def parse_object(data: bytes, where: str, *, floats: bool = True) -> dict[str, A
     def refuse(text: str) -> Any:
         raise fail(f"the number {text:.40} is not allowed here")
 
-    if data.count(b"{") + data.count(b"[") > _MAX_CONTAINERS:
+    containers = data.count(b"{") + data.count(b"[")
+    if containers > _MANY_CONTAINERS + len(data) // _BYTES_PER_CONTAINER:
         raise fail("too many objects and lists; refused")
     try:
         parsed = json.loads(
@@ -59,11 +65,13 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a small file of a checkpoint.
 
     Raises:
-        CheckpointError: as `parse_object`, or the file is unreadable or over 8 MiB.
+        CheckpointError: as `parse_object`, or the file is unreadable or over 100 MB.
     """
     file = SourceFile.of(path)
     if file.size > MAX_BYTES:
-        raise CheckpointError(f"{path}: {file.size:,} bytes of JSON are too many; refused")
+        raise CheckpointError(
+            f"{path}: {file.size:,} bytes of JSON; more than {MAX_BYTES:,} are refused"
+        )
     return parse_object(file.read(0, file.size), str(path))
 
 

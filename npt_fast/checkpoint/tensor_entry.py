@@ -13,7 +13,6 @@ from npt_fast.checkpoint.source_file import SourceFile
 class Record:
     """A contiguous run of bytes that carries its own CRC-32 (0: none was recorded)."""
 
-    name: str
     file: SourceFile
     offset: int
     nbytes: int

@@ -13,8 +13,9 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from npt_fast.checkpoint.source_file import SourceFile
@@ -27,8 +28,8 @@ CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 END = struct.Struct("<4sHHHHIIH")
 END64_LOCATOR = struct.Struct("<4sIQI")
 END64 = struct.Struct("<4sQHHIIQQQQ")
-_MAX_DIRECTORY = 8 << 20  # 100,000 members; what is read from it takes 10 times as much memory
 _MAX_32 = 0xFFFFFFFF
+_MAX_ENTRY = 4096  # bytes of the directory for one member; torch takes 80, the longest name 1,100
 _FOLDER = 0x10  # in the external attributes
 _HARMLESS_FLAGS = 0x0808  # sizes also follow the data; names are UTF-8
 _SMALL_MEMBERS = {
@@ -41,6 +42,30 @@ _SMALL_MEMBERS = {
 _MEMBER = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}(/[^/\\\x00-\x1f\x7f]{1,255}){1,3}")
 
 
+@dataclass(slots=True)
+class _Members:
+    """The members of a zip, in columns: there is one for every tensor, and an object takes more.
+
+    Attributes:
+        file: the zip.
+        root: the folder that all members are in.
+        rows: name without the root -> row of the columns.
+    """
+
+    file: SourceFile
+    root: str = ""
+    rows: dict[str, int] = field(default_factory=dict)
+    offsets: array[int] = field(default_factory=lambda: array("Q"))
+    sizes: array[int] = field(default_factory=lambda: array("Q"))
+    crcs: array[int] = field(default_factory=lambda: array("L"))
+
+    def get(self, name: str) -> Record | None:
+        row = self.rows.get(name)
+        if row is None:
+            return None
+        return Record(self.file, self.offsets[row], self.sizes[row], self.crcs[row])
+
+
 @dataclass(frozen=True, slots=True)
 class TorchZip:
     """A ``.pt`` file.
@@ -48,13 +73,13 @@ class TorchZip:
     Attributes:
         file: the file.
         content: the object in it, with `TensorRef`s for tensors.
-        records: storages by key.
+        members: all records.
         pickled: the pickle that describes `content`.
     """
 
     file: SourceFile
     content: Any
-    records: Mapping[str, Record]
+    members: _Members
     pickled: Record
 
     def entry(self, name: str, ref: TensorRef) -> TensorEntry:
@@ -63,7 +88,7 @@ class TorchZip:
         Raises:
             CheckpointError: the tensor reaches outside its storage, or its strides overlap.
         """
-        record = self.records.get(ref.storage.key)
+        record = self.members.get(f"data/{ref.storage.key}")
         where = f"{self.file.path}: {name}"
         if record is None:
             raise CheckpointError(f"{where}: its record data/{ref.storage.key} is missing")
@@ -86,7 +111,7 @@ class TorchZip:
             ref.dtype,
             ref.shape,
             record,
-            record.offset + first * itemsize,
+            record.offset + first * itemsize if first else record.offset,
             _strides_if_needed(ref, where),
         )
 
@@ -125,19 +150,18 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
     """
     with file.open() as fd:
         members = _read_directory(file, fd)
-        roots = [name.partition("/")[0] for name in members]
-        root = roots[0]
-        if any(other != root for other in roots):
-            raise CheckpointError(f"{file.path}: members under more than one root; refused")
-        pickled = members.get(f"{root}/data.pkl")
-        if f"{root}/constants.pkl" in members:
+        pickled = members.get("data.pkl")
+        if members.get("constants.pkl"):
             raise CheckpointError(f"{file.path}: a TorchScript archive; not a checkpoint")
         if pickled is None:
             raise CheckpointError(f"{file.path}: holds no data.pkl; not a torch checkpoint")
         if pickled.nbytes > MAX_PICKLE_BYTES:
-            raise CheckpointError(f"{file.path}: a data.pkl of {pickled.nbytes:,} bytes; refused")
+            raise CheckpointError(
+                f"{file.path}: a data.pkl of {pickled.nbytes:,} bytes; "
+                f"more than {MAX_PICKLE_BYTES:,} are refused"
+            )
         for small, allowed in _SMALL_MEMBERS.items():
-            member = members.get(f"{root}/{small}")
+            member = members.get(small)
             if member is None and small != "version":
                 continue  # older torch did not write the others
             value = file.read_at(fd, member.offset, min(member.nbytes, 128)) if member else b""
@@ -146,14 +170,11 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
         data = file.read_at(fd, pickled.offset, pickled.nbytes)
     if pickled.crc32 and zlib.crc32(data) != pickled.crc32:
         raise CheckpointError(f"{file.path}: data.pkl is damaged (CRC-32 differs)")
-    prefix = f"{root}/data/"
-    records = {n.removeprefix(prefix): r for n, r in members.items() if n.startswith(prefix)}
-    content = decode(data, f"{file.path}: data.pkl")
-    return TorchZip(file, content, records, pickled)
+    return TorchZip(file, decode(data, f"{file.path}: data.pkl"), members, pickled)
 
 
-def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
-    """Members by name, in file order, after every check that needs no data."""
+def _read_directory(file: SourceFile, fd: int) -> _Members:
+    """All members, after every check that needs no data."""
 
     def fail(problem: str) -> CheckpointError:
         return CheckpointError(f"{file.path}: {problem}")
@@ -164,10 +185,12 @@ def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
             "torch.load(weights_only=True) and saved again"
         )
     start, size, total, end = _locate_directory(file, fd, fail)
-    if size > _MAX_DIRECTORY or start + size != end:
+    if start + size != end or not CENTRAL.size <= size / max(total, 1) <= _MAX_ENTRY:
         raise fail("its zip directory is malformed")
     directory = file.read_at(fd, start, size)
-    found: list[tuple[int, Record]] = []
+    members = _Members(file)
+    names: list[str] = []
+    headers_at = array("Q")
     position = 0
     for _ in range(total):
         if position + CENTRAL.size > size:
@@ -188,6 +211,10 @@ def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
             raise fail(f"a member has the odd name {raw_name!r:.80}; refused") from None
         if not _MEMBER.fullmatch(name) or ".." in name.split("/"):
             raise fail(f"a member has the odd name {name!r:.80}; refused")
+        root, _, name = name.partition("/")
+        members.root = members.root or root
+        if root != members.root:
+            raise fail("members under more than one root; refused")
         if attributes & _FOLDER:
             raise fail(f"member {name} is marked as a folder, which torch reads as noise; refused")
         if flags & ~_HARMLESS_FLAGS:
@@ -206,23 +233,28 @@ def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
         offset = header_at + LOCAL.size + local[9] + local[10]
         if offset + nbytes > start:
             raise fail(f"member {name} reaches outside the file; truncated?")
-        found.append((header_at, Record(name, file, offset, nbytes, crc)))
+        names.append(name)
+        headers_at.append(header_at)
+        members.offsets.append(offset)
+        members.sizes.append(nbytes)
+        members.crcs.append(crc)
     if position != size:
         raise fail("its zip directory is malformed")
-    found.sort(key=lambda item: item[0])
-    members: dict[str, Record] = {}
-    lower_names: set[str] = set()  # torch looks names up without regard to case
-    reached = 0
-    for header_at, record in found:
-        if header_at < reached or (not members and header_at):
-            raise fail(f"member {record.name} overlaps another, or follows foreign bytes; refused")
-        if record.name.lower() in lower_names:
-            raise fail(f"member {record.name} occurs twice; refused")
-        lower_names.add(record.name.lower())
-        members[record.name] = record
-        reached = record.offset + record.nbytes
-    if not members:
+    if not names:
         raise fail("an empty zip; not a torch checkpoint")
+    folded: set[str] = set()  # torch looks names up without regard to case
+    reached = 0
+    for row in sorted(range(len(names)), key=headers_at.__getitem__):
+        name, header_at = names[row], headers_at[row]
+        if header_at < reached or (not members.rows and header_at):
+            raise fail(f"member {name} overlaps another, or follows foreign bytes; refused")
+        lower = name.lower()
+        if name in members.rows or lower in members.rows or lower in folded:
+            raise fail(f"member {name} occurs twice; refused")
+        if lower != name:
+            folded.add(lower)
+        members.rows[name] = row
+        reached = members.offsets[row] + members.sizes[row]
     return members
 
 
