@@ -23,7 +23,7 @@ from npt_fast.checkpoint.dtypes import BY_STORAGE, BY_TORCH_NAME, DType
 from npt_fast.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 1 << 30
-"""Of the reader and the writer: 13 million tensors at the 80 bytes that torch.save takes for one."""
+"""Of reader and writer: 13 million tensors, at the 80 bytes that torch.save takes for one."""
 MAX_STRING = 1 << 20
 """Bytes of a string, likewise."""
 
