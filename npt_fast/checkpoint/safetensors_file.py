@@ -17,7 +17,7 @@ from typing import Any
 from npt_fast.checkpoint.dtypes import BY_NAME, DType
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.strict_json import MAX_BYTES, parse_object
-from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
+from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.errors import CheckpointError
 
 _MAX_NAME_BYTES = 4096
@@ -75,8 +75,7 @@ def read_safetensors(file: SourceFile) -> SafetensorsFile:
         if begin != reached:
             raise fail(f"{name}: its data leaves a hole or overlaps another tensor's")
         reached = end
-        record = Record(file, data_start + begin, end - begin)
-        found[name] = TensorEntry(name, dtype, shape, record, data_start + begin)
+        found[name] = TensorEntry(name, dtype, shape, file, data_start + begin)
     if data_start + reached != file.size:
         raise fail(f"{file.size} bytes, {data_start + reached} described; truncated or extended")
     if data_start % 8:

@@ -88,8 +88,9 @@ class TorchZip:
         Raises:
             CheckpointError: the tensor reaches outside its storage, or its strides overlap.
         """
+        file = self.file
         record = self.members.get(f"data/{ref.storage.key}")
-        where = f"{self.file.path}: {name}"
+        where = f"{file.path}: {name}"
         if record is None:
             raise CheckpointError(f"{where}: its record data/{ref.storage.key} is missing")
         itemsize = ref.dtype.itemsize
@@ -106,14 +107,11 @@ class TorchZip:
             extent = 1 + sum(span)
         if (first + extent) * itemsize > record.nbytes:
             raise CheckpointError(f"{where}: reaches outside its storage")
-        return TensorEntry(
-            name,
-            ref.dtype,
-            ref.shape,
-            record,
-            record.offset + first * itemsize if first else record.offset,
-            _strides_if_needed(ref, where),
-        )
+        strides = _strides_if_needed(ref, where)
+        if strides is None and math.prod(ref.shape) * itemsize == record.nbytes:
+            return TensorEntry(name, ref.dtype, ref.shape, file, record.offset, record.crc32)
+        offset = record.offset + first * itemsize
+        return TensorEntry(name, ref.dtype, ref.shape, file, offset, 0, strides, record)
 
 
 def _strides_if_needed(ref: TensorRef, where: str) -> tuple[int, ...] | None:
