@@ -15,7 +15,7 @@ import struct
 import zlib
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from npt_fast.checkpoint.source_file import SourceFile
@@ -42,28 +42,56 @@ _SMALL_MEMBERS = {
 _MEMBER = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}(/[^/\\\x00-\x1f\x7f]{1,255}){1,3}")
 
 
-@dataclass(slots=True)
 class _Members:
-    """The members of a zip, in columns: there is one for every tensor, and an object takes more.
+    """The members of a zip by name, without the root: as numbers, since every tensor has one.
 
     Attributes:
         file: the zip.
-        root: the folder that all members are in.
-        rows: name without the root -> row of the columns.
+        offsets: first byte of each member, by row.
+        sizes: bytes.
+        crcs: CRC-32s; 0 where none was recorded.
     """
 
-    file: SourceFile
-    root: str = ""
-    rows: dict[str, int] = field(default_factory=dict)
-    offsets: array[int] = field(default_factory=lambda: array("Q"))
-    sizes: array[int] = field(default_factory=lambda: array("Q"))
-    crcs: array[int] = field(default_factory=lambda: array("L"))
+    def __init__(self, file: SourceFile) -> None:
+        self.file = file
+        self.offsets = array("Q")
+        self.sizes = array("Q")
+        self.crcs = array("L")
+        self._storages = array("q")  # row of data/0, data/1, ...; -1 where there is none
+        self._others: dict[str, int] = {}
+
+    def append(self, name: str, offset: int, size: int, crc: int) -> bool:
+        """Add a member; whether its name is new."""
+        number = self._number(name)
+        if self._row(name, number) >= 0:
+            return False
+        row = len(self.offsets)
+        if number is None or number > 2 * row + 100:  # torch counts up, others may leave holes
+            self._others[name] = row
+        else:
+            self._storages.extend([-1] * (number + 1 - len(self._storages)))
+            self._storages[number] = row
+        self.offsets.append(offset)
+        self.sizes.append(size)
+        self.crcs.append(crc)
+        return True
 
     def get(self, name: str) -> Record | None:
-        row = self.rows.get(name)
-        if row is None:
+        row = self._row(name, self._number(name))
+        if row < 0:
             return None
         return Record(self.file, self.offsets[row], self.sizes[row], self.crcs[row])
+
+    def _row(self, name: str, number: int | None) -> int:
+        if number is not None and number < len(self._storages) and self._storages[number] >= 0:
+            return self._storages[number]
+        return self._others.get(name, -1)
+
+    @staticmethod
+    def _number(name: str) -> int | None:
+        digits = name.removeprefix("data/")
+        plain = digits.isdecimal() and len(digits) < 10 and len(digits) + 5 == len(name)
+        return int(digits) if plain and (digits[0] != "0" or digits == "0") else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +215,9 @@ def _read_directory(file: SourceFile, fd: int) -> _Members:
         raise fail("its zip directory is malformed")
     directory = file.read_at(fd, start, size)
     members = _Members(file)
-    names: list[str] = []
     headers_at = array("Q")
+    folded: set[str] = set()  # torch looks names up without regard to case
+    root = ""
     position = 0
     for _ in range(total):
         if position + CENTRAL.size > size:
@@ -209,9 +238,9 @@ def _read_directory(file: SourceFile, fd: int) -> _Members:
             raise fail(f"a member has the odd name {raw_name!r:.80}; refused") from None
         if not _MEMBER.fullmatch(name) or ".." in name.split("/"):
             raise fail(f"a member has the odd name {name!r:.80}; refused")
-        root, _, name = name.partition("/")
-        members.root = members.root or root
-        if root != members.root:
+        own_root, _, name = name.partition("/")
+        root = root or own_root
+        if own_root != root:
             raise fail("members under more than one root; refused")
         if attributes & _FOLDER:
             raise fail(f"member {name} is marked as a folder, which torch reads as noise; refused")
@@ -231,27 +260,24 @@ def _read_directory(file: SourceFile, fd: int) -> _Members:
         offset = header_at + LOCAL.size + local[9] + local[10]
         if offset + nbytes > start:
             raise fail(f"member {name} reaches outside the file; truncated?")
-        names.append(name)
-        headers_at.append(header_at)
-        members.offsets.append(offset)
-        members.sizes.append(nbytes)
-        members.crcs.append(crc)
-    if position != size:
-        raise fail("its zip directory is malformed")
-    if not names:
-        raise fail("an empty zip; not a torch checkpoint")
-    folded: set[str] = set()  # torch looks names up without regard to case
-    reached = 0
-    for row in sorted(range(len(names)), key=headers_at.__getitem__):
-        name, header_at = names[row], headers_at[row]
-        if header_at < reached or (not members.rows and header_at):
-            raise fail(f"member {name} overlaps another, or follows foreign bytes; refused")
         lower = name.lower()
-        if name in members.rows or lower in members.rows or lower in folded:
+        new = members.append(name, offset, nbytes, crc) and lower not in folded
+        if not new or (lower != name and members.get(lower)):
             raise fail(f"member {name} occurs twice; refused")
         if lower != name:
             folded.add(lower)
-        members.rows[name] = row
+        headers_at.append(header_at)
+    if position != size:
+        raise fail("its zip directory is malformed")
+    if not headers_at:
+        raise fail("an empty zip; not a torch checkpoint")
+    reached = 0
+    for row in sorted(range(len(headers_at)), key=headers_at.__getitem__):
+        if headers_at[row] < reached or (not reached and headers_at[row]):
+            raise fail(
+                f"the member at byte {headers_at[row]} overlaps another, or follows foreign bytes; "
+                "refused"
+            )
         reached = members.offsets[row] + members.sizes[row]
     return members
 

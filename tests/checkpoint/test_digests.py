@@ -1,4 +1,4 @@
-"""The file of digests: written and read as tensors go by, and small in memory whatever its length."""
+"""The file of digests: written and read as tensors go by, small in memory whatever its length."""
 
 from __future__ import annotations
 

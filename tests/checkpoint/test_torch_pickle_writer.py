@@ -1,4 +1,4 @@
-"""Pickles that we write: torch and our own reader get back what went in, at a size that is linear."""
+"""Pickles that we write: torch and our reader get back what went in, at a size that is linear."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ def test_what_a_reader_would_refuse_is_not_written(monkeypatch: pytest.MonkeyPat
         nested = [nested]
     with pytest.raises(CheckpointError, match="nested more than 64 deep"):
         pickled(nested)
-    with pytest.raises(CheckpointError, match="a string of 1,048,577 bytes .* 1,048,576 are the"):
+    with pytest.raises(CheckpointError, match=r"a string of 1,048,577 bytes .* 1,048,576 are the"):
         pickled("a" * ((1 << 20) + 1))
     assert decode(pickled("a" * (1 << 20)), "here") == "a" * (1 << 20)
     for module in (torch_pickle, torch_pickle_writer):
         monkeypatch.setattr(module, "MAX_PICKLE_BYTES", 100)
-    with pytest.raises(CheckpointError, match="a pickle of .* cannot be read again; 100 are the"):
+    with pytest.raises(CheckpointError, match=r"a pickle of .* cannot be read again; 100 are the"):
         pickled(list(range(50)))
 
 
