@@ -15,7 +15,7 @@ import struct
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,14 +51,14 @@ class OutputFile(Protocol):
     def size(self) -> int: ...
 
     @property
-    def pieces(self) -> Sequence[Piece]: ...
+    def pieces(self) -> Iterable[Piece]: ...
 
     def frame(self, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
         """Offset and bytes of headers and the like; `crcs` has CRC-32s of computed tensors."""
         ...
 
 
-def runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+def runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Pieces grouped so that each group is one range in one source and in the output."""
     run: list[Piece] = []
     for piece in pieces:
@@ -104,7 +104,6 @@ class TorchZipLayout:
     """A ``.pt`` file, laid out by `seal`."""
 
     name: str
-    pieces: list[Piece] = field(default_factory=list)
     size: int = 0
     _recipes: list[Recipe] = field(default_factory=list)
     _small: dict[bytes, bytes] = field(default_factory=dict)
@@ -134,6 +133,10 @@ class TorchZipLayout:
         return layout
 
     @property
+    def pieces(self) -> Iterable[Piece]:
+        return map(Piece, self._recipes, self._offsets[len(self._small) :])
+
+    @property
     def pickled(self) -> bytes:
         """The pickle that describes the object."""
         return next(iter(self._small.values()))
@@ -161,7 +164,6 @@ class TorchZipLayout:
             self._offsets.append(start + pad)
             cursor = start + pad + size
         self._directory_at = cursor
-        self.pieces = list(map(Piece, self._recipes, self._offsets[len(self._small) :]))
         self.size = cursor + len(self._directory({}))
 
     def _members(self) -> Iterator[tuple[bytes, int, int | None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,7 +180,7 @@ def _write_file(
 
 
 def _write_pieces(
-    pieces: Sequence[Piece], fd: int, mover: ByteMover, advance: Callable[[int], None]
+    pieces: Iterable[Piece], fd: int, mover: ByteMover, advance: Callable[[int], None]
 ) -> dict[str, int]:
     """Write all tensor data of a file; CRC-32s of what passed through memory."""
     crcs: dict[str, int] = {}

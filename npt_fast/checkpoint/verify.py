@@ -275,9 +275,10 @@ def _planned_files(plan: MergePlan) -> dict[str, str]:
     """SHA-256 of each small file; of the training state, of the pickle that has its scalars."""
     found = {}
     for file in plan.files:
-        if isinstance(file, TorchZipLayout) and file.pieces:
+        holds_tensors = any(True for _ in file.pieces)
+        if isinstance(file, TorchZipLayout) and holds_tensors:
             data = file.pickled
-        elif not file.pieces:
+        elif not holds_tensors:
             data = b"".join(part for _, part in sorted(file.frame({})))
         else:
             continue

@@ -18,6 +18,7 @@ from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.safetensors_file import build_header
+from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.tensor_source import PT_WEIGHTS, SAFETENSORS_WEIGHTS
 from npt_fast.config import FileFormat, NPTConfig
@@ -58,13 +59,16 @@ def load(model: Model, path: str | Path, *, layers: Sequence[int] | None = None)
             found = (part.modulation_type, part.num_ranks, part.rank, part.residual)
             if found != wanted:
                 raise ModelError(f"{path}: layer {layer} is {wanted}, the model's is {found}")
+    reader = NearbyReader()
     for layer in chosen:
         module = checkpoint.modules[layer]
         if layer not in present:
             convert(model, configs[layer])
         prefix = f"layer_{layer}_np."
         tensors = {
-            str(module.architecture.key(layer, slot)).removeprefix(prefix): read_tensor(entry)
+            str(module.architecture.key(layer, slot)).removeprefix(prefix): read_tensor(
+                entry, reader
+            )
             for slot, entry in module.tensors.items()
         }
         components(model)[layer].load_state_dict(tensors)
@@ -120,12 +124,12 @@ def save_pt(value: object, file: BinaryIO) -> None:
         raise
 
 
-def read_tensor(entry: TensorEntry) -> Tensor:
-    """One tensor of a checkpoint, through mapped windows; nothing is unpickled."""
+def read_tensor(entry: TensorEntry, reader: NearbyReader) -> Tensor:
+    """One tensor of a checkpoint, through windows; nothing is unpickled."""
     dtype = getattr(torch, entry.dtype.torch_name)
     data = bytearray(entry.nbytes)
     position = 0
-    for window in Recipe.unchanged(entry).windows():
+    for window in Recipe.unchanged(entry).windows(reader):
         data[position : position + len(window)] = window
         position += len(window)
     return torch.frombuffer(data, dtype=dtype).view(entry.shape)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import CONFIG, NPT_CONFIG, Checkpoint
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
@@ -90,6 +91,7 @@ def restore_optimizer(
     Returns:
         Layers that start fresh.
     """
+    reader = NearbyReader()
     betas = optimizer.param_groups[0]["betas"]
     fresh = []
     for layer, part in parts.items():
@@ -103,7 +105,7 @@ def restore_optimizer(
             str(architecture.key(layer, slot)).removeprefix(prefix): values
             for slot, values in slots.items()
         }
-        steps = {name: _number(values["step"]) for name, values in states.items()}
+        steps = {name: _number(values["step"], reader) for name, values in states.items()}
         top = max(steps.values())
         own = dict(part.named_parameters())
         joined = {
@@ -115,7 +117,7 @@ def restore_optimizer(
             for name, values in states.items():
                 entry = values[moment]
                 assert isinstance(entry, TensorEntry)
-                views[name].copy_(read_tensor(entry))
+                views[name].copy_(read_tensor(entry, reader))
                 if steps[name] != top:
                     views[name].mul_((1 - beta**top) / (1 - beta ** steps[name]))
         for name, parameter in own.items():
@@ -132,8 +134,10 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
     return value
 
 
-def _number(value: TensorEntry | float) -> float:
-    return float(read_tensor(value).item()) if isinstance(value, TensorEntry) else float(value)
+def _number(value: TensorEntry | float, reader: NearbyReader) -> float:
+    if isinstance(value, TensorEntry):
+        return float(read_tensor(value, reader).item())
+    return float(value)
 
 
 def read_state(checkpoint: Checkpoint) -> TrainingState | None:
