@@ -20,7 +20,7 @@ NPT_CONFIG = "npt_config.json"
 MERGE_SUMMARY = "merge_summary.json"
 FORMAT_VERSION = 1
 _WITHOUT = {
-    CONFIG: "the file is left out",
+    CONFIG: "the file is not used",
     MERGE_SUMMARY: "without it, earlier sources and digests of its layers are not known",
 }
 _SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9]{1,5}(?:,[0-9]{1,5})*)")
@@ -164,8 +164,8 @@ def open_checkpoint(given: str) -> Checkpoint:
             unread[name] = f"{error}; {_WITHOUT[name]}"
     npt_config = small.get(NPT_CONFIG)
     if npt_config is None and "npt_config" in weights.metadata:
-        raw = weights.metadata["npt_config"].encode()
-        npt_config = strict_json.parse_object(raw, f"{weights.path}: metadata npt_config")
+        raw = weights.metadata["npt_config"].encode("utf-8", "surrogatepass")
+        npt_config = strict_json.parse_foreign(raw, f"{weights.path}: metadata npt_config")
     if npt_config is not None:
         version = npt_config.get("format_version")
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:

@@ -339,7 +339,7 @@ def _config_file(
         try:  # indented, it may be longer than what was read
             strict_json.parse_foreign(data, f"{item.checkpoint.path / CONFIG} with its merge_info")
         except CheckpointError as error:
-            warnings.append(f"{error}; the file is left out")
+            warnings.append(f"{error}; the file is not used")
             continue
         return [BytesFile(CONFIG, data)]
     return []

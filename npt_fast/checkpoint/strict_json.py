@@ -79,11 +79,15 @@ def _parse(
             raise fail(f"key {counts.most_common(1)[0][0]!r:.80} occurs twice")
         return found
 
-    if data.count(b"{") + data.count(b"[") > _MAX_CONTAINERS:
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise fail(f"not valid JSON: not {encoding} from byte {error.start} on") from None
+    if text.count("{") + text.count("[") > _MAX_CONTAINERS:
         raise fail("too many objects and lists; refused")
     try:
         parsed = json.loads(
-            data.decode(encoding),
+            text,
             object_pairs_hook=unique,
             parse_constant=constant,
             parse_float=number,

@@ -43,7 +43,7 @@ def save_modulation(modulation: Modulation, path: Path) -> None:
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        text = json.dumps(description, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(description, allow_nan=False)
         save_file(tensors, temporary, {FORMAT: text})
         temporary.replace(path)
     except (OSError, SafetensorError, RecursionError, ValueError) as error:  # of an odd origin
