@@ -933,7 +933,7 @@ st("rank-100000", with_fields(shape=[8, 2, *[1] * 100_000]))
 st("rank-65", with_fields(shape=[8, 2, *[1] * 63]))
 
 # memory and time
-st("header-over-the-limit", " " * ((8 << 20) - 100) + TEXT)
+st("header-over-the-limit", " " * 100_000_000 + TEXT)
 st("header-of-empty-objects", f'{{"x": [{"{}," * 2_700_000}{{}}], {TEXT[1:]}')
 st("header-of-empty-lists", f'{{"x": [{"[]," * 2_700_000}[]], {TEXT[1:]}')
 st("header-of-numbers", f'{{"x": [{"999," * 2_000_000}1], {TEXT[1:]}')
@@ -1080,7 +1080,7 @@ for _name, _raw in {
     "duplicate-map": _VALID_INDEX[:-1] + ', "weight_map": {}}',
     "nested": '{"metadata": ' + "[" * 200_000 + "]" * 200_000 + ", " + _VALID_INDEX[1:],
     "nested-shard": f'{{"weight_map": {{"{W_DOWN}": {"[" * 900}{"]" * 900}}}}}',
-    "over-10-mib": " " * (10 << 20) + _VALID_INDEX,
+    "over-100-mb": " " * 100_000_000 + _VALID_INDEX,
     "of-empty-objects": '{"weight_map": [' + "{}," * 3_490_000 + "{}]}",
 }.items():  # fmt: skip
     index(_name, raw=_raw)

@@ -13,6 +13,7 @@ import json
 import math
 import struct
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,19 +100,6 @@ class BytesFile:
 
 
 @dataclass(slots=True)
-class _Member:
-    name: bytes
-    size: int
-    phase: int | None  # wanted data offset modulo a page
-    header_at: int = 0
-    extra: bytes = b""
-
-    @property
-    def offset(self) -> int:
-        return self.header_at + LOCAL.size + len(self.name) + len(self.extra)
-
-
-@dataclass(slots=True)
 class TorchZipLayout:
     """A ``.pt`` file, laid out by `seal`."""
 
@@ -119,8 +107,9 @@ class TorchZipLayout:
     pieces: list[Piece] = field(default_factory=list)
     size: int = 0
     _recipes: list[Recipe] = field(default_factory=list)
-    _members: list[_Member] = field(default_factory=list)
     _small: dict[bytes, bytes] = field(default_factory=dict)
+    _headers_at: array[int] = field(default_factory=lambda: array("Q"))
+    _offsets: array[int] = field(default_factory=lambda: array("Q"))
     _directory_at: int = 0
 
     @classmethod
@@ -164,73 +153,67 @@ class TorchZipLayout:
             root + b"/byteorder": b"little",
             root + b"/version": b"3\n",
         }
-        members = [_Member(name, len(data), None) for name, data in self._small.items()]
+        cursor = 0
+        for name, size, phase in self._members():
+            start = cursor + LOCAL.size + len(name) + len(_wide_sizes(size)) + 4
+            pad = -start % _RECORD_ALIGNMENT if phase is None else (phase - start) % PAGE
+            self._headers_at.append(cursor)
+            self._offsets.append(start + pad)
+            cursor = start + pad + size
+        self._directory_at = cursor
+        self.pieces = list(map(Piece, self._recipes, self._offsets[len(self._small) :]))
+        self.size = cursor + len(self._directory({}))
+
+    def _members(self) -> Iterator[tuple[bytes, int, int | None]]:
+        """Name, bytes, and the wanted offset modulo a page where there is one."""
+        for name, data in self._small.items():
+            yield name, len(data), None
+        root = self.name.removesuffix(".pt").encode()
         for key, recipe in enumerate(self._recipes):
             phase = None
             if recipe.is_copy and recipe.source is not None and recipe.nbytes >= PAGE:
                 phase = recipe.source.offset % PAGE
-            members.append(_Member(root + b"/data/%d" % key, recipe.nbytes, phase))
-        cursor = 0
-        for member in members:
-            member.header_at = cursor
-            wide = b""
-            if member.size >= _MAX_32:
-                wide = struct.pack("<HHQQ", 1, 16, member.size, member.size)
-            start = cursor + LOCAL.size + len(member.name) + len(wide) + 4
-            if member.phase is None:
-                pad = -start % _RECORD_ALIGNMENT
-            else:
-                pad = (member.phase - start) % PAGE
-            # the padding of torch.save: an extra field that every zip reader skips
-            member.extra = wide + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
-            cursor = member.offset + member.size
-        self._members = members
-        self._directory_at = cursor
-        tensors = members[len(self._small) :]
-        self.pieces = [
-            Piece(recipe, member.offset)
-            for recipe, member in zip(self._recipes, tensors, strict=True)
-        ]
-        self.size = cursor + len(self._directory({}))
+            yield root + b"/data/%d" % key, recipe.nbytes, phase
 
     def frame(self, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
-        for member, crc in zip(self._members, self._crcs(crcs), strict=True):
-            wide = member.size >= _MAX_32
-            size = _MAX_32 if wide else member.size
-            header = LOCAL.pack(
-                b"PK\x03\x04", 45 if wide else 20, 0, 0, 0, 0, crc, size, size,
-                len(member.name), len(member.extra),
-            )  # fmt: skip
-            yield member.header_at, header + member.name + member.extra
-        for member, data in zip(self._members, self._small.values(), strict=False):
-            yield member.offset, data
+        rows = zip(self._members(), self._headers_at, self._offsets, self._crcs(crcs), strict=True)
+        for (name, size, _), header_at, offset, crc in rows:
+            wide = _wide_sizes(size)
+            # the padding of torch.save: an extra field that every zip reader skips
+            pad = offset - header_at - LOCAL.size - len(name) - len(wide) - 4
+            extra = wide + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
+            narrow = min(size, _MAX_32)
+            yield header_at, LOCAL.pack(
+                b"PK\x03\x04", 45 if wide else 20, 0, 0, 0, 0, crc, narrow, narrow,
+                len(name), len(extra),
+            ) + name + extra  # fmt: skip
+        yield from zip(self._offsets, self._small.values(), strict=False)
         yield self._directory_at, self._directory(crcs)
 
-    def _crcs(self, computed: Mapping[str, int]) -> list[int]:
+    def _crcs(self, computed: Mapping[str, int]) -> Iterator[int]:
         """CRC-32 of every member; a copied tensor keeps its source's, 0 when it had none."""
-        crcs = [zlib.crc32(data) for data in self._small.values()]
+        for data in self._small.values():
+            yield zlib.crc32(data)
         for recipe in self._recipes:
             if recipe.is_copy and recipe.source is not None:
-                crcs.append(recipe.source.crc32)
+                yield recipe.source.crc32
             else:
-                crcs.append(computed.get(recipe.name, 0))
-        return crcs
+                yield computed.get(recipe.name, 0)
 
     def _directory(self, crcs: Mapping[str, int]) -> bytes:
         out = bytearray()
-        for member, crc in zip(self._members, self._crcs(crcs), strict=True):
-            wide = [value for value in (member.size,) * 2 if value >= _MAX_32]
-            if member.header_at >= _MAX_32:
-                wide.append(member.header_at)
+        rows = zip(self._members(), self._headers_at, self._crcs(crcs), strict=True)
+        for (name, size, _), header_at, crc in rows:
+            wide = [value for value in (size, size, header_at) if value >= _MAX_32]
             extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
             version = 45 if wide else 20
-            size = min(member.size, _MAX_32)
+            narrow = min(size, _MAX_32)
             out += CENTRAL.pack(
-                b"PK\x01\x02", version, version, 0, 0, 0, 0, crc, size, size, len(member.name),
-                len(extra), 0, 0, 0, 0, min(member.header_at, _MAX_32),
+                b"PK\x01\x02", version, version, 0, 0, 0, 0, crc, narrow, narrow, len(name),
+                len(extra), 0, 0, 0, 0, min(header_at, _MAX_32),
             )  # fmt: skip
-            out += member.name + extra
-        size, count, start = len(out), len(self._members), self._directory_at
+            out += name + extra
+        size, count, start = len(out), len(self._headers_at), self._directory_at
         out += END64.pack(
             b"PK\x06\x06", END64.size - 12, 45, 45, 0, 0, count, count, size, start
         )  # fmt: skip
@@ -240,6 +223,11 @@ class TorchZipLayout:
             b"PK\x05\x06", 0, 0, few, few, min(size, _MAX_32), min(start, _MAX_32), 0
         )  # fmt: skip
         return bytes(out)
+
+
+def _wide_sizes(size: int) -> bytes:
+    """The zip64 field of a local header; none where the size fits 32 bits."""
+    return struct.pack("<HHQQ", 1, 16, size, size) if size >= _MAX_32 else b""
 
 
 @dataclass(frozen=True, slots=True)

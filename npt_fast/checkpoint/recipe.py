@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from npt_fast.checkpoint.dtypes import CASTABLE, DType
-from npt_fast.checkpoint.source_file import WINDOW
+from npt_fast.checkpoint.source_file import WINDOW, NearbyReader
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.torch_zip import dense_strides
 from npt_fast.errors import MergeError
@@ -89,8 +89,11 @@ class Recipe:
             steps.append(f"padded from {list(self.source.shape)}")
         return ", ".join(steps)
 
-    def windows(self) -> Iterator[memoryview | bytes]:
+    def windows(self, reader: NearbyReader | None = None) -> Iterator[memoryview | bytes]:
         """The output bytes in order, in pieces of bounded size, each valid until the next.
+
+        Args:
+            reader: reads what is only copied, where many tensors are read one after the other.
 
         Raises:
             CheckpointError: the source changed.
@@ -98,7 +101,11 @@ class Recipe:
         """
         if self.is_copy:
             assert self.source is not None
-            yield from self.source.file.windows(self.source.offset, self.source.nbytes)
+            source = self.source
+            if reader is None:
+                yield from source.file.windows(source.offset, source.nbytes)
+            else:
+                yield from reader.windows(source.file, source.offset, source.nbytes)
             return
         rows, columns = self._as_matrix()[:2]
         for r0, r1, c0, c1 in _tiles(rows, columns):

@@ -17,11 +17,10 @@ from typing import Any
 from npt_fast.checkpoint import file_kind
 from npt_fast.checkpoint.dtypes import BY_NAME, DType
 from npt_fast.checkpoint.source_file import SourceFile
-from npt_fast.checkpoint.strict_json import parse_object
-from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
+from npt_fast.checkpoint.strict_json import MAX_BYTES, parse_object
+from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.errors import CheckpointError
 
-MAX_HEADER_BYTES = 8 << 20  # 100,000 tensors; parsing takes up to 24 times as much memory
 _MAX_NAME_BYTES = 4096
 _MAX_RANK = 64
 _LIMIT = 1 << 63
@@ -55,8 +54,8 @@ def read_safetensors(file: SourceFile) -> SafetensorsFile:
                 f"a header of {length} bytes in a file of {file.size}; truncated: "
                 "copy or download it again"
             )
-        if length > MAX_HEADER_BYTES:
-            raise fail(f"a header of {length:,} bytes is too large")
+        if length > MAX_BYTES:
+            raise fail(f"a header of {length:,} bytes; the format allows {MAX_BYTES:,}")
         header = file.read_at(fd, 8, length)
     if not header.rstrip(b" ").endswith(b"}"):
         raise fail("its header is not a JSON object; not a safetensors file")
@@ -81,8 +80,7 @@ def read_safetensors(file: SourceFile) -> SafetensorsFile:
         if begin != reached:
             raise fail(f"{name}: its data leaves a hole or overlaps another tensor's")
         reached = end
-        record = Record(name, file, data_start + begin, end - begin)
-        found[name] = TensorEntry(name, dtype, shape, record, data_start + begin)
+        found[name] = TensorEntry(name, dtype, shape, file, data_start + begin)
     if data_start + reached != file.size:
         raise fail(
             f"{file.size} bytes, {data_start + reached} described; truncated or extended: "

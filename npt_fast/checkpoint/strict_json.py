@@ -18,8 +18,13 @@ from npt_fast.checkpoint import file_kind
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import CheckpointError
 
-MAX_BYTES = 8 << 20
-_MAX_CONTAINERS = 400_000  # an empty list takes 3 bytes here and 64 in memory
+MAX_BYTES = 100_000_000
+"""Of any document: the limit that the safetensors format sets for its header."""
+
+# An empty list takes 3 bytes here and 64 in memory. A tensor in a safetensors header takes three
+# objects and lists, and at least 55 bytes.
+_MANY_CONTAINERS = 400_000
+_BYTES_PER_CONTAINER = 16
 _MAX_DEPTH = 100  # of other people's files: what is read is walked by recursion later
 
 
@@ -44,7 +49,7 @@ def parse_foreign(data: bytes, where: str) -> dict[str, Any]:
 
     Raises:
         CheckpointError: not JSON, not an object, duplicate keys, a number that no float can hold,
-            nested too deep, or over 8 MiB.
+            nested too deep, or over 100 MB.
     """
     _check_size(len(data), where)
     try:
@@ -83,7 +88,8 @@ def _parse(
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise fail(f"not valid JSON: not {encoding} from byte {error.start} on") from None
-    if text.count("{") + text.count("[") > _MAX_CONTAINERS:
+    containers = text.count("{") + text.count("[")
+    if containers > _MANY_CONTAINERS + len(data) // _BYTES_PER_CONTAINER:
         raise fail("too many objects and lists; refused")
     try:
         parsed = json.loads(
@@ -123,14 +129,16 @@ def _float(where: str) -> Callable[[str], float]:
 
 def _check_size(size: int, where: str) -> None:
     if size > MAX_BYTES:
-        raise CheckpointError(f"{where}: {size:,} bytes of JSON are too many; refused")
+        raise CheckpointError(
+            f"{where}: {size:,} bytes of JSON; more than {MAX_BYTES:,} are refused"
+        )
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a small file that npt_fast wrote.
 
     Raises:
-        CheckpointError: as `parse_object`, or the file is unreadable or over 8 MiB.
+        CheckpointError: as `parse_object`, or the file is unreadable or over 100 MB.
     """
     return parse_object(_read(path), str(path))
 

@@ -13,7 +13,6 @@ from npt_fast.checkpoint.source_file import SourceFile
 class Record:
     """A contiguous run of bytes that carries its own CRC-32 (0: none was recorded)."""
 
-    name: str
     file: SourceFile
     offset: int
     nbytes: int
@@ -28,22 +27,22 @@ class TensorEntry:
         name: key in the checkpoint.
         dtype: element type.
         shape: sizes, row-major.
-        record: bytes that hold the tensor: the whole record of a ``.pt`` (which other tensors may
-            share), or exactly the tensor's bytes in a safetensors file.
+        file: the file that holds them.
         offset: byte offset of the first element in the file.
+        crc32: CRC-32 of exactly this tensor's bytes as the file recorded it; 0 when it did not.
         strides: elements between neighbours along each dimension; None when contiguous.
+        record: in a ``.pt``, the record of which the tensor is only a part, or another order; other
+            tensors may share it.
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    record: Record
+    file: SourceFile
     offset: int
+    crc32: int = 0
     strides: tuple[int, ...] | None = None
-
-    @property
-    def file(self) -> SourceFile:
-        return self.record.file
+    record: Record | None = None
 
     @property
     def numel(self) -> int:
@@ -53,9 +52,3 @@ class TensorEntry:
     def nbytes(self) -> int:
         """Bytes of the tensor itself, laid out densely."""
         return self.numel * self.dtype.bits // 8
-
-    @property
-    def crc32(self) -> int:
-        """CRC-32 of exactly this tensor's bytes as its file recorded it; 0 when it did not."""
-        whole = self.offset == self.record.offset and self.nbytes == self.record.nbytes
-        return self.record.crc32 if whole and self.strides is None else 0

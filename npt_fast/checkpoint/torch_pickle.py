@@ -3,7 +3,8 @@
 `pickle` and `torch.load` resolve names to live Python objects; here a name is looked up in a
 closed table of the few symbols a checkpoint needs, and a REDUCE builds plain data from them. What
 comes out holds only dict, list, tuple, str, int, float, bool, None and `TensorRef`. Memory is
-metered, because nine bytes of pickle can ask for gigabytes.
+metered, because nine bytes of pickle can ask for gigabytes: what is built may take 64 MiB, and 24
+times the size of the pickle beyond that.
 
 The opcodes accepted are those that ``torch.load(weights_only=True)`` accepts (protocol 2, what
 ``torch.save`` writes), so that whatever is readable here is readable there. The one addition is
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import re
 import struct
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +22,14 @@ from typing import Any
 from npt_fast.checkpoint.dtypes import BY_STORAGE, BY_TORCH_NAME, DType
 from npt_fast.errors import CheckpointError
 
-MAX_PICKLE_BYTES = 32 << 20
-_MAX_MEMORY = 128 << 20
+MAX_PICKLE_BYTES = 1 << 30
+"""Of reader and writer: 13 million tensors, at the 80 bytes that torch.save takes for one."""
+MAX_STRING = 1 << 20
+"""Bytes of a string, likewise."""
+
+_SMALL_MEMORY = 64 << 20
+_MEMORY_PER_BYTE = 24  # AdamW's state as torch.save writes it is charged 9
 _MAX_RANK = 64
-_MAX_STRING = 1 << 20
 _NUMPY_SCALARS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "b1": "?"}
 
 
@@ -56,6 +60,12 @@ class _Global:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+
+class _OrderedDict(dict[Any, Any]):
+    """A dict that BUILD may give attributes to; half the size of `collections.OrderedDict`."""
+
+    __slots__ = ()
 
 
 @dataclass(slots=True)
@@ -100,13 +110,13 @@ def decode(data: bytes, where: str) -> Any:
         CheckpointError: an opcode or symbol outside the table, a malformed stream, bytes after the
             end, or more memory than a checkpoint can need.
     """
-    if len(data) > MAX_PICKLE_BYTES:
-        raise CheckpointError(f"{where}: a pickle of {len(data):,} bytes is too large")
     machine = _Machine(data, where)
     try:
         return machine.run()
     except (IndexError, ValueError, struct.error, RecursionError):
-        raise CheckpointError(f"{where}: malformed pickle at byte {machine.position}") from None
+        at = machine.position
+        cut = "truncated" if at >= len(data) else f"malformed at byte {at}"
+        raise CheckpointError(f"{where}: the pickle is {cut}") from None
 
 
 class _Machine:
@@ -117,9 +127,12 @@ class _Machine:
         self.where = where
         self.position = 0
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []  # picklers count from zero, and a list takes a tenth of a dict
+        self.far_memo: dict[int, Any] = {}
         self.storages: dict[str, StorageRef] = {}
+        self.sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # shapes repeat; each is kept once
         self.memory = 0
+        self.max_memory = _SMALL_MEMORY + _MEMORY_PER_BYTE * len(data)
 
     def fail(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {problem}")
@@ -131,10 +144,10 @@ class _Machine:
                 "not a protocol-2 pickle; save it again with torch.save's default protocol"
             )
         self.position = 2
-        while (opcode := self.take(1)) != b".":
-            handler = _OPCODES.get(opcode)
+        while (opcode := self.byte()) != _STOP:
+            handler = _HANDLERS[opcode]
             if handler is None:
-                raise self.fail(f"unsafe or unknown pickle opcode 0x{opcode.hex()}; refused")
+                raise self.fail(f"unsafe or unknown pickle opcode 0x{opcode:02x}; refused")
             handler(self)
         if self.position != len(self.data):
             raise self.fail(f"{len(self.data) - self.position} bytes after the end of the pickle")
@@ -144,16 +157,28 @@ class _Machine:
         return value
 
     def charge(self, size: int) -> None:
+        """Count what an opcode builds beyond 24 bytes for each of its own."""
         self.memory += size
-        if self.memory > _MAX_MEMORY:
-            raise self.fail("the pickle needs more memory than any checkpoint; refused")
+        if self.memory > self.max_memory:
+            raise self.fail(
+                f"its pickle of {len(self.data):,} bytes needs more than {self.max_memory:,} bytes "
+                "of memory, which no checkpoint does; refused"
+            )
+
+    def byte(self) -> int:
+        value = self.data[self.position]
+        self.position += 1
+        return value
 
     def take(self, count: int) -> bytes:
         chunk = self.data[self.position : self.position + count]
         if len(chunk) != count:
-            raise self.fail("the pickle is truncated")
+            raise IndexError("the pickle is truncated")
         self.position += count
         return chunk
+
+    def index(self) -> int:
+        return int.from_bytes(self.take(4), "little")
 
     def line(self) -> str:
         end = self.data.index(b"\n", self.position, self.position + 256)
@@ -162,7 +187,8 @@ class _Machine:
         return text
 
     def push(self, value: Any, size: int = 0) -> None:
-        self.charge(size + 16)
+        if size:
+            self.charge(size)
         self.stack.append(value)
 
     def pop(self) -> Any:
@@ -188,34 +214,42 @@ class _Machine:
     # opcodes ---------------------------------------------------------------------------------
 
     def put(self, index: int) -> None:
-        self.charge(100)
-        self.memo[index] = self.top()
+        value = self.top()
+        if index == len(self.memo):
+            self.memo.append(value)
+        elif index < len(self.memo):
+            self.memo[index] = value
+        else:
+            self.charge(100)
+            self.far_memo[index] = value
 
     def get(self, index: int) -> None:
-        if index not in self.memo:
+        if index < len(self.memo):
+            self.stack.append(self.memo[index])
+        elif index in self.far_memo:
+            self.stack.append(self.far_memo[index])
+        else:
             raise self.fail(f"malformed pickle: memo {index} was never written")
-        self.push(self.memo[index])
 
     def string(self) -> None:
-        (length,) = struct.unpack("<I", self.take(4))
-        if length > _MAX_STRING:
-            raise self.fail(f"a string of {length:,} bytes is too long")
-        self.charge(4 * length)
-        self.push(self.take(length).decode("utf-8", "surrogatepass"), 50)
+        length = self.index()
+        if length > MAX_STRING:
+            raise self.fail(f"a string of {length:,} bytes; more than {MAX_STRING:,} are refused")
+        self.stack.append(self.take(length).decode("utf-8", "surrogatepass"))
 
     def long(self) -> None:
-        size = self.take(1)[0]
+        size = self.byte()
         if size > 16:
             raise self.fail(f"an integer of {size} bytes is too long")
-        self.push(int.from_bytes(self.take(size), "little", signed=True), 32)
+        self.stack.append(int.from_bytes(self.take(size), "little", signed=True))
 
     def tuple_of(self, count: int) -> None:
         items = tuple(self.pop() for _ in range(count))[::-1]
-        self.push(items, 40 + 8 * count)
+        self.push(items, 56 + 8 * count)
 
     def tuple_to_mark(self) -> None:
         items = tuple(self.pop_to_mark())
-        self.push(items, 40 + 8 * len(items))
+        self.push(items, 56 + 8 * len(items))
 
     def append(self, items: list[Any]) -> None:
         target = self.top()
@@ -226,9 +260,9 @@ class _Machine:
 
     def set_items(self, items: list[Any]) -> None:
         target = self.top()
-        if type(target) not in (dict, OrderedDict) or len(items) % 2:
+        if type(target) not in (dict, _OrderedDict) or len(items) % 2:
             raise self.fail("malformed pickle: SETITEM on something that is not a dict")
-        self.charge(100 * len(items))
+        self.charge(50 * len(items))
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in (str, int):
                 raise self.fail(f"a dict key of type {type(key).__name__}; refused")
@@ -245,14 +279,14 @@ class _Machine:
         symbol = _KNOWN.get(f"{module}.{name}")
         if symbol is None:
             raise self.fail(f"refers to {module}.{name:.80}, which no checkpoint needs; refused")
-        self.push(symbol)
+        self.stack.append(symbol)
 
     def persistent(self) -> None:
-        self.push(self.storage(self.pop()), 64)
+        self.stack.append(self.storage(self.pop()))
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
-        if isinstance(target, OrderedDict) and type(state) is dict:
+        if isinstance(target, _OrderedDict) and type(state) is dict:
             return  # attributes of a state dict (`_metadata`): nothing that we keep
         if isinstance(target, _NumpyDType) and _is_plain_dtype_state(state):
             target.ready = True
@@ -268,7 +302,7 @@ class _Machine:
         except KeyError:
             raise self.fail(f"calls {function.name}; refused") from None
         try:
-            self.push(build(self, *arguments), 128)
+            self.push(build(self, *arguments), 80)
         except TypeError:
             raise self.fail(f"calls {function.name} with the wrong arguments") from None
 
@@ -284,10 +318,14 @@ class _Machine:
         plain = type(key) is str and type(location) is str and _is_count(numel)
         if not plain or not _DEVICE.fullmatch(location):
             raise self.fail("a malformed storage id; refused")
-        storage = StorageRef(BY_STORAGE.get(name), key, numel)
-        if self.storages.setdefault(key, storage) != storage:
+        dtype = BY_STORAGE.get(name)
+        known = self.storages.get(key)
+        if known is None:
+            self.charge(150)
+            known = self.storages[key] = StorageRef(dtype, key, numel)
+        elif known.dtype is not dtype or known.numel != numel:
             raise self.fail(f"storage {key!r:.40} is described in two different ways; refused")
-        return storage
+        return known
 
     def tensor_v2(
         self, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any
@@ -328,18 +366,19 @@ class _Machine:
             and len(shape) == len(strides) <= _MAX_RANK
             and all(map(_is_count, (offset, *shape, *strides)))
         )
-        if not sizes_are_plain or type(requires_grad) is not bool or hooks != OrderedDict():
+        if not sizes_are_plain or type(requires_grad) is not bool or _has_hooks(hooks):
             raise self.fail("a tensor with malformed sizes, or with hooks; refused")
+        shape = self.sizes.setdefault(shape, shape)
+        strides = self.sizes.setdefault(strides, strides)
         return TensorRef(storage, dtype, offset, shape, strides)
 
     def parameter(self, tensor: Any, requires_grad: Any, hooks: Any) -> TensorRef:
-        if not isinstance(tensor, TensorRef) or hooks != OrderedDict():
+        if not isinstance(tensor, TensorRef) or _has_hooks(hooks):
             raise self.fail("a malformed Parameter; refused")
         return tensor
 
-    def ordered_dict(self) -> OrderedDict[Any, Any]:
-        self.charge(200)
-        return OrderedDict()
+    def ordered_dict(self) -> _OrderedDict:
+        return _OrderedDict()
 
     def size(self, sizes: Any) -> tuple[int, ...]:
         if type(sizes) is not tuple or not all(map(_is_count, sizes)):
@@ -364,6 +403,10 @@ class _Machine:
             return text.encode("latin1")
         except UnicodeEncodeError:
             raise self.fail("bytes that are not a numpy scalar's; refused") from None
+
+
+def _has_hooks(hooks: Any) -> bool:
+    return type(hooks) not in (dict, _OrderedDict) or len(hooks) > 0
 
 
 def _is_count(value: Any) -> bool:
@@ -394,24 +437,25 @@ _REDUCERS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _Machine.latin1,
 }
 
+_STOP = ord(".")
 _OPCODES: dict[bytes, Callable[[_Machine], None]] = {
-    b"(": lambda m: m.push(_MARK),
-    b"N": lambda m: m.push(None),
-    b"\x88": lambda m: m.push(True),
-    b"\x89": lambda m: m.push(False),
-    b")": lambda m: m.push(()),
-    b"]": lambda m: m.push([], 56),
-    b"}": lambda m: m.push({}, 64),
-    b"J": lambda m: m.push(struct.unpack("<i", m.take(4))[0], 32),
-    b"K": lambda m: m.push(m.take(1)[0]),
-    b"M": lambda m: m.push(struct.unpack("<H", m.take(2))[0], 32),
+    b"(": lambda m: m.stack.append(_MARK),
+    b"N": lambda m: m.stack.append(None),
+    b"\x88": lambda m: m.stack.append(True),
+    b"\x89": lambda m: m.stack.append(False),
+    b")": lambda m: m.stack.append(()),
+    b"]": lambda m: m.push([], 72),
+    b"}": lambda m: m.push({}, 80),
+    b"J": lambda m: m.stack.append(struct.unpack("<i", m.take(4))[0]),
+    b"K": lambda m: m.stack.append(m.byte()),
+    b"M": lambda m: m.stack.append(struct.unpack("<H", m.take(2))[0]),
     b"\x8a": _Machine.long,
-    b"G": lambda m: m.push(struct.unpack(">d", m.take(8))[0], 24),
+    b"G": lambda m: m.stack.append(struct.unpack(">d", m.take(8))[0]),
     b"X": _Machine.string,
-    b"h": lambda m: m.get(m.take(1)[0]),
-    b"j": lambda m: m.get(struct.unpack("<I", m.take(4))[0]),
-    b"q": lambda m: m.put(m.take(1)[0]),
-    b"r": lambda m: m.put(struct.unpack("<I", m.take(4))[0]),
+    b"h": lambda m: m.get(m.byte()),
+    b"j": lambda m: m.get(m.index()),
+    b"q": lambda m: m.put(m.byte()),
+    b"r": lambda m: m.put(m.index()),
     b"t": _Machine.tuple_to_mark,
     b"\x85": lambda m: m.tuple_of(1),
     b"\x86": lambda m: m.tuple_of(2),
@@ -425,3 +469,4 @@ _OPCODES: dict[bytes, Callable[[_Machine], None]] = {
     b"b": _Machine.build,
     b"Q": _Machine.persistent,
 }
+_HANDLERS = [_OPCODES.get(bytes([code])) for code in range(256)]

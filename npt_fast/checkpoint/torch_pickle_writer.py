@@ -3,98 +3,173 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from npt_fast.checkpoint.torch_pickle import TensorRef
+from npt_fast.checkpoint.torch_pickle import MAX_PICKLE_BYTES, MAX_STRING, TensorRef
 from npt_fast.errors import CheckpointError
 
 _MAX_DEPTH = 64
-_MAX_NODES = 2_000_000  # a few bytes of hostile pickle can stand for exponentially many
 
 
 def encode(value: Any, place: Callable[[Any], TensorRef | None]) -> bytes:
     """A protocol-2 pickle of plain data and tensors that ``torch.load`` reads.
+
+    A container that stands in several places is written once, so that the size is linear in the
+    number of objects: a few bytes of hostile pickle can stand for exponentially many.
 
     Args:
         value: nested dicts, lists, tuples, str, int, float, bool, None, and whatever `place` knows.
         place: called with every other object; gives the tensor that stands for it, or None.
 
     Raises:
-        CheckpointError: data nested too deep, referring to itself, or of another type.
+        CheckpointError: data nested too deep, larger than a reader accepts, or of another type.
     """
-    out = bytearray(b"\x80\x02")
-    memo: dict[str, int] = {}
-    nodes = 0
+    writer = _Writer(place)
+    writer.put(value, 0)
+    writer.out += b"."
+    if len(writer.out) > MAX_PICKLE_BYTES:
+        raise CheckpointError(
+            f"a pickle of {len(writer.out):,} bytes cannot be read again; "
+            f"{MAX_PICKLE_BYTES:,} are the limit, merge fewer layers at once"
+        )
+    return bytes(writer.out)
 
-    def symbol(name: str) -> None:
-        if name in memo:
-            out.extend(b"j" + struct.pack("<I", memo[name]))
-            return
-        module, _, attribute = name.rpartition(".")
-        memo[name] = len(memo)
-        out.extend(f"c{module}\n{attribute}\n".encode() + b"r" + struct.pack("<I", memo[name]))
 
-    def tensor(ref: TensorRef, depth: int) -> None:
-        typed = ref.dtype.storage is not None
-        symbol("torch._utils._rebuild_tensor_v2" if typed else "torch._utils._rebuild_tensor_v3")
-        out.extend(b"((")
-        put("storage", depth)
-        symbol(f"torch.{ref.dtype.storage}" if typed else "torch.storage.UntypedStorage")
-        put(ref.storage.key, depth)
-        put("cpu", depth)
-        put(ref.storage.numel, depth)
-        out.extend(b"tQ")
-        put(ref.offset, depth)
-        put(ref.shape, depth)
-        put(ref.strides, depth)
-        out.extend(b"\x89")
-        symbol("collections.OrderedDict")
-        out.extend(b")R")
-        if not typed:
-            symbol(f"torch.{ref.dtype.torch_name}")
-        out.extend(b"tR")
+class _Writer:
+    """The pickle so far, and what in it can be referred to again.
 
-    def put(item: Any, depth: int) -> None:
-        nonlocal nodes
-        nodes += 1
-        if depth > _MAX_DEPTH or nodes > _MAX_NODES:
-            raise CheckpointError("data nested too deep, or too large, to be written")
+    Attributes:
+        out: the bytes.
+        symbols: memo indices of symbols.
+        strings: memo indices of strings.
+        containers: memo indices of containers by identity, and the containers to keep them alive.
+    """
+
+    def __init__(self, place: Callable[[Any], TensorRef | None]) -> None:
+        self.place = place
+        self.out = bytearray(b"\x80\x02")
+        self.symbols: dict[str, int] = {}
+        self.strings: dict[str, int] = {}
+        self.containers: dict[int, tuple[int, Any]] = {}
+        self.tuples: dict[tuple[int, ...], bytes] = {}
+
+    def put(self, item: Any, depth: int) -> None:
+        out = self.out
+        if depth > _MAX_DEPTH:
+            raise CheckpointError(f"data nested more than {_MAX_DEPTH} deep cannot be written")
         if item is None:
-            out.extend(b"N")
+            out += b"N"
         elif isinstance(item, bool):
-            out.extend(b"\x88" if item else b"\x89")
+            out += b"\x88" if item else b"\x89"
         elif isinstance(item, int):
-            if -(1 << 31) <= item < 1 << 31:
-                out.extend(b"J" + struct.pack("<i", item))
-            else:
-                raw = item.to_bytes(item.bit_length() // 8 + 1, "little", signed=True)
-                out.extend(b"\x8a" + bytes([len(raw)]) + raw)
+            out += _integer(item)
         elif isinstance(item, float):
-            out.extend(b"G" + struct.pack(">d", item))
+            out += b"G" + struct.pack(">d", item)
         elif isinstance(item, str):
-            raw = item.encode("utf-8", "surrogatepass")
-            out.extend(b"X" + struct.pack("<I", len(raw)) + raw)
+            self.string(item)
+        elif id(item) in self.containers:
+            out += _get(self.containers[id(item)][0])
         elif isinstance(item, tuple):
-            out.extend(b"(")
+            out += b"("
             for element in item:
-                put(element, depth + 1)
-            out.extend(b"t")
+                self.put(element, depth + 1)
+            out += b"t"
+            self.remember(item)
         elif isinstance(item, list):
-            out.extend(b"](")
+            out += b"]"
+            self.remember(item)
+            out += b"("
             for element in item:
-                put(element, depth + 1)
-            out.extend(b"e")
-        elif isinstance(item, dict):
-            out.extend(b"}(")
+                self.put(element, depth + 1)
+            out += b"e"
+        elif isinstance(item, Mapping):
+            out += b"}"
+            self.remember(item)
+            out += b"("
             for key, element in item.items():
-                put(key, depth + 1)
-                put(element, depth + 1)
-            out.extend(b"u")
-        elif (ref := place(item)) is not None:
-            tensor(ref, depth + 1)
+                self.put(key, depth + 1)
+                self.put(element, depth + 1)
+            out += b"u"
+        elif (ref := self.place(item)) is not None:
+            self.tensor(ref)
         else:
             raise CheckpointError(f"cannot write a {type(item).__name__} into a .pt file")
 
-    put(value, 0)
-    return bytes(out + b".")
+    def tensor(self, ref: TensorRef) -> None:
+        out = self.out
+        typed = ref.dtype.storage is not None
+        self.symbol("torch._utils._rebuild_tensor_v2" if typed else
+                    "torch._utils._rebuild_tensor_v3")  # fmt: skip
+        out += b"(("
+        self.string("storage")
+        self.symbol(f"torch.{ref.dtype.storage}" if typed else "torch.storage.UntypedStorage")
+        out += _string(ref.storage.key)
+        self.string("cpu")
+        out += _integer(ref.storage.numel) + b"tQ" + _integer(ref.offset)
+        out += self.sizes(ref.shape) + self.sizes(ref.strides) + b"\x89"
+        self.symbol("collections.OrderedDict")
+        out += b")R"
+        if not typed:
+            self.symbol(f"torch.{ref.dtype.torch_name}")
+        out += b"tR"
+
+    def symbol(self, name: str) -> None:
+        self.once(name, self.symbols, _global)
+
+    def string(self, text: str) -> None:
+        self.once(text, self.strings, _string)
+
+    def once(self, text: str, memo: dict[str, int], write: Callable[[str], bytes]) -> None:
+        """Written out the first time, referred to afterwards."""
+        if text in memo:
+            self.out += _get(memo[text])
+        else:
+            index = memo[text] = self.next_index()
+            self.out += write(text) + _put(index)
+
+    def remember(self, container: Any) -> None:
+        index = self.next_index()
+        self.containers[id(container)] = (index, container)
+        self.out += _put(index)
+
+    def next_index(self) -> int:
+        return len(self.symbols) + len(self.strings) + len(self.containers)
+
+    def sizes(self, values: tuple[int, ...]) -> bytes:
+        if values not in self.tuples:
+            self.tuples[values] = b"(" + b"".join(map(_integer, values)) + b"t"
+        return self.tuples[values]
+
+
+def _integer(value: int) -> bytes:
+    if 0 <= value < 1 << 8:
+        return b"K%c" % value
+    if 0 <= value < 1 << 16:
+        return b"M" + struct.pack("<H", value)
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(raw)]) + raw
+
+
+def _string(value: str) -> bytes:
+    raw = value.encode("utf-8", "surrogatepass")
+    if len(raw) > MAX_STRING:
+        raise CheckpointError(
+            f"a string of {len(raw):,} bytes cannot be read again; {MAX_STRING:,} are the limit"
+        )
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def _global(name: str) -> bytes:
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def _put(index: int) -> bytes:
+    return b"q%c" % index if index < 256 else b"r" + struct.pack("<I", index)
+
+
+def _get(index: int) -> bytes:
+    return b"h%c" % index if index < 256 else b"j" + struct.pack("<I", index)

@@ -13,7 +13,8 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,8 @@ CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 END = struct.Struct("<4sHHHHIIH")
 END64_LOCATOR = struct.Struct("<4sIQI")
 END64 = struct.Struct("<4sQHHIIQQQQ")
-_MAX_DIRECTORY = 8 << 20  # 100,000 members; what is read from it takes 10 times as much memory
 _MAX_32 = 0xFFFFFFFF
+_MAX_ENTRY = 4096  # bytes of the directory for one member; torch takes 80, the longest name 1,100
 _FOLDER = 0x10  # in the external attributes
 _HARMLESS_FLAGS = 0x0808  # sizes also follow the data; names are UTF-8
 _SMALL_MEMBERS = {
@@ -42,6 +43,58 @@ _SMALL_MEMBERS = {
 _MEMBER = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}(/[^/\\\x00-\x1f\x7f]{1,255}){1,3}")
 
 
+class _Members:
+    """The members of a zip by name, without the root: as numbers, since every tensor has one.
+
+    Attributes:
+        file: the zip.
+        offsets: first byte of each member, by row.
+        sizes: bytes.
+        crcs: CRC-32s; 0 where none was recorded.
+    """
+
+    def __init__(self, file: SourceFile) -> None:
+        self.file = file
+        self.offsets = array("Q")
+        self.sizes = array("Q")
+        self.crcs = array("L")
+        self._storages = array("q")  # row of data/0, data/1, ...; -1 where there is none
+        self._others: dict[str, int] = {}
+
+    def append(self, name: str, offset: int, size: int, crc: int) -> bool:
+        """Add a member; whether its name is new."""
+        number = self._number(name)
+        if self._row(name, number) >= 0:
+            return False
+        row = len(self.offsets)
+        if number is None or number > 2 * row + 100:  # torch counts up, others may leave holes
+            self._others[name] = row
+        else:
+            self._storages.extend([-1] * (number + 1 - len(self._storages)))
+            self._storages[number] = row
+        self.offsets.append(offset)
+        self.sizes.append(size)
+        self.crcs.append(crc)
+        return True
+
+    def get(self, name: str) -> Record | None:
+        row = self._row(name, self._number(name))
+        if row < 0:
+            return None
+        return Record(self.file, self.offsets[row], self.sizes[row], self.crcs[row])
+
+    def _row(self, name: str, number: int | None) -> int:
+        if number is not None and number < len(self._storages) and self._storages[number] >= 0:
+            return self._storages[number]
+        return self._others.get(name, -1)
+
+    @staticmethod
+    def _number(name: str) -> int | None:
+        digits = name.removeprefix("data/")
+        plain = digits.isdecimal() and len(digits) < 10 and len(digits) + 5 == len(name)
+        return int(digits) if plain and (digits[0] != "0" or digits == "0") else None
+
+
 @dataclass(frozen=True, slots=True)
 class TorchZip:
     """A ``.pt`` file.
@@ -49,13 +102,13 @@ class TorchZip:
     Attributes:
         file: the file.
         content: the object in it, with `TensorRef`s for tensors.
-        records: storages by key.
+        members: all records.
         pickled: the pickle that describes `content`.
     """
 
     file: SourceFile
     content: Any
-    records: Mapping[str, Record]
+    members: _Members
     pickled: Record
 
     def entry(self, name: str, ref: TensorRef) -> TensorEntry:
@@ -64,8 +117,9 @@ class TorchZip:
         Raises:
             CheckpointError: the tensor reaches outside its storage, or its strides overlap.
         """
-        record = self.records.get(ref.storage.key)
-        where = f"{self.file.path}: {name}"
+        file = self.file
+        record = self.members.get(f"data/{ref.storage.key}")
+        where = f"{file.path}: {name}"
         if record is None:
             raise CheckpointError(f"{where}: its record data/{ref.storage.key} is missing")
         itemsize = ref.dtype.itemsize
@@ -82,14 +136,11 @@ class TorchZip:
             extent = 1 + sum(span)
         if (first + extent) * itemsize > record.nbytes:
             raise CheckpointError(f"{where}: reaches outside its storage")
-        return TensorEntry(
-            name,
-            ref.dtype,
-            ref.shape,
-            record,
-            record.offset + first * itemsize,
-            _strides_if_needed(ref, where),
-        )
+        strides = _strides_if_needed(ref, where)
+        if strides is None and math.prod(ref.shape) * itemsize == record.nbytes:
+            return TensorEntry(name, ref.dtype, ref.shape, file, record.offset, record.crc32)
+        offset = record.offset + first * itemsize
+        return TensorEntry(name, ref.dtype, ref.shape, file, offset, 0, strides, record)
 
 
 def _strides_if_needed(ref: TensorRef, where: str) -> tuple[int, ...] | None:
@@ -126,19 +177,18 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
     """
     with file.open() as fd:
         members = _read_directory(file, fd)
-        roots = [name.partition("/")[0] for name in members]
-        root = roots[0]
-        if any(other != root for other in roots):
-            raise CheckpointError(f"{file.path}: members under more than one root; refused")
-        pickled = members.get(f"{root}/data.pkl")
-        if f"{root}/constants.pkl" in members:
+        pickled = members.get("data.pkl")
+        if members.get("constants.pkl"):
             raise CheckpointError(f"{file.path}: a TorchScript archive; not a checkpoint")
         if pickled is None:
             raise CheckpointError(f"{file.path}: holds no data.pkl; not a torch checkpoint")
         if pickled.nbytes > MAX_PICKLE_BYTES:
-            raise CheckpointError(f"{file.path}: a data.pkl of {pickled.nbytes:,} bytes; refused")
+            raise CheckpointError(
+                f"{file.path}: a data.pkl of {pickled.nbytes:,} bytes; "
+                f"more than {MAX_PICKLE_BYTES:,} are refused"
+            )
         for small, allowed in _SMALL_MEMBERS.items():
-            member = members.get(f"{root}/{small}")
+            member = members.get(small)
             if member is None and small != "version":
                 continue  # older torch did not write the others
             value = file.read_at(fd, member.offset, min(member.nbytes, 128)) if member else b""
@@ -147,14 +197,11 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
         data = file.read_at(fd, pickled.offset, pickled.nbytes)
     if pickled.crc32 and zlib.crc32(data) != pickled.crc32:
         raise CheckpointError(f"{file.path}: data.pkl is damaged (CRC-32 differs)")
-    prefix = f"{root}/data/"
-    records = {n.removeprefix(prefix): r for n, r in members.items() if n.startswith(prefix)}
-    content = decode(data, f"{file.path}: data.pkl")
-    return TorchZip(file, content, records, pickled)
+    return TorchZip(file, decode(data, f"{file.path}: data.pkl"), members, pickled)
 
 
-def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
-    """Members by name, in file order, after every check that needs no data."""
+def _read_directory(file: SourceFile, fd: int) -> _Members:
+    """All members, after every check that needs no data."""
 
     def fail(problem: str) -> CheckpointError:
         return CheckpointError(f"{file.path}: {problem}")
@@ -163,12 +210,15 @@ def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
     if not head.startswith(b"PK\x03\x04"):
         raise fail(f"not a zip-format torch file: it is {file_kind.describe(head)}")
     start, size, total, end = _locate_directory(file, fd, fail)
-    if size > _MAX_DIRECTORY or start + size != end:
+    if start + size != end or not CENTRAL.size <= size / max(total, 1) <= _MAX_ENTRY:
         raise fail("its zip directory is malformed")
     directory = file.read_at(fd, start, size)
     if b"/data.pkl" not in directory and b"/constants.pkl" not in directory:
         raise fail(f"not a torch file: it is {file_kind.describe_zip(directory)}")
-    found: list[tuple[int, Record]] = []
+    members = _Members(file)
+    headers_at = array("Q")
+    folded: set[str] = set()  # torch looks names up without regard to case
+    root = ""
     position = 0
     for _ in range(total):
         if position + CENTRAL.size > size:
@@ -189,6 +239,10 @@ def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
             raise fail(f"a member has the odd name {raw_name!r:.80}; refused") from None
         if not _MEMBER.fullmatch(name) or ".." in name.split("/"):
             raise fail(f"a member has the odd name {name!r:.80}; refused")
+        own_root, _, name = name.partition("/")
+        root = root or own_root
+        if own_root != root:
+            raise fail("members under more than one root; refused")
         if attributes & _FOLDER:
             raise fail(f"member {name} is marked as a folder, which torch reads as noise; refused")
         if flags & ~_HARMLESS_FLAGS:
@@ -207,23 +261,25 @@ def _read_directory(file: SourceFile, fd: int) -> dict[str, Record]:
         offset = header_at + LOCAL.size + local[9] + local[10]
         if offset + nbytes > start:
             raise fail(f"member {name} reaches outside the file; truncated?")
-        found.append((header_at, Record(name, file, offset, nbytes, crc)))
+        lower = name.lower()
+        new = members.append(name, offset, nbytes, crc) and lower not in folded
+        if not new or (lower != name and members.get(lower)):
+            raise fail(f"member {name} occurs twice; refused")
+        if lower != name:
+            folded.add(lower)
+        headers_at.append(header_at)
     if position != size:
         raise fail("its zip directory is malformed")
-    found.sort(key=lambda item: item[0])
-    members: dict[str, Record] = {}
-    lower_names: set[str] = set()  # torch looks names up without regard to case
-    reached = 0
-    for header_at, record in found:
-        if header_at < reached or (not members and header_at):
-            raise fail(f"member {record.name} overlaps another, or follows foreign bytes; refused")
-        if record.name.lower() in lower_names:
-            raise fail(f"member {record.name} occurs twice; refused")
-        lower_names.add(record.name.lower())
-        members[record.name] = record
-        reached = record.offset + record.nbytes
-    if not members:
+    if not headers_at:
         raise fail("an empty zip; not a torch checkpoint")
+    reached = 0
+    for row in sorted(range(len(headers_at)), key=headers_at.__getitem__):
+        if headers_at[row] < reached or (not reached and headers_at[row]):
+            raise fail(
+                f"the member at byte {headers_at[row]} overlaps another, or follows foreign bytes; "
+                "refused"
+            )
+        reached = members.offsets[row] + members.sizes[row]
     return members
 
 

@@ -259,8 +259,12 @@ def _check_shared_records(plan: MergePlan | None, report: VerifyReport) -> None:
     records: dict[Record, str] = {}
     for recipe in _recipes_by_name(plan).values() if plan else ():
         source = recipe.source
-        if source is not None and source.record.crc32 and not (recipe.is_copy and source.crc32):
-            records[source.record] = source.name
+        if source is None or (recipe.is_copy and source.crc32):
+            continue  # compared with its source, and its CRC with that
+        whole = Record(source.file, source.offset, source.nbytes, source.crc32)
+        record = source.record or whole
+        if record.crc32:
+            records[record] = source.name
     for record, name in records.items():
         crc = 0
         for window in record.file.windows(record.offset, record.nbytes):

@@ -17,6 +17,7 @@ import pytest
 from npt_fast.checkpoint import source_file
 from npt_fast.checkpoint.source_file import (
     WINDOW,
+    NearbyReader,
     SourceFile,
     filesystem_type,
     on_network_filesystem,
@@ -420,3 +421,40 @@ def test_reading_is_safe_from_several_threads(path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# --- many small ranges
+
+
+def test_nearby_ranges_are_the_bytes_of_their_files(tmp_path: Path) -> None:
+    contents = [random.Random(seed).randbytes(200_001) for seed in (1, 2)]
+    files = []
+    for number, content in enumerate(contents):
+        (tmp_path / str(number)).write_bytes(content)
+        files.append(SourceFile.of(tmp_path / str(number)))
+    dice = random.Random(3)
+    reader = NearbyReader()
+    for _ in range(500):
+        which = dice.choice((0, 0, 0, 1))
+        offset = dice.randrange(200_001)
+        length = min(dice.choice((0, 1, 100, 16_384, 16_385, 70_000)), 200_001 - offset)
+        got = b"".join(bytes(w) for w in reader.windows(files[which], offset, length))
+        assert got == contents[which][offset : offset + length]
+
+
+def test_nearby_ranges_open_the_file_rarely(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda *args: opened.append(args[0]) or real(*args))
+    file = SourceFile.of(path)
+    reader = NearbyReader()
+    for offset in range(0, 50_000, 50):
+        list(reader.windows(file, offset, 32))
+    assert len(opened) == 2  # to look at the file, and to read it
+
+
+def test_a_change_before_a_nearby_read_is_noticed(path: Path) -> None:
+    file = SourceFile.of(path)
+    path.write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        list(NearbyReader().windows(file, 0, 4))

@@ -1,0 +1,128 @@
+"""``merge_digests.txt``: the SHA-256 of every tensor of a merged checkpoint, one line for each.
+
+A merge of 80 layers with num_ranks 128 and their optimizer has 370,000 tensors, too many to be held
+as JSON. The lines stand in the order in which the files hold the tensors, so that they are written
+and compared as the tensors go by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from npt_fast.checkpoint.byte_mover import write_all
+from npt_fast.checkpoint.source_file import WINDOW, SourceFile
+from npt_fast.errors import CheckpointError
+
+DIGESTS = "merge_digests.txt"
+_MAX_LINE = 8192  # a tensor name has 4096 bytes at most
+
+TensorDigest = tuple[str, str, str]
+"""Name of a file, name of a tensor in it, and ``"F32[576, 32] <SHA-256 of its bytes>"``."""
+
+
+class DigestWriter:
+    """Writes the file; a context manager. Without any digest, there is no file.
+
+    Args:
+        directory: of the checkpoint; must not have the file yet.
+
+    Attributes:
+        count: digests written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / DIGESTS
+        self._lines = bytearray()
+        self._written = 0
+        self._hash = hashlib.sha256()
+        self._fd = -1
+        self.count = 0
+
+    def __enter__(self) -> DigestWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._fd >= 0:
+            try:
+                self._flush()
+                os.fsync(self._fd)
+            finally:
+                os.close(self._fd)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file; known once it is closed."""
+        return self._hash.hexdigest()
+
+    def add(self, file: str, name: str, digest: str) -> None:
+        self._lines += f"{file}\t{name}\t{digest}\n".encode()
+        self.count += 1
+        if len(self._lines) > WINDOW or self._fd < 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._fd < 0:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._fd = os.open(self._path, flags, 0o666)
+        write_all(self._fd, memoryview(self._lines), self._written)
+        self._written += len(self._lines)
+        self._hash.update(self._lines)
+        self._lines.clear()
+
+
+class RecordedDigests:
+    """The digests of one file of a checkpoint, given out in any order, cheapest in their own."""
+
+    def __init__(self, digests: Iterator[TensorDigest], file: str) -> None:
+        self._left = (item[1:] for item in digests if item[0] == file)
+        self._passed: dict[str, str] = {}
+
+    def take(self, name: str) -> str | None:
+        """The digest of a tensor; None where there is none, or it was taken before."""
+        if name in self._passed:
+            return self._passed.pop(name)
+        for other, digest in self._left:
+            if other == name:
+                return digest
+            self._passed[other] = digest
+        return None
+
+    def rest(self) -> Iterator[str]:
+        """Names of all tensors that were not taken."""
+        yield from self._passed
+        for name, _ in self._left:
+            yield name
+
+
+def read_digests(directory: Path) -> Iterator[TensorDigest]:
+    """The digests in a checkpoint's file, in its order; none where there is no file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is malformed.
+    """
+    path = directory / DIGESTS
+    if not os.path.lexists(path):
+        return
+    file = SourceFile.of(path)
+    number, rest = 0, b""
+    for window in file.windows(0, file.size):
+        *lines, rest = (rest + bytes(window)).split(b"\n")
+        for line in lines:
+            number += 1
+            yield _parse(line, path, number)
+        if len(rest) > _MAX_LINE:
+            break
+    if rest:
+        raise CheckpointError(f"{path}: line {number + 1} is cut off, or too long")
+
+
+def _parse(line: bytes, path: Path, number: int) -> TensorDigest:
+    try:
+        file, name, digest = line.decode().split("\t")
+    except ValueError:
+        problem = f"{path}: line {number} is not a file, a tensor and its digest"
+        raise CheckpointError(problem) from None
+    return file, name, digest
