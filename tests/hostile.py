@@ -1065,25 +1065,31 @@ for _name, _map in {
 }.items():  # fmt: skip
     index(f"map-{_name}", _map)
 _VALID_INDEX = json.dumps({"weight_map": WHERE})
+_IN_METADATA = '{"metadata": {"total_size": %s}, ' + _VALID_INDEX[1:]
 for _name, _raw in {
     "no-map": "{}",
     "list": "[]",
     "empty-file": "",
-    "nan": '{"metadata": {"total_size": NaN}, ' + _VALID_INDEX[1:],
-    "infinity": '{"metadata": {"total_size": -Infinity}, ' + _VALID_INDEX[1:],
+    "number-too-large": _IN_METADATA % "1e400",
+    "number-too-small": _IN_METADATA % "1e-400",
+    "number-of-5000-digits": _IN_METADATA % ("9" * 5000),
+    "nested-101-deep": _IN_METADATA % ("[" * 100 + "]" * 100),
     "cut": _VALID_INDEX[:-5],
     "garbage-after": _VALID_INDEX + "x",
     "duplicate-tensor": _VALID_INDEX[:-2] + f', "{W_DOWN}": "{TWO}"}}}}',
     "duplicate-map": _VALID_INDEX[:-1] + ', "weight_map": {}}',
-    "byte-order-mark": "\ufeff" + _VALID_INDEX,
     "nested": '{"metadata": ' + "[" * 200_000 + "]" * 200_000 + ", " + _VALID_INDEX[1:],
     "nested-shard": f'{{"weight_map": {{"{W_DOWN}": {"[" * 900}{"]" * 900}}}}}',
     "over-100-mb": " " * 100_000_000 + _VALID_INDEX,
     "of-empty-objects": '{"weight_map": [' + "{}," * 3_490_000 + "{}]}",
 }.items():  # fmt: skip
     index(_name, raw=_raw)
+index("utf-16-cut", raw=_VALID_INDEX.encode("utf-16")[:-1])
+index("utf-16-without-its-mark-cut", raw=_VALID_INDEX.encode("utf-16-be")[:-2])
+index(
+    "utf-16-duplicate-tensor", raw=_IN_METADATA.replace("metadata", "weight_map").encode("utf-16")
+)
 index("not-utf8", raw=_VALID_INDEX.encode().replace(b"W_down", b"W_\xff\xfe"))
-index("utf-16", raw=_VALID_INDEX.encode("utf-16"))
 
 
 # --- what is fine
@@ -1098,6 +1104,10 @@ CONTROLS: list[Case] = [
     ("safetensors-padded-to-4096", lambda d: write_safetensors(d, TEXT + " " * (4088 - len(TEXT)))),
     ("safetensors-other-order", lambda d: write_safetensors(d, dict(reversed(HEADER.items())))),
     ("index", write_index),
+    ("index-nan", partial(write_index, raw=_IN_METADATA % "NaN")),
+    ("index-infinity", partial(write_index, raw=_IN_METADATA % "-Infinity")),
+    ("index-byte-order-mark", partial(write_index, raw="\ufeff" + _VALID_INDEX)),
+    ("index-utf-16", partial(write_index, raw=_VALID_INDEX.encode("utf-16"))),
 ]
 """The same files without anything wrong: proves that the cases fail for what is wrong in them."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +19,10 @@ CONFIG = "config.json"
 NPT_CONFIG = "npt_config.json"
 MERGE_SUMMARY = "merge_summary.json"
 FORMAT_VERSION = 1
+_WITHOUT = {
+    CONFIG: "the file is not used",
+    MERGE_SUMMARY: "without it, earlier sources and digests of its layers are not known",
+}
 _SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9]{1,5}(?:,[0-9]{1,5})*)")
 
 
@@ -46,22 +52,24 @@ class Checkpoint:
     Attributes:
         given: path as the user wrote it, without a selection.
         directory: folder of the small files; None for bare weights.
-        note: where it was found, if not where it was looked for.
+        notes: where it was found, if not where it was looked for; weights that were not read.
         weights: the tensors.
         modules: complete layers, ascending.
         config: content of ``config.json``.
         npt_config: content of ``npt_config.json``, or of the safetensors metadata.
         summary: content of ``merge_summary.json``.
+        unread: of these files, those that are there and cannot be read, with a line that says why.
     """
 
     given: str
     directory: Path | None
-    note: str
+    notes: tuple[str, ...]
     weights: TensorSource
     modules: Mapping[int, NPModule]
     config: Mapping[str, Any] | None
     npt_config: Mapping[str, Any] | None
     summary: Mapping[str, Any] | None
+    unread: Mapping[str, str]
 
     @property
     def path(self) -> Path:
@@ -97,7 +105,7 @@ class Checkpoint:
         return LayerRecord(
             residual if residual in ("removed", "kept") else None,
             step if type(step) is int else None,
-            fidelity if type(fidelity) is float else None,
+            fidelity if type(fidelity) is float and math.isfinite(fidelity) else None,
             source if isinstance(source, str) else None,
             tuple(s for s in chain if isinstance(s, str)) if isinstance(chain, list) else (),
         )
@@ -140,14 +148,24 @@ def open_checkpoint(given: str) -> Checkpoint:
             if path.name.startswith(("npt_weights", "accumulated_npt_weights"))
             else None
         )
-    small: dict[str, Mapping[str, Any] | None] = {}
+    small: dict[str, Mapping[str, Any]] = {}
+    unread: dict[str, str] = {}
     for name in (CONFIG, NPT_CONFIG, MERGE_SUMMARY):
-        file = directory / name if directory else None
-        small[name] = strict_json.read_object(file) if file and file.exists() else None
-    npt_config = small[NPT_CONFIG]
+        if directory is None or not os.path.lexists(directory / name):
+            continue
+        try:
+            small[name] = strict_json.read_foreign(directory / name)
+        except CheckpointError as error:
+            if name == NPT_CONFIG:  # without it, a layer that needs its residual would lose it
+                raise CheckpointError(
+                    f"{error}; it records which layers keep their residual: restore it, or, "
+                    "if none does, remove it"
+                ) from None
+            unread[name] = f"{error}; {_WITHOUT[name]}"
+    npt_config = small.get(NPT_CONFIG)
     if npt_config is None and "npt_config" in weights.metadata:
-        raw = weights.metadata["npt_config"].encode()
-        npt_config = strict_json.parse_object(raw, f"{weights.path}: metadata npt_config")
+        raw = weights.metadata["npt_config"].encode("utf-8", "surrogatepass")
+        npt_config = strict_json.parse_foreign(raw, f"{weights.path}: metadata npt_config")
     if npt_config is not None:
         version = npt_config.get("format_version")
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
@@ -157,5 +175,13 @@ def open_checkpoint(given: str) -> Checkpoint:
             )
     modules = collect_modules(weights.tensors, str(weights.path))
     return Checkpoint(
-        given, directory, note, weights, modules, small[CONFIG], npt_config, small[MERGE_SUMMARY]
+        given,
+        directory,
+        tuple(line for line in (note, weights.note) if line),
+        weights,
+        modules,
+        small.get(CONFIG),
+        npt_config,
+        small.get(MERGE_SUMMARY),
+        unread,
     )

@@ -158,7 +158,7 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
         CheckpointError: there is no readable NPT checkpoint.
     """
     checkpoint = open_checkpoint(str(path))
-    problems: list[str] = []
+    problems = list(checkpoint.unread.values())
     training = multi_layer = None
     files: dict[str, int] = {}
     if checkpoint.directory is not None:
@@ -199,7 +199,7 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
         multi_layer_state=multi_layer,
         files=files,
         problems=problems,
-        notes=[checkpoint.note] if checkpoint.note else [],
+        notes=list(checkpoint.notes),
     )
 
 

@@ -333,4 +333,4 @@ def _one_file(name: str, recipes: Sequence[Recipe], metadata: Mapping[str, str])
 
 def compact_json(value: Any) -> str:
     """JSON on one line, for safetensors metadata."""
-    return json.dumps(value, separators=(",", ":"))
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)

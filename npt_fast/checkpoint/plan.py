@@ -131,7 +131,7 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
     if not checkpoints:
         raise MergeError("no checkpoints given")
     inputs = tuple(_open_input(given, options) for given in checkpoints)
-    warnings: list[str] = []
+    warnings = [line for item in inputs for line in item.checkpoint.unread.values()]
     _check_same_base(inputs, options)
     layers = resolve_conflicts(inputs, options, warnings)
     if options.uniform:
@@ -156,13 +156,10 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
     elif not options.weights_only:
         warnings.append("No valid training states found; training starts with a fresh optimizer")
     files += _multi_layer_state_file(inputs, options, layers, base)
-    config = next((i.checkpoint.config for i in inputs if i.checkpoint.config is not None), None)
-    if config is not None:
-        sources = {str(merged.layer): merged.source for merged in layers}
-        info = {**merge_info, "layer_sources": sources}
-        files.append(BytesFile(CONFIG, strict_json.dump({**config, "merge_info": info})))
+    sources = {str(merged.layer): merged.source for merged in layers}
+    files += _config_file(inputs, {**merge_info, "layer_sources": sources}, warnings)
     files.append(BytesFile(NPT_CONFIG, strict_json.dump(npt_config)))
-    notes = tuple(item.checkpoint.note for item in inputs if item.checkpoint.note)
+    notes = tuple(note for item in inputs for note in item.checkpoint.notes)
     return MergePlan(
         inputs, options, tuple(layers), weights, tuple(files), base, tuple(warnings), notes
     )
@@ -328,6 +325,24 @@ def _slot_recipes(
         recipe = Recipe(f"optimizer.{index}.{name}", value.dtype, grown, value)
         check_castable(str(value.file.path), recipe)
         yield name, recipe
+
+
+def _config_file(
+    inputs: Sequence[MergeInput], merge_info: Mapping[str, Any], warnings: list[str]
+) -> list[OutputFile]:
+    """The first ``config.json`` that can be carried over, with `merge_info` added."""
+    for item in inputs:
+        config = item.checkpoint.config
+        if config is None:
+            continue
+        data = strict_json.dump({**config, "merge_info": merge_info}, allow_nan=True)
+        try:  # indented, it may be longer than what was read
+            strict_json.parse_foreign(data, f"{item.checkpoint.path / CONFIG} with its merge_info")
+        except CheckpointError as error:
+            warnings.append(f"{error}; the file is not used")
+            continue
+        return [BytesFile(CONFIG, data)]
+    return []
 
 
 def _multi_layer_state_file(

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from npt_fast.checkpoint import file_kind
 from npt_fast.checkpoint.dtypes import BY_NAME, DType
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.strict_json import MAX_BYTES, parse_object
@@ -43,16 +44,20 @@ def read_safetensors(file: SourceFile) -> SafetensorsFile:
     def fail(problem: str) -> CheckpointError:
         return CheckpointError(f"{file.path}: {problem}")
 
-    if file.size < 10:
-        raise fail("too short for a safetensors file")
     with file.open() as fd:
-        (length,) = struct.unpack("<Q", file.read_at(fd, 0, 8))
+        head = file.read_at(fd, 0, min(file.size, file_kind.HEAD))
+        if not file_kind.may_be_safetensors(head):
+            raise fail(f"not a safetensors file: it is {file_kind.describe(head)}")
+        (length,) = struct.unpack_from("<Q", head)
         if length > file.size - 8:
-            raise fail(f"a header of {length} bytes in a file of {file.size}; truncated?")
+            raise fail(
+                f"a header of {length} bytes in a file of {file.size}; truncated: "
+                "copy or download it again"
+            )
         if length > MAX_BYTES:
             raise fail(f"a header of {length:,} bytes; the format allows {MAX_BYTES:,}")
         header = file.read_at(fd, 8, length)
-    if header[:1] != b"{" or not header.rstrip(b" ").endswith(b"}"):
+    if not header.rstrip(b" ").endswith(b"}"):
         raise fail("its header is not a JSON object; not a safetensors file")
     described = parse_object(header, f"{file.path}: header", floats=False)
     metadata = described.pop("__metadata__", {})
@@ -77,7 +82,10 @@ def read_safetensors(file: SourceFile) -> SafetensorsFile:
         reached = end
         found[name] = TensorEntry(name, dtype, shape, file, data_start + begin)
     if data_start + reached != file.size:
-        raise fail(f"{file.size} bytes, {data_start + reached} described; truncated or extended")
+        raise fail(
+            f"{file.size} bytes, {data_start + reached} described; truncated or extended: "
+            "copy or download it again"
+        )
     if data_start % 8:
         raise fail("its data does not begin at a multiple of 8 bytes; save the file again")
     return SafetensorsFile(found, metadata)

@@ -68,6 +68,8 @@ class SourceFile:
             status = os.fstat(fd)
         finally:
             os.close(fd)
+        if stat.S_ISDIR(status.st_mode):
+            raise CheckpointError(f"{path}: is a directory; a file of this name is expected")
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path}: not a regular file")
         return cls(path, _Identity.of(status))

@@ -6,6 +6,7 @@ sharded set.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ PT_WEIGHTS = "npt_weights.pt"
 SAFETENSORS_WEIGHTS = "npt_weights.safetensors"
 SAFETENSORS_INDEX = "npt_weights.safetensors.index.json"
 _ACCUMULATED = "accumulated_npt_weights.pt"  # what sequential training wrote, all layers so far
-_WEIGHTS = (_ACCUMULATED, PT_WEIGHTS, SAFETENSORS_WEIGHTS, SAFETENSORS_INDEX)
+_WEIGHTS = (PT_WEIGHTS, _ACCUMULATED, SAFETENSORS_WEIGHTS, SAFETENSORS_INDEX)
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors")
 
 
@@ -37,6 +38,7 @@ class TensorSource:
         files: all files that hold data.
         tensors: by name, in file order.
         metadata: strings from the safetensors header, of the first shard.
+        note: which other weights lie beside them and are not read.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class TensorSource:
     files: tuple[SourceFile, ...]
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
+    note: str = ""
 
 
 def locate_checkpoint(path: Path) -> tuple[Path, str]:
@@ -62,8 +65,10 @@ def locate_checkpoint(path: Path) -> tuple[Path, str]:
         return nested, f"{path}: using {nested}"
     if not path.exists():
         raise CheckpointError(f"Checkpoint not found: {path}")
+    similar = sorted(file.name for file in path.glob("*npt_weights*"))
     raise CheckpointError(
         f"NPT weights not found at {path}: expected {PT_WEIGHTS} or {SAFETENSORS_WEIGHTS} in it"
+        + (f"; it holds {similar[0]:.80}" if similar else "")
     )
 
 
@@ -71,15 +76,14 @@ def find_weights(directory: Path) -> Path | None:
     """The weights file of a checkpoint directory, or None.
 
     Raises:
-        CheckpointError: the same weights in two formats, which may differ.
+        CheckpointError: weights in two formats, which may differ.
     """
-    present = [directory / name for name in _WEIGHTS if (directory / name).is_file()]
-    if len({file.suffix for file in present}) > 1 or (
-        len(present) > 1 and (present[0].name != _ACCUMULATED)
-    ):
-        names = " and ".join(file.name for file in present)
+    # also a broken link or a folder of that name: opening it says what is wrong
+    present = [name for name in _WEIGHTS if os.path.lexists(directory / name)]
+    if len(present) > 1 and present != [PT_WEIGHTS, _ACCUMULATED]:
+        names = " and ".join(present)
         raise CheckpointError(f"{directory}: holds {names}; name the file that you mean")
-    return present[0] if present else None
+    return directory / present[0] if present else None
 
 
 def open_tensors(path: Path) -> TensorSource:
@@ -91,13 +95,18 @@ def open_tensors(path: Path) -> TensorSource:
     weights = path if path.is_file() else find_weights(path)
     if weights is None:
         raise CheckpointError(f"NPT weights not found at {path}")
+    note = ""
+    if weights != path and weights.name == PT_WEIGHTS:
+        other = weights.with_name(_ACCUMULATED)
+        if os.path.lexists(other):
+            note = f"{path}: using {PT_WEIGHTS}; to use {_ACCUMULATED} beside it, name that file"
     if weights.name.endswith(".index.json"):
         return _open_shards(weights)
     file = SourceFile.of(weights, follow_links=weights == path)
     if weights.suffix == ".safetensors":
         content = read_safetensors(file)
         return TensorSource(weights, "safetensors", (file,), content.entries, content.metadata)
-    return TensorSource(weights, "pt", (file,), _torch_tensors(file), {})
+    return TensorSource(weights, "pt", (file,), _torch_tensors(file), {}, note)
 
 
 def _torch_tensors(file: SourceFile) -> dict[str, TensorEntry]:
@@ -113,7 +122,7 @@ def _torch_tensors(file: SourceFile) -> dict[str, TensorEntry]:
 
 
 def _open_shards(index: Path) -> TensorSource:
-    weight_map = strict_json.read_object(index).get("weight_map")
+    weight_map = strict_json.read_foreign(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
     for name, shard in weight_map.items():

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from npt_fast.checkpoint import file_kind
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
 from npt_fast.checkpoint.torch_pickle import MAX_PICKLE_BYTES, TensorRef, decode
@@ -205,15 +206,15 @@ def _read_directory(file: SourceFile, fd: int) -> _Members:
     def fail(problem: str) -> CheckpointError:
         return CheckpointError(f"{file.path}: {problem}")
 
-    if file.size < END.size or file.read_at(fd, 0, 4) != b"PK\x03\x04":
-        raise fail(
-            "not a zip-format torch file; one from torch before 1.6 must be loaded with "
-            "torch.load(weights_only=True) and saved again"
-        )
+    head = file.read_at(fd, 0, min(file.size, file_kind.HEAD))
+    if not head.startswith(b"PK\x03\x04"):
+        raise fail(f"not a zip-format torch file: it is {file_kind.describe(head)}")
     start, size, total, end = _locate_directory(file, fd, fail)
     if start + size != end or not CENTRAL.size <= size / max(total, 1) <= _MAX_ENTRY:
         raise fail("its zip directory is malformed")
     directory = file.read_at(fd, start, size)
+    if b"/data.pkl" not in directory and b"/constants.pkl" not in directory:
+        raise fail(f"not a torch file: it is {file_kind.describe_zip(directory)}")
     members = _Members(file)
     headers_at = array("Q")
     folded: set[str] = set()  # torch looks names up without regard to case
@@ -300,12 +301,15 @@ def _locate_directory(
     file: SourceFile, fd: int, fail: Callable[[str], CheckpointError]
 ) -> tuple[int, int, int, int]:
     """Offset, size and count of the central directory, and where its end record begins."""
-    end_at = file.size - END.size
+    end_at = max(file.size - END.size, 0)
     magic, disk, start_disk, here, total, size, start, comment = END.unpack(
-        file.read_at(fd, end_at, END.size)
+        file.read_at(fd, end_at, file.size - end_at).ljust(END.size, b"\0")
     )
     if magic != b"PK\x05\x06" or comment or disk or start_disk or here != total:
-        raise fail("does not end with a zip directory; truncated, or followed by other data")
+        raise fail(
+            "does not end with a zip directory; truncated, or followed by other data: "
+            "copy or download it again"
+        )
     locator_at = end_at - END64_LOCATOR.size
     wide = False
     if locator_at >= END64.size:

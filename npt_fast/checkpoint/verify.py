@@ -121,20 +121,23 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     """
     located, _ = locate_checkpoint(Path(path))
     try:
-        checkpoint = open_checkpoint(str(located))
+        checkpoint = open_checkpoint(str(path))
     except CheckpointError as error:
         return VerifyReport(str(located), [], [], 0, problems=[str(error)])
     report_progress = progress or (lambda activity, done, total: None)
     summary = checkpoint.summary or {}
-    notes: list[str] = []
+    notes = list(checkpoint.notes)
+    problems: list[str] = []
+    for name, line in checkpoint.unread.items():  # the summary is what there is to prove it by
+        (problems if name == MERGE_SUMMARY else notes).append(line)
     plan = None
-    if checkpoint.summary is None:
-        notes.append(f"no {MERGE_SUMMARY}: only structure, CRCs and values were checked")
-    else:
+    if checkpoint.summary is not None:
         try:
             plan = _plan_again(summary)
         except (NPTError, ValueError) as error:
             notes.append(f"not compared with its sources: {error}")
+    elif not problems:
+        notes.append(f"no {MERGE_SUMMARY}: only structure, CRCs and values were checked")
     recorded = summary.get("tensors")
     digests = recorded if isinstance(recorded, dict) else {}
     if checkpoint.summary is not None and not digests:
@@ -162,6 +165,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
         if name in summary and summary[name] != value:
             report.problems.append(f"{MERGE_SUMMARY}: {name} is not {value}")
     report.notes[:0] = notes
+    report.problems[:0] = problems
     return report
 
 
@@ -294,9 +298,12 @@ def _check_small_files(
         return
     for name in (SAFETENSORS_INDEX, MULTI_LAYER_STATE, CONFIG, NPT_CONFIG):
         path = checkpoint.directory / name
-        if path.exists():
-            file = SourceFile.of(path)
-            report.files[name] = hashlib.sha256(file.read(0, file.size)).hexdigest()
+        if os.path.lexists(path):
+            try:
+                file = SourceFile.of(path)
+                report.files[name] = hashlib.sha256(file.read(0, file.size)).hexdigest()
+            except CheckpointError:  # reported where it was opened
+                report.files[name] = "unreadable"
     for name in (PT_WEIGHTS, TRAINING_STATE):
         path = checkpoint.directory / name
         if path.exists():

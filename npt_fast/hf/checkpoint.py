@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -223,8 +224,12 @@ def describe(
                 "residual": component.residual,
                 "step": (steps or {}).get(layer),
                 "source": None,
-                "fidelity": (fidelity or {}).get(layer),
+                "fidelity": _finite((fidelity or {}).get(layer)),
             }
             for layer, component in components(model).items()
         },
     }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None  # JSON has no others

@@ -233,6 +233,8 @@ def _put_layers(
     layers = sorted(_indices(options, model))
     known = [layer for layer in layers if checkpoint and layer in checkpoint.modules]
     if checkpoint is not None:
+        for line in (*checkpoint.notes, *checkpoint.unread.values()):
+            say(f"Note: {line}")
         if not known:
             raise TrainingError(
                 f"{checkpoint.given}: has layers {list(checkpoint.modules)}, none of "

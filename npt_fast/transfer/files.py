@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint import file_kind, strict_json
 from npt_fast.errors import CheckpointError, TransferError
 from npt_fast.transfer.modulation import FORMAT, PROJECTIONS, VERSION, Base, Modulation, Terms
 
@@ -43,9 +43,10 @@ def save_modulation(modulation: Modulation, path: Path) -> None:
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, {FORMAT: json.dumps(description, ensure_ascii=False)})
+        text = json.dumps(description, allow_nan=False)
+        save_file(tensors, temporary, {FORMAT: text})
         temporary.replace(path)
-    except (OSError, SafetensorError, RecursionError) as error:  # an origin may be long
+    except (OSError, SafetensorError, RecursionError, ValueError) as error:  # of an odd origin
         raise TransferError(f"{path}: cannot be written: {error}") from error
     finally:
         with suppress(OSError):
@@ -65,6 +66,10 @@ def load_modulation(path: str | Path) -> Modulation:
             "save it as .safetensors"
         )
     try:
+        with path.open("rb") as opened:
+            head = opened.read(file_kind.HEAD)
+        if not file_kind.may_be_safetensors(head):
+            raise CheckpointError(f"{path}: cannot be read: it is {file_kind.describe(head)}")
         file: Any = safe_open(path, framework="pt")
         metadata = file.metadata() or {}
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}

@@ -39,10 +39,10 @@ class Sampling:
             raise TransferError(
                 f"tokens and top_k must be at least 1, got {self.tokens} and {self.top_k}"
             )
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
+        if not 0 < self.temperature < float("inf") or not 0 < self.top_p <= 1:
             raise TransferError(
-                f"temperature must be positive and top_p in (0, 1], got {self.temperature} and "
-                f"{self.top_p}"
+                "temperature must be positive and finite and top_p in (0, 1], "
+                f"got {self.temperature} and {self.top_p}"
             )
         if self.strategy not in ("greedy", "top_k", "top_p", "sample"):
             raise TransferError(

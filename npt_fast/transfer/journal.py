@@ -46,7 +46,7 @@ class Journal:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("x", encoding="utf-8")
+            self._file = path.open("x", encoding="utf-8", errors="backslashreplace")
         except FileExistsError:
             raise TransferError(f"{path}: exists already; choose another file") from None
         except OSError as error:

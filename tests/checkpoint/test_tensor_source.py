@@ -118,11 +118,39 @@ def test_a_bare_file_of_a_usual_name_has_its_folder_around_it(tmp_path: Path, na
     assert npt.inspect(path / name).model_name == "test/model"
 
 
-def test_accumulated_weights_are_preferred(tmp_path: Path) -> None:
-    """Sequential training leaves both: all layers so far, and the last one trained."""
+def test_the_usual_weights_are_taken_and_a_note_names_the_accumulated_ones(tmp_path: Path) -> None:
+    """Sequential training leaves both; the guide takes the usual ones."""
     path = write_checkpoint(tmp_path / "c", layer_weights(13))
     torch.save(WEIGHTS, path / "accumulated_npt_weights.pt")
-    assert [info.layer for info in npt.inspect(path).layers] == [11, 13]
+    inspected, verified = npt.inspect(path), npt.verify(path)
+    merged = npt.merge([path], tmp_path / "out")
+    assert [info.layer for info in inspected.layers] == [13]
+    assert [info.layer for info in merged.layers] == [13]
+    for notes in (inspected.notes, merged.notes, verified.notes):
+        (note,) = [line for line in notes if line.startswith(f"{path}: using npt_weights.pt")]
+        assert "accumulated_npt_weights.pt" in note
+    for name, layers in (("accumulated_npt_weights.pt", [11, 13]), ("npt_weights.pt", [13])):
+        named = npt.inspect(path / name)
+        assert [info.layer for info in named.layers] == layers and named.notes == []
+
+
+def test_accumulated_weights_alone_are_taken_without_a_note(tmp_path: Path) -> None:
+    assert npt.inspect(as_accumulated(tmp_path)).notes == []
+
+
+def test_a_note_for_the_place_and_a_note_for_the_weights(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "checkpoints" / "checkpoint-8", WEIGHTS)
+    torch.save(WEIGHTS, path / "accumulated_npt_weights.pt")
+    for notes in (
+        npt.inspect(tmp_path / "checkpoint-8").notes,
+        npt.verify(tmp_path / "checkpoint-8").notes,
+        npt.merge([tmp_path / "checkpoint-8"], tmp_path / "out").notes,
+    ):
+        assert [line for line in notes if "using" in line] == [
+            f"{tmp_path / 'checkpoint-8'}: using {path}",
+            f"{path}: using npt_weights.pt; to use accumulated_npt_weights.pt beside it, "
+            "name that file",
+        ]
 
 
 def test_the_guide_leaves_out_a_folder(tmp_path: Path) -> None:
@@ -136,6 +164,26 @@ def test_a_checkpoint_in_its_place_is_not_looked_for_elsewhere(tmp_path: Path) -
     write_checkpoint(tmp_path / "run" / "checkpoints" / "best", layer_weights(1))
     here = write_checkpoint(tmp_path / "run" / "best", layer_weights(2))
     assert locate_checkpoint(here) == (here, "")
+
+
+@pytest.mark.parametrize(
+    "name", ["npt_weights.pt.incomplete", "npt_weights.bin", "npt_weights-00001-of-2.safetensors"]
+)
+def test_weights_under_another_name_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(npt.CheckpointError, match=f"NPT weights not found at .*it holds {name}"):
+        npt.inspect(tmp_path)
+
+
+@pytest.mark.parametrize("name", [*USUAL, "npt_weights.safetensors", INDEX])
+def test_a_directory_or_a_broken_link_of_a_usual_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a" / name).mkdir(parents=True)
+    with pytest.raises(npt.CheckpointError, match=f"{name}: is a directory"):
+        npt.inspect(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / name).symlink_to("gone")
+    with pytest.raises(npt.CheckpointError, match=f"{name}: is a symbolic link"):
+        npt.inspect(tmp_path / "b")
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -158,7 +206,29 @@ def file_and_shards(root: Path) -> None:
         shutil.move(path, root / path.name)
 
 
-@pytest.mark.parametrize("spoil", [two_formats, file_and_shards], ids=lambda f: f.__name__)
+def accumulated_and_another_format(root: Path) -> None:
+    (root / "npt_weights.pt").rename(root / "accumulated_npt_weights.pt")
+    two_formats(root)
+
+
+def all_three(root: Path) -> None:
+    shutil.copy(root / "npt_weights.pt", root / "accumulated_npt_weights.pt")
+    two_formats(root)
+
+
+def a_broken_link_beside_it(root: Path) -> None:
+    two_formats(root)
+    (root / "npt_weights.pt").unlink()
+    (root / "npt_weights.pt").symlink_to("gone")
+
+
+AMBIGUOUS = [
+    two_formats, file_and_shards, accumulated_and_another_format, all_three,
+    a_broken_link_beside_it,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", AMBIGUOUS, ids=lambda f: f.__name__)
 def test_two_sets_of_weights_are_ambiguous(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     path = as_directory(tmp_path)
     spoil(path)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import npt_fast as npt
+from npt_fast.hf.checkpoint import describe
 from npt_fast.hf.convert import components
 from tests.checkpoints import layer_weights, write_checkpoint
 from tests.hf.test_convert import converted, logits, tiny
@@ -39,6 +40,22 @@ def test_what_is_saved_is_the_np_part_in_the_guides_names(tmp_path: Path) -> Non
     config = json.loads((tmp_path / "out" / "npt_config.json").read_text())
     assert config["base_model"]["vocab_size"] == 128
     assert config["layers"]["1"]["residual"] == "removed"
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf")])
+def test_an_error_that_is_no_number_is_not_recorded(error: float) -> None:
+    described: Any = describe(converted(), fidelity={1: error, 2: 0.5})["layers"]
+    assert [described[layer]["fidelity"] for layer in "12"] == [None, 0.5]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": NaN}', "{}".encode("utf-16"), b"<html>"])
+def test_a_config_of_any_kind_does_not_keep_a_checkpoint_from_loading(
+    tmp_path: Path, content: bytes
+) -> None:
+    model = converted()
+    npt.save(model, tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_bytes(content)
+    assert torch.equal(logits(npt.load(tiny(), tmp_path / "out")), logits(model))
 
 
 def test_files_can_be_read_by_others(tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ def test_resuming_with_fewer_layers(place: Place, tmp_path: Path, capfd: Any) ->
     settings = {"gradient_clip": 0, "max_steps": 6, "save_steps": 3}
     both = place.train(tmp_path / "both", **settings)
     half = both.with_name("checkpoint-3")
+    (half / "config.json").write_bytes(b"")
+    (half / "accumulated_npt_weights.pt").write_bytes(b"not read")
     one = place.train(tmp_path / "one", train_layers="2", resume_from=str(half), **settings)
     expected = {name: value for name, value in runs.by_name(both).items() if "layer_2_" in name}
     assert len(expected) == 18
@@ -127,7 +129,10 @@ def test_resuming_with_fewer_layers(place: Place, tmp_path: Path, capfd: Any) ->
     assert found.keys() == expected.keys()
     for name, state in expected.items():
         assert_same_tensors(found[name], state)
-    assert "layers [1] of" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "layers [1] of" in said
+    assert f"Note: {half / 'config.json'}: is empty" in said
+    assert f"Note: {half}: using npt_weights.pt; to use accumulated" in said
 
 
 def test_resuming_with_more_layers(place: Place, tmp_path: Path, capfd: Any) -> None:

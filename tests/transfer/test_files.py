@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import struct
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,32 @@ def test_truncated(part: int, tmp_path: Path) -> None:
     whole = (tmp_path / "m").read_bytes()
     (tmp_path / "m").write_bytes(whole[:part])
     refuse(tmp_path / "m", "cannot be read")
+
+
+def test_what_a_file_is_instead(tmp_path: Path) -> None:
+    m = random_modulation()
+    m.save(tmp_path / "m")
+    for content, says in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0a", "git lfs pull"),
+        (gzip.compress((tmp_path / "m").read_bytes()), "it is compressed with gzip"),
+        (b"", "it is empty"),
+    ):
+        (tmp_path / "other").write_bytes(content)
+        refuse(tmp_path / "other", f"cannot be read: .*{says}")
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud800", 'a\n"漢"\\'])
+def test_any_text_that_is_saved_is_read_back(text: str, tmp_path: Path) -> None:
+    m = replace(random_modulation(), origin={"text": text})
+    m.save(tmp_path / "m")
+    assert npt.load_modulation(tmp_path / "m").origin == {"text": text}
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf")])
+def test_what_could_not_be_read_back_is_not_saved(error: float, tmp_path: Path) -> None:
+    with pytest.raises(npt.TransferError, match="m: cannot be written: Out of range float"):
+        replace(random_modulation(), origin={"error": error}).save(tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_long(tmp_path: Path) -> None:

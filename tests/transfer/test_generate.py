@@ -122,6 +122,7 @@ def test_a_seed_repeats() -> None:
         {"temperature": 0.0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": float("inf")},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"strategy": "beam"},

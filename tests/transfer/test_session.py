@@ -310,9 +310,13 @@ def test_a_log_is_written_as_it_goes(tmp_path: Path) -> None:
     path = tmp_path / "new" / "log.jsonl"
     log = journal.Journal(path, {"model_name": "m"})
     log.write({"command": "list", "result": {"é": 1.5}})
+    log.write({"command": "load caf\udce9"})  # a path that is not UTF-8
     header, entries = journal.read(path)  # it is still open
     assert header == {"npt_session": 1, "model_name": "m"}
-    assert entries == [{"command": "list", "result": {"é": 1.5}}]
+    assert entries == [
+        {"command": "list", "result": {"é": 1.5}},
+        {"command": "load caf\udce9"},
+    ]
     log.close()
     with path.open("a") as file:
         file.write('{"command": "ext')  # killed in the middle
