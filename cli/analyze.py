@@ -25,7 +25,7 @@ def analyze(
     Parameters
     ----------
     checkpoint
-        Checkpoint directories or weight files.
+        Checkpoint directories, weight files, or runs, whose newest checkpoint is shown.
     verbose
         Also list every tensor with its norm and number of NaN or infinite values.
     json

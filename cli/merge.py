@@ -49,13 +49,13 @@ def merge(
     Parameters
     ----------
     checkpoints
-        Checkpoint directories or weight files. PATH:11,13 takes only those layers.
+        Checkpoint directories or weight files. PATH:5,11-13 takes only those layers.
     output
         Directory to write. It appears complete or not at all.
     verify
         Compare every tensor with its source before the output appears; record digests.
     force
-        Replace an existing output directory.
+        Replace an existing checkpoint; nothing that holds other files.
     on_conflict
         When two inputs hold the same layer: take the first or the last, refuse (error), accept
         only identical ones, or join them so that their weight changes add up (concat) or

@@ -305,6 +305,8 @@ def parse_layers(layers: str | Sequence[int]) -> tuple[int, ...]:
             if match is None:
                 raise ValueError(f"{layers!r} is not a list of layers such as 11,13 or 11-15")
             first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                raise ValueError(f"{layers!r}: the range {part.strip()} runs backwards")
             found.extend(range(first, last + 1))
     else:
         found = list(layers)

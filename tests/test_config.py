@@ -23,7 +23,9 @@ def test_layers(text: Any, layers: tuple[int, ...]) -> None:
     assert parse_layers(text) == layers
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,,2", "3-1", "1,1", "1-3,2", [], [1.5], [True]])
+@pytest.mark.parametrize(
+    "text", ["", "a", "1,,2", "3-1", "5,3-1", "1,1", "1-3,2", [], [1.5], [True]]
+)
 def test_what_is_no_list_of_layers(text: Any) -> None:
     with pytest.raises(ValueError):
         parse_layers(text)

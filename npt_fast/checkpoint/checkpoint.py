@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.digests import DIGESTS
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
-from npt_fast.checkpoint.tensor_source import TensorSource, locate_checkpoint, open_tensors
+from npt_fast.checkpoint.tensor_source import (
+    WEIGHTS,
+    TensorSource,
+    locate_checkpoint,
+    open_tensors,
+)
+from npt_fast.checkpoint.training_state import MULTI_LAYER_STATE, TRAINING_STATE
+from npt_fast.config import parse_layers
 from npt_fast.errors import CheckpointError
+from npt_fast.paths import exists, expand, is_directory, path_errors, user_path
 
 CONFIG = "config.json"
 NPT_CONFIG = "npt_config.json"
@@ -23,7 +31,16 @@ _WITHOUT = {
     CONFIG: "the file is not used",
     MERGE_SUMMARY: "without it, earlier sources and digests of its layers are not known",
 }
-_SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9]{1,5}(?:,[0-9]{1,5})*)")
+_FILES = {
+    *WEIGHTS,
+    TRAINING_STATE,
+    MULTI_LAYER_STATE,
+    CONFIG,
+    NPT_CONFIG,
+    MERGE_SUMMARY,
+    DIGESTS,
+}
+_OWN_SHARD = re.compile(r"npt_weights-[0-9]+-of-[0-9]+\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +67,7 @@ class Checkpoint:
     """An opened checkpoint; no tensor data has been read.
 
     Attributes:
-        given: path as the user wrote it, without a selection.
+        given: path as the user wrote it, without a selection and with ``~`` replaced.
         directory: folder of the small files; None for bare weights.
         notes: where it was found, if not where it was looked for; weights that were not read.
         weights: the tensors.
@@ -124,23 +141,49 @@ def _get(value: Any, *keys: str) -> Any:
     return value
 
 
+def is_checkpoint_file(name: str) -> bool:
+    """Whether training, merging, saving or the original gives a file in a checkpoint this name."""
+    return name in _FILES or _OWN_SHARD.fullmatch(name) is not None
+
+
 def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
-    """``"A:11,13"`` -> path and layers; a path that exists as it stands is all path."""
-    match = _SELECTION.fullmatch(given)
-    if match is None or Path(given).exists():
-        return given, None
-    return match["path"], tuple(int(layer) for layer in match["layers"].split(","))
+    """``"A:5,11-13"`` -> path and layers; a path that exists as it stands is all path.
+
+    Raises:
+        CheckpointError: what follows the colon selects no layers.
+    """
+    path, _, layers = given.rpartition(":")
+    with path_errors(given, CheckpointError):
+        if not path or exists(user_path(given)):
+            return given, None
+        try:
+            return path, parse_layers(layers)
+        except ValueError as error:
+            if not exists(user_path(path)):
+                return given, None  # the colon belongs to a path where nothing is
+            raise CheckpointError(f"{given}: {error}") from None
 
 
-def open_checkpoint(given: str) -> Checkpoint:
+def open_checkpoint(given: str | Path, *, newest: bool = False) -> Checkpoint:
     """Open the checkpoint at a path.
+
+    Args:
+        given: the path.
+        newest: whether the folder of a run stands for its newest checkpoint.
 
     Raises:
         CheckpointError: nothing there, or anything in it is broken, unsafe or incomplete.
+        PathError: it is no path.
     """
-    path, note = locate_checkpoint(Path(given))
+    given = expand(given)
+    path, note = locate_checkpoint(given, newest=newest)
+    with path_errors(path, CheckpointError):
+        return _open(given, path, note)
+
+
+def _open(given: str, path: Path, note: str) -> Checkpoint:
     weights = open_tensors(path)
-    if path.is_dir():
+    if is_directory(path):
         directory: Path | None = path
     else:  # a file of the usual name belongs to the folder around it
         directory = (
@@ -151,7 +194,7 @@ def open_checkpoint(given: str) -> Checkpoint:
     small: dict[str, Mapping[str, Any]] = {}
     unread: dict[str, str] = {}
     for name in (CONFIG, NPT_CONFIG, MERGE_SUMMARY):
-        if directory is None or not os.path.lexists(directory / name):
+        if directory is None or not exists(directory / name):
             continue
         try:
             small[name] = strict_json.read_foreign(directory / name)

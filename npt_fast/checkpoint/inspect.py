@@ -22,6 +22,7 @@ from npt_fast.checkpoint.training_state import (
 )
 from npt_fast.config import MergeOptions
 from npt_fast.errors import NPTError
+from npt_fast.paths import path_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +152,13 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     """Describe a checkpoint.
 
     Args:
-        path: checkpoint directory or weights file.
+        path: checkpoint directory or weights file, or the folder of a run: its newest checkpoint.
         values: also read the data, for norms and NaN counts.
 
     Raises:
         CheckpointError: there is no readable NPT checkpoint.
     """
-    checkpoint = open_checkpoint(str(path))
+    checkpoint = open_checkpoint(path, newest=True)
     problems = list(checkpoint.unread.values())
     training = multi_layer = None
     files: dict[str, int] = {}
@@ -170,8 +171,11 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
             multi_layer = read_multi_layer_state(checkpoint.directory / MULTI_LAYER_STATE)
         except NPTError as error:
             problems.append(str(error))
-        entries = sorted(checkpoint.directory.iterdir())
-        files = {entry.name: entry.lstat().st_size for entry in entries}
+        try:
+            entries = sorted(checkpoint.directory.iterdir())
+            files = {entry.name: entry.lstat().st_size for entry in entries}
+        except OSError as error:
+            problems.append(f"{checkpoint.path}: its files cannot be listed: {error.strerror}")
     layers = [_layer(checkpoint, module, values) for module in checkpoint.modules.values()]
     modulations = {info.modulation for info in layers}
     num_ranks = {info.num_ranks for info in layers}
@@ -203,10 +207,10 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     )
 
 
-def can_merge(paths: Sequence[str | Path]) -> MergeVerdict:
+def can_merge(paths: str | Path | Sequence[str | Path]) -> MergeVerdict:
     """Whether checkpoints can be merged, and what would conflict; reads headers only."""
     try:
-        plan = plan_merge([str(path) for path in paths], MergeOptions())
+        plan = plan_merge(path_list(paths), MergeOptions())
     except NPTError as error:
         return MergeVerdict(False, [], [str(error)])
     return MergeVerdict(True, [merged.layer for merged in plan.layers], list(plan.warnings))

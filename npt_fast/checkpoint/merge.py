@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
-from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint
+from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint, is_checkpoint_file
 from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.source_file import filesystem_type
+from npt_fast.checkpoint.tensor_source import WEIGHTS
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import MergeError, StorageError, VerificationError
+from npt_fast.paths import exists, is_directory, path_errors, path_list, user_path
 
 if TYPE_CHECKING:
     from npt_fast.checkpoint.verify import VerifyReport
@@ -28,7 +30,7 @@ _SLACK = 1 << 20  # for directory blocks and the summary
 
 
 def merge(
-    checkpoints: Sequence[str | Path],
+    checkpoints: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     verify: bool = False,
@@ -40,10 +42,12 @@ def merge(
     """Merge NPT checkpoints into one.
 
     Args:
-        checkpoints: checkpoint directories or weight files; ``"A:11,13"`` takes those layers of A.
+        checkpoints: checkpoint directories or weight files, or one of them; ``"A:5,11-13"``
+            takes those layers of A.
         output: directory to write; it appears complete or not at all.
         verify: compare every tensor with its source before the output appears, and record digests.
-        force: replace an existing output directory, whole.
+        force: replace an existing checkpoint, whole. What is no checkpoint, or holds other files,
+            is never replaced.
         dry_run: decide and check everything, write nothing.
         options: how to merge; the guide's rules when not given.
         progress: called with what is being done, bytes done and bytes in all.
@@ -51,15 +55,17 @@ def merge(
     Raises:
         CheckpointError: an input cannot be read, or changes while it is read.
         MergeError: the inputs do not fit together, or the output is in the way.
+        PathError: the output, or an input, is no path.
         StorageError: the disk is full, or would be.
         VerificationError: the output would not equal its sources; nothing was published.
     """
     started = time.monotonic()
     options = options or MergeOptions()
-    target = Path(output)
-    plan = plan_merge([str(path) for path in checkpoints], options)
+    target = user_path(output)
+    plan = plan_merge(path_list(checkpoints), options)
     check_target(target, [item.checkpoint for item in plan.inputs], force=force)
-    expected, free, needed = _space(plan, target)
+    with path_errors(target, MergeError):
+        expected, free, needed = _space(plan, target)
     if dry_run:
         return report_of(plan, target, expected, free, needed, started, dry_run=True)
     if needed > free:
@@ -80,6 +86,7 @@ def merge(
         summary = BytesFile(MERGE_SUMMARY, strict_json.dump(summary_of(plan, proof)))
         _write_file(summary, staged.path, mover, lambda count: None)
         strict_json.read_object(staged.path / MERGE_SUMMARY)
+        check_target(target, [item.checkpoint for item in plan.inputs], force=force)  # still
         staged.publish()
         if proof is not None:
             proof.path = str(target)
@@ -88,6 +95,12 @@ def merge(
 
 def check_target(target: Path, inputs: Sequence[Checkpoint], *, force: bool) -> None:
     """Raise MergeError if the output may not be put at `target`."""
+    with path_errors(target, MergeError):
+        _check_place(target, inputs)
+        _check_replaced(target, force)
+
+
+def _check_place(target: Path, inputs: Sequence[Checkpoint]) -> None:
     real = Path(os.path.realpath(target))
     for checkpoint in inputs:
         source = Path(os.path.realpath(checkpoint.path))
@@ -100,30 +113,46 @@ def check_target(target: Path, inputs: Sequence[Checkpoint], *, force: bool) -> 
             raise MergeError(
                 f"{target}: contains the input {checkpoint.given}; choose another --output"
             )
-    above = next(folder for folder in real.parents if folder.exists())
-    if not above.is_dir():
+    above = next(folder for folder in real.parents if exists(folder))
+    if not is_directory(above):
         raise MergeError(f"{target}: {above} is not a directory; nothing was written")
-    if not os.path.lexists(target):
+
+
+def _check_replaced(target: Path, force: bool) -> None:
+    if not exists(target):
         return
     if not force:
         raise MergeError(f"Output path already exists: {target}. Use --force to overwrite.")
-    if not target.is_dir():
+    if not is_directory(target):
         raise MergeError(f"{target}: is not a directory; --force replaces checkpoints only")
-    folder = next((entry for entry in target.iterdir() if entry.is_dir()), None)
-    if folder is not None:
+    names = sorted(os.listdir(target))
+    foreign = [n for n in names if not is_checkpoint_file(n) or is_directory(target / n)]
+    if not names:
+        return
+    if not set(WEIGHTS) & set(names):
         raise MergeError(
-            f"{target}: holds the folder {folder.name}, so it is no checkpoint; "
-            "--force replaces checkpoints only"
+            f"{target}: holds no NPT weights{', but ' + _listed(foreign) if foreign else ''}, so "
+            "it is no checkpoint; --force replaces checkpoints only: choose another --output"
+        )
+    if foreign:
+        raise MergeError(
+            f"{target}: holds {_listed(foreign)} beside the checkpoint, which --force would "
+            "delete: move that away, or choose another --output"
         )
 
 
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
 def _same_file(a: Path, b: Path) -> bool:
-    return any(p.exists() and a.exists() and p.samefile(a) for p in (b, *b.parents))
+    return any(exists(p) and exists(a) and p.samefile(a) for p in (b, *b.parents))
 
 
 def _space(plan: MergePlan, target: Path) -> tuple[dict[str, int], int, int]:
     """Expected ways, free bytes and needed bytes on the target's file system."""
-    parent = next(p for p in Path(os.path.realpath(target)).parents if p.exists())
+    parent = next(p for p in Path(os.path.realpath(target)).parents if exists(p))
     kinds = plan.bytes_by_kind()
     cloned = kinds["cloneable"] if _can_clone(plan, parent) else 0
     expected = {

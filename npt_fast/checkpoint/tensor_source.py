@@ -6,25 +6,26 @@ sharded set.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.run_folder import any_checkpoints
 from npt_fast.checkpoint.safetensors_file import read_safetensors
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.torch_pickle import TensorRef
 from npt_fast.checkpoint.torch_zip import read_torch_zip
 from npt_fast.errors import CheckpointError
+from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
 
 PT_WEIGHTS = "npt_weights.pt"
 SAFETENSORS_WEIGHTS = "npt_weights.safetensors"
 SAFETENSORS_INDEX = "npt_weights.safetensors.index.json"
 _ACCUMULATED = "accumulated_npt_weights.pt"  # what sequential training wrote, all layers so far
-_WEIGHTS = (PT_WEIGHTS, _ACCUMULATED, SAFETENSORS_WEIGHTS, SAFETENSORS_INDEX)
+WEIGHTS = (PT_WEIGHTS, _ACCUMULATED, SAFETENSORS_WEIGHTS, SAFETENSORS_INDEX)
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors")
 
 
@@ -49,22 +50,39 @@ class TensorSource:
     note: str = ""
 
 
-def locate_checkpoint(path: Path) -> tuple[Path, str]:
-    """Where the checkpoint called `path` really is, and a note if it is elsewhere.
+def locate_checkpoint(given: str | Path, *, newest: bool = False) -> tuple[Path, str]:
+    """Where the checkpoint that a user calls `given` really is, and a note if it is elsewhere.
 
     The guide leaves out the ``checkpoints/`` folder that training puts its checkpoints in, so
     ``run/checkpoint-800`` also stands for ``run/checkpoints/checkpoint-800``.
 
+    Args:
+        given: the path; ``~`` is expanded.
+        newest: whether the folder of a run stands for its newest checkpoint.
+
     Raises:
-        CheckpointError: nothing there.
+        CheckpointError: nothing there, or the system refuses to say.
+        PathError: it is no path.
     """
-    if path.is_file() or find_weights(path):
+    path = user_path(given)
+    with path_errors(path, CheckpointError):
+        return _locate(path, newest)
+
+
+def _locate(path: Path, newest: bool) -> tuple[Path, str]:
+    if is_file(path) or find_weights(path):
         return path, ""
     nested = path.parent / "checkpoints" / path.name
     if find_weights(nested):
         return nested, f"{path}: using {nested}"
-    if not path.exists():
+    if not exists(path):
         raise CheckpointError(f"Checkpoint not found: {path}")
+    if is_directory(path) and (run := any_checkpoints(path)):
+        last = list(run.values())[-1]
+        if not newest:
+            raise CheckpointError(f"{path}: is a run; name one of its checkpoints, such as {last}")
+        count = "its only checkpoint" if len(run) == 1 else f"the newest of {len(run)} checkpoints"
+        return last, f"{path}: using {last}, {count}"
     similar = sorted(file.name for file in path.glob("*npt_weights*"))
     raise CheckpointError(
         f"NPT weights not found at {path}: expected {PT_WEIGHTS} or {SAFETENSORS_WEIGHTS} in it"
@@ -77,9 +95,10 @@ def find_weights(directory: Path) -> Path | None:
 
     Raises:
         CheckpointError: weights in two formats, which may differ.
+        OSError: the system refuses to say what is there.
     """
     # also a broken link or a folder of that name: opening it says what is wrong
-    present = [name for name in _WEIGHTS if os.path.lexists(directory / name)]
+    present = [name for name in WEIGHTS if exists(directory / name)]
     if len(present) > 1 and present != [PT_WEIGHTS, _ACCUMULATED]:
         names = " and ".join(present)
         raise CheckpointError(f"{directory}: holds {names}; name the file that you mean")
@@ -92,13 +111,13 @@ def open_tensors(path: Path) -> TensorSource:
     Raises:
         CheckpointError: nothing there, or a file that is broken, unsafe or ambiguous.
     """
-    weights = path if path.is_file() else find_weights(path)
+    weights = path if is_file(path) else find_weights(path)
     if weights is None:
         raise CheckpointError(f"NPT weights not found at {path}")
     note = ""
     if weights != path and weights.name == PT_WEIGHTS:
         other = weights.with_name(_ACCUMULATED)
-        if os.path.lexists(other):
+        if exists(other):
             note = f"{path}: using {PT_WEIGHTS}; to use {_ACCUMULATED} beside it, name that file"
     if weights.name.endswith(".index.json"):
         return _open_shards(weights)

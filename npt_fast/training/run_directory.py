@@ -5,28 +5,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.run_folder import checkpoints
 from npt_fast.errors import TrainingError
 
 BEST = "best"
 FINAL = "final"
 _REMOVED = ".removed"
-_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-
-
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """Checkpoints of the run in `folder` by step, ascending."""
-    found = {
-        int(name[1]): path
-        for path in folder.glob("checkpoints/checkpoint-*")
-        if (name := _NAME.fullmatch(path.name)) and path.is_dir()
-    }
-    return dict(sorted(found.items()))
 
 
 class RunDirectory:
