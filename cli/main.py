@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         result = _parse(list(sys.argv[1:] if arguments is None else arguments))()
         sys.stdout.flush()
     except VerificationError as error:
-        _exit(error.exit_code, str(error), *(f"  {line}" for line in shortened(error.problems)))
+        _exit(error.exit_code, str(error), *(f"  {line}" for line in shortened(error.problems[1:])))
     except NPTError as error:
         _exit(error.exit_code, str(error))
     except MemoryError:

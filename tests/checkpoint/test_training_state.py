@@ -228,7 +228,10 @@ def test_weights_only_leaves_everything_out(pair: list[Path], tmp_path: Path) ->
     options = npt.MergeOptions(weights_only=True)
     report = npt.merge(pair, tmp_path / "out", verify=True, options=options)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"npt_weights.pt", "config.json", "npt_config.json", "merge_summary.json"}
+    assert names == {
+        "npt_weights.pt", "config.json", "npt_config.json", "merge_summary.json",
+        "merge_digests.txt",
+    }  # fmt: skip
     assert {info.optimizer for info in report.layers} == {"left out"}
     assert report.global_step is None
 
@@ -412,8 +415,15 @@ def test_amsgrad_cannot_be_made_up(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "a", weights, training_state=state),
         trained_checkpoint(tmp_path / "b", 13),
     ]
-    with pytest.raises(npt.MergeError, match=r"amsgrad.*--weights-only"):
+    with pytest.raises(npt.CheckpointError, match=r"amsgrad.*--weights-only"):
         npt.merge(paths, tmp_path / "out")
+    report = npt.merge(
+        paths, tmp_path / "out", verify=True, options=npt.MergeOptions(on_bad_state="skip")
+    )
+    assert [info.optimizer for info in report.layers] == ["kept", "fresh"]
+    (warning,) = (line for line in report.warnings if "amsgrad" in line)
+    assert warning.startswith(str(paths[1] / "training_state.pt"))
+    assert warning.endswith("its layers start with a fresh optimizer")
 
 
 def test_a_resumed_run_can_step_whoever_gives_the_scalars(tmp_path: Path) -> None:
