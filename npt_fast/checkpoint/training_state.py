@@ -138,8 +138,13 @@ def _bound(
     """`value` with a `TensorEntry` for every tensor; what it shares, the copy shares too."""
     if isinstance(value, TensorRef):
         return archive.entry(name, value)
-    if not isinstance(value, (dict, list, tuple)):
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if not isinstance(value, (dict, list, tuple)):
+        raise CheckpointError(
+            f"{archive.file.path}: {name}: is neither plain data nor a tensor, "
+            "and cannot be carried over"
+        )
     seen = {} if seen is None else seen
     if id(value) in seen:
         return seen[id(value)]
