@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError, Parameter
 
 import npt_fast as npt
+from npt_fast.cli import streams
 from npt_fast.cli.output import shortened
 from npt_fast.errors import NPTError, VerificationError
 
@@ -39,15 +39,16 @@ app.command("npt_fast.cli.kernels:app", name="kernels", help="Look at the kernel
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 done, 1 failed, 2 usage, 3 a check did not pass, 4 out of space."""
-    signal.signal(signal.SIGTERM, _terminate)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # the check mark, on a terminal without UTF-8
     try:
+        signal.signal(signal.SIGTERM, _terminate)
+        streams.install()
         result = _parse(list(sys.argv[1:] if arguments is None else arguments))()
-        sys.stdout.flush()
+        code = result if isinstance(result, int) else 0
+        if failed := streams.failure(sys.stdout):
+            problem = f"not all could be printed: {failed.strerror}; the work itself is done"
+            _exit(code or (4 if failed.errno in streams.NO_SPACE else 1), problem)
     except VerificationError as error:
-        _exit(error.exit_code, str(error), *(f"  {line}" for line in shortened(error.problems)))
+        _exit(error.exit_code, str(error), *(f"  {line}" for line in shortened(error.problems[1:])))
     except NPTError as error:
         _exit(error.exit_code, str(error))
     except MemoryError:
@@ -55,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         _exit(130, "interrupted; nothing was left behind")
     except BrokenPipeError:  # `npt-fast ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    sys.exit(result if isinstance(result, int) else 0)
+    sys.exit(code)
 
 
 def _parse(arguments: list[str]) -> Callable[[], object]:
@@ -70,7 +70,9 @@ def _parse(arguments: list[str]) -> Callable[[], object]:
         reason = str(error)
     else:
         return partial(verb, *options.args, **options.kwargs)
-    _exit(2, f"{reason} (npt-fast --help lists verbs and options)")
+    known = arguments[0] if arguments and arguments[0] in app else ""
+    helps = f"npt-fast {known} --help lists its options" if known else "npt-fast --help lists verbs"
+    _exit(2, f"{reason} ({helps})")
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

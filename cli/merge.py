@@ -11,6 +11,7 @@ import npt_fast as npt
 from npt_fast.checkpoint.merge_report import MergeReport
 from npt_fast.cli.output import print_json, print_verification, progress_bar, say, size, warn
 from npt_fast.config import (
+    BadStatePolicy,
     ConflictPolicy,
     FileFormat,
     MergeOptions,
@@ -38,6 +39,7 @@ def merge(
     weights_only: bool = False,
     copy_multi_layer_state: Path | None = None,
     allow_different_base: bool = False,
+    on_bad_state: BadStatePolicy = "error",
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
@@ -74,6 +76,9 @@ def merge(
         Take the curriculum from this multi_layer_state.pt.
     allow_different_base
         Merge although the configs name different base models.
+    on_bad_state
+        When the training state of an input cannot be used: refuse (error), or merge its weights
+        and leave its state out (skip).
     dry_run
         Show the plan; write nothing.
     json
@@ -88,6 +93,7 @@ def merge(
         weights_only=weights_only,
         copy_multi_layer_state=copy_multi_layer_state,
         allow_different_base=allow_different_base,
+        on_bad_state=on_bad_state,
     )
     with progress_bar() as progress:
         report = npt.merge(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 ConflictPolicy = Literal["first", "last", "error", "identical", "concat", "mean"]
+BadStatePolicy = Literal["error", "skip"]
 FileFormat = Literal["pt", "safetensors"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done and bytes in all."""
@@ -83,6 +84,8 @@ class MergeOptions:
         weights_only: leave out optimizer, scheduler, step and curriculum.
         copy_multi_layer_state: take the curriculum from this ``multi_layer_state.pt``.
         allow_different_base: merge although the configs name different base models.
+        on_bad_state: what to do when an input's training state cannot be used: ``error`` refuses,
+            ``skip`` merges its weights and leaves its state out.
     """
 
     on_conflict: ConflictPolicy = "first"
@@ -93,10 +96,12 @@ class MergeOptions:
     weights_only: bool = False
     copy_multi_layer_state: Path | None = None
     allow_different_base: bool = False
+    on_bad_state: BadStatePolicy = "error"
 
     def __post_init__(self) -> None:
         choices = {
             "on_conflict": (self.on_conflict, get_args(ConflictPolicy)),
+            "on_bad_state": (self.on_bad_state, get_args(BadStatePolicy)),
             "dtype": (self.dtype, (None, *get_args(WeightDType))),
             "format": (self.format, (None, *get_args(FileFormat))),
         }

@@ -72,14 +72,14 @@ class StorageError(NPTError):
 
 
 class VerificationError(NPTError):
-    """What was written differs from what it should be.
+    """What was written is not what it should be; the message says the first reason.
 
     Attributes:
-        problems: one line per difference.
+        problems: one line for each reason.
     """
 
     exit_code = 3
 
     def __init__(self, message: str, problems: list[str]) -> None:
-        super().__init__(message)
+        super().__init__(f"{message}: {problems[0]}")
         self.problems = [printable(problem) for problem in problems]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.digests import DIGESTS
+from npt_fast.checkpoint.digests import DIGESTS, TensorDigest, read_digests
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
 from npt_fast.checkpoint.tensor_source import (
     WEIGHTS,
@@ -68,6 +68,7 @@ class Checkpoint:
 
     Attributes:
         given: path as the user wrote it, without a selection and with ``~`` replaced.
+        located: the directory or weights file that it stands for.
         directory: folder of the small files; None for bare weights.
         notes: where it was found, if not where it was looked for; weights that were not read.
         weights: the tensors.
@@ -79,6 +80,7 @@ class Checkpoint:
     """
 
     given: str
+    located: Path
     directory: Path | None
     notes: tuple[str, ...]
     weights: TensorSource
@@ -127,10 +129,19 @@ class Checkpoint:
             tuple(s for s in chain if isinstance(s, str)) if isinstance(chain, list) else (),
         )
 
-    def digests(self, file: str) -> Mapping[str, str]:
-        """Recorded SHA-256 by tensor name for one of the checkpoint's files."""
-        recorded = _get(self.summary, "tensors", file)
-        return recorded if isinstance(recorded, dict) else {}
+    def digests(self) -> Iterator[TensorDigest]:
+        """Recorded digests of the tensors in the checkpoint's files.
+
+        Raises:
+            CheckpointError: the file of digests cannot be read.
+        """
+        recorded = _get(self.summary, "tensors")  # where they were before they had a file
+        if isinstance(recorded, dict):
+            for file, tensors in recorded.items():
+                for name, digest in tensors.items() if isinstance(tensors, dict) else ():
+                    yield file, name, digest
+        elif self.summary is not None and self.directory is not None:
+            yield from read_digests(self.directory)
 
 
 def _get(value: Any, *keys: str) -> Any:
@@ -219,6 +230,7 @@ def _open(given: str, path: Path, note: str) -> Checkpoint:
     modules = collect_modules(weights.tensors, str(weights.path))
     return Checkpoint(
         given,
+        path,
         directory,
         tuple(line for line in (note, weights.note) if line),
         weights,

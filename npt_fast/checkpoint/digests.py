@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from npt_fast.checkpoint.byte_mover import write_all
 from npt_fast.checkpoint.source_file import WINDOW, SourceFile
@@ -18,6 +19,8 @@ from npt_fast.errors import CheckpointError
 
 DIGESTS = "merge_digests.txt"
 _MAX_LINE = 8192  # a tensor name has 4096 bytes at most
+
+_WAY_ON = "copy the file again, or remove it to go on without digests"
 
 TensorDigest = tuple[str, str, str]
 """Name of a file, name of a tensor in it, and ``"F32[576, 32] <SHA-256 of its bytes>"``."""
@@ -30,7 +33,8 @@ class DigestWriter:
         directory: of the checkpoint; must not have the file yet.
 
     Attributes:
-        count: digests written.
+        weights: digests of the weights among them, by tensor.
+        sha256: SHA-256 of the file once it is closed; "" where there is none.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -39,7 +43,8 @@ class DigestWriter:
         self._written = 0
         self._hash = hashlib.sha256()
         self._fd = -1
-        self.count = 0
+        self.weights: dict[str, str] = {}
+        self.sha256 = ""
 
     def __enter__(self) -> DigestWriter:
         return self
@@ -51,15 +56,12 @@ class DigestWriter:
                 os.fsync(self._fd)
             finally:
                 os.close(self._fd)
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the file; known once it is closed."""
-        return self._hash.hexdigest()
+            self.sha256 = self._hash.hexdigest()
 
     def add(self, file: str, name: str, digest: str) -> None:
         self._lines += f"{file}\t{name}\t{digest}\n".encode()
-        self.count += 1
+        if file.startswith("npt_weights"):
+            self.weights[name] = digest
         if len(self._lines) > WINDOW or self._fd < 0:
             self._flush()
 
@@ -73,28 +75,36 @@ class DigestWriter:
         self._lines.clear()
 
 
-class RecordedDigests:
-    """The digests of one file of a checkpoint, given out in any order, cheapest in their own."""
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
-    def __init__(self, digests: Iterator[TensorDigest], file: str) -> None:
-        self._left = (item[1:] for item in digests if item[0] == file)
-        self._passed: dict[str, str] = {}
 
-    def take(self, name: str) -> str | None:
-        """The digest of a tensor; None where there is none, or it was taken before."""
-        if name in self._passed:
-            return self._passed.pop(name)
-        for other, digest in self._left:
-            if other == name:
-                return digest
-            self._passed[other] = digest
+class InOrder(Generic[K, V]):
+    """Finds values by key in a sequence; holds few of them if asked in the order of the sequence.
+
+    Args:
+        items: keys and values.
+    """
+
+    def __init__(self, items: Iterable[tuple[K, V]]) -> None:
+        self._items = iter(items)
+        self._passed: dict[K, V] = {}
+
+    def take(self, key: K) -> V | None:
+        """The value of a key; None where there is none, or it was taken before."""
+        if key in self._passed:
+            return self._passed.pop(key)
+        for other, value in self._items:
+            if other == key:
+                return value
+            self._passed[other] = value
         return None
 
-    def rest(self) -> Iterator[str]:
-        """Names of all tensors that were not taken."""
+    def rest(self) -> Iterator[K]:
+        """All keys that were not taken."""
         yield from self._passed
-        for name, _ in self._left:
-            yield name
+        for key, _ in self._items:
+            yield key
 
 
 def read_digests(directory: Path) -> Iterator[TensorDigest]:
@@ -116,13 +126,13 @@ def read_digests(directory: Path) -> Iterator[TensorDigest]:
         if len(rest) > _MAX_LINE:
             break
     if rest:
-        raise CheckpointError(f"{path}: line {number + 1} is cut off, or too long")
+        raise CheckpointError(f"{path}: line {number + 1} is cut off, or too long; {_WAY_ON}")
 
 
 def _parse(line: bytes, path: Path, number: int) -> TensorDigest:
     try:
         file, name, digest = line.decode().split("\t")
     except ValueError:
-        problem = f"{path}: line {number} is not a file, a tensor and its digest"
+        problem = f"{path}: line {number} is not a file, a tensor and its digest; {_WAY_ON}"
         raise CheckpointError(problem) from None
     return file, name, digest

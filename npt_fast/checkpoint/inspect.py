@@ -10,7 +10,7 @@ from typing import Any
 
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.np_module import NPModule
-from npt_fast.checkpoint.numbers import count_non_finite, sum_of_squares
+from npt_fast.checkpoint.numbers import count_non_finite, read_number, sum_of_squares
 from npt_fast.checkpoint.plan import plan_merge
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.tensor_entry import TensorEntry
@@ -267,16 +267,27 @@ def _training_facts(checkpoint: Checkpoint, path: Path) -> dict[str, Any] | None
         return None
     facts: dict[str, Any] = {"global_step": state.global_step}
     if "batch_count" in state.content:
-        facts["batch_count"] = state.content["batch_count"]
+        facts["batch_count"] = _shown(state.content["batch_count"])
     if state.group is not None:
         facts["optimizer"] = {
             "num_param_groups": 1,
-            "learning_rate": state.group.get("lr"),
+            "learning_rate": _shown(state.group.get("lr")),
             "layers_with_moments": sorted(state.optimizer),
         }
     facts["has_scheduler"] = state.content.get("scheduler_state_dict") is not None
     facts["mixed_precision"] = state.content.get("scaler_state_dict") is not None
     info = state.content.get("merge_info")
     if isinstance(info, Mapping):
-        facts["merge_info"] = dict(info)
+        facts["merge_info"] = _shown(info)
     return facts
+
+
+def _shown(value: Any) -> Any:
+    """Nested data with numbers for tensors that hold one; None for other tensors."""
+    if isinstance(value, TensorEntry):
+        return read_number(value)
+    if isinstance(value, Mapping):
+        return {key: _shown(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shown(item) for item in value]
+    return value

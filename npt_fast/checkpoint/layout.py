@@ -15,7 +15,7 @@ import struct
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,10 +24,21 @@ from npt_fast.checkpoint.byte_mover import PAGE
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.safetensors_file import build_header
 from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.tensor_source import SAFETENSORS_INDEX, SAFETENSORS_WEIGHTS
 from npt_fast.checkpoint.torch_pickle import StorageRef, TensorRef
 from npt_fast.checkpoint.torch_pickle_writer import encode
-from npt_fast.checkpoint.torch_zip import CENTRAL, END, END64, END64_LOCATOR, LOCAL, dense_strides
+from npt_fast.checkpoint.torch_zip import (
+    CENTRAL,
+    END,
+    END64,
+    END64_LOCATOR,
+    LOCAL,
+    Members,
+    dense_strides,
+    read_members,
+)
+from npt_fast.errors import CheckpointError
 
 _RECORD_ALIGNMENT = 64  # what torch.save uses
 _MAX_32 = 0xFFFFFFFF
@@ -42,13 +53,20 @@ class Piece:
 
 
 class OutputFile(Protocol):
-    """A file to be written: `pieces` hold tensor data, `frame` gives all other bytes."""
+    """A file to be written: `pieces` hold tensor data, `frame` gives all other bytes.
+
+    `header` is the part of the frame that says what the file holds: a pickle, a safetensors header,
+    or all of it where there are no tensors.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def header(self) -> bytes: ...
 
     @property
     def pieces(self) -> Iterable[Piece]: ...
@@ -95,6 +113,10 @@ class BytesFile:
     def size(self) -> int:
         return len(self.data)
 
+    @property
+    def header(self) -> bytes:
+        return self.data
+
     def frame(self, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
         yield 0, self.data
 
@@ -112,29 +134,61 @@ class TorchZipLayout:
     _directory_at: int = 0
 
     @classmethod
-    def seal(
-        cls, name: str, content: Any, resolve: Callable[[TensorRef], Recipe] | None = None
-    ) -> TorchZipLayout:
+    def seal(cls, name: str, content: Any) -> TorchZipLayout:
         """The file that holds `content`.
 
         Args:
             name: file name.
-            content: plain data with a `Recipe` wherever a tensor stands.
-            resolve: turns tensor references into another file, left in `content`, into recipes.
+            content: plain data, with a `Recipe` wherever a tensor stands, or a `TensorEntry` of one
+                that is only copied.
+
+        Raises:
+            CheckpointError: `content` cannot be written so that it can be read again.
         """
         layout = cls(name)
 
         def place(item: Any) -> TensorRef | None:
-            if isinstance(item, TensorRef) and resolve is not None:
-                item = resolve(item)
+            if isinstance(item, TensorEntry):
+                item = Recipe.unchanged(item)
             return layout._add(item) if isinstance(item, Recipe) else None
 
-        layout._lay_out(encode(content, place))
+        try:
+            layout._lay_out(encode(content, place))
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
         return layout
+
+    def find(self, file: SourceFile) -> Iterator[TensorEntry] | None:
+        """The tensors of a file whose pickle is this one; None if it has another.
+
+        A pickle that is known need not be decoded: it says the same in every file.
+
+        Raises:
+            CheckpointError: the file is broken, or lacks a tensor.
+        """
+        members, _, data = read_members(file)
+        return self._find(file, members) if data == self.pickled else None
+
+    def _find(self, file: SourceFile, members: Members) -> Iterator[TensorEntry]:
+        for key, recipe in enumerate(self._recipes):
+            record = members.get(f"data/{key}")
+            if record is None or record.nbytes != recipe.nbytes:
+                problem = "is missing" if record is None else f"has {record.nbytes} bytes"
+                raise CheckpointError(
+                    f"{file.path}: {recipe.name}: its record data/{key} {problem}"
+                )
+            name, dtype, shape = recipe.name, recipe.dtype, recipe.shape
+            yield TensorEntry(name, dtype, shape, file, record.offset, record.crc32)
 
     @property
     def pieces(self) -> Iterable[Piece]:
         return map(Piece, self._recipes, self._offsets[len(self._small) :])
+
+    @property
+    def header(self) -> bytes:
+        if self._recipes:
+            return self.pickled
+        return b"".join(data for _, data in sorted(self.frame({})))
 
     @property
     def pickled(self) -> bytes:

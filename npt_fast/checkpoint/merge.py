@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
 from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint, is_checkpoint_file
+from npt_fast.checkpoint.digests import DigestWriter
 from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
@@ -74,17 +75,19 @@ def merge(
     with disk_errors(target, MergeError), StagedDirectory(target, replace=force) as staged:
         mover = _write_files(plan, staged.path, report_progress)
         proof: VerifyReport | None = None
-        if verify:
-            # here, since a merge without proof starts sooner without it
-            from npt_fast.checkpoint.verify import verify_plan
+        with DigestWriter(staged.path) as digests:
+            if verify:
+                # here, since a merge without proof starts sooner without it
+                from npt_fast.checkpoint.verify import verify_plan
 
-            proof = verify_plan(plan, staged.path, report_progress)
-            if not proof.passed:
-                raise VerificationError(
-                    f"{target}: not written, since it would differ from its sources", proof.problems
-                )
-        summary = BytesFile(MERGE_SUMMARY, strict_json.dump(summary_of(plan, proof)))
-        _write_file(summary, staged.path, mover, lambda count: None)
+                proof = verify_plan(plan, staged.path, digests, report_progress)
+                if not proof.passed:
+                    raise VerificationError(f"{target}: not written", proof.problems)
+            else:
+                for digest in plan.known_digests():
+                    digests.add(*digest)
+        summary = strict_json.dump(summary_of(plan, target, digests))
+        _write_file(BytesFile(MERGE_SUMMARY, summary), staged.path, mover, lambda count: None)
         strict_json.read_object(staged.path / MERGE_SUMMARY)
         check_target(target, [item.checkpoint for item in plan.inputs], force=force)  # still
         staged.publish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
 from npt_fast.checkpoint.merged_layer import MergedLayer
 from npt_fast.checkpoint.plan import MergePlan
 
@@ -133,23 +135,20 @@ def report_of(
     )
 
 
-def summary_of(plan: MergePlan, proof: VerifyReport | None) -> dict[str, Any]:
+def summary_of(plan: MergePlan, target: Path, digests: DigestWriter) -> dict[str, Any]:
     """The content of ``merge_summary.json``: the original's keys first, then ours (SPEC 2.6)."""
-    digests: dict[str, dict[str, str]] = proof.digests if proof else plan.known_digests()
-    weight_digests = {
-        name: digest
-        for file, tensors in digests.items()
-        if file.startswith("npt_weights")
-        for name, digest in tensors.items()
-    }
+    files = plan.small_digests()
+    if digests.sha256:
+        files[DIGESTS] = digests.sha256
     return {
         "merged_layers": [merged.layer for merged in plan.layers],
         "layer_sources": {str(merged.layer): merged.source for merged in plan.layers},
         "total_parameters": sum(recipe.numel for recipe in plan.weights),
         "checkpoint_keys": len(plan.weights),
         "layers": {
-            str(merged.layer): _provenance(merged, weight_digests) for merged in plan.layers
+            str(merged.layer): _provenance(merged, digests.weights) for merged in plan.layers
         },
+        "working_directory": _working_directory(plan, target),
         "inputs": [
             {
                 "path": item.checkpoint.given,
@@ -161,9 +160,19 @@ def summary_of(plan: MergePlan, proof: VerifyReport | None) -> dict[str, Any]:
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(plan.options).items()
         },
-        "tensors": digests,
-        "files": proof.files if proof else {},
+        "files": files,
     }
+
+
+def _working_directory(plan: MergePlan, target: Path) -> str | None:
+    """What relative paths of inputs are relative to, seen from the output; None without any.
+
+    Nothing absolute is recorded, so that a tree which is moved or copied whole stays true, and who
+    publishes a checkpoint does not tell the names of the folders above it.
+    """
+    if all(os.path.isabs(item.checkpoint.given) for item in plan.inputs):
+        return None
+    return os.path.relpath(os.getcwd(), os.path.realpath(target))
 
 
 def _provenance(merged: MergedLayer, digests: dict[str, str]) -> dict[str, Any]:

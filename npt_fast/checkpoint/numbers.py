@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from npt_fast.checkpoint.dtypes import DType
+from npt_fast.checkpoint.tensor_entry import TensorEntry
 
 _NUMPY_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+_NUMPY_INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 # types numpy does not know: width, mask of the tested bits, their value for NaN or infinity
 _NON_FINITE_BITS = {
     "BF16": ("<u2", 0x7F80, 0x7F80),
@@ -42,3 +44,17 @@ def sum_of_squares(data: bytes | memoryview, dtype: DType) -> float | None:
     with np.errstate(all="ignore"):  # NaNs and infinities are what is looked for
         wide = values.astype(np.float64)
         return float(wide @ wide)
+
+
+def read_number(entry: TensorEntry) -> float | int | None:
+    """The one element of a tensor that holds a single number; None for other tensors."""
+    import numpy as np
+
+    kinds = _NUMPY_FLOATS | _NUMPY_INTEGERS
+    if entry.numel != 1 or entry.dtype.name not in (*kinds, "BF16"):
+        return None
+    data = entry.file.read(entry.offset, entry.nbytes)
+    if entry.dtype.name == "BF16":
+        return float((np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)[0])
+    number: float | int = np.frombuffer(data, kinds[entry.dtype.name])[0].item()
+    return number

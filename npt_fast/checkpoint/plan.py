@@ -6,8 +6,11 @@ showing it (``--dry-run``) and proving it (`verify`) all work from the same plan
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from npt_fast.checkpoint import strict_json
@@ -19,6 +22,7 @@ from npt_fast.checkpoint.checkpoint import (
     open_checkpoint,
     split_selection,
 )
+from npt_fast.checkpoint.digests import InOrder, TensorDigest
 from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
 from npt_fast.checkpoint.layout import (
     BytesFile,
@@ -36,7 +40,6 @@ from npt_fast.checkpoint.merged_layer import (
 )
 from npt_fast.checkpoint.recipe import Recipe, check_castable
 from npt_fast.checkpoint.tensor_source import PT_WEIGHTS
-from npt_fast.checkpoint.torch_pickle import TensorRef
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,
@@ -80,26 +83,31 @@ class MergePlan:
     def total_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
-    def known_digests(self) -> dict[str, dict[str, str]]:
-        """Digests that inputs have recorded for tensors copied from them: file -> name -> digest.
+    def known_digests(self) -> Iterator[TensorDigest]:
+        """Digests that inputs have recorded for tensors copied from them, as the files hold them.
 
         They travel through a merge of merges, so that damage on the way is found at its end.
         """
         recorded = {
-            item.checkpoint.path / name: item.checkpoint.digests(name)
+            item.checkpoint.path: InOrder(
+                ((file, name), digest) for file, name, digest in item.checkpoint.digests()
+            )
             for item in self.inputs
-            for name in (*(f.path.name for f in item.checkpoint.weights.files), TRAINING_STATE)
         }
-        known: dict[str, dict[str, str]] = {}
         for file in self.files:
             for piece in file.pieces:
                 source = piece.recipe.source
                 if source is None or not piece.recipe.is_copy:
                     continue
-                digest = recorded.get(source.file.path, {}).get(source.name)
+                path = source.file.path
+                digests = recorded.get(path.parent)
+                digest = digests.take((path.name, source.name)) if digests else None
                 if digest is not None:
-                    known.setdefault(file.name, {})[piece.recipe.name] = digest
-        return known
+                    yield file.name, piece.recipe.name, digest
+
+    def small_digests(self) -> dict[str, str]:
+        """SHA-256 of what describes each file's tensors (`header`), or of a file without any."""
+        return {file.name: hashlib.sha256(file.header).hexdigest() for file in self.files}
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes that are ``cloneable`` where reflink works, ``copied``, or ``computed``."""
@@ -130,8 +138,9 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
     """
     if not checkpoints:
         raise MergeError("no checkpoints given")
-    inputs = tuple(_open_input(given, options) for given in checkpoints)
-    warnings = [line for item in inputs for line in item.checkpoint.unread.values()]
+    warnings: list[str] = []
+    inputs = tuple(_open_input(given, options, warnings) for given in checkpoints)
+    inputs = _without_unlike_moments(inputs, options, warnings)
     _check_same_base(inputs, options)
     layers = resolve_conflicts(inputs, options, warnings)
     if options.uniform:
@@ -165,9 +174,10 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
     )
 
 
-def _open_input(given: str, options: MergeOptions) -> MergeInput:
+def _open_input(given: str, options: MergeOptions, warnings: list[str]) -> MergeInput:
     path, selection = split_selection(given)
     checkpoint = open_checkpoint(path)
+    warnings += checkpoint.unread.values()
     layers = tuple(checkpoint.modules)
     if selection is not None:
         for layer in selection:
@@ -176,14 +186,53 @@ def _open_input(given: str, options: MergeOptions) -> MergeInput:
         layers = tuple(sorted(selection))
     state = multi_layer = None
     if checkpoint.directory is not None and not options.weights_only:
-        try:
+        with _bad_state(options, warnings, "its layers start with a fresh optimizer"):
             state = read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
+        with _bad_state(options, warnings, "its curriculum is left out"):
             multi_layer = read_multi_layer_state(checkpoint.directory / MULTI_LAYER_STATE)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}; use --weights-only to merge without training state"
-            ) from None
     return MergeInput(checkpoint, layers, selection is not None, state, multi_layer)
+
+
+@contextmanager
+def _bad_state(options: MergeOptions, warnings: list[str], without: str) -> Iterator[None]:
+    """What happens to an input whose state cannot be used: an error, or a warning and no state."""
+    try:
+        yield
+    except CheckpointError as error:
+        if options.on_bad_state == "skip":
+            warnings.append(f"{error}; {without}")
+            return
+        raise CheckpointError(
+            f"{error}; use --on-bad-state skip to merge without this state, "
+            "or --weights-only to merge without any"
+        ) from None
+
+
+def _without_unlike_moments(
+    inputs: Sequence[MergeInput], options: MergeOptions, warnings: list[str]
+) -> tuple[MergeInput, ...]:
+    """The inputs, without states that lack a moment which the merged optimizer needs."""
+    group = _group(inputs)
+    if group is None or group.group is None or not group.group.get("amsgrad"):
+        return tuple(inputs)
+    kept = []
+    for item in inputs:
+        with _bad_state(options, warnings, "its layers start with a fresh optimizer"):
+            slots = item.state.optimizer if item.state else {}
+            moments = (state for layer in item.layers for state in slots.get(layer, {}).values())
+            if item.state and any("max_exp_avg_sq" not in state for state in moments):
+                path, item = item.state.path, replace(item, state=None)
+                raise CheckpointError(
+                    f"{path}: its optimizer does not use amsgrad, that of {group.path} does"
+                )
+        kept.append(item)
+    return tuple(kept)
+
+
+def _group(inputs: Sequence[MergeInput]) -> TrainingState | None:
+    """The state that the merged optimizer has its hyperparameters from."""
+    states = [item.state for item in inputs if item.state is not None]
+    return base_state([state for state in states if state.group is not None])
 
 
 def _check_same_base(inputs: Sequence[MergeInput], options: MergeOptions) -> None:
@@ -277,17 +326,14 @@ def _training_state_file(
 ) -> OutputFile:
     """The base's scalars with the moments of all layers, in the merged parameter order."""
     content = dict(base.content)
-    states = [item.state for item in inputs if item.state is not None]
-    group = base_state([state for state in states if state.group is not None])
+    group = _group(inputs)
     if group is not None and group.group is not None:
-        count = 0
         moments: dict[int, dict[str, Any]] = {}
-        for merged in layers:
-            for state, shape in merged.moments():
-                if state is not None:
-                    _check_amsgrad(group, state, merged)
-                    moments[count] = dict(_slot_recipes(count, state, shape))
-                count += 1
+        count = 0
+        for state, shape in chain.from_iterable(merged.moments() for merged in layers):
+            if state is not None:
+                moments[count] = dict(_slot_recipes(count, state, shape))
+            count += 1
         content["optimizer_state_dict"] = {
             "state": moments,
             "param_groups": [{**group.group, "params": list(range(count))}],
@@ -296,22 +342,7 @@ def _training_state_file(
         **merge_info,
         "layer_sources": {merged.layer: merged.source for merged in layers},
     }
-    others = iter(range(1 << 30))
-
-    def resolve(ref: TensorRef) -> Recipe:
-        entry = base.archive.entry(f"other.{next(others)}", ref)
-        return Recipe.unchanged(entry)
-
-    return TorchZipLayout.seal(TRAINING_STATE, content, resolve)
-
-
-def _check_amsgrad(base: TrainingState, state: SlotState, merged: MergedLayer) -> None:
-    assert base.group is not None
-    if base.group.get("amsgrad") and "max_exp_avg_sq" not in state:
-        raise MergeError(
-            f"{base.path}: its optimizer uses amsgrad, that of layer {merged.layer} "
-            f"({merged.source}) does not; use --weights-only"
-        )
+    return TorchZipLayout.seal(TRAINING_STATE, content)
 
 
 def _slot_recipes(

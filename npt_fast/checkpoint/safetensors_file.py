@@ -18,7 +18,7 @@ from npt_fast.checkpoint import file_kind
 from npt_fast.checkpoint.dtypes import BY_NAME, DType
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.strict_json import MAX_BYTES, parse_object
-from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
 from npt_fast.errors import CheckpointError
 
 _MAX_NAME_BYTES = 4096
@@ -28,10 +28,11 @@ _LIMIT = 1 << 63
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsFile:
-    """Tensors by name, in file order, and the string metadata."""
+    """Tensors by name, in file order, the string metadata, and the bytes that describe both."""
 
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
+    header: Record
 
 
 def read_safetensors(file: SourceFile) -> SafetensorsFile:
@@ -88,7 +89,7 @@ def read_safetensors(file: SourceFile) -> SafetensorsFile:
         )
     if data_start % 8:
         raise fail("its data does not begin at a multiple of 8 bytes; save the file again")
-    return SafetensorsFile(found, metadata)
+    return SafetensorsFile(found, metadata, Record(file, 0, data_start))
 
 
 def _tensor_fields(name: str, fields: Any, fail: Any) -> tuple[DType, tuple[int, ...], int, int]:

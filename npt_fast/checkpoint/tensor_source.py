@@ -15,9 +15,9 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.run_folder import any_checkpoints
 from npt_fast.checkpoint.safetensors_file import read_safetensors
 from npt_fast.checkpoint.source_file import SourceFile
-from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
 from npt_fast.checkpoint.torch_pickle import TensorRef
-from npt_fast.checkpoint.torch_zip import read_torch_zip
+from npt_fast.checkpoint.torch_zip import TorchZip, read_torch_zip
 from npt_fast.errors import CheckpointError
 from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
 
@@ -39,6 +39,7 @@ class TensorSource:
         files: all files that hold data.
         tensors: by name, in file order.
         metadata: strings from the safetensors header, of the first shard.
+        headers: for each file the bytes that describe its tensors: a header, or a pickle.
         note: which other weights lie beside them and are not read.
     """
 
@@ -47,6 +48,7 @@ class TensorSource:
     files: tuple[SourceFile, ...]
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
+    headers: tuple[Record, ...]
     note: str = ""
 
 
@@ -124,12 +126,15 @@ def open_tensors(path: Path) -> TensorSource:
     file = SourceFile.of(weights, follow_links=weights == path)
     if weights.suffix == ".safetensors":
         content = read_safetensors(file)
-        return TensorSource(weights, "safetensors", (file,), content.entries, content.metadata)
-    return TensorSource(weights, "pt", (file,), _torch_tensors(file), {}, note)
-
-
-def _torch_tensors(file: SourceFile) -> dict[str, TensorEntry]:
+        return TensorSource(
+            weights, "safetensors", (file,), content.entries, content.metadata, (content.header,)
+        )
     archive = read_torch_zip(file)
+    return TensorSource(weights, "pt", (file,), _tensors(archive), {}, (archive.header,), note)
+
+
+def _tensors(archive: TorchZip) -> dict[str, TensorEntry]:
+    file = archive.file
     if not isinstance(archive.content, dict):
         raise CheckpointError(f"{file.path}: holds no dict of tensors")
     tensors = {}
@@ -149,12 +154,14 @@ def _open_shards(index: Path) -> TensorSource:
             shown = shard if isinstance(shard, str) else "something else"
             raise CheckpointError(f"{index}: {name:.80} is in {shown:.80}, not a file beside it")
     files = []
+    headers = []
     tensors: dict[str, TensorEntry] = {}
     metadata: Mapping[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         file = SourceFile.of(index.parent / shard)
         files.append(file)
         content = read_safetensors(file)
+        headers.append(content.header)
         metadata = metadata or content.metadata
         for name, entry in content.entries.items():
             if weight_map.get(name) != shard:
@@ -165,4 +172,4 @@ def _open_shards(index: Path) -> TensorSource:
     if missing := weight_map.keys() - tensors.keys():
         name = min(missing)
         raise CheckpointError(f"{index}: {name:.80} is not in {weight_map[name]}")
-    return TensorSource(index, "safetensors", tuple(files), tensors, metadata)
+    return TensorSource(index, "safetensors", tuple(files), tensors, metadata, tuple(headers))

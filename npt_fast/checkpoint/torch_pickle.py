@@ -137,6 +137,21 @@ class _Machine:
     def fail(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {problem}")
 
+    def refuse(self, problem: str) -> CheckpointError:
+        """As `fail`, with the keys that lead to the value which is being read."""
+        keys: list[str] = []
+        candidate: str | None = None
+        for item in [*self.stack, _MARK]:
+            if item is _MARK:  # what follows is inside the value of the last key
+                keys += [candidate] if candidate is not None else []
+                candidate = None
+            elif type(item) is str:
+                candidate = item
+            elif not isinstance(item, (dict, list, _Global)):
+                candidate = None
+        path = ".".join(f"{key:.80}" for key in keys)
+        return self.fail(f"{path}: {problem}" if path else problem)
+
     def run(self) -> Any:
         """Execute up to STOP and return the one value left."""
         if self.data[:2] != b"\x80\x02":
@@ -265,7 +280,7 @@ class _Machine:
         self.charge(50 * len(items))
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in (str, int):
-                raise self.fail(f"a dict key of type {type(key).__name__}; refused")
+                raise self.refuse(f"a dict key of type {type(key).__name__}; refused")
             if key in target:
                 raise self.fail(f"duplicate key {key!r:.80}")
             target[key] = value
@@ -278,7 +293,9 @@ class _Machine:
         module, name = self.line(), self.line()
         symbol = _KNOWN.get(f"{module}.{name}")
         if symbol is None:
-            raise self.fail(f"refers to {module}.{name:.80}, which no checkpoint needs; refused")
+            raise self.refuse(
+                f"refers to {module}.{name:.80}, but only plain data and tensors are read; refused"
+            )
         self.stack.append(symbol)
 
     def persistent(self) -> None:
@@ -291,20 +308,20 @@ class _Machine:
         if isinstance(target, _NumpyDType) and _is_plain_dtype_state(state):
             target.ready = True
             return
-        raise self.fail("BUILD on something that takes no state; refused")
+        raise self.refuse("BUILD on something that takes no state; refused")
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, _Global) or type(arguments) is not tuple:
-            raise self.fail("REDUCE of something that is not a known function; refused")
+            raise self.refuse("REDUCE of something that is not a known function; refused")
         try:
             build = _REDUCERS[function.name]
         except KeyError:
-            raise self.fail(f"calls {function.name}; refused") from None
+            raise self.refuse(f"calls {function.name}; refused") from None
         try:
             self.push(build(self, *arguments), 80)
         except TypeError:
-            raise self.fail(f"calls {function.name} with the wrong arguments") from None
+            raise self.refuse(f"calls {function.name} with the wrong arguments") from None
 
     # what the known functions build ------------------------------------------------------------
 

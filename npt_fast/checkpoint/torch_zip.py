@@ -43,7 +43,7 @@ _SMALL_MEMBERS = {
 _MEMBER = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}(/[^/\\\x00-\x1f\x7f]{1,255}){1,3}")
 
 
-class _Members:
+class Members:
     """The members of a zip by name, without the root: as numbers, since every tensor has one.
 
     Attributes:
@@ -60,6 +60,10 @@ class _Members:
         self.crcs = array("L")
         self._storages = array("q")  # row of data/0, data/1, ...; -1 where there is none
         self._others: dict[str, int] = {}
+
+    @property
+    def hold_storages(self) -> bool:
+        return len(self._storages) > 0 or any(name.startswith("data/") for name in self._others)
 
     def append(self, name: str, offset: int, size: int, crc: int) -> bool:
         """Add a member; whether its name is new."""
@@ -108,8 +112,14 @@ class TorchZip:
 
     file: SourceFile
     content: Any
-    members: _Members
+    members: Members
     pickled: Record
+
+    @property
+    def header(self) -> Record:
+        """The bytes that say what the file holds: its pickle, or all where there are no tensors."""
+        whole = Record(self.file, 0, self.file.size)
+        return self.pickled if self.members.hold_storages else whole
 
     def entry(self, name: str, ref: TensorRef) -> TensorEntry:
         """The byte range behind a tensor reference.
@@ -175,6 +185,16 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
         CheckpointError: a legacy (pre-1.6) file, a zip with more than one meaning, or a pickle that
             holds more than plain data and tensors.
     """
+    members, pickled, data = read_members(file)
+    return TorchZip(file, decode(data, f"{file.path}: data.pkl"), members, pickled)
+
+
+def read_members(file: SourceFile) -> tuple[Members, Record, bytes]:
+    """The members of a ``.pt`` file, which of them is the pickle, and its bytes, not decoded.
+
+    Raises:
+        CheckpointError: as `read_torch_zip`, except for what is in the pickle.
+    """
     with file.open() as fd:
         members = _read_directory(file, fd)
         pickled = members.get("data.pkl")
@@ -197,10 +217,10 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
         data = file.read_at(fd, pickled.offset, pickled.nbytes)
     if pickled.crc32 and zlib.crc32(data) != pickled.crc32:
         raise CheckpointError(f"{file.path}: data.pkl is damaged (CRC-32 differs)")
-    return TorchZip(file, decode(data, f"{file.path}: data.pkl"), members, pickled)
+    return members, pickled, data
 
 
-def _read_directory(file: SourceFile, fd: int) -> _Members:
+def _read_directory(file: SourceFile, fd: int) -> Members:
     """All members, after every check that needs no data."""
 
     def fail(problem: str) -> CheckpointError:
@@ -215,7 +235,7 @@ def _read_directory(file: SourceFile, fd: int) -> _Members:
     directory = file.read_at(fd, start, size)
     if b"/data.pkl" not in directory and b"/constants.pkl" not in directory:
         raise fail(f"not a torch file: it is {file_kind.describe_zip(directory)}")
-    members = _Members(file)
+    members = Members(file)
     headers_at = array("Q")
     folded: set[str] = set()  # torch looks names up without regard to case
     root = ""

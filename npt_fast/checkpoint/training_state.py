@@ -8,21 +8,27 @@ different layers join exactly by re-indexing.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from npt_fast.checkpoint.np_module import NPModule, Slot
+from npt_fast.checkpoint.numbers import read_number
 from npt_fast.checkpoint.source_file import SourceFile
-from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
 from npt_fast.checkpoint.torch_pickle import TensorRef
 from npt_fast.checkpoint.torch_zip import TorchZip, read_torch_zip
-from npt_fast.errors import CheckpointError
+from npt_fast.errors import CheckpointError, printable
 
 TRAINING_STATE = "training_state.pt"
 MULTI_LAYER_STATE = "multi_layer_state.pt"
 _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+_OPTIMIZER = "optimizer_state_dict"
+_MAX_DEPTH = 64
+_MAX_KEY = 80  # characters of each key in a tensor's name
+_DIGITS = re.compile(r"0|[1-9][0-9]{0,17}")
 
 SlotState = Mapping[str, TensorEntry | float | int]
 """AdamW's state of one parameter: ``step``, ``exp_avg``, ``exp_avg_sq``."""
@@ -32,13 +38,17 @@ SlotState = Mapping[str, TensorEntry | float | int]
 class TrainingState:
     """One ``training_state.pt``.
 
+    Every tensor is a `TensorEntry`, so that it cannot be taken for one of another file. Those of
+    the optimizer are named ``optimizer.3.exp_avg``, all others by their keys
+    (``optimizer_state_dict.param_groups.0.lr``); a merge names them alike.
+
     Attributes:
         path: the file.
         global_step: optimizer steps of the run.
-        content: everything but the optimizer's state; tensors only as references into `archive`.
+        content: everything but the optimizer's state.
         group: hyperparameters of the one parameter group; ``params`` left out.
         optimizer: layer -> slot -> state; a parameter that was never stepped has none.
-        archive: the file's records.
+        header: the bytes that describe all of it.
     """
 
     path: Path
@@ -46,19 +56,17 @@ class TrainingState:
     content: Mapping[str, Any]
     group: Mapping[str, Any] | None
     optimizer: Mapping[int, Mapping[Slot, SlotState]]
-    archive: TorchZip
+    header: Record
 
-    def tensors(self) -> list[TensorEntry]:
-        """All tensors of the optimizer, then all others, named as a merge names them."""
-        found = [
-            value
-            for slots in self.optimizer.values()
-            for state in slots.values()
-            for value in state.values()
-            if isinstance(value, TensorEntry)
-        ]
-        others = enumerate(_references(self.content))
-        return [*found, *(self.archive.entry(f"other.{n}", ref) for n, ref in others)]
+    def tensors(self) -> Iterator[TensorEntry]:
+        """All tensors, in the order in which a merge writes them."""
+        yield from _entries(self.content)
+        for slots in self.optimizer.values():
+            for state in slots.values():
+                for value in state.values():
+                    if isinstance(value, TensorEntry):
+                        yield value
+        yield from _entries(self.group)
 
 
 def read_training_state(path: Path, modules: Mapping[int, NPModule]) -> TrainingState | None:
@@ -79,28 +87,92 @@ def read_training_state(path: Path, modules: Mapping[int, NPModule]) -> Training
 def read_multi_layer_state(path: Path) -> dict[str, Any] | None:
     """The curriculum and layer weights in ``multi_layer_state.pt`` (SPEC 2.4), None if absent.
 
+    Layers are integers in what comes out, also where the file has gone through JSON, which has text
+    for keys.
+
     Raises:
         CheckpointError: unsafe, broken, or of another kind.
     """
     if not os.path.lexists(path):
         return None
-    state = read_torch_zip(SourceFile.of(path)).content
+    archive = read_torch_zip(SourceFile.of(path))
+    state = archive.content
     if not isinstance(state, dict) or not isinstance(state.get("layers_to_train"), list):
         raise CheckpointError(f"{path}: has no layers_to_train; not a multi-layer state")
-    if not isinstance(state.get("layer_weights", {}), dict):
+    weights = state.get("layer_weights", {})
+    if not isinstance(weights, dict):
         raise CheckpointError(f"{path}: its layer_weights are not a mapping")
-    if next(_references(state), None) is not None:
+    state = _bound(state, archive, "")
+    if next(_entries(state), None) is not None:
         raise CheckpointError(f"{path}: holds a tensor; not a multi-layer state")
-    return state
+    by_layer: dict[int, Any] = {}
+    for key, weight in weights.items():
+        layer = _layer(key, f"{path}: layer_weights")
+        if by_layer.setdefault(layer, weight) != weight:
+            raise CheckpointError(f"{path}: layer_weights has layer {layer} twice, and differently")
+    layers = [_layer(layer, f"{path}: layers_to_train") for layer in state["layers_to_train"]]
+    return {**state, "layers_to_train": layers, "layer_weights": by_layer}
 
 
-def _references(content: Any) -> Iterator[TensorRef]:
-    """Tensor references in nested data, in the order in which they were written."""
+def _layer(value: Any, where: str) -> int:
+    number = _whole_number(value)
+    if number is None and isinstance(value, str) and _DIGITS.fullmatch(value):
+        number = int(value)
+    if number is None:
+        raise CheckpointError(f"{where}: {value!r:.80} is not the index of a layer")
+    return number
+
+
+def _whole_number(value: Any) -> int | None:
+    """A number from 0 on, also as 800.0 or in a tensor; None for anything else."""
+    if isinstance(value, TensorEntry) and value.numel == 1:
+        value = read_number(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and value >= 0 else None
+
+
+def _bound(
+    value: Any, archive: TorchZip, name: str, seen: dict[int, Any] | None = None, depth: int = 0
+) -> Any:
+    """`value` with a `TensorEntry` for every tensor; what it shares, the copy shares too."""
+    if isinstance(value, TensorRef):
+        return archive.entry(name, value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if not isinstance(value, (dict, list, tuple)):
+        raise CheckpointError(
+            f"{archive.file.path}: {name}: is neither plain data nor a tensor, "
+            "and cannot be carried over"
+        )
+    seen = {} if seen is None else seen
+    if id(value) in seen:
+        return seen[id(value)]
+    if depth > _MAX_DEPTH:
+        raise CheckpointError(f"{archive.file.path}: nested more than {_MAX_DEPTH} deep")
+    bound: Any
+    if isinstance(value, dict):
+        bound = seen[id(value)] = {}
+        for key, item in value.items():
+            short = printable(str(key))[:_MAX_KEY]
+            own = f"{name}.{short}" if name else short
+            bound[key] = _bound(item, archive, own, seen, depth + 1)
+        return bound
+    items = bound = seen[id(value)] = []
+    for index, item in enumerate(value):
+        items.append(_bound(item, archive, f"{name}.{index}", seen, depth + 1))
+    if isinstance(value, tuple):
+        bound = seen[id(value)] = tuple(items)
+    return bound
+
+
+def _entries(content: Any) -> Iterator[TensorEntry]:
+    """Tensors in nested data, in the order in which they are written."""
     pending = [content]
     seen: set[int] = set()
     while pending:
         item = pending.pop()
-        if isinstance(item, TensorRef):
+        if isinstance(item, TensorEntry):
             yield item
         elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
             seen.add(id(item))
@@ -116,17 +188,23 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
 
     if not isinstance(content, dict):
         raise fail("holds no dict; not a training state")
-    step = content.get("global_step")
-    if type(step) is not int or step < 0:
-        raise fail("has no global_step; not a training state of a known kind")
-    content = dict(content)
-    optimizer = content.pop("optimizer_state_dict", None)
+    optimizer = content.pop(_OPTIMIZER, None)
+    content = _bound(content, archive, "")
+    if "global_step" not in content:
+        keys = ", ".join(str(key) for key in content)
+        raise fail(
+            f"has no global_step; not a training state of a known kind (its keys: {keys:.200})"
+        )
+    step = _whole_number(content["global_step"])
+    if step is None:
+        raise fail(f"its global_step is {content['global_step']!r:.80}, not a number of steps")
+    content["global_step"] = step
     if optimizer is None:
-        return TrainingState(path, step, content, None, {}, archive)
+        return TrainingState(path, step, content, None, {}, archive.header)
     groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
     state = optimizer.get("state") if isinstance(optimizer, dict) else None
     if not isinstance(groups, list) or not isinstance(state, dict):
-        raise fail("its optimizer_state_dict is of an unknown kind")
+        raise fail(f"its {_OPTIMIZER} is of an unknown kind, with param_groups and state expected")
     if len(groups) != 1 or not isinstance(groups[0], dict):
         raise fail(f"its optimizer has {len(groups)} parameter groups, 1 expected")
     group = dict(groups[0])
@@ -139,16 +217,21 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
     if not isinstance(params, list) or len(params) != len(slots):
         count = len(params) if isinstance(params, list) else 0
         raise fail(f"its optimizer has {count} parameters, the weights have {len(slots)}")
-    if any(type(index) is not int for index in params) or not set(state) <= set(params):
+    if (
+        any(type(index) is not int for index in params)
+        or len(set(params)) < len(params)
+        or not state.keys() <= set(params)
+    ):
         raise fail("its optimizer state does not match its parameter list")
     by_layer: dict[int, dict[Slot, SlotState]] = {}
     for index, (layer, slot) in zip(params, slots, strict=True):
         if index in state:
             shape = modules[layer].architecture.shape(slot)
-            by_layer.setdefault(layer, {})[slot] = _slot_state(
-                archive, index, state[index], shape, fail
-            )
-    return TrainingState(path, step, content, group, by_layer, archive)
+            # taken out, so that what was decoded goes as what is kept comes
+            own = _slot_state(archive, index, state.pop(index), shape, fail)
+            by_layer.setdefault(layer, {})[slot] = own
+    group = _bound(group, archive, f"{_OPTIMIZER}.param_groups.0")
+    return TrainingState(path, step, content, group, by_layer, archive.header)
 
 
 def _slot_state(

@@ -1,8 +1,10 @@
 """Prove a checkpoint: every tensor against its source, its recorded digest and its CRC.
 
-`verify_plan` checks what a merge has just written, before anyone can see it. `verify` checks a
-checkpoint anywhere later: against the digests that its ``merge_summary.json`` records and, where
-the sources still exist, against these.
+`verify_plan` checks what a merge has just written, before anyone can see it; there the sources say
+what is right. `verify` checks a checkpoint anywhere later; there its own records say what is right:
+digests, CRCs, and the SHA-256 of what describes its tensors. The sources may have moved, or been
+trained on. They are compared too, but a difference is the output's fault only where it has no
+record of its own.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +27,19 @@ from npt_fast.checkpoint.checkpoint import (
     Checkpoint,
     open_checkpoint,
 )
+from npt_fast.checkpoint.digests import DIGESTS, DigestWriter, InOrder, TensorDigest
 from npt_fast.checkpoint.layout import TorchZipLayout
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.source_file import SourceFile
-from npt_fast.checkpoint.tensor_check import TensorCheck, check_tensor
-from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
-from npt_fast.checkpoint.tensor_source import (
-    PT_WEIGHTS,
-    SAFETENSORS_INDEX,
-    locate_checkpoint,
+from npt_fast.checkpoint.tensor_check import (
+    CheckOutcome,
+    TensorCheck,
+    check_tensors,
+    in_batches,
 )
-from npt_fast.checkpoint.torch_zip import read_torch_zip
+from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
+from npt_fast.checkpoint.tensor_source import SAFETENSORS_INDEX, locate_checkpoint
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,
@@ -42,6 +47,8 @@ from npt_fast.checkpoint.training_state import (
 )
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import CheckpointError, NPTError
+
+_WHOLE_FILES = (SAFETENSORS_INDEX, MULTI_LAYER_STATE, CONFIG, NPT_CONFIG, DIGESTS)
 
 
 @dataclass(slots=True)
@@ -60,8 +67,6 @@ class VerifyReport:
         digests_matched: how many equal a recorded digest.
         crcs_matched: how many records equal the CRC-32 that their file recorded.
         bytes_read: bytes of tensors read back.
-        digests: file -> tensor -> ``"F32[576,32] <sha256 of its bytes>"``.
-        files: SHA-256 of each small file; of a ``.pt`` with tensors, of the pickle in it.
     """
 
     path: str
@@ -75,22 +80,26 @@ class VerifyReport:
     digests_matched: int = 0
     crcs_matched: int = 0
     bytes_read: int = 0
-    digests: dict[str, dict[str, str]] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; without the digests, which ``merge_summary.json`` keeps."""
-        plain = asdict(self)
-        del plain["digests"], plain["files"]
-        return {"passed": self.passed, **plain}
+        """Plain data for JSON."""
+        return {"passed": self.passed, **asdict(self)}
 
 
-def verify_plan(plan: MergePlan, directory: Path, progress: Progress) -> VerifyReport:
+def verify_plan(
+    plan: MergePlan, directory: Path, digests: DigestWriter, progress: Progress
+) -> VerifyReport:
     """Check what a merge wrote into `directory`, re-read from the disk, against its plan.
+
+    Args:
+        plan: the plan.
+        directory: what was written.
+        digests: gets the digest of every tensor.
+        progress: as that of `verify`.
 
     Raises:
         CheckpointError: what was written cannot be read, or a source changed.
@@ -98,14 +107,11 @@ def verify_plan(plan: MergePlan, directory: Path, progress: Progress) -> VerifyR
     for path in directory.iterdir():
         _forget_cached(path)
     checkpoint = open_checkpoint(str(directory))
-    return _examine(
-        checkpoint,
-        [merged.layer for merged in plan.layers],
-        plan,
-        plan.known_digests(),
-        _planned_files(plan),
-        progress,
-    )
+    expected = [merged.layer for merged in plan.layers]
+    examination = _Examination(checkpoint, expected, plan, plan.known_digests(), fresh=True)
+    examination.run(progress, digests)
+    examination.check_files(plan.small_digests())
+    return examination.report
 
 
 def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyReport:
@@ -124,7 +130,6 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
         checkpoint = open_checkpoint(path)
     except CheckpointError as error:
         return VerifyReport(str(located), [], [], 0, problems=[str(error)])
-    report_progress = progress or (lambda activity, done, total: None)
     summary = checkpoint.summary or {}
     notes = list(checkpoint.notes)
     problems: list[str] = []
@@ -133,31 +138,22 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     plan = None
     if checkpoint.summary is not None:
         try:
-            plan = _plan_again(summary)
+            plan = _plan_again(checkpoint, summary)
         except (NPTError, ValueError) as error:
             notes.append(f"not compared with its sources: {error}")
     elif not problems:
         notes.append(f"no {MERGE_SUMMARY}: only structure, CRCs and values were checked")
-    recorded = summary.get("tensors")
-    digests = recorded if isinstance(recorded, dict) else {}
-    if checkpoint.summary is not None and not digests:
-        notes.append("no digests recorded: the merge was not made with --verify")
     merged_layers = summary.get("merged_layers")
     expected = list(checkpoint.modules)
     if isinstance(merged_layers, list):
         expected = [layer for layer in merged_layers if type(layer) is int]
-    recorded_files = summary.get("files")
-    files = _planned_files(plan) if plan else {}
-    if isinstance(recorded_files, dict):
-        files.update(recorded_files)
-    report = _examine(
-        checkpoint,
-        expected,
-        plan,
-        {f: t for f, t in digests.items() if isinstance(t, dict)},
-        files,
-        report_progress,
-    )
+    examination = _Examination(checkpoint, expected, plan, checkpoint.digests(), fresh=False)
+    report = examination.report
+    examination.run(progress or (lambda activity, done, total: None))
+    if checkpoint.summary is not None and not examination.digests_recorded:
+        notes.append("no digests recorded: the merge was not made with --verify")
+    files = summary.get("files")
+    examination.check_files(files if isinstance(files, dict) else {})
     for name, value in (
         ("total_parameters", sum(module.numel for module in checkpoint.modules.values())),
         ("checkpoint_keys", len(checkpoint.weights.tensors)),
@@ -169,155 +165,280 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     return report
 
 
-def _plan_again(summary: Mapping[str, Any]) -> MergePlan:
+def _plan_again(checkpoint: Checkpoint, summary: Mapping[str, Any]) -> MergePlan:
     """The plan of the merge that wrote a summary, from its sources as they are now."""
+    unknown = ValueError(f"{MERGE_SUMMARY} does not record how it was made")
     inputs = summary.get("inputs")
     options = summary.get("options")
     if not isinstance(inputs, list) or not isinstance(options, dict):
-        raise ValueError("merge_summary.json does not record how it was made")
+        raise unknown
+    base = ""
+    if isinstance(summary.get("working_directory"), str):
+        base = os.path.join(os.path.realpath(checkpoint.located), summary["working_directory"])
     specs = []
     for item in inputs:
-        if not isinstance(item, dict) or not isinstance(item.get("path"), str):
-            raise ValueError("merge_summary.json does not record how it was made")
+        if not isinstance(item, dict):
+            raise unknown
+        if not isinstance(item.get("path"), str):
+            raise unknown
+        # relative to where the merge was made, not to where somebody is today
+        path = os.path.normpath(os.path.join(base, item["path"]))
         layers = item.get("layers")
-        specs.append(item["path"] + (":" + ",".join(map(str, layers)) if layers else ""))
+        if layers is None:
+            selection = ""
+        elif isinstance(layers, list) and all(type(layer) is int for layer in layers):
+            selection = ":" + ",".join(map(str, layers))
+        else:
+            raise unknown
+        specs.append(path + selection)
     try:
         known = MergeOptions(**options)
     except TypeError as error:
-        raise ValueError(f"merge_summary.json has options of another version: {error}") from None
-    plan = plan_merge(specs, known)
+        raise ValueError(f"{MERGE_SUMMARY} has options of another version: {error}") from None
+    # what describes the files is proven by their own records: only tensors are compared
+    plan = plan_merge(specs, replace(known, copy_multi_layer_state=None))
     if [merged.layer for merged in plan.layers] != summary.get("merged_layers"):
         raise ValueError("they hold other layers than when they were merged")
     return plan
 
 
-def _examine(
-    checkpoint: Checkpoint,
-    expected: Sequence[int],
-    plan: MergePlan | None,
-    digests: Mapping[str, Mapping[str, str]],
-    files: Mapping[str, str],
-    progress: Progress,
-) -> VerifyReport:
-    report = VerifyReport(
-        str(checkpoint.path),
-        sorted(expected),
-        list(checkpoint.modules),
-        len(checkpoint.weights.tensors),
-    )
-    if missing := sorted(set(expected) - set(checkpoint.modules)):
-        report.problems.append(f"Missing layers: {missing}")
-    if extra := sorted(set(checkpoint.modules) - set(expected)):
-        report.problems.append(f"Unexpected layers: {extra}")
-    report.problems.extend(_check_npt_config(checkpoint))
-    found = _tensors_by_file(checkpoint, report)
-    wanted = _recipes_by_name(plan) if plan else {}
-    checks = []
-    for file, entries in found.items():
-        for entry in entries:
-            kind = TRAINING_STATE if file == TRAINING_STATE else "weights"
-            recipe = wanted.pop((kind, entry.name), None)
-            if plan is not None and recipe is None:
-                report.problems.append(f"{file}: {entry.name} comes from no source")
-            checks.append(TensorCheck(file, entry, recipe, digests.get(file, {}).get(entry.name)))
-    missing_tensors = {name: kind for kind, name in wanted}
-    for file, recorded in digests.items():
-        present = {entry.name for entry in found.get(file, ())}
-        missing_tensors.update({name: file for name in recorded if name not in present})
-    lost_files = {f for f in missing_tensors.values() if f not in found and f != "weights"}
-    report.problems.extend(f"{file} is missing" for file in sorted(lost_files))
-    report.problems.extend(
-        f"{name} is missing" for name, file in missing_tensors.items() if file not in lost_files
-    )
-    _run_checks(checks, report, progress)
-    _check_shared_records(plan, report)
-    _check_small_files(checkpoint, files, report)
-    return report
+class _Examination:
+    """One checkpoint, held against what is known of it.
+
+    Args:
+        checkpoint: opened.
+        expected: layers that it should hold.
+        plan: recipes of its tensors; None where its sources are unknown.
+        digests: of its tensors, as recorded.
+        fresh: whether the plan is that of the merge that has just written it, so that a difference
+            is the output's fault.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        expected: Sequence[int],
+        plan: MergePlan | None,
+        digests: Iterable[TensorDigest],
+        *,
+        fresh: bool,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.plan = plan
+        self.fresh = fresh
+        self.report = VerifyReport(
+            str(checkpoint.path),
+            sorted(expected),
+            list(checkpoint.modules),
+            len(checkpoint.weights.tensors),
+        )
+        self.digests_recorded = 0
+        self._digests = InOrder(self._counted(digests))
+        self._recipes = InOrder(_recipes(plan))
+        self._changed: Counter[str] = Counter()  # tensors that differ, by source
+        self._others = 0  # tensors that only one of output and sources has
+        self._headers = {h.file.path.name: _sha256(h) for h in checkpoint.weights.headers}
+
+    def _counted(self, digests: Iterable[TensorDigest]) -> Iterator[tuple[tuple[str, str], str]]:
+        try:
+            for file, name, digest in digests:
+                self.digests_recorded += 1
+                yield (file, name), digest
+        except CheckpointError as error:
+            self.report.problems.append(str(error))
+
+    def run(self, progress: Progress, digests: DigestWriter | None = None) -> None:
+        """Check every tensor."""
+        report, checkpoint = self.report, self.checkpoint
+        if missing := sorted(set(report.expected_layers) - set(checkpoint.modules)):
+            report.problems.append(f"Missing layers: {missing}")
+        if extra := sorted(set(checkpoint.modules) - set(report.expected_layers)):
+            report.problems.append(f"Unexpected layers: {extra}")
+        report.problems.extend(_check_npt_config(checkpoint))
+        total = sum(file.size for file in checkpoint.weights.files) + self._state_size()
+        progress("verifying", 0, total)
+        for check, outcome in _in_parallel(in_batches(self._checks())):
+            self._take(check, outcome)
+            if digests is not None:
+                digests.add(check.file, check.entry.name, outcome.digest)
+            progress("verifying", min(report.bytes_read, total), total)
+        progress("verifying", total, total)
+        self._report_missing()
+        self._check_shared_records()
+        for source, count in self._changed.items():
+            tensors = "1 tensor differs" if count == 1 else f"{count} tensors differ"
+            report.notes.append(
+                f"{source} has changed since the merge ({tensors}); "
+                "the output equals its own records"
+            )
+        if self._others:
+            report.notes.append("the sources hold other tensors than when they were merged")
+
+    def check_files(self, expected: Mapping[str, Any]) -> None:
+        """Hold what describes the tensors, and the small files, against their SHA-256."""
+        for name, digest in expected.items():
+            found = self._sha256(name)
+            if found != digest:
+                what = "has changed" if found else "is missing"
+                self.report.problems.append(f"{name} {what}")
+
+    def _sha256(self, name: str) -> str:
+        """Of a file's header, or of all of a file without tensors; "" if it is not there."""
+        directory = self.checkpoint.directory
+        if name in self._headers:
+            return self._headers[name]
+        if name not in _WHOLE_FILES or directory is None or not os.path.lexists(directory / name):
+            return ""
+        try:
+            file = SourceFile.of(directory / name)
+            return _sha256(Record(file, 0, file.size))
+        except CheckpointError:  # reported where it was opened
+            return "unreadable"
+
+    def _state_size(self) -> int:
+        directory = self.checkpoint.directory
+        path = directory / TRAINING_STATE if directory else None
+        return os.stat(path).st_size if path is not None and path.is_file() else 0
+
+    def _checks(self) -> Iterator[TensorCheck]:
+        by_file: dict[str, list[TensorEntry]] = {}
+        for entry in self.checkpoint.weights.tensors.values():
+            by_file.setdefault(entry.file.path.name, []).append(entry)
+        for file, entries in by_file.items():
+            for entry in entries:
+                yield self._check_of(file, "weights", entry, finite=True)
+        for entry in self._state_entries():
+            # hyperparameters may be infinite, as ReduceLROnPlateau's best is at first
+            moment = entry.name.startswith("optimizer.") and not entry.name.endswith(".step")
+            yield self._check_of(TRAINING_STATE, TRAINING_STATE, entry, finite=moment)
+
+    def _check_of(self, file: str, kind: str, entry: TensorEntry, *, finite: bool) -> TensorCheck:
+        recipe = self._recipes.take((kind, entry.name))
+        if recipe is None and self.fresh:
+            self.report.problems.append(f"{file}: {entry.name} comes from no source")
+        elif recipe is None and self.plan is not None:
+            self._others += 1
+        recorded = self._digests.take((file, entry.name))
+        return TensorCheck(file, entry, recipe, recorded, finite, self.fresh)
+
+    def _state_entries(self) -> Iterator[TensorEntry]:
+        """The training state's tensors; what is wrong with the file goes to the report."""
+        report, directory = self.report, self.checkpoint.directory
+        if directory is None or not os.path.lexists(directory / TRAINING_STATE):
+            return
+        path = directory / TRAINING_STATE
+        try:
+            planned = self._planned_state()
+            found = planned.find(SourceFile.of(path)) if planned else None
+            if planned is not None and found is not None:
+                self._headers[TRAINING_STATE] = hashlib.sha256(planned.header).hexdigest()
+                yield from found
+                return
+            state = read_training_state(path, self.checkpoint.modules)
+            if state is not None:
+                self._headers[TRAINING_STATE] = _sha256(state.header)
+                yield from state.tensors()
+        except CheckpointError as error:
+            self._headers[TRAINING_STATE] = "unreadable"
+            report.problems.append(str(error))
+
+    def _planned_state(self) -> TorchZipLayout | None:
+        for file in self.plan.files if self.plan else ():
+            if file.name == TRAINING_STATE and isinstance(file, TorchZipLayout):
+                return file
+        return None
+
+    def _take(self, check: TensorCheck, outcome: CheckOutcome) -> None:
+        report = self.report
+        report.tensors += 1
+        report.bytes_read += check.entry.nbytes
+        report.compared += outcome.compared
+        report.digests_matched += outcome.digest_matched
+        report.crcs_matched += outcome.crcs_matched
+        report.problems += outcome.damage
+        # a source that was damaged, or changed, after the merge is not the output's fault
+        blameless = outcome.proven and not self.fresh
+        (report.notes if blameless else report.problems).extend(outcome.source_damage)
+        if not outcome.difference:
+            return
+        source = check.recipe.source if check.recipe else None
+        if blameless:
+            self._changed[str(source.file.path) if source else "its recomputation"] += 1
+        elif self.fresh or outcome.damage:
+            report.problems.append(outcome.difference)
+        else:
+            report.problems.append(
+                f"{outcome.difference}; nothing recorded tells which of the two has changed"
+            )
+
+    def _report_missing(self) -> None:
+        """Tensors that are recorded, or planned, and not there."""
+        present = {file.path.name for file in self.checkpoint.weights.files}
+        present |= self._headers.keys()
+        missing: dict[str, str] = {}
+        for file, name in self._digests.rest():
+            missing[f"{file}: {name}" if file in present else file] = ""
+        for kind, name in self._recipes.rest():
+            if self.fresh:
+                missing[f"{kind}: {name}"] = ""
+            else:
+                self._others += 1
+        self.report.problems.extend(f"{what} is missing" for what in missing)
+
+    def _check_shared_records(self) -> None:
+        """CRCs of source records that a tensor covers only in part, or in another order."""
+        records: dict[Record, str] = {}
+        for _, recipe in _recipes(self.plan):
+            source = recipe.source
+            if source is None or (recipe.is_copy and source.crc32):
+                continue  # compared with its source, and its CRC with that
+            whole = Record(source.file, source.offset, source.nbytes, source.crc32)
+            record = source.record or whole
+            if record.crc32:
+                records[record] = source.name
+        for record, name in records.items():
+            crc = 0
+            for window in record.file.windows(record.offset, record.nbytes):
+                crc = zlib.crc32(window, crc)
+            if crc == record.crc32:
+                self.report.crcs_matched += 1
+            else:
+                lines = self.report.problems if self.fresh else self.report.notes
+                lines.append(f"{record.file.path}: {name}: damaged, its CRC-32 differs")
 
 
-def _run_checks(checks: Sequence[TensorCheck], report: VerifyReport, progress: Progress) -> None:
-    total = sum(check.entry.nbytes for check in checks)
-    progress("verifying", 0, total)
+def _recipes(plan: MergePlan | None) -> Iterator[tuple[tuple[str, str], Recipe]]:
+    """All planned tensors: by kind of file, since shards may be named otherwise, and name."""
+    for file in plan.files if plan else ():
+        kind = TRAINING_STATE if file.name == TRAINING_STATE else "weights"
+        for piece in file.pieces:
+            yield (kind, piece.recipe.name), piece.recipe
+
+
+def _in_parallel(
+    batches: Iterator[list[TensorCheck]],
+) -> Iterator[tuple[TensorCheck, CheckOutcome]]:
+    """Every check with its outcome, in order; few batches are held at a time."""
     # hashing and comparing release the interpreter lock, so threads do help
-    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    workers = min(4, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(workers)
+    running: deque[tuple[list[TensorCheck], Future[list[CheckOutcome]]]] = deque()
     try:
-        for check, outcome in zip(checks, pool.map(check_tensor, checks), strict=True):
-            report.problems.extend(outcome.problems)
-            report.digests.setdefault(check.file, {})[check.entry.name] = outcome.digest
-            report.tensors += 1
-            report.bytes_read += check.entry.nbytes
-            report.compared += check.recipe is not None
-            report.digests_matched += check.recorded == outcome.digest
-            report.crcs_matched += outcome.crcs_matched
-            progress("verifying", report.bytes_read, total)
+        for batch in chain(batches, [None] * 2 * workers):
+            if batch is not None:
+                running.append((batch, pool.submit(check_tensors, batch)))
+            if running and (batch is None or len(running) > 2 * workers):
+                done, future = running.popleft()
+                yield from zip(done, future.result(), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _check_shared_records(plan: MergePlan | None, report: VerifyReport) -> None:
-    """CRCs of source records that a tensor covers only in part, or in another order."""
-    records: dict[Record, str] = {}
-    for recipe in _recipes_by_name(plan).values() if plan else ():
-        source = recipe.source
-        if source is None or (recipe.is_copy and source.crc32):
-            continue  # compared with its source, and its CRC with that
-        whole = Record(source.file, source.offset, source.nbytes, source.crc32)
-        record = source.record or whole
-        if record.crc32:
-            records[record] = source.name
-    for record, name in records.items():
-        crc = 0
-        for window in record.file.windows(record.offset, record.nbytes):
-            crc = zlib.crc32(window, crc)
-        if crc == record.crc32:
-            report.crcs_matched += 1
-        else:
-            report.problems.append(f"{record.file.path}: {name}: damaged, its CRC-32 differs")
-
-
-def _planned_files(plan: MergePlan) -> dict[str, str]:
-    """SHA-256 of each small file; of the training state, of the pickle that has its scalars."""
-    found = {}
-    for file in plan.files:
-        holds_tensors = any(True for _ in file.pieces)
-        if isinstance(file, TorchZipLayout) and holds_tensors:
-            data = file.pickled
-        elif not holds_tensors:
-            data = b"".join(part for _, part in sorted(file.frame({})))
-        else:
-            continue
-        found[file.name] = hashlib.sha256(data).hexdigest()
-    return found
-
-
-def _check_small_files(
-    checkpoint: Checkpoint, expected: Mapping[str, str], report: VerifyReport
-) -> None:
-    """Hash what `_planned_files` hashes, as it is on the disk."""
-    if checkpoint.directory is None:
-        return
-    for name in (SAFETENSORS_INDEX, MULTI_LAYER_STATE, CONFIG, NPT_CONFIG):
-        path = checkpoint.directory / name
-        if os.path.lexists(path):
-            try:
-                file = SourceFile.of(path)
-                report.files[name] = hashlib.sha256(file.read(0, file.size)).hexdigest()
-            except CheckpointError:  # reported where it was opened
-                report.files[name] = "unreadable"
-    for name in (PT_WEIGHTS, TRAINING_STATE):
-        path = checkpoint.directory / name
-        if path.exists():
-            try:
-                pickled = read_torch_zip(SourceFile.of(path)).pickled
-            except CheckpointError:  # reported where its content was needed
-                report.files[name] = "unreadable"
-                continue
-            data = pickled.file.read(pickled.offset, pickled.nbytes)
-            report.files[name] = hashlib.sha256(data).hexdigest()
-    for name, digest in expected.items():
-        if report.files.get(name) != digest:
-            lost = name not in report.files
-            report.problems.append(f"{name} {'is missing' if lost else 'has changed'}")
+def _sha256(record: Record) -> str:
+    digest = hashlib.sha256()
+    for window in record.file.windows(record.offset, record.nbytes):
+        digest.update(window)
+    return digest.hexdigest()
 
 
 def _check_npt_config(checkpoint: Checkpoint) -> Iterator[str]:
@@ -331,29 +452,6 @@ def _check_npt_config(checkpoint: Checkpoint) -> Iterator[str]:
             value = getattr(module.architecture, name)
             if not isinstance(facts, dict) or facts.get(name) != value:
                 yield f"{NPT_CONFIG}: layer {layer}: {name} is not {value}, as the tensors say"
-
-
-def _tensors_by_file(checkpoint: Checkpoint, report: VerifyReport) -> dict[str, list[TensorEntry]]:
-    found: dict[str, list[TensorEntry]] = {}
-    for entry in checkpoint.weights.tensors.values():
-        found.setdefault(entry.file.path.name, []).append(entry)
-    if checkpoint.directory is not None:
-        try:
-            state = read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
-            if state is not None:
-                found[TRAINING_STATE] = state.tensors()
-        except CheckpointError as error:
-            report.problems.append(str(error))
-    return found
-
-
-def _recipes_by_name(plan: MergePlan) -> dict[tuple[str, str], Recipe]:
-    """All planned tensors: by kind of file, since shards may be named otherwise, and name."""
-    return {
-        (TRAINING_STATE if file.name == TRAINING_STATE else "weights", p.recipe.name): p.recipe
-        for file in plan.files
-        for p in file.pieces
-    }
 
 
 def _forget_cached(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from npt_fast.checkpoint.digests import DIGESTS, DigestWriter, RecordedDigests, read_digests
+from npt_fast.checkpoint.digests import DIGESTS, DigestWriter, InOrder, read_digests
 from npt_fast.errors import CheckpointError
 
 
@@ -24,7 +24,6 @@ def write(directory: Path, count: int) -> Path:
     with DigestWriter(directory) as writer:
         for item in recorded(count):
             writer.add(*item)
-    assert writer.count == count
     return directory / DIGESTS
 
 
@@ -46,7 +45,7 @@ def test_its_own_digest_is_known(tmp_path: Path) -> None:
 def test_without_digests_there_is_no_file(tmp_path: Path) -> None:
     with DigestWriter(tmp_path) as writer:
         pass
-    assert writer.count == 0
+    assert writer.sha256 == ""
     assert list(tmp_path.iterdir()) == []
     assert list(read_digests(tmp_path)) == []
 
@@ -59,25 +58,36 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_digests_of_weights_are_at_hand(tmp_path: Path) -> None:
+    with DigestWriter(tmp_path) as writer:
+        for item in recorded(9):
+            writer.add(*item)
+    assert writer.weights == {name: digest for _, name, digest in list(recorded(9))[:3]}
+
+
+# --- values in order
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_digests_are_found_in_any_order(shuffled: bool) -> None:
-    items = [item[1:] for item in recorded(300) if item[0] == "training_state.pt"]
+def test_values_are_found_in_any_order(shuffled: bool) -> None:
+    items = [(number, str(number)) for number in range(300)]
+    asked = list(items)
     if shuffled:
-        random.Random(1).shuffle(items)
-    digests = RecordedDigests(recorded(300), "training_state.pt")
-    for name, digest in items[:150]:
-        assert digests.take(name) == digest
-    assert digests.take("absent") is None
-    assert digests.take(items[0][0]) is None  # taken before
-    assert sorted(digests.rest()) == sorted(name for name, _ in items[150:])
+        random.Random(1).shuffle(asked)
+    values = InOrder(items)
+    for key, value in asked[:150]:
+        assert values.take(key) == value
+    assert values.take(999) is None
+    assert values.take(asked[0][0]) is None  # taken before
+    assert sorted(values.rest()) == sorted(key for key, _ in asked[150:])
 
 
 def test_memory_does_not_grow_with_their_number(tmp_path: Path) -> None:
     write(tmp_path, 60_000)  # 6 MB
     tracemalloc.start()
-    digests = RecordedDigests(read_digests(tmp_path), "training_state.pt")
-    for number in range(20_000, 60_000):
-        assert digests.take(f"tensor.{number}") is not None
+    digests = InOrder(((file, name), digest) for file, name, digest in read_digests(tmp_path))
+    for file, name, digest in recorded(60_000):
+        assert digests.take((file, name)) == digest
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 6 << 20

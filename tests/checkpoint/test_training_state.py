@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -228,7 +231,10 @@ def test_weights_only_leaves_everything_out(pair: list[Path], tmp_path: Path) ->
     options = npt.MergeOptions(weights_only=True)
     report = npt.merge(pair, tmp_path / "out", verify=True, options=options)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"npt_weights.pt", "config.json", "npt_config.json", "merge_summary.json"}
+    assert names == {
+        "npt_weights.pt", "config.json", "npt_config.json", "merge_summary.json",
+        "merge_digests.txt",
+    }  # fmt: skip
     assert {info.optimizer for info in report.layers} == {"left out"}
     assert report.global_step is None
 
@@ -412,8 +418,15 @@ def test_amsgrad_cannot_be_made_up(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "a", weights, training_state=state),
         trained_checkpoint(tmp_path / "b", 13),
     ]
-    with pytest.raises(npt.MergeError, match=r"amsgrad.*--weights-only"):
+    with pytest.raises(npt.CheckpointError, match=r"amsgrad.*--weights-only"):
         npt.merge(paths, tmp_path / "out")
+    report = npt.merge(
+        paths, tmp_path / "out", verify=True, options=npt.MergeOptions(on_bad_state="skip")
+    )
+    assert [info.optimizer for info in report.layers] == ["kept", "fresh"]
+    (warning,) = (line for line in report.warnings if "amsgrad" in line)
+    assert warning.startswith(str(paths[1] / "training_state.pt"))
+    assert warning.endswith("its layers start with a fresh optimizer")
 
 
 def test_a_resumed_run_can_step_whoever_gives_the_scalars(tmp_path: Path) -> None:
@@ -536,3 +549,307 @@ def test_inputs_are_never_touched(pair: list[Path], tmp_path: Path) -> None:
     before = [contents(path) for path in pair]
     npt.merge(pair, tmp_path / "out", verify=True)
     assert [contents(path) for path in pair] == before
+
+
+# --- what other programs leave in a state
+
+
+def with_state(path: Path, layer: int, state: Mapping[str, Any]) -> Path:
+    return write_checkpoint(path, layer_weights(layer), training_state=state)
+
+
+def stepped(layer: int, **options: Any) -> dict[str, Any]:
+    """The state dict of an AdamW after one step over a layer's weights."""
+    parameters = [torch.nn.Parameter(tensor) for tensor in layer_weights(layer).values()]
+    optimizer = torch.optim.AdamW(parameters, **options)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def unstepped() -> dict[str, Any]:
+    parameters = [torch.nn.Parameter(tensor) for tensor in layer_weights(11).values()]
+    return torch.optim.AdamW(parameters).state_dict()
+
+
+def rate(value: float) -> Tensor:
+    return torch.tensor(value)
+
+
+SOUND: dict[str, dict[str, Any]] = {
+    "only the step": {},
+    "a scheduler": {"scheduler_state_dict": {"last_epoch": 800, "_last_lr": [1e-4]}},
+    "an optimizer that never stepped": {"optimizer_state_dict": unstepped()},
+    "a rate in a tensor": {"optimizer_state_dict": stepped(11, lr=rate(1e-4))},
+    "a rate in a tensor, never stepped": {
+        "optimizer_state_dict": {
+            "state": {},
+            "param_groups": [{**unstepped()["param_groups"][0], "lr": rate(3e-4)}],
+        }
+    },
+    "a rate of one element": {
+        "optimizer_state_dict": {
+            **stepped(11),
+            "param_groups": [{**unstepped()["param_groups"][0], "lr": rate(3e-4)[None]}],
+        }
+    },
+    "betas in tensors": {
+        "optimizer_state_dict": stepped(11, lr=rate(1e-4), betas=(rate(0.9), rate(0.99)))
+    },
+    "infinite hyperparameters": {
+        "scheduler_state_dict": {
+            "best": float("inf"), "low": torch.tensor(float("-inf")), "odd": float("nan"),
+            "window": torch.tensor([1.0, float("nan")]),
+        },
+        "optimizer_state_dict": stepped(11),
+    },
+    "the step as a whole float": {"global_step": 800.0},
+    "the step in a tensor": {"global_step": torch.tensor(800)},
+    "the step in a bfloat16 tensor": {"global_step": torch.tensor(800, dtype=torch.bfloat16)},
+    "other numbers": {"rng": torch.get_rng_state(), "loss": torch.tensor(2.5), "many": [1, (2,)]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SOUND)
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "with another"])
+def test_sound_states_pass(tmp_path: Path, case: str, alone: bool) -> None:
+    state = {"global_step": 800, **SOUND[case]}
+    inputs = [with_state(tmp_path / "a", 11, state)]
+    if not alone:
+        inputs.append(with_state(tmp_path / "b", 13, {"global_step": 600}))
+    for output, proven in (("proven", True), ("unproven", False)):
+        npt.merge(inputs, tmp_path / output, verify=proven)
+        report = npt.verify(tmp_path / output)
+        assert report.passed, report.problems
+        npt.merge([tmp_path / output], tmp_path / f"{output}-again", verify=True)
+    merged = load_state(tmp_path / "proven-again")
+    assert merged["global_step"] == 800 and type(merged["global_step"]) is int
+    npt.inspect(tmp_path / "proven").to_dict()
+    expected = loaded_state(inputs[0])
+    for key in expected.keys() - {"global_step", "optimizer_state_dict"}:
+        assert repr(merged[key]) == repr(expected[key])
+    if alone and "optimizer_state_dict" in state:
+        assert repr(merged["optimizer_state_dict"]) == repr(expected["optimizer_state_dict"])
+
+
+def test_the_learning_rate_is_shown_wherever_it_stands(tmp_path: Path) -> None:
+    state = {"global_step": 1, "optimizer_state_dict": stepped(11, lr=rate(0.125))}
+    report = npt.inspect(with_state(tmp_path / "a", 11, state))
+    assert report.training_state is not None
+    assert report.training_state["optimizer"]["learning_rate"] == 0.125
+
+
+@pytest.mark.parametrize("step", [800.5, -1, True, "800", float("nan"), float("inf"), None,
+                                  torch.ones(2), torch.tensor(0.5)])  # fmt: skip
+def test_other_steps_are_refused_by_name(tmp_path: Path, step: Any) -> None:
+    path = with_state(tmp_path / "a", 11, {"global_step": step})
+    with pytest.raises(npt.CheckpointError, match=r"training_state\.pt: its global_step is "):
+        npt.merge([path], tmp_path / "out")
+
+
+def test_a_state_without_a_step_tells_its_keys(tmp_path: Path) -> None:
+    path = with_state(tmp_path / "a", 11, {"step": 3, "optimizer": {}})
+    with pytest.raises(npt.CheckpointError, match=r"no global_step.*its keys: step, optimizer"):
+        npt.merge([path], tmp_path / "out")
+
+
+# --- the right file
+
+
+class Sources:
+    """Random inputs; every number in their states tells which input it comes from."""
+
+    def __init__(self, seed: int, root: Path) -> None:
+        self.dice = random.Random(seed)
+        self.root = root
+        self.layers: list[list[int]] = []
+        self.steps: list[int] = []
+        self.has_optimizer: list[bool] = []
+
+    def number(self, origin: int) -> float:
+        """The integer part of a number is the index of its input, plus 1."""
+        return origin + 1 + self.dice.randrange(1, 8) / 8
+
+    def leaf(self, origin: int) -> Any:
+        value = self.number(origin)
+        return self.dice.choice([
+            value, torch.tensor(value), torch.full((3,), value, dtype=torch.float64),
+            [value, torch.tensor(value)], {"deep": (torch.tensor(value), {"er": value})},
+        ])  # fmt: skip
+
+    def write(self, origin: int, layers: list[int]) -> str:
+        dice = self.dice
+        weights: dict[str, Tensor] = {}
+        for layer in layers:
+            weights |= layer_weights(layer, num_ranks=dice.choice([1, 2]), seed=origin)
+        state: dict[str, Any] = {"global_step": dice.randrange(1, 5)}
+        for key in ("scheduler_state_dict", "scaler_state_dict", "data_state"):
+            if dice.random() < 0.6:
+                state[key] = {"own": self.leaf(origin), "more": [self.leaf(origin)]}
+        optimizer = dice.random() < 0.7
+        if optimizer:
+            moments = {
+                index: {
+                    "step": torch.tensor(self.number(origin)),
+                    "exp_avg": torch.full(tensor.shape, self.number(origin)),
+                    "exp_avg_sq": torch.full(tensor.shape, self.number(origin)),
+                }
+                for index, tensor in enumerate(weights.values())
+                if dice.random() < 0.8
+            }
+            betas = (self.number(origin), torch.tensor(self.number(origin)))
+            group = {
+                "lr": self.leaf(origin), "betas": betas, "eps": self.leaf(origin),
+                "weight_decay": self.number(origin), "params": list(range(len(weights))),
+            }  # fmt: skip
+            state["optimizer_state_dict"] = {"state": moments, "param_groups": [group]}
+        self.layers.append(layers)
+        self.steps.append(state["global_step"])
+        self.has_optimizer.append(optimizer)
+        items = list(state.items())
+        dice.shuffle(items)
+        return str(with_weights(self.root / str(origin), weights, dict(items)))
+
+
+def with_weights(path: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    return write_checkpoint(path, weights, training_state=state)
+
+
+def origins(value: Any) -> set[int]:
+    """The inputs that the numbers in nested data come from."""
+    if isinstance(value, Tensor):
+        return {int(number) - 1 for number in value.flatten().tolist()}
+    if isinstance(value, dict):
+        return set().union(*(origins(item) for item in value.values()))
+    if isinstance(value, (list, tuple)):
+        return set().union(*(origins(item) for item in value))
+    return {int(value) - 1}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_leaf_comes_from_the_input_that_the_rules_name(tmp_path: Path, seed: int) -> None:
+    sources = Sources(seed, tmp_path)
+    dice = sources.dice
+    given = [
+        sources.write(origin, sorted(dice.sample(range(4), dice.randrange(1, 4))))
+        for origin in range(dice.randrange(2, 5))
+    ]
+    policy = dice.choice(["first", "last"])
+    npt.merge(given, tmp_path / "out", verify=True, options=npt.MergeOptions(on_conflict=policy))
+    merged = load_state(tmp_path / "out")
+
+    everyone = range(len(given))
+    base = max(everyone, key=lambda origin: (sources.steps[origin], -origin))
+    assert merged["global_step"] == sources.steps[base]
+    for key in ("scheduler_state_dict", "scaler_state_dict", "data_state"):
+        assert origins(merged.get(key, {})) <= {base}
+    stepped_inputs = [origin for origin in everyone if sources.has_optimizer[origin]]
+    if not stepped_inputs:
+        assert "optimizer_state_dict" not in merged
+        return
+    group = max(stepped_inputs, key=lambda origin: (sources.steps[origin], -origin))
+    (found,) = merged["optimizer_state_dict"]["param_groups"]
+    assert origins({k: v for k, v in found.items() if k != "params"}) == {group}
+
+    holders = everyone if policy == "last" else reversed(everyone)
+    owner = {layer: origin for origin in holders for layer in sources.layers[origin]}
+    for index, name in enumerate(read_weights(tmp_path / "out")):
+        layer = int(name.removeprefix("layer_").split("_")[0])
+        state = merged["optimizer_state_dict"]["state"].get(index, {})
+        assert origins(state) <= {owner[layer]}
+        assert not state or sources.has_optimizer[owner[layer]]
+
+
+# --- what cannot be used
+
+
+UNUSABLE: dict[str, tuple[Any, str]] = {
+    "namespace": ({"args": argparse.Namespace(a=1)}, "args: refers to argparse.Namespace"),
+    "date": ({"config": {"x": 1, "run": {"at": 3, "when": datetime.date(2026, 1, 2)}}},
+             "config.run.when: refers to datetime.date"),
+    "path": ({"config": {"where": Path("x"), "y": 1}}, "config.where: refers to pathlib"),
+    "in a list": ({"log": [1, {"a": 2, "at": datetime.date(2026, 1, 2)}]}, "log.at: refers to"),
+    "array": ({"losses": np.zeros(3)}, "losses: refers to numpy"),
+    "set": ({"seen": {1, 2}}, "seen: refers to"),
+    "bytes": ({"raw": b"ab"}, "raw: is neither plain data nor a tensor"),
+    "dtype": ({"kind": {"dtype": torch.bfloat16}}, "kind.dtype: is neither plain data nor"),
+    "tuple as key": ({"map": {(1, 2): 3}}, "map: a dict key of type tuple"),
+    "another optimizer": (
+        {"optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}]}},
+        "AdamW expected",
+    ),
+    "one parameter twice": (
+        {"optimizer_state_dict": {
+            **unstepped(), "param_groups": [{**unstepped()["param_groups"][0], "params": [0] * 9}],
+        }},
+        "does not match its parameter list",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_one_unusable_state_costs_its_own_optimizer_only(tmp_path: Path, case: str) -> None:
+    content, told = UNUSABLE[case]
+    bad = {"global_step": 900, "optimizer_state_dict": stepped(11), **content}
+    inputs = [
+        with_state(tmp_path / "a", 11, bad),
+        trained_checkpoint(tmp_path / "b", 13, steps=3),
+    ]
+    with pytest.raises(npt.CheckpointError) as caught:
+        npt.merge(inputs, tmp_path / "out")
+    message = str(caught.value)
+    assert message.startswith(str(inputs[0] / "training_state.pt")) and told in message
+    assert "--on-bad-state skip" in message and "--weights-only" in message
+    report = npt.merge(
+        inputs, tmp_path / "out", verify=True, options=npt.MergeOptions(on_bad_state="skip")
+    )
+    assert [info.optimizer for info in report.layers] == ["fresh", "kept"]
+    assert report.global_step == 3
+    (warning,) = (line for line in report.warnings if "training_state" in line)
+    assert told in warning and warning.endswith("its layers start with a fresh optimizer")
+    again = npt.verify(tmp_path / "out")
+    assert again.passed and again.compared == 18 + 9 * 3
+
+
+def test_a_bad_curriculum_can_be_skipped_alone(tmp_path: Path) -> None:
+    path = trained_checkpoint(tmp_path / "a", 11)
+    torch.save({"layers_to_train": [11], "layer_weights": [1]}, path / "multi_layer_state.pt")
+    report = npt.merge(
+        [path], tmp_path / "out", options=npt.MergeOptions(on_bad_state="skip"), verify=True
+    )
+    assert [info.optimizer for info in report.layers] == ["kept"]
+    assert any("its curriculum is left out" in line for line in report.warnings)
+    assert not (tmp_path / "out" / "multi_layer_state.pt").exists()
+
+
+# --- curricula that went through JSON
+
+
+@pytest.mark.parametrize("layers", [["11", "13"], [11.0, 13.0], ["11", 13]])
+@pytest.mark.parametrize("weights", [{"11": 0.25, "13": 0.5}, {11: 0.25, "13": 0.5},
+                                     {"11": 0.25, 11: 0.25, 13: 0.5}])  # fmt: skip
+def test_layers_may_be_text(tmp_path: Path, layers: list[Any], weights: dict[Any, float]) -> None:
+    path = write_checkpoint(
+        tmp_path / "a",
+        {**layer_weights(11), **layer_weights(13)},
+        multi_layer_state={"layers_to_train": layers, "layer_weights": weights},
+    )
+    npt.merge([path], tmp_path / "out", verify=True)
+    merged = torch.load(tmp_path / "out" / "multi_layer_state.pt", weights_only=True)
+    assert merged == {"layers_to_train": [11, 13], "layer_weights": {11: 0.25, 13: 0.5}}
+    found = npt.inspect(path).multi_layer_state
+    assert found is not None and found["layers_to_train"] == [11, 13]
+
+
+@pytest.mark.parametrize(("state", "told"), [
+    ({"layers_to_train": [11], "layer_weights": {"11": 0.25, 11: 0.5}}, "layer 11 twice"),
+    ({"layers_to_train": [11], "layer_weights": {"eleven": 1.0}}, "'eleven' is not the index"),
+    ({"layers_to_train": [11], "layer_weights": {"-1": 1.0}}, "'-1' is not the index"),
+    ({"layers_to_train": [11.5]}, "11.5 is not the index of a layer"),
+    ({"layers_to_train": [True]}, "True is not the index of a layer"),
+])  # fmt: skip
+def test_other_layers_are_refused_by_name(tmp_path: Path, state: dict[str, Any], told: str) -> None:
+    path = write_checkpoint(tmp_path / "a", layer_weights(11), multi_layer_state=state)
+    with pytest.raises(npt.CheckpointError, match=told):
+        npt.merge([path], tmp_path / "out")

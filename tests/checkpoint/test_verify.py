@@ -76,8 +76,7 @@ def test_merge_verify_equals_verify(tmp_path: Path) -> None:
     again = npt.verify(tmp_path / "out")
     assert report.verification is not None
     assert report.verification.path == str(tmp_path / "out")
-    assert report.verification.digests == again.digests
-    assert report.verification.files == again.files
+    assert report.verification.tensors == again.tensors == again.digests_matched
     assert report.verification.crcs_matched == again.crcs_matched > 0
 
 
@@ -195,24 +194,92 @@ def test_files_without_crcs_pass(tmp_path: Path) -> None:
     assert npt.verify(tmp_path / "out").passed
 
 
-def test_changed_sources_are_reported(tmp_path: Path) -> None:
+def train_on(checkpoint: Path, layer: int, **architecture: Any) -> None:
+    """Another training state and other weights in the same place."""
+    shutil.rmtree(checkpoint)
+    trained_checkpoint(checkpoint, layer, steps=9, seed=99, **architecture)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("architecture", [{}, {"rank": 5}, {"num_ranks": 3}], ids=str)
+def test_a_source_that_was_trained_on_is_a_note(
+    tmp_path: Path, form: str, architecture: dict[str, Any]
+) -> None:
+    path = merged(tmp_path, **FORMS[form])
+    train_on(tmp_path / "in1", 1, **architecture)
+    report = npt.verify(path)
+    assert report.passed, report.problems
+    assert report.digests_matched == 27 * 4
+    assert any(str(tmp_path / "in1") in note and "changed" in note for note in report.notes) or (
+        "the sources hold other tensors than when they were merged" in report.notes
+    )
+    file = next(path.glob("npt_weights*.[ps]*t*"))
+    flip_byte(file, file.stat().st_size // 2)
+    assert not npt.verify(path).passed
+
+
+def test_one_changed_tensor_of_a_source_is_counted(tmp_path: Path) -> None:
     path = merged(tmp_path)
     weights = read_weights(tmp_path / "in1")
     weights["layer_1_np.W_down_up"] += 1
     torch.save(weights, tmp_path / "in1" / "npt_weights.pt")
     report = npt.verify(path)
-    (problem,) = report.problems
-    assert "layer_1_np.W_down_up: differs from" in problem
-    assert str(tmp_path / "in1") in problem
+    assert report.passed and report.compared == 27 * 4 - 1
+    (note,) = report.notes
+    source = tmp_path / "in1" / "npt_weights.pt"
+    assert note.startswith(f"{source} has changed since the merge (1 tensor differs)")
 
 
-def test_a_source_of_another_shape_is_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["layer gone", "unreadable", "another base"])
+def test_a_source_that_cannot_be_planned_with_is_a_note(tmp_path: Path, damage: str) -> None:
     path = merged(tmp_path)
-    shutil.rmtree(tmp_path / "in1")
-    trained_checkpoint(tmp_path / "in1", 1, rank=5)
+    if damage == "layer gone":
+        train_on(tmp_path / "in1", 7)
+    elif damage == "unreadable":
+        (tmp_path / "in1" / "npt_weights.pt").write_bytes(b"version https://git-lfs.github.com/")
+    else:
+        train_on(tmp_path / "in1", 1, d=32)
     report = npt.verify(path)
-    assert not report.passed
-    assert any("F32[16, 5] expected" in problem for problem in report.problems)
+    assert report.passed and report.digests_matched == 27 * 4
+    assert report.notes[0].startswith("not compared with its sources: ")
+
+
+def test_crcs_prove_a_pt_whose_source_was_trained_on(tmp_path: Path) -> None:
+    path = merged(tmp_path, verify=False)
+    train_on(tmp_path / "in1", 1)
+    assert npt.verify(path).passed
+    name = "layer_1_np.W_a_up_up"
+    flip_byte(path / "npt_weights.pt", offset_of(path / "npt_weights.pt", read_weights(path)[name]))
+    report = npt.verify(path)
+    assert any(f"npt_weights.pt: {name}: damaged" in line for line in report.problems)
+
+
+def test_without_any_record_nobody_knows_which_side_changed(tmp_path: Path) -> None:
+    path = merged(tmp_path, verify=False, format="safetensors", weights_only=True)
+    train_on(tmp_path / "in1", 1)
+    report = npt.verify(path)
+    assert len(report.problems) == 9
+    assert all(
+        line.endswith("nothing recorded tells which of the two has changed")
+        for line in report.problems
+    )
+
+
+@pytest.mark.parametrize("whole_tree_moved", [False, True])
+def test_relative_sources_are_those_of_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_tree_moved: bool
+) -> None:
+    for place, seed in (("one", 1), ("two", 2)):
+        for layer in (1, 2):
+            trained_checkpoint(tmp_path / place / str(layer), layer, seed=seed)
+    monkeypatch.chdir(tmp_path / "one")
+    npt.merge(["1", "2"], "sub/out", verify=True)
+    monkeypatch.chdir(tmp_path / "two")  # the same names, another experiment
+    tree = tmp_path / "one"
+    if whole_tree_moved:
+        tree = tree.rename(tmp_path / "moved")
+    report = npt.verify(tree / "sub" / "out")
+    assert report.passed and report.notes == [] and report.compared == 18 * 4
 
 
 def test_without_a_summary_structure_is_checked(tmp_path: Path) -> None:
@@ -393,6 +460,9 @@ def test_recomputed_tensors_are_compared_with_their_recomputation(
 ODD_SUMMARIES: dict[str, Any] = {
     "empty": {},
     "options-of-the-future": {"inputs": [], "options": {"warp": 9}},
+    "layers-a-number": {"inputs": [{"path": "x", "layers": 5}], "options": {}},
+    "layers-of-text": {"inputs": [{"path": "x", "layers": ["1"]}], "options": {}},
+    "place-a-number": {"inputs": [], "options": {}, "working_directory": 7},
     "inputs-a-number": {"inputs": 3, "options": {}},
     "layers-odd": {"inputs": [{"path": "x", "layers": {"a": 1}}], "options": {}},
     "bad-choice": {"inputs": [{"path": "x", "layers": None}], "options": {"dtype": "int3"}},
