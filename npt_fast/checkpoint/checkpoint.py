@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
 from npt_fast.checkpoint.tensor_source import TensorSource, locate_checkpoint, open_tensors
 from npt_fast.errors import CheckpointError
+from npt_fast.paths import expand, path_errors, user_path
 
 CONFIG = "config.json"
 NPT_CONFIG = "npt_config.json"
@@ -50,7 +51,7 @@ class Checkpoint:
     """An opened checkpoint; no tensor data has been read.
 
     Attributes:
-        given: path as the user wrote it, without a selection.
+        given: path as the user wrote it, without a selection and with ``~`` replaced.
         directory: folder of the small files; None for bare weights.
         notes: where it was found, if not where it was looked for; weights that were not read.
         weights: the tensors.
@@ -127,20 +128,28 @@ def _get(value: Any, *keys: str) -> Any:
 def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
     """``"A:11,13"`` -> path and layers; a path that exists as it stands is all path."""
     match = _SELECTION.fullmatch(given)
-    if match is None or Path(given).exists():
-        return given, None
+    with path_errors(given, CheckpointError):
+        if match is None or paths.exists(user_path(given)):
+            return given, None
     return match["path"], tuple(int(layer) for layer in match["layers"].split(","))
 
 
-def open_checkpoint(given: str) -> Checkpoint:
+def open_checkpoint(given: str | Path) -> Checkpoint:
     """Open the checkpoint at a path.
 
     Raises:
         CheckpointError: nothing there, or anything in it is broken, unsafe or incomplete.
+        PathError: it is no path.
     """
-    path, note = locate_checkpoint(Path(given))
+    given = expand(given)
+    with path_errors(given, CheckpointError):
+        return _open(given)
+
+
+def _open(given: str) -> Checkpoint:
+    path, note = locate_checkpoint(given)
     weights = open_tensors(path)
-    if path.is_dir():
+    if paths.is_directory(path):
         directory: Path | None = path
     else:  # a file of the usual name belongs to the folder around it
         directory = (
@@ -151,7 +160,7 @@ def open_checkpoint(given: str) -> Checkpoint:
     small: dict[str, Mapping[str, Any]] = {}
     unread: dict[str, str] = {}
     for name in (CONFIG, NPT_CONFIG, MERGE_SUMMARY):
-        if directory is None or not os.path.lexists(directory / name):
+        if directory is None or not paths.exists(directory / name):
             continue
         try:
             small[name] = strict_json.read_foreign(directory / name)

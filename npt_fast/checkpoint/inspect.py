@@ -21,7 +21,8 @@ from npt_fast.checkpoint.training_state import (
     read_training_state,
 )
 from npt_fast.config import MergeOptions
-from npt_fast.errors import NPTError
+from npt_fast.errors import CheckpointError, NPTError
+from npt_fast.paths import path_errors, path_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     Raises:
         CheckpointError: there is no readable NPT checkpoint.
     """
-    checkpoint = open_checkpoint(str(path))
+    checkpoint = open_checkpoint(path)
     problems = list(checkpoint.unread.values())
     training = multi_layer = None
     files: dict[str, int] = {}
@@ -170,8 +171,12 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
             multi_layer = read_multi_layer_state(checkpoint.directory / MULTI_LAYER_STATE)
         except NPTError as error:
             problems.append(str(error))
-        entries = sorted(checkpoint.directory.iterdir())
-        files = {entry.name: entry.lstat().st_size for entry in entries}
+        try:
+            with path_errors(checkpoint.directory, CheckpointError):
+                entries = sorted(checkpoint.directory.iterdir())
+                files = {entry.name: entry.lstat().st_size for entry in entries}
+        except CheckpointError as error:
+            problems.append(f"{error}; its files cannot be listed")
     layers = [_layer(checkpoint, module, values) for module in checkpoint.modules.values()]
     modulations = {info.modulation for info in layers}
     num_ranks = {info.num_ranks for info in layers}
@@ -203,10 +208,10 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     )
 
 
-def can_merge(paths: Sequence[str | Path]) -> MergeVerdict:
+def can_merge(paths: str | Path | Sequence[str | Path]) -> MergeVerdict:
     """Whether checkpoints can be merged, and what would conflict; reads headers only."""
     try:
-        plan = plan_merge([str(path) for path in paths], MergeOptions())
+        plan = plan_merge(path_list(paths), MergeOptions())
     except NPTError as error:
         return MergeVerdict(False, [], [str(error)])
     return MergeVerdict(True, [merged.layer for merged in plan.layers], list(plan.warnings))

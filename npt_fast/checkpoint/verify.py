@@ -119,9 +119,9 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
         CheckpointError: there is no checkpoint. One that is there but cannot be read, or is
             incomplete, gives a report that did not pass.
     """
-    located, _ = locate_checkpoint(Path(path))
+    located, _ = locate_checkpoint(path)
     try:
-        checkpoint = open_checkpoint(str(path))
+        checkpoint = open_checkpoint(path)
     except CheckpointError as error:
         return VerifyReport(str(located), [], [], 0, problems=[str(error)])
     report_progress = progress or (lambda activity, done, total: None)
@@ -306,7 +306,7 @@ def _check_small_files(
                 report.files[name] = "unreadable"
     for name in (PT_WEIGHTS, TRAINING_STATE):
         path = checkpoint.directory / name
-        if path.exists():
+        if os.path.lexists(path):
             try:
                 pickled = read_torch_zip(SourceFile.of(path)).pickled
             except CheckpointError:  # reported where its content was needed
