@@ -93,7 +93,13 @@ def merge(
         staged.publish()
         if proof is not None:
             proof.path = str(target)
-    return report_of(plan, target, mover.moved, free, needed, started, proof=proof)
+    report = report_of(plan, target, mover.moved, free, needed, started, proof=proof)
+    report.warnings.extend(
+        f"{left}: stays: it belongs to another merge that may be running, or holds files that "
+        "only another user can delete"
+        for left in staged.left
+    )
+    return report
 
 
 def check_target(target: Path, inputs: Sequence[Checkpoint], *, force: bool) -> None:

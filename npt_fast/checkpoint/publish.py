@@ -3,6 +3,8 @@
 The directory is built under a hidden name beside its target and takes the target's name in one
 rename; whatever happens before that, the target is untouched. A lock on the hidden directory tells
 one that a killed process left behind, which the next run removes, from one that is being written.
+Where locks do not work, the directory's name tells its owner, and it is removed only when that
+process has certainly ended.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from pathlib import Path
 from types import TracebackType
 
 from npt_fast.checkpoint import linux
+from npt_fast.checkpoint.owner import is_gone, own_mark
+from npt_fast.checkpoint.source_file import on_network_filesystem
 from npt_fast.errors import MergeError, NPTError, StorageError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_TOKEN_BYTES = 6
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EINVAL}
 _ASIDE = "-old"
-_TOKEN = re.compile(r"[0-9a-f]{12}")
+_TOKEN = re.compile(r"(?P<owner>[0-9a-f]{24})?[0-9a-f]{6,12}")
 
 
 class StagedDirectory:
@@ -34,12 +38,17 @@ class StagedDirectory:
     Args:
         target: where the directory shall appear; a link is followed.
         replace: whether an existing target is replaced, whole.
+
+    Attributes:
+        left: hidden directories that were not removed: others may be writing the first ones, and
+            what the target was may belong to somebody else.
     """
 
     def __init__(self, target: Path, *, replace: bool) -> None:
         self.target = Path(os.path.realpath(target))
         self.replace = replace
         self.path = Path()
+        self.left: list[Path] = []
         self._lock = -1
         self._new_parents: list[Path] = []
 
@@ -51,13 +60,13 @@ class StagedDirectory:
                 with contextlib.suppress(FileExistsError):
                     folder.mkdir()
                     self._new_parents.append(folder)
-            self._remove_abandoned()
             while self._lock < 0:
-                self.path = parent / (self._prefix + os.urandom(_TOKEN_BYTES).hex())
+                self.path = parent / (self._prefix + own_mark() + os.urandom(3).hex())
                 self.path.mkdir()
                 # another run may take it for abandoned before it is locked
                 with contextlib.suppress(FileNotFoundError):
                     self._lock = _lock(self.path)
+            self._remove_abandoned()
         except BaseException:
             self._clean_up()
             raise
@@ -96,6 +105,8 @@ class StagedDirectory:
             _exchange(self.path, self.target)
             _sync_directory(self.target.parent)
             shutil.rmtree(self.path, ignore_errors=True)
+            if self.path.exists():
+                self.left.append(self.path)
             return
         try:
             _rename_new(self.path, self.target)
@@ -113,9 +124,11 @@ class StagedDirectory:
         return f".{os.fsdecode(os.fsencode(self.target.name)[:200])}.npt-fast-"
 
     def _remove_abandoned(self) -> None:
+        locks_work = _locks_work(self.path)
         for left in sorted(self.target.parent.iterdir()):
             token = left.name.removeprefix(self._prefix)
-            if token == left.name or not _TOKEN.fullmatch(token.removesuffix(_ASIDE)):
+            match = _TOKEN.fullmatch(token.removesuffix(_ASIDE))
+            if token == left.name or match is None or left == self.path:
                 continue
             if token.endswith(_ASIDE) and not self.target.exists():
                 os.rename(left, self.target)  # killed in the middle of `_exchange`
@@ -124,7 +137,10 @@ class StagedDirectory:
                 lock = _lock(left)
             except OSError:
                 continue  # in use, or gone
-            shutil.rmtree(left, ignore_errors=True)
+            if locks_work or is_gone(match["owner"] or ""):
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                self.left.append(left)
             os.close(lock)
 
 
@@ -146,16 +162,35 @@ def disk_errors(target: Path, kind: type[NPTError]) -> Iterator[None]:
 
 
 def _lock(directory: Path) -> int:
-    """Lock a directory for this process; raises OSError if it is locked, or gone."""
+    """Lock a directory for this process, where there are locks.
+
+    Raises:
+        OSError: it is locked by another process, or gone.
+    """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         if not os.path.samestat(os.fstat(fd), os.stat(directory)):
             raise FileNotFoundError(directory)
     except OSError:
         os.close(fd)
         raise
     return fd
+
+
+def _locks_work(locked: Path) -> bool:
+    """Whether a lock keeps others out, seen by trying to lock what is locked already."""
+    if on_network_filesystem(locked):
+        return False  # it may keep out the processes of this machine only
+    try:
+        os.close(_lock(locked))
+    except OSError:
+        return True
+    return False
 
 
 def _rename_new(old: Path, new: Path) -> None:

@@ -7,6 +7,8 @@ import fcntl
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -489,4 +491,115 @@ def test_a_swap_that_was_killed_halfway_is_settled(tmp_path: Path, replaced: boo
         (target / "a").write_bytes(b"newer")
     with StagedDirectory(target, replace=True):
         assert content(target) == {"a": b"newer" if replaced else b"old"}
+    assert names_in(tmp_path) == ["out"]
+
+
+# --- where locks do not work
+
+
+def other_process(target: Path, *, ended: bool) -> Path:
+    """A staging directory of a process that is still running, or not."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from npt_fast.checkpoint.publish import StagedDirectory\n"
+        "import npt_fast.checkpoint.publish as publish, errno, fcntl\n"
+        "def refuse(*a): raise OSError(errno.ENOLCK, 'no locks')\n"
+        "fcntl.flock = refuse\n"
+        "staged = StagedDirectory(Path(sys.argv[1]), replace=False).__enter__()\n"
+        "(staged.path / 'half').write_text('half')\n"
+        "print(staged.path, flush=True); sys.stdin.read()\n"
+        "import os; os._exit(1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(target)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdin is not None
+    path = Path(process.stdout.readline().strip())
+    if ended:
+        process.stdin.close()
+        process.wait()
+    else:
+        _RUNNING.append(process)
+    return path
+
+
+_RUNNING: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays() -> Iterator[None]:
+    yield
+    while _RUNNING:
+        process = _RUNNING.pop()
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(params=["refused", "without effect"])
+def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, operation: int) -> None:
+        if request.param == "refused":
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(publish.fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_running_process_keeps_its_directory_without_locks(tmp_path: Path) -> None:
+    theirs = other_process(tmp_path / "out", ended=False)
+    with StagedDirectory(tmp_path / "out", replace=False) as staged:
+        (staged.path / "a").write_bytes(b"mine")
+        assert staged.left == [theirs]
+        staged.publish()
+    assert content(theirs) == {"half": b"half"}
+    assert content(tmp_path / "out") == {"a": b"mine"}
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_what_an_ended_process_left_is_removed_without_locks(tmp_path: Path) -> None:
+    other_process(tmp_path / "out", ended=True)
+    stage(tmp_path / "out", {"a": b"mine"})
+    assert names_in(tmp_path) == ["out"]
+
+
+@pytest.mark.usefixtures("no_locks")
+@pytest.mark.parametrize("owner", ["", "0" * 24, "f" * 24])
+def test_what_nobody_knows_the_owner_of_stays_without_locks(tmp_path: Path, owner: str) -> None:
+    """Of an earlier version, or of another machine."""
+    left = tmp_path / f".out.npt-fast-{owner}{'0' * 12}"
+    left.mkdir()
+    with StagedDirectory(tmp_path / "out", replace=False) as staged:
+        assert staged.left == [left]
+        staged.publish()
+    assert left.exists()
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_merge_says_what_it_left_alone(tmp_path: Path) -> None:
+    theirs = other_process(tmp_path / "out", ended=False)
+    report = merge([write_checkpoint(tmp_path / "in", layer_weights(1))], tmp_path / "out")
+    assert any(line.startswith(f"{theirs}: stays") for line in report.warnings)
+
+
+def test_network_locks_are_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = abandoned(tmp_path / "out")  # this very process, which is running
+    monkeypatch.setattr(publish, "on_network_filesystem", lambda path: True)
+    stage(tmp_path / "out", {"a": b"mine"})
+    assert left.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM])
+@pytest.mark.parametrize("replace", [False, True])
+def test_publishing_works_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, replace: bool
+) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(publish.fcntl, "flock", flock)
+    if replace:
+        stage(tmp_path / "out", {"old": b"old"})
+    stage(tmp_path / "out", {"a": b"1"}, replace=replace)
+    assert content(tmp_path / "out") == {"a": b"1"}
     assert names_in(tmp_path) == ["out"]

@@ -1,0 +1,53 @@
+"""Which process a temporary directory belongs to, and whether that process is still there.
+
+Locks say so where they work. On some network file systems they are refused, or are granted to
+everybody, so the name of the directory tells its owner too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+_OWNER = re.compile(r"(?P<place>[0-9a-f]{8})(?P<pid>[0-9a-f]{6})(?P<start>[0-9a-f]{10})")
+
+
+def own_mark() -> str:
+    """24 hexadecimal digits that name this process for as long as the machine runs."""
+    pid = os.getpid()
+    return f"{_place()}{pid & 0xFFFFFF:06x}{(_start(pid) or 0) & 0xFFFFFFFFFF:010x}"
+
+
+def is_gone(mark: str) -> bool:
+    """Whether the process of a mark has certainly ended; False where that cannot be known."""
+    match = _OWNER.fullmatch(mark)
+    if match is None or match["place"] != _place() or not Path("/proc/self/stat").exists():
+        return False
+    start = _start(int(match["pid"], 16))
+    return start is None or start & 0xFFFFFFFFFF != int(match["start"], 16)
+
+
+def _place() -> str:
+    """8 digits for this machine since it was started, and for this space of process numbers."""
+    facts = [os.uname().nodename]
+    for path in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id"):
+        try:
+            facts.append(Path(path).read_text())
+        except OSError:
+            facts.append("")
+    try:
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        facts.append("")
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def _start(pid: int) -> int | None:
+    """When a process was started, in clock ticks since the machine was; None if it is not there."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    return int(status.rpartition(b")")[2].split()[19])
