@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from npt_fast.errors import PathError
+from npt_fast.paths import expand
+
 ConflictPolicy = Literal["first", "last", "error", "identical", "concat", "mean"]
 FileFormat = Literal["pt", "safetensors"]
 Progress = Callable[[str, int, int], None]
@@ -91,7 +94,7 @@ class MergeOptions:
     format: FileFormat | None = None
     max_shard_size: int = 5_000_000_000
     weights_only: bool = False
-    copy_multi_layer_state: Path | None = None
+    copy_multi_layer_state: str | Path | None = None
     allow_different_base: bool = False
 
     def __post_init__(self) -> None:
@@ -106,6 +109,7 @@ class MergeOptions:
                 raise ValueError(f"{name} must be one of {names}, got {value!r}")
         if self.max_shard_size < 1:
             raise ValueError(f"max_shard_size must be positive, got {self.max_shard_size}")
+        _check_paths(self, "copy_multi_layer_state")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +177,7 @@ class TrainOptions:
 
     train_layers: str | Sequence[int]
     model_name: str = "meta-llama/Llama-3.2-1B"
-    resume_from: str | None = None
+    resume_from: str | Path | None = None
     data: str = "medium"
     eval_data: str | None = None
     num_eval_samples: int = 100
@@ -208,7 +212,7 @@ class TrainOptions:
     cpu: bool = False
     num_processes: int = 1
     parallel: Parallel = "ddp"
-    output_dir: Path | None = None
+    output_dir: str | Path | None = None
     format: FileFormat = "pt"
     logging_steps: int = 10
     eval_steps: int = 500
@@ -243,6 +247,7 @@ class TrainOptions:
             raise ValueError("mixed_precision is bfloat16; choose it or fp16, not both")
         if not self.direct_mlp_weight and not self.fidelity_weight:
             raise ValueError("direct_mlp_weight and fidelity_weight are both 0: nothing to learn")
+        _check_paths(self, "model_name", "resume_from", "data", "eval_data", "output_dir")
         parse_layers(self.train_layers)
         parse_size(self.teacher_cache)
 
@@ -250,6 +255,16 @@ class TrainOptions:
     def layers(self) -> tuple[int, ...]:
         """Layers to train, as given: sorted only later, since layer_weights follow this order."""
         return parse_layers(self.train_layers)
+
+
+def _check_paths(options: MergeOptions | TrainOptions, *names: str) -> None:
+    for name in names:
+        given = getattr(options, name)
+        try:
+            if given is not None:
+                expand(given)
+        except PathError as error:
+            raise PathError(f"{name}: {error}") from None
 
 
 _CHOICES = {

@@ -26,6 +26,7 @@ from npt_fast.errors import TrainingError, printable
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.checkpoint import load
 from npt_fast.hf.convert import components, convert, decoder_layers
+from npt_fast.paths import user_path
 from npt_fast.training.curriculum import parse_curriculum
 from npt_fast.training.data import TokenWindows
 from npt_fast.training.distillation import Distillation
@@ -171,7 +172,7 @@ def train_here(options: TrainOptions) -> TrainReport:
 def output_directory(options: TrainOptions) -> Path:
     """Where a run writes: ``experiments/<wandb_name>`` unless told otherwise (SPEC 5.1)."""
     if options.output_dir is not None:
-        return options.output_dir
+        return user_path(options.output_dir)
     name = options.wandb_name
     if name is None:
         base = re.sub(r"[^A-Za-z0-9._-]", "_", options.model_name.rstrip("/").split("/")[-1])
