@@ -49,7 +49,8 @@ def merge(
     Parameters
     ----------
     checkpoints
-        Checkpoint directories or weight files. PATH:11,13 takes only those layers.
+        Checkpoint directories or weight files. PATH:11,13 or PATH:11-13 takes only those
+        layers.
     output
         Directory to write. It appears complete or not at all.
     verify

@@ -313,21 +313,35 @@ def parse_layers(layers: str | Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: not layers, or one of them twice.
     """
-    if isinstance(layers, str):
-        found: list[int] = []
-        for part in layers.split(","):
-            match = re.fullmatch(r"\s*(-?[0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
-            if match is None:
-                raise ValueError(f"{layers!r} is not a list of layers such as 11,13 or 11-15")
-            first, last = int(match[1]), int(match[2] or match[1])
-            found.extend(range(first, last + 1))
-    else:
-        found = list(layers)
+    found = layer_indices(layers) if isinstance(layers, str) else list(layers)
     if not found or any(type(layer) is not int for layer in found):
         raise ValueError(f"layers must be a list of layer indices, got {layers!r}")
     if len(set(found)) < len(found):
         raise ValueError(f"layers names a layer twice: {layers!r}")
     return tuple(found)
+
+
+_MAX_LAYERS = 10_000
+
+
+def layer_indices(text: str) -> list[int]:
+    """``"11,13"`` or ``"5,11-13"`` -> layer indices, in the order given.
+
+    Raises:
+        ValueError: not layers, a range that runs backwards, or more layers than any model has.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?[0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
+        if match is None:
+            raise ValueError(f"{text!r:.80} is not a list of layers such as 11,13 or 11-15")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"{first}-{last} runs backwards; a range is written as 11-15")
+        found.extend(range(first, last + 1))
+        if len(found) > _MAX_LAYERS:
+            raise ValueError(f"{text!r:.80} names more than {_MAX_LAYERS:,} layers")
+    return found
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
 from npt_fast.checkpoint.tensor_source import TensorSource, locate_checkpoint, open_tensors
-from npt_fast.errors import CheckpointError
-from npt_fast.paths import expand, path_errors, user_path
+from npt_fast.config import layer_indices
+from npt_fast.errors import CheckpointError, MergeError
+from npt_fast.paths import expand, path_errors
 
 CONFIG = "config.json"
 NPT_CONFIG = "npt_config.json"
@@ -24,7 +26,7 @@ _WITHOUT = {
     CONFIG: "the file is not used",
     MERGE_SUMMARY: "without it, earlier sources and digests of its layers are not known",
 }
-_SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9]{1,5}(?:,[0-9]{1,5})*)")
+_SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9][0-9, -]*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +128,20 @@ def _get(value: Any, *keys: str) -> Any:
 
 
 def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
-    """``"A:11,13"`` -> path and layers; a path that exists as it stands is all path."""
+    """``"A:5,11-13"`` -> path and layers; a path that exists as it stands is all path.
+
+    Raises:
+        MergeError: what follows the colon looks like layers and is none.
+        PathError: it is no path.
+    """
     match = _SELECTION.fullmatch(given)
-    with path_errors(given, CheckpointError):
-        if match is None or paths.exists(user_path(given)):
-            return given, None
-    return match["path"], tuple(int(layer) for layer in match["layers"].split(","))
+    # a list of many layers is too long for a name: whatever forbids to look, the path alone tells
+    if match is None or os.path.lexists(expand(given)):
+        return given, None
+    try:
+        return match["path"], tuple(layer_indices(match["layers"]))
+    except ValueError as error:
+        raise MergeError(f"{given:.200}: there is no such path, and {error}") from None
 
 
 def open_checkpoint(given: str | Path) -> Checkpoint:
