@@ -26,7 +26,7 @@ def analyze(
     Parameters
     ----------
     checkpoint
-        Checkpoint directories or weight files.
+        Checkpoint directories or weight files; of the folder of a run, its newest checkpoint.
     verbose
         Also list every tensor with its norm and number of NaN or infinite values.
     json

@@ -18,6 +18,7 @@ from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.torch_pickle import TensorRef
 from npt_fast.checkpoint.torch_zip import read_torch_zip
+from npt_fast.checkpoint.training_run import BEST, CHECKPOINTS, FINAL, checkpoints_in
 from npt_fast.errors import CheckpointError
 from npt_fast.paths import path_errors, user_path
 
@@ -68,16 +69,41 @@ def locate_checkpoint(given: str | Path) -> tuple[Path, str]:
 def _locate(path: Path) -> tuple[Path, str]:
     if paths.is_file(path) or find_weights(path):
         return path, ""
-    nested = path.parent / "checkpoints" / path.name
+    nested = path.parent / CHECKPOINTS / path.name
     if find_weights(nested):
         return nested, f"{path}: using {nested}"
     if not paths.exists(path):
         raise CheckpointError(f"Checkpoint not found: {path}")
+    if newest := newest_checkpoint(path):
+        raise CheckpointError(
+            f"{path}: is the folder of a run; name a checkpoint of it, such as {newest}"
+        )
     similar = sorted(file.name for file in path.glob("*npt_weights*"))
     raise CheckpointError(
         f"NPT weights not found at {path}: expected {PT_WEIGHTS} or {SAFETENSORS_WEIGHTS} in it"
         + (f"; it holds {similar[0]:.80}" if similar else "")
     )
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint in the folder of a training run, or in its ``checkpoints`` folder.
+
+    Returns:
+        The one with the highest step among those that hold weights; ``final`` or ``best`` where
+        these are all that is left. None where `run` is itself a checkpoint, or no run.
+
+    Raises:
+        CheckpointError: a folder cannot be listed, or holds weights in two formats.
+        OSError: the system refuses to say what is there.
+    """
+    if find_weights(run):
+        return None
+    for folder in (run / CHECKPOINTS, run):
+        by_step = reversed(checkpoints_in(folder).values())
+        for checkpoint in (*by_step, folder / FINAL, folder / BEST):
+            if find_weights(checkpoint):
+                return checkpoint
+    return None
 
 
 def find_weights(directory: Path) -> Path | None:

@@ -60,7 +60,8 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
     A run that was stopped leaves every process at a step of its own; resumed from the run's folder,
     each goes on from there.
     """
-    from npt_fast.training.run_directory import FINAL, RunDirectory, checkpoints
+    from npt_fast.checkpoint.training_run import FINAL
+    from npt_fast.training.run_directory import RunDirectory, checkpoints
     from npt_fast.training.train import TrainReport, output_directory
 
     begun = time.monotonic()

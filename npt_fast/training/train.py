@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from npt_fast.checkpoint.publish import disk_errors
+from npt_fast.checkpoint.training_run import FINAL
 from npt_fast.checkpoint.training_state import TrainingState
 from npt_fast.config import NPTConfig, TrainOptions, parse_size
 from npt_fast.errors import TrainingError, printable
@@ -33,7 +34,7 @@ from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate
 from npt_fast.training.launch import launch
 from npt_fast.training.metrics import Metrics
-from npt_fast.training.run_directory import FINAL, RunDirectory
+from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.state import read_state
 from npt_fast.training.trainer import NPTTrainer
 
