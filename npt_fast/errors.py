@@ -31,6 +31,10 @@ class NPTError(Exception):
         super().__init__(printable(message))
 
 
+class PathError(NPTError, ValueError):
+    """What is given as a path is none; a ValueError, as options with a wrong value are."""
+
+
 class CheckpointError(NPTError):
     """A checkpoint cannot be read: broken, unsafe, incomplete, or changed while being read."""
 

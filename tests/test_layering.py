@@ -15,23 +15,27 @@ PACKAGE = ROOT / "npt_fast"
 
 # part of the library -> the parts it may import, besides itself
 ALLOWED = {
-    "config": set[str](),
+    "config": {"errors", "paths"},
     "errors": set[str](),
     "tables": set[str](),
-    "pictures": {"errors"},
+    "paths": {"errors"},
+    "pictures": {"errors", "paths"},
     "kernels": set[str](),
-    "checkpoint": {"config", "errors"},
+    "checkpoint": {"config", "errors", "paths"},
     "functional": {"config", "errors", "kernels"},
     "initialization": {"config", "checkpoint"},
     "modules": {"config", "errors", "checkpoint", "functional", "initialization"},
-    "hf": {"config", "errors", "checkpoint", "functional", "modules"},
-    "training": {"config", "errors", "checkpoint", "functional", "modules", "hf"},
-    "transfer": {"config", "errors", "checkpoint", "functional", "modules", "hf", "pictures"},
+    "hf": {"config", "errors", "paths", "checkpoint", "functional", "modules"},
+    "training": {"config", "errors", "paths", "checkpoint", "functional", "modules", "hf"},
+    "transfer": {
+        *("config", "errors", "paths", "checkpoint", "functional", "modules", "hf", "pictures")
+    },
 }
 FOREIGN = {
     "checkpoint": {"numpy"},
     "config": set[str](),
     "errors": set[str](),
+    "paths": set[str](),
     "kernels": {"torch", "triton"},
     "cli": {"cyclopts", "prompt_toolkit", "rich"},
 }

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.digests import TensorDigest, read_digests
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
 from npt_fast.checkpoint.tensor_source import TensorSource, locate_checkpoint, open_tensors
-from npt_fast.errors import CheckpointError
+from npt_fast.config import layer_indices
+from npt_fast.errors import CheckpointError, MergeError
+from npt_fast.paths import expand, path_errors
 
 CONFIG = "config.json"
 NPT_CONFIG = "npt_config.json"
@@ -24,7 +27,7 @@ _WITHOUT = {
     CONFIG: "the file is not used",
     MERGE_SUMMARY: "without it, earlier sources and digests of its layers are not known",
 }
-_SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9]{1,5}(?:,[0-9]{1,5})*)")
+_SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9][0-9, -]*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Checkpoint:
     """An opened checkpoint; no tensor data has been read.
 
     Attributes:
-        given: path as the user wrote it, without a selection.
+        given: path as the user wrote it, without a selection and with ``~`` replaced.
         located: the directory or weights file that it stands for.
         directory: folder of the small files; None for bare weights.
         notes: where it was found, if not where it was looked for; weights that were not read.
@@ -137,22 +140,38 @@ def _get(value: Any, *keys: str) -> Any:
 
 
 def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
-    """``"A:11,13"`` -> path and layers; a path that exists as it stands is all path."""
+    """``"A:5,11-13"`` -> path and layers; a path that exists as it stands is all path.
+
+    Raises:
+        MergeError: what follows the colon looks like layers and is none.
+        PathError: it is no path.
+    """
     match = _SELECTION.fullmatch(given)
-    if match is None or Path(given).exists():
+    # a list of many layers is too long for a name: whatever forbids to look, the path alone tells
+    if match is None or os.path.lexists(expand(given)):
         return given, None
-    return match["path"], tuple(int(layer) for layer in match["layers"].split(","))
+    try:
+        return match["path"], tuple(layer_indices(match["layers"]))
+    except ValueError as error:
+        raise MergeError(f"{given:.200}: there is no such path, and {error}") from None
 
 
-def open_checkpoint(given: str) -> Checkpoint:
+def open_checkpoint(given: str | Path) -> Checkpoint:
     """Open the checkpoint at a path.
 
     Raises:
         CheckpointError: nothing there, or anything in it is broken, unsafe or incomplete.
+        PathError: it is no path.
     """
-    path, note = locate_checkpoint(Path(given))
+    given = expand(given)
+    with path_errors(given, CheckpointError):
+        return _open(given)
+
+
+def _open(given: str) -> Checkpoint:
+    path, note = locate_checkpoint(given)
     weights = open_tensors(path)
-    if path.is_dir():
+    if paths.is_directory(path):
         directory: Path | None = path
     else:  # a file of the usual name belongs to the folder around it
         directory = (
@@ -163,7 +182,7 @@ def open_checkpoint(given: str) -> Checkpoint:
     small: dict[str, Mapping[str, Any]] = {}
     unread: dict[str, str] = {}
     for name in (CONFIG, NPT_CONFIG, MERGE_SUMMARY):
-        if directory is None or not os.path.lexists(directory / name):
+        if directory is None or not paths.exists(directory / name):
             continue
         try:
             small[name] = strict_json.read_foreign(directory / name)

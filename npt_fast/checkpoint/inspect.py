@@ -14,6 +14,7 @@ from npt_fast.checkpoint.numbers import count_non_finite, read_number, sum_of_sq
 from npt_fast.checkpoint.plan import plan_merge
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.tensor_source import newest_checkpoint
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,
@@ -21,7 +22,8 @@ from npt_fast.checkpoint.training_state import (
     read_training_state,
 )
 from npt_fast.config import MergeOptions
-from npt_fast.errors import NPTError
+from npt_fast.errors import CheckpointError, NPTError
+from npt_fast.paths import path_errors, path_list, user_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class CheckpointReport:
         multi_layer_state: curriculum.
         files: size of every file in the directory.
         problems: parts that could not be read, one line each.
-        notes: where the checkpoint was found.
+        notes: where the checkpoint was found; which weights were not read.
     """
 
     path: str
@@ -151,13 +153,18 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     """Describe a checkpoint.
 
     Args:
-        path: checkpoint directory or weights file.
+        path: checkpoint directory or weights file, or the folder of a training run, of which the
+            newest checkpoint is described.
         values: also read the data, for norms and NaN counts.
 
     Raises:
         CheckpointError: there is no readable NPT checkpoint.
     """
-    checkpoint = open_checkpoint(str(path))
+    run = user_path(path)
+    with path_errors(run, CheckpointError):
+        newest = newest_checkpoint(run)
+    notes = [f"{run}: using {newest}, the newest checkpoint of this run"] if newest else []
+    checkpoint = open_checkpoint(newest or path)
     problems = list(checkpoint.unread.values())
     training = multi_layer = None
     files: dict[str, int] = {}
@@ -170,8 +177,12 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
             multi_layer = read_multi_layer_state(checkpoint.directory / MULTI_LAYER_STATE)
         except NPTError as error:
             problems.append(str(error))
-        entries = sorted(checkpoint.directory.iterdir())
-        files = {entry.name: entry.lstat().st_size for entry in entries}
+        try:
+            with path_errors(checkpoint.directory, CheckpointError):
+                entries = sorted(checkpoint.directory.iterdir())
+                files = {entry.name: entry.lstat().st_size for entry in entries}
+        except CheckpointError as error:
+            problems.append(f"{error}; its files cannot be listed")
     layers = [_layer(checkpoint, module, values) for module in checkpoint.modules.values()]
     modulations = {info.modulation for info in layers}
     num_ranks = {info.num_ranks for info in layers}
@@ -199,14 +210,14 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
         multi_layer_state=multi_layer,
         files=files,
         problems=problems,
-        notes=list(checkpoint.notes),
+        notes=[*notes, *checkpoint.notes],
     )
 
 
-def can_merge(paths: Sequence[str | Path]) -> MergeVerdict:
+def can_merge(paths: str | Path | Sequence[str | Path]) -> MergeVerdict:
     """Whether checkpoints can be merged, and what would conflict; reads headers only."""
     try:
-        plan = plan_merge([str(path) for path in paths], MergeOptions())
+        plan = plan_merge(path_list(paths), MergeOptions())
     except NPTError as error:
         return MergeVerdict(False, [], [str(error)])
     return MergeVerdict(True, [merged.layer for merged in plan.layers], list(plan.warnings))

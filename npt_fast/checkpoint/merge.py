@@ -20,6 +20,7 @@ from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.source_file import filesystem_type
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import MergeError, StorageError, VerificationError
+from npt_fast.paths import path_errors, path_list, user_path
 
 if TYPE_CHECKING:
     from npt_fast.checkpoint.verify import VerifyReport
@@ -29,7 +30,7 @@ _SLACK = 1 << 20  # for directory blocks and the summary
 
 
 def merge(
-    checkpoints: Sequence[str | Path],
+    checkpoints: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     verify: bool = False,
@@ -41,7 +42,8 @@ def merge(
     """Merge NPT checkpoints into one.
 
     Args:
-        checkpoints: checkpoint directories or weight files; ``"A:11,13"`` takes those layers of A.
+        checkpoints: checkpoint directories or weight files, or one of them; ``"A:11,13"`` takes
+            those layers of A.
         output: directory to write; it appears complete or not at all.
         verify: compare every tensor with its source before the output appears, and record digests.
         force: replace an existing output directory, whole.
@@ -52,15 +54,17 @@ def merge(
     Raises:
         CheckpointError: an input cannot be read, or changes while it is read.
         MergeError: the inputs do not fit together, or the output is in the way.
+        PathError: the output, or an input, is no path.
         StorageError: the disk is full, or would be.
         VerificationError: the output would not equal its sources; nothing was published.
     """
     started = time.monotonic()
     options = options or MergeOptions()
-    target = Path(output)
-    plan = plan_merge([str(path) for path in checkpoints], options)
-    check_target(target, [item.checkpoint for item in plan.inputs], force=force)
-    expected, free, needed = _space(plan, target)
+    target = user_path(output)
+    plan = plan_merge(path_list(checkpoints), options)
+    with path_errors(target, MergeError):
+        check_target(target, [item.checkpoint for item in plan.inputs], force=force)
+        expected, free, needed = _space(plan, target)
     if dry_run:
         return report_of(plan, target, expected, free, needed, started, dry_run=True)
     if needed > free:

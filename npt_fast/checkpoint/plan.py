@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from npt_fast.checkpoint import strict_json
@@ -53,6 +52,7 @@ from npt_fast.checkpoint.training_state import (
 )
 from npt_fast.config import MergeOptions
 from npt_fast.errors import CheckpointError, MergeError
+from npt_fast.paths import is_file, path_errors, user_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,9 +384,10 @@ def _multi_layer_state_file(
 ) -> list[OutputFile]:
     template: Mapping[str, Any] | None
     if options.copy_multi_layer_state is not None:
-        path = Path(options.copy_multi_layer_state)
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; --copy-multi-layer-state needs one")
+        path = user_path(options.copy_multi_layer_state)
+        with path_errors(path, CheckpointError):
+            if not is_file(path):
+                raise CheckpointError(f"{path}: no such file; --copy-multi-layer-state needs one")
         template = read_multi_layer_state(path)
     else:
         preferred = [i for i in inputs if i.state is base and base is not None]

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from npt_fast.errors import CheckpointError
+from npt_fast.paths import path_errors
 
 WINDOW = 1 << 20
 """Bytes mapped at once: large enough to stream at full speed, small enough not to be seen."""
@@ -58,7 +59,9 @@ class SourceFile:
         Raises:
             CheckpointError: not a regular file, a link, or not readable.
         """
-        if not follow_links and path.is_symlink() and not _is_hub_blob(path):
+        with path_errors(path, CheckpointError):
+            foreign_link = not follow_links and path.is_symlink() and not _is_hub_blob(path)
+        if foreign_link:
             raise CheckpointError(
                 f"{path}: is a symbolic link; links inside a checkpoint are not followed, "
                 "copy the file or name its target"
@@ -95,10 +98,12 @@ class SourceFile:
 
     def check(self, fd: int) -> None:
         """Raise CheckpointError unless `fd` and the path are both still the file first seen."""
-        try:
-            same = _Identity.of(os.fstat(fd)) == self.identity == _Identity.of(os.stat(self.path))
-        except FileNotFoundError:
-            same = False
+        with path_errors(self.path, CheckpointError):
+            try:
+                now = os.stat(self.path)
+                same = _Identity.of(os.fstat(fd)) == self.identity == _Identity.of(now)
+            except FileNotFoundError:
+                same = False
         if not same:
             raise CheckpointError(
                 f"{self.path}: changed while it was being read; wait until nothing writes it"
@@ -111,16 +116,17 @@ class SourceFile:
 
     def read_at(self, fd: int, offset: int, length: int) -> bytes:
         """Like `read`, through a descriptor that `open` gave: for many small reads."""
-        data = os.pread(fd, length, offset)
-        while len(data) < length:  # short reads happen on network file systems
-            more = os.pread(fd, length - len(data), offset + len(data))
-            if not more:
-                raise CheckpointError(
-                    f"{self.path}: ends at byte {offset + len(data)}, "
-                    f"{offset + length} needed; the file is truncated"
-                )
-            data += more
-        return data
+        with path_errors(self.path, CheckpointError):
+            data = os.pread(fd, length, offset)
+            while len(data) < length:  # short reads happen on network file systems
+                more = os.pread(fd, length - len(data), offset + len(data))
+                if not more:
+                    raise CheckpointError(
+                        f"{self.path}: ends at byte {offset + len(data)}, "
+                        f"{offset + length} needed; the file is truncated"
+                    )
+                data += more
+            return data
 
     def windows(self, offset: int, length: int, size: int = WINDOW) -> Iterator[memoryview | bytes]:
         """The bytes from `offset` on, in pieces of at most `size`, each valid until the next.

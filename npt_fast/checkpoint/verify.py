@@ -125,9 +125,9 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
         CheckpointError: there is no checkpoint. One that is there but cannot be read, or is
             incomplete, gives a report that did not pass.
     """
-    located, _ = locate_checkpoint(Path(path))
+    located, _ = locate_checkpoint(path)
     try:
-        checkpoint = open_checkpoint(str(path))
+        checkpoint = open_checkpoint(path)
     except CheckpointError as error:
         return VerifyReport(str(located), [], [], 0, problems=[str(error)])
     summary = checkpoint.summary or {}
