@@ -43,6 +43,7 @@ from npt_fast.checkpoint.tensor_source import SAFETENSORS_INDEX, locate_checkpoi
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,
+    is_moment,
     read_training_state,
 )
 from npt_fast.config import MergeOptions, Progress
@@ -309,8 +310,8 @@ class _Examination:
                 yield self._check_of(file, "weights", entry, finite=True)
         for entry in self._state_entries():
             # hyperparameters may be infinite, as ReduceLROnPlateau's best is at first
-            moment = entry.name.startswith("optimizer.") and not entry.name.endswith(".step")
-            yield self._check_of(TRAINING_STATE, TRAINING_STATE, entry, finite=moment)
+            finite = is_moment(entry.name)
+            yield self._check_of(TRAINING_STATE, TRAINING_STATE, entry, finite=finite)
 
     def _check_of(self, file: str, kind: str, entry: TensorEntry, *, finite: bool) -> TensorCheck:
         recipe = self._recipes.take((kind, entry.name))
