@@ -167,6 +167,9 @@ def dump(value: dict[str, Any], *, allow_nan: bool = False) -> bytes:
 
     Raises:
         ValueError: a number is not finite.
+        CheckpointError: over 100 MB, which could not be read again.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
-    return text.encode("utf-8", "backslashreplace")  # a path that is not Unicode becomes \\udcxx
+    data = text.encode("utf-8", "backslashreplace")  # a path that is not Unicode becomes \\udcxx
+    _check_size(len(data), f"a document that begins with {text[:40]!r}")
+    return data

@@ -1,0 +1,106 @@
+"""What cannot be printed does not stop the work, and is told with an exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import layer_weights, write_checkpoint
+
+PROGRAM = f"exec {sys.executable} -m npt_fast"
+
+
+def bash(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["/bin/bash", "-c", f"{PROGRAM} {command}"],
+        capture_output=True, text=True, check=False, cwd=folder, timeout=120,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "a", layer_weights(11), config={"model_name": "m"})
+    return tmp_path
+
+
+FULL = "Error: not all could be printed: No space left on device; the work itself is done"
+
+
+@pytest.mark.parametrize("verb", [
+    "merge --checkpoints a --output out", "merge --checkpoints a --output out --json",
+    "merge --checkpoints a --output out --verify", "analyze --checkpoint a", "verify a",
+    "verify a --json", "--help", "merge --help", "--version",
+])  # fmt: skip
+def test_a_full_stdout(folder: Path, verb: str) -> None:
+    result = bash(f"{verb} >/dev/full", folder)
+    assert result.returncode == 4
+    assert [line for line in result.stderr.splitlines() if "Warning" not in line] == [FULL]
+    if verb.startswith("merge -") and "--help" not in verb:
+        assert (folder / "out" / "npt_weights.pt").exists()
+        assert bash("verify out", folder).returncode == 0
+
+
+def test_a_failed_check_keeps_its_exit_code_on_a_full_stdout(folder: Path) -> None:
+    (folder / "a" / "merge_summary.json").write_text("{")
+    assert bash("verify a", folder).returncode == 3
+    assert bash("verify a >/dev/full", folder).returncode == 3
+
+
+@pytest.mark.parametrize("redirection", [
+    ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", ">&- 2>/dev/full",
+])  # fmt: skip
+def test_closed_streams_and_a_full_stderr_do_not_matter(folder: Path, redirection: str) -> None:
+    for command, code in (
+        ("merge --checkpoints a --output out --verify", 0),
+        ("verify out", 0), ("analyze --checkpoint a", 0), ("--help", 0),
+        ("verify nothing", 1), ("merge --checkpoints a --output out", 1), ("merge", 2),
+    ):  # fmt: skip
+        result = bash(f"{command} {redirection}", folder)
+        assert result.returncode == code, command
+        assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+    assert bash("verify out", folder).returncode == 0  # nothing was printed into a file
+
+
+def test_a_reader_that_has_seen_enough(folder: Path) -> None:
+    result = bash("analyze --verbose --checkpoint a a a a a a a a | head -n 1", folder)
+    assert result.stdout.strip() == "=" * 60
+    assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+
+
+# Ctrl-C at the moment when a module is imported, which takes a fifth of a second in all.
+_INTERRUPTED = """
+import os, runpy, signal, sys
+wanted = sys.argv.pop(1)
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("npt_fast", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("module", [
+    "npt_fast.cli.main", "cyclopts", "npt_fast.errors", "npt_fast.cli.streams", "rich.console",
+    "npt_fast.cli.merge", "npt_fast.checkpoint.merge", "npt_fast.checkpoint.verify",
+])  # fmt: skip
+def test_an_interrupt_while_it_starts(folder: Path, module: str) -> None:
+    command = [sys.executable, "-c", _INTERRUPTED, module, "merge", "--verify"]
+    command += ["--checkpoints", "a", "--output", "out"]
+    if module == "rich.console":
+        command = [sys.executable, "-c", _INTERRUPTED, module, "--help"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert result.returncode == 130
+    assert result.stderr.splitlines()[-1] == "Error: interrupted; nothing was left behind"
+    assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+    assert not (folder / "out").exists()
