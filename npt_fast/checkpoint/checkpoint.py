@@ -55,7 +55,6 @@ class Checkpoint:
 
     Attributes:
         given: path as the user wrote it, without a selection and with ``~`` replaced.
-        located: the directory or weights file that it stands for.
         directory: folder of the small files; None for bare weights.
         notes: where it was found, if not where it was looked for; weights that were not read.
         weights: the tensors.
@@ -67,7 +66,6 @@ class Checkpoint:
     """
 
     given: str
-    located: Path
     directory: Path | None
     notes: tuple[str, ...]
     weights: TensorSource
@@ -207,7 +205,6 @@ def _open(given: str) -> Checkpoint:
     modules = collect_modules(weights.tensors, str(weights.path))
     return Checkpoint(
         given,
-        path,
         directory,
         tuple(line for line in (note, weights.note) if line),
         weights,
