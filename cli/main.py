@@ -70,9 +70,9 @@ def _parse(arguments: list[str]) -> Callable[[], object]:
         reason = str(error)
     else:
         return partial(verb, *options.args, **options.kwargs)
-    known = arguments[0] if arguments and arguments[0] in app else ""
-    helps = f"npt-fast {known} --help lists its options" if known else "npt-fast --help lists verbs"
-    _exit(2, f"{reason} ({helps})")
+    verbs = [word for word in app.parse_commands(arguments)[0] if not word.startswith("-")]
+    lists = "lists its options" if verbs else "lists verbs"
+    _exit(2, f"{reason} ({' '.join(['npt-fast', *verbs])} --help {lists})")
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

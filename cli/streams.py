@@ -71,6 +71,8 @@ def install() -> None:
                 line_buffering=stream.line_buffering,
                 write_through=stream.write_through,
             )
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
         setattr(sys, name, stream)
 
 

@@ -6,10 +6,12 @@ import itself brings neither torch nor transformers.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+# for type checkers, who know the name: `typing` would be most of what this import takes, and until
+# it is done, nothing answers Ctrl-C
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from npt_fast.checkpoint.inspect import CheckpointReport, MergeVerdict, can_merge, inspect
     from npt_fast.checkpoint.merge import merge
     from npt_fast.checkpoint.merge_report import MergeReport
@@ -131,6 +133,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
     if name == "functional":
         return import_module("npt_fast.functional")
     if name not in _HOMES:

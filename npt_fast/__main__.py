@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import NoReturn
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run `npt_fast.cli.main.main`, whose imports take a fifth of a second."""
     try:
         from npt_fast.cli.main import main as program

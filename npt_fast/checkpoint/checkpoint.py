@@ -12,9 +12,15 @@ from typing import Any
 
 from npt_fast import paths
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.digests import TensorDigest, read_digests
+from npt_fast.checkpoint.digests import DIGESTS, TensorDigest, read_digests
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
-from npt_fast.checkpoint.tensor_source import TensorSource, locate_checkpoint, open_tensors
+from npt_fast.checkpoint.tensor_source import (
+    WEIGHTS,
+    TensorSource,
+    locate_checkpoint,
+    open_tensors,
+)
+from npt_fast.checkpoint.training_state import MULTI_LAYER_STATE, TRAINING_STATE
 from npt_fast.config import layer_indices
 from npt_fast.errors import CheckpointError, MergeError
 from npt_fast.paths import expand, path_errors
@@ -27,6 +33,16 @@ _WITHOUT = {
     CONFIG: "the file is not used",
     MERGE_SUMMARY: "without it, earlier sources and digests of its layers are not known",
 }
+_FILES = {
+    *WEIGHTS,
+    TRAINING_STATE,
+    MULTI_LAYER_STATE,
+    CONFIG,
+    NPT_CONFIG,
+    MERGE_SUMMARY,
+    DIGESTS,
+}
+_OWN_SHARD = re.compile(r"npt_weights-[0-9]+-of-[0-9]+\.safetensors")
 _SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9][0-9, -]*)", re.DOTALL)
 
 
@@ -135,6 +151,11 @@ def _get(value: Any, *keys: str) -> Any:
             return None
         value = value.get(key)
     return value
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether training, merging, saving or the original gives a file in a checkpoint this name."""
+    return name in _FILES or _OWN_SHARD.fullmatch(name) is not None
 
 
 def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:

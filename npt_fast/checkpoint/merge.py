@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
-from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint
+from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint, is_checkpoint_file
 from npt_fast.checkpoint.digests import DigestWriter
 from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.source_file import filesystem_type
+from npt_fast.checkpoint.tensor_source import WEIGHTS
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import MergeError, StorageError, VerificationError
 from npt_fast.paths import path_errors, path_list, user_path
@@ -46,7 +48,8 @@ def merge(
             those layers of A.
         output: directory to write; it appears complete or not at all.
         verify: compare every tensor with its source before the output appears, and record digests.
-        force: replace an existing output directory, whole.
+        force: replace an existing checkpoint, whole. What is no checkpoint, or holds other files,
+            is never replaced.
         dry_run: decide and check everything, write nothing.
         options: how to merge; the guide's rules when not given.
         progress: called with what is being done, bytes done and bytes in all.
@@ -87,6 +90,8 @@ def merge(
         summary = strict_json.dump(summary_of(plan, target, digests))
         _write_file(BytesFile(MERGE_SUMMARY, summary), staged.path, mover, lambda count: None)
         strict_json.read_object(staged.path / MERGE_SUMMARY)
+        if force and paths.exists(target):
+            check_replaced(target)  # still
         staged.publish()
         if proof is not None:
             proof.path = str(target)
@@ -116,18 +121,34 @@ def check_target(target: Path, inputs: Sequence[Checkpoint], *, force: bool) -> 
     above = next(folder for folder in real.parents if folder.exists())
     if not above.is_dir():
         raise MergeError(f"{target}: {above} is not a directory; nothing was written")
-    if not os.path.lexists(target):
-        return
-    if not force:
-        raise MergeError(f"Output path already exists: {target}. Use --force to overwrite.")
-    if not target.is_dir():
+    if paths.exists(target):
+        if not force:
+            raise MergeError(f"Output path already exists: {target}. Use --force to overwrite.")
+        check_replaced(target)
+
+
+def check_replaced(target: Path) -> None:
+    """Raise MergeError unless what is at `target` is a checkpoint and nothing else, or empty."""
+    if not paths.is_directory(target):
         raise MergeError(f"{target}: is not a directory; --force replaces checkpoints only")
-    folder = next((entry for entry in target.iterdir() if entry.is_dir()), None)
-    if folder is not None:
+    names = sorted(os.listdir(target))
+    foreign = [n for n in names if not is_checkpoint_file(n) or paths.is_directory(target / n)]
+    if names and not set(WEIGHTS) & set(names):
+        holds = f", but {_listed(foreign)}" if foreign else ""
         raise MergeError(
-            f"{target}: holds the folder {folder.name}, so it is no checkpoint; "
-            "--force replaces checkpoints only"
+            f"{target}: holds no NPT weights{holds}, so it is no checkpoint; "
+            "--force replaces checkpoints only: choose another --output"
         )
+    if foreign:
+        raise MergeError(
+            f"{target}: holds {_listed(foreign)} beside the checkpoint, which --force would "
+            "delete: move that away, or choose another --output"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _same_file(a: Path, b: Path) -> bool:

@@ -366,9 +366,10 @@ def _config_file(
         config = item.checkpoint.config
         if config is None:
             continue
-        data = strict_json.dump({**config, "merge_info": merge_info}, allow_nan=True)
+        where = f"{item.checkpoint.path / CONFIG} with its merge_info"
         try:  # indented, it may be longer than what was read
-            strict_json.parse_foreign(data, f"{item.checkpoint.path / CONFIG} with its merge_info")
+            data = strict_json.dump({**config, "merge_info": merge_info}, where, allow_nan=True)
+            strict_json.parse_foreign(data, where)
         except CheckpointError as error:
             warnings.append(f"{error}; the file is not used")
             continue

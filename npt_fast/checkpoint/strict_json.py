@@ -158,11 +158,14 @@ def _read(path: Path) -> bytes:
     return file.read(0, file.size)
 
 
-def dump(value: dict[str, Any], *, allow_nan: bool = False) -> bytes:
+def dump(
+    value: dict[str, Any], where: str = "a JSON document", *, allow_nan: bool = False
+) -> bytes:
     """The bytes we write: indented, UTF-8, keys in the given order, a newline at the end.
 
     Args:
         value: what to write.
+        where: file, for messages.
         allow_nan: write NaN and infinity as Python does; only `parse_foreign` reads them.
 
     Raises:
@@ -171,5 +174,5 @@ def dump(value: dict[str, Any], *, allow_nan: bool = False) -> bytes:
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
     data = text.encode("utf-8", "backslashreplace")  # a path that is not Unicode becomes \\udcxx
-    _check_size(len(data), f"a document that begins with {text[:40]!r}")
+    _check_size(len(data), where)
     return data

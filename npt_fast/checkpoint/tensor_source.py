@@ -26,7 +26,7 @@ PT_WEIGHTS = "npt_weights.pt"
 SAFETENSORS_WEIGHTS = "npt_weights.safetensors"
 SAFETENSORS_INDEX = "npt_weights.safetensors.index.json"
 _ACCUMULATED = "accumulated_npt_weights.pt"  # what sequential training wrote, all layers so far
-_WEIGHTS = (PT_WEIGHTS, _ACCUMULATED, SAFETENSORS_WEIGHTS, SAFETENSORS_INDEX)
+WEIGHTS = (PT_WEIGHTS, _ACCUMULATED, SAFETENSORS_WEIGHTS, SAFETENSORS_INDEX)
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors")
 
 
@@ -116,7 +116,7 @@ def find_weights(directory: Path) -> Path | None:
         OSError: the system refuses to say what is there.
     """
     # also a broken link or a folder of that name: opening it says what is wrong
-    present = [name for name in _WEIGHTS if paths.exists(directory / name)]
+    present = [name for name in WEIGHTS if paths.exists(directory / name)]
     if len(present) > 1 and present != [PT_WEIGHTS, _ACCUMULATED]:
         names = " and ".join(present)
         raise CheckpointError(f"{directory}: holds {names}; name the file that you mean")

@@ -302,8 +302,10 @@ class _Examination:
 
     def _state_size(self) -> int:
         directory = self.checkpoint.directory
-        path = directory / TRAINING_STATE if directory else None
-        return os.stat(path).st_size if path is not None and path.is_file() else 0
+        try:
+            return os.stat(directory / TRAINING_STATE).st_size if directory else 0
+        except OSError:  # reading it says why
+            return 0
 
     def _checks(self) -> Iterator[TensorCheck]:
         by_file: dict[str, list[TensorEntry]] = {}

@@ -143,7 +143,7 @@ def make_case(folder: Path, *, steps: int, **shape: Any) -> Case:
         )
     old = folder / "old"
     old.mkdir()
-    for name in ("npt_weights.pt", "merge_summary.json", "stale.safetensors"):
+    for name in ("npt_weights.pt", "merge_summary.json", "npt_weights-00001-of-00002.safetensors"):
         (old / name).write_bytes(f"old {name}".encode())
     merge(inputs, folder / "expected")
     return Case(inputs, old, content(folder / "expected"))

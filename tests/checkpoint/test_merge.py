@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -930,13 +931,14 @@ def test_the_output_may_be_beside_an_input(tmp_path: Path) -> None:
 def test_an_existing_output_needs_force(tmp_path: Path) -> None:
     path = one_layer(tmp_path / "a", 1)
     old = one_layer(tmp_path / "out", 2)
-    (old / "stale.safetensors").write_bytes(b"old")
+    stale = old / "npt_weights-00001-of-00002.safetensors"
+    stale.write_bytes(b"old")
     before = contents(old)
     refuse(tmp_path, [path], "Output path already exists: .*out. Use --force to overwrite.")
     assert contents(old) == before
     npt.merge([path], old, verify=True, force=True)
     assert_same_tensors(read_weights(old), read_weights(path))
-    assert not (old / "stale.safetensors").exists()
+    assert not stale.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "out"]
 
 
@@ -963,6 +965,82 @@ def test_force_replaces_checkpoints_only(tmp_path: Path, kind: str) -> None:
     with pytest.raises(npt.MergeError, match="--force replaces checkpoints only"):
         npt.merge([path], output, force=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+FOREIGN = {
+    "text": {"thesis.tex": b"years of work"},
+    "a-model": {"config.json": b"{}", "model.safetensors": b"x", "tokenizer.json": b"{}"},
+    "parts": {"config.json": b"{}", "training_state.pt": b"x"},
+    "hidden": {".git": b"x"},
+}
+
+
+@pytest.mark.parametrize("files", FOREIGN)
+def test_force_never_replaces_what_is_no_checkpoint(tmp_path: Path, files: str) -> None:
+    path = one_layer(tmp_path / "a", 1)
+    output = tmp_path / "out"
+    output.mkdir()
+    for name, data in FOREIGN[files].items():
+        (output / name).write_bytes(data)
+    before = contents(output)
+    with pytest.raises(npt.MergeError, match=r"holds no NPT weights.* replaces checkpoints only"):
+        npt.merge([path], output, force=True)
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "loss.png", "npt_weights.pt.bak", "npt_weights-old.pt", ".notes"]
+)
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_force_refuses_foreign_files_by_name(tmp_path: Path, name: str, folder: bool) -> None:
+    path = one_layer(tmp_path / "a", 1)
+    output = one_layer(tmp_path / "out", 2)
+    (output / name).mkdir() if folder else (output / name).write_bytes(b"mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(npt.MergeError, match=f"holds {re.escape(name)} beside the checkpoint"):
+        npt.merge([path], output, force=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert list(read_weights(output)) == list(layer_weights(2))
+
+
+def test_a_folder_with_the_name_of_a_checkpoints_file_is_foreign(tmp_path: Path) -> None:
+    path = one_layer(tmp_path / "a", 1)
+    output = one_layer(tmp_path / "out", 2)
+    (output / "training_state.pt").mkdir()
+    with pytest.raises(npt.MergeError, match=r"holds training_state\.pt beside"):
+        npt.merge([path], output, force=True)
+
+
+def test_a_foreign_file_that_appears_while_merging_is_kept(tmp_path: Path) -> None:
+    path = one_layer(tmp_path / "a", 1)
+    output = one_layer(tmp_path / "out", 2)
+
+    def progress(activity: str, done: int, total: int) -> None:
+        (output / "notes.txt").write_text("mine")
+
+    with pytest.raises(npt.MergeError, match=r"holds notes\.txt beside"):
+        npt.merge([path], output, force=True, progress=progress)
+    assert (output / "notes.txt").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "out"]
+
+
+def test_force_replaces_everything_that_a_merge_writes(tmp_path: Path) -> None:
+    path = trained_checkpoint(tmp_path / "a", 1)
+    options = npt.MergeOptions(format="safetensors", max_shard_size=999)
+    npt.merge([path], tmp_path / "out", verify=True, options=options)
+    written = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert sum("-of-" in name for name in written) > 1
+    npt.merge([path], tmp_path / "out", verify=True, force=True)
+    assert not any("-of-" in p.name for p in (tmp_path / "out").iterdir())
+
+
+def test_an_empty_folder_holds_nothing_to_lose(tmp_path: Path) -> None:
+    path = one_layer(tmp_path / "a", 1)
+    output = tmp_path / "out"
+    output.mkdir()
+    refuse(tmp_path, [path], "already exists")
+    npt.merge([path], output, force=True)
+    assert_same_tensors(read_weights(output), read_weights(path))
 
 
 def test_a_failed_replacement_leaves_the_old_one(tmp_path: Path) -> None:

@@ -100,6 +100,25 @@ def test_wrong_usage_is_exit_code_2(capsys: Any, case: str) -> None:
     assert expected.lower() in err.lower()
 
 
+HELP = {
+    "frobnicate": "npt-fast --help lists verbs",
+    "--help frobnicate": "npt-fast --help lists verbs",
+    "merge": "npt-fast merge --help lists its options",
+    "merge --checkpoints a --output b --warp": "npt-fast merge --help lists its options",
+    "train --train_layers 1 --np_rank 0": "npt-fast train --help lists its options",
+    "verify a b": "npt-fast verify --help lists its options",
+    "kernels --warp": "npt-fast kernels --help lists its options",
+    "kernels roofline --tokens x": "npt-fast kernels roofline --help lists its options",
+}
+
+
+@pytest.mark.parametrize("line", HELP)
+def test_wrong_usage_points_to_the_help_of_its_verb(capsys: Any, line: str) -> None:
+    code, out, err = run(capsys, *line.split())
+    assert (code, out) == (2, "")
+    assert err.endswith(f" ({HELP[line]})\n") and err.count("\n") == 1
+
+
 def test_a_failure_is_one_line_on_stderr_and_exit_code_1(capsys: Any, tmp_path: Path) -> None:
     for arguments in (
         ["merge", "--checkpoints", tmp_path / "x", "--output", tmp_path / "out"],

@@ -104,3 +104,15 @@ def test_an_interrupt_while_it_starts(folder: Path, module: str) -> None:
     assert result.stderr.splitlines()[-1] == "Error: interrupted; nothing was left behind"
     assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
     assert not (folder / "out").exists()
+
+
+def test_little_is_imported_before_an_interrupt_is_answered() -> None:
+    """Until then Ctrl-C gives a traceback; what Python has imported by itself does not count."""
+    code = (
+        "import os, sys; a = {*sys.modules}; import npt_fast.__main__; print(*({*sys.modules} - a))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert {*result.stdout.split()} <= {"npt_fast", "npt_fast.__main__", "__future__"}
