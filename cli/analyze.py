@@ -9,12 +9,13 @@ from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.checkpoint.inspect import CheckpointReport, LayerInfo
+from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say, size, warn
 
 
 def analyze(
     *,
-    checkpoint: Annotated[list[str], Parameter(consume_multiple=True)],
+    checkpoint: Annotated[list[PathText], Parameter(consume_multiple=True)],
     verbose: bool = False,
     json: bool = False,
 ) -> None:
@@ -25,7 +26,7 @@ def analyze(
     Parameters
     ----------
     checkpoint
-        Checkpoint directories, weight files, or runs, whose newest checkpoint is shown.
+        Checkpoint directories or weight files; of the folder of a run, its newest checkpoint.
     verbose
         Also list every tensor with its norm and number of NaN or infinite values.
     json

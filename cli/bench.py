@@ -7,12 +7,12 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say
 from npt_fast.errors import BenchmarkError, NPTError
 from npt_fast.tables import markdown_table
@@ -45,7 +45,7 @@ def bench(
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     against: Names = None,
     budget: float | None = None,
-    plot: Path | None = None,
+    plot: PathText | None = None,
     host: bool = False,
     json: bool = False,
 ) -> int:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
+from npt_fast.cli.arguments import PathText
 from npt_fast.cli.compare import Layers, load_model
 from npt_fast.cli.output import print_json, say
 from npt_fast.config import BaseDType
 
 
 def check(
-    facts: Path,
+    facts: PathText,
     /,
     *,
-    checkpoint: str,
-    model_name: str = "meta-llama/Llama-3.2-1B",
+    checkpoint: PathText,
+    model_name: PathText = "meta-llama/Llama-3.2-1B",
     layers: Layers = None,
-    junit: Path | None = None,
+    junit: PathText | None = None,
     base_dtype: BaseDType = "auto",
     cpu: bool = False,
     json: bool = False,

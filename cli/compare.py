@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 import npt_fast as npt
+from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say
 from npt_fast.config import BaseDType, parse_layers
 from npt_fast.tables import markdown_table
@@ -28,10 +28,10 @@ Source = Annotated[str, Parameter(name="--from", allow_leading_hyphen=True)]
 
 def compare(
     *,
-    checkpoint: str,
+    checkpoint: PathText,
     source: Source,
     prompt: Text,
-    model_name: str = "meta-llama/Llama-3.2-1B",
+    model_name: PathText = "meta-llama/Llama-3.2-1B",
     layers: Layers = None,
     sequence: bool = False,
     position: Text = "last",
@@ -42,7 +42,7 @@ def compare(
     track: Texts = (),
     base_dtype: BaseDType = "auto",
     cpu: bool = False,
-    html: Path | None = None,
+    html: PathText | None = None,
     json: bool = False,
 ) -> None:
     """Continue a prompt with and without what another text makes of the weights.

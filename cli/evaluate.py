@@ -10,15 +10,16 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 import npt_fast as npt
+from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say
 from npt_fast.config import BaseDType
 
 
 def evaluate(
     *,
-    checkpoint: Annotated[list[str], Parameter(consume_multiple=True)],
-    model_name: str = "meta-llama/Llama-3.2-1B",
-    data: str = "medium",
+    checkpoint: Annotated[list[PathText], Parameter(consume_multiple=True)],
+    model_name: PathText = "meta-llama/Llama-3.2-1B",
+    data: PathText = "medium",
     num_eval_samples: Annotated[int, Parameter(validator=Number(gte=1))] = 100,
     max_length: Annotated[int, Parameter(validator=Number(gte=2))] = 512,
     batch_size: Annotated[int, Parameter(validator=Number(gte=1))] = 4,

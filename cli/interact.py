@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 import npt_fast as npt
+from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import warn
 from npt_fast.config import BaseDType, parse_layers
 from npt_fast.errors import ModelError, NPTError, TransferError, VerificationError
@@ -41,16 +42,16 @@ class InteractOptions:
         exact: Exit with 3 at the first result that differs from the log.
     """
 
-    checkpoint: str | None = None
-    model_name: str | None = None
+    checkpoint: PathText | None = None
+    model_name: PathText | None = None
     layers: str | None = None
     device: str | None = None
     base_dtype: BaseDType = "auto"
-    script: Path | None = None
+    script: PathText | None = None
     json: bool = False
     keep_going: bool = False
-    log: Path | None = None
-    replay: str | None = None
+    log: PathText | None = None
+    replay: PathText | None = None
     exact: Annotated[bool, Parameter(name="--assert")] = False
 
     def __post_init__(self) -> None:
@@ -86,7 +87,7 @@ def interact(options: Annotated[InteractOptions, Parameter(name="*")] = _NOTHING
     terminal = options.script is None and options.replay is None and _is_terminal()
     if terminal and find_spec("prompt_toolkit") is None:
         raise NPTError("the shell needs prompt_toolkit: pip install 'npt_fast[interact]'")
-    script = None if options.script is None else read_script(str(options.script))
+    script = None if options.script is None else read_script(options.script)
     if options.replay is not None:
         return _replay(options)
     session = _session(options, options.checkpoint or "", options.model_name)

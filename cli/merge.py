@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.checkpoint.merge_report import MergeReport
+from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, print_verification, progress_bar, say, size, warn
 from npt_fast.config import (
     BadStatePolicy,
@@ -27,8 +27,8 @@ def _check_size(kind: object, text: str) -> None:
 
 def merge(
     *,
-    checkpoints: Annotated[list[str], Parameter(consume_multiple=True)],
-    output: Path,
+    checkpoints: Annotated[list[PathText], Parameter(consume_multiple=True)],
+    output: PathText,
     verify: bool = False,
     force: bool = False,
     on_conflict: ConflictPolicy = "first",
@@ -37,7 +37,7 @@ def merge(
     format: FileFormat | None = None,
     max_shard_size: Annotated[str, Parameter(validator=_check_size)] = "5GB",
     weights_only: bool = False,
-    copy_multi_layer_state: Path | None = None,
+    copy_multi_layer_state: PathText | None = None,
     allow_different_base: bool = False,
     on_bad_state: BadStatePolicy = "error",
     dry_run: bool = False,
@@ -51,13 +51,14 @@ def merge(
     Parameters
     ----------
     checkpoints
-        Checkpoint directories or weight files. PATH:5,11-13 takes only those layers.
+        Checkpoint directories or weight files. PATH:11,13 or PATH:11-13 takes only those
+        layers.
     output
         Directory to write. It appears complete or not at all.
     verify
         Compare every tensor with its source before the output appears; record digests.
     force
-        Replace an existing checkpoint; nothing that holds other files.
+        Replace an existing output directory.
     on_conflict
         When two inputs hold the same layer: take the first or the last, refuse (error), accept
         only identical ones, or join them so that their weight changes add up (concat) or

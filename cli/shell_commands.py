@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from npt_fast.cli import shell_views as views
 from npt_fast.cli.shell_line import Arguments, parse
 from npt_fast.errors import TransferError, suggestion
+from npt_fast.paths import user_path
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -413,9 +414,7 @@ def _save(c: Context, a: Arguments) -> Reply:
     """Write the session into a folder (safetensors and JSON), or one modulation into a file."""
     name, path = a.get("NAME"), a["FILE"]
     if name is not None:
-        from pathlib import Path
-
-        target = Path(path if path.endswith(".safetensors") else f"{path}.safetensors")
+        target = user_path(path if path.endswith(".safetensors") else f"{path}.safetensors")
         c.session.modulation(name).save(target)
         return Reply({"path": str(target)}, [f"✓ Saved modulation '{name}' to {target}"])
     target = c.session.save(path)
@@ -504,8 +503,7 @@ def read_script(path: str) -> list[str]:
         TransferError: it cannot be read.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().splitlines()
+        return user_path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise TransferError(f"{path}: cannot be read: {reason}") from None

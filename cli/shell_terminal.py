@@ -50,7 +50,7 @@ class CommandCompleter(Completer):
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._paths = PathCompleter(expanduser=False)
+        self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
         """Of the word before the cursor."""

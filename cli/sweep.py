@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from npt_fast.cli.arguments import PathText
 from npt_fast.cli.compare import Layers, Mode, Source, Text, Texts, extract_text, load_model
 from npt_fast.cli.output import print_json, say
 from npt_fast.config import BaseDType
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 def sweep(
     *,
-    checkpoint: str,
+    checkpoint: PathText,
     source: Source,
     prompt: Text,
-    model_name: str = "meta-llama/Llama-3.2-1B",
+    model_name: PathText = "meta-llama/Llama-3.2-1B",
     layers: Layers = None,
     sequence: bool = False,
     position: Text = "",
@@ -33,7 +33,7 @@ def sweep(
     track: Texts = (),
     base_dtype: BaseDType = "auto",
     cpu: bool = False,
-    html: Path | None = None,
+    html: PathText | None = None,
     json: bool = False,
 ) -> None:
     """Inject into every layer alone, and into all, at several strengths or tokens.

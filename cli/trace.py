@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say
 from npt_fast.config import BaseDType
 from npt_fast.tables import markdown_table
@@ -22,7 +22,7 @@ def trace(
     *,
     source: Annotated[str, Parameter(name="--from", allow_leading_hyphen=True)],
     target: Annotated[str, Parameter(name="--to", allow_leading_hyphen=True)],
-    model_name: str = "meta-llama/Llama-3.2-1B",
+    model_name: PathText = "meta-llama/Llama-3.2-1B",
     track: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
     window: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
     from_position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
@@ -30,7 +30,7 @@ def trace(
     base_dtype: BaseDType = "auto",
     cpu: bool = False,
     json: bool = False,
-    plot: Path | None = None,
+    plot: PathText | None = None,
 ) -> None:
     """Find the layers that carry the difference between two prompts, before anything is trained.
 

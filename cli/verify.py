@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import npt_fast as npt
+from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, print_verification, progress_bar
 
 
-def verify(checkpoint: Path, /, *, json: bool = False) -> int:
+def verify(checkpoint: PathText, /, *, json: bool = False) -> int:
     """Check every tensor of a merged checkpoint: digests, CRCs, values, and sources if they exist.
 
     Parameters

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from npt_fast.errors import PathError
+from npt_fast.paths import expand
+
 ConflictPolicy = Literal["first", "last", "error", "identical", "concat", "mean"]
 BadStatePolicy = Literal["error", "skip"]
 FileFormat = Literal["pt", "safetensors"]
@@ -94,7 +97,7 @@ class MergeOptions:
     format: FileFormat | None = None
     max_shard_size: int = 5_000_000_000
     weights_only: bool = False
-    copy_multi_layer_state: Path | None = None
+    copy_multi_layer_state: str | Path | None = None
     allow_different_base: bool = False
     on_bad_state: BadStatePolicy = "error"
 
@@ -111,6 +114,7 @@ class MergeOptions:
                 raise ValueError(f"{name} must be one of {names}, got {value!r}")
         if self.max_shard_size < 1:
             raise ValueError(f"max_shard_size must be positive, got {self.max_shard_size}")
+        _check_paths(self, "copy_multi_layer_state")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,7 +182,7 @@ class TrainOptions:
 
     train_layers: str | Sequence[int]
     model_name: str = "meta-llama/Llama-3.2-1B"
-    resume_from: str | None = None
+    resume_from: str | Path | None = None
     data: str = "medium"
     eval_data: str | None = None
     num_eval_samples: int = 100
@@ -213,7 +217,7 @@ class TrainOptions:
     cpu: bool = False
     num_processes: int = 1
     parallel: Parallel = "ddp"
-    output_dir: Path | None = None
+    output_dir: str | Path | None = None
     format: FileFormat = "pt"
     logging_steps: int = 10
     eval_steps: int = 500
@@ -248,6 +252,7 @@ class TrainOptions:
             raise ValueError("mixed_precision is bfloat16; choose it or fp16, not both")
         if not self.direct_mlp_weight and not self.fidelity_weight:
             raise ValueError("direct_mlp_weight and fidelity_weight are both 0: nothing to learn")
+        _check_paths(self, "model_name", "resume_from", "data", "eval_data", "output_dir")
         parse_layers(self.train_layers)
         parse_size(self.teacher_cache)
 
@@ -255,6 +260,16 @@ class TrainOptions:
     def layers(self) -> tuple[int, ...]:
         """Layers to train, as given: sorted only later, since layer_weights follow this order."""
         return parse_layers(self.train_layers)
+
+
+def _check_paths(options: MergeOptions | TrainOptions, *names: str) -> None:
+    for name in names:
+        given = getattr(options, name)
+        try:
+            if given is not None:
+                expand(given)
+        except PathError as error:
+            raise PathError(f"{name}: {error}") from None
 
 
 _CHOICES = {
@@ -303,23 +318,35 @@ def parse_layers(layers: str | Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: not layers, or one of them twice.
     """
-    if isinstance(layers, str):
-        found: list[int] = []
-        for part in layers.split(","):
-            match = re.fullmatch(r"\s*(-?[0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
-            if match is None:
-                raise ValueError(f"{layers!r} is not a list of layers such as 11,13 or 11-15")
-            first, last = int(match[1]), int(match[2] or match[1])
-            if last < first:
-                raise ValueError(f"{layers!r}: the range {part.strip()} runs backwards")
-            found.extend(range(first, last + 1))
-    else:
-        found = list(layers)
+    found = layer_indices(layers) if isinstance(layers, str) else list(layers)
     if not found or any(type(layer) is not int for layer in found):
         raise ValueError(f"layers must be a list of layer indices, got {layers!r}")
     if len(set(found)) < len(found):
         raise ValueError(f"layers names a layer twice: {layers!r}")
     return tuple(found)
+
+
+_MAX_LAYERS = 10_000
+
+
+def layer_indices(text: str) -> list[int]:
+    """``"11,13"`` or ``"5,11-13"`` -> layer indices, in the order given.
+
+    Raises:
+        ValueError: not layers, a range that runs backwards, or more layers than any model has.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?[0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
+        if match is None:
+            raise ValueError(f"{text!r:.80} is not a list of layers such as 11,13 or 11-15")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"{first}-{last} runs backwards; a range is written as 11-15")
+        found.extend(range(first, last + 1))
+        if len(found) > _MAX_LAYERS:
+            raise ValueError(f"{text!r:.80} names more than {_MAX_LAYERS:,} layers")
+    return found
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

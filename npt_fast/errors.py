@@ -34,8 +34,6 @@ class NPTError(Exception):
 class PathError(NPTError, ValueError):
     """What is given as a path is none; a ValueError, as options with a wrong value are."""
 
-    exit_code = 2
-
 
 class CheckpointError(NPTError):
     """A checkpoint cannot be read: broken, unsafe, incomplete, or changed while being read."""

@@ -37,10 +37,13 @@ def expand(given: str | Path) -> str:
 def user_path(given: str | Path) -> Path:
     """A path that a user gives, with ``~`` replaced by the home directory.
 
+    What it returns may pass here again: ``./~``, of which pathlib makes ``~``, becomes absolute.
+
     Raises:
         PathError: as `expand`.
     """
-    return Path(expand(given))
+    path = Path(expand(given))
+    return path.absolute() if str(path).startswith("~") else path
 
 
 def path_list(given: str | Path | Sequence[str | Path]) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from npt_fast.errors import NPTError
+from npt_fast.paths import is_directory, path_errors, user_path
 
 
 def figure_class() -> Any:
@@ -21,15 +22,17 @@ def figure_class() -> Any:
     return Figure
 
 
-def check(path: Path) -> None:
+def check(given: str | Path) -> None:
     """Before minutes of work: whether a picture can be drawn and its file written.
 
     Raises:
         NPTError: matplotlib or the folder is missing, or the file's name says no format.
     """
+    path = user_path(given)
     formats = figure_class()().canvas.get_supported_filetypes()
-    if not path.parent.is_dir():
-        raise NPTError(f"{path}: cannot be written: there is no folder {path.parent}")
+    with path_errors(path, NPTError):
+        if not is_directory(path.parent):
+            raise NPTError(f"{path}: cannot be written: there is no folder {path.parent}")
     if path.suffix.removeprefix(".") not in formats:
         raise NPTError(f"{path}: the name must end in .png, .svg or .pdf")
 
@@ -40,6 +43,7 @@ def save(figure: Any, path: str | Path) -> None:
     Raises:
         NPTError: the folder is missing, or the format unknown.
     """
+    path = user_path(path)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

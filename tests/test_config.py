@@ -15,6 +15,7 @@ from npt_fast.config import TrainOptions, parse_layers, parse_size
         ("11", (11,)),
         ("13, 11", (13, 11)),
         ("11-13,20", (11, 12, 13, 20)),
+        ("7-7", (7,)),
         ("-1", (-1,)),
         ([4, -2], (4, -2)),
     ],
@@ -24,7 +25,7 @@ def test_layers(text: Any, layers: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "1,,2", "3-1", "5,3-1", "1,1", "1-3,2", [], [1.5], [True]]
+    "text", ["", "a", "1,,2", "3-1", "1,1", "1-3,2", "5,3-1", "0-99999", "1-2-3", [], [1.5], [True]]
 )
 def test_what_is_no_list_of_layers(text: Any) -> None:
     with pytest.raises(ValueError):

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "npt_fast"
 
 # part of the library -> the parts it may import, besides itself
 ALLOWED = {
-    "config": {"paths"},
+    "config": {"errors", "paths"},
     "errors": set[str](),
     "tables": set[str](),
     "paths": {"errors"},

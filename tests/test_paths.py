@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,9 +13,15 @@ from pathlib import Path
 import pytest
 
 import npt_fast as npt
-from npt_fast.errors import PathError
+from npt_fast.cli.shell_commands import read_script
+from npt_fast.errors import NPTError, PathError
+from npt_fast.hf.base_model import load_base_model
 from npt_fast.paths import expand, path_list, user_path
+from npt_fast.training.data import TokenWindows
+from npt_fast.transfer import check, journal, report
+from npt_fast.transfer.session import Session
 from tests.checkpoints import layer_weights, read_weights, write_checkpoint
+from tests.transfer import models
 
 
 @pytest.fixture
@@ -34,7 +41,8 @@ def test_the_home_directory(home: Path) -> None:
     assert expand("~/a:11") == f"{home}/a:11"
     assert user_path(Path("~")) == home
     assert user_path("~root/x") == Path("/root/x")
-    assert user_path("./~/a~") == Path("~/a~")  # a file of that name, as in a shell
+    # a folder of that name, as in a shell; also when the path passes a second time
+    assert user_path(user_path("./~/a~")) == Path.cwd() / "~" / "a~"
 
 
 @pytest.mark.parametrize("given", ["", " ", "\t\n", "a\0b", "~nosuchuser/x", "~nosuchuser"])
@@ -140,6 +148,75 @@ def test_names_that_are_not_utf_8(tmp_path: Path, checkpoint: Path) -> None:
     npt.merge(path, out, verify=True)
     assert npt.verify(out).compared == 9
     npt.inspect(out).to_dict()
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    """With one modulation, named x."""
+    session = Session(models.converted(layers=(1, 2)), models.tokenizer)
+    session.extract("x", "a blue boat")
+    return session
+
+
+WRITE: dict[str, Callable[[Session, str], object]] = {
+    "save": lambda session, path: npt.save(session.model, path),
+    "modulation": lambda session, path: session.modulation("x").save(path),
+    "session": lambda session, path: session.save(path),
+    "lora": lambda session, path: npt.export_lora(session.modulation("x"), session.model, path),
+    "report": lambda _, path: report.write("<p>", path),
+    "junit": lambda _, path: check.write_junit([], path, "facts"),
+    "journal": lambda _, path: journal.Journal(path, {}).close(),
+}
+READ: dict[str, Callable[[Session, str], object]] = {
+    "load": lambda session, path: npt.load(session.model, path),
+    "modulation": lambda _, path: npt.load_modulation(path),
+    "session": lambda session, path: session.load(path),
+    "facts": lambda _, path: check.read_facts(path),
+    "journal": lambda _, path: journal.read(path),
+    "script": lambda _, path: read_script(path),
+    "base-model": lambda _, path: load_base_model(f"{path}.gguf"),
+    "base-model-folder": lambda _, path: load_base_model(path),
+    "text": lambda _, path: TokenWindows(path, models.tokenizer, max_length=8),
+}
+
+
+@pytest.mark.parametrize("use", WRITE)
+def test_everything_is_written_to_the_home_directory(
+    use: str, session: Session, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home.parent)
+    WRITE[use](session, "~/out")
+    assert os.listdir(home) == ["out"]
+    assert os.listdir() == ["home"]
+
+
+@pytest.mark.parametrize("use", READ)
+def test_everything_is_read_from_the_home_directory(use: str, session: Session, home: Path) -> None:
+    """What is looked for there, and missed."""
+    with pytest.raises(NPTError, match=rf"{re.escape(str(home / 'none'))}|~/none"):
+        READ[use](session, "~/none")
+
+
+WAYS = [
+    (way, use, obstacle)
+    for way, uses in (("write", WRITE), ("read", READ))
+    for use in uses
+    for obstacle in OBSTACLES
+    if obstacle != "not UTF-8"  # that is no obstacle to writing
+    and (way, use, obstacle) != ("write", "modulation", "circle of links")  # it replaces the link
+]
+
+
+@pytest.mark.parametrize(("way", "use", "obstacle"), WAYS)
+def test_obstacles_everywhere(
+    way: str, use: str, obstacle: str, session: Session, tmp_path: Path
+) -> None:
+    path = obstacles(tmp_path)[obstacle]
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(NPTError) as caught:
+        (WRITE if way == "write" else READ)[use](session, str(path))
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.digests import DIGESTS, TensorDigest, read_digests
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
@@ -19,9 +21,9 @@ from npt_fast.checkpoint.tensor_source import (
     open_tensors,
 )
 from npt_fast.checkpoint.training_state import MULTI_LAYER_STATE, TRAINING_STATE
-from npt_fast.config import parse_layers
-from npt_fast.errors import CheckpointError
-from npt_fast.paths import exists, expand, is_directory, path_errors, user_path
+from npt_fast.config import layer_indices
+from npt_fast.errors import CheckpointError, MergeError
+from npt_fast.paths import expand, path_errors
 
 CONFIG = "config.json"
 NPT_CONFIG = "npt_config.json"
@@ -41,6 +43,7 @@ _FILES = {
     DIGESTS,
 }
 _OWN_SHARD = re.compile(r"npt_weights-[0-9]+-of-[0-9]+\.safetensors")
+_SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9][0-9, -]*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,6 @@ class Checkpoint:
 
     Attributes:
         given: path as the user wrote it, without a selection and with ``~`` replaced.
-        located: the directory or weights file that it stands for.
         directory: folder of the small files; None for bare weights.
         notes: where it was found, if not where it was looked for; weights that were not read.
         weights: the tensors.
@@ -80,7 +82,6 @@ class Checkpoint:
     """
 
     given: str
-    located: Path
     directory: Path | None
     notes: tuple[str, ...]
     weights: TensorSource
@@ -161,40 +162,35 @@ def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
     """``"A:5,11-13"`` -> path and layers; a path that exists as it stands is all path.
 
     Raises:
-        CheckpointError: what follows the colon selects no layers.
+        MergeError: what follows the colon looks like layers and is none.
+        PathError: it is no path.
     """
-    path, _, layers = given.rpartition(":")
-    with path_errors(given, CheckpointError):
-        if not path or exists(user_path(given)):
-            return given, None
-        try:
-            return path, parse_layers(layers)
-        except ValueError as error:
-            if not exists(user_path(path)):
-                return given, None  # the colon belongs to a path where nothing is
-            raise CheckpointError(f"{given}: {error}") from None
+    match = _SELECTION.fullmatch(given)
+    # a list of many layers is too long for a name: whatever forbids to look, the path alone tells
+    if match is None or os.path.lexists(expand(given)):
+        return given, None
+    try:
+        return match["path"], tuple(layer_indices(match["layers"]))
+    except ValueError as error:
+        raise MergeError(f"{given:.200}: there is no such path, and {error}") from None
 
 
-def open_checkpoint(given: str | Path, *, newest: bool = False) -> Checkpoint:
+def open_checkpoint(given: str | Path) -> Checkpoint:
     """Open the checkpoint at a path.
-
-    Args:
-        given: the path.
-        newest: whether the folder of a run stands for its newest checkpoint.
 
     Raises:
         CheckpointError: nothing there, or anything in it is broken, unsafe or incomplete.
         PathError: it is no path.
     """
     given = expand(given)
-    path, note = locate_checkpoint(given, newest=newest)
-    with path_errors(path, CheckpointError):
-        return _open(given, path, note)
+    with path_errors(given, CheckpointError):
+        return _open(given)
 
 
-def _open(given: str, path: Path, note: str) -> Checkpoint:
+def _open(given: str) -> Checkpoint:
+    path, note = locate_checkpoint(given)
     weights = open_tensors(path)
-    if is_directory(path):
+    if paths.is_directory(path):
         directory: Path | None = path
     else:  # a file of the usual name belongs to the folder around it
         directory = (
@@ -205,7 +201,7 @@ def _open(given: str, path: Path, note: str) -> Checkpoint:
     small: dict[str, Mapping[str, Any]] = {}
     unread: dict[str, str] = {}
     for name in (CONFIG, NPT_CONFIG, MERGE_SUMMARY):
-        if directory is None or not exists(directory / name):
+        if directory is None or not paths.exists(directory / name):
             continue
         try:
             small[name] = strict_json.read_foreign(directory / name)
@@ -230,7 +226,6 @@ def _open(given: str, path: Path, note: str) -> Checkpoint:
     modules = collect_modules(weights.tensors, str(weights.path))
     return Checkpoint(
         given,
-        path,
         directory,
         tuple(line for line in (note, weights.note) if line),
         weights,

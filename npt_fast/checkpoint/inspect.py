@@ -14,6 +14,7 @@ from npt_fast.checkpoint.numbers import count_non_finite, read_number, sum_of_sq
 from npt_fast.checkpoint.plan import plan_merge
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.tensor_source import newest_checkpoint
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,
@@ -21,8 +22,8 @@ from npt_fast.checkpoint.training_state import (
     read_training_state,
 )
 from npt_fast.config import MergeOptions
-from npt_fast.errors import NPTError
-from npt_fast.paths import path_list
+from npt_fast.errors import CheckpointError, NPTError
+from npt_fast.paths import path_errors, path_list, user_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class CheckpointReport:
         multi_layer_state: curriculum.
         files: size of every file in the directory.
         problems: parts that could not be read, one line each.
-        notes: where the checkpoint was found.
+        notes: where the checkpoint was found; which weights were not read.
     """
 
     path: str
@@ -152,13 +153,18 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     """Describe a checkpoint.
 
     Args:
-        path: checkpoint directory or weights file, or the folder of a run: its newest checkpoint.
+        path: checkpoint directory or weights file, or the folder of a training run, of which the
+            newest checkpoint is described.
         values: also read the data, for norms and NaN counts.
 
     Raises:
         CheckpointError: there is no readable NPT checkpoint.
     """
-    checkpoint = open_checkpoint(path, newest=True)
+    run = user_path(path)
+    with path_errors(run, CheckpointError):
+        newest = newest_checkpoint(run)
+    notes = [f"{run}: using {newest}, the newest checkpoint of this run"] if newest else []
+    checkpoint = open_checkpoint(newest or path)
     problems = list(checkpoint.unread.values())
     training = multi_layer = None
     files: dict[str, int] = {}
@@ -172,10 +178,11 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
         except NPTError as error:
             problems.append(str(error))
         try:
-            entries = sorted(checkpoint.directory.iterdir())
-            files = {entry.name: entry.lstat().st_size for entry in entries}
-        except OSError as error:
-            problems.append(f"{checkpoint.path}: its files cannot be listed: {error.strerror}")
+            with path_errors(checkpoint.directory, CheckpointError):
+                entries = sorted(checkpoint.directory.iterdir())
+                files = {entry.name: entry.lstat().st_size for entry in entries}
+        except CheckpointError as error:
+            problems.append(f"{error}; its files cannot be listed")
     layers = [_layer(checkpoint, module, values) for module in checkpoint.modules.values()]
     modulations = {info.modulation for info in layers}
     num_ranks = {info.num_ranks for info in layers}
@@ -203,7 +210,7 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
         multi_layer_state=multi_layer,
         files=files,
         problems=problems,
-        notes=list(checkpoint.notes),
+        notes=[*notes, *checkpoint.notes],
     )
 
 

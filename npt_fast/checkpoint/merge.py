@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
 from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint, is_checkpoint_file
@@ -21,7 +22,7 @@ from npt_fast.checkpoint.source_file import filesystem_type
 from npt_fast.checkpoint.tensor_source import WEIGHTS
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import MergeError, StorageError, VerificationError
-from npt_fast.paths import exists, is_directory, path_errors, path_list, user_path
+from npt_fast.paths import path_errors, path_list, user_path
 
 if TYPE_CHECKING:
     from npt_fast.checkpoint.verify import VerifyReport
@@ -43,8 +44,8 @@ def merge(
     """Merge NPT checkpoints into one.
 
     Args:
-        checkpoints: checkpoint directories or weight files, or one of them; ``"A:5,11-13"``
-            takes those layers of A.
+        checkpoints: checkpoint directories or weight files, or one of them; ``"A:11,13"`` takes
+            those layers of A.
         output: directory to write; it appears complete or not at all.
         verify: compare every tensor with its source before the output appears, and record digests.
         force: replace an existing checkpoint, whole. What is no checkpoint, or holds other files,
@@ -64,8 +65,8 @@ def merge(
     options = options or MergeOptions()
     target = user_path(output)
     plan = plan_merge(path_list(checkpoints), options)
-    check_target(target, [item.checkpoint for item in plan.inputs], force=force)
     with path_errors(target, MergeError):
+        check_target(target, [item.checkpoint for item in plan.inputs], force=force)
         expected, free, needed = _space(plan, target)
     if dry_run:
         return report_of(plan, target, expected, free, needed, started, dry_run=True)
@@ -89,7 +90,8 @@ def merge(
         summary = strict_json.dump(summary_of(plan, target, digests))
         _write_file(BytesFile(MERGE_SUMMARY, summary), staged.path, mover, lambda count: None)
         strict_json.read_object(staged.path / MERGE_SUMMARY)
-        check_target(target, [item.checkpoint for item in plan.inputs], force=force)  # still
+        if force and paths.exists(target):
+            check_replaced(target)  # still
         staged.publish()
         if proof is not None:
             proof.path = str(target)
@@ -104,12 +106,6 @@ def merge(
 
 def check_target(target: Path, inputs: Sequence[Checkpoint], *, force: bool) -> None:
     """Raise MergeError if the output may not be put at `target`."""
-    with path_errors(target, MergeError):
-        _check_place(target, inputs)
-        _check_replaced(target, force)
-
-
-def _check_place(target: Path, inputs: Sequence[Checkpoint]) -> None:
     real = Path(os.path.realpath(target))
     for checkpoint in inputs:
         source = Path(os.path.realpath(checkpoint.path))
@@ -122,26 +118,26 @@ def _check_place(target: Path, inputs: Sequence[Checkpoint]) -> None:
             raise MergeError(
                 f"{target}: contains the input {checkpoint.given}; choose another --output"
             )
-    above = next(folder for folder in real.parents if exists(folder))
-    if not is_directory(above):
+    above = next(folder for folder in real.parents if folder.exists())
+    if not above.is_dir():
         raise MergeError(f"{target}: {above} is not a directory; nothing was written")
+    if paths.exists(target):
+        if not force:
+            raise MergeError(f"Output path already exists: {target}. Use --force to overwrite.")
+        check_replaced(target)
 
 
-def _check_replaced(target: Path, force: bool) -> None:
-    if not exists(target):
-        return
-    if not force:
-        raise MergeError(f"Output path already exists: {target}. Use --force to overwrite.")
-    if not is_directory(target):
+def check_replaced(target: Path) -> None:
+    """Raise MergeError unless what is at `target` is a checkpoint and nothing else, or empty."""
+    if not paths.is_directory(target):
         raise MergeError(f"{target}: is not a directory; --force replaces checkpoints only")
     names = sorted(os.listdir(target))
-    foreign = [n for n in names if not is_checkpoint_file(n) or is_directory(target / n)]
-    if not names:
-        return
-    if not set(WEIGHTS) & set(names):
+    foreign = [n for n in names if not is_checkpoint_file(n) or paths.is_directory(target / n)]
+    if names and not set(WEIGHTS) & set(names):
+        holds = f", but {_listed(foreign)}" if foreign else ""
         raise MergeError(
-            f"{target}: holds no NPT weights{', but ' + _listed(foreign) if foreign else ''}, so "
-            "it is no checkpoint; --force replaces checkpoints only: choose another --output"
+            f"{target}: holds no NPT weights{holds}, so it is no checkpoint; "
+            "--force replaces checkpoints only: choose another --output"
         )
     if foreign:
         raise MergeError(
@@ -156,12 +152,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _same_file(a: Path, b: Path) -> bool:
-    return any(exists(p) and exists(a) and p.samefile(a) for p in (b, *b.parents))
+    return any(p.exists() and a.exists() and p.samefile(a) for p in (b, *b.parents))
 
 
 def _space(plan: MergePlan, target: Path) -> tuple[dict[str, int], int, int]:
     """Expected ways, free bytes and needed bytes on the target's file system."""
-    parent = next(p for p in Path(os.path.realpath(target)).parents if exists(p))
+    parent = next(p for p in Path(os.path.realpath(target)).parents if p.exists())
     kinds = plan.bytes_by_kind()
     cloned = kinds["cloneable"] if _can_clone(plan, parent) else 0
     expected = {

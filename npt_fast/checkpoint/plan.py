@@ -129,7 +129,7 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
     """Decide what goes where.
 
     Args:
-        checkpoints: paths, each with an optional selection of layers (``"A:5,11-13"``).
+        checkpoints: paths, each with an optional selection of layers (``"A:11,13"``).
         options: how to merge.
 
     Raises:
@@ -183,7 +183,7 @@ def _open_input(given: str, options: MergeOptions, warnings: list[str]) -> Merge
         for layer in selection:
             if layer not in checkpoint.modules:
                 raise MergeError(f"{path}: has no layer {layer}, only {list(layers)}")
-        layers = tuple(sorted(selection))
+        layers = tuple(sorted(set(selection)))
     state = multi_layer = None
     if checkpoint.directory is not None and not options.weights_only:
         with _bad_state(options, warnings, "its layers start with a fresh optimizer"):
@@ -366,9 +366,10 @@ def _config_file(
         config = item.checkpoint.config
         if config is None:
             continue
-        data = strict_json.dump({**config, "merge_info": merge_info}, allow_nan=True)
+        where = f"{item.checkpoint.path / CONFIG} with its merge_info"
         try:  # indented, it may be longer than what was read
-            strict_json.parse_foreign(data, f"{item.checkpoint.path / CONFIG} with its merge_info")
+            data = strict_json.dump({**config, "merge_info": merge_info}, where, allow_nan=True)
+            strict_json.parse_foreign(data, where)
         except CheckpointError as error:
             warnings.append(f"{error}; the file is not used")
             continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from npt_fast.checkpoint.dtypes import CASTABLE, DType
@@ -107,9 +107,21 @@ class Recipe:
             else:
                 yield from reader.windows(source.file, source.offset, source.nbytes)
             return
+        if len(self.shape) > 2 and self.source is not None and self.source.strides is not None:
+            for index in range(self.shape[0]):
+                yield from self._slice(self.source, index).windows()
+            return
         rows, columns = self._as_matrix()[:2]
         for r0, r1, c0, c1 in _tiles(rows, columns):
             yield self._tile(r0, r1, c0, c1)
+
+    def _slice(self, source: TensorEntry, index: int) -> Recipe:
+        """What is at one index of the first axis."""
+        step, *strides = source.strides or dense_strides(source.shape)
+        offset = source.offset + index * step * source.dtype.itemsize
+        shape = source.shape[1:]
+        part = replace(source, shape=shape, offset=offset, strides=tuple(strides))
+        return replace(self, shape=shape, source=part)
 
     def _as_matrix(self) -> tuple[int, int, int, int, tuple[int, int]]:
         """Rows and columns of the output, then of the source, and the source's strides."""
@@ -119,8 +131,6 @@ class Recipe:
             return rows, columns, 0, 0, (0, 0)
         if source.strides is None and source.shape == self.shape:
             return 1, source.numel, 1, source.numel, (source.numel, 1)
-        if len(self.shape) > 2:
-            raise MergeError(f"{self.name}: strided with {len(self.shape)} axes; save a clone()")
         rows, columns = (1, 1, *self.shape)[-2:]
         source_rows, source_columns = (1, 1, *source.shape)[-2:]
         row_step, column_step = (0, 0, *(source.strides or dense_strides(source.shape)))[-2:]

@@ -134,10 +134,18 @@ def build_header(
         metadata: strings for ``__metadata__``.
         alignment: a power of two.
         phase: a multiple of 8 below `alignment`.
+
+    Raises:
+        CheckpointError: the header exceeds what the format allows.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name, dtype, shape, begin, end in tensors:
         header[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * ((phase - 8 - len(text)) % alignment)
+    if len(text) > MAX_BYTES:
+        raise CheckpointError(
+            f"a safetensors header of {len(text):,} bytes for {len(header) - 1:,} tensors; the "
+            f"format allows {MAX_BYTES:,}: choose a smaller --max-shard-size, or --format pt"
+        )
     return struct.pack("<Q", len(text)) + text

@@ -158,15 +158,21 @@ def _read(path: Path) -> bytes:
     return file.read(0, file.size)
 
 
-def dump(value: dict[str, Any], *, allow_nan: bool = False) -> bytes:
+def dump(
+    value: dict[str, Any], where: str = "a JSON document", *, allow_nan: bool = False
+) -> bytes:
     """The bytes we write: indented, UTF-8, keys in the given order, a newline at the end.
 
     Args:
         value: what to write.
+        where: file, for messages.
         allow_nan: write NaN and infinity as Python does; only `parse_foreign` reads them.
 
     Raises:
         ValueError: a number is not finite.
+        CheckpointError: over 100 MB, which could not be read again.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
-    return text.encode("utf-8", "backslashreplace")  # a path that is not Unicode becomes \\udcxx
+    data = text.encode("utf-8", "backslashreplace")  # a path that is not Unicode becomes \\udcxx
+    _check_size(len(data), where)
+    return data

@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from npt_fast import paths
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.run_folder import any_checkpoints
 from npt_fast.checkpoint.safetensors_file import read_safetensors
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
 from npt_fast.checkpoint.torch_pickle import TensorRef
 from npt_fast.checkpoint.torch_zip import TorchZip, read_torch_zip
+from npt_fast.checkpoint.training_run import BEST, CHECKPOINTS, FINAL, checkpoints_in
 from npt_fast.errors import CheckpointError
-from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
+from npt_fast.paths import path_errors, user_path
 
 PT_WEIGHTS = "npt_weights.pt"
 SAFETENSORS_WEIGHTS = "npt_weights.safetensors"
@@ -52,15 +53,11 @@ class TensorSource:
     note: str = ""
 
 
-def locate_checkpoint(given: str | Path, *, newest: bool = False) -> tuple[Path, str]:
+def locate_checkpoint(given: str | Path) -> tuple[Path, str]:
     """Where the checkpoint that a user calls `given` really is, and a note if it is elsewhere.
 
     The guide leaves out the ``checkpoints/`` folder that training puts its checkpoints in, so
     ``run/checkpoint-800`` also stands for ``run/checkpoints/checkpoint-800``.
-
-    Args:
-        given: the path; ``~`` is expanded.
-        newest: whether the folder of a run stands for its newest checkpoint.
 
     Raises:
         CheckpointError: nothing there, or the system refuses to say.
@@ -68,28 +65,47 @@ def locate_checkpoint(given: str | Path, *, newest: bool = False) -> tuple[Path,
     """
     path = user_path(given)
     with path_errors(path, CheckpointError):
-        return _locate(path, newest)
+        return _locate(path)
 
 
-def _locate(path: Path, newest: bool) -> tuple[Path, str]:
-    if is_file(path) or find_weights(path):
+def _locate(path: Path) -> tuple[Path, str]:
+    if paths.is_file(path) or find_weights(path):
         return path, ""
-    nested = path.parent / "checkpoints" / path.name
+    nested = path.parent / CHECKPOINTS / path.name
     if find_weights(nested):
         return nested, f"{path}: using {nested}"
-    if not exists(path):
+    if not paths.exists(path):
         raise CheckpointError(f"Checkpoint not found: {path}")
-    if is_directory(path) and (run := any_checkpoints(path)):
-        last = list(run.values())[-1]
-        if not newest:
-            raise CheckpointError(f"{path}: is a run; name one of its checkpoints, such as {last}")
-        count = "its only checkpoint" if len(run) == 1 else f"the newest of {len(run)} checkpoints"
-        return last, f"{path}: using {last}, {count}"
+    if newest := newest_checkpoint(path):
+        raise CheckpointError(
+            f"{path}: is the folder of a run; name a checkpoint of it, such as {newest}"
+        )
     similar = sorted(file.name for file in path.glob("*npt_weights*"))
     raise CheckpointError(
         f"NPT weights not found at {path}: expected {PT_WEIGHTS} or {SAFETENSORS_WEIGHTS} in it"
         + (f"; it holds {similar[0]:.80}" if similar else "")
     )
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint in the folder of a training run, or in its ``checkpoints`` folder.
+
+    Returns:
+        The one with the highest step among those that hold weights; ``final`` or ``best`` where
+        these are all that is left. None where `run` is itself a checkpoint, or no run.
+
+    Raises:
+        CheckpointError: a folder cannot be listed, or holds weights in two formats.
+        OSError: the system refuses to say what is there.
+    """
+    if find_weights(run):
+        return None
+    for folder in (run / CHECKPOINTS, run):
+        by_step = reversed(checkpoints_in(folder).values())
+        for checkpoint in (*by_step, folder / FINAL, folder / BEST):
+            if find_weights(checkpoint):
+                return checkpoint
+    return None
 
 
 def find_weights(directory: Path) -> Path | None:
@@ -100,7 +116,7 @@ def find_weights(directory: Path) -> Path | None:
         OSError: the system refuses to say what is there.
     """
     # also a broken link or a folder of that name: opening it says what is wrong
-    present = [name for name in WEIGHTS if exists(directory / name)]
+    present = [name for name in WEIGHTS if paths.exists(directory / name)]
     if len(present) > 1 and present != [PT_WEIGHTS, _ACCUMULATED]:
         names = " and ".join(present)
         raise CheckpointError(f"{directory}: holds {names}; name the file that you mean")
@@ -113,13 +129,13 @@ def open_tensors(path: Path) -> TensorSource:
     Raises:
         CheckpointError: nothing there, or a file that is broken, unsafe or ambiguous.
     """
-    weights = path if is_file(path) else find_weights(path)
+    weights = path if paths.is_file(path) else find_weights(path)
     if weights is None:
         raise CheckpointError(f"NPT weights not found at {path}")
     note = ""
     if weights != path and weights.name == PT_WEIGHTS:
         other = weights.with_name(_ACCUMULATED)
-        if exists(other):
+        if paths.exists(other):
             note = f"{path}: using {PT_WEIGHTS}; to use {_ACCUMULATED} beside it, name that file"
     if weights.name.endswith(".index.json"):
         return _open_shards(weights)

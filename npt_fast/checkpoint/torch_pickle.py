@@ -141,11 +141,13 @@ class _Machine:
         """As `fail`, with the keys that lead to the value which is being read."""
         keys: list[str] = []
         candidate: str | None = None
-        for item in [*self.stack, _MARK]:
+        in_list = False
+        for before, item in zip([None, *self.stack], [*self.stack, _MARK], strict=True):
             if item is _MARK:  # what follows is inside the value of the last key
                 keys += [candidate] if candidate is not None else []
                 candidate = None
-            elif type(item) is str:
+                in_list = type(before) is list
+            elif type(item) is str and not in_list:
                 candidate = item
             elif not isinstance(item, (dict, list, _Global)):
                 candidate = None
@@ -255,7 +257,7 @@ class _Machine:
     def long(self) -> None:
         size = self.byte()
         if size > 16:
-            raise self.fail(f"an integer of {size} bytes is too long")
+            raise self.refuse(f"an integer of {size} bytes is too long")
         self.stack.append(int.from_bytes(self.take(size), "little", signed=True))
 
     def tuple_of(self, count: int) -> None:
@@ -404,7 +406,7 @@ class _Machine:
 
     def numpy_dtype(self, code: Any, align: Any, copy: Any) -> _NumpyDType:
         if type(code) is not str or code not in _NUMPY_SCALARS:
-            raise self.fail("a numpy value of an unknown type; refused")
+            raise self.refuse("a numpy value of an unknown type; refused")
         return _NumpyDType(code)
 
     def numpy_scalar(self, dtype: Any, raw: Any) -> float | int | bool:

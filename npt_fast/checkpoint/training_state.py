@@ -28,6 +28,7 @@ _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 _OPTIMIZER = "optimizer_state_dict"
 _MAX_DEPTH = 64
 _MAX_KEY = 80  # characters of each key in a tensor's name
+_MOMENT = re.compile(rf"optimizer\.[0-9]+\.({'|'.join(sorted(_MOMENTS))})")
 _DIGITS = re.compile(r"0|[1-9][0-9]{0,17}")
 
 SlotState = Mapping[str, TensorEntry | float | int]
@@ -97,14 +98,17 @@ def read_multi_layer_state(path: Path) -> dict[str, Any] | None:
         return None
     archive = read_torch_zip(SourceFile.of(path))
     state = archive.content
-    if not isinstance(state, dict) or not isinstance(state.get("layers_to_train"), list):
+    if not isinstance(state, dict) or "layers_to_train" not in state:
         raise CheckpointError(f"{path}: has no layers_to_train; not a multi-layer state")
+    state = _bound(state, archive, "")
+    entry = next(_entries(state), None)
+    if entry is not None:
+        raise CheckpointError(f"{path}: {entry.name}: is a tensor, plain data expected")
+    if not isinstance(state["layers_to_train"], (list, tuple)):
+        raise CheckpointError(f"{path}: its layers_to_train are not a list")
     weights = state.get("layer_weights", {})
     if not isinstance(weights, dict):
         raise CheckpointError(f"{path}: its layer_weights are not a mapping")
-    state = _bound(state, archive, "")
-    if next(_entries(state), None) is not None:
-        raise CheckpointError(f"{path}: holds a tensor; not a multi-layer state")
     by_layer: dict[int, Any] = {}
     for key, weight in weights.items():
         layer = _layer(key, f"{path}: layer_weights")
@@ -115,21 +119,24 @@ def read_multi_layer_state(path: Path) -> dict[str, Any] | None:
 
 
 def _layer(value: Any, where: str) -> int:
-    number = _whole_number(value)
-    if number is None and isinstance(value, str) and _DIGITS.fullmatch(value):
-        number = int(value)
+    number = _whole_number(_key(value))
     if number is None:
         raise CheckpointError(f"{where}: {value!r:.80} is not the index of a layer")
     return number
 
 
+def _key(value: Any) -> Any:
+    """A key as it was before JSON made text of it."""
+    return int(value) if isinstance(value, str) and _DIGITS.fullmatch(value) else value
+
+
 def _whole_number(value: Any) -> int | None:
-    """A number from 0 on, also as 800.0 or in a tensor; None for anything else."""
+    """A number from 0 to 2^63 - 1, also as 800.0 or in a tensor; None for anything else."""
     if isinstance(value, TensorEntry) and value.numel == 1:
         value = read_number(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if type(value) is int and value >= 0 else None
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
 def _bound(
@@ -166,6 +173,11 @@ def _bound(
     return bound
 
 
+def is_moment(name: str) -> bool:
+    """Whether a tensor of this name is one of the optimizer's moments, which must be finite."""
+    return _MOMENT.fullmatch(name) is not None
+
+
 def _entries(content: Any) -> Iterator[TensorEntry]:
     """Tensors in nested data, in the order in which they are written."""
     pending = [content]
@@ -197,7 +209,10 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
         )
     step = _whole_number(content["global_step"])
     if step is None:
-        raise fail(f"its global_step is {content['global_step']!r:.80}, not a number of steps")
+        found = content["global_step"]
+        if isinstance(found, TensorEntry):
+            found = f"a tensor ({found.dtype.name}{list(found.shape)})"
+        raise fail(f"its global_step is {found!s:.80}, not a number of steps")
     content["global_step"] = step
     if optimizer is None:
         return TrainingState(path, step, content, None, {}, archive.header)
@@ -217,6 +232,8 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
     if not isinstance(params, list) or len(params) != len(slots):
         count = len(params) if isinstance(params, list) else 0
         raise fail(f"its optimizer has {count} parameters, the weights have {len(slots)}")
+    if not state.keys() <= set(params):
+        state = {_key(key): value for key, value in state.items()}
     if (
         any(type(index) is not int for index in params)
         or len(set(params)) < len(params)

@@ -43,6 +43,7 @@ from npt_fast.checkpoint.tensor_source import SAFETENSORS_INDEX, locate_checkpoi
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,
+    is_moment,
     read_training_state,
 )
 from npt_fast.config import MergeOptions, Progress
@@ -173,8 +174,9 @@ def _plan_again(checkpoint: Checkpoint, summary: Mapping[str, Any]) -> MergePlan
     if not isinstance(inputs, list) or not isinstance(options, dict):
         raise unknown
     base = ""
-    if isinstance(summary.get("working_directory"), str):
-        base = os.path.join(os.path.realpath(checkpoint.located), summary["working_directory"])
+    if isinstance(summary.get("working_directory"), str) and checkpoint.directory is not None:
+        place = os.path.realpath(checkpoint.directory)
+        base = os.path.normpath(os.path.join(place, summary["working_directory"]))
     specs = []
     for item in inputs:
         if not isinstance(item, dict):
@@ -182,7 +184,7 @@ def _plan_again(checkpoint: Checkpoint, summary: Mapping[str, Any]) -> MergePlan
         if not isinstance(item.get("path"), str):
             raise unknown
         # relative to where the merge was made, not to where somebody is today
-        path = os.path.normpath(os.path.join(base, item["path"]))
+        path = os.path.join(base, item["path"])
         layers = item.get("layers")
         if layers is None:
             selection = ""
@@ -236,7 +238,7 @@ class _Examination:
         self._digests = InOrder(self._counted(digests))
         self._recipes = InOrder(_recipes(plan))
         self._changed: Counter[str] = Counter()  # tensors that differ, by source
-        self._others = 0  # tensors that only one of output and sources has
+        self._unmatched: Counter[str] = Counter()  # tensors that only one of both has, by file
         self._headers = {h.file.path.name: _sha256(h) for h in checkpoint.weights.headers}
 
     def _counted(self, digests: Iterable[TensorDigest]) -> Iterator[tuple[tuple[str, str], str]]:
@@ -268,11 +270,14 @@ class _Examination:
         for source, count in self._changed.items():
             tensors = "1 tensor differs" if count == 1 else f"{count} tensors differ"
             report.notes.append(
-                f"{source} has changed since the merge ({tensors}); "
+                f"{source} has changed since the merge, or is another file ({tensors}); "
                 "the output equals its own records"
             )
-        if self._others:
-            report.notes.append("the sources hold other tensors than when they were merged")
+        for file, count in self._unmatched.items():
+            report.notes.append(
+                f"{file}: the sources have changed since the merge: {count} of the tensors are "
+                "only in it, or only in them"
+            )
 
     def check_files(self, expected: Mapping[str, Any]) -> None:
         """Hold what describes the tensors, and the small files, against their SHA-256."""
@@ -311,15 +316,15 @@ class _Examination:
                 yield self._check_of(file, "weights", entry, finite=True)
         for entry in self._state_entries():
             # hyperparameters may be infinite, as ReduceLROnPlateau's best is at first
-            moment = entry.name.startswith("optimizer.") and not entry.name.endswith(".step")
-            yield self._check_of(TRAINING_STATE, TRAINING_STATE, entry, finite=moment)
+            finite = is_moment(entry.name)
+            yield self._check_of(TRAINING_STATE, TRAINING_STATE, entry, finite=finite)
 
     def _check_of(self, file: str, kind: str, entry: TensorEntry, *, finite: bool) -> TensorCheck:
         recipe = self._recipes.take((kind, entry.name))
         if recipe is None and self.fresh:
             self.report.problems.append(f"{file}: {entry.name} comes from no source")
         elif recipe is None and self.plan is not None:
-            self._others += 1
+            self._unmatched[file] += 1
         recorded = self._digests.take((file, entry.name))
         return TensorCheck(file, entry, recipe, recorded, finite, self.fresh)
 
@@ -359,13 +364,18 @@ class _Examination:
         report.crcs_matched += outcome.crcs_matched
         report.problems += outcome.damage
         # a source that was damaged, or changed, after the merge is not the output's fault
-        blameless = outcome.proven and not self.fresh
+        source_damaged = bool(outcome.difference and outcome.source_damage and not outcome.damage)
+        blameless = not self.fresh and (outcome.proven or source_damaged)
         (report.notes if blameless else report.problems).extend(outcome.source_damage)
         if not outcome.difference:
             return
         source = check.recipe.source if check.recipe else None
-        if blameless:
+        if blameless and outcome.proven:
             self._changed[str(source.file.path) if source else "its recomputation"] += 1
+        elif blameless:
+            report.notes.append(
+                f"{check.file}: {check.entry.name}: neither its source nor a record proves it"
+            )
         elif self.fresh or outcome.damage:
             report.problems.append(outcome.difference)
         else:
@@ -384,7 +394,7 @@ class _Examination:
             if self.fresh:
                 missing[f"{kind}: {name}"] = ""
             else:
-                self._others += 1
+                self._unmatched[kind] += 1
         self.report.problems.extend(f"{what} is missing" for what in missing)
 
     def _check_shared_records(self) -> None:

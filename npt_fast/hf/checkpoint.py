@@ -25,6 +25,7 @@ from npt_fast.checkpoint.tensor_source import PT_WEIGHTS, SAFETENSORS_WEIGHTS
 from npt_fast.config import FileFormat, NPTConfig
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import Model, components, convert, decoder_layers
+from npt_fast.paths import exists, path_errors, user_path
 
 
 def load(model: Model, path: str | Path, *, layers: Sequence[int] | None = None) -> Model:
@@ -45,7 +46,7 @@ def load(model: Model, path: str | Path, *, layers: Sequence[int] | None = None)
         ModelError: it was trained on another base model, lacks one of `layers`, or a layer is
             converted differently.
     """
-    checkpoint = open_checkpoint(str(path))
+    checkpoint = open_checkpoint(path)
     check_base(model, checkpoint)
     chosen = list(checkpoint.modules) if layers is None else list(layers)
     for layer in chosen:
@@ -86,13 +87,15 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
 
     Raises:
         ModelError: the model has no NP layers, or the directory exists.
+        PathError: the output is no path.
     """
     converted = components(model)
     if not converted:
         raise ModelError("the model has no NP layers to save")
-    target = Path(output)
-    if os.path.lexists(target):
-        raise ModelError(f"{target}: exists already; choose another directory")
+    target = user_path(output)
+    with path_errors(target, ModelError):
+        if exists(target):
+            raise ModelError(f"{target}: exists already; choose another directory")
     weights = {
         f"layer_{layer}_np.{name}": tensor.cpu()
         for layer, component in converted.items()

@@ -26,6 +26,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from npt_fast.errors import DataError
+from npt_fast.paths import is_directory, is_file, path_errors, user_path
 
 Window = dict[str, Tensor]
 """``input_ids``: int64 ``(max_length,)``. ``attention_mask``: likewise, 0 on padding. ``window``:
@@ -119,11 +120,13 @@ def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
 
 
 def _find(source: str) -> list[str]:
-    path = Path(source).expanduser()
-    paths = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    found = [path] if path.is_file() else [path for path in paths if path.is_file()]
+    path = user_path(source)
+    with path_errors(path, DataError):
+        folder = is_directory(path)
+        paths = path.rglob("*") if folder else map(Path, glob.glob(str(path), recursive=True))
+        found = [path] if is_file(path) else [path for path in paths if is_file(path)]
     files = sorted(str(path) for path in found if path.suffix.lower() in _LOADERS)
-    if not files and not found and not path.is_dir():
+    if not files and not found and not folder:
         raise DataError(
             f"{source}: no such file or folder, and no file matches; give one, or one of "
             f"python-docs, {', '.join(_PRESETS)}"

@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Sequence
 from multiprocessing import connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 from npt_fast.checkpoint.merge import merge
 from npt_fast.config import TrainOptions
 from npt_fast.errors import NPTError, TrainingError
+from npt_fast.paths import user_path
 
 if TYPE_CHECKING:
     from npt_fast.training.train import TrainReport
@@ -60,8 +60,8 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
     A run that was stopped leaves every process at a step of its own; resumed from the run's folder,
     each goes on from there.
     """
-    from npt_fast.checkpoint.run_folder import checkpoints
-    from npt_fast.training.run_directory import FINAL, RunDirectory
+    from npt_fast.checkpoint.training_run import FINAL
+    from npt_fast.training.run_directory import RunDirectory, checkpoints
     from npt_fast.training.train import TrainReport, output_directory
 
     begun = time.monotonic()
@@ -74,7 +74,7 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
     for share in (options.layers[n::count] for n in range(count)):
         name = "layers_" + "-".join(map(str, share))
         start = options.resume_from
-        own = checkpoints(Path(start) / name) if start is not None else {}
+        own = checkpoints(user_path(start) / name) if start is not None else {}
         if options.max_steps in own:
             done.append(own[options.max_steps])
             continue

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
-from npt_fast.checkpoint.run_folder import checkpoints
+from npt_fast.checkpoint.training_run import CHECKPOINTS, checkpoints_in
 from npt_fast.errors import TrainingError
 
-BEST = "best"
-FINAL = "final"
 _REMOVED = ".removed"
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """Checkpoints of the run in `folder` by step, ascending."""
+    return checkpoints_in(folder / CHECKPOINTS)
 
 
 class RunDirectory:
@@ -50,9 +53,7 @@ class RunDirectory:
 
     def checkpoint(self, name: int | str) -> Path:
         """Where a checkpoint is: of a step, ``best`` or ``final``."""
-        return (
-            self.path / "checkpoints" / (f"checkpoint-{name}" if type(name) is int else str(name))
-        )
+        return self.path / CHECKPOINTS / (f"checkpoint-{name}" if type(name) is int else str(name))
 
     def checkpoints(self) -> Iterator[int]:
         """Steps of which there is a checkpoint, ascending."""
@@ -82,7 +83,7 @@ class RunDirectory:
         for step in steps[:-count]:
             path = self.checkpoint(step)
             path.rename(path.with_name(f".{path.name}{_REMOVED}"))  # never there in part
-        for path in self.path.glob(f"checkpoints/.checkpoint-*{_REMOVED}"):
+        for path in self.path.glob(f"{CHECKPOINTS}/.checkpoint-*{_REMOVED}"):
             shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:

@@ -20,19 +20,21 @@ from transformers import TrainingArguments
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from npt_fast.checkpoint.publish import disk_errors
+from npt_fast.checkpoint.training_run import FINAL
 from npt_fast.checkpoint.training_state import TrainingState
 from npt_fast.config import NPTConfig, TrainOptions, parse_size
 from npt_fast.errors import TrainingError, printable
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.checkpoint import load
 from npt_fast.hf.convert import components, convert, decoder_layers
+from npt_fast.paths import user_path
 from npt_fast.training.curriculum import parse_curriculum
 from npt_fast.training.data import TokenWindows
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate
 from npt_fast.training.launch import launch
 from npt_fast.training.metrics import Metrics
-from npt_fast.training.run_directory import FINAL, RunDirectory
+from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.state import read_state
 from npt_fast.training.trainer import NPTTrainer
 
@@ -171,7 +173,7 @@ def train_here(options: TrainOptions) -> TrainReport:
 def output_directory(options: TrainOptions) -> Path:
     """Where a run writes: ``experiments/<wandb_name>`` unless told otherwise (SPEC 5.1)."""
     if options.output_dir is not None:
-        return options.output_dir
+        return user_path(options.output_dir)
     name = options.wandb_name
     if name is None:
         base = re.sub(r"[^A-Za-z0-9._-]", "_", options.model_name.rstrip("/").split("/")[-1])

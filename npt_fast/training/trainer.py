@@ -24,6 +24,7 @@ from transformers import (
 
 from npt_fast.checkpoint.checkpoint import Checkpoint
 from npt_fast.checkpoint.publish import disk_errors
+from npt_fast.checkpoint.training_run import BEST
 from npt_fast.checkpoint.training_state import TrainingState
 from npt_fast.config import TrainOptions
 from npt_fast.errors import TrainingError
@@ -35,7 +36,7 @@ from npt_fast.training.data import TokenWindows
 from npt_fast.training.distillation import Distillation, Losses
 from npt_fast.training.evaluation import Evaluation, collate, evaluate_windows
 from npt_fast.training.metrics import Metrics
-from npt_fast.training.run_directory import BEST, RunDirectory
+from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.state import (
     gather_optimizer,
     gather_weights,

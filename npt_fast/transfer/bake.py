@@ -15,6 +15,7 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import decoder_layers
+from npt_fast.paths import exists, path_errors, user_path
 from npt_fast.transfer.modulation import Base, Modulation
 
 
@@ -94,9 +95,10 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
         TransferError: the folder exists.
     """
     modulation.check_base(model)
-    target = Path(output)
-    if target.exists():
-        raise TransferError(f"{target}: exists already; choose another folder")
+    target = user_path(output)
+    with path_errors(target, TransferError):
+        if exists(target):
+            raise TransferError(f"{target}: exists already; choose another folder")
     rank = modulation.terms
     tensors = {}
     for layer, name, (v_a, v_b) in modulation.walk():

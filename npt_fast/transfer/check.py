@@ -31,6 +31,7 @@ import yaml  # type: ignore[import-untyped]
 
 from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.errors import DataError, NPTError, TransferError, printable
+from npt_fast.paths import user_path
 from npt_fast.transfer.extract import extract, tokenize
 from npt_fast.transfer.generate import Sampling, continue_ids
 from npt_fast.transfer.inject import Mode, When, inject
@@ -169,7 +170,7 @@ def write_junit(outcomes: Sequence[Outcome], path: str | Path, suite: str) -> No
             lines = [printable(problem) for problem in outcome.problems]
             ElementTree.SubElement(case, "failure", message=lines[0]).text = "\n".join(lines)
     ElementTree.indent(root)
-    target = Path(path)
+    target = user_path(path)
     with disk_errors(target, TransferError):
         ElementTree.ElementTree(root).write(target, encoding="utf-8", xml_declaration=True)
 
@@ -180,7 +181,7 @@ def read_facts(path: str | Path) -> list[Fact]:
     Raises:
         FactsError: it cannot be read, or has mistakes, with all of them.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:

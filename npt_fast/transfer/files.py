@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from npt_fast.checkpoint import file_kind, strict_json
 from npt_fast.errors import CheckpointError, TransferError
+from npt_fast.paths import user_path
 from npt_fast.transfer.modulation import FORMAT, PROJECTIONS, VERSION, Base, Modulation, Terms
 
 
@@ -59,7 +60,7 @@ def load_modulation(path: str | Path) -> Modulation:
     Raises:
         CheckpointError: the file is none, is broken, or is of a later version.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix in (".pkl", ".pickle", ".pt"):
         raise CheckpointError(
             f"{path}: pickles can run code and are not read; extract the modulation again and "

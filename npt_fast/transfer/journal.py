@@ -12,6 +12,7 @@ from typing import Any
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.errors import CheckpointError, TransferError
+from npt_fast.paths import user_path
 
 FORMAT = "npt_session"
 VERSION = 1
@@ -42,8 +43,8 @@ class Journal:
         TransferError: the file exists, or cannot be written.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: str | Path, header: Mapping[str, Any]) -> None:
+        self.path = path = user_path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("x", encoding="utf-8", errors="backslashreplace")
@@ -73,7 +74,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         CheckpointError: the file is no log, or is broken.
     """
     try:
-        *lines, _ = Path(path).read_bytes().split(b"\n")
+        *lines, _ = user_path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     found = [

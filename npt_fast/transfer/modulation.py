@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from npt_fast.errors import ModelError, TransferError, printable
+from npt_fast.paths import user_path
 
 PROJECTIONS = ("gate", "up", "down")
 FORMAT = "npt_modulation"
@@ -207,7 +208,7 @@ class Modulation:
         """Write it as safetensors, its origin in the header; replaces a file in one step."""
         from npt_fast.transfer.files import save_modulation
 
-        save_modulation(self, Path(path))
+        save_modulation(self, user_path(path))
 
     @cached_property
     def description(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.errors import TransferError
+from npt_fast.paths import user_path
 from npt_fast.transfer.compare import Comparison, Sweep, Token
 
 _FULL = 2.0  # KL in nats that has the full colour
@@ -117,7 +118,7 @@ def write(html: str, path: str | Path) -> None:
     Raises:
         TransferError: the file cannot be written.
     """
-    target = Path(path)
+    target = user_path(path)
     with disk_errors(target, TransferError):
         target.write_text(html, encoding="utf-8")
 

@@ -19,6 +19,7 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.errors import CheckpointError, ModelError, TransferError, suggestion
 from npt_fast.hf.convert import components
+from npt_fast.paths import exists, is_directory, path_errors, user_path
 from npt_fast.transfer import bake as baking
 from npt_fast.transfer.compare import Comparison, Sweep, compare, sweep
 from npt_fast.transfer.expression import evaluate
@@ -363,9 +364,12 @@ class Session:
         Raises:
             TransferError: the folder exists and is not that of a session.
         """
-        target = Path(path)
-        if target.exists() and not _is_session(target):
-            raise TransferError(f"{target}: exists and is no saved session; choose another folder")
+        target = user_path(path)
+        with path_errors(target, TransferError):
+            if exists(target) and not _is_session(target):
+                raise TransferError(
+                    f"{target}: exists and is no saved session; choose another folder"
+                )
         files = {name: f"{number}.safetensors" for number, name in enumerate(self.state.shelf)}
         index = {
             FORMAT: VERSION,
@@ -395,8 +399,10 @@ class Session:
             CheckpointError: a file is missing, broken, or a pickle.
             ModelError: it is of another base model.
         """
-        source = Path(path)
-        if not source.is_dir():
+        source = user_path(path)
+        with path_errors(source, CheckpointError):
+            folder = is_directory(source)
+        if not folder:
             _refuse_pickle(source)
             name = source.name.removesuffix(".safetensors")
             self._keep(name, self._read(source), f"load {path}")
@@ -479,7 +485,7 @@ def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
 
 def _is_session(folder: Path) -> bool:
     """Whether it holds what `save` writes and nothing else, so that it may be replaced."""
-    if not folder.is_dir():
+    if not is_directory(folder):
         return False
     names = {file.name for file in folder.iterdir()}
     return _INDEX in names and all(n.endswith(".safetensors") for n in names - {_INDEX})

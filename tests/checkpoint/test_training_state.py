@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -604,6 +605,13 @@ SOUND: dict[str, dict[str, Any]] = {
         },
         "optimizer_state_dict": stepped(11),
     },
+    "rows and columns the other way round": {
+        "matrix": torch.randn(3, 4).T, "cube": torch.randn(2, 3, 4).permute(2, 0, 1),
+        "part": torch.randn(3, 4, 5)[1:, ::2, 1:4],
+    },
+    "an optimizer under another name": {
+        "optimizer": {"param_groups": [{"lr": torch.tensor(float("inf"))}]}
+    },
     "the step as a whole float": {"global_step": 800.0},
     "the step in a tensor": {"global_step": torch.tensor(800)},
     "the step in a bfloat16 tensor": {"global_step": torch.tensor(800, dtype=torch.bfloat16)},
@@ -640,12 +648,24 @@ def test_the_learning_rate_is_shown_wherever_it_stands(tmp_path: Path) -> None:
     assert report.training_state["optimizer"]["learning_rate"] == 0.125
 
 
-@pytest.mark.parametrize("step", [800.5, -1, True, "800", float("nan"), float("inf"), None,
+@pytest.mark.parametrize("step", [800.5, -1, True, "800", float("nan"), float("inf"), 1e300, None,
                                   torch.ones(2), torch.tensor(0.5)])  # fmt: skip
 def test_other_steps_are_refused_by_name(tmp_path: Path, step: Any) -> None:
     path = with_state(tmp_path / "a", 11, {"global_step": step})
-    with pytest.raises(npt.CheckpointError, match=r"training_state\.pt: its global_step is "):
+    shown = r"a tensor \(F32" if isinstance(step, Tensor) else re.escape(str(step))
+    told = rf"training_state\.pt: its global_step is {shown}.*, not a number of steps"
+    with pytest.raises(npt.CheckpointError, match=told):
         npt.merge([path], tmp_path / "out")
+
+
+def test_parameters_may_be_text_as_after_json(tmp_path: Path) -> None:
+    optimizer = stepped(11)
+    text = {**optimizer, "state": {str(n): own for n, own in optimizer["state"].items()}}
+    for name, state in (("numbers", optimizer), ("text", text)):
+        path = with_state(tmp_path / name, 11, {"global_step": 1, "optimizer_state_dict": state})
+        npt.merge([path], tmp_path / f"{name}-out", verify=True)
+    numbers, text = (load_state(tmp_path / f"{n}-out") for n in ("numbers", "text"))
+    assert repr(numbers["optimizer_state_dict"]) == repr(text["optimizer_state_dict"])
 
 
 def test_a_state_without_a_step_tells_its_keys(tmp_path: Path) -> None:
@@ -770,6 +790,9 @@ UNUSABLE: dict[str, tuple[Any, str]] = {
              "config.run.when: refers to datetime.date"),
     "path": ({"config": {"where": Path("x"), "y": 1}}, "config.where: refers to pathlib"),
     "in a list": ({"log": [1, {"a": 2, "at": datetime.date(2026, 1, 2)}]}, "log.at: refers to"),
+    "in a list of text": ({"log": ["a", "b", datetime.date(2026, 1, 2)]}, ": log: refers to"),
+    "a short number": ({"log": {"of": np.float16(1), "n": 1}}, "log.of: a numpy value of an"),
+    "a long number": ({"log": {"of": 1 << 200, "n": 1}}, "log.of: an integer of 26 bytes"),
     "array": ({"losses": np.zeros(3)}, "losses: refers to numpy"),
     "set": ({"seen": {1, 2}}, "seen: refers to"),
     "bytes": ({"raw": b"ab"}, "raw: is neither plain data nor a tensor"),
@@ -826,7 +849,7 @@ def test_a_bad_curriculum_can_be_skipped_alone(tmp_path: Path) -> None:
 # --- curricula that went through JSON
 
 
-@pytest.mark.parametrize("layers", [["11", "13"], [11.0, 13.0], ["11", 13]])
+@pytest.mark.parametrize("layers", [["11", "13"], [11.0, 13.0], ("11", 13)])
 @pytest.mark.parametrize("weights", [{"11": 0.25, "13": 0.5}, {11: 0.25, "13": 0.5},
                                      {"11": 0.25, 11: 0.25, 13: 0.5}])  # fmt: skip
 def test_layers_may_be_text(tmp_path: Path, layers: list[Any], weights: dict[Any, float]) -> None:
@@ -846,6 +869,9 @@ def test_layers_may_be_text(tmp_path: Path, layers: list[Any], weights: dict[Any
     ({"layers_to_train": [11], "layer_weights": {"11": 0.25, 11: 0.5}}, "layer 11 twice"),
     ({"layers_to_train": [11], "layer_weights": {"eleven": 1.0}}, "'eleven' is not the index"),
     ({"layers_to_train": [11], "layer_weights": {"-1": 1.0}}, "'-1' is not the index"),
+    ({"layers_to_train": "11"}, "layers_to_train are not a list"),
+    ({"layers_to_train": [11], "layer_weights": {11: torch.tensor(0.25)}},
+     "layer_weights.11: is a tensor"),
     ({"layers_to_train": [11.5]}, "11.5 is not the index of a layer"),
     ({"layers_to_train": [True]}, "True is not the index of a layer"),
 ])  # fmt: skip

@@ -211,7 +211,7 @@ def test_a_source_that_was_trained_on_is_a_note(
     assert report.passed, report.problems
     assert report.digests_matched == 27 * 4
     assert any(str(tmp_path / "in1") in note and "changed" in note for note in report.notes) or (
-        "the sources hold other tensors than when they were merged" in report.notes
+        any("the sources have changed since the merge: " in note for note in report.notes)
     )
     file = next(path.glob("npt_weights*.[ps]*t*"))
     flip_byte(file, file.stat().st_size // 2)
@@ -227,7 +227,7 @@ def test_one_changed_tensor_of_a_source_is_counted(tmp_path: Path) -> None:
     assert report.passed and report.compared == 27 * 4 - 1
     (note,) = report.notes
     source = tmp_path / "in1" / "npt_weights.pt"
-    assert note.startswith(f"{source} has changed since the merge (1 tensor differs)")
+    assert note.startswith(f"{source} has changed since the merge, or is another file (1 tensor")
 
 
 @pytest.mark.parametrize("damage", ["layer gone", "unreadable", "another base"])
@@ -263,6 +263,58 @@ def test_without_any_record_nobody_knows_which_side_changed(tmp_path: Path) -> N
         line.endswith("nothing recorded tells which of the two has changed")
         for line in report.problems
     )
+
+
+def damage_one(checkpoint: Path) -> str:
+    """Flip a byte of a tensor, without its CRC-32; the tensor's name."""
+    file = checkpoint / "npt_weights.pt"
+    name, tensor = list(read_weights(checkpoint).items())[4]
+    flip_byte(file, offset_of(file, tensor) + 2)
+    return name
+
+
+def test_a_source_damaged_since_is_not_the_outputs_fault(tmp_path: Path) -> None:
+    path = merged(tmp_path, verify=False, format="safetensors")
+    name = damage_one(tmp_path / "in1")
+    report = npt.verify(path)
+    assert report.passed and report.compared == 27 * 4 - 1
+    source = tmp_path / "in1" / "npt_weights.pt"
+    assert f"{source}: {name}: damaged, its CRC-32 differs" in report.notes
+    assert any(f"{name}: neither its source nor a record proves it" in n for n in report.notes)
+
+
+def test_what_was_copied_from_a_damaged_source_is_damaged(tmp_path: Path) -> None:
+    trained_checkpoint(tmp_path / "in1", 1)
+    name = damage_one(tmp_path / "in1")
+    options = npt.MergeOptions(format="safetensors")
+    npt.merge([tmp_path / "in1"], tmp_path / "out", options=options)
+    (problem,) = npt.verify(tmp_path / "out").problems
+    assert f"{name}: damaged, its CRC-32 differs" in problem
+
+
+def test_a_lost_source_state_names_its_file(tmp_path: Path) -> None:
+    path = merged(tmp_path)
+    (tmp_path / "in1" / "training_state.pt").unlink()
+    report = npt.verify(path)
+    assert report.passed and report.compared == 27 + 18 * 3
+    (note,) = report.notes
+    assert note.startswith("training_state.pt: the sources have changed since the merge: 27 of")
+
+
+def test_sources_are_found_whatever_names_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its weights file; through links, also with ``..`` behind one."""
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    for layer in (1, 2):
+        trained_checkpoint(tmp_path / "far" / str(layer), layer)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    monkeypatch.chdir(tmp_path)
+    npt.merge(["far/1", "link/../2"], "link/out", verify=True)
+    monkeypatch.chdir("/")
+    for name in ("link/out", "far/away/out", "far/away/out/npt_weights.pt"):
+        report = npt.verify(tmp_path / name)
+        assert report.passed and report.compared == 18 * 4, report.notes
 
 
 @pytest.mark.parametrize("whole_tree_moved", [False, True])

@@ -161,7 +161,7 @@ def test_other_ends(
 def test_our_own_bugs_are_not_hidden(
     capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(*arguments: object, **options: object) -> None:
+    def fail(*arguments: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr("npt_fast.checkpoint.inspect.open_checkpoint", fail)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from npt_fast.checkpoint.training_run import BEST, FINAL
 from npt_fast.errors import TrainingError
-from npt_fast.training.run_directory import BEST, FINAL, RunDirectory
+from npt_fast.training.run_directory import RunDirectory
 from tests.checkpoints import contents
 
 # opens a run's folder, says how that went, and stays until its input ends
