@@ -338,15 +338,15 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 def test_merging_onto_a_link_replaces_what_it_names(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "in", layer_weights(1))
     real = tmp_path / "elsewhere" / "real"
-    write_checkpoint(real, layer_weights(2))
-    stale = "npt_weights-00001-of-00002.safetensors"
-    (real / stale).write_bytes(b"old")
+    real.mkdir(parents=True)
+    for name in ("npt_weights.pt", "training_state.pt"):
+        (real / name).write_bytes(b"old")
     (tmp_path / "out").symlink_to("elsewhere/real")
     with pytest.raises(MergeError, match="already exists"):
         merge([checkpoint], tmp_path / "out")
     merge([checkpoint], tmp_path / "out", force=True)
     assert (tmp_path / "out").is_symlink()
-    assert stale not in names_in(real)
+    assert "training_state.pt" not in names_in(real)
     assert "npt_weights.pt" in names_in(real)
     assert names_in(real.parent) == ["real"]
 
