@@ -25,8 +25,11 @@ def is_gone(mark: str) -> bool:
     match = _OWNER.fullmatch(mark)
     if match is None or match["place"] != _place() or not Path("/proc/self/stat").exists():
         return False
-    start = _start(int(match["pid"], 16))
-    return start is None or start & 0xFFFFFFFFFF != int(match["start"], 16)
+    pid = int(match["pid"], 16)
+    start = _start(pid)
+    if start is None:
+        return not _runs(pid)
+    return start & 0xFFFFFFFFFF != int(match["start"], 16)
 
 
 def _place() -> str:
@@ -44,8 +47,19 @@ def _place() -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
 
 
+def _runs(pid: int) -> bool:
+    """Whether there is such a process, other users' too, which ``/proc`` may hide."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _start(pid: int) -> int | None:
-    """When a process was started, in clock ticks since the machine was; None if it is not there."""
+    """When a process was started, in clock ticks since the machine was; None if it is not seen."""
     try:
         status = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:

@@ -27,7 +27,10 @@ from npt_fast.checkpoint.source_file import on_network_filesystem
 from npt_fast.errors import MergeError, NPTError, StorageError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EINVAL}
+_NO_LOCKS = {
+    *(errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EINVAL),
+    errno.EBADF,  # of file systems that lock only what is open for writing, as no directory is
+}
 _ASIDE = "-old"
 _TOKEN = re.compile(r"(?P<owner>[0-9a-f]{24})?[0-9a-f]{6,12}")
 
@@ -104,9 +107,7 @@ class StagedDirectory:
         if self.replace and self.target.exists():
             _exchange(self.path, self.target)
             _sync_directory(self.target.parent)
-            shutil.rmtree(self.path, ignore_errors=True)
-            if self.path.exists():
-                self.left.append(self.path)
+            self._remove(self.path)
             return
         try:
             _rename_new(self.path, self.target)
@@ -134,14 +135,19 @@ class StagedDirectory:
                 os.rename(left, self.target)  # killed in the middle of `_exchange`
                 continue
             try:
-                lock = _lock(left)
+                fd = _lock(left)
             except OSError:
                 continue  # in use, or gone
             if locks_work or is_gone(match["owner"] or ""):
-                shutil.rmtree(left, ignore_errors=True)
+                self._remove(left)
             else:
                 self.left.append(left)
-            os.close(lock)
+            os.close(fd)
+
+    def _remove(self, left: Path) -> None:
+        shutil.rmtree(left, ignore_errors=True)
+        if left.exists():  # another user's
+            self.left.append(left)
 
 
 @contextmanager
@@ -161,19 +167,28 @@ def disk_errors(target: Path, kind: type[NPTError]) -> Iterator[None]:
         raise kind(f"{where}: {error.strerror or error}; nothing was written") from None
 
 
+def lock(fd: int) -> None:
+    """Lock what a descriptor has opened, for this process, where there are locks.
+
+    Raises:
+        OSError: it is locked by another process.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
 def _lock(directory: Path) -> int:
-    """Lock a directory for this process, where there are locks.
+    """Open a directory and `lock` it.
 
     Raises:
         OSError: it is locked by another process, or gone.
     """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+        lock(fd)
         if not os.path.samestat(os.fstat(fd), os.stat(directory)):
             raise FileNotFoundError(directory)
     except OSError:

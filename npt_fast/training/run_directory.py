@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.publish import StagedDirectory, disk_errors, lock
 from npt_fast.checkpoint.training_run import CHECKPOINTS, checkpoints_in
 from npt_fast.errors import TrainingError
 
@@ -38,7 +37,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock)
         except OSError:
             os.close(self._lock)
             raise TrainingError(

@@ -38,6 +38,19 @@ def test_a_process_number_that_was_given_again_is_another_process() -> None:
     assert is_gone(f"{mark[:14]}{start + 1:010x}")
 
 
+def test_a_process_that_proc_hides_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``hidepid``, other users' processes are not in ``/proc``."""
+    mark = own_mark()
+    monkeypatch.setattr(owner, "_start", lambda pid: None)
+    assert not is_gone(mark)
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert not is_gone(mark)
+
+
 def test_other_machines_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     mark = own_mark()
     ended = f"{mark[:14]}{0:010x}"

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -589,7 +590,9 @@ def test_network_locks_are_not_trusted(tmp_path: Path, monkeypatch: pytest.Monke
     assert left.exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM])
+@pytest.mark.parametrize(
+    "number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EBADF]
+)
 @pytest.mark.parametrize("replace", [False, True])
 def test_publishing_works_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, replace: bool
@@ -603,3 +606,36 @@ def test_publishing_works_without_locks(
     stage(tmp_path / "out", {"a": b"1"}, replace=replace)
     assert content(tmp_path / "out") == {"a": b"1"}
     assert names_in(tmp_path) == ["out"]
+
+
+_AS_NOBODY = """
+import ctypes, os, sys  # what is imported later may lie where only root may look
+from pathlib import Path
+from npt_fast.checkpoint.publish import StagedDirectory
+
+os.setgroups([])
+os.setresgid(*[65534] * 3)
+os.setresuid(*[65534] * 3)
+for text in ("first", "second"):
+    with StagedDirectory(Path(sys.argv[1]), replace=True) as staged:
+        (staged.path / "a").write_text(text)
+        staged.publish()
+    print(*staged.left)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_what_only_another_user_can_delete_is_named_every_time() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        folder = Path(name)
+        folder.chmod(0o777)
+        stage(folder / "out", {"a": b"old", "b": b"old"})
+        result = subprocess.run(
+            [sys.executable, "-c", _AS_NOBODY, str(folder / "out")],
+            capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )  # fmt: skip
+        assert content(folder / "out") == {"a": b"second"}
+        (left,) = (path for path in folder.iterdir() if path.name != "out")
+        assert content(left) == {"a": b"old", "b": b"old"}
+        assert result.stdout.splitlines() == [str(left), str(left)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -61,6 +63,21 @@ def refusal(folder: Path, *, resuming: bool = True) -> str:
 
 
 # ---- one run at a time ----
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_training_works_where_locks_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run = RunDirectory(tmp_path / "run", resuming=False)
+    write(run, 1)
+    run.link(1, FINAL)
+    assert contents(run.checkpoint(FINAL)) == contents(run.checkpoint(1))
+    run.close()
 
 
 def test_one_run_at_a_time_in_this_process(tmp_path: Path) -> None:
