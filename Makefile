@@ -4,7 +4,7 @@ BIN = .venv/bin
 # one whose torch sees the GPU: constraints.txt is a stack for CPUs
 GPU_PYTHON ?= python3
 
-.PHONY: install install-oldest demo test test-oldest lint format bench bench-merge bench-modulation bench-train bench-inject kernels gpu clean
+.PHONY: install install-oldest demo test test-oldest lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-inject kernels gpu clean
 
 install: .venv/.installed
 
@@ -56,6 +56,9 @@ bench: install
 
 bench-merge: install
 	$(BIN)/python -m benchmarks.bench_merge
+
+bench-merge-scale: install
+	$(BIN)/python -m benchmarks.bench_merge_scale
 
 bench-modulation: install
 	$(BIN)/python -m benchmarks.bench_modulation
