@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from npt_fast.errors import printable
 
 if TYPE_CHECKING:
-    from npt_fast.checkpoint.verify import VerifyReport
+    from npt_fast.checkpoint.examination import VerifyReport
 
 
 def say(text: str = "") -> None:

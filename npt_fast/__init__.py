@@ -12,10 +12,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from npt_fast.checkpoint.examination import VerifyReport
     from npt_fast.checkpoint.inspect import CheckpointReport, MergeVerdict, can_merge, inspect
     from npt_fast.checkpoint.merge import merge
     from npt_fast.checkpoint.merge_report import MergeReport
-    from npt_fast.checkpoint.verify import VerifyReport, verify
+    from npt_fast.checkpoint.verify import verify
     from npt_fast.config import MergeOptions, NPTConfig, TrainOptions
     from npt_fast.errors import (
         CheckpointError,
@@ -63,7 +64,7 @@ _HOMES = {
     "TrainingError": "npt_fast.errors",
     "TransferError": "npt_fast.errors",
     "VerificationError": "npt_fast.errors",
-    "VerifyReport": "npt_fast.checkpoint.verify",
+    "VerifyReport": "npt_fast.checkpoint.examination",
     "after": "npt_fast.transfer.positions",
     "at": "npt_fast.transfer.positions",
     "bake": "npt_fast.transfer.bake",

@@ -25,7 +25,7 @@ from npt_fast.errors import MergeError, StorageError, VerificationError
 from npt_fast.paths import path_errors, path_list, user_path
 
 if TYPE_CHECKING:
-    from npt_fast.checkpoint.verify import VerifyReport
+    from npt_fast.checkpoint.examination import VerifyReport
 
 _REFLINK_FILESYSTEMS = ("xfs", "btrfs", "bcachefs", "ocfs2")
 _SLACK = 1 << 20  # for directory blocks and the summary

@@ -16,7 +16,7 @@ from npt_fast.checkpoint.merged_layer import MergedLayer
 from npt_fast.checkpoint.plan import MergePlan
 
 if TYPE_CHECKING:
-    from npt_fast.checkpoint.verify import VerifyReport
+    from npt_fast.checkpoint.examination import VerifyReport
 
 
 @dataclass(frozen=True, slots=True)

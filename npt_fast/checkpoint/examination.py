@@ -1,0 +1,349 @@
+"""Hold a checkpoint against what is known of it.
+
+For a merge that has just written it, the sources say what is right. Later its own records do:
+digests, CRCs, and the SHA-256 of what describes its tensors. The sources may have moved, or been
+trained on. They are compared too, but a difference is the output's fault only where it has no
+record of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from typing import Any
+
+from npt_fast.checkpoint.checkpoint import (
+    CONFIG,
+    NPT_CONFIG,
+    Checkpoint,
+)
+from npt_fast.checkpoint.digests import DIGESTS, DigestWriter, InOrder, TensorDigest
+from npt_fast.checkpoint.layout import TorchZipLayout
+from npt_fast.checkpoint.plan import MergePlan
+from npt_fast.checkpoint.recipe import Recipe
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.checkpoint.tensor_check import (
+    CheckOutcome,
+    TensorCheck,
+    check_tensors,
+    in_batches,
+)
+from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
+from npt_fast.checkpoint.tensor_source import SAFETENSORS_INDEX
+from npt_fast.checkpoint.training_state import (
+    MULTI_LAYER_STATE,
+    TRAINING_STATE,
+    is_moment,
+    read_training_state,
+)
+from npt_fast.config import Progress
+from npt_fast.errors import CheckpointError
+
+_WHOLE_FILES = (SAFETENSORS_INDEX, MULTI_LAYER_STATE, CONFIG, NPT_CONFIG, DIGESTS)
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """The outcome of a verification.
+
+    Attributes:
+        path: the checkpoint.
+        expected_layers: layers that the merge was to produce.
+        found_layers: complete layers found.
+        checkpoint_keys: weight tensors found.
+        problems: one line for each difference; empty when it passed.
+        notes: what could not be checked, and why.
+        tensors: tensors read back, optimizer moments included.
+        compared: how many of them were compared with their source, bit for bit.
+        digests_matched: how many equal a recorded digest.
+        crcs_matched: how many records equal the CRC-32 that their file recorded.
+        bytes_read: bytes of tensors read back.
+    """
+
+    path: str
+    expected_layers: list[int]
+    found_layers: list[int]
+    checkpoint_keys: int
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tensors: int = 0
+    compared: int = 0
+    digests_matched: int = 0
+    crcs_matched: int = 0
+    bytes_read: int = 0
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"passed": self.passed, **asdict(self)}
+
+
+class Examination:
+    """One checkpoint, held against what is known of it.
+
+    Args:
+        checkpoint: opened.
+        expected: layers that it should hold.
+        plan: recipes of its tensors; None where its sources are unknown.
+        digests: of its tensors, as recorded.
+        fresh: whether the plan is that of the merge that has just written it, so that a difference
+            is the output's fault.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        expected: Sequence[int],
+        plan: MergePlan | None,
+        digests: Iterable[TensorDigest],
+        *,
+        fresh: bool,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.plan = plan
+        self.fresh = fresh
+        self.report = VerifyReport(
+            str(checkpoint.path),
+            sorted(expected),
+            list(checkpoint.modules),
+            len(checkpoint.weights.tensors),
+        )
+        self.digests_recorded = 0
+        self._digests = InOrder(self._counted(digests))
+        self._recipes = InOrder(_recipes(plan))
+        self._changed: Counter[str] = Counter()  # tensors that differ, by source
+        self._unmatched: Counter[str] = Counter()  # tensors that only one of both has, by file
+        self._headers = {h.file.path.name: _sha256(h) for h in checkpoint.weights.headers}
+
+    def _counted(self, digests: Iterable[TensorDigest]) -> Iterator[tuple[tuple[str, str], str]]:
+        try:
+            for file, name, digest in digests:
+                self.digests_recorded += 1
+                yield (file, name), digest
+        except CheckpointError as error:
+            self.report.problems.append(str(error))
+
+    def run(self, progress: Progress, digests: DigestWriter | None = None) -> None:
+        """Check every tensor."""
+        report, checkpoint = self.report, self.checkpoint
+        if missing := sorted(set(report.expected_layers) - set(checkpoint.modules)):
+            report.problems.append(f"Missing layers: {missing}")
+        if extra := sorted(set(checkpoint.modules) - set(report.expected_layers)):
+            report.problems.append(f"Unexpected layers: {extra}")
+        report.problems.extend(_check_npt_config(checkpoint))
+        total = sum(file.size for file in checkpoint.weights.files) + self._state_size()
+        progress("verifying", 0, total)
+        for check, outcome in _in_parallel(in_batches(self._checks())):
+            self._take(check, outcome)
+            if digests is not None:
+                digests.add(check.file, check.entry.name, outcome.digest)
+            progress("verifying", min(report.bytes_read, total), total)
+        progress("verifying", total, total)
+        self._report_missing()
+        self._check_shared_records()
+        for source, count in self._changed.items():
+            tensors = "1 tensor differs" if count == 1 else f"{count} tensors differ"
+            report.notes.append(
+                f"{source} has changed since the merge, or is another file ({tensors}); "
+                "the output equals its own records"
+            )
+        for file, count in self._unmatched.items():
+            report.notes.append(
+                f"{file}: the sources have changed since the merge: {count} of the tensors are "
+                "only in it, or only in them"
+            )
+
+    def check_files(self, expected: Mapping[str, Any]) -> None:
+        """Hold what describes the tensors, and the small files, against their SHA-256."""
+        for name, digest in expected.items():
+            found = self._sha256(name)
+            if found != digest:
+                what = "has changed" if found else "is missing"
+                self.report.problems.append(f"{name} {what}")
+
+    def _sha256(self, name: str) -> str:
+        """Of a file's header, or of all of a file without tensors; "" if it is not there."""
+        directory = self.checkpoint.directory
+        if name in self._headers:
+            return self._headers[name]
+        if name not in _WHOLE_FILES or directory is None or not os.path.lexists(directory / name):
+            return ""
+        try:
+            file = SourceFile.of(directory / name)
+            return _sha256(Record(file, 0, file.size))
+        except CheckpointError:  # reported where it was opened
+            return "unreadable"
+
+    def _state_size(self) -> int:
+        directory = self.checkpoint.directory
+        try:
+            return os.stat(directory / TRAINING_STATE).st_size if directory else 0
+        except OSError:  # reading it says why
+            return 0
+
+    def _checks(self) -> Iterator[TensorCheck]:
+        by_file: dict[str, list[TensorEntry]] = {}
+        for entry in self.checkpoint.weights.tensors.values():
+            by_file.setdefault(entry.file.path.name, []).append(entry)
+        for file, entries in by_file.items():
+            for entry in entries:
+                yield self._check_of(file, "weights", entry, finite=True)
+        for entry in self._state_entries():
+            # hyperparameters may be infinite, as ReduceLROnPlateau's best is at first
+            finite = is_moment(entry.name)
+            yield self._check_of(TRAINING_STATE, TRAINING_STATE, entry, finite=finite)
+
+    def _check_of(self, file: str, kind: str, entry: TensorEntry, *, finite: bool) -> TensorCheck:
+        recipe = self._recipes.take((kind, entry.name))
+        if recipe is None and self.fresh:
+            self.report.problems.append(f"{file}: {entry.name} comes from no source")
+        elif recipe is None and self.plan is not None:
+            self._unmatched[file] += 1
+        recorded = self._digests.take((file, entry.name))
+        return TensorCheck(file, entry, recipe, recorded, finite, self.fresh)
+
+    def _state_entries(self) -> Iterator[TensorEntry]:
+        """The training state's tensors; what is wrong with the file goes to the report."""
+        report, directory = self.report, self.checkpoint.directory
+        if directory is None or not os.path.lexists(directory / TRAINING_STATE):
+            return
+        path = directory / TRAINING_STATE
+        try:
+            planned = self._planned_state()
+            found = planned.find(SourceFile.of(path)) if planned else None
+            if planned is not None and found is not None:
+                self._headers[TRAINING_STATE] = hashlib.sha256(planned.header).hexdigest()
+                yield from found
+                return
+            state = read_training_state(path, self.checkpoint.modules)
+            if state is not None:
+                self._headers[TRAINING_STATE] = _sha256(state.header)
+                yield from state.tensors()
+        except CheckpointError as error:
+            self._headers[TRAINING_STATE] = "unreadable"
+            report.problems.append(str(error))
+
+    def _planned_state(self) -> TorchZipLayout | None:
+        for file in self.plan.files if self.plan else ():
+            if file.name == TRAINING_STATE and isinstance(file, TorchZipLayout):
+                return file
+        return None
+
+    def _take(self, check: TensorCheck, outcome: CheckOutcome) -> None:
+        report = self.report
+        report.tensors += 1
+        report.bytes_read += check.entry.nbytes
+        report.compared += outcome.compared
+        report.digests_matched += outcome.digest_matched
+        report.crcs_matched += outcome.crcs_matched
+        report.problems += outcome.damage
+        # a source that was damaged, or changed, after the merge is not the output's fault
+        source_damaged = bool(outcome.difference and outcome.source_damage and not outcome.damage)
+        blameless = not self.fresh and (outcome.proven or source_damaged)
+        (report.notes if blameless else report.problems).extend(outcome.source_damage)
+        if not outcome.difference:
+            return
+        source = check.recipe.source if check.recipe else None
+        if blameless and outcome.proven:
+            self._changed[str(source.file.path) if source else "its recomputation"] += 1
+        elif blameless:
+            report.notes.append(
+                f"{check.file}: {check.entry.name}: neither its source nor a record proves it"
+            )
+        elif self.fresh or outcome.damage:
+            report.problems.append(outcome.difference)
+        else:
+            report.problems.append(
+                f"{outcome.difference}; nothing recorded tells which of the two has changed"
+            )
+
+    def _report_missing(self) -> None:
+        """Tensors that are recorded, or planned, and not there."""
+        present = {file.path.name for file in self.checkpoint.weights.files}
+        present |= self._headers.keys()
+        missing: dict[str, str] = {}
+        for file, name in self._digests.rest():
+            missing[f"{file}: {name}" if file in present else file] = ""
+        for kind, name in self._recipes.rest():
+            if self.fresh:
+                missing[f"{kind}: {name}"] = ""
+            else:
+                self._unmatched[kind] += 1
+        self.report.problems.extend(f"{what} is missing" for what in missing)
+
+    def _check_shared_records(self) -> None:
+        """CRCs of source records that a tensor covers only in part, or in another order."""
+        records: dict[Record, str] = {}
+        for _, recipe in _recipes(self.plan):
+            source = recipe.source
+            if source is None or (recipe.is_copy and source.crc32):
+                continue  # compared with its source, and its CRC with that
+            whole = Record(source.file, source.offset, source.nbytes, source.crc32)
+            record = source.record or whole
+            if record.crc32:
+                records[record] = source.name
+        for record, name in records.items():
+            crc = 0
+            for window in record.file.windows(record.offset, record.nbytes):
+                crc = zlib.crc32(window, crc)
+            if crc == record.crc32:
+                self.report.crcs_matched += 1
+            else:
+                lines = self.report.problems if self.fresh else self.report.notes
+                lines.append(f"{record.file.path}: {name}: damaged, its CRC-32 differs")
+
+
+def _recipes(plan: MergePlan | None) -> Iterator[tuple[tuple[str, str], Recipe]]:
+    """All planned tensors: by kind of file, since shards may be named otherwise, and name."""
+    for file in plan.files if plan else ():
+        kind = TRAINING_STATE if file.name == TRAINING_STATE else "weights"
+        for piece in file.pieces:
+            yield (kind, piece.recipe.name), piece.recipe
+
+
+def _in_parallel(
+    batches: Iterator[list[TensorCheck]],
+) -> Iterator[tuple[TensorCheck, CheckOutcome]]:
+    """Every check with its outcome, in order; few batches are held at a time."""
+    # hashing and comparing release the interpreter lock, so threads do help
+    workers = min(4, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(workers)
+    running: deque[tuple[list[TensorCheck], Future[list[CheckOutcome]]]] = deque()
+    try:
+        for batch in chain(batches, [None] * 2 * workers):
+            if batch is not None:
+                running.append((batch, pool.submit(check_tensors, batch)))
+            if running and (batch is None or len(running) > 2 * workers):
+                done, future = running.popleft()
+                yield from zip(done, future.result(), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _sha256(record: Record) -> str:
+    digest = hashlib.sha256()
+    for window in record.file.windows(record.offset, record.nbytes):
+        digest.update(window)
+    return digest.hexdigest()
+
+
+def _check_npt_config(checkpoint: Checkpoint) -> Iterator[str]:
+    """Lines for layers whose ``npt_config.json`` contradicts the tensors."""
+    described = (checkpoint.npt_config or {}).get("layers")
+    if not isinstance(described, dict):
+        return
+    for layer, module in checkpoint.modules.items():
+        facts = described.get(str(layer))
+        for name in ("modulation", "num_ranks", "rank"):
+            value = getattr(module.architecture, name)
+            if not isinstance(facts, dict) or facts.get(name) != value:
+                yield f"{NPT_CONFIG}: layer {layer}: {name} is not {value}, as the tensors say"
