@@ -58,7 +58,8 @@ def merge(
     verify
         Compare every tensor with its source before the output appears; record digests.
     force
-        Replace an existing output directory.
+        Replace an existing checkpoint, whole. A directory that holds anything else is never
+        replaced.
     on_conflict
         When two inputs hold the same layer: take the first or the last, refuse (error), accept
         only identical ones, or join them so that their weight changes add up (concat) or
