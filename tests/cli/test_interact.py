@@ -411,7 +411,7 @@ def test_a_log_is_run_again(shell: Shell, tmp_path: Path) -> None:
     code, _, err = run(shell.capsys, *again)
     assert code == 3
     where = "entry 6 (inject c text -strategy top_p -tokens 6 -temp 2)"
-    assert f"Error: log: {where} differs from the record\n  entry.result.kl: " in err
+    assert f"Error: log: {where} differs from the record: entry.result.kl: " in err
     code, _, err = run(shell.capsys, *(option for option in again if option != "--assert"))
     assert code == 0 and f"Warning: log: {where} differs from the record: entry.result.kl" in err
 
@@ -425,7 +425,7 @@ def test_a_log_of_other_weights(shell: Shell, tmp_path: Path) -> None:
         shell.capsys, "interact", "--replay", "log", "--assert", "--checkpoint", other,
         "--device", "cpu",
     )  # fmt: skip
-    assert code == 3 and "log: the model differs from the record\n  weights.1: " in err
+    assert code == 3 and "log: the model differs from the record: weights.1: " in err
 
 
 def test_the_log_has_a_place_of_its_own(shell: Shell, tmp_path: Path) -> None:
