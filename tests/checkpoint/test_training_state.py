@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -656,6 +657,15 @@ def test_other_steps_are_refused_by_name(tmp_path: Path, step: Any) -> None:
     told = rf"training_state\.pt: its global_step is {shown}.*, not a number of steps"
     with pytest.raises(npt.CheckpointError, match=told):
         npt.merge([path], tmp_path / "out")
+
+
+def test_a_layer_weight_that_is_not_a_number_is_no_second_one(tmp_path: Path) -> None:
+    path = with_state(tmp_path / "a", 11, {"global_step": 1})
+    weights = {11: float("nan")}
+    torch.save({"layers_to_train": [11], "layer_weights": weights}, path / "multi_layer_state.pt")
+    npt.merge([path], tmp_path / "out", verify=True)
+    carried = torch.load(tmp_path / "out" / "multi_layer_state.pt", weights_only=True)
+    assert math.isnan(carried["layer_weights"][11])
 
 
 def test_a_state_without_a_step_names_all_its_keys(tmp_path: Path) -> None:
