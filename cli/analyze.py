@@ -15,7 +15,7 @@ from npt_fast.cli.output import print_json, say, size, warn
 
 def analyze(
     *,
-    checkpoint: Annotated[list[PathText], Parameter(consume_multiple=True)],
+    checkpoint: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
     verbose: bool = False,
     json: bool = False,
 ) -> None:

@@ -17,7 +17,7 @@ from npt_fast.config import BaseDType
 
 def evaluate(
     *,
-    checkpoint: Annotated[list[PathText], Parameter(consume_multiple=True)],
+    checkpoint: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
     model_name: PathText = "meta-llama/Llama-3.2-1B",
     data: PathText = "medium",
     num_eval_samples: Annotated[int, Parameter(validator=Number(gte=1))] = 100,

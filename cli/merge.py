@@ -27,7 +27,7 @@ def _check_size(kind: object, text: str) -> None:
 
 def merge(
     *,
-    checkpoints: Annotated[list[PathText], Parameter(consume_multiple=True)],
+    checkpoints: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
     output: PathText,
     verify: bool = False,
     force: bool = False,

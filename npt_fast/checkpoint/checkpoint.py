@@ -33,6 +33,7 @@ _WITHOUT = {
     CONFIG: "the file is not used",
     MERGE_SUMMARY: "without it, earlier sources and digests of its layers are not known",
 }
+_RESTORE = "it records which layers keep their residual: restore it, or, if none does, remove it"
 _FILES = {
     *WEIGHTS,
     TRAINING_STATE,
@@ -207,10 +208,7 @@ def _open(given: str) -> Checkpoint:
             small[name] = strict_json.read_foreign(directory / name)
         except CheckpointError as error:
             if name == NPT_CONFIG:  # without it, a layer that needs its residual would lose it
-                raise CheckpointError(
-                    f"{error}; it records which layers keep their residual: restore it, or, "
-                    "if none does, remove it"
-                ) from None
+                raise CheckpointError(f"{error}; {_RESTORE}") from None
             unread[name] = f"{error}; {_WITHOUT[name]}"
     npt_config = small.get(NPT_CONFIG)
     if npt_config is None and "npt_config" in weights.metadata:
@@ -218,6 +216,8 @@ def _open(given: str) -> Checkpoint:
         npt_config = strict_json.parse_foreign(raw, f"{weights.path}: metadata npt_config")
     if npt_config is not None:
         version = npt_config.get("format_version")
+        if version is None:
+            raise CheckpointError(f"{path}: {NPT_CONFIG} has no format_version; {_RESTORE}")
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
                 f"{path}: this npt_fast knows format_version {FORMAT_VERSION} of {NPT_CONFIG}, "

@@ -45,6 +45,8 @@ from npt_fast.checkpoint.training_state import (
 from npt_fast.config import Progress
 from npt_fast.errors import CheckpointError
 
+_UNREADABLE = "unreadable"
+"""In place of the SHA-256 of a file that is there and cannot be read."""
 _WHOLE_FILES = (SAFETENSORS_INDEX, MULTI_LAYER_STATE, CONFIG, NPT_CONFIG, DIGESTS)
 
 
@@ -165,23 +167,11 @@ class Examination:
     def check_files(self, expected: Mapping[str, Any]) -> None:
         """Hold what describes the tensors, and the small files, against their SHA-256."""
         for name, digest in expected.items():
-            found = self._sha256(name)
+            found = self._headers.get(name) or file_sha256(self.checkpoint, name)
             if found != digest:
-                what = "has changed" if found else "is missing"
-                self.report.problems.append(f"{name} {what}")
-
-    def _sha256(self, name: str) -> str:
-        """Of a file's header, or of all of a file without tensors; "" if it is not there."""
-        directory = self.checkpoint.directory
-        if name in self._headers:
-            return self._headers[name]
-        if name not in _WHOLE_FILES or directory is None or not os.path.lexists(directory / name):
-            return ""
-        try:
-            file = SourceFile.of(directory / name)
-            return _sha256(Record(file, 0, file.size))
-        except CheckpointError:  # reported where it was opened
-            return "unreadable"
+                line = f"{name} {'has changed' if found else 'is missing'}"
+                if line not in self.report.problems:
+                    self.report.problems.append(line)
 
     def _state_size(self) -> int:
         directory = self.checkpoint.directory
@@ -229,7 +219,7 @@ class Examination:
                 self._headers[TRAINING_STATE] = _sha256(state.header)
                 yield from state.tensors()
         except CheckpointError as error:
-            self._headers[TRAINING_STATE] = "unreadable"
+            self._headers[TRAINING_STATE] = _UNREADABLE
             report.problems.append(str(error))
 
     def _planned_state(self) -> TorchZipLayout | None:
@@ -271,12 +261,17 @@ class Examination:
         present = {file.path.name for file in self.checkpoint.weights.files}
         present |= self._headers.keys()
         missing: dict[str, str] = {}
+        # of a file that cannot be read, or is not there, one line says all
+        state = self._headers.get(TRAINING_STATE, "")
         for file, name in self._digests.rest():
-            missing[f"{file}: {name}" if file in present else file] = ""
+            if file not in present:
+                missing[file] = ""
+            elif file != TRAINING_STATE or state != _UNREADABLE:
+                missing[f"{file}: {name}"] = ""
         for kind, name in self._recipes.rest():
             if self.fresh:
                 missing[f"{kind}: {name}"] = ""
-            else:
+            elif kind != TRAINING_STATE or state not in ("", _UNREADABLE):
                 self._unmatched[kind] += 1
         self.report.problems.extend(f"{what} is missing" for what in missing)
 
@@ -334,6 +329,18 @@ def _sha256(record: Record) -> str:
     for window in record.file.windows(record.offset, record.nbytes):
         digest.update(window)
     return digest.hexdigest()
+
+
+def file_sha256(checkpoint: Checkpoint, name: str) -> str:
+    """Of all of a file that has no tensors; "" if it is not there."""
+    directory = checkpoint.directory
+    if name not in _WHOLE_FILES or directory is None or not os.path.lexists(directory / name):
+        return ""
+    try:
+        file = SourceFile.of(directory / name)
+        return _sha256(Record(file, 0, file.size))
+    except CheckpointError:  # reported where it was opened
+        return _UNREADABLE
 
 
 def _check_npt_config(checkpoint: Checkpoint) -> Iterator[str]:

@@ -112,8 +112,9 @@ def read_multi_layer_state(path: Path) -> dict[str, Any] | None:
     by_layer: dict[int, Any] = {}
     for key, weight in weights.items():
         layer = _layer(key, f"{path}: layer_weights")
-        if by_layer.setdefault(layer, weight) != weight:
+        if layer in by_layer and by_layer[layer] != weight:
             raise CheckpointError(f"{path}: layer_weights has layer {layer} twice, and differently")
+        by_layer[layer] = weight
     layers = [_layer(layer, f"{path}: layers_to_train") for layer in state["layers_to_train"]]
     return {**state, "layers_to_train": layers, "layer_weights": by_layer}
 
@@ -200,10 +201,10 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
 
     if not isinstance(content, dict):
         raise fail("holds no dict; not a training state")
+    keys = ", ".join(str(key) for key in content) or "none"
     optimizer = content.pop(_OPTIMIZER, None)
     content = _bound(content, archive, "")
     if "global_step" not in content:
-        keys = ", ".join(str(key) for key in content)
         raise fail(
             f"has no global_step; not a training state of a known kind (its keys: {keys:.200})"
         )
@@ -211,8 +212,10 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
     if step is None:
         found = content["global_step"]
         if isinstance(found, TensorEntry):
-            found = f"a tensor ({found.dtype.name}{list(found.shape)})"
-        raise fail(f"its global_step is {found!s:.80}, not a number of steps")
+            problem = f"a tensor ({found.dtype.name}{list(found.shape)})"
+        else:
+            problem = f"{found!r:.80}"
+        raise fail(f"its global_step is {problem}, not a number of steps")
     content["global_step"] = step
     if optimizer is None:
         return TrainingState(path, step, content, None, {}, archive.header)

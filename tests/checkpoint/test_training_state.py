@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -652,10 +653,27 @@ def test_the_learning_rate_is_shown_wherever_it_stands(tmp_path: Path) -> None:
                                   torch.ones(2), torch.tensor(0.5)])  # fmt: skip
 def test_other_steps_are_refused_by_name(tmp_path: Path, step: Any) -> None:
     path = with_state(tmp_path / "a", 11, {"global_step": step})
-    shown = r"a tensor \(F32" if isinstance(step, Tensor) else re.escape(str(step))
+    shown = r"a tensor \(F32" if isinstance(step, Tensor) else re.escape(repr(step))
     told = rf"training_state\.pt: its global_step is {shown}.*, not a number of steps"
     with pytest.raises(npt.CheckpointError, match=told):
         npt.merge([path], tmp_path / "out")
+
+
+def test_a_layer_weight_that_is_not_a_number_is_no_second_one(tmp_path: Path) -> None:
+    path = with_state(tmp_path / "a", 11, {"global_step": 1})
+    weights = {11: float("nan")}
+    torch.save({"layers_to_train": [11], "layer_weights": weights}, path / "multi_layer_state.pt")
+    npt.merge([path], tmp_path / "out", verify=True)
+    carried = torch.load(tmp_path / "out" / "multi_layer_state.pt", weights_only=True)
+    assert math.isnan(carried["layer_weights"][11])
+
+
+def test_a_state_without_a_step_names_all_its_keys(tmp_path: Path) -> None:
+    for name, state, keys in (("a", {"optimizer_state_dict": stepped(11)}, "optimizer_state_dict"),
+                              ("b", {}, "none")):  # fmt: skip
+        path = with_state(tmp_path / name, 11, state)
+        with pytest.raises(npt.CheckpointError, match=rf"has no global_step.*its keys: {keys}\)"):
+            npt.merge([path], tmp_path / "out")
 
 
 def test_parameters_may_be_text_as_after_json(tmp_path: Path) -> None:

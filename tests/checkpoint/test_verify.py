@@ -334,6 +334,54 @@ def test_relative_sources_are_those_of_the_merge(
     assert report.passed and report.notes == [] and report.compared == 18 * 4
 
 
+STATE_DAMAGE: dict[str, Callable[[Path], None]] = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "lost": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", STATE_DAMAGE)
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_state_that_cannot_be_read_is_one_problem_of_the_output(
+    tmp_path: Path, proven: bool, damage: str
+) -> None:
+    output = merged(tmp_path, verify=proven)
+    STATE_DAMAGE[damage](output / "training_state.pt")
+    report = npt.verify(output)
+    assert not any("sources have changed" in note for note in report.notes)
+    about = [line for line in report.problems if line != "training_state.pt has changed"]
+    assert len(about) == 1 and "training_state.pt" in about[0]
+
+
+DIGEST_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "a digest": lambda raw: raw[:-2] + (b"0" if raw[-2:-1] != b"0" else b"1") + b"\n",
+    "a file's name": lambda raw: b"~" + raw[1:],
+    "the end": lambda raw: raw[:-20],
+    "a line more": lambda raw: raw + b"\n",
+    "all of it": lambda raw: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DIGEST_DAMAGE)
+def test_damaged_digests_do_not_blame_the_tensors(tmp_path: Path, damage: str) -> None:
+    output = merged(tmp_path)
+    path = output / "merge_digests.txt"
+    path.write_bytes(DIGEST_DAMAGE[damage](path.read_bytes()))
+    report = npt.verify(output)
+    assert report.problems == ["merge_digests.txt has changed"]
+    (note,) = report.notes
+    assert "not held against merge_digests.txt" in note
+
+
+def test_lost_digests_were_recorded(tmp_path: Path) -> None:
+    output = merged(tmp_path)
+    (output / "merge_digests.txt").unlink()
+    report = npt.verify(output)
+    assert report.problems == ["merge_digests.txt is missing"]
+    assert not any("without --verify" in note or "made with" in note for note in report.notes)
+
+
 def test_without_a_summary_structure_is_checked(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "a", layer_weights(1))
     report = npt.verify(path)

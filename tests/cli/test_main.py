@@ -78,6 +78,9 @@ USAGE = {
     "unknown-option": (["merge", "--checkpoints", "a", "--output", "b", "--warp"], "--warp"),
     "no-output": (["merge", "--checkpoints", "a"], "--output"),
     "no-checkpoints": (["merge", "--output", "b"], "--checkpoints"),
+    "an-empty-list": (["merge", "--checkpoints", "--output", "b"], "--checkpoints"),
+    "an-empty-list-to-analyze": (["analyze", "--checkpoint", "--json"], "--checkpoint"),
+    "an-empty-list-to-evaluate": (["evaluate", "--checkpoint"], "--checkpoint"),
     "bad-choice": (
         ["merge", "--checkpoints", "a", "--output", "b", "--on-conflict", "newest"],
         "newest",
