@@ -60,6 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def let_signals_end_us() -> None:
+    """All is done; what comes while Python clears up may end it at once, without a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _parse(arguments: list[str]) -> Callable[[], object]:
     """The verb with its options, which are all checked here: what fails later is no usage error."""
     try:

@@ -14,7 +14,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 class PatientStream(io.TextIOWrapper):
     """A stream that goes on to nowhere after its first error, and remembers the error.
 
-    A broken pipe is not such an error: nobody wants the rest of ``npt-fast ... | head``.
+    A broken pipe of stdout is not such an error: nobody wants the rest of ``npt-fast ... | head``.
     """
 
     error: OSError | None = None
@@ -36,7 +36,7 @@ class PatientStream(io.TextIOWrapper):
     def _give_up(self, error: OSError) -> None:
         # what the buffers still hold goes to nowhere too, else Python stumbles over it at its exit
         silence(self.fileno())
-        if isinstance(error, BrokenPipeError):
+        if isinstance(error, BrokenPipeError) and self is sys.stdout:
             raise error
         self.error = self.error or error
 

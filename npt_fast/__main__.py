@@ -8,9 +8,13 @@ import os
 def main() -> None:
     """Run `npt_fast.cli.main.main`, whose imports take a fifth of a second."""
     try:
+        from npt_fast.cli.main import let_signals_end_us
         from npt_fast.cli.main import main as program
 
-        program()
+        try:
+            program()
+        finally:
+            let_signals_end_us()
     except KeyboardInterrupt:  # before the program could answer it
         os.write(2, b"Error: interrupted; nothing was left behind\n")
         os._exit(130)  # an exit through Python could be interrupted too

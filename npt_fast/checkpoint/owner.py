@@ -59,9 +59,13 @@ def _runs(pid: int) -> bool:
 
 
 def _start(pid: int) -> int | None:
-    """When a process was started, in clock ticks since the machine was; None if it is not seen."""
+    """When a process was started, in clock ticks since the machine was; None if it is not seen.
+
+    0 for one that has ended, and whose parent has not asked for its exit code.
+    """
     try:
         status = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
-    return int(status.rpartition(b")")[2].split()[19])
+    state, *fields = status.rpartition(b")")[2].split()
+    return 0 if state in (b"Z", b"X") else int(fields[18])

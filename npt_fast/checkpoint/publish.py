@@ -23,7 +23,7 @@ from types import TracebackType
 
 from npt_fast.checkpoint import linux
 from npt_fast.checkpoint.owner import is_gone, own_mark
-from npt_fast.checkpoint.source_file import on_network_filesystem
+from npt_fast.checkpoint.source_file import filesystem_type
 from npt_fast.errors import MergeError, NPTError, StorageError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -31,6 +31,10 @@ _NO_LOCKS = {
     *(errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EINVAL),
     errno.EBADF,  # of file systems that lock only what is open for writing, as no directory is
 }
+# one machine alone writes to these, so that a lock reaches everybody
+_LOCAL_FILESYSTEMS = {
+    "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs",
+}  # fmt: skip
 _ASIDE = "-old"
 _TOKEN = re.compile(r"(?P<owner>[0-9a-f]{24})?[0-9a-f]{6,12}")
 
@@ -66,8 +70,8 @@ class StagedDirectory:
             while self._lock < 0:
                 self.path = parent / (self._prefix + own_mark() + os.urandom(3).hex())
                 self.path.mkdir()
-                # another run may take it for abandoned before it is locked
-                with contextlib.suppress(FileNotFoundError):
+                # another run may take it for abandoned before it is locked, and remove it
+                with contextlib.suppress(FileNotFoundError, BlockingIOError):
                     self._lock = _lock(self.path)
             self._remove_abandoned()
         except BaseException:
@@ -103,7 +107,7 @@ class StagedDirectory:
         Raises:
             MergeError: the target has appeared meanwhile and must not be replaced.
         """
-        os.fsync(self._lock)
+        _sync(self._lock)
         if self.replace and self.target.exists():
             _exchange(self.path, self.target)
             _sync_directory(self.target.parent)
@@ -126,23 +130,28 @@ class StagedDirectory:
 
     def _remove_abandoned(self) -> None:
         locks_work = _locks_work(self.path)
-        for left in sorted(self.target.parent.iterdir()):
+        for left in sorted(self.target.parent.iterdir(), reverse=True):  # `_ASIDE` comes first
             token = left.name.removeprefix(self._prefix)
             match = _TOKEN.fullmatch(token.removesuffix(_ASIDE))
             if token == left.name or match is None or left == self.path:
                 continue
-            if token.endswith(_ASIDE) and not self.target.exists():
-                os.rename(left, self.target)  # killed in the middle of `_exchange`
-                continue
+            aside = token.endswith(_ASIDE)
             try:
-                fd = _lock(left)
+                fd = _lock(self._locked_with(left) if aside else left)
             except OSError:
                 continue  # in use, or gone
-            if locks_work or is_gone(match["owner"] or ""):
-                self._remove(left)
-            else:
+            if not (locks_work or is_gone(match["owner"] or "")):
                 self.left.append(left)
+            elif aside and not self.target.exists():
+                os.rename(left, self.target)  # killed in the middle of `_exchange`
+            else:
+                self._remove(left)
             os.close(fd)
+
+    def _locked_with(self, aside: Path) -> Path:
+        """What the process that put `aside` there has locked: the new directory, by either name."""
+        new = aside.with_name(aside.name.removesuffix(_ASIDE))
+        return next((path for path in (new, self.target) if path.exists()), aside)
 
     def _remove(self, left: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
@@ -199,7 +208,7 @@ def _lock(directory: Path) -> int:
 
 def _locks_work(locked: Path) -> bool:
     """Whether a lock keeps others out, seen by trying to lock what is locked already."""
-    if on_network_filesystem(locked):
+    if filesystem_type(locked) not in _LOCAL_FILESYSTEMS:
         return False  # it may keep out the processes of this machine only
     try:
         os.close(_lock(locked))
@@ -239,6 +248,15 @@ def _exchange(new: Path, old: Path) -> None:
 def _sync_directory(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        _sync(fd)
     finally:
         os.close(fd)
+
+
+def _sync(directory: int) -> None:
+    """`os.fsync`, where the file system has it for directories."""
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno not in linux.UNSUPPORTED:
+            raise

@@ -32,6 +32,19 @@ def test_another_process_is_gone_once_it_has_ended() -> None:
     assert is_gone(mark)
 
 
+def test_a_killed_process_is_gone_though_nobody_asked_for_its_exit_code() -> None:
+    """In a container whose first process asks nobody's."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", MARK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    mark = process.stdout.readline().strip()
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert is_gone(mark)
+    process.communicate()
+
+
 def test_a_process_number_that_was_given_again_is_another_process() -> None:
     mark = own_mark()
     start = int(mark[14:], 16)

@@ -267,10 +267,11 @@ def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, BlockingIOError])
 def test_a_directory_taken_before_it_is_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, error: type[OSError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between mkdir and flock, another run may take it for abandoned and remove it."""
+    """Between mkdir and flock, another run may take it for abandoned, lock it and remove it."""
     real = publish._lock
     taken: list[Path] = []
 
@@ -278,6 +279,7 @@ def test_a_directory_taken_before_it_is_locked_is_made_again(
         if not taken:
             taken.append(directory)
             directory.rmdir()
+            raise error
         return real(directory)
 
     monkeypatch.setattr(publish, "_lock", lock)
@@ -583,11 +585,63 @@ def test_a_merge_says_what_it_left_alone(tmp_path: Path) -> None:
     assert any(line.startswith(f"{theirs}: stays") for line in report.warnings)
 
 
-def test_network_locks_are_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.sshfs", "virtiofs", "wekafs", ""])
+def test_only_locks_of_local_file_systems_are_trusted(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left = abandoned(tmp_path / "out")  # this very process, which is running
-    monkeypatch.setattr(publish, "on_network_filesystem", lambda path: True)
+    monkeypatch.setattr(publish, "filesystem_type", lambda path: kind)
     stage(tmp_path / "out", {"a": b"mine"})
     assert left.exists()
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["first rename", "second rename"])
+@pytest.mark.parametrize("locks", ["locks", "no locks"])
+def test_a_swap_that_goes_on_is_not_settled(
+    tmp_path: Path, swapped: bool, locks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without renameat2, the old output stands aside until its process has done the rest."""
+    if locks == "no locks":
+        monkeypatch.setattr(publish.fcntl, "flock", lambda fd, operation: None)
+    target = tmp_path / "out"
+    with StagedDirectory(target, replace=True) as other:
+        aside = other.path.with_name(other.path.name + "-old")
+        aside.mkdir()
+        (aside / "a").write_bytes(b"old")
+        if swapped:
+            other.path.rename(target)
+        with StagedDirectory(target, replace=True):
+            assert content(aside) == {"a": b"old"}
+            assert target.exists() == swapped
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_swap_whose_process_has_ended_is_settled_without_locks(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    theirs = other_process(target, ended=True)
+    aside = theirs.with_name(theirs.name + "-old")
+    aside.mkdir()
+    (aside / "a").write_bytes(b"old")
+    with StagedDirectory(target, replace=True):
+        assert content(target) == {"a": b"old"}
+    assert names_in(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_system_that_cannot_sync_directories(
+    tmp_path: Path, replace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some FUSE file systems: what has been published must not be reported as a failure."""
+    if replace:
+        stage(tmp_path / "out", {"old": b"old"})
+
+    def refuse(fd: int) -> None:
+        assert stat.S_ISDIR(os.fstat(fd).st_mode)
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    stage(tmp_path / "out", {"a": b"1"}, replace=replace)
+    assert content(tmp_path / "out") == {"a": b"1"}
 
 
 @pytest.mark.parametrize(

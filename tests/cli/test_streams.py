@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,37 @@ def test_a_reader_that_has_seen_enough(folder: Path) -> None:
     result = bash("analyze --verbose --checkpoint a a a a a a a a | head -n 1", folder)
     assert result.stdout.strip() == "=" * 60
     assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+
+
+def test_a_reader_of_warnings_that_goes_away_stops_nothing(folder: Path) -> None:
+    command = f"exec 3> >(exec true); sleep 0.2; {PROGRAM} merge --checkpoints a --output out 2>&3"
+    result = subprocess.run(
+        ["/bin/bash", "-c", command], capture_output=True, text=True, check=False, cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert result.returncode == 0
+    assert "Successfully merged" in result.stdout
+
+
+# Ctrl-C when all is done, while Python clears up: modules register what is called then.
+_LATE = """
+import atexit, os, runpy, signal, sys
+atexit.register(os.kill, os.getpid(), int(sys.argv.pop(1)))
+runpy.run_module("npt_fast", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_when_all_is_done(folder: Path, number: int) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", _LATE, str(int(number)), "merge", "--checkpoints", "a",
+         "--output", "out"],
+        capture_output=True, text=True, check=False, cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert result.returncode == -number
+    assert "Successfully merged" in result.stdout
+    assert all(line.startswith("Warning: ") for line in result.stderr.splitlines())
 
 
 # Ctrl-C at the moment when a module is imported, which takes a fifth of a second in all.
