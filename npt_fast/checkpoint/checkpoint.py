@@ -216,7 +216,7 @@ def _open(given: str) -> Checkpoint:
         npt_config = strict_json.parse_foreign(raw, f"{weights.path}: metadata npt_config")
     if npt_config is not None:
         version = npt_config.get("format_version")
-        if version is None:
+        if "format_version" not in npt_config:
             raise CheckpointError(f"{path}: {NPT_CONFIG} has no format_version; {_RESTORE}")
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
