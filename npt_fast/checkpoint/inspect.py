@@ -13,6 +13,7 @@ from npt_fast.checkpoint.np_module import NPModule
 from npt_fast.checkpoint.numbers import count_non_finite, read_number, sum_of_squares
 from npt_fast.checkpoint.plan import plan_merge
 from npt_fast.checkpoint.recipe import Recipe
+from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.tensor_source import newest_checkpoint
 from npt_fast.checkpoint.training_state import (
@@ -225,6 +226,7 @@ def can_merge(paths: str | Path | Sequence[str | Path]) -> MergeVerdict:
 
 def _layer(checkpoint: Checkpoint, module: NPModule, values: bool) -> LayerInfo:
     record = checkpoint.record(module.layer)
+    reader = NearbyReader() if values else None
     return LayerInfo(
         layer=module.layer,
         modulation=module.architecture.modulation,
@@ -239,17 +241,17 @@ def _layer(checkpoint: Checkpoint, module: NPModule, values: bool) -> LayerInfo:
         source=record.source,
         chain=list(record.chain),
         fidelity=record.fidelity,
-        details=[_tensor(entry, values) for entry in module.tensors.values()],
+        details=[_tensor(entry, reader) for entry in module.tensors.values()],
     )
 
 
-def _tensor(entry: TensorEntry, values: bool) -> TensorReport:
+def _tensor(entry: TensorEntry, reader: NearbyReader | None) -> TensorReport:
     norm: float | None = None
     non_finite: int | None = None
-    if values:
+    if reader is not None:
         squares: list[float | None] = []
         non_finite = 0
-        for window in Recipe.unchanged(entry).windows():
+        for window in Recipe.unchanged(entry).windows(reader):
             non_finite += count_non_finite(window, entry.dtype)
             squares.append(sum_of_squares(window, entry.dtype))
         norm = None if None in squares else math.sqrt(sum(s for s in squares if s is not None))

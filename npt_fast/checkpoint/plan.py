@@ -54,6 +54,8 @@ from npt_fast.config import MergeOptions
 from npt_fast.errors import CheckpointError, MergeError
 from npt_fast.paths import is_file, path_errors, user_path
 
+_FRESH = "its layers start with a fresh optimizer"
+
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
@@ -186,7 +188,7 @@ def _open_input(given: str, options: MergeOptions, warnings: list[str]) -> Merge
         layers = tuple(sorted(set(selection)))
     state = multi_layer = None
     if checkpoint.directory is not None and not options.weights_only:
-        with _bad_state(options, warnings, "its layers start with a fresh optimizer"):
+        with _bad_state(options, warnings, _FRESH):
             state = read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
         with _bad_state(options, warnings, "its curriculum is left out"):
             multi_layer = read_multi_layer_state(checkpoint.directory / MULTI_LAYER_STATE)
@@ -199,13 +201,16 @@ def _bad_state(options: MergeOptions, warnings: list[str], without: str) -> Iter
     try:
         yield
     except CheckpointError as error:
-        if options.on_bad_state == "skip":
-            warnings.append(f"{error}; {without}")
-            return
+        _do_without(str(error), options, warnings, without)
+
+
+def _do_without(problem: str, options: MergeOptions, warnings: list[str], without: str) -> None:
+    if options.on_bad_state != "skip":
         raise CheckpointError(
-            f"{error}; use --on-bad-state skip to merge without this state, "
+            f"{problem}; use --on-bad-state skip to merge without this state, "
             "or --weights-only to merge without any"
         ) from None
+    warnings.append(f"{problem}; {without}")
 
 
 def _without_unlike_moments(
@@ -217,14 +222,14 @@ def _without_unlike_moments(
         return tuple(inputs)
     kept = []
     for item in inputs:
-        with _bad_state(options, warnings, "its layers start with a fresh optimizer"):
-            slots = item.state.optimizer if item.state else {}
-            moments = (state for layer in item.layers for state in slots.get(layer, {}).values())
-            if item.state and any("max_exp_avg_sq" not in state for state in moments):
-                path, item = item.state.path, replace(item, state=None)
-                raise CheckpointError(
-                    f"{path}: its optimizer does not use amsgrad, that of {group.path} does"
-                )
+        slots = item.state.optimizer if item.state else {}
+        moments = (state for layer in item.layers for state in slots.get(layer, {}).values())
+        if item.state and any("max_exp_avg_sq" not in state for state in moments):
+            problem = (
+                f"{item.state.path}: its optimizer does not use amsgrad, that of {group.path} does"
+            )
+            _do_without(problem, options, warnings, _FRESH)
+            item = replace(item, state=None)
         kept.append(item)
     return tuple(kept)
 

@@ -26,6 +26,8 @@ MAX_PICKLE_BYTES = 1 << 30
 """Of reader and writer: 13 million tensors, at the 80 bytes that torch.save takes for one."""
 MAX_STRING = 1 << 20
 """Bytes of a string, likewise."""
+MAX_DEPTH = 64
+"""Containers inside each other that a merge carries over."""
 
 _SMALL_MEMORY = 64 << 20
 _MEMORY_PER_BYTE = 24  # AdamW's state as torch.save writes it is charged 9

@@ -6,10 +6,8 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from npt_fast.checkpoint.torch_pickle import MAX_PICKLE_BYTES, MAX_STRING, TensorRef
+from npt_fast.checkpoint.torch_pickle import MAX_DEPTH, MAX_PICKLE_BYTES, MAX_STRING, TensorRef
 from npt_fast.errors import CheckpointError
-
-_MAX_DEPTH = 64
 
 
 def encode(value: Any, place: Callable[[Any], TensorRef | None]) -> bytes:
@@ -56,8 +54,8 @@ class _Writer:
 
     def put(self, item: Any, depth: int) -> None:
         out = self.out
-        if depth > _MAX_DEPTH:
-            raise CheckpointError(f"data nested more than {_MAX_DEPTH} deep cannot be written")
+        if depth > MAX_DEPTH:
+            raise CheckpointError(f"data nested more than {MAX_DEPTH} deep cannot be written")
         if item is None:
             out += b"N"
         elif isinstance(item, bool):

@@ -18,7 +18,7 @@ from npt_fast.checkpoint.np_module import NPModule, Slot
 from npt_fast.checkpoint.numbers import read_number
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
-from npt_fast.checkpoint.torch_pickle import TensorRef
+from npt_fast.checkpoint.torch_pickle import MAX_DEPTH, TensorRef
 from npt_fast.checkpoint.torch_zip import TorchZip, read_torch_zip
 from npt_fast.errors import CheckpointError, printable
 
@@ -26,7 +26,6 @@ TRAINING_STATE = "training_state.pt"
 MULTI_LAYER_STATE = "multi_layer_state.pt"
 _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 _OPTIMIZER = "optimizer_state_dict"
-_MAX_DEPTH = 64
 _MAX_KEY = 80  # characters of each key in a tensor's name
 _MOMENT = re.compile(rf"optimizer\.[0-9]+\.({'|'.join(sorted(_MOMENTS))})")
 _DIGITS = re.compile(r"0|[1-9][0-9]{0,17}")
@@ -156,8 +155,8 @@ def _bound(
     seen = {} if seen is None else seen
     if id(value) in seen:
         return seen[id(value)]
-    if depth > _MAX_DEPTH:
-        raise CheckpointError(f"{archive.file.path}: nested more than {_MAX_DEPTH} deep")
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"{archive.file.path}: nested more than {MAX_DEPTH} deep")
     bound: Any
     if isinstance(value, dict):
         bound = seen[id(value)] = {}
