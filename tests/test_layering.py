@@ -19,16 +19,18 @@ ALLOWED = {
     "errors": set[str](),
     "tables": set[str](),
     "paths": {"errors"},
+    "schema": {"errors"},
     "pictures": {"errors", "paths"},
     "kernels": set[str](),
-    "checkpoint": {"config", "errors", "paths"},
+    "checkpoint": {"config", "errors", "paths", "schema"},
     "functional": {"config", "errors", "kernels"},
     "initialization": {"config", "checkpoint"},
     "modules": {"config", "errors", "checkpoint", "functional", "initialization"},
-    "hf": {"config", "errors", "paths", "checkpoint", "functional", "modules"},
+    "hf": {"config", "errors", "paths", "schema", "checkpoint", "functional", "modules"},
     "training": {"config", "errors", "paths", "checkpoint", "functional", "modules", "hf"},
     "transfer": {
-        *("config", "errors", "paths", "checkpoint", "functional", "modules", "hf", "pictures")
+        *("config", "errors", "paths", "schema", "checkpoint"),
+        *("functional", "modules", "hf", "pictures"),
     },
 }
 FOREIGN = {
@@ -36,6 +38,7 @@ FOREIGN = {
     "config": set[str](),
     "errors": set[str](),
     "paths": set[str](),
+    "schema": set[str](),
     "kernels": {"torch", "triton"},
     "cli": {"cyclopts", "prompt_toolkit", "rich"},
 }

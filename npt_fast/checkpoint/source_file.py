@@ -153,6 +153,24 @@ class SourceFile:
                 offset += step
 
 
+def read_file(path: Path, limit: int, *, follow_links: bool = False) -> bytes:
+    """All of a small file that is read whole, by whichever part of the library.
+
+    Args:
+        path: the file.
+        limit: bytes that it may have.
+        follow_links: as for `SourceFile.of`; for a path that the user gave.
+
+    Raises:
+        CheckpointError: not a regular file (a pipe, a device, a folder), a link, too long, or not
+            readable.
+    """
+    file = SourceFile.of(path, follow_links=follow_links)
+    if file.size > limit:
+        raise CheckpointError(f"{path}: {file.size:,} bytes; more than {limit:,} are refused")
+    return file.read(0, file.size)
+
+
 class NearbyReader:
     """Reads small ranges of files together with what lies near them; for one thread.
 

@@ -1,0 +1,120 @@
+"""What a mapping from somebody's file may hold: checked once, where it is read.
+
+A `Kind` says what a value must be, in words and as a test; `checked` and `mistakes` hold a mapping
+against the kinds of its keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from npt_fast.errors import NPTError
+
+LARGEST = 1 << 63
+"""No count, index or size reaches this."""
+
+
+class Kind(NamedTuple):
+    """What a value may be.
+
+    Attributes:
+        name: in words that complete "must be".
+        fits: whether a value is one; may be called with anything.
+    """
+
+    name: str
+    fits: Callable[[Any], bool]
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is text of Unicode's characters: a lone surrogate cannot be written anywhere."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 0 on that fits 64 bits; True and False are none."""
+    return type(value) is int and 0 <= value < LARGEST
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float holds; True and False are none."""
+    if type(value) is int:
+        return abs(value) < LARGEST
+    return type(value) is float and math.isfinite(value)
+
+
+TEXT = Kind("a text", is_text)
+COUNT = Kind("a whole number from 0 on", is_count)
+NUMBER = Kind("a number", is_number)
+FLAG = Kind("true or false", lambda value: type(value) is bool)
+MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
+
+
+def one_of(names: Sequence[str]) -> Kind:
+    """One of these texts."""
+    return Kind(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names)
+
+
+def list_of(kind: Kind) -> Kind:
+    """A list of values that are all of one kind."""
+    return Kind(
+        f"a list, each item {kind.name}",
+        lambda value: isinstance(value, list) and all(map(kind.fits, value)),
+    )
+
+
+def or_none(kind: Kind) -> Kind:
+    """As `kind`, or null."""
+    return Kind(f"{kind.name}, or null", lambda value: value is None or kind.fits(value))
+
+
+def mistakes(
+    given: Mapping[Any, Any], kinds: Mapping[str, Kind], required: Sequence[str] = ()
+) -> Iterator[str]:
+    """A line for each value that is not of its key's kind, and each key that is missing.
+
+    Keys that have no kind are left alone.
+    """
+    for key, kind in kinds.items():
+        if key in given and not kind.fits(given[key]):
+            yield f"{key} must be {kind.name}, not {shown(given[key])}"
+    yield from (f"{key} is missing" for key in required if key not in given)
+
+
+def checked(
+    given: Any,
+    kinds: Mapping[str, Kind],
+    required: Sequence[str],
+    where: str,
+    error: type[NPTError],
+) -> dict[str, Any]:
+    """What a mapping holds under the keys that have a kind.
+
+    Args:
+        given: any value.
+        kinds: what each known key must hold.
+        required: keys that must be there.
+        where: file and place in it, for messages.
+        error: what is raised.
+
+    Raises:
+        NPTError: of the kind `error`: no mapping, or its first mistake.
+    """
+    if not isinstance(given, Mapping):
+        raise error(f"{where}: must be a mapping, not {shown(given)}")
+    if mistake := next(mistakes(given, kinds, required), None):
+        raise error(f"{where}: {mistake}")
+    return {key: given[key] for key in kinds if key in given}
+
+
+def shown(value: Any) -> str:
+    """A value in a message: a container only by its type, since writing it out may take ages."""
+    if isinstance(value, (str, bytes)):
+        return f"{value[:80]!r:.80}"
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        return "a number of more than 64 bits"
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    return f"a {type(value).__name__}"
