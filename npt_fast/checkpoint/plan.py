@@ -374,7 +374,6 @@ def _config_file(
         where = f"{item.checkpoint.path / CONFIG} with its merge_info"
         try:  # indented, it may be longer than what was read
             data = strict_json.dump({**config, "merge_info": merge_info}, where, allow_nan=True)
-            strict_json.parse_foreign(data, where)
         except CheckpointError as error:
             warnings.append(f"{error}; the file is not used")
             continue
