@@ -7,6 +7,7 @@ against the kinds of its keys.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from npt_fast.errors import NPTError
 
 LARGEST = 1 << 63
 """No count, index or size reaches this."""
+
+
+_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 class Kind(NamedTuple):
@@ -46,10 +50,14 @@ def is_number(value: Any) -> bool:
 
 
 TEXT = Kind("a text", is_text)
+PATH = Kind("a path", lambda value: isinstance(value, str))  # its bytes may be no Unicode
 COUNT = Kind("a whole number from 0 on", is_count)
 NUMBER = Kind("a number", is_number)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
+
+
+INDEX = Kind("the index of a layer", lambda v: isinstance(v, str) and bool(_INDEX.fullmatch(v)))
 
 
 def one_of(names: Sequence[str]) -> Kind:
@@ -62,6 +70,18 @@ def list_of(kind: Kind) -> Kind:
     return Kind(
         f"a list, each item {kind.name}",
         lambda value: isinstance(value, list) and all(map(kind.fits, value)),
+    )
+
+
+def mapping_of(keys: Kind, values: Kind) -> Kind:
+    """A mapping whose keys are of one kind and whose values of another."""
+    return Kind(
+        f"a mapping, each key {keys.name}, each value {values.name}",
+        lambda value: (
+            isinstance(value, dict)
+            and all(map(keys.fits, value))
+            and all(map(values.fits, value.values()))
+        ),
     )
 
 

@@ -345,12 +345,11 @@ def file_sha256(checkpoint: Checkpoint, name: str) -> str:
 
 def _check_npt_config(checkpoint: Checkpoint) -> Iterator[str]:
     """Lines for layers whose ``npt_config.json`` contradicts the tensors."""
-    described = (checkpoint.npt_config or {}).get("layers")
-    if not isinstance(described, dict):
+    if checkpoint.description is None or checkpoint.description.layers is None:
         return
+    described = checkpoint.description.layers
     for layer, module in checkpoint.modules.items():
-        facts = described.get(str(layer))
         for name in ("modulation", "num_ranks", "rank"):
             value = getattr(module.architecture, name)
-            if not isinstance(facts, dict) or facts.get(name) != value:
+            if getattr(described.get(layer), name, None) != value:
                 yield f"{NPT_CONFIG}: layer {layer}: {name} is not {value}, as the tensors say"

@@ -304,9 +304,9 @@ def test_all_json_that_a_merge_writes_is_what_every_reader_reads(tmp_path: Path)
 def test_a_description_that_npt_fast_did_not_write(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "a", layer_weights(11))
     (path / "npt_config.json").write_text('{"error": "not found"}')
-    told = r"npt_config\.json has no format_version; .*restore it, or, if none does, remove it"
+    told = r"npt_config\.json: has no format_version; .*restore it, or, if none does, remove it"
     with pytest.raises(npt.CheckpointError, match=told):
         npt.inspect(path)
     (path / "npt_config.json").write_text('{"format_version": 99}')
-    with pytest.raises(npt.CheckpointError, match="update npt_fast"):
+    with pytest.raises(npt.CheckpointError, match=r"update npt_fast$"):
         npt.inspect(path)
