@@ -58,7 +58,7 @@ def names_in(folder: Path) -> list[str]:
 def no_renameat2(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel or file system that cannot swap, or rename without replacing."""
 
-    def refuse(old: Path, new: Path, flags: int) -> None:
+    def refuse(folder: int, old: str, new: str, flags: int) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     monkeypatch.setattr(linux, "rename", refuse)
@@ -162,7 +162,7 @@ def test_made_parents_stay_when_someone_uses_them(tmp_path: Path) -> None:
     assert names_in(tmp_path / "b") == ["mine"]
 
 
-@pytest.mark.parametrize("refused", ["iterdir", "flock"])
+@pytest.mark.parametrize("refused", ["listdir", "flock"])
 def test_made_parents_go_again_when_staging_cannot_begin(
     tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +172,7 @@ def test_made_parents_go_again_when_staging_cannot_begin(
     if refused == "flock":
         monkeypatch.setattr(fcntl, "flock", refuse)
     else:
-        monkeypatch.setattr(Path, "iterdir", refuse)
+        monkeypatch.setattr(os, "listdir", refuse)
     with pytest.raises(PermissionError):
         stage(tmp_path / "b" / "c" / "out", {})
     monkeypatch.undo()
@@ -182,14 +182,14 @@ def test_made_parents_go_again_when_staging_cannot_begin(
 def test_made_parents_go_again_when_a_further_one_cannot_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Path.mkdir
+    real = os.mkdir
 
-    def refuse(self: Path, *args: int) -> None:
-        if self.name == "c":
+    def refuse(name: str, mode: int, *, dir_fd: int) -> None:
+        if name == "c":
             raise OSError(errno.ENOSPC, "full")
-        real(self, *args)
+        real(name, mode, dir_fd=dir_fd)
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)
     with pytest.raises(OSError, match="full"):
         stage(tmp_path / "b" / "c" / "out", {})
     assert names_in(tmp_path) == []
@@ -273,14 +273,14 @@ def test_a_directory_taken_before_it_is_locked_is_made_again(
 ) -> None:
     """Between mkdir and flock, another run may take it for abandoned, lock it and remove it."""
     real = publish._lock
-    taken: list[Path] = []
+    taken: list[str] = []
 
-    def lock(directory: Path) -> int:
+    def lock(folder: int, name: str) -> int:
         if not taken:
-            taken.append(directory)
-            directory.rmdir()
+            taken.append(name)
+            (tmp_path / name).rmdir()
             raise error
-        return real(directory)
+        return real(folder, name)
 
     monkeypatch.setattr(publish, "_lock", lock)
     stage(tmp_path / "out", {"a": b"1"})
@@ -309,11 +309,11 @@ def test_a_swap_that_fails_halfway_restores_the_old(
     real = os.rename
     calls: list[int] = []
 
-    def second_fails(old: Path, new: Path) -> None:
+    def second_fails(old: str, new: str, **folders: int) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise OSError(errno.EIO, "broken")
-        real(old, new)
+        real(old, new, **folders)
 
     monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(OSError, match="broken"):
@@ -373,7 +373,7 @@ def abandoned(target: Path) -> Path:
     staged.__enter__()
     (staged.path / "half").write_bytes(b"half")
     (staged.path / "sub").mkdir()
-    os.close(staged._lock)  # as the kernel does for a killed process
+    os.close(staged.fd)  # as the kernel does for a killed process
     return staged.path
 
 
@@ -465,9 +465,9 @@ def test_directories_are_synced_around_the_rename(
         events.append(("fsync", os.readlink(f"/proc/self/fd/{fd}")))
         real_sync(fd)
 
-    def rename(old: Path, new: Path, flags: int) -> None:
-        events.append(("rename", str(new)))
-        real_rename(old, new, flags)
+    def rename(folder: int, old: str, new: str, flags: int) -> None:
+        events.append(("rename", f"{os.readlink(f'/proc/self/fd/{folder}')}/{new}"))
+        real_rename(folder, old, new, flags)
 
     checkpoint = write_checkpoint(tmp_path / "in", layer_weights(1), config={"model_name": "m"})
     monkeypatch.setattr(os, "fsync", sync)
