@@ -74,9 +74,9 @@ def merge(
         raise StorageError(f"{target}: {needed:,} bytes needed, {free:,} free on its file system")
     report_progress = progress or (lambda activity, done, total: None)
     with disk_errors(target, MergeError), StagedDirectory(target, replace=force) as staged:
-        mover = _write_files(plan, staged.path, report_progress)
+        mover = _write_files(plan, staged, report_progress)
         proof: VerifyReport | None = None
-        with DigestWriter(staged.path) as digests:
+        with DigestWriter(staged.open) as digests:
             if verify:
                 # here, since a merge without proof starts sooner without it
                 from npt_fast.checkpoint.verify import verify_plan
@@ -88,7 +88,7 @@ def merge(
                 for digest in plan.known_digests():
                     digests.add(*digest)
         summary = strict_json.dump(summary_of(plan, target, digests))
-        _write_file(BytesFile(MERGE_SUMMARY, summary), staged.path, mover, lambda count: None)
+        _write_file(BytesFile(MERGE_SUMMARY, summary), staged, mover, lambda count: None)
         strict_json.read_object(staged.path / MERGE_SUMMARY)
         if force and paths.exists(target):
             check_replaced(target)  # still
@@ -97,8 +97,8 @@ def merge(
             proof.path = str(target)
     report = report_of(plan, target, mover.moved, free, needed, started, proof=proof)
     report.warnings.extend(
-        f"{left}: stays: it belongs to another merge that may be running, or holds files that "
-        "only another user can delete"
+        f"{left}: stays: it belongs to another merge that may be running or to another user, or "
+        "nothing proves that a merge left it there"
         for left in staged.left
     )
     return report
@@ -180,7 +180,7 @@ def _can_clone(plan: MergePlan, directory: Path) -> bool:
     )
 
 
-def _write_files(plan: MergePlan, directory: Path, progress: Progress) -> ByteMover:
+def _write_files(plan: MergePlan, staged: StagedDirectory, progress: Progress) -> ByteMover:
     total = plan.total_bytes
     done = 0
 
@@ -189,18 +189,17 @@ def _write_files(plan: MergePlan, directory: Path, progress: Progress) -> ByteMo
         done += count
         progress("merging", done, total)
 
-    mover = ByteMover(advance, reserve=not _can_clone(plan, directory))
+    mover = ByteMover(advance, reserve=not _can_clone(plan, staged.path))
     advance(0)
     for file in plan.files:
-        _write_file(file, directory, mover, advance)
+        _write_file(file, staged, mover, advance)
     return mover
 
 
 def _write_file(
-    file: OutputFile, directory: Path, mover: ByteMover, advance: Callable[[int], None]
+    file: OutputFile, staged: StagedDirectory, mover: ByteMover, advance: Callable[[int], None]
 ) -> None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(directory / file.name, flags, 0o666)
+    fd = staged.open(file.name)
     try:
         mover.start_file(fd, file.size)
         crcs = _write_pieces(file.pieces, fd, mover, advance)

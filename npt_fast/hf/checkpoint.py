@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -103,16 +101,18 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
         for name, tensor in component.state_dict().items()
     }
     with disk_errors(target, ModelError), StagedDirectory(target, replace=False) as staged:
-        write_weights(staged.path, weights, format)
-        with synced(staged.path / NPT_CONFIG) as file:
+        write_weights(staged, weights, format)
+        with staged.file(NPT_CONFIG) as file:
             file.write(strict_json.dump(describe(model)))
         staged.publish()
     return target
 
 
-def write_weights(folder: Path, weights: Mapping[str, Tensor], format: FileFormat) -> None:
+def write_weights(
+    staged: StagedDirectory, weights: Mapping[str, Tensor], format: FileFormat
+) -> None:
     """The weights file of a checkpoint: CPU tensors by full name, written and synced."""
-    with synced(folder / (PT_WEIGHTS if format == "pt" else SAFETENSORS_WEIGHTS)) as file:
+    with staged.file(PT_WEIGHTS if format == "pt" else SAFETENSORS_WEIGHTS) as file:
         if format == "pt":
             save_pt(dict(weights), file)
         else:
@@ -138,15 +138,6 @@ def read_tensor(entry: TensorEntry, reader: NearbyReader) -> Tensor:
         data[position : position + len(window)] = window
         position += len(window)
     return torch.frombuffer(data, dtype=dtype).view(entry.shape)
-
-
-@contextmanager
-def synced(path: Path) -> Iterator[BinaryIO]:
-    """A new file that is on the disk when it is closed."""
-    with path.open("xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:

@@ -27,7 +27,7 @@ from npt_fast.checkpoint.training_state import (
 )
 from npt_fast.config import FileFormat
 from npt_fast.errors import TrainingError
-from npt_fast.hf.checkpoint import read_tensor, save_pt, synced, write_weights
+from npt_fast.hf.checkpoint import read_tensor, save_pt, write_weights
 from npt_fast.modules import NPComponent
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -164,14 +164,14 @@ def write_checkpoint(
         TrainingError: it cannot be written.
     """
     with disk_errors(target, TrainingError), StagedDirectory(target, replace=True) as staged:
-        write_weights(staged.path, weights, format)
+        write_weights(staged, weights, format)
         for name, state in (
             (TRAINING_STATE, training_state),
             (MULTI_LAYER_STATE, multi_layer_state),
         ):
-            with synced(staged.path / name) as file:
+            with staged.file(name) as file:
                 save_pt(dict(state), file)
         for name, content in ((CONFIG, config), (NPT_CONFIG, npt_config)):
-            with synced(staged.path / name) as file:
+            with staged.file(name) as file:
                 file.write(strict_json.dump(dict(content)))
         staged.publish()

@@ -8,7 +8,7 @@ are mapped when they are asked for.
 from __future__ import annotations
 
 import json
-import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from npt_fast.checkpoint import file_kind, strict_json
 from npt_fast.errors import CheckpointError, TransferError
@@ -28,7 +28,29 @@ def save_modulation(modulation: Modulation, path: Path) -> None:
     """Write a modulation; a file of that name is replaced in one step.
 
     Raises:
-        TransferError: the folder cannot be written to.
+        TransferError: the folder cannot be written to, or its origin is not JSON.
+    """
+    data = packed(modulation, path)
+    temporary = path.with_name(f".{secrets.token_hex(16)}.npt-fast")
+    try:
+        with temporary.open("xb") as file:  # follows no link that somebody has put there
+            file.write(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise TransferError(f"{path}: cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def packed(modulation: Modulation, path: Path) -> bytes:
+    """What the file of a modulation holds.
+
+    Args:
+        path: of the file, for messages.
+
+    Raises:
+        TransferError: its origin is not JSON.
     """
     tensors = {
         f"layer.{layer}.{projection}.{name}": tensor.detach().cpu().contiguous()
@@ -42,16 +64,10 @@ def save_modulation(modulation: Modulation, path: Path) -> None:
         "vectors": modulation.vectors,
         "layers": {str(n): list(projections) for n, projections in modulation.layers.items()},
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        text = json.dumps(description, allow_nan=False)
-        save_file(tensors, temporary, {FORMAT: text})
-        temporary.replace(path)
-    except (OSError, SafetensorError, RecursionError, ValueError) as error:  # of an odd origin
+        return save(tensors, {FORMAT: json.dumps(description, allow_nan=False)})
+    except (SafetensorError, RecursionError, ValueError) as error:  # of an odd origin
         raise TransferError(f"{path}: cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def load_modulation(path: str | Path) -> Modulation:
