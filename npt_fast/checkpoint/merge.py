@@ -18,6 +18,7 @@ from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import filesystem_type
 from npt_fast.checkpoint.tensor_source import WEIGHTS
 from npt_fast.config import MergeOptions, Progress
@@ -55,7 +56,8 @@ def merge(
         progress: called with what is being done, bytes done and bytes in all.
 
     Raises:
-        CheckpointError: an input cannot be read, or changes while it is read.
+        CheckpointError: an input cannot be read, or changes while it is read; or the output could
+            not be read, and was not written.
         MergeError: the inputs do not fit together, or the output is in the way.
         PathError: the output, or an input, is no path.
         StorageError: the disk is full, or would be.
@@ -89,7 +91,7 @@ def merge(
                     digests.add(*digest)
         summary = strict_json.dump(summary_of(plan, target, digests))
         _write_file(BytesFile(MERGE_SUMMARY, summary), staged, mover, lambda count: None)
-        strict_json.read_object(staged.path / MERGE_SUMMARY)
+        read_back(staged.path, target)
         if force and paths.exists(target):
             check_replaced(target)  # still
         staged.publish()

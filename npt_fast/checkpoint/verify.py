@@ -7,6 +7,7 @@ checkpoint anywhere later. Both are an `Examination`.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from npt_fast.checkpoint.records import MergeSummary
 from npt_fast.checkpoint.tensor_source import locate_checkpoint
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import CheckpointError, NPTError
+from npt_fast.paths import path_errors
 
 
 def verify_plan(
@@ -76,7 +78,8 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
         except (NPTError, ValueError) as error:
             notes.append(f"not compared with its sources: {error}")
     elif not problems:
-        notes.append(f"no {MERGE_SUMMARY}: only structure, CRCs and values were checked")
+        notes.append(f"no {MERGE_SUMMARY}: not written by a merge")
+    problems += _dangling_links(checkpoint)
     expected = list(checkpoint.modules)
     if summary is not None and summary.merged_layers is not None:
         expected = list(summary.merged_layers)
@@ -101,6 +104,14 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     report.notes[:0] = notes
     report.problems[:0] = problems
     return report
+
+
+def _dangling_links(checkpoint: Checkpoint) -> Iterator[str]:
+    directory = checkpoint.directory
+    with path_errors(checkpoint.path, CheckpointError):
+        for path in sorted(directory.iterdir()) if directory else ():
+            if path.is_symlink() and not os.path.exists(path):
+                yield f"{path}: is a link that leads nowhere"
 
 
 def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:

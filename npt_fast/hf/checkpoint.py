@@ -15,6 +15,7 @@ from npt_fast.checkpoint.byte_mover import PAGE
 from npt_fast.checkpoint.checkpoint import NPT_CONFIG, Checkpoint, open_checkpoint
 from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.records import FORMAT_VERSION
 from npt_fast.checkpoint.safetensors_file import build_header
@@ -85,6 +86,7 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
         format: of the weights; the original reads ``"pt"``.
 
     Raises:
+        CheckpointError: what would be written could not be read.
         ModelError: the model has no NP layers, or the directory exists.
         PathError: the output is no path.
     """
@@ -104,6 +106,7 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
         write_weights(staged, weights, format)
         with staged.file(NPT_CONFIG) as file:
             file.write(strict_json.dump(describe(model)))
+        read_back(staged.path, target)
         staged.publish()
     return target
 

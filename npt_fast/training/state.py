@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import CONFIG, NPT_CONFIG, Checkpoint
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.training_state import (
@@ -160,6 +161,7 @@ def write_checkpoint(
     """Write a checkpoint in the guide's layout: complete or not at all.
 
     Raises:
+        CheckpointError: what would be written could not be read.
         StorageError: the disk is full.
         TrainingError: it cannot be written.
     """
@@ -174,4 +176,5 @@ def write_checkpoint(
         for name, content in ((CONFIG, config), (NPT_CONFIG, npt_config)):
             with staged.file(name) as file:
                 file.write(strict_json.dump(dict(content)))
+        read_back(staged.path, target)
         staged.publish()
