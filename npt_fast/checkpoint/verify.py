@@ -27,24 +27,23 @@ from npt_fast.paths import path_errors
 
 
 def verify_plan(
-    plan: MergePlan, directory: Path, digests: DigestWriter, progress: Progress
+    plan: MergePlan, written: Checkpoint, digests: DigestWriter, progress: Progress
 ) -> VerifyReport:
-    """Check what a merge wrote into `directory`, re-read from the disk, against its plan.
+    """Check what a merge wrote, re-read from the disk, against its plan.
 
     Args:
         plan: the plan.
-        directory: what was written.
+        written: what was written, opened.
         digests: gets the digest of every tensor.
         progress: as that of `verify`.
 
     Raises:
         CheckpointError: what was written cannot be read, or a source changed.
     """
-    for path in directory.iterdir():
+    for path in written.path.iterdir():
         _forget_cached(path)
-    checkpoint = open_checkpoint(str(directory))
     expected = [merged.layer for merged in plan.layers]
-    examination = Examination(checkpoint, expected, plan, plan.known_digests(), fresh=True)
+    examination = Examination(written, expected, plan, plan.known_digests(), fresh=True)
     examination.run(progress, digests)
     examination.check_files(plan.small_digests())
     return examination.report
