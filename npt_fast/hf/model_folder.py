@@ -1,0 +1,188 @@
+"""A base model's folder is somebody else's: what its small files say is looked at before it loads.
+
+transformers never asks what a file is, and a few keys make it fetch code or another model.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.source_file import read_file
+from npt_fast.errors import CheckpointError, ModelError
+from npt_fast.paths import path_errors
+from npt_fast.schema import shown
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer_config.json"
+ADAPTER = "adapter_config.json"
+SMALL_FILES = (
+    CONFIG,
+    TOKENIZER,
+    ADAPTER,
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""What is read whole here before transformers reads it."""
+
+_MAX_BYTES = 8 << 20  # of each; the longest in use have 1 MB
+_MAX_READ = 100_000_000  # of a vocabulary or an index, which transformers reads whole
+_READ_WHOLE = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_TEMPLATES = "additional_chat_templates"
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+class _Local(NamedTuple):
+    """What a key may say without code from anywhere else."""
+
+    fits: Callable[[Any], bool]
+    runs: str
+
+
+def _one_of(*names: str) -> Callable[[Any], bool]:
+    def fits(value: Any) -> bool:
+        if isinstance(value, dict):  # by part of the model
+            return all(map(fits, value.values()))
+        return value is None or (isinstance(value, str) and value in names)
+
+    return fits
+
+
+def _off(value: Any) -> bool:
+    return value is None or value is False
+
+
+_ATTENTION = _Local(_one_of("eager", "sdpa", "flex_attention"), "a kernel from the Hub")
+_EXPERTS = _Local(_one_of("eager", "batched_mm", "grouped_mm"), "a kernel from the Hub")
+_KERNELS = _Local(_off, "kernels from the Hub")
+_DECODING = _Local(_off, "code from the Hub to generate text")
+_KEYS = {
+    "attn_implementation": _ATTENTION,
+    "_attn_implementation": _ATTENTION,
+    "_attn_implementation_internal": _ATTENTION,
+    "experts_implementation": _EXPERTS,
+    "_experts_implementation": _EXPERTS,
+    "_experts_implementation_internal": _EXPERTS,
+    # all others fetch kernels, or depend on packages that may
+    "quant_method": _Local(
+        _one_of("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "bitnet"),
+        "a kernel from the Hub",
+    ),
+    "use_kernels": _KERNELS,
+    "kernel_config": _KERNELS,
+    "allow_all_kernels": _KERNELS,
+    "custom_generate": _DECODING,
+    "constraints": _DECODING,
+    "dola_layers": _DECODING,
+    "force_words_ids": _DECODING,
+    "num_beam_groups": _Local(lambda value: value in (None, 0, 1), _DECODING.runs),
+    "penalty_alpha": _Local(lambda value: value in (None, 0), _DECODING.runs),
+}
+
+
+def check_files(folder: Path) -> None:
+    """Whether everything in a folder that transformers may open is a regular file of sane size.
+
+    Links are followed: the Hub's cache is made of them.
+
+    Raises:
+        ModelError: a pipe, device, socket or broken link, a text file of over 100 MB, or an index
+            that names a file outside the folder.
+    """
+    for path in _entries(folder):
+        with path_errors(path, ModelError):
+            status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(
+                f"{path}: not a regular file; nothing else is read from a model folder"
+            )
+        if path.suffix in _READ_WHOLE and status.st_size > _MAX_READ:
+            raise ModelError(
+                f"{path}: {status.st_size:,} bytes; more than {_MAX_READ:,} are refused"
+            )
+    for name in _INDEXES:
+        if (folder / name).is_file():
+            _check_index(folder, folder / name)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    for place in (folder, folder / _TEMPLATES):
+        with path_errors(place, ModelError):
+            if place.is_dir():
+                yield from place.iterdir()
+
+
+def _check_index(folder: Path, path: Path) -> None:
+    names = _read(path, _MAX_READ).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{path}: weight_map must be a mapping to names of files")
+    for name in sorted(set(names.values())):
+        file = folder / name
+        if os.path.isabs(name) or ".." in Path(name).parts or not file.is_file():
+            raise ModelError(
+                f"{path}: weight_map names {shown(name)}, which is no file in {folder}"
+            )
+
+
+def read_small(path: Path) -> dict[str, Any]:
+    """One of `SMALL_FILES`.
+
+    Raises:
+        ModelError: not a JSON object, over 8 MiB, nested too deep, or not a regular file.
+    """
+    return _read(path, _MAX_BYTES)
+
+
+def _read(path: Path, limit: int) -> dict[str, Any]:
+    try:
+        return strict_json.parse_foreign(read_file(path, limit, follow_links=True), str(path))
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
+
+
+def check_keys(content: dict[str, Any], file: str, name: str) -> None:
+    """Whether a small file makes transformers fetch code or another model.
+
+    ``auto_map`` is not looked for: transformers itself leaves it alone where it has a class of its
+    own, and refuses it elsewhere.
+
+    Args:
+        content: of the file.
+        file: its name, one of `SMALL_FILES`.
+        name: of the model, for messages.
+
+    Raises:
+        ModelError: it does.
+    """
+    if file == ADAPTER:
+        raise refusal(name, file, "base_model_name_or_path", "another model, which may run code")
+    for key, value in _pairs(content):
+        if key in _KEYS and not _KEYS[key].fits(value):
+            raise refusal(name, file, key, _KEYS[key].runs, value)
+
+
+def _pairs(content: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values at every depth: parts of a model have configs of their own."""
+    if isinstance(content, dict):
+        yield from content.items()
+        content = content.values()
+    elif not isinstance(content, list):
+        return
+    for item in content:
+        yield from _pairs(item)
+
+
+def refusal(name: str, file: str, key: str, runs: str, value: Any = None) -> ModelError:
+    """What is said where a model needs code that is not to run."""
+    what = "" if value is None else f" {shown(value)}"
+    return ModelError(
+        f"{name}: {file}: {key}{what} asks for {runs}; nothing of it was run. "
+        "--trust-remote-code would run it with all your rights"
+    )
