@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 import npt_fast as npt
+from npt_fast.cli import streams
 from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import warn
 from npt_fast.config import BaseDType, parse_layers
@@ -100,10 +101,7 @@ def interact(options: Annotated[InteractOptions, Parameter(name="*")] = _NOTHING
     try:
         if terminal:
             return _converse(options, shell)
-        lines = sys.stdin if script is None else script
-        if hasattr(lines, "reconfigure"):
-            lines.reconfigure(encoding="utf-8", errors="replace")
-        shell.run_lines(lines)
+        shell.run_lines(streams.stdin() if script is None else script)
     finally:
         if journal is not None:
             journal.close()
@@ -223,4 +221,4 @@ def _journal(options: InteractOptions, session: Session) -> Journal | None:
 
 
 def _is_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return streams.stdin().isatty() and sys.stdout.isatty()
