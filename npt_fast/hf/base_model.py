@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251 (what torch raises; nothing is unpickled here)
 from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any
@@ -111,10 +112,15 @@ def _load_errors(name: str, file: str, contents: dict[str, dict[str, Any]]) -> I
     """Whatever the libraries raise, as one line: training must not go on without a model."""
     try:
         yield
+    except UnpicklingError as error:
+        raise ModelError(
+            f"{name}: the base model cannot be loaded: its weights are a pickle that holds more "
+            "than tensors; nothing of it was run. Save the weights as safetensors"
+        ) from error
     except Exception as error:
-        if "trust_remote_code" in str(error):  # how transformers refuses an auto_map
-            file = next((f for f in (file, *contents) if "auto_map" in contents.get(f, ())), file)
-            raise refusal(name, file, "auto_map", "code that comes with the model") from error
+        mapped = [f for f in (file, *contents) if "auto_map" in contents.get(f, ())]
+        if mapped and "trust_remote_code" in str(error):  # how transformers refuses it
+            raise refusal(name, mapped[0], "auto_map", "code that comes with the model") from error
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
         raise ModelError(f"{name}: the base model cannot be loaded: {reason}") from error
 

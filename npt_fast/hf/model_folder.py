@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.source_file import read_file
 from npt_fast.errors import CheckpointError, ModelError
-from npt_fast.paths import path_errors
+from npt_fast.paths import exists, is_file, path_errors
 from npt_fast.schema import shown
 
 CONFIG = "config.json"
@@ -108,7 +108,7 @@ def check_files(folder: Path) -> None:
                 f"{path}: {status.st_size:,} bytes; more than {_MAX_READ:,} are refused"
             )
     for name in _INDEXES:
-        if (folder / name).is_file():
+        if exists(folder / name):
             _check_index(folder, folder / name)
 
 
@@ -124,11 +124,11 @@ def _check_index(folder: Path, path: Path) -> None:
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{path}: weight_map must be a mapping to names of files")
     for name in sorted(set(names.values())):
-        file = folder / name
-        if os.path.isabs(name) or ".." in Path(name).parts or not file.is_file():
-            raise ModelError(
-                f"{path}: weight_map names {shown(name)}, which is no file in {folder}"
-            )
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise ModelError(f"{path}: weight_map: {shown(name)} leads out of the folder")
+        with path_errors(path, ModelError):
+            if exists(folder / name) and not is_file(folder / name):
+                raise ModelError(f"{path}: weight_map: {shown(name)} is not a regular file")
 
 
 def read_small(path: Path) -> dict[str, Any]:
