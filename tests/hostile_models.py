@@ -68,14 +68,17 @@ def _bare_adapter(folder: Path, canary: Path) -> None:
 def _pickled_weights(name: str) -> Callable[[Path, Path], None]:
     def spoil(folder: Path, canary: Path) -> None:
         (folder / "model.safetensors").unlink()
-        (folder / name).write_bytes(pickle.dumps(_Run(canary), protocol=2))
+        # as long as the weights of the model are
+        (folder / name).write_bytes(pickle.dumps(_Run(canary), protocol=2) + bytes(200_000))
 
     return spoil
 
 
 def _pickled_shard(folder: Path, canary: Path) -> None:
-    _pickled_weights("shard.bin")(folder, canary)
-    change(folder, "pytorch_model.bin.index.json", weight_map={"x": "shard.bin"}, metadata={})
+    _pickled_weights("pytorch_model-1.bin")(folder, canary)
+    change(
+        folder, "pytorch_model.bin.index.json", weight_map={"x": "pytorch_model-1.bin"}, metadata={}
+    )
 
 
 _ALL = {name: OWN for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")} | {

@@ -28,6 +28,7 @@ from npt_fast.hf.model_folder import (
     TOKENIZER,
     check_files,
     check_keys,
+    check_sizes,
     read_small,
     refusal,
 )
@@ -150,6 +151,8 @@ def _look_at(place: str, name: str, trust_remote_code: bool) -> dict[str, dict[s
         found[file] = read_small(path)
         if not trust_remote_code:
             check_keys(found[file], file, name)
+    if local and CONFIG in found:
+        check_sizes(found[CONFIG], folder)
     return found
 
 

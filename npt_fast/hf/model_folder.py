@@ -5,11 +5,14 @@ transformers never asks what a file is, and a few keys make it fetch code or ano
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.source_file import read_file
@@ -83,6 +86,15 @@ _KEYS = {
     "num_beam_groups": _Local(lambda value: value in (None, 0, 1), _DECODING.runs),
     "penalty_alpha": _Local(lambda value: value in (None, 0), _DECODING.runs),
 }
+
+
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_MATRICES = (  # that nearly every model has: what is multiplied is their number of elements
+    ("hidden_size", "vocab_size"),
+    ("hidden_size", "intermediate_size"),
+    ("hidden_size", "num_attention_heads", "head_dim"),
+    ("hidden_size", "num_key_value_heads", "head_dim"),
+)
 
 
 def check_files(folder: Path) -> None:
@@ -166,6 +178,52 @@ def check_keys(content: dict[str, Any], file: str, name: str) -> None:
     for key, value in _pairs(content):
         if key in _KEYS and not _KEYS[key].fits(value):
             raise refusal(name, file, key, _KEYS[key].runs, value)
+
+
+def check_sizes(config: dict[str, Any], folder: Path) -> None:
+    """Whether the weights in a folder can fill the model that its config.json describes.
+
+    transformers builds the model first and makes up what is missing: hours and gigabytes, for a
+    digit too many.
+
+    Raises:
+        ModelError: they cannot.
+    """
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    size = sum(path.stat().st_size for path in weights)
+    tensors = 0
+    for path in weights:
+        if path.suffix == ".bin":
+            tensors += size  # not counted, since pickles are not opened here
+            continue
+        try:
+            with safe_open(path, "pt") as file:
+                tensors += len(file.keys())
+        except SafetensorError:
+            return  # transformers says what is wrong with it
+    if not weights:  # as above; or they are in a subfolder
+        return
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        for key in _LAYERS:
+            if _count(part, key) > tensors:
+                raise _too_large(folder, key, part[key], f"{tensors:,} tensors")
+        for keys in _MATRICES:
+            # packed weights have up to 8 numbers in a byte
+            if math.prod(_count(part, key) for key in keys) > 8 * size:
+                key = max(keys, key=lambda key: _count(part, key))
+                raise _too_large(folder, key, part[key], f"{size:,} bytes")
+
+
+def _count(part: dict[str, Any], key: str) -> int:
+    value = part.get(key)
+    return value if type(value) is int and value > 0 else 1
+
+
+def _too_large(folder: Path, key: str, value: int, there: str) -> ModelError:
+    return ModelError(
+        f"{folder / CONFIG}: {key} {shown(value)}: no such model fits into its weights, {there}"
+    )
 
 
 def _pairs(content: Any) -> Iterator[tuple[str, Any]]:

@@ -327,6 +327,41 @@ def test_long_files(tmp_path: Path, file: str, size: int, limit: str) -> None:
         load_base_model(str(base))
 
 
+@pytest.mark.parametrize("value", [10**6, 2**40, 10**400])
+@pytest.mark.parametrize("key", [
+    "num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
+])  # fmt: skip
+def test_a_config_that_is_too_large_for_its_weights(tmp_path: Path, key: str, value: int) -> None:
+    """Nothing is built: a million layers take an hour, a width of a million 6 GB."""
+    base = tiny.save(tmp_path / "base")
+    hostile_models.change(base, "config.json", **{key: value})
+    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*(fits into|not valid JSON)"):
+        load_base_model(str(base))
+
+
+ODD: list[Any] = [None, True, -1, 0, "x", "\ud800", 1e308, [], {}, [[1]], {"a": {"b": 1}}]
+
+
+@pytest.mark.parametrize("key", [
+    "model_type", "architectures", "num_hidden_layers", "hidden_size", "rope_parameters", "dtype",
+    "hidden_act", "quantization_config", "auto_map", "text_config", "transformers_weights",
+    "attn_implementation", "per_layer_config", "id2label", "head_dim", "eos_token_id",
+])  # fmt: skip
+def test_odd_types(tmp_path: Path, key: str) -> None:
+    """Each loads, or is refused in a line."""
+    base = tiny.save(tmp_path / "base")
+    for file in ("config.json", "tokenizer_config.json"):
+        before = (base / file).read_text()
+        for value in ODD:
+            hostile_models.change(base, file, **{key: value})
+            try:
+                load_base_model(str(base))
+            except npt.ModelError as error:
+                assert "\n" not in str(error) and str(error).startswith(str(base))
+        (base / file).write_text(before)
+
+
 def test_nothing_beside_a_gguf_file_is_read(tmp_path: Path, canary: Path) -> None:
     hostile_models.plant(tmp_path / "base", canary)
     base = tmp_path / "base"
