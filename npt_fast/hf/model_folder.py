@@ -89,11 +89,17 @@ _KEYS = {
 
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-_MATRICES = (  # that nearly every model has: what is multiplied is their number of elements
-    ("hidden_size", "vocab_size"),
-    ("hidden_size", "intermediate_size"),
-    ("hidden_size", "num_attention_heads", "head_dim"),
-    ("hidden_size", "num_key_value_heads", "head_dim"),
+_WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
+_BESIDE_WIDTH = (  # the weights of nearly every model hold matrices of its width by each of these
+    ("vocab_size",),
+    ("intermediate_size",),
+    ("n_inner",),
+    ("num_attention_heads", "head_dim"),
+    ("num_key_value_heads", "head_dim"),
+    ("num_experts",),
+    ("num_local_experts",),
+    ("n_routed_experts",),
+    ("num_labels",),  # not of these, but transformers makes a name for each
 )
 
 
@@ -208,11 +214,13 @@ def check_sizes(config: dict[str, Any], folder: Path) -> None:
         for key in _LAYERS:
             if _count(part, key) > tensors:
                 raise _too_large(folder, key, part[key], f"{tensors:,} tensors")
-        for keys in _MATRICES:
-            # packed weights have up to 8 numbers in a byte
-            if math.prod(_count(part, key) for key in keys) > 8 * size:
-                key = max(keys, key=lambda key: _count(part, key))
-                raise _too_large(folder, key, part[key], f"{size:,} bytes")
+        for width in _WIDTH:
+            for others in _BESIDE_WIDTH:
+                keys = (width, *others)
+                # packed weights have up to 8 numbers in a byte
+                if math.prod(_count(part, key) for key in keys) > 8 * size:
+                    key = max(keys, key=lambda key: _count(part, key))
+                    raise _too_large(folder, key, part[key], f"{size:,} bytes")
 
 
 def _count(part: dict[str, Any], key: str) -> int:

@@ -330,7 +330,7 @@ def test_long_files(tmp_path: Path, file: str, size: int, limit: str) -> None:
 @pytest.mark.parametrize("value", [10**6, 2**40, 10**400])
 @pytest.mark.parametrize("key", [
     "num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "head_dim",
+    "num_key_value_heads", "head_dim", "num_labels",
 ])  # fmt: skip
 def test_a_config_that_is_too_large_for_its_weights(tmp_path: Path, key: str, value: int) -> None:
     """Nothing is built: a million layers take an hour, a width of a million 6 GB."""
