@@ -108,6 +108,7 @@ def train_here(options: TrainOptions) -> TrainReport:
             dtype=options.base_dtype,
             device=arguments.device,
             keep_on_cpu=bool(arguments.fsdp),  # it may not fit on one device whole
+            trust_remote_code=options.trust_remote_code,
         )
         layers = _put_layers(model, options, checkpoint, say)
         windows, held_out = _data(options, tokenizer, saved, say)
@@ -127,6 +128,7 @@ def train_here(options: TrainOptions) -> TrainReport:
             text = collate(held_out[:4])["input_ids"].to(model.device)
             distillation.calibrate(text, fresh)
         config = {name: _plain(value) for name, value in asdict(options).items()}
+        del config["trust_remote_code"]  # said anew for every run, never by a file
         if run is not None:
             with disk_errors(output, TrainingError):
                 metrics = Metrics(output, options, start, config)
