@@ -116,9 +116,6 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], None], str, str]] = {
             "_experts_implementation", "use_kernels", "kernel_config",
         )
     },
-    "flash": (
-        _config(attn_implementation="flash_attention_2"), "config.json", "attn_implementation"
-    ),
     "paged": (
         _config(_attn_implementation=f"paged|{KERNEL}:f"), "config.json", "_attn_implementation"
     ),
@@ -131,7 +128,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], None], str, str]] = {
         _config(text_config={"attn_implementation": KERNEL}), "config.json", "attn_implementation"
     ),
     "quantized": (
-        _config(quantization_config={"quant_method": "fp8"}), "config.json", "quant_method"
+        _config(quantization_config={"quant_method": KERNEL}), "config.json", "quant_method"
     ),
     "contrastive": (
         _generation(penalty_alpha=0.6, top_k=4), "generation_config.json", "penalty_alpha"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,8 +62,25 @@ def _off(value: Any) -> bool:
     return value is None or value is False
 
 
-_ATTENTION = _Local(_one_of("eager", "sdpa", "flex_attention"), "a kernel from the Hub")
-_EXPERTS = _Local(_one_of("eager", "batched_mm", "grouped_mm"), "a kernel from the Hub")
+def _or_no_kernels(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """As `fits`; also any plain name, where the package that fetches kernels is not installed.
+
+    transformers takes kernels of the Hub for names of its own, such as flash_attention_2, too.
+    """
+
+    def allowed(value: Any) -> bool:
+        plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]*", value) is not None
+        return fits(value) or (plain and find_spec("kernels") is None)
+
+    return allowed
+
+
+_ATTENTION = _Local(
+    _or_no_kernels(_one_of("eager", "sdpa", "flex_attention")), "a kernel from the Hub"
+)
+_EXPERTS = _Local(
+    _or_no_kernels(_one_of("eager", "batched_mm", "grouped_mm")), "a kernel from the Hub"
+)
 _KERNELS = _Local(_off, "kernels from the Hub")
 _DECODING = _Local(_off, "code from the Hub to generate text")
 _KEYS = {
@@ -71,9 +90,8 @@ _KEYS = {
     "experts_implementation": _EXPERTS,
     "_experts_implementation": _EXPERTS,
     "_experts_implementation_internal": _EXPERTS,
-    # all others fetch kernels, or depend on packages that may
     "quant_method": _Local(
-        _one_of("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "bitnet"),
+        _or_no_kernels(_one_of("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "bitnet")),
         "a kernel from the Hub",
     ),
     "use_kernels": _KERNELS,
@@ -160,7 +178,9 @@ def read_small(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, limit: int) -> dict[str, Any]:
     try:
-        return strict_json.parse_foreign(read_file(path, limit, follow_links=True), str(path))
+        return strict_json.parse_foreign(
+            read_file(path, limit, follow_links=True), str(path), limit
+        )
     except CheckpointError as error:
         raise ModelError(str(error)) from None
 

@@ -9,6 +9,8 @@ import re
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, dynamic_module_utils
 
 import npt_fast as npt
+from npt_fast.hf import model_folder
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
 from tests import hostile_models
 from tests.checkpoints import assert_same_tensors
@@ -187,6 +190,25 @@ def test_code_is_refused_in_one_line(tmp_path: Path, canary: Path, name: str) ->
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("fetching", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"attn_implementation": "flash_attention_2"},
+        {"_experts_implementation": "sonicmoe"},
+        {"quantization_config": {"quant_method": "fp8"}},
+    ],
+)
+def test_names_for_which_kernels_are_fetched_where_that_is_possible(
+    content: dict[str, Any], fetching: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModuleSpec("kernels", None) if fetching else None
+    monkeypatch.setattr(model_folder, "find_spec", lambda name: spec)
+    told = "asks for a kernel from the Hub; nothing of it was run"
+    with pytest.raises(npt.ModelError, match=told) if fetching else nullcontext():
+        model_folder.check_keys(content, "config.json", "base")
+
+
 @pytest.mark.parametrize("name", hostile_models.UNREADABLE)
 def test_pickles_do_not_run(tmp_path: Path, canary: Path, name: str) -> None:
     base = hostile_models.plant(tmp_path / "base", canary)
@@ -327,7 +349,7 @@ def test_long_files(tmp_path: Path, file: str, size: int, limit: str) -> None:
         load_base_model(str(base))
 
 
-@pytest.mark.parametrize("value", [10**6, 2**40, 10**400])
+@pytest.mark.parametrize("value", [10**6, 2**40, 10**38])
 @pytest.mark.parametrize("key", [
     "num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "num_labels",
@@ -336,7 +358,7 @@ def test_a_config_that_is_too_large_for_its_weights(tmp_path: Path, key: str, va
     """Nothing is built: a million layers take an hour, a width of a million 6 GB."""
     base = tiny.save(tmp_path / "base")
     hostile_models.change(base, "config.json", **{key: value})
-    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*(fits into|not valid JSON)"):
+    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*fits into"):
         load_base_model(str(base))
 
 
