@@ -153,6 +153,17 @@ def test_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [left.name for left in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if somebody foresees the hidden name under which the file is written."""
+    monkeypatch.setattr("secrets.token_hex", lambda count: "foreseen")
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / ".foreseen.npt-fast").symlink_to("victim")
+    with pytest.raises(npt.TransferError, match=r"cannot be written: .*exists"):
+        random_modulation().save(tmp_path / "m")
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+    assert not (tmp_path / "m").exists()
+
+
 def test_a_file_that_is_gone_is_no_loss(tmp_path: Path) -> None:
     m = random_modulation()
     m.save(tmp_path / "m")
