@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import pyarrow as pa  # type: ignore[import-untyped]
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
-LARGEST_PAGE = 1 << 26
-"""Bytes of a page when it is decompressed."""
+LARGEST = 1 << 26
+"""Bytes of a page when it is decompressed, which is done at once."""
 
 _AT_ONCE = 1 << 24  # bytes of text decoded at once, or one text
 _PIECE = 1 << 20  # bytes read at once
@@ -40,7 +40,6 @@ def parquet_values(
     """
     file = parquet.ParquetFile(
         stream,
-        read_dictionary=[column],  # a text that many rows share is held once
         buffer_size=_PIECE,  # or all of a row group is read at once
         pre_buffer=False,
         thrift_container_size_limit=_CONTAINER,
@@ -68,42 +67,43 @@ def _kind(type: Any) -> str:
 def _values(
     file: Any, stream: BinaryIO, index: int, column: str, longest: int
 ) -> Iterator[str | None]:
-    number = 0
+    shared = pa.types.is_dictionary(file.schema_arrow.field(column).type)
     for group in range(file.num_row_groups):
-        largest = _largest_page(stream, file.metadata.row_group(group).column(index))
-        if largest > LARGEST_PAGE:
+        pages = list(_pages(stream, file.metadata.row_group(group), index))
+        # of a column that was a dictionary when it was written, all texts are kept
+        held = sum(pages) if shared else max(pages, default=0)
+        if held > LARGEST:
             raise ValueError(
-                f"row group {group} has a page of {largest:,} bytes in its column {column}; more "
-                f"than {LARGEST_PAGE:,} are refused: write it with smaller pages"
+                f"the column {column} of row group {group} needs {held:,} bytes at once, over "
+                f"{LARGEST:,} are refused; write it with fewer rows to a page and row group"
             )
-        rows = max(1, min(_MOST_ROWS, _AT_ONCE // max(largest, 1)))
+        # many rows may have a text that stands in the page once
+        rows = max(1, min(_MOST_ROWS, _AT_ONCE // max(held, 1)))
         for batch in file.iter_batches(rows, [group], [column], use_threads=False):
-            for value in batch.column(0):
-                text = value.value if value.is_valid else value  # of a dictionary
-                if value.is_valid and len(text.as_buffer()) > 4 * longest:
-                    raise ValueError(f"row {number} has more than {longest:,} characters")
-                found = text.as_py()
-                if found is not None and len(found) > longest:
-                    raise ValueError(f"row {number} has more than {longest:,} characters")
-                yield found
-                number += 1
+            values = batch.column(0)
+            values = values.dictionary_decode() if shared else values
+            if (compute.max(compute.utf8_length(values)).as_py() or 0) > longest:
+                raise ValueError(f"a text in row group {group} has over {longest:,} characters")
+            yield from values.to_pylist()
 
 
-def _largest_page(stream: BinaryIO, chunk: Any) -> int:
-    """Bytes of the largest page of a column in a row group when it is decompressed."""
+def _pages(stream: BinaryIO, group: Any, index: int) -> Iterator[int]:
+    """Bytes of each page of a column in a row group when it is decompressed."""
+    if not group.num_rows:
+        return  # there may be nothing where its pages would begin
+    chunk = group.column(index)
     begin = chunk.data_page_offset
     if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < begin:
         begin = chunk.dictionary_page_offset
-    largest, end = 0, begin + chunk.total_compressed_size
+    end = begin + chunk.total_compressed_size
     while begin < end:
         stream.seek(begin)
         header = _struct(stream)
         size, stored = header.get(2), header.get(3)
         if not isinstance(size, int) or not isinstance(stored, int) or size < 0 or stored < 0:
             raise ValueError(f"the page at byte {begin} says nothing of its size")
-        largest = max(largest, size)
+        yield size
         begin = stream.tell() + stored
-    return largest
 
 
 # The pages' headers are written in Thrift's compact protocol.
@@ -134,7 +134,7 @@ def _value(stream: BinaryIO, kind: int, depth: int) -> object:
             stream.seek(8, 1)
         case 8:
             stream.seek(_unsigned(stream), 1)
-        case 12:
+        case 12:  # a struct
             return _struct(stream, depth + 1)
         case _:  # lists, sets and maps stand in no page's header
             raise ValueError("a page's header is of an unknown kind")

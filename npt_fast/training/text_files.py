@@ -19,10 +19,11 @@ from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import DataError
 from npt_fast.training.parquet_file import parquet_values
 
-LONGEST = 1 << 24
-"""Characters of a document, and of the JSON object around it. They may take four bytes each."""
+LONGEST = 1 << 23
+"""Characters of a document; tokenising one takes a hundred bytes for each."""
 
 _PIECE = 1 << 20  # characters read at once
+_LONGEST_OBJECT = 2 * LONGEST  # characters of JSON: an escaped one takes six
 _DEEPEST = 100  # of JSON in JSON, as in a checkpoint's files
 _MOST_VALUES = 1_000_000  # of a JSON object: an empty list takes 3 bytes in a file, 64 in memory
 _SPACE = re.compile(r"[ \t\r\n]*+")
@@ -67,6 +68,8 @@ def _json_texts(file: SourceFile) -> Iterator[str]:
             if not isinstance(text, str):
                 types = {name: type(value).__name__ for name, value in row.items()}
                 raise _no_text(file, number, types)
+            if len(text) > LONGEST:
+                raise ValueError(f"row {number}: a text of more than {LONGEST:,} characters")
             if not text.isascii():
                 try:
                     text.encode()
@@ -129,14 +132,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_unique).raw_decode
-
-
 class _Json:
     """JSON in pieces: finds where a value ends before it is parsed, in one pass over its text."""
 
     def __init__(self, read: _Read) -> None:
         self._read = read
+        self._decode = json.JSONDecoder(object_pairs_hook=_unique).raw_decode
         self._text = ""
         self._at = 0
         self._number = 0
@@ -183,7 +184,7 @@ class _Json:
     def _value(self) -> Any:
         length = self._length()
         try:
-            value, end = _decode(self._text, self._at)
+            value, end = self._decode(self._text, self._at)
         except json.JSONDecodeError as error:
             raise self._bad(f"not valid JSON: {error.msg}") from None
         except ValueError as error:  # a key that occurs twice, a number of thousands of digits
@@ -216,6 +217,6 @@ class _Json:
                 return done
 
     def _bounded(self, length: int) -> int:
-        if length > LONGEST:
-            raise self._bad(f"an object of more than {LONGEST:,} characters, or one without an end")
+        if length > _LONGEST_OBJECT:
+            raise self._bad(f"an object of over {_LONGEST_OBJECT:,} characters, or without an end")
         return length
