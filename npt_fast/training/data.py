@@ -193,6 +193,25 @@ class _Place(NamedTuple):
     skip: int
 
 
+def _fits(position: Any, first: Any) -> bool:
+    """Whether a position of a reader is formed as its first one, which has null for what comes."""
+    if isinstance(first, dict):
+        return (
+            isinstance(position, dict)
+            and position.keys() == first.keys()
+            and all(_fits(position[key], first[key]) for key in first)
+        )
+    if isinstance(first, list):
+        return (
+            isinstance(position, list)
+            and len(position) == len(first)
+            and all(map(_fits, position, first))
+        )
+    if isinstance(first, str):
+        return bool(position == first)
+    return first is None or (type(position) is type(first) and position >= 0)
+
+
 class TokenWindows(IterableDataset[Window]):
     """Endless stream of windows; every epoch has the same ones in another order.
 
@@ -216,7 +235,7 @@ class TokenWindows(IterableDataset[Window]):
         position: windows used since training began, before this stream.
 
     Raises:
-        ValueError: a number is out of range, or `start` is of other settings.
+        ValueError: a number is out of range, or `start` is of other settings or other data.
         DataError: the source cannot be read, or is too short. Also while iterating.
     """
 
@@ -272,8 +291,11 @@ class TokenWindows(IterableDataset[Window]):
         self._start = (0, self._beginning(0))
         if start is not None:
             place = _Place(*(start[name] for name in _Place._fields))
+            documents = json.loads(start["documents"])
+            if not _fits(documents, self._first_document):
+                raise ValueError("cannot go on with this data: documents is no position in it")
             self.position = start["windows"]
-            self._start = start["before"], place._replace(documents=json.loads(start["documents"]))
+            self._start = start["before"], place._replace(documents=documents)
         # where the latest blocks begin, and how many windows were yielded before each
         self._marks = deque([self._start])
 
