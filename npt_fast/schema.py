@@ -79,6 +79,7 @@ def is_plain(value: Any, deepest: int, largest: int) -> bool:
 TEXT = Kind("a text", is_text)
 COUNT = Kind("a whole number from 0 on", is_count)
 POSITIVE = Kind("a whole number from 1 on", lambda value: is_count(value) and value > 0)
+WHOLE = Kind("a whole number", lambda value: type(value) is int and is_number(value))
 NUMBER = Kind("a number", is_number)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))

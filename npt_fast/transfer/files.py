@@ -128,9 +128,10 @@ def open_modulation(source: SourceFile) -> Modulation:
     text = found.metadata[FORMAT].encode("utf-8", "surrogatepass")
     about = _described(strict_json.parse_object(text, str(path)), path)
     _check(about, found.entries, path)
-    with source.open():  # the file that was looked at is the one that is mapped
+    with source.open() as fd:
         try:
-            file: Any = safe_open(path, framework="pt")
+            # through its descriptor: the very file that was looked at, whatever its name
+            file: Any = safe_open(f"/dev/fd/{fd}", framework="pt")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return Modulation(_Layers(file, about.layers, path), about.base, about.origin, about.vectors)
