@@ -110,15 +110,6 @@ def mapping_of(kind: Kind) -> Kind:
     )
 
 
-def plain_mapping(deepest: int, largest: int) -> Kind:
-    """A mapping that `is_plain`."""
-    return Kind(
-        f"a mapping of texts, finite numbers, true, false, null, lists and mappings, at most "
-        f"{deepest} deep and with at most {largest:,} values and characters",
-        lambda value: isinstance(value, Mapping) and is_plain(value, deepest, largest),
-    )
-
-
 def or_none(kind: Kind) -> Kind:
     """As `kind`, or null."""
     return Kind(f"{kind.name}, or null", lambda value: value is None or kind.fits(value))
@@ -138,8 +129,9 @@ def mistakes(
     if closed:
         for key in given:
             if key not in kinds:
+                near = suggestion(key[:40], kinds) if isinstance(key, str) else ""
                 there = f"; there are {', '.join(kinds)}"
-                yield f"unknown key {shown(key)}{suggestion(f'{key!s:.40}', kinds) or there}"
+                yield f"unknown key {shown(key)}{near or there}"
     for key, kind in kinds.items():
         if key in given and not kind.fits(given[key]):
             yield f"{key} must be {kind.name}, not {shown(given[key])}"

@@ -47,7 +47,7 @@ from npt_fast.transfer.modulation import (
     Terms,
 )
 
-_MAX_HEADER = 8 << 20
+_MAX_HEADER = 4 << 20  # an origin, and 10,000 tensors
 _DTYPES = ("F16", "BF16", "F32", "F64")
 _BASE = {"name": TEXT} | dict.fromkeys(
     ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"), POSITIVE

@@ -21,7 +21,7 @@ FORMAT = "npt_session"
 VERSION = 1
 TOLERANCE = 1e-4
 """Numbers are equal that differ by this much, times the larger one where that is over 1."""
-_MAX_BYTES = 32 << 20
+_MAX_BYTES = 16 << 20
 _MAX_LINE = 4 << 20
 _HEADER = {
     FORMAT: COUNT,

@@ -21,14 +21,29 @@ from torch import Tensor
 
 from npt_fast.errors import ModelError, TransferError, printable
 from npt_fast.paths import user_path
-from npt_fast.schema import plain_mapping, shown
+from npt_fast.schema import Kind, is_plain, shown
 
 PROJECTIONS = ("gate", "up", "down")
 FORMAT = "npt_modulation"
 VERSION = 1
-ORIGIN = plain_mapping(deepest=64, largest=2_000_000)
-"""What an origin must be, so that it can be saved."""
+_DEEPEST, _LARGEST = 64, 3 << 20  # of an origin: mappings in one another, bytes in a file's header
 _LONGEST = 1000  # characters of a description
+
+
+def _can_be_saved(origin: Any) -> bool:
+    # measured before it is written out, which follows every path to what is shared
+    if not isinstance(origin, Mapping) or not is_plain(origin, _DEEPEST, _LARGEST):
+        return False
+    text = json.dumps(origin, ensure_ascii=False)
+    return len(json.dumps(text, ensure_ascii=False).encode()) <= _LARGEST
+
+
+ORIGIN = Kind(
+    "a mapping of texts, finite numbers, true, false, null, lists and mappings, at most "
+    f"{_DEEPEST} deep and {_LARGEST:,} bytes long",
+    _can_be_saved,
+)
+"""What an origin must be, so that it can be saved."""
 
 
 class Terms(NamedTuple):

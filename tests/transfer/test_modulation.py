@@ -250,6 +250,14 @@ def test_a_long_chain_keeps_a_line_that_says_where_it_comes_from(tmp_path: Path)
     wide.save(tmp_path / "m")
 
 
+@pytest.mark.parametrize("text", ["a", "\0", "😀", '"'])
+def test_what_is_made_of_long_texts_can_be_saved(text: str, tmp_path: Path) -> None:
+    m = replace(random_modulation(), origin={"text": text * ((1 << 21) // len(text.encode()))})
+    for combination in (1.0 * m, m + m, npt.mean([m] * 5), m.compress()[0]):
+        combination.save(tmp_path / "m")
+        assert npt.load_modulation(tmp_path / "m").origin == combination.origin
+
+
 def test_a_name_that_is_no_unicode(tmp_path: Path) -> None:
     """That of a folder need not be."""
     model = converted()
