@@ -72,7 +72,7 @@ def save_modulation(modulation: Modulation, path: Path) -> None:
 
     if not ORIGIN.fits(modulation.origin):  # before json, which follows cycles and shared parts
         raise fail(f"its origin must be {ORIGIN.name}")
-    temporary = path.with_name(f".{path.name[:100]}.{token_hex(8)}")
+    temporary = path.with_name(f".npt-fast-{token_hex(8)}")
     try:
         tensors = {
             f"layer.{layer}.{projection}.{name}": tensor.detach().cpu().contiguous()
