@@ -7,6 +7,7 @@ against the kinds of its keys.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -15,6 +16,9 @@ from npt_fast.errors import NPTError, suggestion
 
 LARGEST = 1 << 63
 """No count, index or size reaches this."""
+
+
+_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 class Kind(NamedTuple):
@@ -77,12 +81,16 @@ def is_plain(value: Any, deepest: int, largest: int) -> bool:
 
 
 TEXT = Kind("a text", is_text)
+PATH = Kind("a path", lambda value: isinstance(value, str))  # its bytes may be no Unicode
 COUNT = Kind("a whole number from 0 on", is_count)
 POSITIVE = Kind("a whole number from 1 on", lambda value: is_count(value) and value > 0)
 WHOLE = Kind("a whole number", lambda value: type(value) is int and is_number(value))
 NUMBER = Kind("a number", is_number)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
+
+
+INDEX = Kind("the index of a layer", lambda v: isinstance(v, str) and bool(_INDEX.fullmatch(v)))
 
 
 def one_of(names: Sequence[str]) -> Kind:
@@ -98,14 +106,14 @@ def list_of(kind: Kind) -> Kind:
     )
 
 
-def mapping_of(kind: Kind) -> Kind:
-    """A mapping from texts to values that are all of one kind."""
+def mapping_of(keys: Kind, values: Kind) -> Kind:
+    """A mapping whose keys are of one kind and whose values of another."""
     return Kind(
-        f"a mapping, each value {kind.name}",
+        f"a mapping, each key {keys.name}, each value {values.name}",
         lambda value: (
-            isinstance(value, Mapping)
-            and all(map(is_text, value))
-            and all(map(kind.fits, value.values()))
+            isinstance(value, dict)
+            and all(map(keys.fits, value))
+            and all(map(values.fits, value.values()))
         ),
     )
 

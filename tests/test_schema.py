@@ -86,7 +86,7 @@ def test_plain_data_is_measured_at_once() -> None:
 
 
 def test_mappings_of_a_kind() -> None:
-    kind = schema.mapping_of(schema.POSITIVE)
+    kind = schema.mapping_of(schema.TEXT, schema.POSITIVE)
     assert kind.fits({}) and kind.fits({"a": 1})
     assert not any(map(kind.fits, ({"a": 0}, {1: 1}, {"\ud800": 1}, [1], None)))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -30,15 +30,15 @@ class DigestWriter:
     """Writes the file; a context manager. Without any digest, there is no file.
 
     Args:
-        directory: of the checkpoint; must not have the file yet.
+        create: opens a new file of a name in the checkpoint's directory, for writing.
 
     Attributes:
         weights: digests of the weights among them, by tensor.
         sha256: SHA-256 of the file once it is closed; "" where there is none.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / DIGESTS
+    def __init__(self, create: Callable[[str], int]) -> None:
+        self._create = create
         self._lines = bytearray()
         self._written = 0
         self._hash = hashlib.sha256()
@@ -67,8 +67,7 @@ class DigestWriter:
 
     def _flush(self) -> None:
         if self._fd < 0:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._fd = os.open(self._path, flags, 0o666)
+            self._fd = self._create(DIGESTS)
         write_all(self._fd, memoryview(self._lines), self._written)
         self._written += len(self._lines)
         self._hash.update(self._lines)

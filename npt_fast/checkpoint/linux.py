@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-_AT_FDCWD = -100
 _SYNC_FILE_RANGE_WRITE = 2
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -60,6 +58,10 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
             raise
 
 
-def rename(old: Path, new: Path, flags: int) -> None:
-    """``renameat2``: `RENAME_NOREPLACE` or `RENAME_EXCHANGE`; OSError in `UNSUPPORTED` without."""
-    _call("renameat2", _AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags)
+def rename(folder: int, old: str, new: str, flags: int) -> None:
+    """``renameat2`` of two names in an open folder; OSError in `UNSUPPORTED` without.
+
+    Args:
+        flags: `RENAME_NOREPLACE` or `RENAME_EXCHANGE`.
+    """
+    _call("renameat2", folder, os.fsencode(old), folder, os.fsencode(new), flags)

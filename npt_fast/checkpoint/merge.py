@@ -18,6 +18,7 @@ from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.read_back import read_back, read_back_records
 from npt_fast.checkpoint.source_file import filesystem_type
 from npt_fast.checkpoint.tensor_source import WEIGHTS
 from npt_fast.config import MergeOptions, Progress
@@ -55,7 +56,8 @@ def merge(
         progress: called with what is being done, bytes done and bytes in all.
 
     Raises:
-        CheckpointError: an input cannot be read, or changes while it is read.
+        CheckpointError: an input cannot be read, or changes while it is read; or the output could
+            not be read, and was not written.
         MergeError: the inputs do not fit together, or the output is in the way.
         PathError: the output, or an input, is no path.
         StorageError: the disk is full, or would be.
@@ -74,22 +76,23 @@ def merge(
         raise StorageError(f"{target}: {needed:,} bytes needed, {free:,} free on its file system")
     report_progress = progress or (lambda activity, done, total: None)
     with disk_errors(target, MergeError), StagedDirectory(target, replace=force) as staged:
-        mover = _write_files(plan, staged.path, report_progress)
+        mover = _write_files(plan, staged, report_progress)
+        written = read_back(staged.path, target)
         proof: VerifyReport | None = None
-        with DigestWriter(staged.path) as digests:
+        with DigestWriter(staged.open) as digests:
             if verify:
                 # here, since a merge without proof starts sooner without it
                 from npt_fast.checkpoint.verify import verify_plan
 
-                proof = verify_plan(plan, staged.path, digests, report_progress)
+                proof = verify_plan(plan, written, digests, report_progress)
                 if not proof.passed:
                     raise VerificationError(f"{target}: not written", proof.problems)
             else:
                 for digest in plan.known_digests():
                     digests.add(*digest)
         summary = strict_json.dump(summary_of(plan, target, digests))
-        _write_file(BytesFile(MERGE_SUMMARY, summary), staged.path, mover, lambda count: None)
-        strict_json.read_object(staged.path / MERGE_SUMMARY)
+        _write_file(BytesFile(MERGE_SUMMARY, summary), staged, mover, lambda count: None)
+        read_back_records(staged.path, target)
         if force and paths.exists(target):
             check_replaced(target)  # still
         staged.publish()
@@ -97,8 +100,8 @@ def merge(
             proof.path = str(target)
     report = report_of(plan, target, mover.moved, free, needed, started, proof=proof)
     report.warnings.extend(
-        f"{left}: stays: it belongs to another merge that may be running, or holds files that "
-        "only another user can delete"
+        f"{left}: stays: it belongs to another merge that may be running or to another user, or "
+        "nothing proves that a merge left it there"
         for left in staged.left
     )
     return report
@@ -180,7 +183,7 @@ def _can_clone(plan: MergePlan, directory: Path) -> bool:
     )
 
 
-def _write_files(plan: MergePlan, directory: Path, progress: Progress) -> ByteMover:
+def _write_files(plan: MergePlan, staged: StagedDirectory, progress: Progress) -> ByteMover:
     total = plan.total_bytes
     done = 0
 
@@ -189,18 +192,17 @@ def _write_files(plan: MergePlan, directory: Path, progress: Progress) -> ByteMo
         done += count
         progress("merging", done, total)
 
-    mover = ByteMover(advance, reserve=not _can_clone(plan, directory))
+    mover = ByteMover(advance, reserve=not _can_clone(plan, staged.path))
     advance(0)
     for file in plan.files:
-        _write_file(file, directory, mover, advance)
+        _write_file(file, staged, mover, advance)
     return mover
 
 
 def _write_file(
-    file: OutputFile, directory: Path, mover: ByteMover, advance: Callable[[int], None]
+    file: OutputFile, staged: StagedDirectory, mover: ByteMover, advance: Callable[[int], None]
 ) -> None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(directory / file.name, flags, 0o666)
+    fd = staged.open(file.name)
     try:
         mover.start_file(fd, file.size)
         crcs = _write_pieces(file.pieces, fd, mover, advance)

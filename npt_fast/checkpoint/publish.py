@@ -5,21 +5,30 @@ rename; whatever happens before that, the target is untouched. A lock on the hid
 one that a killed process left behind, which the next run removes, from one that is being written.
 Where locks do not work, the directory's name tells its owner, and it is removed only when that
 process has certainly ended.
+
+Others may write to the folder that the target is in. So that folder and the hidden directory are
+opened once, and everything happens through their descriptors: no link that somebody puts in the way
+is followed, and directories of other users are left alone. Where others may also rename what is
+ours (they may write to the folder, and it has no sticky bit, or is theirs), they can still remove
+or replace the hidden directory, which stops the run, and the target, and can give a directory of
+ours a name under which the next run takes it for remains and removes it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import signal
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from npt_fast.checkpoint import linux
 from npt_fast.checkpoint.owner import is_gone, own_mark
@@ -35,18 +44,22 @@ _NO_LOCKS = {
 _LOCAL_FILESYSTEMS = {
     "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs",
 }  # fmt: skip
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASIDE = "-old"
-_TOKEN = re.compile(r"(?P<owner>[0-9a-f]{24})?[0-9a-f]{6,12}")
+_TOKEN = re.compile(r"(?P<owner>[0-9a-f]{24})?[0-9a-f]{6,32}")
 
 
 class StagedDirectory:
-    """Context manager: fill `path`, then call `publish`; left without that, nothing remains.
+    """Context manager: write files, then call `publish`; left without that, nothing remains.
 
     Args:
         target: where the directory shall appear; a link is followed.
         replace: whether an existing target is replaced, whole.
 
     Attributes:
+        fd: the directory.
+        path: of the directory, to read what was written; `open` and `file` write.
         left: hidden directories that were not removed: others may be writing the first ones, and
             what the target was may belong to somebody else.
     """
@@ -55,24 +68,17 @@ class StagedDirectory:
         self.target = Path(os.path.realpath(target))
         self.replace = replace
         self.path = Path()
+        self.fd = -1
         self.left: list[Path] = []
-        self._lock = -1
-        self._new_parents: list[Path] = []
+        self._parent = -1
+        self._as_made: os.stat_result  # owner and mode that directories get here
+        self._removable: list[os.stat_result] = []  # by the name of `path`
+        self._undo = ExitStack()
 
     def __enter__(self) -> StagedDirectory:
-        parent = self.target.parent
         try:
-            missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-            for folder in reversed(missing):
-                with contextlib.suppress(FileExistsError):
-                    folder.mkdir()
-                    self._new_parents.append(folder)
-            while self._lock < 0:
-                self.path = parent / (self._prefix + own_mark() + os.urandom(3).hex())
-                self.path.mkdir()
-                # another run may take it for abandoned before it is locked, and remove it
-                with contextlib.suppress(FileNotFoundError, BlockingIOError):
-                    self._lock = _lock(self.path)
+            self._open_parent()
+            self._make()
             self._remove_abandoned()
         except BaseException:
             self._clean_up()
@@ -87,76 +93,164 @@ class StagedDirectory:
     ) -> None:
         self._clean_up()
 
-    def _clean_up(self) -> None:
-        signals = {signal.SIGINT, signal.SIGTERM}  # a second Ctrl-C must not stop this
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        try:
-            if self.path.name.startswith(self._prefix):
-                shutil.rmtree(self.path, ignore_errors=True)
-            if self._lock >= 0:
-                os.close(self._lock)
-            for folder in reversed(self._new_parents):
-                with contextlib.suppress(OSError):  # not empty: the target is in it
-                    folder.rmdir()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def open(self, name: str) -> int:
+        """A descriptor of a new file, to read and write."""
+        with _naming(self.path / name):
+            return os.open(name, _NEW_FILE, 0o666, dir_fd=self.fd)
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[BinaryIO]:
+        """A new file that is on the disk when it is closed."""
+        with open(self.open(name), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
 
     def publish(self) -> None:
         """Give the directory its target's name; files must be synced already.
 
         Raises:
             MergeError: the target has appeared meanwhile and must not be replaced.
+            OSError: it cannot be renamed, or somebody has put something else in its place.
         """
-        _sync(self._lock)
-        if self.replace and self.target.exists():
-            _exchange(self.path, self.target)
-            _sync_directory(self.target.parent)
-            self._remove(self.path)
-            return
+        if os.fstat(self.fd).st_mode != self._as_made.st_mode:  # some file systems have one mode
+            os.fchmod(self.fd, stat.S_IMODE(self._as_made.st_mode))
+        _sync(self.fd)
+        self._check_place()
+        old = _look(self._parent, self.target.name) if self.replace else None
         try:
-            _rename_new(self.path, self.target)
+            with _naming(self.target), _uninterrupted():
+                if old is None:
+                    _rename_new(self._parent, self.path.name, self.target.name)
+                else:
+                    self._removable.append(old)
+                    _exchange(self._parent, self.path.name, self.target.name)
         except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            if old is not None or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
             raise MergeError(
                 f"{self.target}: appeared while merging; nothing was replaced"
             ) from None
-        _sync_directory(self.target.parent)
+        _sync(self._parent)
+        if old is not None:
+            self._remove(self.path.name, old)
+
+    def _open_parent(self) -> None:
+        """Open the folder of the target; make it, and what is missing above it."""
+        above = next(folder for folder in self.target.parents if folder.exists())
+        with _naming(self.target.parent):
+            self._parent = self._hold(os.open(above, _DIRECTORY))
+            for name in self.target.parent.relative_to(above).parts:
+                with suppress(FileExistsError):
+                    self._make_in_parent(name, 0o777)
+                self._parent = self._hold(os.open(name, _DIRECTORY, dir_fd=self._parent))
+
+    def _make(self) -> None:
+        """Make the directory, open and lock it."""
+        with _naming(self.target.parent), _uninterrupted():
+            while self.fd < 0:
+                name = self._prefix + own_mark() + secrets.token_hex(16)
+                self.path = self.target.parent / name
+                self._make_in_parent(name, 0o700)
+                # another run may take it for abandoned before it is locked, and remove it
+                with suppress(FileNotFoundError, BlockingIOError):
+                    self.fd = self._hold(_lock(self._parent, name))
+            os.mkdir(self._prefix, dir_fd=self.fd)
+            self._as_made = os.stat(self._prefix, dir_fd=self.fd, follow_symlinks=False)
+            os.rmdir(self._prefix, dir_fd=self.fd)
+        status = os.fstat(self.fd)
+        if status.st_uid != self._as_made.st_uid or os.listdir(self.fd):
+            raise self._displaced()
+        self._removable.append(status)
+
+    def _make_in_parent(self, name: str, mode: int) -> None:
+        os.mkdir(name, mode, dir_fd=self._parent)
+        self._undo.callback(_remove_empty, self._parent, name)
+
+    def _hold(self, fd: int) -> int:
+        self._undo.callback(os.close, fd)
+        return fd
+
+    def _clean_up(self) -> None:
+        with _uninterrupted():  # a second Ctrl-C must not stop this
+            for status in self._removable:
+                _remove(self._parent, self.path.name, status)
+            self._undo.close()
+
+    def _check_place(self) -> None:
+        """Raise OSError unless the name, and the path that was read, lead to what was written."""
+        for path, folder in ((self.path.name, self._parent), (str(self.path), None)):
+            try:
+                found = os.stat(path, dir_fd=folder, follow_symlinks=False)
+            except OSError:
+                raise self._displaced() from None
+            if not os.path.samestat(found, os.fstat(self.fd)):
+                raise self._displaced()
+
+    def _displaced(self) -> OSError:
+        problem = (
+            "somebody has moved or replaced this directory while it was being written; "
+            "choose a folder that nobody else can write to"
+        )
+        return OSError(errno.ESTALE, problem, str(self.path))
 
     @property
     def _prefix(self) -> str:
         # names are limited in bytes, not characters
-        return f".{os.fsdecode(os.fsencode(self.target.name)[:200])}.npt-fast-"
+        return f".{os.fsdecode(os.fsencode(self.target.name)[:180])}.npt-fast-"
 
     def _remove_abandoned(self) -> None:
-        locks_work = _locks_work(self.path)
-        for left in sorted(self.target.parent.iterdir(), reverse=True):  # `_ASIDE` comes first
-            token = left.name.removeprefix(self._prefix)
+        locks_work = _locks_work(self.fd, self.path)
+        for name in sorted(os.listdir(self._parent), reverse=True):  # `_ASIDE` comes first
+            token = name.removeprefix(self._prefix)
             match = _TOKEN.fullmatch(token.removesuffix(_ASIDE))
-            if token == left.name or match is None or left == self.path:
+            status = _look(self._parent, name)
+            if token == name or match is None or status is None or name == self.path.name:
+                continue
+            left = self.target.parent / name
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != self._as_made.st_uid:
+                self.left.append(left)
                 continue
             aside = token.endswith(_ASIDE)
             try:
-                fd = _lock(self._locked_with(left) if aside else left)
-            except OSError:
+                fd = _lock(self._parent, self._locked_with(name) if aside else name)
+            except (BlockingIOError, FileNotFoundError):
                 continue  # in use, or gone
+            except OSError:
+                self.left.append(left)
+                continue
             if not (locks_work or is_gone(match["owner"] or "")):
                 self.left.append(left)
-            elif aside and not self.target.exists():
-                os.rename(left, self.target)  # killed in the middle of `_exchange`
+            elif not aside or _look(self._parent, self.target.name) is not None:
+                self._remove(name, status)
+            elif self._put_here_by_us(status):
+                # killed in the middle of `_exchange`
+                _rename_new(self._parent, name, self.target.name)
             else:
-                self._remove(left)
+                self.left.append(left)
             os.close(fd)
 
-    def _locked_with(self, aside: Path) -> Path:
+    def _locked_with(self, aside: str) -> str:
         """What the process that put `aside` there has locked: the new directory, by either name."""
-        new = aside.with_name(aside.name.removesuffix(_ASIDE))
-        return next((path for path in (new, self.target) if path.exists()), aside)
+        names = (aside.removesuffix(_ASIDE), self.target.name)
+        return next((name for name in names if _look(self._parent, name) is not None), aside)
 
-    def _remove(self, left: Path) -> None:
-        shutil.rmtree(left, ignore_errors=True)
-        if left.exists():  # another user's
-            self.left.append(left)
+    def _put_here_by_us(self, directory: os.stat_result) -> bool:
+        """Whether nobody else can have given a directory of ours its name in the target's folder.
+
+        Where the sticky bit keeps others from renaming it there, they could still move it there
+        from a folder without one, for which they must be able to write to the directory too.
+        """
+        parent = os.fstat(self._parent)
+        others = stat.S_IWGRP | stat.S_IWOTH
+        sticky = parent.st_mode & stat.S_ISVTX and not directory.st_mode & others
+        private = not parent.st_mode & others
+        return parent.st_uid in (0, self._as_made.st_uid) and bool(private or sticky)
+
+    def _remove(self, name: str, status: os.stat_result) -> None:
+        _remove(self._parent, name, status)
+        if _look(self._parent, name) is not None:  # another user's
+            self.left.append(self.target.parent / name)
 
 
 @contextmanager
@@ -189,68 +283,106 @@ def lock(fd: int) -> None:
             raise
 
 
-def _lock(directory: Path) -> int:
-    """Open a directory and `lock` it.
+def _lock(folder: int, name: str) -> int:
+    """Open a directory in an open folder and `lock` it.
 
     Raises:
-        OSError: it is locked by another process, or gone.
+        OSError: it is locked by another process, gone, or no directory.
     """
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(name, _DIRECTORY, dir_fd=folder)
     try:
         lock(fd)
-        if not os.path.samestat(os.fstat(fd), os.stat(directory)):
-            raise FileNotFoundError(directory)
+        now = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if not os.path.samestat(os.fstat(fd), now):
+            raise FileNotFoundError(name)
     except OSError:
         os.close(fd)
         raise
     return fd
 
 
-def _locks_work(locked: Path) -> bool:
+def _locks_work(locked: int, path: Path) -> bool:
     """Whether a lock keeps others out, seen by trying to lock what is locked already."""
-    if filesystem_type(locked) not in _LOCAL_FILESYSTEMS:
+    if filesystem_type(path) not in _LOCAL_FILESYSTEMS:
         return False  # it may keep out the processes of this machine only
     try:
-        os.close(_lock(locked))
+        os.close(_lock(locked, "."))
     except OSError:
         return True
     return False
 
 
-def _rename_new(old: Path, new: Path) -> None:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name the whole path: calls through a descriptor know the last part of it only."""
     try:
-        linux.rename(old, new, linux.RENAME_NOREPLACE)
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _look(folder: int, name: str) -> os.stat_result | None:
+    """What is at a name, a link itself; None for nothing."""
+    try:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _remove(folder: int, name: str, status: os.stat_result) -> None:
+    """Remove the directory of this status, as far as that is possible, if it has this name."""
+    with suppress(OSError):
+        fd = os.open(name, _DIRECTORY, dir_fd=folder)
+        try:
+            if os.path.samestat(os.fstat(fd), status):
+                # cannot remove "." itself, so that what the name leads to next is never emptied
+                shutil.rmtree(".", ignore_errors=True, dir_fd=fd)
+                _remove_empty(folder, name)
+        finally:
+            os.close(fd)
+
+
+def _remove_empty(folder: int, name: str) -> None:
+    with suppress(OSError):  # not empty: somebody uses it
+        os.rmdir(name, dir_fd=folder)
+
+
+def _rename_new(folder: int, old: str, new: str) -> None:
+    try:
+        linux.rename(folder, old, new, linux.RENAME_NOREPLACE)
     except OSError as error:
         if error.errno not in linux.UNSUPPORTED:
             raise
-        if new.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new)) from None
-        os.rename(old, new)
+        if _look(folder, new) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)
 
 
-def _exchange(new: Path, old: Path) -> None:
+def _exchange(folder: int, new: str, old: str) -> None:
     """Swap two directories: at once where the kernel can, else by way of a third name."""
     try:
-        linux.rename(new, old, linux.RENAME_EXCHANGE)
+        linux.rename(folder, new, old, linux.RENAME_EXCHANGE)
     except OSError as error:
         if error.errno not in linux.UNSUPPORTED:
             raise
-        aside = new.with_name(new.name + _ASIDE)
-        os.rename(old, aside)
+        aside = new + _ASIDE
+        os.rename(old, aside, src_dir_fd=folder, dst_dir_fd=folder)
         try:
-            os.rename(new, old)
+            os.rename(new, old, src_dir_fd=folder, dst_dir_fd=folder)
         except OSError:
-            os.rename(aside, old)
+            os.rename(aside, old, src_dir_fd=folder, dst_dir_fd=folder)
             raise
-        os.rename(aside, new)
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        _sync(fd)
-    finally:
-        os.close(fd)
+        os.rename(aside, new, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def _sync(directory: int) -> None:

@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from npt_fast.checkpoint import file_kind
@@ -20,6 +21,7 @@ from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.strict_json import MAX_BYTES, parse_object
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
 from npt_fast.errors import CheckpointError
+from npt_fast.schema import is_text
 
 _MAX_NAME_BYTES = 4096
 _MAX_RANK = 64
@@ -67,8 +69,8 @@ def read_safetensors(file: SourceFile, limit: int = MAX_BYTES) -> SafetensorsFil
         raise fail("its header is not a JSON object; not a safetensors file")
     described = parse_object(header, f"{file.path}: header", floats=False)
     metadata = described.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise fail("its __metadata__ must map strings to strings")
+    if not isinstance(metadata, dict) or not all(map(is_text, chain(metadata, metadata.values()))):
+        raise fail("its __metadata__ must map strings to strings of valid Unicode")
 
     data_start = 8 + length
     entries = []

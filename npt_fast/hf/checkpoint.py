@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,10 +12,12 @@ from torch import Tensor, nn
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import PAGE
-from npt_fast.checkpoint.checkpoint import FORMAT_VERSION, NPT_CONFIG, Checkpoint, open_checkpoint
+from npt_fast.checkpoint.checkpoint import NPT_CONFIG, Checkpoint, open_checkpoint
 from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.recipe import Recipe
+from npt_fast.checkpoint.records import FORMAT_VERSION
 from npt_fast.checkpoint.safetensors_file import build_header
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.checkpoint.tensor_entry import TensorEntry
@@ -86,6 +86,7 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
         format: of the weights; the original reads ``"pt"``.
 
     Raises:
+        CheckpointError: what would be written could not be read.
         ModelError: the model has no NP layers, or the directory exists.
         PathError: the output is no path.
     """
@@ -102,16 +103,19 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
         for name, tensor in component.state_dict().items()
     }
     with disk_errors(target, ModelError), StagedDirectory(target, replace=False) as staged:
-        write_weights(staged.path, weights, format)
-        with synced(staged.path / NPT_CONFIG) as file:
+        write_weights(staged, weights, format)
+        with staged.file(NPT_CONFIG) as file:
             file.write(strict_json.dump(describe(model)))
+        read_back(staged.path, target)
         staged.publish()
     return target
 
 
-def write_weights(folder: Path, weights: Mapping[str, Tensor], format: FileFormat) -> None:
+def write_weights(
+    staged: StagedDirectory, weights: Mapping[str, Tensor], format: FileFormat
+) -> None:
     """The weights file of a checkpoint: CPU tensors by full name, written and synced."""
-    with synced(folder / (PT_WEIGHTS if format == "pt" else SAFETENSORS_WEIGHTS)) as file:
+    with staged.file(PT_WEIGHTS if format == "pt" else SAFETENSORS_WEIGHTS) as file:
         if format == "pt":
             save_pt(dict(weights), file)
         else:
@@ -137,15 +141,6 @@ def read_tensor(entry: TensorEntry, reader: NearbyReader) -> Tensor:
         data[position : position + len(window)] = window
         position += len(window)
     return torch.frombuffer(data, dtype=dtype).view(entry.shape)
-
-
-@contextmanager
-def synced(path: Path) -> Iterator[BinaryIO]:
-    """A new file that is on the disk when it is closed."""
-    with path.open("xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
@@ -179,8 +174,8 @@ def check_base(model: Any, checkpoint: Checkpoint) -> None:
     facts: Mapping[str, int | None] = {
         "hidden_size": architecture.hidden_size,
         "intermediate_size": architecture.intermediate_size,
-        "num_hidden_layers": checkpoint.base_fact("num_hidden_layers"),
-        "vocab_size": checkpoint.base_fact("vocab_size"),
+        "num_hidden_layers": checkpoint.base_size("num_hidden_layers"),
+        "vocab_size": checkpoint.base_size("vocab_size"),
     }
     for name, value in facts.items():
         own = getattr(config, name, None)

@@ -65,9 +65,10 @@ class RunDirectory:
         with disk_errors(target, TrainingError), StagedDirectory(target, replace=True) as staged:
             for file in source.iterdir():
                 try:
-                    os.link(file, staged.path / file.name)
+                    os.link(file, file.name, dst_dir_fd=staged.fd, follow_symlinks=False)
                 except OSError:
-                    shutil.copy2(file, staged.path / file.name)
+                    with file.open("rb") as original, staged.file(file.name) as copy:
+                        shutil.copyfileobj(original, copy)
             staged.publish()
 
     def keep_last(self, count: int, *, newest: int | None = None) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import CONFIG, NPT_CONFIG, Checkpoint
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.training_state import (
@@ -27,7 +28,7 @@ from npt_fast.checkpoint.training_state import (
 )
 from npt_fast.config import FileFormat
 from npt_fast.errors import TrainingError
-from npt_fast.hf.checkpoint import read_tensor, save_pt, synced, write_weights
+from npt_fast.hf.checkpoint import read_tensor, save_pt, write_weights
 from npt_fast.modules import NPComponent
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -160,18 +161,20 @@ def write_checkpoint(
     """Write a checkpoint in the guide's layout: complete or not at all.
 
     Raises:
+        CheckpointError: what would be written could not be read.
         StorageError: the disk is full.
         TrainingError: it cannot be written.
     """
     with disk_errors(target, TrainingError), StagedDirectory(target, replace=True) as staged:
-        write_weights(staged.path, weights, format)
+        write_weights(staged, weights, format)
         for name, state in (
             (TRAINING_STATE, training_state),
             (MULTI_LAYER_STATE, multi_layer_state),
         ):
-            with synced(staged.path / name) as file:
+            with staged.file(name) as file:
                 save_pt(dict(state), file)
         for name, content in ((CONFIG, config), (NPT_CONFIG, npt_config)):
-            with synced(staged.path / name) as file:
+            with staged.file(name) as file:
                 file.write(strict_json.dump(dict(content)))
+        read_back(staged.path, target)
         staged.publish()

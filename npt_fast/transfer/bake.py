@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from npt_fast.checkpoint import strict_json
@@ -123,7 +123,9 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
         "layers_pattern": "layers",
     }
     with disk_errors(target, TransferError), StagedDirectory(target, replace=False) as staged:
-        save_file(tensors, staged.path / "adapter_model.safetensors", {"format": "pt"})
-        (staged.path / "adapter_config.json").write_bytes(strict_json.dump(config))
+        with staged.file("adapter_model.safetensors") as file:
+            file.write(save(tensors, {"format": "pt"}))
+        with staged.file("adapter_config.json") as file:
+            file.write(strict_json.dump(config))
         staged.publish()
     return target

@@ -27,6 +27,7 @@ from npt_fast.errors import CheckpointError, NPTError, TransferError
 from npt_fast.paths import user_path
 from npt_fast.schema import (
     FLAG,
+    INDEX,
     MAPPING,
     POSITIVE,
     TEXT,
@@ -56,7 +57,7 @@ _DESCRIPTION: dict[str, Kind] = {
     "base": MAPPING,
     "origin": ORIGIN,
     "vectors": FLAG,
-    "layers": mapping_of(list_of(one_of(PROJECTIONS))),
+    "layers": mapping_of(INDEX, list_of(one_of(PROJECTIONS))),
 }
 
 
@@ -66,42 +67,62 @@ def save_modulation(modulation: Modulation, path: Path) -> None:
     Raises:
         TransferError: the folder cannot be written to, or what would be written could not be read.
     """
-
-    def fail(problem: object) -> TransferError:
-        return TransferError(f"{path}: cannot be written: {problem}")
-
-    if not ORIGIN.fits(modulation.origin):  # before json, which follows cycles and shared parts
-        raise fail(f"its origin must be {ORIGIN.name}")
-    temporary = path.with_name(f".npt-fast-{token_hex(8)}")
+    temporary = path.with_name(f".{token_hex(16)}.npt-fast")
     try:
-        tensors = {
-            f"layer.{layer}.{projection}.{name}": tensor.detach().cpu().contiguous()
-            for layer, projection, terms in modulation.walk()
-            for name, tensor in terms._asdict().items()
-        }
-        description = {
-            "version": VERSION,
-            "base": asdict(modulation.base),
-            "origin": modulation.origin,
-            "vectors": modulation.vectors,
-            "layers": {str(n): list(projections) for n, projections in modulation.layers.items()},
-        }
-        text = json.dumps(description, ensure_ascii=False, allow_nan=False)
-        data = save(tensors, {FORMAT: text})
-        with temporary.open("xb") as file:
+        data = packed(modulation, temporary)
+        with temporary.open("xb") as file:  # follows no link that somebody has put there
             file.write(data)
-        for _ in load_modulation(temporary).walk():
-            pass
+        read_back(temporary)
         temporary.replace(path)
     except NPTError as error:
-        raise fail(str(error).removeprefix(f"{temporary}: ")) from None
-    except KeyError as error:  # of safetensors
-        raise fail(f"it cannot hold terms of {error}") from None
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise fail(error) from error
+        problem = str(error).removeprefix(f"{temporary}: ")
+        raise TransferError(f"{path}: cannot be written: {problem}") from None
+    except OSError as error:
+        raise TransferError(f"{path}: cannot be written: {error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def packed(modulation: Modulation, path: Path) -> bytes:
+    """What the file of a modulation holds.
+
+    Args:
+        path: of the file, for messages.
+
+    Raises:
+        TransferError: safetensors or JSON cannot hold it.
+    """
+    if not ORIGIN.fits(modulation.origin):  # before json, which follows cycles and shared parts
+        raise TransferError(f"{path}: its origin must be {ORIGIN.name}")
+    tensors = {
+        f"layer.{layer}.{projection}.{name}": tensor.detach().cpu().contiguous()
+        for layer, projection, terms in modulation.walk()
+        for name, tensor in terms._asdict().items()
+    }
+    description = {
+        "version": VERSION,
+        "base": asdict(modulation.base),
+        "origin": modulation.origin,
+        "vectors": modulation.vectors,
+        "layers": {str(n): list(projections) for n, projections in modulation.layers.items()},
+    }
+    try:
+        return save(tensors, {FORMAT: json.dumps(description, ensure_ascii=False)})
+    except KeyError as error:
+        raise TransferError(f"{path}: safetensors cannot hold terms of {error}") from None
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise TransferError(f"{path}: {error}") from error
+
+
+def read_back(path: Path) -> None:
+    """Read all of a file that was written, as others will.
+
+    Raises:
+        CheckpointError: they could not.
+    """
+    for _ in open_modulation(SourceFile.of(path)).walk():
+        pass
 
 
 def load_modulation(path: str | Path) -> Modulation:
@@ -157,12 +178,11 @@ def _described(given: Mapping[str, Any], path: Path) -> _Description:
     )
     base, layers = Base(**sizes), {}
     for layer, projections in found["layers"].items():
-        number = int(layer) if layer.isascii() and layer.isdecimal() and len(layer) < 10 else -1
-        if str(number) != layer or number >= base.num_hidden_layers:
-            raise CheckpointError(f"{where}: layer {shown(layer)} of {base.num_hidden_layers}")
+        if int(layer) >= base.num_hidden_layers:
+            raise CheckpointError(f"{where}: layer {layer} of {base.num_hidden_layers}")
         if not projections or len(set(projections)) < len(projections):
             raise CheckpointError(f"{where}: layer {layer}: projections that are not one each")
-        layers[number] = projections
+        layers[int(layer)] = projections
     if not layers:
         raise CheckpointError(f"{where}: no layers")
     return _Description(base, found["origin"], found["vectors"], layers)

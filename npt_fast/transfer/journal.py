@@ -33,13 +33,13 @@ _HEADER = {
     "dtype": TEXT,
     "device": TEXT,
     "layers": list_of(COUNT),
-    "weights": mapping_of(TEXT),
+    "weights": mapping_of(TEXT, TEXT),
 }
 _ENTRY = {
     "command": TEXT,
     "seed": WHOLE,
     "error": TEXT,
-    "digests": mapping_of(TEXT),
+    "digests": mapping_of(TEXT, TEXT),
     "result": MAPPING,
 }
 """The first key of both must be there."""

@@ -45,7 +45,7 @@ from npt_fast.transfer import bake as baking
 from npt_fast.transfer.compare import Comparison, Sweep, compare, sweep
 from npt_fast.transfer.expression import evaluate
 from npt_fast.transfer.extract import digest, extract, tokenize
-from npt_fast.transfer.files import open_modulation
+from npt_fast.transfer.files import open_modulation, packed, read_back
 from npt_fast.transfer.generate import Sampling, Strategy, continue_ids
 from npt_fast.transfer.inject import Mode, When
 from npt_fast.transfer.modulation import Base, Modulation
@@ -426,8 +426,11 @@ class Session:
         with disk_errors(target, TransferError), StagedDirectory(target, replace=True) as staged:
             try:
                 for name, item in self.state.shelf.items():
-                    item.modulation.save(staged.path / files[name])
-                (staged.path / _INDEX).write_bytes(strict_json.dump(index))
+                    with staged.file(files[name]) as file:
+                        file.write(packed(item.modulation, staged.path / files[name]))
+                    read_back(staged.path / files[name])
+                with staged.file(_INDEX) as file:
+                    file.write(strict_json.dump(index))
                 _read_index(staged.path)
             except NPTError as error:
                 problem = str(error).replace(f"{staged.path}/", "")

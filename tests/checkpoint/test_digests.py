@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,12 @@ def recorded(count: int) -> Iterator[tuple[str, str, str]]:
         yield file, f"tensor.{number}", f"F32[{number}, 2] {number:064x}"
 
 
+def creator(directory: Path) -> Callable[[str], int]:
+    return lambda name: os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+
+
 def write(directory: Path, count: int) -> Path:
-    with DigestWriter(directory) as writer:
+    with DigestWriter(creator(directory)) as writer:
         for item in recorded(count):
             writer.add(*item)
     return directory / DIGESTS
@@ -36,14 +41,14 @@ def test_what_is_written_is_read_again(tmp_path: Path, count: int) -> None:
 
 
 def test_its_own_digest_is_known(tmp_path: Path) -> None:
-    with DigestWriter(tmp_path) as writer:
+    with DigestWriter(creator(tmp_path)) as writer:
         for item in recorded(30_000):
             writer.add(*item)
     assert writer.sha256 == hashlib.sha256((tmp_path / DIGESTS).read_bytes()).hexdigest()
 
 
 def test_without_digests_there_is_no_file(tmp_path: Path) -> None:
-    with DigestWriter(tmp_path) as writer:
+    with DigestWriter(creator(tmp_path)) as writer:
         pass
     assert writer.sha256 == ""
     assert list(tmp_path.iterdir()) == []
@@ -59,7 +64,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_digests_of_weights_are_at_hand(tmp_path: Path) -> None:
-    with DigestWriter(tmp_path) as writer:
+    with DigestWriter(creator(tmp_path)) as writer:
         for item in recorded(9):
             writer.add(*item)
     assert writer.weights == {name: digest for _, name, digest in list(recorded(9))[:3]}

@@ -10,16 +10,23 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import npt_fast as npt
 from npt_fast.checkpoint import linux, publish
 from npt_fast.checkpoint.merge import merge
 from npt_fast.checkpoint.publish import StagedDirectory
-from npt_fast.errors import MergeError
+from npt_fast.errors import MergeError, NPTError
+from npt_fast.training import state
+from npt_fast.training.run_directory import RunDirectory
+from npt_fast.transfer.bake import export_lora
+from npt_fast.transfer.session import Session
 from tests.checkpoints import layer_weights, write_checkpoint
+from tests.training import tiny
+from tests.transfer.models import base, converted, random_modulation
 
 NAMES = [
     "merged",
@@ -58,7 +65,7 @@ def names_in(folder: Path) -> list[str]:
 def no_renameat2(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel or file system that cannot swap, or rename without replacing."""
 
-    def refuse(old: Path, new: Path, flags: int) -> None:
+    def refuse(folder: int, old: str, new: str, flags: int) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     monkeypatch.setattr(linux, "rename", refuse)
@@ -162,7 +169,7 @@ def test_made_parents_stay_when_someone_uses_them(tmp_path: Path) -> None:
     assert names_in(tmp_path / "b") == ["mine"]
 
 
-@pytest.mark.parametrize("refused", ["iterdir", "flock"])
+@pytest.mark.parametrize("refused", ["listdir", "flock"])
 def test_made_parents_go_again_when_staging_cannot_begin(
     tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +179,7 @@ def test_made_parents_go_again_when_staging_cannot_begin(
     if refused == "flock":
         monkeypatch.setattr(fcntl, "flock", refuse)
     else:
-        monkeypatch.setattr(Path, "iterdir", refuse)
+        monkeypatch.setattr(os, "listdir", refuse)
     with pytest.raises(PermissionError):
         stage(tmp_path / "b" / "c" / "out", {})
     monkeypatch.undo()
@@ -182,14 +189,14 @@ def test_made_parents_go_again_when_staging_cannot_begin(
 def test_made_parents_go_again_when_a_further_one_cannot_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Path.mkdir
+    real = os.mkdir
 
-    def refuse(self: Path, *args: int) -> None:
-        if self.name == "c":
+    def refuse(name: str, mode: int, *, dir_fd: int) -> None:
+        if name == "c":
             raise OSError(errno.ENOSPC, "full")
-        real(self, *args)
+        real(name, mode, dir_fd=dir_fd)
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)
     with pytest.raises(OSError, match="full"):
         stage(tmp_path / "b" / "c" / "out", {})
     assert names_in(tmp_path) == []
@@ -273,14 +280,14 @@ def test_a_directory_taken_before_it_is_locked_is_made_again(
 ) -> None:
     """Between mkdir and flock, another run may take it for abandoned, lock it and remove it."""
     real = publish._lock
-    taken: list[Path] = []
+    taken: list[str] = []
 
-    def lock(directory: Path) -> int:
+    def lock(folder: int, name: str) -> int:
         if not taken:
-            taken.append(directory)
-            directory.rmdir()
+            taken.append(name)
+            (tmp_path / name).rmdir()
             raise error
-        return real(directory)
+        return real(folder, name)
 
     monkeypatch.setattr(publish, "_lock", lock)
     stage(tmp_path / "out", {"a": b"1"})
@@ -309,11 +316,11 @@ def test_a_swap_that_fails_halfway_restores_the_old(
     real = os.rename
     calls: list[int] = []
 
-    def second_fails(old: Path, new: Path) -> None:
+    def second_fails(old: str, new: str, **folders: int) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise OSError(errno.EIO, "broken")
-        real(old, new)
+        real(old, new, **folders)
 
     monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(OSError, match="broken"):
@@ -373,7 +380,7 @@ def abandoned(target: Path) -> Path:
     staged.__enter__()
     (staged.path / "half").write_bytes(b"half")
     (staged.path / "sub").mkdir()
-    os.close(staged._lock)  # as the kernel does for a killed process
+    os.close(staged.fd)  # as the kernel does for a killed process
     return staged.path
 
 
@@ -451,6 +458,319 @@ def test_modes_are_what_the_umask_asks_for(tmp_path: Path, mask: int) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path.name
 
 
+# --- a folder that others write to
+
+PLANTED = f".out.npt-fast-{'0' * 24}{'1' * 32}"
+
+
+def victim(folder: Path) -> Path:
+    """Somebody's folder, which a planted link may lead to."""
+    path = folder / "victim"
+    path.mkdir()
+    (path / "a").write_bytes(b"precious")
+    return path
+
+
+@pytest.mark.parametrize("aside", ["", "-old"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file", "pipe"])
+def test_planted_names_that_are_no_directories_stay(tmp_path: Path, kind: str, aside: str) -> None:
+    theirs = victim(tmp_path)
+    planted = tmp_path / (PLANTED + aside)
+    if kind.endswith("link"):
+        planted.symlink_to("victim" if kind == "link" else "nowhere")
+    elif kind == "file":
+        planted.write_bytes(b"theirs")
+    else:
+        os.mkfifo(planted)
+    with StagedDirectory(tmp_path / "out", replace=True) as staged:
+        assert staged.left == [planted]
+        assert not os.path.lexists(tmp_path / "out")
+        staged.publish()
+    assert names_in(tmp_path) == sorted([planted.name, "out", "victim"])
+    assert content(theirs) == {"a": b"precious"}
+    assert content(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("aside", ["", "-old"])
+def test_planted_directories_of_other_users_stay(
+    tmp_path: Path, aside: str, existing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = tmp_path / (PLANTED + aside)
+    planted.mkdir()
+    (planted / "a").write_bytes(b"planted")
+    if os.geteuid() == 0:
+        os.chown(planted, 65534, 65534)
+    else:
+        real = publish._look
+
+        def look(folder: int, name: str) -> os.stat_result | None:
+            status = real(folder, name)
+            if status is None or name != planted.name:
+                return status
+            return os.stat_result((*status[:4], status.st_uid + 1, *status[5:]))
+
+        monkeypatch.setattr(publish, "_look", look)
+    if existing:
+        stage(tmp_path / "out", {"old": b"old"})
+    with StagedDirectory(tmp_path / "out", replace=True) as staged:
+        assert staged.left == [planted]
+        (staged.path / "a").write_bytes(b"mine")
+        staged.publish()
+    assert content(tmp_path / "out") == {"a": b"mine"}
+    assert content(planted) == {"a": b"planted"}
+
+
+@pytest.mark.parametrize(
+    ("parent", "mode", "restored"),
+    [
+        (0o700, 0o755, True),
+        (0o755, 0o777, True),
+        (0o1777, 0o755, True),
+        (0o1777, 0o775, False),  # others may have moved it here
+        (0o777, 0o755, False),  # others may have renamed it
+        (0o775, 0o700, False),
+    ],
+    ids=lambda value: oct(value) if type(value) is int else "",
+)
+def test_what_was_put_aside_is_restored_only_where_others_cannot_plant_it(
+    tmp_path: Path, parent: int, mode: int, restored: bool
+) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    aside = folder / f"{PLANTED}-old"
+    aside.mkdir()
+    aside.chmod(mode)
+    (aside / "a").write_bytes(b"old")
+    folder.chmod(parent)
+    with StagedDirectory(folder / "out", replace=True) as staged:
+        assert content(folder / "out" if restored else aside) == {"a": b"old"}
+        assert (folder / "out").exists() == restored
+        assert staged.left == ([] if restored else [aside])
+        staged.publish()
+    assert content(folder / "out") == {}
+    assert aside.exists() != restored
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_nothing_is_restored_in_a_folder_of_another_user(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    aside = folder / f"{PLANTED}-old"
+    aside.mkdir()
+    folder.chmod(0o1755)  # its owner may rename what is in it all the same
+    os.chown(folder, 65534, 65534)
+    with StagedDirectory(folder / "out", replace=True) as staged:
+        assert staged.left == [aside]
+        assert not (folder / "out").exists()
+
+
+def swapped(path: Path, link_to: Path) -> Path:
+    """Put a link in the place of a directory; where the directory is now."""
+    moved = path.with_name("moved")
+    path.rename(moved)
+    path.symlink_to(link_to)
+    return moved
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("when", "verify"), [("merging", False), ("merging", True), ("verifying", True)]
+)
+def test_a_directory_that_is_swapped_for_a_link_during_a_merge(
+    tmp_path: Path, when: str, force: bool, verify: bool
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "in", layer_weights(1), config={"model_name": "m"})
+    theirs = victim(tmp_path)
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    target = folder / "out"
+    if force:
+        shutil.copytree(checkpoint, target)
+        (target / "config.json").write_bytes(b"old")
+    moved: list[Path] = []
+
+    def progress(activity: str, done: int, total: int) -> None:
+        if activity == when and done == total and not moved:
+            (staged,) = folder.glob(".out.npt-fast-*")
+            moved.append(swapped(staged, theirs))
+
+    with pytest.raises(NPTError) as caught:
+        merge([checkpoint], target, force=force, verify=verify, progress=progress)
+    assert "\n" not in str(caught.value)
+    assert moved
+    assert content(theirs) == {"a": b"precious"}
+    assert target.exists() == force
+    assert not force or (target / "config.json").read_bytes() == b"old"
+
+
+def npt_save(target: Path) -> None:
+    npt.save(converted(), target)
+
+
+def training_checkpoint(target: Path) -> None:
+    state.write_checkpoint(
+        target, weights=layer_weights(1), format="pt", training_state={}, multi_layer_state={},
+        config={}, npt_config={},
+    )  # fmt: skip
+
+
+def second_name(target: Path) -> None:
+    run = RunDirectory(target.parent.parent, resuming=True)
+    write_checkpoint(run.checkpoint(1), layer_weights(1))
+    try:
+        run.link(1, target.name)
+    finally:
+        run.close()
+
+
+def session(target: Path) -> None:
+    model = converted()
+    saved = Session(model, tiny.tokenizer())
+    saved.extract("a", "text")
+    saved.save(target)
+
+
+def lora(target: Path) -> None:
+    export_lora(random_modulation(), base(), target)
+
+
+@pytest.mark.parametrize("write", [npt_save, training_checkpoint, second_name, session, lora])
+@pytest.mark.parametrize("link", [True, False], ids=["link", "directory"])
+def test_no_writer_leaves_the_directory_that_was_made(
+    tmp_path: Path, write: Callable[[Path], None], link: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = victim(tmp_path)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    real = StagedDirectory.__enter__
+
+    def enter(self: StagedDirectory) -> StagedDirectory:
+        real(self)
+        swapped(self.path, theirs)
+        if not link:
+            self.path.unlink()
+            theirs.rename(self.path)
+        return self
+
+    monkeypatch.setattr(StagedDirectory, "__enter__", enter)
+    with pytest.raises(NPTError, match="somebody has moved or replaced") as caught:
+        write(folder / "out")
+    assert "\n" not in str(caught.value)
+    (planted,) = folder.glob(".out.npt-fast-*")
+    assert content(planted) == {"a": b"precious"}
+    assert len(content(folder / "moved")) >= 1
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "not empty", "another user's"])
+def test_a_directory_that_is_swapped_before_it_is_opened(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "another user's" and os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    theirs = victim(tmp_path)
+    folder = tmp_path / "shared"
+    real = publish._lock
+
+    def lock(parent: int, name: str) -> int:
+        monkeypatch.undo()
+        swapped(folder / name, theirs)
+        if kind != "link":
+            (folder / name).unlink()
+            theirs.rename(folder / name)
+        if kind == "another user's":
+            (folder / name / "a").unlink()
+            os.chown(folder / name, 65534, 65534)
+        return real(parent, name)
+
+    monkeypatch.setattr(publish, "_lock", lock)
+    with pytest.raises(OSError, match=r"Not a directory|symbolic links|somebody has moved"):
+        stage(folder / "out", {"a": b"mine"})
+    assert not (folder / "out").exists()
+    if kind != "another user's":
+        (planted,) = folder.glob(".out.npt-fast-*")
+        assert content(planted) == {"a": b"precious"}
+
+
+def test_a_new_parent_that_is_swapped_for_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = victim(tmp_path)
+    real = os.mkdir
+
+    def mkdir(name: str, mode: int = 0o777, *, dir_fd: int) -> None:
+        real(name, mode, dir_fd=dir_fd)
+        if name == "new":
+            swapped(tmp_path / "new", theirs)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(OSError, match=r"Not a directory|symbolic links"):
+        stage(tmp_path / "new" / "out", {"a": b"mine"})
+    assert content(theirs) == {"a": b"precious"}
+
+
+def test_what_takes_the_place_of_the_old_target_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old target has the hidden name after the exchange; so may something else, by then."""
+    theirs = victim(tmp_path)
+    target = tmp_path / "out"
+    stage(target, {"old": b"old"})
+    real = publish._exchange
+
+    def exchange(folder: int, new: str, old: str) -> None:
+        real(folder, new, old)
+        (tmp_path / new).rename(tmp_path / "moved")
+        theirs.rename(tmp_path / new)
+
+    monkeypatch.setattr(publish, "_exchange", exchange)
+    with StagedDirectory(target, replace=True) as staged:
+        staged.publish()
+    assert content(staged.path) == {"a": b"precious"}
+    assert staged.left == [staged.path]
+
+
+def test_names_cannot_be_foreseen(tmp_path: Path) -> None:
+    """After the owner's mark, 16 random bytes."""
+    names = set()
+    for _ in range(9):
+        with StagedDirectory(tmp_path / "out", replace=False) as staged:
+            names.add(staged.path.name.removeprefix(".out.npt-fast-"))
+    assert {len(name) for name in names} == {24 + 32}
+    assert len({name[:24] for name in names}) == 1
+    for start in range(24, 56, 8):
+        assert len({name[start : start + 8] for name in names}) == 9
+
+
+@pytest.mark.usefixtures("umask")
+def test_nobody_else_sees_the_directory_before_it_is_published(tmp_path: Path) -> None:
+    os.umask(0)
+    with StagedDirectory(tmp_path / "out", replace=False) as staged:
+        assert stat.S_IMODE(staged.path.stat().st_mode) == 0o700
+        staged.publish()
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_group_is_inherited(tmp_path: Path) -> None:
+    os.umask(0o027)
+    tmp_path.chmod(0o2755)
+    stage(tmp_path / "new" / "out", {"a": b"1"})
+    (tmp_path / "by-mkdir").mkdir()
+    expected = (tmp_path / "by-mkdir").stat().st_mode
+    assert expected & stat.S_ISGID
+    assert (tmp_path / "new" / "out").stat().st_mode == expected
+
+
+def test_errors_name_the_whole_path(tmp_path: Path) -> None:
+    with StagedDirectory(tmp_path / "out", replace=False) as staged:
+        os.close(staged.open("a"))
+        with pytest.raises(FileExistsError) as caught:
+            staged.open("a")
+        assert caught.value.filename == str(staged.path / "a")
+
+
 # --- the disk
 
 
@@ -465,9 +785,9 @@ def test_directories_are_synced_around_the_rename(
         events.append(("fsync", os.readlink(f"/proc/self/fd/{fd}")))
         real_sync(fd)
 
-    def rename(old: Path, new: Path, flags: int) -> None:
-        events.append(("rename", str(new)))
-        real_rename(old, new, flags)
+    def rename(folder: int, old: str, new: str, flags: int) -> None:
+        events.append(("rename", f"{os.readlink(f'/proc/self/fd/{folder}')}/{new}"))
+        real_rename(folder, old, new, flags)
 
     checkpoint = write_checkpoint(tmp_path / "in", layer_weights(1), config={"model_name": "m"})
     monkeypatch.setattr(os, "fsync", sync)

@@ -269,7 +269,7 @@ def test_a_second_name_that_fails_leaves_the_first(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.link", full)
-    monkeypatch.setattr("shutil.copy2", full)
+    monkeypatch.setattr("shutil.copyfileobj", full)
     with pytest.raises(Exception, match="No space left") as caught:
         run.link(2, BEST)
     assert "\n" not in str(caught.value)

@@ -214,7 +214,7 @@ def test_terms_that_could_not_be_read_back_are_not_saved(problem: str, tmp_path:
     }[problem]()
     with pytest.raises(npt.TransferError, match=f"^{tmp_path}/m: cannot be written: ") as caught:
         changed.save(tmp_path / "m")
-    assert "npt-fast-" not in str(caught.value)
+    assert ".npt-fast" not in str(caught.value)
     assert_same(npt.load_modulation(tmp_path / "m"), m)
     assert [left.name for left in tmp_path.iterdir()] == ["m"]
 
@@ -226,7 +226,7 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Path, "replace", lambda self, _: names.add(self.name))
             random_modulation().save(tmp_path / "m")
-    assert len(names) == 2 and all(len(name) == len(".npt-fast-") + 16 for name in names)
+    assert len(names) == 2 and all(len(name) > 32 for name in names)
 
 
 def test_a_name_as_long_as_it_may_be(tmp_path: Path) -> None:
