@@ -67,7 +67,7 @@ class StagedDirectory:
     def __init__(self, target: Path, *, replace: bool) -> None:
         self.target = Path(os.path.realpath(target))
         self.replace = replace
-        self.path = Path()
+        self.path = self.target
         self.fd = -1
         self.left: list[Path] = []
         self._parent = -1
@@ -147,17 +147,20 @@ class StagedDirectory:
 
     def _make(self) -> None:
         """Make the directory, open and lock it."""
-        with _naming(self.target.parent), _uninterrupted():
+        with _uninterrupted():
             while self.fd < 0:
                 name = self._prefix + own_mark() + secrets.token_hex(16)
                 self.path = self.target.parent / name
-                self._make_in_parent(name, 0o700)
+                with _naming(self.target.parent):
+                    self._make_in_parent(name, 0o700)
                 # another run may take it for abandoned before it is locked, and remove it
-                with suppress(FileNotFoundError, BlockingIOError):
+                with _naming(self.path), suppress(FileNotFoundError, BlockingIOError):
                     self.fd = self._hold(_lock(self._parent, name))
-            os.mkdir(self._prefix, dir_fd=self.fd)
-            self._as_made = os.stat(self._prefix, dir_fd=self.fd, follow_symlinks=False)
-            os.rmdir(self._prefix, dir_fd=self.fd)
+            with _naming(self.path):
+                # a server may make somebody else of us, and only mkdir knows umask and access lists
+                os.mkdir("probe", dir_fd=self.fd)
+                self._as_made = os.stat("probe", dir_fd=self.fd, follow_symlinks=False)
+                os.rmdir("probe", dir_fd=self.fd)
         status = os.fstat(self.fd)
         if status.st_uid != self._as_made.st_uid or os.listdir(self.fd):
             raise self._displaced()

@@ -37,11 +37,16 @@ class SafetensorsFile:
     header: Record
 
 
-def read_safetensors(file: SourceFile) -> SafetensorsFile:
+def read_safetensors(file: SourceFile, limit: int = MAX_BYTES) -> SafetensorsFile:
     """Read a safetensors header; no tensor data.
 
+    Args:
+        file: that holds it.
+        limit: bytes that the header may have.
+
     Raises:
-        CheckpointError: not a safetensors file, or one with more than one meaning.
+        CheckpointError: not a safetensors file, one with more than one meaning, or with a header
+            over the limit.
     """
 
     def fail(problem: str) -> CheckpointError:
@@ -57,8 +62,8 @@ def read_safetensors(file: SourceFile) -> SafetensorsFile:
                 f"a header of {length} bytes in a file of {file.size}; truncated: "
                 "copy or download it again"
             )
-        if length > MAX_BYTES:
-            raise fail(f"a header of {length:,} bytes; the format allows {MAX_BYTES:,}")
+        if length > limit:
+            raise fail(f"a header of {length:,} bytes; at most {limit:,} are read")
         header = file.read_at(fd, 8, length)
     if not header.rstrip(b" ").endswith(b"}"):
         raise fail("its header is not a JSON object; not a safetensors file")

@@ -6,6 +6,7 @@ checkpoint anywhere later. Both are an `Examination`.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -109,8 +110,11 @@ def _dangling_links(checkpoint: Checkpoint) -> Iterator[str]:
     directory = checkpoint.directory
     with path_errors(checkpoint.path, CheckpointError):
         for path in sorted(directory.iterdir()) if directory else ():
-            if path.is_symlink() and not os.path.exists(path):
-                yield f"{path}: is a link that leads nowhere"
+            try:
+                path.stat()
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    yield f"{path}: is a link that leads nowhere"
 
 
 def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:

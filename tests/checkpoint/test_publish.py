@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -305,6 +306,25 @@ def test_replacing_leaves_no_stale_file(tmp_path: Path) -> None:
     stage(target, {"old": b"old", "both": b"old", "npt_weights.safetensors.index.json": b"{}"})
     stage(target, {"new": b"new", "both": b"new"}, replace=True)
     assert content(target) == {"new": b"new", "both": b"new"}
+    assert names_in(tmp_path) == ["out"]
+
+
+@pytest.mark.usefixtures("either_kernel")
+def test_an_interruption_after_the_swap_leaves_the_new_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    stage(target, {"old": b"old"})
+    real = publish._exchange
+
+    def exchange(*names: Any) -> None:
+        real(*names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publish, "_exchange", exchange)
+    with pytest.raises(KeyboardInterrupt):
+        stage(target, {"new": b"new"}, replace=True)
+    assert content(target) == {"new": b"new"}
     assert names_in(tmp_path) == ["out"]
 
 
@@ -661,6 +681,27 @@ def test_no_writer_leaves_the_directory_that_was_made(
     assert content(planted) == {"a": b"precious"}
     assert len(content(folder / "moved")) >= 1
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("taken_along", [False, True])
+def test_a_folder_that_is_swapped_while_it_is_written_to(tmp_path: Path, taken_along: bool) -> None:
+    """The directory may be where its path says, or where it was made, but not both."""
+    folder, elsewhere = tmp_path / "shared", tmp_path / "elsewhere"
+    folder.mkdir()
+    theirs = victim(tmp_path)
+    with (
+        pytest.raises(OSError, match="somebody has moved or replaced"),
+        StagedDirectory(folder / "out", replace=False) as staged,
+    ):
+        folder.rename(elsewhere)
+        folder.mkdir()
+        hidden = staged.path.name
+        if taken_along:
+            (elsewhere / hidden).rename(folder / hidden)
+            theirs.rename(elsewhere / hidden)
+        staged.publish()
+    assert "out" not in names_in(folder) + names_in(elsewhere)
+    assert content(elsewhere / hidden if taken_along else theirs) == {"a": b"precious"}
 
 
 @pytest.mark.parametrize("kind", ["link", "not empty", "another user's"])
