@@ -20,6 +20,7 @@ def check(
     layers: Layers = None,
     junit: PathText | None = None,
     base_dtype: BaseDType = "auto",
+    trust_remote_code: bool = False,
     cpu: bool = False,
     json: bool = False,
 ) -> int:
@@ -39,6 +40,8 @@ def check(
         JUnit XML file to write, for CI.
     base_dtype
         Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+    trust_remote_code
+        Run code that comes with the base model or that it names, with all your rights.
     cpu
         Use the CPU although there is a GPU.
     json
@@ -51,7 +54,9 @@ def check(
     except library.FactsError as error:
         print(*(f"Error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return error.exit_code
-    model, tokenizer = load_model(checkpoint, model_name, layers, base_dtype, cpu)
+    model, tokenizer = load_model(
+        checkpoint, model_name, layers, base_dtype, cpu, trust_remote_code
+    )
     outcomes = []
     for fact in expected:
         outcome = library.check(model, tokenizer, fact)

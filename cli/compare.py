@@ -41,6 +41,7 @@ def compare(
     tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 20,
     track: Texts = (),
     base_dtype: BaseDType = "auto",
+    trust_remote_code: bool = False,
     cpu: bool = False,
     html: PathText | None = None,
     json: bool = False,
@@ -79,6 +80,8 @@ def compare(
         Texts whose first token is followed, with their space.
     base_dtype
         Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+    trust_remote_code
+        Run code that comes with the base model or that it names, with all your rights.
     cpu
         Use the CPU although there is a GPU.
     html
@@ -89,7 +92,9 @@ def compare(
     from npt_fast.transfer import compare as library
     from npt_fast.transfer.generate import Sampling
 
-    model, tokenizer = load_model(checkpoint, model_name, layers, base_dtype, cpu)
+    model, tokenizer = load_model(
+        checkpoint, model_name, layers, base_dtype, cpu, trust_remote_code
+    )
     modulation = extract_text(model, tokenizer, source, sequence)
     found = library.compare(
         model, tokenizer, modulation, prompt,
@@ -115,14 +120,22 @@ def compare(
 
 
 def load_model(
-    checkpoint: str, model_name: str, layers: str | None, base_dtype: BaseDType, cpu: bool
+    checkpoint: str,
+    model_name: str,
+    layers: str | None,
+    base_dtype: BaseDType,
+    cpu: bool,
+    trust_remote_code: bool,
 ) -> tuple[Any, Any]:
     """A base model with a checkpoint's layers, and its tokenizer."""
     from npt_fast.hf.base_model import load_base_model
     from npt_fast.training.evaluation import default_device
 
     model, tokenizer = load_base_model(
-        model_name, dtype=base_dtype, device="cpu" if cpu else default_device()
+        model_name,
+        dtype=base_dtype,
+        device="cpu" if cpu else default_device(),
+        trust_remote_code=trust_remote_code,
     )
     chosen = None if layers is None else parse_layers(layers)
     return npt.load(model, checkpoint, layers=chosen), tokenizer

@@ -24,6 +24,7 @@ def evaluate(
     max_length: Annotated[int, Parameter(validator=Number(gte=2))] = 512,
     batch_size: Annotated[int, Parameter(validator=Number(gte=1))] = 4,
     base_dtype: BaseDType = "auto",
+    trust_remote_code: bool = False,
     prompt: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
     max_new_tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 30,
     cpu: bool = False,
@@ -47,6 +48,8 @@ def evaluate(
         Windows at a time.
     base_dtype
         Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+    trust_remote_code
+        Run code that comes with the base model or that it names, with all your rights.
     prompt
         Texts to go on with, by the base model and with each checkpoint.
     max_new_tokens
@@ -60,7 +63,10 @@ def evaluate(
     from npt_fast.training.evaluation import continue_text, default_device
 
     model, tokenizer = load_base_model(
-        model_name, dtype=base_dtype, device="cpu" if cpu else default_device()
+        model_name,
+        dtype=base_dtype,
+        device="cpu" if cpu else default_device(),
+        trust_remote_code=trust_remote_code,
     )
     results = []
     texts = {"base": [continue_text(model, tokenizer, p, max_new_tokens) for p in prompt]}

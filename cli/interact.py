@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 import npt_fast as npt
+from npt_fast.cli import streams
 from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import warn
 from npt_fast.config import BaseDType, parse_layers
@@ -34,6 +35,8 @@ class InteractOptions:
         layers: Layers to load, like 11,13; all of the checkpoint if not given.
         device: Where the model runs; a GPU where there is one if not given.
         base_dtype: Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+        trust_remote_code: Run code that comes with the base model or that it names, with all your
+            rights.
         script: File with commands, one a line, in place of the terminal or stdin.
         json: Print one JSON object per command.
         keep_going: Go on after a command of a script or of stdin has failed.
@@ -47,6 +50,7 @@ class InteractOptions:
     layers: str | None = None
     device: str | None = None
     base_dtype: BaseDType = "auto"
+    trust_remote_code: bool = False
     script: PathText | None = None
     json: bool = False
     keep_going: bool = False
@@ -97,10 +101,7 @@ def interact(options: Annotated[InteractOptions, Parameter(name="*")] = _NOTHING
     try:
         if terminal:
             return _converse(options, shell)
-        lines = sys.stdin if script is None else script
-        if hasattr(lines, "reconfigure"):
-            lines.reconfigure(encoding="utf-8", errors="replace")
-        shell.run_lines(lines)
+        shell.run_lines(streams.stdin() if script is None else script)
     finally:
         if journal is not None:
             journal.close()
@@ -167,7 +168,12 @@ def _session(
     with _waiting(f"Loading model from {name}..."):
         device = options.device or default_device()
         try:
-            model, tokenizer = load_base_model(name, dtype=options.base_dtype, device=device)
+            model, tokenizer = load_base_model(
+                name,
+                dtype=options.base_dtype,
+                device=device,
+                trust_remote_code=options.trust_remote_code,
+            )
         except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
             reason = str(error).splitlines()[0]
             raise ModelError(f"{name} cannot be put on {device!r}: {reason}") from error
@@ -215,4 +221,4 @@ def _journal(options: InteractOptions, session: Session) -> Journal | None:
 
 
 def _is_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return streams.stdin().isatty() and sys.stdout.isatty()

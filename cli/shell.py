@@ -108,7 +108,7 @@ class Shell:
         self.context.history.append(line)
         reply, entry = outcome(self.context, line)
         if self.journal is not None and logged(line):
-            self.journal.write(entry)
+            self._log(self.journal, entry, where)
         if reply is None:
             self.failed = True
             self.output.error(line, entry["error"], where)
@@ -122,6 +122,17 @@ class Shell:
             self.output.error(line, f"scripts that run each other {_DEEPEST} deep", "")
             return False
         return self.run_lines(reply.script, where=f"{where}{line}, ", depth=depth + 1)
+
+    def _log(self, journal: Journal, entry: dict[str, Any], where: str) -> None:
+        """The shelf is worth more than the log: the session goes on without it."""
+        try:
+            journal.write(entry)
+        except NPTError as error:
+            self.journal = None
+            self.failed = True
+            self.output.error(
+                entry["command"], f"{error}; the session is not logged any more", where
+            )
 
 
 def bare(line: str) -> str:
@@ -139,13 +150,13 @@ def outcome(context: Context, line: str) -> tuple[Reply | None, dict[str, Any]]:
     try:
         command = find(name)
         reply = command.run(context, command.parse(rest))
+        digests = context.session.digests(reply.changed)
+        result = json.loads(json.dumps(finite(reply.data)))
     except NPTError as error:
         return None, {**entry, "error": str(error)}
     except Exception as error:  # the shell lives on, with all that is on its shelf
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         return None, {**entry, "error": printable(f"unexpected {problem:.300}; please report it")}
-    digests = context.session.digests(reply.changed)
-    result = json.loads(json.dumps(finite(reply.data)))
     return reply, {**entry, "digests": digests, "result": result}
 
 
@@ -157,7 +168,9 @@ def logged(line: str) -> bool:
         return True
 
 
-def replay(shell: Shell, path: str, header: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+def replay(
+    shell: Shell, path: str, header: dict[str, Any], entries: Sequence[dict[str, Any]]
+) -> str:
     """Run a log again.
 
     Returns:

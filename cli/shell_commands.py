@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from npt_fast.checkpoint.source_file import read_file
 from npt_fast.cli import shell_views as views
 from npt_fast.cli.shell_line import Arguments, parse
 from npt_fast.errors import TransferError, suggestion
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 Base = Literal["replace", "blend", "add"]
 
 _HISTORY = 20
+_MAX_SCRIPT = 4 << 20
 SAMPLING = {
     "-tokens": "tokens",
     "-temp": "temperature",
@@ -500,13 +502,14 @@ def read_script(path: str) -> list[str]:
     """Lines of a file.
 
     Raises:
-        TransferError: it cannot be read.
+        CheckpointError: it cannot be read.
+        TransferError: it is no text.
     """
+    data = read_file(user_path(path), _MAX_SCRIPT, follow_links=True)
     try:
-        return user_path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise TransferError(f"{path}: cannot be read: {reason}") from None
+        return data.decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise TransferError(f"{path}: cannot be read: it is no text") from None
 
 
 def _quoted(texts: list[str]) -> str:

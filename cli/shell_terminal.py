@@ -13,10 +13,12 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input import create_input
 from prompt_toolkit.output import ColorDepth
 from rich.console import Console
 from rich.text import Text
 
+from npt_fast.cli import streams
 from npt_fast.cli.shell import Shell
 from npt_fast.cli.shell_commands import CHOICES, COMMANDS, Context
 from npt_fast.cli.shell_line import Word, words
@@ -112,6 +114,7 @@ def _place(given: Sequence[Word], options: Sequence[str]) -> int:
 def run(shell: Shell, name: str, history: Path) -> None:
     """Read lines from the terminal until ``exit`` or Ctrl-D."""
     prompt: PromptSession[str] = PromptSession(
+        input=create_input(streams.stdin()),
         history=_history(history),
         completer=CommandCompleter(shell.context),
         complete_while_typing=False,

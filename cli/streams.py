@@ -1,4 +1,9 @@
-"""stdout and stderr that never stop the work: a disk full of logs, a daemon without streams."""
+"""The process's streams: what stops neither the work nor what we are asked to read.
+
+stdout and stderr go on after a disk full of logs, or in a daemon without streams. stdin is nobody's
+but ours: a library that asks a question would swallow the lines of a script, and take them for an
+answer.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +54,26 @@ def silence(descriptor: int) -> None:
         os.close(nowhere)
 
 
+_kept: TextIO | None = None
+
+
+def stdin() -> TextIO:
+    """What the process was started with, or what somebody has put in its place since.
+
+    `sys.stdin` and descriptor 0 are at their end once `install` was called: for libraries, for
+    `input` and for child processes.
+    """
+    return _kept if _kept is not None and sys.stdin is sys.__stdin__ else sys.stdin
+
+
+def _keep_stdin() -> None:
+    global _kept
+    if _kept is None:
+        # not inherited: a descriptor that `os.dup` makes is closed in child processes
+        _kept = open(os.dup(0), encoding="utf-8", errors="replace")
+        silence(0)
+
+
 def install() -> None:
     """Replace the process's own streams; those that somebody has replaced already stay."""
     for descriptor in (0, 1, 2):
@@ -58,6 +83,8 @@ def install() -> None:
             silence(descriptor)
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")
+    elif sys.stdin is sys.__stdin__:
+        _keep_stdin()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -32,6 +32,7 @@ def sweep(
     strength: Annotated[Sequence[float], Parameter(consume_multiple=True)] = (),
     track: Texts = (),
     base_dtype: BaseDType = "auto",
+    trust_remote_code: bool = False,
     cpu: bool = False,
     html: PathText | None = None,
     json: bool = False,
@@ -65,6 +66,8 @@ def sweep(
         Texts whose first token is followed, with their space.
     base_dtype
         Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+    trust_remote_code
+        Run code that comes with the base model or that it names, with all your rights.
     cpu
         Use the CPU although there is a GPU.
     html
@@ -76,7 +79,9 @@ def sweep(
 
     position = position or ("all" if each_token else "last")
     strength = strength or ((1.0,) if each_token else (0.25, 0.5, 1.0, 2.0))
-    model, tokenizer = load_model(checkpoint, model_name, layers, base_dtype, cpu)
+    model, tokenizer = load_model(
+        checkpoint, model_name, layers, base_dtype, cpu, trust_remote_code
+    )
     modulation = extract_text(model, tokenizer, source, sequence)
     found = library.sweep(
         model, tokenizer, modulation, prompt,

@@ -28,6 +28,7 @@ def trace(
     from_position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
     to_position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
     base_dtype: BaseDType = "auto",
+    trust_remote_code: bool = False,
     cpu: bool = False,
     json: bool = False,
     plot: PathText | None = None,
@@ -54,6 +55,8 @@ def trace(
         Where they are put.
     base_dtype
         Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+    trust_remote_code
+        Run code that comes with the base model or that it names, with all your rights.
     cpu
         Use the CPU although there is a GPU.
     json
@@ -69,7 +72,10 @@ def trace(
     if plot is not None:
         check(plot)  # before minutes of loading
     model, tokenizer = load_base_model(
-        model_name, dtype=base_dtype, device="cpu" if cpu else default_device()
+        model_name,
+        dtype=base_dtype,
+        device="cpu" if cpu else default_device(),
+        trust_remote_code=trust_remote_code,
     )
     found = library.trace(
         model, tokenizer, source, target,

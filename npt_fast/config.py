@@ -161,6 +161,8 @@ class TrainOptions:
         mixed_precision: autocast in bfloat16.
         fp16: autocast in float16, with loss scaling.
         base_dtype: of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+        trust_remote_code: run code that comes with the base model or that it names, with all your
+            rights; never taken from a file, so say it again with resume_from.
         cpu: train on the CPU although there is a GPU.
         num_processes: processes, one per GPU.
         parallel: ddp: every process a part of the batch; fsdp2: also the model in parts; layers:
@@ -214,6 +216,7 @@ class TrainOptions:
     mixed_precision: bool = False
     fp16: bool = False
     base_dtype: BaseDType = "auto"
+    trust_remote_code: bool = False
     cpu: bool = False
     num_processes: int = 1
     parallel: Parallel = "ddp"

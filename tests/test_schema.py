@@ -56,3 +56,45 @@ def test_a_value_that_cannot_be_written_out_is_shown_at_once() -> None:
     assert schema.shown(doubled) == "a list"
     assert schema.shown(10**5000) == "a number of more than 64 bits"
     assert len(schema.shown("x" * 1_000_000)) <= 80
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 0, -1.5, "a", [], {}, [[1]], {"a": {"b": "c"}}, (1,)]
+)
+def test_plain_data(value: Any) -> None:
+    assert schema.is_plain(value, 2, 100)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(), b"a", {1}, {1: 2}, {"\ud800": 1}, "\ud800", [1j], [float("nan")], 1 << 63,
+        [[[]]], {"a": {"b": {}}}, "a" * 101, ["a" * 99], [0] * 60, {"a" * 101: 1},
+    ],
+)  # fmt: skip
+def test_what_is_no_plain_data_or_too_much(value: Any) -> None:
+    assert not schema.is_plain(value, 2, 100)
+
+
+def test_plain_data_is_measured_at_once() -> None:
+    doubled: Any = "a"
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    own: Any = []
+    own.append(own)
+    assert not schema.is_plain(doubled, 64, 10_000) and not schema.is_plain(own, 64, 10_000)
+
+
+def test_mappings_of_a_kind() -> None:
+    kind = schema.mapping_of(schema.TEXT, schema.POSITIVE)
+    assert kind.fits({}) and kind.fits({"a": 1})
+    assert not any(map(kind.fits, ({"a": 0}, {1: 1}, {"\ud800": 1}, [1], None)))
+
+
+def test_unknown_keys_of_a_closed_mapping() -> None:
+    found = list(schema.mistakes({"nme": 1, 5: 2}, {"name": schema.TEXT}, closed=True))
+    assert found == [
+        "unknown key 'nme'; did you mean 'name'?", "unknown key 5; there are name"
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"^f: unknown key 'x'; there are name$"):
+        schema.checked({"x": 1}, {"name": schema.TEXT}, (), "f", CheckpointError, closed=True)

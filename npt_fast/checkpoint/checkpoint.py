@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.digests import DIGESTS, TensorDigest, read_digests
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
+from npt_fast.checkpoint.records import (
+    Description,
+    LaterVersionError,
+    LayerDescription,
+    MergeSummary,
+    Provenance,
+)
 from npt_fast.checkpoint.tensor_source import (
     WEIGHTS,
     TensorSource,
@@ -28,7 +34,6 @@ from npt_fast.paths import expand, path_errors
 CONFIG = "config.json"
 NPT_CONFIG = "npt_config.json"
 MERGE_SUMMARY = "merge_summary.json"
-FORMAT_VERSION = 1
 _WITHOUT = {
     CONFIG: "the file is not used",
     MERGE_SUMMARY: "without it, earlier sources and digests of its layers are not known",
@@ -43,6 +48,7 @@ _FILES = {
     MERGE_SUMMARY,
     DIGESTS,
 }
+T = TypeVar("T")
 _OWN_SHARD = re.compile(r"npt_weights-[0-9]+-of-[0-9]+\.safetensors")
 _SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9][0-9, -]*)", re.DOTALL)
 
@@ -76,9 +82,9 @@ class Checkpoint:
         notes: where it was found, if not where it was looked for; weights that were not read.
         weights: the tensors.
         modules: complete layers, ascending.
-        config: content of ``config.json``.
-        npt_config: content of ``npt_config.json``, or of the safetensors metadata.
-        summary: content of ``merge_summary.json``.
+        config: content of ``config.json``, which is anybody's.
+        description: of ``npt_config.json``, or of the safetensors metadata.
+        summary: of ``merge_summary.json``.
         unread: of these files, those that are there and cannot be read, with a line that says why.
     """
 
@@ -88,8 +94,8 @@ class Checkpoint:
     weights: TensorSource
     modules: Mapping[int, NPModule]
     config: Mapping[str, Any] | None
-    npt_config: Mapping[str, Any] | None
-    summary: Mapping[str, Any] | None
+    description: Description | None
+    summary: MergeSummary | None
     unread: Mapping[str, str]
 
     @property
@@ -99,37 +105,26 @@ class Checkpoint:
     @property
     def model_name(self) -> str | None:
         """The base model that the checkpoint was trained on, where it says so."""
-        name = _get(self.config, "model_name") or _get(self.npt_config, "base_model", "name")
+        name = (self.config or {}).get("model_name")
+        if name is None and self.description is not None:
+            name = self.description.base_name
         return name if isinstance(name, str) else None
 
-    def base_fact(self, name: str) -> int | None:
-        """An integer of the base model's fingerprint, where recorded."""
-        value = _get(self.npt_config, "base_model", name)
-        return value if type(value) is int else None
+    def base_size(self, name: str) -> int | None:
+        """A size of the base model, where recorded."""
+        return self.description.base_sizes.get(name) if self.description else None
 
     def record(self, layer: int) -> LayerRecord:
         """What is recorded about a layer; unknown facts are None."""
-        key = str(layer)
-        source = _get(self.summary, "layers", key, "source")
-        if source is None:  # a merge by the original says no more than this
-            source = _get(self.summary, "layer_sources", key)
-        step = _get(self.npt_config, "layers", key, "step")
-        if step is None:
-            step = _get(self.summary, "layers", key, "step")
-        residual = _get(self.npt_config, "layers", key, "residual")
+        described = self.description and (self.description.layers or {}).get(layer)
+        described = described or LayerDescription()
+        merged = self.summary and self.summary.layers.get(layer)
+        merged = merged or Provenance()
+        residual = described.residual
         if residual is None and self.modules[layer].architecture.modulation == "triple":
             residual = "removed"  # triple modulation came after the residual had gone
-        fidelity = _get(self.npt_config, "layers", key, "fidelity")
-        if type(fidelity) is int:
-            fidelity = float(fidelity)
-        chain = _get(self.summary, "layers", key, "chain")
-        return LayerRecord(
-            residual if residual in ("removed", "kept") else None,
-            step if type(step) is int else None,
-            fidelity if type(fidelity) is float and math.isfinite(fidelity) else None,
-            source if isinstance(source, str) else None,
-            tuple(s for s in chain if isinstance(s, str)) if isinstance(chain, list) else (),
-        )
+        step = merged.step if described.step is None else described.step
+        return LayerRecord(residual, step, described.fidelity, merged.source, merged.chain)
 
     def digests(self) -> Iterator[TensorDigest]:
         """Recorded digests of the tensors in the checkpoint's files.
@@ -137,21 +132,14 @@ class Checkpoint:
         Raises:
             CheckpointError: the file of digests cannot be read.
         """
-        recorded = _get(self.summary, "tensors")  # where they were before they had a file
-        if isinstance(recorded, dict):
-            for file, tensors in recorded.items():
-                for name, digest in tensors.items() if isinstance(tensors, dict) else ():
+        if self.summary is None:
+            return
+        if self.summary.tensors is not None:  # where they were before they had a file
+            for file, tensors in self.summary.tensors.items():
+                for name, digest in tensors.items():
                     yield file, name, digest
-        elif self.summary is not None and self.directory is not None:
+        elif self.directory is not None:
             yield from read_digests(self.directory)
-
-
-def _get(value: Any, *keys: str) -> Any:
-    for key in keys:
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
 
 
 def is_checkpoint_file(name: str) -> bool:
@@ -199,30 +187,28 @@ def _open(given: str) -> Checkpoint:
             if path.name.startswith(("npt_weights", "accumulated_npt_weights"))
             else None
         )
-    small: dict[str, Mapping[str, Any]] = {}
     unread: dict[str, str] = {}
-    for name in (CONFIG, NPT_CONFIG, MERGE_SUMMARY):
+
+    def read(name: str, parse: Callable[[Mapping[str, Any], str], T]) -> T | None:
         if directory is None or not paths.exists(directory / name):
-            continue
+            return None
         try:
-            small[name] = strict_json.read_foreign(directory / name)
+            return parse(strict_json.read_foreign(directory / name), str(directory / name))
+        except LaterVersionError:
+            raise
         except CheckpointError as error:
             if name == NPT_CONFIG:  # without it, a layer that needs its residual would lose it
                 raise CheckpointError(f"{error}; {_RESTORE}") from None
             unread[name] = f"{error}; {_WITHOUT[name]}"
-    npt_config = small.get(NPT_CONFIG)
-    if npt_config is None and "npt_config" in weights.metadata:
-        raw = weights.metadata["npt_config"].encode("utf-8", "surrogatepass")
-        npt_config = strict_json.parse_foreign(raw, f"{weights.path}: metadata npt_config")
-    if npt_config is not None:
-        version = npt_config.get("format_version")
-        if "format_version" not in npt_config:
-            raise CheckpointError(f"{path}: {NPT_CONFIG} has no format_version; {_RESTORE}")
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: this npt_fast knows format_version {FORMAT_VERSION} of {NPT_CONFIG}, "
-                "the file has another; update npt_fast"
-            )
+            return None
+
+    description = read(NPT_CONFIG, Description.parse)
+    if description is None and "npt_config" in weights.metadata:
+        where = f"{weights.path}: metadata npt_config"
+        raw = weights.metadata["npt_config"].encode()
+        description = Description.parse(strict_json.parse_foreign(raw, where), where)
+    summary = read(MERGE_SUMMARY, MergeSummary.parse)
+    config = read(CONFIG, lambda content, where: content)
     modules = collect_modules(weights.tensors, str(weights.path))
     return Checkpoint(
         given,
@@ -230,8 +216,8 @@ def _open(given: str) -> Checkpoint:
         tuple(line for line in (note, weights.note) if line),
         weights,
         modules,
-        small.get(CONFIG),
-        npt_config,
-        small.get(MERGE_SUMMARY),
+        config,
+        description,
+        summary,
         unread,
     )

@@ -33,6 +33,11 @@ class DType:
     def is_float(self) -> bool:
         return self.name[0] in "FB" and self.name != "BOOL"
 
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether torch lets a tensor of this type require a gradient."""
+        return self.is_float or self.name[0] == "C"
+
 
 _ALL = [
     DType("BOOL", 8, "bool", "BoolStorage"),

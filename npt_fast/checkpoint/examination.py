@@ -40,6 +40,7 @@ from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,
     is_moment,
+    read_multi_layer_state,
     read_training_state,
 )
 from npt_fast.config import Progress
@@ -124,6 +125,7 @@ class Examination:
         self._recipes = InOrder(_recipes(plan))
         self._changed: Counter[str] = Counter()  # tensors that differ, by source
         self._unmatched: Counter[str] = Counter()  # tensors that only one of both has, by file
+        self._unproven: dict[str, None] = {}  # files with tensors that nothing can be held against
         self._headers = {h.file.path.name: _sha256(h) for h in checkpoint.weights.headers}
 
     def _counted(self, digests: Iterable[TensorDigest]) -> Iterator[tuple[tuple[str, str], str]]:
@@ -164,14 +166,33 @@ class Examination:
                 "only in it, or only in them"
             )
 
-    def check_files(self, expected: Mapping[str, Any]) -> None:
+    def check_files(self, expected: Mapping[str, str]) -> None:
         """Hold what describes the tensors, and the small files, against their SHA-256."""
+        self._check_curriculum()
         for name, digest in expected.items():
             found = self._headers.get(name) or file_sha256(self.checkpoint, name)
             if found != digest:
                 line = f"{name} {'has changed' if found else 'is missing'}"
                 if line not in self.report.problems:
                     self.report.problems.append(line)
+        small = [name for name in _WHOLE_FILES if self._is_there(name) and name not in expected]
+        if unproven := [*self._unproven, *small]:
+            self.report.notes.append(
+                f"nothing to compare with for {', '.join(unproven)}: no source and no digest is "
+                "known; structure, CRCs and values were checked"
+            )
+
+    def _is_there(self, name: str) -> bool:
+        directory = self.checkpoint.directory
+        return directory is not None and os.path.lexists(directory / name)
+
+    def _check_curriculum(self) -> None:
+        if self.checkpoint.directory is None:
+            return
+        try:
+            read_multi_layer_state(self.checkpoint.directory / MULTI_LAYER_STATE)
+        except CheckpointError as error:
+            self.report.problems.append(str(error))
 
     def _state_size(self) -> int:
         directory = self.checkpoint.directory
@@ -199,6 +220,8 @@ class Examination:
         elif recipe is None and self.plan is not None:
             self._unmatched[file] += 1
         recorded = self._digests.take((file, entry.name))
+        if recipe is None and recorded is None:
+            self._unproven.setdefault(file)
         return TensorCheck(file, entry, recipe, recorded, finite, self.fresh)
 
     def _state_entries(self) -> Iterator[TensorEntry]:
@@ -345,12 +368,11 @@ def file_sha256(checkpoint: Checkpoint, name: str) -> str:
 
 def _check_npt_config(checkpoint: Checkpoint) -> Iterator[str]:
     """Lines for layers whose ``npt_config.json`` contradicts the tensors."""
-    described = (checkpoint.npt_config or {}).get("layers")
-    if not isinstance(described, dict):
+    if checkpoint.description is None or checkpoint.description.layers is None:
         return
+    described = checkpoint.description.layers
     for layer, module in checkpoint.modules.items():
-        facts = described.get(str(layer))
         for name in ("modulation", "num_ranks", "rank"):
             value = getattr(module.architecture, name)
-            if not isinstance(facts, dict) or facts.get(name) != value:
+            if getattr(described.get(layer), name, None) != value:
                 yield f"{NPT_CONFIG}: layer {layer}: {name} is not {value}, as the tensors say"

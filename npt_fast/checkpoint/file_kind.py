@@ -9,7 +9,15 @@ HEAD = 512
 
 _SAFETENSORS = rb".{4}\x00{4}\{.*"  # the length of a header below 4 GiB, then the header
 _AGAIN = "copy or download it again"
+_TORCH_ZIP = rb"PK\x03\x04.{26}[^/]{1,255}/data\.pkl.*"
+# protocols 2 to 5 say so; what older ones write begins with a class, a dict or a list
+_PICKLE = rb"(\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|\([dl]p\d+\n|[}\])]q\x00).*"
 _KINDS = (
+    # first: the length may have the bytes with which any of the others begins
+    (
+        _SAFETENSORS,
+        "a safetensors file; if these are weights, rename it so that it ends in .safetensors",
+    ),
     (rb"", f"empty; {_AGAIN}"),
     (
         rb"\x00+",
@@ -50,20 +58,16 @@ _KINDS = (
         "from torch before 1.6; load it with torch.load(weights_only=True) and save it again",
     ),
     (
-        rb"\x80[\x02-\x05].*",
+        _PICKLE,
         "a plain pickle, which can run code and is not read; "
         "save the tensors in it with torch.save or safetensors",
     ),
     (
-        rb"PK\x03\x04.{26}[^/]{1,255}/data\.pkl.*",
+        _TORCH_ZIP,
         "what torch.save writes; if these are weights, rename it so that it ends in .pt",
     ),
     (rb"PK\x03\x04.*", "a zip archive; unpack it and name the checkpoint in it"),
     (rb"PK\x05\x06.*", f"an empty zip archive; {_AGAIN}"),
-    (
-        _SAFETENSORS,
-        "a safetensors file; if these are weights, rename it so that it ends in .safetensors",
-    ),
 )
 
 
@@ -72,11 +76,17 @@ def may_be_safetensors(head: bytes) -> bool:
     return bool(re.match(_SAFETENSORS, head, re.DOTALL))
 
 
+def is_pickle(head: bytes) -> bool:
+    """Whether a file begins as what pickle or torch.save writes, and not as one of safetensors."""
+    pickled = re.match(_PICKLE + b"|" + _TORCH_ZIP, head, re.DOTALL)
+    return bool(pickled) and not may_be_safetensors(head)
+
+
 def recognise(head: bytes) -> str:
     """What a file is by its first `HEAD` bytes, with the way on; "" if nothing tells.
 
     The words complete "the file is". Call it only for a file that was found not to be what it
-    should be: a good one can begin like a file of another kind.
+    should be: a good one of another format than safetensors can begin like any of these.
     """
     return next((text for begin, text in _KINDS if re.fullmatch(begin, head, re.DOTALL)), "")
 

@@ -191,8 +191,11 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     architecture = next(iter(checkpoint.modules.values())).architecture
     merge = None
     if checkpoint.summary is not None:
-        names = ("merged_layers", "layer_sources")
-        merge = {name: checkpoint.summary.get(name) for name in names}
+        merged, origins = checkpoint.summary.merged_layers, checkpoint.summary.layers
+        merge = {
+            "merged_layers": None if merged is None else list(merged),
+            "layer_sources": {str(layer): origin.source for layer, origin in origins.items()},
+        }
     return CheckpointReport(
         path=str(checkpoint.path),
         format=checkpoint.weights.format,

@@ -330,7 +330,10 @@ def lay_out_safetensors(
         weight_map.update({recipe.name: name for recipe in shard})
     total = sum(recipe.nbytes for recipe in recipes)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return [*files, BytesFile(SAFETENSORS_INDEX, strict_json.dump(index))]
+    return [
+        *files,
+        BytesFile(SAFETENSORS_INDEX, strict_json.dump(index, limit=strict_json.MAX_BYTES)),
+    ]
 
 
 def _in_storage_order(recipes: Sequence[Recipe]) -> list[Recipe]:

@@ -18,6 +18,7 @@ from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.read_back import read_back, read_back_records
 from npt_fast.checkpoint.source_file import filesystem_type
 from npt_fast.checkpoint.tensor_source import WEIGHTS
 from npt_fast.config import MergeOptions, Progress
@@ -55,7 +56,8 @@ def merge(
         progress: called with what is being done, bytes done and bytes in all.
 
     Raises:
-        CheckpointError: an input cannot be read, or changes while it is read.
+        CheckpointError: an input cannot be read, or changes while it is read; or the output could
+            not be read, and was not written.
         MergeError: the inputs do not fit together, or the output is in the way.
         PathError: the output, or an input, is no path.
         StorageError: the disk is full, or would be.
@@ -75,13 +77,14 @@ def merge(
     report_progress = progress or (lambda activity, done, total: None)
     with disk_errors(target, MergeError), StagedDirectory(target, replace=force) as staged:
         mover = _write_files(plan, staged, report_progress)
+        written = read_back(staged.path, target)
         proof: VerifyReport | None = None
         with DigestWriter(staged.open) as digests:
             if verify:
                 # here, since a merge without proof starts sooner without it
                 from npt_fast.checkpoint.verify import verify_plan
 
-                proof = verify_plan(plan, staged.path, digests, report_progress)
+                proof = verify_plan(plan, written, digests, report_progress)
                 if not proof.passed:
                     raise VerificationError(f"{target}: not written", proof.problems)
             else:
@@ -89,7 +92,7 @@ def merge(
                     digests.add(*digest)
         summary = strict_json.dump(summary_of(plan, target, digests))
         _write_file(BytesFile(MERGE_SUMMARY, summary), staged, mover, lambda count: None)
-        strict_json.read_object(staged.path / MERGE_SUMMARY)
+        read_back_records(staged.path, target)
         if force and paths.exists(target):
             check_replaced(target)  # still
         staged.publish()

@@ -17,7 +17,6 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import cloneable_bytes
 from npt_fast.checkpoint.checkpoint import (
     CONFIG,
-    FORMAT_VERSION,
     NPT_CONFIG,
     open_checkpoint,
     split_selection,
@@ -39,6 +38,7 @@ from npt_fast.checkpoint.merged_layer import (
     resolve_conflicts,
 )
 from npt_fast.checkpoint.recipe import Recipe, check_castable
+from npt_fast.checkpoint.records import FORMAT_VERSION
 from npt_fast.checkpoint.tensor_source import PT_WEIGHTS
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
@@ -255,7 +255,7 @@ def _check_same_base(inputs: Sequence[MergeInput], options: MergeOptions) -> Non
                         f"{name} {getattr(found, name)}, {getattr(expected, name)} in {first.given}"
                     )
     for name in ("num_hidden_layers", "vocab_size"):
-        known = {i.checkpoint.given: i.checkpoint.base_fact(name) for i in inputs}
+        known = {i.checkpoint.given: i.checkpoint.base_size(name) for i in inputs}
         _refuse_difference(name, {k: v for k, v in known.items() if v is not None}, "")
     if not options.allow_different_base:
         names = {i.checkpoint.given: i.checkpoint.model_name for i in inputs}
@@ -301,8 +301,8 @@ def _npt_config(inputs: Sequence[MergeInput], layers: Sequence[MergedLayer]) -> 
             "name": first_known(c.model_name for c in checkpoints),
             "hidden_size": architecture.hidden_size,
             "intermediate_size": architecture.intermediate_size,
-            "num_hidden_layers": first_known(c.base_fact("num_hidden_layers") for c in checkpoints),
-            "vocab_size": first_known(c.base_fact("vocab_size") for c in checkpoints),
+            "num_hidden_layers": first_known(c.base_size("num_hidden_layers") for c in checkpoints),
+            "vocab_size": first_known(c.base_size("vocab_size") for c in checkpoints),
         },
         "layers": described,
     }
@@ -374,7 +374,6 @@ def _config_file(
         where = f"{item.checkpoint.path / CONFIG} with its merge_info"
         try:  # indented, it may be longer than what was read
             data = strict_json.dump({**config, "merge_info": merge_info}, where, allow_nan=True)
-            strict_json.parse_foreign(data, where)
         except CheckpointError as error:
             warnings.append(f"{error}; the file is not used")
             continue

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from npt_fast.checkpoint.dtypes import CASTABLE, DType
@@ -172,15 +173,18 @@ class Recipe:
         by_row = row_step >= column_step
         target = out if by_row else out.T
         long, short = max(row_step, column_step), min(row_step, column_step)
-        n_long, n_short = target.shape
-        at_once = max(1, (WINDOW // raw.itemsize - n_short * short) // max(long, 1))
         origin = source.offset + (r0 * row_step + c0 * column_step) * raw.itemsize
-        for start in range(0, n_long, at_once):
-            count = min(at_once, n_long - start)
-            span = ((count - 1) * long + (n_short - 1) * short + 1) * raw.itemsize
-            (window,) = source.file.windows(origin + start * long * raw.itemsize, span, span)
-            steps = (long * raw.itemsize, short * raw.itemsize)
-            target[start : start + count] = np.ndarray((count, n_short), raw, window, 0, steps)
+        elements = WINDOW // raw.itemsize
+        n_long, n_short = target.shape
+        across = min(n_short, 1 + (elements - 1) // max(short, 1))
+        along = 1 + max(elements - 1 - (across - 1) * short, 0) // max(long, 1)
+        steps = (long * raw.itemsize, short * raw.itemsize)
+        for i, j in product(range(0, n_long, along), range(0, n_short, across)):
+            block = target[i : i + along, j : j + across]
+            span = (block.shape[0] - 1) * long + (block.shape[1] - 1) * short + 1
+            offset = origin + (i * long + j * short) * raw.itemsize
+            (window,) = source.file.windows(offset, span * raw.itemsize)
+            block[:] = np.ndarray(block.shape, raw, window, 0, steps)
         return out
 
     def _random(self, r0: int, c0: int, shape: tuple[int, int]) -> NDArray[Any]:

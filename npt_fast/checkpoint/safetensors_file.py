@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from npt_fast.checkpoint import file_kind
@@ -20,6 +21,7 @@ from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.strict_json import MAX_BYTES, parse_object
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
 from npt_fast.errors import CheckpointError
+from npt_fast.schema import is_text
 
 _MAX_NAME_BYTES = 4096
 _MAX_RANK = 64
@@ -35,11 +37,16 @@ class SafetensorsFile:
     header: Record
 
 
-def read_safetensors(file: SourceFile) -> SafetensorsFile:
+def read_safetensors(file: SourceFile, limit: int = MAX_BYTES) -> SafetensorsFile:
     """Read a safetensors header; no tensor data.
 
+    Args:
+        file: that holds it.
+        limit: bytes that the header may have.
+
     Raises:
-        CheckpointError: not a safetensors file, or one with more than one meaning.
+        CheckpointError: not a safetensors file, one with more than one meaning, or with a header
+            over the limit.
     """
 
     def fail(problem: str) -> CheckpointError:
@@ -55,15 +62,15 @@ def read_safetensors(file: SourceFile) -> SafetensorsFile:
                 f"a header of {length} bytes in a file of {file.size}; truncated: "
                 "copy or download it again"
             )
-        if length > MAX_BYTES:
-            raise fail(f"a header of {length:,} bytes; the format allows {MAX_BYTES:,}")
+        if length > limit:
+            raise fail(f"a header of {length:,} bytes; at most {limit:,} are read")
         header = file.read_at(fd, 8, length)
     if not header.rstrip(b" ").endswith(b"}"):
         raise fail("its header is not a JSON object; not a safetensors file")
     described = parse_object(header, f"{file.path}: header", floats=False)
     metadata = described.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise fail("its __metadata__ must map strings to strings")
+    if not isinstance(metadata, dict) or not all(map(is_text, chain(metadata, metadata.values()))):
+        raise fail("its __metadata__ must map strings to strings of valid Unicode")
 
     data_start = 8 + length
     entries = []

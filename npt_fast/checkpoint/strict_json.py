@@ -1,4 +1,4 @@
-"""JSON of two kinds, bounded in size.
+"""JSON of two kinds, bounded in size, depth and the size of numbers.
 
 What must mean the same to every reader is UTF-8 without duplicate keys, NaN or infinity; so is all
 that we write. The small files beside the weights are other people's: Windows editors add a byte
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,16 @@ from npt_fast.errors import CheckpointError
 
 MAX_BYTES = 100_000_000
 """Of any document: the limit that the safetensors format sets for its header."""
+MAX_SMALL = 4 << 20
+"""Of a file that does not grow with the tensors; parsed, it may take 30 times the memory."""
 
 # An empty list takes 3 bytes here and 64 in memory. A tensor in a safetensors header takes three
 # objects and lists, and at least 55 bytes.
 _MANY_CONTAINERS = 400_000
 _BYTES_PER_CONTAINER = 16
-_MAX_DEPTH = 100  # of other people's files: what is read is walked by recursion later
+_MAX_DEPTH = 100  # what is read is walked by recursion later
+_MAX_INTEGER = 1 << 127  # every one fits a float, and the pickle of a merge
+_ODD_INTEGER = re.compile(r"-0(?![.0-9eE])|[0-9]{39}")
 
 
 def parse_object(data: bytes, where: str, *, floats: bool = True) -> dict[str, Any]:
@@ -37,34 +42,31 @@ def parse_object(data: bytes, where: str, *, floats: bool = True) -> dict[str, A
         floats: whether numbers with a fraction or exponent are allowed.
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, not an object, duplicate keys, NaN or infinity, a
-            number that no float can hold.
+        CheckpointError: not UTF-8, not JSON, not an object, duplicate keys, NaN or infinity, the
+            integer -0, a number that no float can hold, an integer of more than 127 bits, or
+            nested more than 100 deep.
     """
     refuse = _refuse_number(where)
-    return _parse(data, "utf-8", where, refuse, _float(where) if floats else refuse)
+    return _parse(
+        data, "utf-8", where, refuse, _float(where) if floats else refuse, _integer(where)
+    )
 
 
-def parse_foreign(data: bytes, where: str) -> dict[str, Any]:
+def parse_foreign(data: bytes, where: str, limit: int = MAX_SMALL) -> dict[str, Any]:
     """A JSON object that somebody else wrote: UTF-8, 16 or 32, NaN and infinity as Python has them.
 
     Raises:
         CheckpointError: not JSON, not an object, duplicate keys, a number that no float can hold,
-            nested too deep, or over 100 MB.
+            an integer of more than 127 bits, nested more than 100 deep, or over `limit` bytes.
     """
-    _check_size(len(data), where)
+    _check_size(len(data), where, limit)
+    integer = _integer(where, minus_zero=True)
     try:
-        parsed = _parse(data, json.detect_encoding(data), where, float, _float(where))
+        return _parse(data, json.detect_encoding(data), where, float, _float(where), integer)
     except CheckpointError:
         if kind := file_kind.recognise(data[: file_kind.HEAD]):
             raise CheckpointError(f"{where}: is {kind}") from None
         raise
-    level: list[Any] = [parsed]
-    for _ in range(_MAX_DEPTH):
-        inner = (i.values() if isinstance(i, dict) else i for i in level)
-        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
-    if level:
-        raise CheckpointError(f"{where}: not usable: it is nested more than {_MAX_DEPTH} deep")
-    return parsed
 
 
 def _parse(
@@ -73,6 +75,7 @@ def _parse(
     where: str,
     constant: Callable[[str], Any],
     number: Callable[[str], Any],
+    integer: Callable[[str], int],
 ) -> dict[str, Any]:
     def fail(problem: str) -> CheckpointError:
         return CheckpointError(f"{where}: {problem}")
@@ -97,6 +100,8 @@ def _parse(
             object_pairs_hook=unique,
             parse_constant=constant,
             parse_float=number,
+            # 200,000 tensors are a million integers: called only where one is odd
+            parse_int=integer if _ODD_INTEGER.search(text) else None,
         )
     except RecursionError:
         raise fail("not valid JSON: nested too deep") from None
@@ -104,6 +109,12 @@ def _parse(
         raise fail(f"not valid JSON: {error!s:.120}") from None
     if not isinstance(parsed, dict):
         raise fail("not a JSON object")
+    level: list[Any] = [parsed]
+    for _ in range(_MAX_DEPTH):
+        inner = (i.values() if isinstance(i, dict) else i for i in level)
+        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
+    if level:
+        raise fail(f"not usable: it is nested more than {_MAX_DEPTH} deep")
     return parsed
 
 
@@ -127,39 +138,53 @@ def _float(where: str) -> Callable[[str], float]:
     return convert
 
 
-def _check_size(size: int, where: str) -> None:
-    if size > MAX_BYTES:
-        raise CheckpointError(
-            f"{where}: {size:,} bytes of JSON; more than {MAX_BYTES:,} are refused"
-        )
+def _integer(where: str, *, minus_zero: bool = False) -> Callable[[str], int]:
+    """`int`, except for numbers that a float, or another reader, would not take."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        if abs(value) >= _MAX_INTEGER or (text == "-0" and not minus_zero):
+            raise CheckpointError(f"{where}: the number {text:.40} is not allowed here")
+        return value
+
+    return convert
+
+
+def _check_size(size: int, where: str, limit: int) -> None:
+    if size > limit:
+        raise CheckpointError(f"{where}: {size:,} bytes of JSON; more than {limit:,} are refused")
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a small file that npt_fast wrote.
 
     Raises:
-        CheckpointError: as `parse_object`, or the file is unreadable or over 100 MB.
+        CheckpointError: as `parse_object`, or the file is unreadable or over 4 MiB.
     """
-    return parse_object(_read(path), str(path))
+    return parse_object(_read(path, MAX_SMALL), str(path))
 
 
-def read_foreign(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file of a checkpoint, whoever wrote it.
+def read_foreign(path: Path, limit: int = MAX_SMALL) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint, whoever wrote it.
 
     Raises:
         CheckpointError: as `parse_foreign`, or the file is unreadable.
     """
-    return parse_foreign(_read(path), str(path))
+    return parse_foreign(_read(path, limit), str(path), limit)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, limit: int) -> bytes:
     file = SourceFile.of(path)
-    _check_size(file.size, str(path))
+    _check_size(file.size, str(path), limit)
     return file.read(0, file.size)
 
 
 def dump(
-    value: dict[str, Any], where: str = "a JSON document", *, allow_nan: bool = False
+    value: dict[str, Any],
+    where: str = "a JSON document",
+    *,
+    allow_nan: bool = False,
+    limit: int = MAX_SMALL,
 ) -> bytes:
     """The bytes we write: indented, UTF-8, keys in the given order, a newline at the end.
 
@@ -167,12 +192,17 @@ def dump(
         value: what to write.
         where: file, for messages.
         allow_nan: write NaN and infinity as Python does; only `parse_foreign` reads them.
+        limit: bytes that the file's reader takes.
 
     Raises:
         ValueError: a number is not finite.
-        CheckpointError: over 100 MB, which could not be read again.
+        CheckpointError: the reader would refuse it.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
     data = text.encode("utf-8", "backslashreplace")  # a path that is not Unicode becomes \\udcxx
-    _check_size(len(data), where)
+    _check_size(len(data), where, limit)
+    if allow_nan:
+        parse_foreign(data, where, limit)
+    else:
+        parse_object(data, where)
     return data

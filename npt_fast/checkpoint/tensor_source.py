@@ -162,7 +162,7 @@ def _tensors(archive: TorchZip) -> dict[str, TensorEntry]:
 
 
 def _open_shards(index: Path) -> TensorSource:
-    weight_map = strict_json.read_foreign(index).get("weight_map")
+    weight_map = strict_json.read_foreign(index, strict_json.MAX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
     for name, shard in weight_map.items():

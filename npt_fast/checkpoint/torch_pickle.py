@@ -2,9 +2,13 @@
 
 `pickle` and `torch.load` resolve names to live Python objects; here a name is looked up in a
 closed table of the few symbols a checkpoint needs, and a REDUCE builds plain data from them. What
-comes out holds only dict, list, tuple, str, int, float, bool, None and `TensorRef`. Memory is
-metered, because nine bytes of pickle can ask for gigabytes: what is built may take 64 MiB, and 24
-times the size of the pickle beyond that.
+comes out holds only dict, list, tuple, str, int, float, bool, None and `TensorRef`; keys are str,
+or int of 64 bits; nothing holds itself, or is nested more than 64 deep.
+
+Memory is metered, because nine bytes of pickle can ask for gigabytes: what is built may take
+64 MiB, and 24 times the size of the pickle beyond that. What stands in several places counts as
+often as it stands there: 40 tuples that each hold the one before twice are a trillion values for
+whoever walks through them.
 
 The opcodes accepted are those that ``torch.load(weights_only=True)`` accepts (protocol 2, what
 ``torch.save`` writes), so that whatever is readable here is readable there. The one addition is
@@ -15,8 +19,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 from npt_fast.checkpoint.dtypes import BY_STORAGE, BY_TORCH_NAME, DType
@@ -27,11 +32,12 @@ MAX_PICKLE_BYTES = 1 << 30
 MAX_STRING = 1 << 20
 """Bytes of a string, likewise."""
 MAX_DEPTH = 64
-"""Containers inside each other that a merge carries over."""
+"""Containers inside each other, likewise."""
 
 _SMALL_MEMORY = 64 << 20
 _MEMORY_PER_BYTE = 24  # AdamW's state as torch.save writes it is charged 9
 _MAX_RANK = 64
+_MAX_KEY = 1 << 63  # integers beyond it can be chosen so that all have the same hash
 _NUMPY_SCALARS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "b1": "?"}
 
 
@@ -101,20 +107,25 @@ _KNOWN = {
 }
 
 
-def decode(data: bytes, where: str) -> Any:
-    """Plain data and `TensorRef`s from a pickle.
+def decode(
+    data: bytes, where: str, check_storage: Callable[[StorageRef], None] = lambda storage: None
+) -> Any:
+    """Plain data and `TensorRef`s from a pickle, as the module's docstring says.
 
     Args:
         data: the whole pickle.
         where: file and member, for messages.
+        check_storage: called once with each storage that the pickle names; may raise.
 
     Raises:
         CheckpointError: an opcode or symbol outside the table, a malformed stream, bytes after the
-            end, or more memory than a checkpoint can need.
+            end, more memory than a checkpoint can need, or a value of another kind than promised.
     """
-    machine = _Machine(data, where)
+    machine = _Machine(data, where, check_storage)
     try:
-        return machine.run()
+        value = machine.run()
+        _check_content(value, machine)
+        return value
     except (IndexError, ValueError, struct.error, RecursionError):
         at = machine.position
         cut = "truncated" if at >= len(data) else f"malformed at byte {at}"
@@ -124,9 +135,12 @@ def decode(data: bytes, where: str) -> Any:
 class _Machine:
     """The pickle stack machine, reduced to data."""
 
-    def __init__(self, data: bytes, where: str) -> None:
+    def __init__(
+        self, data: bytes, where: str, check_storage: Callable[[StorageRef], None]
+    ) -> None:
         self.data = data
         self.where = where
+        self.check_storage = check_storage
         self.position = 0
         self.stack: list[Any] = []
         self.memo: list[Any] = []  # picklers count from zero, and a list takes a tenth of a dict
@@ -285,6 +299,8 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in (str, int):
                 raise self.refuse(f"a dict key of type {type(key).__name__}; refused")
+            if type(key) is int and not -_MAX_KEY <= key < _MAX_KEY:
+                raise self.refuse("a dict key of more than 64 bits; refused")
             if key in target:
                 raise self.fail(f"duplicate key {key!r:.80}")
             target[key] = value
@@ -344,6 +360,7 @@ class _Machine:
         if known is None:
             self.charge(150)
             known = self.storages[key] = StorageRef(dtype, key, numel)
+            self.check_storage(known)
         elif known.dtype is not dtype or known.numel != numel:
             raise self.fail(f"storage {key!r:.40} is described in two different ways; refused")
         return known
@@ -389,12 +406,23 @@ class _Machine:
         )
         if not sizes_are_plain or type(requires_grad) is not bool or _has_hooks(hooks):
             raise self.fail("a tensor with malformed sizes, or with hooks; refused")
-        shape = self.sizes.setdefault(shape, shape)
-        strides = self.sizes.setdefault(strides, strides)
-        return TensorRef(storage, dtype, offset, shape, strides)
+        if requires_grad and not dtype.is_differentiable:
+            raise self.fail(f"a tensor of type {dtype.name} that requires a gradient; refused")
+        return TensorRef(storage, dtype, offset, self.once(shape), self.once(strides))
+
+    def once(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """The same sizes, kept once; longer ones can be chosen so that all have the same hash."""
+        if len(sizes) > 2 or any(size >= 1 << 32 for size in sizes):
+            return sizes
+        return self.sizes.setdefault(sizes, sizes)
 
     def parameter(self, tensor: Any, requires_grad: Any, hooks: Any) -> TensorRef:
-        if not isinstance(tensor, TensorRef) or _has_hooks(hooks):
+        if (
+            not isinstance(tensor, TensorRef)
+            or type(requires_grad) is not bool
+            or (requires_grad and not tensor.dtype.is_differentiable)
+            or _has_hooks(hooks)
+        ):
             raise self.fail("a malformed Parameter; refused")
         return tensor
 
@@ -424,6 +452,81 @@ class _Machine:
             return text.encode("latin1")
         except UnicodeEncodeError:
             raise self.fail("bytes that are not a numpy scalar's; refused") from None
+
+
+_LEAVES = frozenset((str, int, float, bool, type(None), TensorRef))
+_CONTAINERS = frozenset((dict, _OrderedDict, list, tuple))
+
+
+class _Level:
+    """A container that is being looked through.
+
+    Attributes:
+        container: it.
+        items: what of it has not been looked at.
+        size: bytes of what has been, as if nothing were shared.
+        height: containers inside each other below it.
+    """
+
+    __slots__ = ("container", "height", "items", "size")
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+        self.items: Iterator[Any] = iter(container)
+        if isinstance(container, dict):
+            self.items = chain(container, container.values())
+        self.size = 64
+        self.height = 0
+
+
+def _check_content(value: Any, machine: _Machine) -> None:
+    """Raise CheckpointError unless `value` is what `decode` promises."""
+
+    def fail(problem: str, *found: Any) -> CheckpointError:
+        keys = []
+        for outer, inner in pairwise([*(level.container for level in levels), *found]):
+            items = outer.items() if isinstance(outer, dict) else ()
+            keys += [f"{key!s:.80}" for key, item in items if item is inner][:1]
+        return machine.fail(f"{'.'.join(keys[:5])}: {problem}" if keys else problem)
+
+    measured: dict[int, tuple[int, int]] = {}  # of a container that was looked through
+    unfinished: set[int] = set()
+    levels = [_Level((value,))]
+    while True:
+        level = levels[-1]
+        for item in level.items:
+            kind = type(item)
+            if kind in _LEAVES:
+                level.size += 16 + len(item) if kind is str else 16
+                continue
+            if kind not in _CONTAINERS:
+                name = item.name if kind is _Global else f"a value of type {kind.__name__}"
+                raise fail(f"{name} is neither plain data nor a tensor; refused", item)
+            if id(item) not in measured:
+                if id(item) in unfinished:
+                    raise fail("a container that holds itself; refused")
+                unfinished.add(id(item))
+                levels.append(_Level(item))
+                break
+            size, height = measured[id(item)]
+            level.size += size
+            level.height = max(level.height, height + 1)
+        else:
+            levels.pop()
+            if not levels:
+                return
+            above = levels[-1]
+            above.size += level.size
+            above.height = max(above.height, level.height + 1)
+            unfinished.discard(id(level.container))
+            measured[id(level.container)] = level.size, level.height
+        if len(levels) + level.height > MAX_DEPTH + 1:
+            raise fail(f"nested more than {MAX_DEPTH} deep; refused")
+        if level.size > machine.max_memory:
+            raise fail(
+                f"stands for more than {machine.max_memory:,} bytes, with what is shared counted "
+                "wherever it stands; refused"
+            )
 
 
 def _has_hooks(hooks: Any) -> bool:

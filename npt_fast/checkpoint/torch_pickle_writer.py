@@ -54,7 +54,7 @@ class _Writer:
 
     def put(self, item: Any, depth: int) -> None:
         out = self.out
-        if depth > MAX_DEPTH:
+        if depth >= MAX_DEPTH and isinstance(item, (tuple, list, Mapping)):
             raise CheckpointError(f"data nested more than {MAX_DEPTH} deep cannot be written")
         if item is None:
             out += b"N"

@@ -21,7 +21,12 @@ from typing import Any
 from npt_fast.checkpoint import file_kind
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
-from npt_fast.checkpoint.torch_pickle import MAX_PICKLE_BYTES, TensorRef, decode
+from npt_fast.checkpoint.torch_pickle import (
+    MAX_PICKLE_BYTES,
+    StorageRef,
+    TensorRef,
+    decode,
+)
 from npt_fast.errors import CheckpointError
 
 LOCAL = struct.Struct("<4sHHHHHIIIHH")
@@ -130,15 +135,8 @@ class TorchZip:
         file = self.file
         record = self.members.get(f"data/{ref.storage.key}")
         where = f"{file.path}: {name}"
-        if record is None:
-            raise CheckpointError(f"{where}: its record data/{ref.storage.key} is missing")
+        assert record is not None, "read_torch_zip has looked for it"
         itemsize = ref.dtype.itemsize
-        unit = ref.storage.dtype.itemsize if ref.storage.dtype else 1
-        if ref.storage.numel * unit != record.nbytes:
-            raise CheckpointError(
-                f"{where}: its record data/{ref.storage.key} has {record.nbytes} bytes, "
-                f"{ref.storage.numel * unit} expected"
-            )
         extent = first = 0
         if math.prod(ref.shape):
             first = ref.offset
@@ -186,7 +184,20 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
             holds more than plain data and tensors.
     """
     members, pickled, data = read_members(file)
-    return TorchZip(file, decode(data, f"{file.path}: data.pkl"), members, pickled)
+
+    def check_record(storage: StorageRef) -> None:  # torch reads those too that no tensor uses
+        record = members.get(f"data/{storage.key}")
+        if record is None:
+            raise CheckpointError(f"{file.path}: record data/{storage.key:.40} is missing")
+        expected = storage.numel * (storage.dtype.itemsize if storage.dtype else 1)
+        if record.nbytes != expected:
+            raise CheckpointError(
+                f"{file.path}: record data/{storage.key:.40} has {record.nbytes} bytes, "
+                f"{expected} expected"
+            )
+
+    content = decode(data, f"{file.path}: data.pkl", check_record)
+    return TorchZip(file, content, members, pickled)
 
 
 def read_members(file: SourceFile) -> tuple[Members, Record, bytes]:

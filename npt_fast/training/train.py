@@ -34,6 +34,7 @@ from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate
 from npt_fast.training.launch import launch
 from npt_fast.training.metrics import Metrics
+from npt_fast.training.progress import Progress, read_progress
 from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.state import read_state
 from npt_fast.training.trainer import NPTTrainer
@@ -92,6 +93,7 @@ def train_here(options: TrainOptions) -> TrainReport:
 
     stages = parse_curriculum(options.curriculum_stages)
     checkpoint, saved = _open(options)
+    progress = read_progress(saved)
     start = saved.global_step if saved else 0
     if start >= options.max_steps:
         raise TrainingError(
@@ -108,9 +110,10 @@ def train_here(options: TrainOptions) -> TrainReport:
             dtype=options.base_dtype,
             device=arguments.device,
             keep_on_cpu=bool(arguments.fsdp),  # it may not fit on one device whole
+            trust_remote_code=options.trust_remote_code,
         )
         layers = _put_layers(model, options, checkpoint, say)
-        windows, held_out = _data(options, tokenizer, saved, say)
+        windows, held_out = _data(options, model, tokenizer, checkpoint, progress, say)
         distillation = Distillation(
             model,
             layer_weights=_layer_weights(options, model),
@@ -127,6 +130,7 @@ def train_here(options: TrainOptions) -> TrainReport:
             text = collate(held_out[:4])["input_ids"].to(model.device)
             distillation.calibrate(text, fresh)
         config = {name: _plain(value) for name, value in asdict(options).items()}
+        del config["trust_remote_code"]  # said anew for every run, never by a file
         if run is not None:
             with disk_errors(output, TrainingError):
                 metrics = Metrics(output, options, start, config)
@@ -145,6 +149,7 @@ def train_here(options: TrainOptions) -> TrainReport:
                 metrics=metrics,
                 checkpoint=checkpoint,
                 saved=saved,
+                progress=progress,
                 stop=stop,
                 say=say,
             )
@@ -307,7 +312,12 @@ def _layer_weights(options: TrainOptions, model: Any) -> dict[int, float]:
 
 
 def _data(
-    options: TrainOptions, tokenizer: Any, saved: TrainingState | None, say: Callable[[str], None]
+    options: TrainOptions,
+    model: Any,
+    tokenizer: Any,
+    checkpoint: Checkpoint | None,
+    progress: Progress,
+    say: Callable[[str], None],
 ) -> tuple[TokenWindows, list[Any]]:
     """Training windows at their position, and the windows held out."""
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.num_workers))
@@ -324,12 +334,20 @@ def _data(
         )
 
     windows = open_windows(None)
-    state = saved.content.get("data_state") if saved else None
-    if state is not None:
-        if windows.accepts(state):
-            windows = open_windows(state)
-        else:
+    state = progress.data
+    if state is not None and checkpoint is not None:
+        if not windows.accepts(state):
             say("Note: other data or other windows than before, so the text begins anew")
+        elif max(state["tokens"], default=0) >= model.get_input_embeddings().num_embeddings:
+            raise TrainingError(
+                f"{checkpoint.given}: data_state: its tokens are not of the vocabulary of "
+                f"{options.model_name}"
+            )
+        else:
+            try:
+                windows = open_windows(state)
+            except ValueError as error:
+                raise TrainingError(f"{checkpoint.given}: data_state: {error}") from None
     if options.eval_data is None:
         return windows, windows.held_out_windows()
     other = TokenWindows(

@@ -36,6 +36,7 @@ from npt_fast.training.data import TokenWindows
 from npt_fast.training.distillation import Distillation, Losses
 from npt_fast.training.evaluation import Evaluation, collate, evaluate_windows
 from npt_fast.training.metrics import Metrics
+from npt_fast.training.progress import Progress
 from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.state import (
     gather_optimizer,
@@ -62,6 +63,7 @@ class NPTTrainer(Trainer):
         metrics: of the first process, None in the others.
         checkpoint: what the run goes on from.
         saved: its training state.
+        progress: how far the run has come.
         stop: gives the number of a signal that asks to stop, 0 as long as there is none.
         say: prints a line for people.
     """
@@ -80,6 +82,7 @@ class NPTTrainer(Trainer):
         metrics: Metrics | None,
         checkpoint: Checkpoint | None,
         saved: TrainingState | None,
+        progress: Progress,
         stop: Callable[[], int],
         say: Callable[[str], None],
     ) -> None:
@@ -107,9 +110,9 @@ class NPTTrainer(Trainer):
         self.stop = stop
         self.say = say
         self.start = saved.global_step if saved else 0
-        content = saved.content if saved else {}
-        self.best = _float(content.get("best_val_loss"))
-        self.micro_batches = int(content.get("batch_count") or 0)
+        self.best = progress.best
+        self.micro_batches = progress.micro_batches
+        self.scaler_state = progress.scaler
         self.evaluation: Evaluation | None = None
         self.stopped_by = 0
         self._stage = -1
@@ -286,9 +289,8 @@ class NPTTrainer(Trainer):
             fresh = restore_optimizer(self._adamw(), self._parts(), self.saved, self.checkpoint)
             if fresh:
                 self.say(f"Optimizer starts fresh for layers {fresh}")
-            scaler = self.saved.content.get("scaler_state_dict")
-            if scaler and self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(dict(scaler))
+            if self.scaler_state and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(self.scaler_state)
         self._since = time.monotonic()
 
     def enter_step(self) -> None:
@@ -500,10 +502,6 @@ class _Steps(TrainerCallback):
         if self.trainer._logs(state.global_step):
             control.should_log = True
         self.trainer.leave_step(control)
-
-
-def _float(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _duration(seconds: float) -> str:

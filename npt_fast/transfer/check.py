@@ -18,24 +18,43 @@ facts:
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import yaml  # type: ignore[import-untyped]
 
 from npt_fast.checkpoint.publish import disk_errors
-from npt_fast.errors import DataError, NPTError, TransferError, printable
+from npt_fast.checkpoint.source_file import read_file
+from npt_fast.errors import CheckpointError, DataError, NPTError, TransferError, printable
 from npt_fast.paths import user_path
+from npt_fast.schema import (
+    FLAG,
+    MAPPING,
+    NUMBER,
+    POSITIVE,
+    WHOLE,
+    Kind,
+    is_text,
+    list_of,
+    mistakes,
+    one_of,
+    shown,
+)
 from npt_fast.transfer.extract import extract, tokenize
 from npt_fast.transfer.generate import Sampling, continue_ids
 from npt_fast.transfer.inject import Mode, When, inject
 from npt_fast.transfer.positions import Position, parse
+
+_MAX_BYTES = 1_000_000
+_MOST = 30_000  # keys and values: what the parser reads in two seconds
+_DEEPEST = 10
+_LONGEST_NUMBER = 40
+_ENOUGH = 100  # mistakes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,53 +202,81 @@ def read_facts(path: str | Path) -> list[Fact]:
     """
     path = user_path(path)
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise FactsError([f"{path}: {error.strerror}"]) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FactsError([f"{path}: is no YAML: {' '.join(str(error).split())}"]) from error
+        text = read_file(path, _MAX_BYTES, follow_links=True).decode("utf-8")
+        document = yaml.load(text, Loader=_Loader)
+    except CheckpointError as error:
+        raise FactsError([str(error)]) from None
+    except (yaml.YAMLError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise FactsError([f"{path}: is no YAML: {problem:.300}"]) from error
     problems: list[str] = []
     top = _fields(document, _FILE, ["facts"], str(path), problems)
-    facts: list[Fact] = []
+    facts: dict[str | int, Fact] = {}
     for number, given in enumerate(top.get("facts", ()), 1):
         named = given if isinstance(given, dict) else {}
         name = next((n for n in map(named.get, ("name", "prompt")) if isinstance(n, str)), number)
-        where = f"{path}: fact {name!r}"
+        where = f"{path}: fact {shown(name)}"
         known = len(problems)
         fact = _fact(given, str(name), where, problems)
-        if name in [other.name for other in facts]:
+        if name in facts:
             problems.append(f"{where}: there are two of that name")
-        if fact is not None and len(problems) == known:
-            facts.append(fact)
+        if fact is not None:
+            facts[name] = fact
+        if len(problems) > max(known, _ENOUGH):
+            break
     if not problems and not facts:
         problems.append(f"{path}: has no facts")
     if problems:
         raise FactsError(problems)
-    return facts
+    return list(facts.values())
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """`yaml.safe_load`, but a key that is there twice is a mistake: the first would be lost."""
+    """`yaml.safe_load` of what its text says once: bounded by the length of the text.
+
+    An alias or a merge key lets a few bytes stand for gigabytes, the first of two equal keys would
+    be lost, and a number may take longer to convert than to read.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        self._nodes += 1
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"*{event.anchor:.40}: write it out again{event.start_mark}")
+        if event.tag is not None:
+            raise yaml.YAMLError(f"{event.tag:.40}: leave tags out{event.start_mark}")
+        if self._depth == _DEEPEST:
+            raise yaml.YAMLError(f"nested more than {_DEEPEST} deep{event.start_mark}")
+        if self._nodes > _MOST:
+            raise yaml.YAMLError(f"more than {_MOST:,} values; make two files of it")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if number and len(node.value) > _LONGEST_NUMBER:
+            raise yaml.YAMLError(f"a number of {len(node.value):,} characters{node.start_mark}")
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.YAMLError(f"{key.value!r} is there twice{key.start_mark}")
-                seen.add(key.value)
+            if key.tag != "tag:yaml.org,2002:str":
+                what = (
+                    f"{key.value!r:.40}"
+                    if isinstance(key, yaml.ScalarNode)
+                    else "a list or mapping"
+                )
+                raise yaml.YAMLError(
+                    f"{what}: a key must be a text; put it in quotes{key.start_mark}"
+                )
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value!r:.40} is there twice{key.start_mark}")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-
-class _Kind(NamedTuple):
-    """What the value of a key may be: in words, and whether a value is one."""
-
-    name: str
-    fits: Callable[[Any], bool]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
 
 
 def _is_position(value: Any) -> bool:
@@ -238,61 +285,43 @@ def _is_position(value: Any) -> bool:
             parse(value)
         except TransferError:
             return False
-        return True
-    return type(value) is int
+        return is_text(value)
+    return WHOLE.fits(value)
 
 
-def _one_of(names: Sequence[str]) -> _Kind:
-    return _Kind(f"one of {', '.join(names)}", lambda value: value in names)
-
-
-_TEXT = _Kind("a text", _is_text)
-_FILE = {"facts": _Kind("a list", lambda value: isinstance(value, list))}
+_WORDS = Kind("a text", lambda value: is_text(value) and bool(value))
+_FILE = {"facts": Kind("a list", lambda value: isinstance(value, list))}
 _FACT = {
-    "name": _TEXT,
-    "prompt": _TEXT,
-    "inject": _Kind("a mapping with from", lambda value: isinstance(value, dict)),
-    "expect": _Kind("a text or a mapping", lambda v: _is_text(v) or isinstance(v, dict)),
-    "must_not_change": _Kind(
-        "a list of prompts", lambda value: isinstance(value, list) and all(map(_is_text, value))
-    ),
-    "tokens": _Kind("a whole number from 1 on", lambda value: type(value) is int and value > 0),
+    "name": _WORDS,
+    "prompt": _WORDS,
+    "inject": Kind("a mapping with from", MAPPING.fits),
+    "expect": Kind("a text or a mapping", lambda v: _WORDS.fits(v) or MAPPING.fits(v)),
+    "must_not_change": Kind("a list of prompts", list_of(_WORDS).fits),
+    "tokens": POSITIVE,
 }
 _INJECT = {
-    "from": _TEXT,
-    "sequence": _Kind("true or false", lambda value: type(value) is bool),
-    "position": _Kind("a number, 2:5, first, last, all, at:WORD or after:WORD", _is_position),
-    "mode": _one_of(get_args(Mode)),
-    "strength": _Kind("a number", lambda v: type(v) in (int, float) and math.isfinite(v)),
-    "when": _one_of(get_args(When)),
+    "from": _WORDS,
+    "sequence": FLAG,
+    "position": Kind("a number, 2:5, first, last, all, at:WORD or after:WORD", _is_position),
+    "mode": one_of(get_args(Mode)),
+    "strength": NUMBER,
+    "when": one_of(get_args(When)),
 }
-_EXPECT = {"begins": _TEXT, "contains": _TEXT}
+_EXPECT = {"begins": _WORDS, "contains": _WORDS}
 
 
 def _fields(
-    given: Any, kinds: Mapping[str, _Kind], required: Sequence[str], where: str, problems: list[str]
+    given: Any, kinds: Mapping[str, Kind], required: Sequence[str], where: str, problems: list[str]
 ) -> dict[str, Any]:
     """What of a mapping is right; the rest becomes problems."""
     if not isinstance(given, dict):
         problems.append(f"{where}: must be a mapping with {', '.join(required or kinds)}")
         return {}
-    problems.extend(f"{where}: {line}" for line in _mistakes(given, kinds, required))
+    found = islice(mistakes(given, kinds, required, closed=True), _ENOUGH)
+    problems.extend(f"{where}: {line}" for line in found)
     return {
         key: given[key] for key, kind in kinds.items() if key in given and kind.fits(given[key])
     }
-
-
-def _mistakes(
-    given: Mapping[Any, Any], kinds: Mapping[str, _Kind], required: Sequence[str]
-) -> Iterator[str]:
-    for key, value in given.items():
-        if key not in kinds:
-            near = get_close_matches(str(key), kinds, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(kinds)}"
-            yield f"unknown key {key!r}; {hint}"
-        elif not kinds[key].fits(value):
-            yield f"{key} must be {kinds[key].name}, not {value!r:.80}"
-    yield from (f"{key} is missing" for key in required if key not in given)
 
 
 def _fact(given: Any, name: str, where: str, problems: list[str]) -> Fact | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.modules import NPComponent
+from npt_fast.schema import is_text, shown
 from npt_fast.transfer.modulation import PROJECTIONS, Base, Modulation, Terms
 from npt_fast.transfer.positions import Position, resolve
 
@@ -100,8 +101,10 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
     """Ids and texts of the tokens, without special tokens.
 
     Raises:
-        TransferError: there are none.
+        TransferError: there are none, or the text is no Unicode.
     """
+    if not is_text(text):
+        raise TransferError(f"{shown(text)} is no Unicode text")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise TransferError("the text is empty")

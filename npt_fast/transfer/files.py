@@ -2,40 +2,81 @@
 
 ``layer.11.gate.v_a`` and ``.v_b`` hold the terms; ``npt_modulation`` in the metadata is JSON with
 the base model's sizes, the origin and the layers. Reading opens the header alone; a layer's tensors
-are mapped when they are asked for.
+are read when they are asked for.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from secrets import token_hex
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from npt_fast.checkpoint import file_kind, strict_json
-from npt_fast.errors import CheckpointError, TransferError
+from npt_fast.checkpoint.safetensors_file import read_safetensors
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.errors import CheckpointError, NPTError, TransferError
 from npt_fast.paths import user_path
-from npt_fast.transfer.modulation import FORMAT, PROJECTIONS, VERSION, Base, Modulation, Terms
+from npt_fast.schema import (
+    FLAG,
+    INDEX,
+    MAPPING,
+    POSITIVE,
+    TEXT,
+    Kind,
+    checked,
+    list_of,
+    mapping_of,
+    one_of,
+    shown,
+)
+from npt_fast.transfer.modulation import (
+    FORMAT,
+    ORIGIN,
+    PROJECTIONS,
+    VERSION,
+    Base,
+    Modulation,
+    Terms,
+)
+
+_MAX_HEADER = 4 << 20  # an origin, and 10,000 tensors
+_DTYPES = ("F16", "BF16", "F32", "F64")
+_BASE = {"name": TEXT} | dict.fromkeys(
+    ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"), POSITIVE
+)
+_DESCRIPTION: dict[str, Kind] = {
+    "base": MAPPING,
+    "origin": ORIGIN,
+    "vectors": FLAG,
+    "layers": mapping_of(INDEX, list_of(one_of(PROJECTIONS))),
+}
 
 
 def save_modulation(modulation: Modulation, path: Path) -> None:
     """Write a modulation; a file of that name is replaced in one step.
 
     Raises:
-        TransferError: the folder cannot be written to, or its origin is not JSON.
+        TransferError: the folder cannot be written to, or what would be written could not be read.
     """
-    data = packed(modulation, path)
-    temporary = path.with_name(f".{secrets.token_hex(16)}.npt-fast")
+    temporary = path.with_name(f".{token_hex(16)}.npt-fast")
     try:
+        data = packed(modulation, temporary)
         with temporary.open("xb") as file:  # follows no link that somebody has put there
             file.write(data)
+        read_back(temporary)
         temporary.replace(path)
+    except NPTError as error:
+        problem = str(error).removeprefix(f"{temporary}: ")
+        raise TransferError(f"{path}: cannot be written: {problem}") from None
     except OSError as error:
         raise TransferError(f"{path}: cannot be written: {error}") from error
     finally:
@@ -50,8 +91,10 @@ def packed(modulation: Modulation, path: Path) -> bytes:
         path: of the file, for messages.
 
     Raises:
-        TransferError: its origin is not JSON.
+        TransferError: safetensors or JSON cannot hold it.
     """
+    if not ORIGIN.fits(modulation.origin):  # before json, which follows cycles and shared parts
+        raise TransferError(f"{path}: its origin must be {ORIGIN.name}")
     tensors = {
         f"layer.{layer}.{projection}.{name}": tensor.detach().cpu().contiguous()
         for layer, projection, terms in modulation.walk()
@@ -65,9 +108,21 @@ def packed(modulation: Modulation, path: Path) -> bytes:
         "layers": {str(n): list(projections) for n, projections in modulation.layers.items()},
     }
     try:
-        return save(tensors, {FORMAT: json.dumps(description, allow_nan=False)})
-    except (SafetensorError, RecursionError, ValueError) as error:  # of an odd origin
-        raise TransferError(f"{path}: cannot be written: {error}") from error
+        return save(tensors, {FORMAT: json.dumps(description, ensure_ascii=False)})
+    except KeyError as error:
+        raise TransferError(f"{path}: safetensors cannot hold terms of {error}") from None
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise TransferError(f"{path}: {error}") from error
+
+
+def read_back(path: Path) -> None:
+    """Read all of a file that was written, as others will.
+
+    Raises:
+        CheckpointError: they could not.
+    """
+    for _ in open_modulation(SourceFile.of(path)).walk():
+        pass
 
 
 def load_modulation(path: str | Path) -> Modulation:
@@ -76,80 +131,116 @@ def load_modulation(path: str | Path) -> Modulation:
     Raises:
         CheckpointError: the file is none, is broken, or is of a later version.
     """
-    path = user_path(path)
-    if path.suffix in (".pkl", ".pickle", ".pt"):
+    return open_modulation(SourceFile.of(user_path(path), follow_links=True))
+
+
+def open_modulation(source: SourceFile) -> Modulation:
+    """As `load_modulation`, of a file that was looked at."""
+    path = source.path
+    if file_kind.is_pickle(source.read(0, min(source.size, file_kind.HEAD))):
         raise CheckpointError(
-            f"{path}: pickles can run code and are not read; extract the modulation again and "
-            "save it as .safetensors"
+            f"{path}: is a pickle, which can run code and is not read; extract the modulation "
+            "again and save it as .safetensors"
         )
-    try:
-        with path.open("rb") as opened:
-            head = opened.read(file_kind.HEAD)
-        if not file_kind.may_be_safetensors(head):
-            raise CheckpointError(f"{path}: cannot be read: it is {file_kind.describe(head)}")
-        file: Any = safe_open(path, framework="pt")
-        metadata = file.metadata() or {}
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if FORMAT not in metadata:
+    found = read_safetensors(source, _MAX_HEADER)
+    if FORMAT not in found.metadata:
         raise CheckpointError(f"{path}: is no modulation: its header has no {FORMAT}")
-    description = strict_json.parse_object(metadata[FORMAT].encode(), str(path))
-    if description.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path}: version {description.get('version')}, this program reads {VERSION}"
-        )
-    try:
-        base = Base(**description["base"])
-        layers = {
-            int(layer): [str(projection) for projection in projections]
-            for layer, projections in description["layers"].items()
-        }
-        origin, vectors = dict(description["origin"]), bool(description["vectors"])
-        _check(base, layers, shapes)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its description does not hold: {error}") from error
-    return Modulation(_Layers(file, layers), base, origin, vectors)
+    # surrogates, which UTF-8 has not, are refused by the parser
+    text = found.metadata[FORMAT].encode("utf-8", "surrogatepass")
+    about = _described(strict_json.parse_object(text, str(path)), path)
+    _check(about, found.entries, path)
+    with source.open() as fd:
+        try:
+            # through its descriptor: the very file that was looked at, whatever its name
+            file: Any = safe_open(f"/dev/fd/{fd}", framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    return Modulation(_Layers(file, about.layers, path), about.base, about.origin, about.vectors)
 
 
-def _check(base: Base, layers: Mapping[int, list[str]], shapes: Mapping[str, Any]) -> None:
-    """The tensors are those of the description, no more and no fewer, and of fitting shapes."""
-    if not all(type(size) is int and size > 0 for size in base.sizes):
-        raise ValueError("sizes of the base model")
+class _Description(NamedTuple):
+    """What the header says: see `Modulation`; projections by layer."""
+
+    base: Base
+    origin: Mapping[str, Any]
+    vectors: bool
+    layers: Mapping[int, list[str]]
+
+
+def _described(given: Mapping[str, Any], path: Path) -> _Description:
+    where = f"{path}: its description does not hold"
+    version = given.get("version")
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(f"{path}: version {shown(version)}, this program reads {VERSION}")
+    found = checked(given, _DESCRIPTION, list(_DESCRIPTION), where, CheckpointError)
+    sizes = checked(
+        found["base"], _BASE, list(_BASE), f"{where}: base", CheckpointError, closed=True
+    )
+    base, layers = Base(**sizes), {}
+    for layer, projections in found["layers"].items():
+        if int(layer) >= base.num_hidden_layers:
+            raise CheckpointError(f"{where}: layer {layer} of {base.num_hidden_layers}")
+        if not projections or len(set(projections)) < len(projections):
+            raise CheckpointError(f"{where}: layer {layer}: projections that are not one each")
+        layers[int(layer)] = projections
     if not layers:
-        raise ValueError("no layers")
-    d, f = base.hidden_size, base.intermediate_size
+        raise CheckpointError(f"{where}: no layers")
+    return _Description(base, found["origin"], found["vectors"], layers)
+
+
+def _check(about: _Description, entries: Mapping[str, TensorEntry], path: Path) -> None:
+    """The tensors are those of the description, no more and no fewer, and of fitting shapes."""
+    where = f"{path}: its description does not hold"
+    d, f = about.base.hidden_size, about.base.intermediate_size
     widths = {"gate": (d, f), "up": (d, f), "down": (f, d)}
-    expected = {}
-    for layer, projections in layers.items():
-        if not 0 <= layer < base.num_hidden_layers or not projections:
-            raise ValueError(f"layer {layer}")
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer, projections in about.layers.items():
         for projection in projections:
-            if projection not in PROJECTIONS:
-                raise ValueError(f"projection {projection!r:.40}")
-            first = shapes.get(f"layer.{layer}.{projection}.v_a", [0])
-            for name, width in zip(("v_a", "v_b"), widths[projection], strict=True):
-                expected[f"layer.{layer}.{projection}.{name}"] = [first[0], width]
-    if expected != dict(shapes):
-        wrong = next(n for n in {*expected, *shapes} if expected.get(n) != shapes.get(n))
-        raise ValueError(f"{wrong!r:.80} is {shapes.get(wrong)}, {expected.get(wrong)} expected")
+            names = [f"layer.{layer}.{projection}.{name}" for name in ("v_a", "v_b")]
+            terms = max((1, *shapes.get(names[0], ())[:1]))
+            for name, width in zip(names, widths[projection], strict=True):
+                expected[name] = (terms, width)
+            dtypes = {entries[name].dtype.name for name in names if name in entries}
+            if len(dtypes) > 1 or not dtypes <= {*_DTYPES}:
+                raise CheckpointError(
+                    f"{where}: {names[0][:-4]} is of {' and '.join(sorted(dtypes))}, both terms "
+                    f"must be of one of {', '.join(_DTYPES)}"
+                )
+    if expected != shapes:
+        wrong = next(n for n in (*expected, *shapes) if expected.get(n) != shapes.get(n))
+        raise CheckpointError(
+            f"{where}: {shown(wrong)} is {_listed(shapes.get(wrong))}, "
+            f"{_listed(expected.get(wrong))} expected"
+        )
+
+
+def _listed(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else f"{list(shape)}"
 
 
 class _Layers(Mapping[int, Mapping[str, Terms]]):
     """Terms that are read when they are asked for, from the file as it was when it was opened."""
 
-    def __init__(self, file: Any, layers: Mapping[int, list[str]]) -> None:
+    def __init__(self, file: Any, layers: Mapping[int, list[str]], path: Path) -> None:
         self._file = file
         self._layers = layers
+        self._path = path
 
     def __getitem__(self, layer: int) -> Mapping[str, Terms]:
-        projections = self._layers[layer]
         return {
             projection: Terms(
-                *(self._file.get_tensor(f"layer.{layer}.{projection}.{v}") for v in ("v_a", "v_b"))
+                *(self._tensor(f"layer.{layer}.{projection}.{v}") for v in ("v_a", "v_b"))
             )
-            for projection in projections
+            for projection in self._layers[layer]
         }
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        # a copy: what is mapped would kill us when somebody cuts the file
+        tensor: torch.Tensor = self._file.get_tensor(name).clone()
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{self._path}: {name} holds NaN or infinity")
+        return tensor
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._layers)

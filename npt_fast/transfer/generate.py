@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from npt_fast.errors import TransferError
+from npt_fast.schema import LARGEST
 
 Strategy = Literal["greedy", "top_k", "top_p", "sample"]
 
@@ -39,6 +40,8 @@ class Sampling:
             raise TransferError(
                 f"tokens and top_k must be at least 1, got {self.tokens} and {self.top_k}"
             )
+        if max(self.tokens, self.top_k, abs(self.seed)) >= LARGEST:
+            raise TransferError("tokens, top_k and seed must fit 64 bits")
         if not 0 < self.temperature < float("inf") or not 0 < self.top_p <= 1:
             raise TransferError(
                 "temperature must be positive and finite and top_p in (0, 1], "

@@ -4,20 +4,45 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
 from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.source_file import read_file
 from npt_fast.errors import CheckpointError, TransferError
 from npt_fast.paths import user_path
+from npt_fast.schema import COUNT, MAPPING, TEXT, WHOLE, Kind, checked, list_of, mapping_of
 
 FORMAT = "npt_session"
 VERSION = 1
 TOLERANCE = 1e-4
 """Numbers are equal that differ by this much, times the larger one where that is over 1."""
+_MAX_BYTES = 16 << 20
+_MAX_LINE = 4 << 20
+_HEADER = {
+    FORMAT: COUNT,
+    "npt_fast": TEXT,
+    "model_name": TEXT,
+    "checkpoint": TEXT,
+    "torch": TEXT,
+    "base": MAPPING,
+    "dtype": TEXT,
+    "device": TEXT,
+    "layers": list_of(COUNT),
+    "weights": mapping_of(TEXT, TEXT),
+}
+_ENTRY = {
+    "command": TEXT,
+    "seed": WHOLE,
+    "error": TEXT,
+    "digests": mapping_of(TEXT, TEXT),
+    "result": MAPPING,
+}
+"""The first key of both must be there."""
 _VOLATILE = {"seconds", "base_seconds", "created"}
 
 
@@ -40,24 +65,34 @@ class Journal:
         header: what the session runs on.
 
     Raises:
-        TransferError: the file exists, or cannot be written.
+        TransferError: the file exists, cannot be written, or could not be read again.
     """
 
     def __init__(self, path: str | Path, header: Mapping[str, Any]) -> None:
         self.path = path = user_path(path)
+        first = _line({**header, FORMAT: VERSION}, _HEADER, path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("x", encoding="utf-8", errors="backslashreplace")
+            self._file = path.open("xb")
         except FileExistsError:
             raise TransferError(f"{path}: exists already; choose another file") from None
         except OSError as error:
             raise TransferError(f"{path}: cannot be written: {error.strerror}") from None
-        self.write({FORMAT: VERSION, **header})
+        self._append(first)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append a line; numbers must be finite."""
+        """Append a line; numbers must be finite.
+
+        Raises:
+            TransferError: it cannot be written, or could not be read again.
+        """
+        self._append(_line(entry, _ENTRY, self.path))
+
+    def _append(self, line: bytes) -> None:
         try:
-            self._file.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
+            if self._file.tell() + len(line) > _MAX_BYTES:
+                raise TransferError(f"{self.path}: is full with {_MAX_BYTES:,} bytes")
+            self._file.write(line)
             self._file.flush()
         except OSError as error:
             raise TransferError(f"{self.path}: cannot be written: {error.strerror}") from None
@@ -67,26 +102,56 @@ class Journal:
         self._file.close()
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read(path: str | Path) -> tuple[dict[str, Any], Sequence[dict[str, Any]]]:
     """A log's header and entries; a last line that was cut off does not count.
 
     Raises:
         CheckpointError: the file is no log, or is broken.
     """
-    try:
-        *lines, _ = user_path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    found = [
-        strict_json.parse_object(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, 1)
-    ]
-    if not found or found[0].get(FORMAT) != VERSION:
+    path = user_path(path)
+    *lines, _ = read_file(path, _MAX_BYTES, follow_links=True).split(b"\n")
+    if not lines:
         raise CheckpointError(f"{path}: is no session log of version {VERSION}")
-    for number, entry in enumerate(found[1:], 2):
-        if not isinstance(entry.get("command"), str):
-            raise CheckpointError(f"{path}, line {number}: there is no command")
-    return found[0], found[1:]
+    header = _parsed(lines[0], _HEADER, f"{path}, line 1")
+    if header[FORMAT] != VERSION:
+        raise CheckpointError(f"{path}: is no session log of version {VERSION}")
+    entries = _Entries(lines[1:], path)
+    for _ in entries:  # a broken one is told before the first runs
+        pass
+    return header, entries
+
+
+class _Entries(Sequence[dict[str, Any]]):
+    """Entries that are parsed when they are asked for: all at once take 20 times the memory."""
+
+    def __init__(self, lines: list[bytes], path: Path) -> None:
+        self._lines = lines
+        self._path = path
+
+    def __getitem__(self, index: Any) -> Any:
+        return _parsed(self._lines[index], _ENTRY, f"{self._path}, line {index + 2}")
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+
+def _parsed(line: bytes, kinds: Mapping[str, Kind], where: str) -> dict[str, Any]:
+    if len(line) > _MAX_LINE:
+        raise CheckpointError(f"{where}: {len(line):,} bytes; at most {_MAX_LINE:,} are read")
+    required = list(kinds)[:1]
+    return checked(strict_json.parse_object(line, where), kinds, required, where, CheckpointError)
+
+
+def _line(entry: Mapping[str, Any], kinds: Mapping[str, Kind], path: Path) -> bytes:
+    """What is written, which our own reader has understood."""
+    text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
+    # lone surrogates, of folders whose names are no Unicode, become texts like \udce9
+    text = re.sub("[\ud800-\udfff]", lambda found: f"\\\\u{ord(found[0]):x}", text)
+    try:
+        _parsed(text.encode(), kinds, f"{path}: cannot be written")
+    except CheckpointError as error:
+        raise TransferError(str(error)) from None
+    return f"{text}\n".encode()
 
 
 def difference(recorded: Any, now: Any, where: str = "result") -> str | None:

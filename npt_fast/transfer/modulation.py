@@ -21,10 +21,29 @@ from torch import Tensor
 
 from npt_fast.errors import ModelError, TransferError, printable
 from npt_fast.paths import user_path
+from npt_fast.schema import Kind, is_plain, shown
 
 PROJECTIONS = ("gate", "up", "down")
 FORMAT = "npt_modulation"
 VERSION = 1
+_DEEPEST, _LARGEST = 64, 3 << 20  # of an origin: mappings in one another, bytes in a file's header
+_LONGEST = 1000  # characters of a description
+
+
+def _can_be_saved(origin: Any) -> bool:
+    # measured before it is written out, which follows every path to what is shared
+    if not isinstance(origin, Mapping) or not is_plain(origin, _DEEPEST, _LARGEST):
+        return False
+    text = json.dumps(origin, ensure_ascii=False)
+    return len(json.dumps(text, ensure_ascii=False).encode()) <= _LARGEST
+
+
+ORIGIN = Kind(
+    "a mapping of texts, finite numbers, true, false, null, lists and mappings, at most "
+    f"{_DEEPEST} deep and {_LARGEST:,} bytes long",
+    _can_be_saved,
+)
+"""What an origin must be, so that it can be saved."""
 
 
 class Terms(NamedTuple):
@@ -66,7 +85,7 @@ class Base:
         """That of a Hugging Face model."""
         c = model.config
         return cls(
-            getattr(c, "_name_or_path", "") or "",
+            printable(getattr(c, "_name_or_path", "") or ""),  # a path need not be Unicode
             c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.vocab_size,
         )  # fmt: skip
 
@@ -92,7 +111,8 @@ class Modulation:
         layers: terms by layer index and projection (``gate``, ``up``, ``down``).
         base: the model they fit.
         origin: where they come from: a text with its tokens and positions, or how others were
-            combined; plain data, as JSON has it.
+            combined; plain data, as JSON has it. Where a combination would be more than `ORIGIN`
+            allows, its description takes its place, as ``{"summary": TEXT}``.
         vectors: whether terms still are the components' vectors, one to one, so that the modes
             that work on vectors (blend, add) can be used.
     """
@@ -103,7 +123,7 @@ class Modulation:
     vectors: bool = False
 
     def __add__(self, other: Modulation) -> Modulation:
-        return _concatenated([self, other], {"sum": [self.origin, other.origin]})
+        return _concatenated([self, other], _bounded({"sum": [self.origin, other.origin]}))
 
     def __sub__(self, other: Modulation) -> Modulation:
         return self + -other
@@ -113,12 +133,17 @@ class Modulation:
 
     def __mul__(self, factor: float) -> Modulation:
         """dW times `factor`, which goes into v_b alone."""
-        if not math.isfinite(factor):
-            raise TransferError(f"a modulation cannot be multiplied by {factor}")
+        try:
+            usable = math.isfinite(factor)
+        except OverflowError:  # a whole number that no float holds
+            usable = False
+        if not usable:
+            raise TransferError(f"a modulation cannot be multiplied by {shown(factor)}")
+        factor = float(factor)
         return replace(
             self,
             layers=_mapped(self.layers, lambda t: Terms(t.v_a, t.v_b * factor)),
-            origin={"factor": factor, "of": self.origin},
+            origin=_bounded({"factor": factor, "of": self.origin}),
             vectors=False,
         )
 
@@ -186,7 +211,7 @@ class Modulation:
 
         layers = _mapped(self.layers, compressed)
         error = max(errors)
-        origin = {"compressed": self.origin, "rank": rank, "error": error}
+        origin = _bounded({"compressed": self.origin, "rank": rank, "error": error})
         return replace(self, layers=layers, origin=origin, vectors=False), error
 
     def check_base(self, model: Any) -> None:
@@ -199,8 +224,9 @@ class Modulation:
         own = Base.of(model)
         for name, ours, theirs in zip(names, self.base.sizes, own.sizes, strict=True):
             if ours != theirs:
+                known = self.base.name[:80] or "unnamed"
                 raise ModelError(
-                    f"the modulation is of another base model ({self.base.name or 'unnamed'}): "
+                    f"the modulation is of another base model ({known}): "
                     f"{name} {ours}, the model has {theirs}"
                 )
 
@@ -212,11 +238,8 @@ class Modulation:
 
     @cached_property
     def description(self) -> str:
-        """Where it comes from, in a line."""
-        try:
-            return printable(describe(self.origin))
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-            return "unknown"  # it comes from a file, which may say anything
+        """Where it comes from, in a line of at most 1,000 characters."""
+        return printable(describe(self.origin))
 
 
 def mean(modulations: Sequence[Modulation]) -> Modulation:
@@ -228,24 +251,50 @@ def mean(modulations: Sequence[Modulation]) -> Modulation:
     if not modulations:
         raise TransferError("there is nothing to take the mean of")
     scaled = [m * (1 / len(modulations)) for m in modulations]
-    return _concatenated(scaled, {"mean": [m.origin for m in modulations]})
+    return _concatenated(scaled, _bounded({"mean": [m.origin for m in modulations]}))
 
 
 def describe(origin: Mapping[str, Any]) -> str:
-    """An origin in a line."""
+    """An origin in a line of at most 1,000 characters; "unknown" where it says nothing."""
+    pieces: list[str] = []
+    try:
+        for piece in _told(origin):  # a piece at a time: an origin may share its parts endlessly
+            pieces.append(piece)
+            if sum(map(len, pieces)) > _LONGEST:
+                return "".join(pieces)[: _LONGEST - 1] + "…"
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return "unknown"  # it comes from a file, which may say anything
+    return "".join(pieces)
+
+
+def _told(origin: Mapping[str, Any]) -> Iterator[str]:
     if "text" in origin:
         positions = origin.get("positions") or []
         where = f"mean of {len(positions)} tokens" if len(positions) > 1 else f"at {positions}"
-        return f"{json.dumps(origin['text'], ensure_ascii=False)} {where}"
-    if "sum" in origin:
-        return " + ".join(f"({describe(part)})" for part in origin["sum"])
-    if "factor" in origin:
-        return f"{origin['factor']:g} * ({describe(origin['of'])})"
-    if "mean" in origin:
-        return f"mean of {', '.join(describe(part) for part in origin['mean'])}"
-    if "compressed" in origin:
-        return f"{describe(origin['compressed'])}, compressed to an error of {origin['error']:.1e}"
-    return "unknown"
+        yield f"{json.dumps(origin['text'][:_LONGEST], ensure_ascii=False)} {where}"
+    elif "sum" in origin:
+        for number, part in enumerate(origin["sum"]):
+            yield " + (" if number else "("
+            yield from _told(part)
+            yield ")"
+    elif "factor" in origin:
+        yield f"{origin['factor']:g} * ("
+        yield from _told(origin["of"])
+        yield ")"
+    elif "mean" in origin:
+        for number, part in enumerate(origin["mean"]):
+            yield ", " if number else "mean of "
+            yield from _told(part)
+    elif "compressed" in origin:
+        yield from _told(origin["compressed"])
+        yield f", compressed to an error of {origin['error']:.1e}"
+    else:
+        yield origin.get("summary", "unknown")
+
+
+def _bounded(origin: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An origin, or its description where it could not be saved."""
+    return origin if ORIGIN.fits(origin) else {"summary": describe(origin)}
 
 
 def _mapped(layers: Layers, function: Callable[[Terms], Terms]) -> Layers:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import re
 import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,21 +11,42 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
-from npt_fast.errors import CheckpointError, ModelError, TransferError, suggestion
+from npt_fast.checkpoint.source_file import SourceFile, read_file
+from npt_fast.errors import (
+    CheckpointError,
+    ModelError,
+    NPTError,
+    TransferError,
+    printable,
+    suggestion,
+)
 from npt_fast.hf.convert import components
 from npt_fast.paths import exists, is_directory, path_errors, user_path
+from npt_fast.schema import (
+    COUNT,
+    MAPPING,
+    NUMBER,
+    POSITIVE,
+    TEXT,
+    WHOLE,
+    Kind,
+    checked,
+    is_text,
+    list_of,
+    one_of,
+)
 from npt_fast.transfer import bake as baking
 from npt_fast.transfer.compare import Comparison, Sweep, compare, sweep
 from npt_fast.transfer.expression import evaluate
 from npt_fast.transfer.extract import digest, extract, tokenize
-from npt_fast.transfer.files import load_modulation, packed
-from npt_fast.transfer.generate import Sampling, continue_ids
+from npt_fast.transfer.files import open_modulation, packed, read_back
+from npt_fast.transfer.generate import Sampling, Strategy, continue_ids
 from npt_fast.transfer.inject import Mode, When
 from npt_fast.transfer.modulation import Base, Modulation
 from npt_fast.transfer.positions import Position
@@ -33,7 +54,27 @@ from npt_fast.transfer.positions import Position
 FORMAT = "npt_shelf"
 VERSION = 1
 _INDEX = "session.json"
+_MAX_INDEX = 4 << 20
 _NO_EFFECT = 1e-9  # nats
+_FILE_NAME = Kind(
+    "the name of a .safetensors file in this folder",
+    lambda value: is_text(value) and re.fullmatch(r"[\w-]+\.safetensors", value) is not None,
+)
+_INDEX_KINDS = {
+    "modulations": list_of(MAPPING),
+    "tracked": list_of(TEXT),
+    "layers": list_of(COUNT),
+    "settings": MAPPING,
+}
+_MODULATION = {"name": TEXT, "file": _FILE_NAME, "created": TEXT}
+_SETTINGS = {
+    "tokens": POSITIVE,
+    "strategy": one_of(get_args(Strategy)),
+    "temperature": NUMBER,
+    "top_k": POSITIVE,
+    "top_p": NUMBER,
+    "seed": WHOLE,
+}
 
 
 @dataclass(frozen=True)
@@ -383,11 +424,17 @@ class Session:
             "settings": asdict(self.state.settings),
         }
         with disk_errors(target, TransferError), StagedDirectory(target, replace=True) as staged:
-            for name, item in self.state.shelf.items():
-                with staged.file(files[name]) as file:
-                    file.write(packed(item.modulation, target / files[name]))
-            with staged.file(_INDEX) as file:
-                file.write(strict_json.dump(index))
+            try:
+                for name, item in self.state.shelf.items():
+                    with staged.file(files[name]) as file:
+                        file.write(packed(item.modulation, staged.path / files[name]))
+                    read_back(staged.path / files[name])
+                with staged.file(_INDEX) as file:
+                    file.write(strict_json.dump(index))
+                _read_index(staged.path)
+            except NPTError as error:
+                problem = str(error).replace(f"{staged.path}/", "")
+                raise TransferError(f"{target}: cannot be written: {problem}") from None
             staged.publish()
         return target
 
@@ -405,39 +452,31 @@ class Session:
         with path_errors(source, CheckpointError):
             folder = is_directory(source)
         if not folder:
-            _refuse_pickle(source)
-            name = source.name.removesuffix(".safetensors")
-            self._keep(name, self._read(source), f"load {path}")
+            name = printable(source.name.removesuffix(".safetensors"))
+            self._keep(name, self._read(SourceFile.of(source, follow_links=True)), f"load {path}")
             return [name]
-        index = strict_json.read_object(source / _INDEX)
-        if index.get(FORMAT) != VERSION:
-            raise CheckpointError(f"{source}: is no saved session of version {VERSION}")
-        try:
-            items = {
-                str(entry["name"]): Item(
-                    self._read(source / Path(str(entry["file"])).name), str(entry["created"])
-                )
-                for entry in index["modulations"]
-            }
-            state = State(
-                MappingProxyType(items),
-                tuple(map(str, index["tracked"])),
-                tuple(sorted(map(int, index["layers"]))),
-                checked_settings(index["settings"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{source / _INDEX}: does not hold: {error!r}") from None
-        for text in state.tracked:
+        index = _read_index(source)
+        items = {
+            entry["name"]: Item(self._read(SourceFile.of(source / entry["file"])), entry["created"])
+            for entry in index["modulations"]
+        }
+        for text in index["tracked"]:
             self.first_piece(text)
-        for layer in state.layers:
+        for layer in index["layers"]:
             if layer not in self.available:
                 raise ModelError(f"{source}: layer {layer} is not loaded, only {self._loaded()}")
-        self._change(f"load {path}", **{f.name: getattr(state, f.name) for f in _fields(State)})
+        self._change(
+            f"load {path}",
+            shelf=MappingProxyType(items),
+            tracked=tuple(index["tracked"]),
+            layers=tuple(sorted(index["layers"])),
+            settings=index["settings"],
+        )
         return list(items)
 
-    def _read(self, path: Path) -> Modulation:
+    def _read(self, file: SourceFile) -> Modulation:
         """Into memory: the file may be replaced while the session goes on."""
-        found = load_modulation(path)
+        found = open_modulation(file)
         found.check_base(self.model)
         return found.to(self.model.device)
 
@@ -467,22 +506,31 @@ def fingerprint(modulation: Modulation) -> str:
     return found.hexdigest()
 
 
-def checked_settings(values: Mapping[str, Any]) -> Sampling:
-    """Settings of the types that they have.
+def _read_index(folder: Path) -> dict[str, Any]:
+    """What the index of a saved session holds, of the types that it has."""
+    where = folder / _INDEX
+    given = strict_json.parse_object(read_file(where, _MAX_INDEX), str(where))
+    if given.get(FORMAT) != VERSION:
+        raise CheckpointError(f"{where}: is no saved session of version {VERSION}")
 
-    Raises:
-        TransferError: a value is not allowed.
-        TypeError: a name or type is wrong.
-    """
-    kinds = {field.name: type(field.default) for field in _fields(Sampling)}
-    for name, value in values.items():
-        if name in kinds and not isinstance(value, (kinds[name], int)):
-            raise TypeError(f"{name} is {value!r}")
-    return Sampling(**values)
+    def part(
+        given: Any, kinds: Mapping[str, Kind], name: str = "", *, closed: bool = False
+    ) -> dict[str, Any]:
+        about = f"{where}: does not hold{name}"
+        return checked(given, kinds, list(kinds), about, CheckpointError, closed=closed)
 
-
-def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(kind)
+    index = part(given, _INDEX_KINDS)
+    index["modulations"] = [part(m, _MODULATION, ": modulations") for m in index["modulations"]]
+    for key in ("name", "file"):
+        if len({entry[key] for entry in index["modulations"]}) < len(index["modulations"]):
+            raise CheckpointError(f"{where}: does not hold: two modulations of one {key}")
+    try:
+        index["settings"] = Sampling(
+            **part(index["settings"], _SETTINGS, ": settings", closed=True)
+        )
+    except TransferError as error:
+        raise CheckpointError(f"{where}: does not hold: settings: {error}") from None
+    return index
 
 
 def _is_session(folder: Path) -> bool:
@@ -491,19 +539,6 @@ def _is_session(folder: Path) -> bool:
         return False
     names = {file.name for file in folder.iterdir()}
     return _INDEX in names and all(n.endswith(".safetensors") for n in names - {_INDEX})
-
-
-def _refuse_pickle(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if start[:1] == b"\x80" or start == b"PK":
-        raise CheckpointError(
-            f"{path}: a session of the original is a pickle, which can run code, and is not read; "
-            "extract its modulations again and save them"
-        )
 
 
 def _no_effect(modulation: Modulation, found: Comparison, mode: Mode, strength: float) -> str:

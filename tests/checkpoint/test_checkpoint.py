@@ -49,7 +49,7 @@ READABLE = {
     "infinity": (CONFIG % "Infinity").encode(),
     "nan-in-utf-16": (CONFIG % "[NaN, -Infinity]").encode("utf-16"),
     "negative-zero": (CONFIG % "-0.0").encode(),
-    "4300-digits": (CONFIG % ("9" * 4300)).encode(),
+    "38-digits": (CONFIG % ("9" * 38)).encode(),
     "half-a-character": (CONFIG % r'"\ud800"').encode(),
     "98-deep": (CONFIG % ("[" * 98 + "]" * 98)).encode(),
 }
@@ -132,7 +132,7 @@ def test_a_config_that_cannot_be_read_stops_nothing(
     assert npt.verify(tmp_path / "out").passed
     assert warning in npt.inspect(paths[0]).problems
     checked = npt.verify(paths[0])
-    assert checked.passed and warning in checked.notes
+    assert checked.passed == (case != "broken-link") and warning in checked.notes
     assert warning in npt.can_merge(paths).remarks
     code, out, err = run(capsys, "analyze", "--checkpoint", *paths, "--json")
     assert code == 0 and err.startswith(f"Warning: {paths[0] / 'config.json'}: ")
@@ -149,12 +149,9 @@ def test_no_config_is_written_where_none_can_be_read(tmp_path: Path) -> None:
     assert npt.verify(tmp_path / "out").passed
 
 
-def test_a_config_that_could_not_be_read_again_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_config_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     """Indented, it is longer than it was."""
-    path = foreign(tmp_path / "a", 1, "config.json", f'{{"a": [{"1," * 9000}1]}}'.encode())
-    monkeypatch.setattr("npt_fast.checkpoint.strict_json.MAX_BYTES", 20_000)
+    path = foreign(tmp_path / "a", 1, "config.json", f'{{"a": [{"1," * 900_000}1]}}'.encode())
     assert npt.inspect(path).problems == []
     report = npt.merge([path, trained_checkpoint(tmp_path / "b", 2)], tmp_path / "out")
     (warning,) = report.warnings
@@ -213,13 +210,12 @@ def test_without_the_record_of_the_residual_nothing_goes_on(tmp_path: Path, case
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("metadata", ["{", r"\ud800", '{"format_version": 1, "format_version": 1}'])
+@pytest.mark.parametrize("metadata", ["{", '{"format_version": 1, "format_version": 1}'])
 def test_a_record_in_the_weights_that_cannot_be_read(tmp_path: Path, metadata: str) -> None:
-    text = metadata.encode().decode("unicode_escape") if "\\u" in metadata else metadata
     save_file(layer_weights(1), tmp_path / "plain.safetensors", {"npt_config": "@"})
     raw = (tmp_path / "plain.safetensors").read_bytes()
     size = int.from_bytes(raw[:8], "little")
-    header = json.dumps({**json.loads(raw[8 : 8 + size]), "__metadata__": {"npt_config": text}})
+    header = json.dumps({**json.loads(raw[8 : 8 + size]), "__metadata__": {"npt_config": metadata}})
     header += " " * (-len(header) % 8)
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + raw[8 + size :])
@@ -241,7 +237,8 @@ def test_without_a_summary_merging_goes_on_and_nothing_is_proved(tmp_path: Path,
     assert warning.startswith(f"{path / 'merge_summary.json'}: ") and reason in warning
     assert warning in npt.inspect(path).problems
     checked = npt.verify(path)
-    assert not checked.passed and checked.problems == [warning]
+    assert not checked.passed and warning in checked.problems
+    assert len(checked.problems) == 1 + (case == "broken-link")
     assert checked.tensors == 36  # what needs no proof is checked all the same
 
 
@@ -308,9 +305,9 @@ def test_all_json_that_a_merge_writes_is_what_every_reader_reads(tmp_path: Path)
 def test_a_description_that_npt_fast_did_not_write(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "a", layer_weights(11))
     (path / "npt_config.json").write_text('{"error": "not found"}')
-    told = r"npt_config\.json has no format_version; .*restore it, or, if none does, remove it"
+    told = r"npt_config\.json: has no format_version; .*restore it, or, if none does, remove it"
     with pytest.raises(npt.CheckpointError, match=told):
         npt.inspect(path)
     (path / "npt_config.json").write_text('{"format_version": 99}')
-    with pytest.raises(npt.CheckpointError, match="update npt_fast"):
+    with pytest.raises(npt.CheckpointError, match=r"update npt_fast$"):
         npt.inspect(path)

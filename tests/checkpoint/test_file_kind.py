@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save
 
 import npt_fast as npt
@@ -116,6 +118,50 @@ SAFETENSORS_KINDS = KINDS | {
     "cut-in-the-header": (SAFETENSORS[:200], "truncated: copy or download it again"),
     "cut-early": (SAFETENSORS[:9], "truncated: copy or download it again"),
 }
+
+
+def assert_safetensors(length: int) -> None:
+    """By the first bytes of a file whose header has this length."""
+    for rest in (b"", b'"__metadata__":{}}' + b" " * file_kind.HEAD):
+        head = struct.pack("<Q", length) + b"{" + rest
+        assert file_kind.may_be_safetensors(head) and not file_kind.is_pickle(head), length
+        assert file_kind.recognise(head).startswith("a safetensors file"), length
+
+
+def test_no_length_of_a_header_makes_it_another_file() -> None:
+    for length in range(0, (1 << 20) + 1, 8):
+        assert_safetensors(length)
+
+
+# lengths whose bytes are those with which files of other kinds begin
+@example(int.from_bytes(b"\x1f\x8b\x08\0", "little"))
+@example(int.from_bytes(b"BZh9", "little"))
+@example(int.from_bytes(b"PK\3\4", "little"))
+@example(int.from_bytes(b"GGUF", "little"))
+@example(int.from_bytes(b"\x80\x02}q", "little"))
+@example(int.from_bytes(b"\x28\xb5\x2f\xfd", "little"))
+@given(st.integers(0, (1 << 32) - 1))
+@settings(deadline=None, derandomize=True)
+def test_nor_does_any_larger_one(length: int) -> None:
+    assert_safetensors(length)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("value", [{}, {"a": [1]}, ["a"], OSError], ids=repr)
+def test_pickles_of_every_protocol(value: object, protocol: int) -> None:
+    head = pickle.dumps(value, protocol)
+    assert file_kind.is_pickle(head) and "pickle" in file_kind.recognise(head)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_torch_saves_is_a_pickle(zipped: bool) -> None:
+    content = torch_bytes(_use_new_zipfile_serialization=zipped)
+    assert file_kind.is_pickle(content[: file_kind.HEAD])
+
+
+@pytest.mark.parametrize("content", [b"", POINTER, SAFETENSORS, npz_bytes(), b"(draft)", b"cat\n"])
+def test_what_is_no_pickle(content: bytes) -> None:
+    assert not file_kind.is_pickle(content[: file_kind.HEAD])
 
 
 def refusal(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 import npt_fast as npt
 from npt_fast.checkpoint.dtypes import BY_NAME, BY_TORCH_NAME
 from npt_fast.checkpoint.recipe import Recipe, check_castable
-from npt_fast.checkpoint.source_file import WINDOW
+from npt_fast.checkpoint.source_file import WINDOW, SourceFile
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.tensor_source import open_tensors
 from tests.checkpoints import raw
@@ -178,6 +179,34 @@ def test_strided_views_are_gathered(tmp_path: Path, view: str, dtype: torch.dtyp
     recipe = Recipe("y", entry.dtype, tuple(tensor.shape), entry)
     assert not recipe.is_copy
     assert produce(recipe) == raw(tensor)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_small_tensor_with_steps_along_both_axes_maps_little(
+    tmp_path: Path, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 kB that are spread over 2 GB, as a few bytes of pickle can say."""
+    shape, strides = (32, 64), (16_777_216, 200_003)
+    path = tmp_path / "sparse"
+    expected = torch.arange(2048, dtype=torch.float32).view(shape)
+    with path.open("wb") as file:
+        for i, row in enumerate(expected):
+            for j, value in enumerate(row):
+                file.seek(4 * (i * strides[0] + j * strides[1]))
+                file.write(raw(value))
+    if transposed:
+        shape, strides, expected = shape[::-1], strides[::-1], expected.T
+    entry = TensorEntry("x", F32, shape, SourceFile.of(path), 0, strides=strides)
+    mapped = []
+    read = SourceFile.windows
+
+    def windows(file: SourceFile, offset: int, length: int, *size: int) -> Any:
+        mapped.append(length)
+        return read(file, offset, length, *size)
+
+    monkeypatch.setattr(SourceFile, "windows", windows)
+    assert produce(Recipe.unchanged(entry)) == raw(expected)
+    assert max(mapped) <= WINDOW and sum(mapped) <= 2048 * WINDOW
 
 
 def new_tensor(name: str, shape: tuple[int, int] = (900, 500)) -> Tensor:

@@ -23,7 +23,8 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\udc8
 
 def documents(*, finite: bool) -> st.SearchStrategy[dict[str, Any]]:
     floats = st.floats(allow_nan=not finite, allow_infinity=not finite)
-    leaves = st.none() | st.booleans() | st.integers() | floats | TEXT
+    integers = st.integers(1 - (1 << 127), (1 << 127) - 1)
+    leaves = st.none() | st.booleans() | integers | floats | TEXT
     nested = st.recursive(
         leaves, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=20
     )
@@ -64,7 +65,7 @@ ENCODINGS = [
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e308", "4" * 4300])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e308", "4" * 38])
 def test_other_peoples_files_mean_what_python_reads(encoding: str, number: str) -> None:
     text = DOCUMENT % number
     found = strict_json.parse_foreign(text.encode(encoding), "x")
@@ -92,6 +93,9 @@ REFUSED = {
     "too-large-negative": (DOCUMENT % "-1E400", "the number -1E400 does not fit"),
     "too-large-without-exponent": (DOCUMENT % f"{'9' * 400}.5", "the number 9{40} does not fit"),
     "too-small": (DOCUMENT % "1e-400", "the number 1e-400 does not fit"),
+    "integer": (DOCUMENT % (1 << 127), "the number 170141183460469231731687303715884105728 is not"),
+    "negative-integer": (DOCUMENT % -(1 << 127), "the number -1701411834604692317316873037158841"),
+    "no-float-holds-it": (DOCUMENT % ("9" * 400), "the number 9{40} is not allowed"),
     "too-many-digits": (DOCUMENT % ("9" * 5000), "not valid JSON: Exceeds the limit"),
     "key-twice": ('{"a": 1, "b": 2, "a": 1}', "key 'a' occurs twice"),
     "key-twice-by-escape": ('{"x": {"a": 1, "\\u0061": 1}}', "key 'a' occurs twice"),
@@ -129,10 +133,32 @@ def test_what_cannot_be_read_is_refused_in_one_line(case: str, tmp_path: Path) -
 def test_what_is_too_large_is_refused_without_reading_it(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(b"{}")
-    os.truncate(path, strict_json.MAX_BYTES + 1)
+    os.truncate(path, strict_json.MAX_SMALL + 1)
     for read in (strict_json.read_object, strict_json.read_foreign):
-        with pytest.raises(CheckpointError, match=f"{path}: 100,000,001 bytes of JSON"):
+        with pytest.raises(CheckpointError, match=f"{path}: 4,194,305 bytes of JSON"):
             read(path)
+
+
+@pytest.mark.parametrize("number", ["-0", "[-0, 1]", "[1,-0]", '{"-0": -0}'])
+def test_minus_zero_is_no_integer_for_other_readers(number: str) -> None:
+    text = (DOCUMENT % number).encode()
+    with pytest.raises(CheckpointError, match="the number -0 is not allowed here"):
+        strict_json.parse_object(text, "x")
+    assert strict_json.parse_foreign(text, "x") == json.loads(text)
+
+
+@pytest.mark.parametrize("text", ["-0.0", "-0e3", '"-0"', "-1"])
+def test_what_only_looks_like_it_is_read(text: str) -> None:
+    data = (DOCUMENT % text).encode()
+    assert same(strict_json.parse_object(data, "x"), json.loads(data))
+
+
+@pytest.mark.parametrize("value", [nested(100), {"a": 1 << 127}, {"a": "x" * (5 << 20)}])
+@pytest.mark.parametrize("allow_nan", [False, True])
+def test_what_could_not_be_read_is_not_written(value: Any, allow_nan: bool) -> None:
+    value = json.loads(value) if isinstance(value, bytes) else value
+    with pytest.raises(CheckpointError, match=r"^config: "):
+        strict_json.dump(value, "config", allow_nan=allow_nan)
 
 
 def test_the_largest_depth_is_read() -> None:

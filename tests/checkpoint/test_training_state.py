@@ -813,8 +813,8 @@ UNUSABLE: dict[str, tuple[Any, str]] = {
     "a long number": ({"log": {"of": 1 << 200, "n": 1}}, "log.of: an integer of 26 bytes"),
     "array": ({"losses": np.zeros(3)}, "losses: refers to numpy"),
     "set": ({"seen": {1, 2}}, "seen: refers to"),
-    "bytes": ({"raw": b"ab"}, "raw: is neither plain data nor a tensor"),
-    "dtype": ({"kind": {"dtype": torch.bfloat16}}, "kind.dtype: is neither plain data nor"),
+    "bytes": ({"raw": b"ab"}, "raw: a value of type bytes is neither plain data"),
+    "dtype": ({"kind": {"dtype": torch.bfloat16}}, "kind.dtype: torch.bfloat16 is neither"),
     "tuple as key": ({"map": {(1, 2): 3}}, "map: a dict key of type tuple"),
     "another optimizer": (
         {"optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}]}},

@@ -387,10 +387,58 @@ def test_without_a_summary_structure_is_checked(tmp_path: Path) -> None:
     report = npt.verify(path)
     assert report.passed
     assert report.crcs_matched == 9
-    assert "only structure, CRCs and values were checked" in report.notes[0]
+    assert report.notes == [
+        "no merge_summary.json: not written by a merge",
+        "nothing to compare with for npt_weights.pt: no source and no digest is known; structure, "
+        "CRCs and values were checked",
+    ]
     flip_byte(path / "npt_weights.pt", offset_of(path / "npt_weights.pt", layer_weights(1)[
         "layer_1_np.W_b_up_up"]) + 2)  # fmt: skip
     assert not npt.verify(path).passed
+
+
+def test_what_nothing_is_known_of_is_named(tmp_path: Path) -> None:
+    trained = trained_checkpoint(tmp_path / "a", 1)
+    names = "npt_weights.pt, training_state.pt, multi_layer_state.pt, config.json"
+    assert f"nothing to compare with for {names}: " in npt.verify(trained).notes[-1]
+    npt.merge([trained], tmp_path / "out", verify=True)
+    assert not npt.verify(tmp_path / "out").notes
+    npt.merge([trained], tmp_path / "plain")
+    assert not any("nothing to compare" in note for note in npt.verify(tmp_path / "plain").notes)
+    trained.rename(tmp_path / "b")
+    report = npt.verify(tmp_path / "plain")
+    assert report.passed
+    assert "nothing to compare with for npt_weights.pt, training_state.pt: " in report.notes[-1]
+
+
+@pytest.mark.parametrize("verified", [True, False], ids=["verified", "plain"])
+def test_the_curriculum_is_read_and_not_only_hashed(tmp_path: Path, verified: bool) -> None:
+    path = tmp_path / "a"
+    if verified:
+        npt.merge([trained_checkpoint(tmp_path / "b", 1)], path, verify=True)
+    else:
+        trained_checkpoint(path, 1)
+    file = path / "multi_layer_state.pt"
+    for content, told in (
+        ({"layers_to_train": 5}, "its layers_to_train are not a list"),
+        ({"layers_to_train": [1], "x": torch.zeros(1)}, "is a tensor, plain data expected"),
+        ({"layers_to_train": [1], "x": {1, 2}}, "refers to"),
+    ):
+        torch.save(content, file)
+        problems = npt.verify(path).problems
+        assert any(line.startswith(f"{file}: ") and told in line for line in problems), problems
+    file.write_bytes(b"\x80\x04cos\nsystem\n(Vtouch pwned\ntR.")
+    assert any("a plain pickle, which can run code" in p for p in npt.verify(path).problems)
+
+
+@pytest.mark.parametrize("name", ["config.json", "multi_layer_state.pt", "README.md"])
+@pytest.mark.parametrize("target", ["gone", "itself"])
+def test_a_link_that_leads_nowhere_fails(tmp_path: Path, name: str, target: str) -> None:
+    npt.merge([trained_checkpoint(tmp_path / "a", 1)], tmp_path / "out", verify=True)
+    path = tmp_path / "out" / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(name if target == "itself" else target)
+    assert f"{path}: is a link that leads nowhere" in npt.verify(tmp_path / "out").problems
 
 
 def test_without_digests_the_sources_are_the_proof(tmp_path: Path) -> None:

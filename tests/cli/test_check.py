@@ -74,7 +74,11 @@ def test_what_is_wrong_is_one_line_each(
     changed = {**HOLDS, "inject": {"from": "abc", "position": 7}}
     outside.write_text(yaml.safe_dump({"facts": [changed]}))
     cases: list[tuple[list[object], int, str]] = [
-        (arguments(place, checkpoint, tmp_path / "none.yaml"), 1, "none.yaml: No such file"),
+        (
+            arguments(place, checkpoint, tmp_path / "none.yaml"),
+            1,
+            "none.yaml: cannot be opened: No such file",
+        ),
         (arguments(place, tmp_path / "none", good), 1, "Checkpoint not found"),
         (arguments(place, checkpoint, good, "--layers", "5"), 1, "has no layer 5"),
         (arguments(place, checkpoint, outside), 1, "fact 'holds': position 7 is outside the text"),

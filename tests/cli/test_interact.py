@@ -27,6 +27,7 @@ from npt_fast.cli.shell_line import parse, words
 from npt_fast.cli.shell_terminal import CommandCompleter
 from npt_fast.cli.shell_views import arrow
 from npt_fast.errors import TransferError
+from npt_fast.transfer import journal
 from npt_fast.transfer.session import Session
 from tests.checkpoints import run
 from tests.training import runs, tiny
@@ -282,11 +283,11 @@ BAD = [
     ("layers one", "layers are numbers like 11,13, or all"),
     ("set sed=1", "no setting is called 'sed'; did you mean 'seed'?"),
     ("set seed", "it goes like: set seed=3"),
-    ("load missing", "missing: cannot be read"),
+    ("load missing", "missing: cannot be opened: No such file"),
     ("load old.pkl", "is a pickle, which can run code"),
-    ("load corrupt.safetensors", "corrupt.safetensors: cannot be read"),
+    ("load corrupt.safetensors", "corrupt.safetensors: not a safetensors file"),
     ("load other.safetensors", "is of another base model"),
-    ("run missing", "missing: cannot be read"),
+    ("run missing", "missing: cannot be opened: No such file"),
     ("export-lora a taken", "taken: exists already"),
     ("save taken", "taken: exists and is no saved session"),
     ("save nowhere/deep/one a", "cannot be written"),
@@ -414,6 +415,56 @@ def test_a_log_is_run_again(shell: Shell, tmp_path: Path) -> None:
     assert f"Error: log: {where} differs from the record: entry.result.kl: " in err
     code, _, err = run(shell.capsys, *(option for option in again if option != "--assert"))
     assert code == 0 and f"Warning: log: {where} differs from the record: entry.result.kl" in err
+
+
+def test_a_log_with_wrong_values_is_one_line(shell: Shell, tmp_path: Path) -> None:
+    shell.json("list", options=["--log", "log"])
+    header, entry = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    os.mkfifo("pipe")
+    for changed, problem in (
+        ({**header, "layers": 5}, "log, line 1: layers must be a list, each item a whole number"),
+        ({**header, "checkpoint": ["a"]}, "log, line 1: checkpoint must be a text"),
+        ({**header, "weights": {"1": 5}}, "log, line 1: weights must be a mapping"),
+    ):
+        (tmp_path / "log").write_text(f"{json.dumps(changed)}\n{json.dumps(entry)}\n")
+        code, _, err = run(shell.capsys, "interact", "--replay", "log")
+        assert code == 1 and err.startswith(f"Error: {problem}") and err.count("\n") == 1
+    for path in ("pipe", "/dev/zero"):
+        for option in ("--replay", "--script"):
+            with_checkpoint = ["--checkpoint", shell.checkpoint, "--model_name", shell.base]
+            code, _, err = run(shell.capsys, "interact", option, path, *with_checkpoint)
+            assert (code, err) == (1, f"Error: {path}: not a regular file\n")
+
+
+def test_a_bad_modulation_leaves_the_shelf_as_it_was(shell: Shell) -> None:
+    shell.json("extract a first", "save a.safetensors a")
+    good = Path("a.safetensors").read_bytes()
+    length = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + length])
+    described = json.loads(header["__metadata__"]["npt_modulation"])
+    deep: Any = {}
+    for _ in range(850):
+        deep = {"factor": 1.0, "of": deep}
+    origins = {"deep": deep, "large": {"factor": 10**400, "of": {}}, "wrong": [5]}
+    for name, origin in origins.items():
+        header["__metadata__"]["npt_modulation"] = json.dumps({**described, "origin": origin})
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        Path(name).write_bytes(len(text).to_bytes(8, "little") + text + good[8 + length :])
+    os.mkfifo("pipe")
+    bad = [f"load {name}" for name in (*origins, "pipe", "/dev/zero")] + ["run pipe"]
+    code, found = shell.json("extract a first", *bad, "list", options=["--keep-going"])
+    assert code == 1 and [entry["ok"] for entry in found] == [True, *[False] * len(bad), True]
+    assert [item["name"] for item in found[-1]["result"]["modulations"]] == ["a"]
+    assert not any("please report" in entry.get("error", "") for entry in found)
+
+
+def test_a_log_that_cannot_go_on_does_not_end_the_session(shell: Shell) -> None:
+    shell.monkeypatch.setattr("npt_fast.transfer.journal._MAX_BYTES", 3000)
+    code, out, err = shell.pipe("extract a first", *["list"] * 20, options=["--log", "log"])
+    assert code == 1 and out.count("Extracted") == 1
+    assert err.count("\n") == 1 and "log: is full" in err and "not logged any more" in err
+    assert len(journal.read("log")[1]) >= 1
 
 
 def test_a_log_of_other_weights(shell: Shell, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from npt_fast.cli import streams
 from tests.checkpoints import layer_weights, write_checkpoint
 
 PROGRAM = f"exec {sys.executable} -m npt_fast"
@@ -148,3 +150,37 @@ def test_little_is_imported_before_an_interrupt_is_answered() -> None:
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert {*result.stdout.split()} <= {"npt_fast", "npt_fast.__main__", "__future__"}
+
+
+ASK = """
+import os, subprocess, sys
+from npt_fast.cli import streams
+streams.install()
+for ask in (input, sys.stdin.readline, sys.__stdin__.read, lambda: os.read(0, 9)):
+    try:
+        print(repr(ask()))
+    except EOFError:
+        print("EOF")
+print(repr(subprocess.run(["cat"], capture_output=True).stdout))
+print(repr(subprocess.run(["ls", "/proc/self/fd"], capture_output=True).stdout.split()[3:]))
+streams.install()
+print(list(streams.stdin()))
+"""
+
+
+def test_stdin_is_nobodys_but_ours(tmp_path: Path) -> None:
+    """Python's own ways to it, and those of child processes, find its end."""
+    result = subprocess.run(
+        [sys.executable, "-c", ASK], input="y\nn\n", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.stderr == ""
+    # the fourth descriptor of `ls` is the folder that it lists
+    ends = ["EOF", "''", "''", "b''", "b''", "[b'3']", r"['y\n', 'n\n']"]
+    assert result.stdout.splitlines() == ends
+
+
+def test_a_stdin_that_somebody_has_replaced_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = io.StringIO("mine\n")
+    monkeypatch.setattr(sys, "stdin", mine)
+    streams.install()
+    assert sys.stdin is mine and streams.stdin() is mine

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import os
+import re
+import socket
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaForCausalLM, dynamic_module_utils
 
 import npt_fast as npt
+from npt_fast.hf import model_folder
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from tests import hostile_models
 from tests.checkpoints import assert_same_tensors
 from tests.training import tiny
 
@@ -120,7 +130,7 @@ def test_fatal(tmp_path: Path, capfd: Any, damage: Callable[[Path], None]) -> No
     with pytest.raises(npt.ModelError) as caught:
         load_base_model(str(base))
     message = str(caught.value)
-    assert message.startswith(f"{base}: ")
+    assert message.startswith((f"{base}: ", f"{base}/"))
     assert BROKEN[damage].lower() in message.lower()
     assert "\n" not in message and len(message) < 500
     assert capfd.readouterr().err == ""
@@ -155,17 +165,234 @@ def test_packages_that_are_missing(
         load_base_model(name)
 
 
-def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
-    """A config may name Python files beside it; they are not for us to run."""
-    base = tiny.save(tmp_path / "base")
-    config = (base / "config.json").read_text()
-    mapping = '"auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"},'
-    config = config.replace('"model_type": "llama"', '"model_type": "ours"')
-    (base / "config.json").write_text("{" + mapping + config.lstrip()[1:])
-    (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(npt.ModelError, match="cannot be loaded"):
+# --- somebody else's folder
+
+
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that planted code writes; whoever is asked says yes."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 99))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return tmp_path / "ran"
+
+
+@pytest.mark.parametrize("name", hostile_models.REFUSED)
+def test_code_is_refused_in_one_line(tmp_path: Path, canary: Path, name: str) -> None:
+    spoil, file, key = hostile_models.REFUSED[name]
+    base = hostile_models.plant(tmp_path / "base", canary)
+    spoil(base, canary)
+    with pytest.raises(npt.ModelError) as caught:
         load_base_model(str(base))
-    assert not (tmp_path / "ran").exists()
+    message = str(caught.value)
+    assert message.startswith(f"{base}: {file}: {key} ")
+    assert message.endswith("--trust-remote-code would run it with all your rights")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("fetching", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"attn_implementation": "flash_attention_2"},
+        {"_experts_implementation": "sonicmoe"},
+        {"quantization_config": {"quant_method": "fp8"}},
+    ],
+)
+def test_names_for_which_kernels_are_fetched_where_that_is_possible(
+    content: dict[str, Any], fetching: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModuleSpec("kernels", None) if fetching else None
+    monkeypatch.setattr(model_folder, "find_spec", lambda name: spec)
+    told = "asks for a kernel from the Hub; nothing of it was run"
+    with pytest.raises(npt.ModelError, match=told) if fetching else nullcontext():
+        model_folder.check_keys(content, "config.json", "base")
+
+
+@pytest.mark.parametrize("name", hostile_models.UNREADABLE)
+def test_pickles_do_not_run(tmp_path: Path, canary: Path, name: str) -> None:
+    base = hostile_models.plant(tmp_path / "base", canary)
+    hostile_models.UNREADABLE[name](base, canary)
+    for trusted in (False, True):  # trust in its code is none in its pickles
+        with pytest.raises(npt.ModelError, match="a pickle that holds more than tensors"):
+            load_base_model(str(base), trust_remote_code=trusted)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", hostile_models.HARMLESS)
+def test_a_class_of_transformers_is_used(tmp_path: Path, canary: Path, name: str) -> None:
+    base = hostile_models.plant(tmp_path / "base", canary)
+    hostile_models.HARMLESS[name](base, canary)
+    model, tokenizer = load_base_model(str(base))
+    assert type(model) is LlamaForCausalLM
+    assert tokenizer.decode(tokenizer("text").input_ids) == "text"
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", ["config", "slow-tokenizer"])
+def test_code_runs_where_it_is_trusted(tmp_path: Path, canary: Path, name: str) -> None:
+    """So the tests above can fail."""
+    base = hostile_models.plant(tmp_path / "base", canary)
+    hostile_models.REFUSED[name][0](base, canary)
+    with pytest.raises(npt.ModelError, match=r"has no attribute '(Own|generate)'"):
+        load_base_model(str(base), trust_remote_code=True)
+    assert canary.exists()
+
+
+def test_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads stdin while a model loads finds its end; afterwards the lines are still there."""
+    base = tiny.save(tmp_path / "base")
+    monkeypatch.setattr("sys.stdin", io.StringIO("mine\n"))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: input())
+    with pytest.raises(npt.ModelError, match="EOF"):
+        load_base_model(str(base))
+    assert sys.stdin.readline() == "mine\n"
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def bound_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(path))  # a long path is none for a socket
+
+
+@pytest.mark.parametrize("make", [pipe, device, bound_socket])
+@pytest.mark.parametrize("name", [
+    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+    "special_tokens_map.json", "adapter_config.json", "chat_template.jinja", "model.safetensors",
+    "pytorch_model.bin", "additional_chat_templates/a.jinja", "lone.gguf",
+])  # fmt: skip
+def test_not_every_path_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Path], None]
+) -> None:
+    """A pipe would be waited for, a device read to no end."""
+    base = tiny.save(tmp_path / "base")
+    monkeypatch.chdir(base)
+    file = base / name
+    file.unlink(missing_ok=True)
+    file.parent.mkdir(exist_ok=True)
+    make(file)
+    given = str(file if name.endswith(".gguf") else base)
+    with pytest.raises(npt.ModelError, match=rf"^{re.escape(str(file))}: not a regular file"):
+        load_base_model(given)
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [("nowhere", "No such file"), ("config.json", "Too many levels of symbolic links")],
+)
+def test_links_that_lead_nowhere(tmp_path: Path, target: str, problem: str) -> None:
+    base = tiny.save(tmp_path / "base")
+    (base / "config.json").unlink()
+    (base / "config.json").symlink_to(target)
+    with pytest.raises(npt.ModelError, match=rf"config\.json: {problem}"):
+        load_base_model(str(base))
+
+
+def test_links_to_files_are_what_the_hubs_cache_is_made_of(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path / "blobs")
+    snapshot = tmp_path / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    for file in base.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    model, _ = load_base_model(str(snapshot))
+    assert_same_tensors(model.state_dict(), tiny.model().state_dict())
+
+
+@pytest.mark.parametrize("name", ["/elsewhere/x.safetensors", "../x.safetensors", "a/../../x"])
+def test_an_index_that_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    base = tiny.save(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    hostile_models.change(base, "model.safetensors.index.json", weight_map={"x": name})
+    with pytest.raises(npt.ModelError, match=r"weight_map: .* leads out of the folder"):
+        load_base_model(str(base))
+
+
+def test_shards(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    tiny.model().save_pretrained(base, max_shard_size="50KB")
+    assert len(list(base.glob("model-*.safetensors"))) > 1
+    assert_same_tensors(load_base_model(str(base))[0].state_dict(), tiny.model().state_dict())
+
+
+DEEP = "[" * 3000 + "]" * 3000
+
+
+@pytest.mark.parametrize("file", [
+    "config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+    "added_tokens.json", "model.safetensors.index.json", "tokenizer.json",
+])  # fmt: skip
+@pytest.mark.parametrize("text", ["", "[1, 2]", DEEP, f'{{"a": {DEEP}}}', "\x00\x01"])
+def test_small_files_that_are_none(tmp_path: Path, file: str, text: str) -> None:
+    base = tiny.save(tmp_path / "base")
+    (base / file).write_text(text)
+    with pytest.raises(npt.ModelError) as caught:
+        load_base_model(str(base))
+    assert str(caught.value).startswith((f"{base}: ", f"{base}/{file}: "))
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "limit"),
+    [("config.json", 8 << 20, "8,388,608"), ("tokenizer.json", 100_000_000, "100,000,000")],
+)
+def test_long_files(tmp_path: Path, file: str, size: int, limit: str) -> None:
+    base = tiny.save(tmp_path / "base")
+    os.truncate(base / file, size + 1)
+    with pytest.raises(npt.ModelError, match=f"{file}: {size + 1:,} bytes; more than {limit} are"):
+        load_base_model(str(base))
+
+
+@pytest.mark.parametrize("value", [10**6, 2**40, 10**38])
+@pytest.mark.parametrize("key", [
+    "num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "num_labels",
+])  # fmt: skip
+def test_a_config_that_is_too_large_for_its_weights(tmp_path: Path, key: str, value: int) -> None:
+    """Nothing is built: a million layers take an hour, a width of a million 6 GB."""
+    base = tiny.save(tmp_path / "base")
+    hostile_models.change(base, "config.json", **{key: value})
+    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*fits into"):
+        load_base_model(str(base))
+
+
+ODD: list[Any] = [None, True, -1, 0, "x", "\ud800", 1e308, [], {}, [[1]], {"a": {"b": 1}}]
+
+
+@pytest.mark.parametrize("key", [
+    "model_type", "architectures", "num_hidden_layers", "hidden_size", "rope_parameters", "dtype",
+    "hidden_act", "quantization_config", "auto_map", "text_config", "transformers_weights",
+    "attn_implementation", "per_layer_config", "id2label", "head_dim", "eos_token_id",
+])  # fmt: skip
+def test_odd_types(tmp_path: Path, key: str) -> None:
+    """Each loads, or is refused in a line."""
+    base = tiny.save(tmp_path / "base")
+    for file in ("config.json", "tokenizer_config.json"):
+        before = (base / file).read_text()
+        for value in ODD:
+            hostile_models.change(base, file, **{key: value})
+            try:
+                load_base_model(str(base))
+            except npt.ModelError as error:
+                assert "\n" not in str(error) and str(error).startswith(str(base))
+        (base / file).write_text(before)
+
+
+def test_nothing_beside_a_gguf_file_is_read(tmp_path: Path, canary: Path) -> None:
+    hostile_models.plant(tmp_path / "base", canary)
+    base = tmp_path / "base"
+    hostile_models.REFUSED["tokenizer"][0](base, canary)
+    os.mkfifo(base / "generation_config.json.d")
+    (base / "y.gguf").write_bytes(b"GGUF and nothing else")
+    with pytest.raises(npt.ModelError, match=r"y\.gguf: the base model cannot be loaded: "):
+        load_base_model(str(base / "y.gguf"))
+    assert not canary.exists()
 
 
 @pytest.mark.slow

@@ -576,8 +576,21 @@ def test_settings_must_be_the_same(tmp_path: Path) -> None:
 def test_a_damaged_position_is_one_clear_error(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", documents(60))
     state = stream(source).state_after(0)
-    for position in ("[1]", '{"epoch": 0, "examples_iterable": {"x": 1}}'):
-        with pytest.raises(npt.DataError, match=r"a\.jsonl: reading broke off"):
+    begin = json.loads(state["documents"])
+
+    def put(**changes: Any) -> str:
+        inner = {**begin["examples_iterable"], **changes}
+        return json.dumps({**begin, "examples_iterable": inner})
+
+    for position in (
+        "1", "[1]", "{}", "null", "{", '{"epoch": 0, "examples_iterable": {"x": 1}}',
+        put(shard_idx=-1), put(shard_idx="0"), put(shard_example_idx=0.5), put(type="Other"),
+        put(shard_idx=[0]), put(more=1), json.dumps({**begin, "epoch": None}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"documents is no position in it|Expecting"):
+            stream(source, start={**state, "documents": position})
+    for position in (put(shard_idx=10**400), put(shard_example_idx=10**400)):
+        with pytest.raises(npt.DataError, match=r"a\.jsonl: (reading broke off|has no text any)"):
             take(stream(source, start={**state, "documents": position}), 1)
 
 

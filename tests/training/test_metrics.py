@@ -88,6 +88,9 @@ def test_lines_beyond_the_step_resumed_at_are_dropped(tmp_path: Path) -> None:
         pytest.param('{"step": 1', id="torn in the step"),
         pytest.param('{"step": 101, "a": "\xc3', id="torn letter"),
         pytest.param("\0" * 100, id="blocks that were never written"),
+        pytest.param('{"step": ' + "[" * 100_000 + "\n", id="deep"),
+        pytest.param('{"step": 1' + "0" * 5000 + "}\n", id="a huge number"),
+        pytest.param('{"step": 1' + "0" * 400 + "}\n", id="a number no float holds"),
         pytest.param('"a text"\n[1]\n5\nnull\n{}\n{"step": null}\n{"step": "x"}\n', id="others"),
     ],
 )
@@ -99,6 +102,23 @@ def test_what_a_killed_run_left_does_not_stop_the_next(tmp_path: Path, end: str)
     log.write(101, {})
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [90, 100, 101]
+
+
+def test_a_log_that_is_none(tmp_path: Path) -> None:
+    """Nothing hangs, and no line is read that could fill the memory."""
+    log = tmp_path / LOG
+    log.write_bytes(b"x" * (1 << 20))
+    with pytest.raises(TrainingError, match=rf"{LOG}: has a line of 1,048,576 bytes or more"):
+        metrics(tmp_path, 100)
+    assert log.stat().st_size == 1 << 20
+    log.unlink()
+    os.mkfifo(log)
+    with pytest.raises(TrainingError, match=rf"{LOG}: not a regular file"):
+        metrics(tmp_path, 100)
+    log.unlink()
+    log.symlink_to("/dev/zero")
+    with pytest.raises(TrainingError, match=rf"{LOG}: not a regular file"):
+        metrics(tmp_path, 100)
 
 
 def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path: Path) -> None:

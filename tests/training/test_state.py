@@ -345,7 +345,7 @@ def write(target: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any])
         target,
         weights=weights,
         format="pt",
-        training_state={"global_step": 1, "optimizer_state_dict": state},
+        training_state={"global_step": 1, **({"optimizer_state_dict": state} if state else {})},
         multi_layer_state={"layers_to_train": []},
         config={},
         npt_config={"format_version": 1},
@@ -464,6 +464,17 @@ def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
     write(tmp_path / "a", weights, {})
     assert not (path / "npt_weights.safetensors").exists()
     assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o666 & ~umask()}
+
+
+def test_what_could_not_be_read_again_does_not_take_the_place_of_what_can(tmp_path: Path) -> None:
+    weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
+    state = adamw_state(weights)["optimizer_state_dict"]
+    old = contents(write(tmp_path / "a", weights, state))
+    state["param_groups"][0]["betas"] = torch.float32
+    told = r"a/training_state\.pt: data\.pkl: .*betas: torch\.float32 is .* nothing was written"
+    with pytest.raises(npt.CheckpointError, match=told):
+        write(tmp_path / "a", weights, state)
+    assert contents(tmp_path / "a") == old and os.listdir(tmp_path) == ["a"]
 
 
 def umask() -> int:

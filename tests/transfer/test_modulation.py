@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,7 +173,7 @@ def test_what_does_not_fit_together(what: str) -> None:
 def test_nothing_and_what_is_no_number() -> None:
     with pytest.raises(npt.TransferError, match="nothing to take the mean of"):
         npt.mean([])
-    for factor in (math.nan, math.inf):
+    for factor in (math.nan, math.inf, 10**400):
         with pytest.raises(npt.TransferError, match="cannot be multiplied by"):
             factor * random_modulation()
     with pytest.raises(TypeError):
@@ -211,3 +212,55 @@ def test_a_line_that_says_where_it_comes_from() -> None:
 )
 def test_an_origin_of_a_file_may_say_anything(origin: dict[str, Any]) -> None:
     assert replace(random_modulation(), origin=origin).description == "unknown"
+
+
+def combined(m: Modulation, times: int) -> Modulation:
+    """In every way that there is, `times` times; of few terms at the end."""
+    for _ in range(times):
+        m = npt.mean([m + m, m - 0.5 * m, -m * 10**30]).compress(2)[0]
+        m = m.compress(rank=10**30)[0]
+    return m
+
+
+@pytest.mark.parametrize("times", [1, 5, 30])
+def test_what_was_combined_can_be_saved_and_combined_again(times: int, tmp_path: Path) -> None:
+    """Origins that grow by a level, or to twice the size, each time."""
+    scale = 0.0 if times > 5 else 1.0
+    m = combined(scale * random_modulation(projections=("up",)), times)
+    m.save(tmp_path / "m")
+    again = npt.load_modulation(tmp_path / "m")
+    assert again.origin == m.origin and again.description == m.description
+    assert again.description.startswith(("mean of", "((", "-1 *")) and len(m.description) <= 1000
+    (again + m).save(tmp_path / "m")
+
+
+def test_a_long_chain_keeps_a_line_that_says_where_it_comes_from(tmp_path: Path) -> None:
+    m = random_modulation()
+    for _ in range(300):
+        m = 1.0 * m
+    assert m.description.startswith("1 * (1 * (") and len(m.description) <= 1000
+    m.save(tmp_path / "m")
+    assert npt.load_modulation(tmp_path / "m").origin == m.origin
+    few = random_modulation()
+    for _ in range(40):
+        few = 1.0 * few
+    assert few.description == "1 * (" * 40 + '"seed 0" at []' + ")" * 40
+    wide = npt.mean([m] * 500)
+    assert wide.description.startswith("mean of 1 * (") and len(wide.description) <= 1000
+    wide.save(tmp_path / "m")
+
+
+@pytest.mark.parametrize("text", ["a", "\0", "😀", '"'])
+def test_what_is_made_of_long_texts_can_be_saved(text: str, tmp_path: Path) -> None:
+    m = replace(random_modulation(), origin={"text": text * ((1 << 21) // len(text.encode()))})
+    for combination in (1.0 * m, m + m, npt.mean([m] * 5), m.compress()[0]):
+        combination.save(tmp_path / "m")
+        assert npt.load_modulation(tmp_path / "m").origin == combination.origin
+
+
+def test_a_name_that_is_no_unicode(tmp_path: Path) -> None:
+    """That of a folder need not be."""
+    model = converted()
+    model.config._name_or_path = "caf\udce9"
+    npt.extract(model, tokenizer, SOURCE).save(tmp_path / "m")
+    assert npt.load_modulation(tmp_path / "m").base.name == "caf\\udce9"

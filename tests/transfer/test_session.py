@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import npt_fast as npt
 from npt_fast.checkpoint import strict_json
 from npt_fast.errors import CheckpointError, ModelError, NPTError, TransferError
+from npt_fast.schema import is_text
 from npt_fast.transfer import journal
 from npt_fast.transfer.compare import compare
 from npt_fast.transfer.expression import evaluate
@@ -273,9 +278,9 @@ def test_files_that_are_refused(two: Session, tmp_path: Path) -> None:
     refused(tmp_path / "old", "pickle, which can run code")
     torch.save({"a": torch.ones(1)}, tmp_path / "old.bin")
     refused(tmp_path / "old.bin", "pickle, which can run code")
-    refused(tmp_path / "missing", "cannot be read")
+    refused(tmp_path / "missing", "cannot be opened: No such file")
     (tmp_path / "noise.safetensors").write_bytes(b"\xff" * 64)
-    refused(tmp_path / "noise.safetensors", "cannot be read")
+    refused(tmp_path / "noise.safetensors", "not a safetensors file")
     wide = new_session(tmp_path / "wide", num_attention_heads=4, vocab_size=300)
     wide.extract("w", "text")
     refused(wide.save(tmp_path / "foreign"), "another base model", ModelError)
@@ -289,13 +294,69 @@ def test_files_that_are_refused(two: Session, tmp_path: Path) -> None:
         ("settings", {"colour": 1}),
         ("layers", ["x"]),
         ("npt_shelf", 9),
+        *((key, value) for key in index for value in (None, 5, [5], {"a": 5}, "x", True, [None])),
+        ("settings", {**index["settings"], "seed": "1"}),
+        ("settings", {**index["settings"], "top_p": 2}),
+        ("settings", {**index["settings"], "strategy": ["greedy"]}),
+        *(("modulations", [{**index["modulations"][0], key: 5}]) for key in ("name", "file")),
+        ("modulations", [index["modulations"][0]] * 2),
     ]:
+        if key == "base" or (key, value) == ("npt_shelf", True):  # read by nobody; 1
+            continue
         (folder / "session.json").write_bytes(strict_json.dump({**index, key: value}))
-        refused(folder, "does not hold|no saved session")
-    outside = [{"name": "a", "file": "../kept.safetensors", "created": ""}]
+        if (key, value) == ("layers", [5]):
+            refused(folder, "layer 5 is not loaded", ModelError)
+        else:
+            refused(folder, "does not hold|no saved session")
     two.modulation("a").save(tmp_path / "kept.safetensors")
-    (folder / "session.json").write_bytes(strict_json.dump({**index, "modulations": outside}))
-    refused(folder, "cannot be read")
+    for name in ("../kept.safetensors", "/kept.safetensors", "session.json", "", ".", "a/b"):
+        outside = [{"name": "a", "file": name, "created": ""}]
+        (folder / "session.json").write_bytes(strict_json.dump({**index, "modulations": outside}))
+        refused(folder, "file must be the name of a .safetensors file")
+    (folder / "session.json").write_bytes(strict_json.dump(index))
+    (folder / "0.safetensors").unlink()
+    (folder / "0.safetensors").symlink_to(tmp_path / "kept.safetensors")
+    refused(folder, "links inside a checkpoint are not followed")
+    (folder / "0.safetensors").unlink()
+    os.mkfifo(folder / "0.safetensors")
+    refused(folder, "not a regular file")
+    (folder / "session.json").unlink()
+    os.mkfifo(folder / "session.json")
+    refused(folder, "not a regular file")
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe", "not a regular file")
+    refused(Path("/dev/zero"), "not a regular file")
+
+
+def test_a_session_that_could_not_be_read_back_is_not_written(two: Session, tmp_path: Path) -> None:
+    two.save(tmp_path / "s")
+    two.calculate("big", "1e308 * (1e308 * a)")
+    with pytest.raises(TransferError, match=f"^{tmp_path}/s: cannot be written: 2.safe.* infinity"):
+        two.save(tmp_path / "s")
+    two.undo()
+    two.extract("\ud800", "text")
+    with pytest.raises(TransferError, match=f"^{tmp_path}/s: cannot be written: session.json: "):
+        two.save(tmp_path / "s")
+    two.undo()
+    assert two.load(tmp_path / "s") == ["a", "b"]
+    for name, value in (("seed", 1 << 63), ("tokens", 10**400), ("top_k", 1 << 63)):
+        with pytest.raises(TransferError, match="must fit 64 bits"):
+            two.set(**{name: value})
+    with pytest.raises(TransferError, match="is no Unicode text"):
+        two.track(["\ud800"])
+
+
+def test_files_of_any_name_and_any_text_are_loaded(session: Session, tmp_path: Path) -> None:
+    """That of a folder or file need not be Unicode, and a name may look like a pickle's."""
+    for number, text in enumerate(["x" * n for n in range(1, 70)] + ["\0", "😀" * 9, "a\n"]):
+        session.extract("a", text)
+        session.modulation("a").save(tmp_path / f"{number}.pkl")
+        assert session.load(tmp_path / f"{number}.pkl") == [f"{number}.pkl"]
+    odd = tmp_path / "caf\udce9"
+    session.modulation("a").save(odd)
+    assert session.load(odd) == ["caf\\udce9"]
+    session.save(tmp_path / "s")
+    assert "caf\\udce9" in session.load(tmp_path / "s")
 
 
 def test_folders_of_others_are_not_replaced(two: Session, tmp_path: Path) -> None:
@@ -313,16 +374,86 @@ def test_a_log_is_written_as_it_goes(tmp_path: Path) -> None:
     log.write({"command": "load caf\udce9"})  # a path that is not UTF-8
     header, entries = journal.read(path)  # it is still open
     assert header == {"npt_session": 1, "model_name": "m"}
-    assert entries == [
+    assert list(entries) == [
         {"command": "list", "result": {"é": 1.5}},
-        {"command": "load caf\udce9"},
+        {"command": "load caf\\udce9"},
     ]
     log.close()
     with path.open("a") as file:
         file.write('{"command": "ext')  # killed in the middle
-    assert journal.read(path)[1] == entries
+    assert list(journal.read(path)[1]) == list(entries)
     with pytest.raises(TransferError, match="exists already"):
         journal.Journal(path, {})
+
+
+HEADER: dict[str, Any] = {
+    "npt_session": 1, "model_name": "m", "checkpoint": "c", "layers": [1], "weights": {"1": "ab"}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [5, [5], {"a": 5}, None, True, [None], ["x"], 1.5])
+@pytest.mark.parametrize("key", [*HEADER, "command", "error", "digests", "result", "seed"])
+def test_values_of_wrong_types(tmp_path: Path, key: str, value: Any) -> None:
+    right = (key, value) in (("layers", [5]), ("seed", 5), ("result", {"a": 5}))
+    header, entry = dict(HEADER), {"command": "list"}
+    (header if key in header else entry)[key] = value
+    (tmp_path / "log").write_text(f"{json.dumps(header)}\n{json.dumps(entry)}\n")
+    if right:
+        assert len(journal.read(tmp_path / "log")[1]) == 1
+        return
+    with pytest.raises(CheckpointError, match=rf"log(, line [12]: {key} must be |: is no session)"):
+        journal.read(tmp_path / "log")
+    if key == "npt_session":
+        return  # it is what a log begins with
+    with pytest.raises(TransferError, match=rf"new: cannot be written: {key} must be "):
+        journal.Journal(tmp_path / "new", header).write(entry)
+
+
+def test_a_log_that_is_no_file_or_has_no_lines(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(CheckpointError, match=r"not a regular file|is a directory"):
+            journal.read(path)
+    with (tmp_path / "long").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match=r"more than .* are refused"):
+        journal.read(tmp_path / "long")
+    (tmp_path / "line").write_bytes(b"a" * (5 << 20) + b"\n")
+    with pytest.raises(CheckpointError, match=r"line 1: .* are read"):
+        journal.read(tmp_path / "line")
+
+
+LINE = st.dictionaries(
+    st.sampled_from(["command", "seed", "error", "result", "other"]),
+    st.text(st.characters()) | st.integers() | st.dictionaries(st.text(), st.floats()),
+)
+
+
+@example({"command": "a" * (5 << 20)})
+@example({"command": "\ud800\\\udfff\n\0"})
+@example({"command": "list", "seed": 10**400})
+@given(LINE)
+@settings(deadline=None, derandomize=True)
+def test_a_line_is_refused_or_read_back(entry: dict[str, Any]) -> None:
+    with TemporaryDirectory() as folder:
+        log = journal.Journal(Path(folder, "log"), HEADER)
+        try:
+            log.write(entry)
+        except (TransferError, ValueError):  # not finite
+            assert not journal.read(log.path)[1]
+        else:
+            (found,) = journal.read(log.path)[1]
+            assert found.keys() <= entry.keys()
+            assert is_text(entry["command"]) <= (found["command"] == entry["command"])
+
+
+def test_a_full_log_is_written_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_MAX_BYTES", 1000)
+    log = journal.Journal(tmp_path / "log", HEADER)
+    with pytest.raises(TransferError, match="is full with 1,000 bytes"):
+        for _ in range(100):
+            log.write({"command": "list"})
+    assert len(journal.read(tmp_path / "log")[1]) > 10
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "[1]\n", '{"npt_session": 2}\n', "nonsense\n"])

@@ -1,0 +1,56 @@
+"""Open what was written as everybody will, before it gets its name."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint, open_checkpoint
+from npt_fast.checkpoint.digests import read_digests
+from npt_fast.checkpoint.records import MergeSummary
+from npt_fast.checkpoint.training_state import (
+    MULTI_LAYER_STATE,
+    TRAINING_STATE,
+    read_multi_layer_state,
+    read_training_state,
+)
+from npt_fast.errors import CheckpointError
+
+
+def read_back(directory: Path, target: Path) -> Checkpoint:
+    """Read every file of a checkpoint, except for the tensors' data.
+
+    Args:
+        directory: where it is now.
+        target: where it is to be, for messages.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+    with _named(directory, target):
+        checkpoint = open_checkpoint(directory)
+        for line in checkpoint.unread.values():
+            raise CheckpointError(line)
+        read_training_state(directory / TRAINING_STATE, checkpoint.modules)
+        read_multi_layer_state(directory / MULTI_LAYER_STATE)
+    return checkpoint
+
+
+def read_back_records(directory: Path, target: Path) -> None:
+    """Read what a merge writes last: its summary and the digests; as `read_back`."""
+    with _named(directory, target):
+        path = directory / MERGE_SUMMARY
+        MergeSummary.parse(strict_json.read_foreign(path), str(path))
+        deque(read_digests(directory), maxlen=0)
+
+
+@contextmanager
+def _named(directory: Path, target: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        problem = str(error).replace(str(directory), str(target))
+        raise CheckpointError(f"{problem}; nothing was written, since it cannot be read") from None

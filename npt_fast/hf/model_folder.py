@@ -1,0 +1,274 @@
+"""A base model's folder is somebody else's: what its small files say is looked at before it loads.
+
+transformers never asks what a file is, and a few keys make it fetch code or another model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.source_file import read_file
+from npt_fast.errors import CheckpointError, ModelError
+from npt_fast.paths import exists, is_file, path_errors
+from npt_fast.schema import shown
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer_config.json"
+ADAPTER = "adapter_config.json"
+SMALL_FILES = (
+    CONFIG,
+    TOKENIZER,
+    ADAPTER,
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""What is read whole here before transformers reads it."""
+
+_MAX_BYTES = 8 << 20  # of each; the longest in use have 1 MB
+_MAX_READ = 100_000_000  # of a vocabulary or an index, which transformers reads whole
+_READ_WHOLE = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_TEMPLATES = "additional_chat_templates"
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+class _Local(NamedTuple):
+    """What a key may say without code from anywhere else."""
+
+    fits: Callable[[Any], bool]
+    runs: str
+
+
+def _one_of(*names: str) -> Callable[[Any], bool]:
+    def fits(value: Any) -> bool:
+        if isinstance(value, dict):  # by part of the model
+            return all(map(fits, value.values()))
+        return value is None or (isinstance(value, str) and value in names)
+
+    return fits
+
+
+def _off(value: Any) -> bool:
+    return value is None or value is False
+
+
+def _or_no_kernels(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """As `fits`; also any plain name, where the package that fetches kernels is not installed.
+
+    transformers takes kernels of the Hub for names of its own, such as flash_attention_2, too.
+    """
+
+    def allowed(value: Any) -> bool:
+        plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]*", value) is not None
+        return fits(value) or (plain and find_spec("kernels") is None)
+
+    return allowed
+
+
+_ATTENTION = _Local(
+    _or_no_kernels(_one_of("eager", "sdpa", "flex_attention")), "a kernel from the Hub"
+)
+_EXPERTS = _Local(
+    _or_no_kernels(_one_of("eager", "batched_mm", "grouped_mm")), "a kernel from the Hub"
+)
+_KERNELS = _Local(_off, "kernels from the Hub")
+_DECODING = _Local(_off, "code from the Hub to generate text")
+_KEYS = {
+    "attn_implementation": _ATTENTION,
+    "_attn_implementation": _ATTENTION,
+    "_attn_implementation_internal": _ATTENTION,
+    "experts_implementation": _EXPERTS,
+    "_experts_implementation": _EXPERTS,
+    "_experts_implementation_internal": _EXPERTS,
+    "quant_method": _Local(
+        _or_no_kernels(_one_of("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "bitnet")),
+        "a kernel from the Hub",
+    ),
+    "use_kernels": _KERNELS,
+    "kernel_config": _KERNELS,
+    "allow_all_kernels": _KERNELS,
+    "custom_generate": _DECODING,
+    "constraints": _DECODING,
+    "dola_layers": _DECODING,
+    "force_words_ids": _DECODING,
+    "num_beam_groups": _Local(lambda value: value in (None, 0, 1), _DECODING.runs),
+    "penalty_alpha": _Local(lambda value: value in (None, 0), _DECODING.runs),
+}
+
+
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
+_BESIDE_WIDTH = (  # the weights of nearly every model hold matrices of its width by each of these
+    ("vocab_size",),
+    ("intermediate_size",),
+    ("n_inner",),
+    ("num_attention_heads", "head_dim"),
+    ("num_key_value_heads", "head_dim"),
+    ("num_experts",),
+    ("num_local_experts",),
+    ("n_routed_experts",),
+    ("num_labels",),  # not of these, but transformers makes a name for each
+)
+
+
+def check_files(folder: Path) -> None:
+    """Whether everything in a folder that transformers may open is a regular file of sane size.
+
+    Links are followed: the Hub's cache is made of them.
+
+    Raises:
+        ModelError: a pipe, device, socket or broken link, a text file of over 100 MB, or an index
+            that names a file outside the folder.
+    """
+    for path in _entries(folder):
+        with path_errors(path, ModelError):
+            status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(
+                f"{path}: not a regular file; nothing else is read from a model folder"
+            )
+        if path.suffix in _READ_WHOLE and status.st_size > _MAX_READ:
+            raise ModelError(
+                f"{path}: {status.st_size:,} bytes; more than {_MAX_READ:,} are refused"
+            )
+    for name in _INDEXES:
+        if exists(folder / name):
+            _check_index(folder, folder / name)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    for place in (folder, folder / _TEMPLATES):
+        with path_errors(place, ModelError):
+            if place.is_dir():
+                yield from place.iterdir()
+
+
+def _check_index(folder: Path, path: Path) -> None:
+    names = _read(path, _MAX_READ).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{path}: weight_map must be a mapping to names of files")
+    for name in sorted(set(names.values())):
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise ModelError(f"{path}: weight_map: {shown(name)} leads out of the folder")
+        with path_errors(path, ModelError):
+            if exists(folder / name) and not is_file(folder / name):
+                raise ModelError(f"{path}: weight_map: {shown(name)} is not a regular file")
+
+
+def read_small(path: Path) -> dict[str, Any]:
+    """One of `SMALL_FILES`.
+
+    Raises:
+        ModelError: not a JSON object, over 8 MiB, nested too deep, or not a regular file.
+    """
+    return _read(path, _MAX_BYTES)
+
+
+def _read(path: Path, limit: int) -> dict[str, Any]:
+    try:
+        return strict_json.parse_foreign(
+            read_file(path, limit, follow_links=True), str(path), limit
+        )
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
+
+
+def check_keys(content: dict[str, Any], file: str, name: str) -> None:
+    """Whether a small file makes transformers fetch code or another model.
+
+    ``auto_map`` is not looked for: transformers itself leaves it alone where it has a class of its
+    own, and refuses it elsewhere.
+
+    Args:
+        content: of the file.
+        file: its name, one of `SMALL_FILES`.
+        name: of the model, for messages.
+
+    Raises:
+        ModelError: it does.
+    """
+    if file == ADAPTER:
+        raise refusal(name, file, "base_model_name_or_path", "another model, which may run code")
+    for key, value in _pairs(content):
+        if key in _KEYS and not _KEYS[key].fits(value):
+            raise refusal(name, file, key, _KEYS[key].runs, value)
+
+
+def check_sizes(config: dict[str, Any], folder: Path) -> None:
+    """Whether the weights in a folder can fill the model that its config.json describes.
+
+    transformers builds the model first and makes up what is missing: hours and gigabytes, for a
+    digit too many.
+
+    Raises:
+        ModelError: they cannot.
+    """
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    size = sum(path.stat().st_size for path in weights)
+    tensors = 0
+    for path in weights:
+        if path.suffix == ".bin":
+            tensors += size  # not counted, since pickles are not opened here
+            continue
+        try:
+            with safe_open(path, "pt") as file:
+                tensors += len(file.keys())
+        except SafetensorError:
+            return  # transformers says what is wrong with it
+    if not weights:  # as above; or they are in a subfolder
+        return
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        for key in _LAYERS:
+            if _count(part, key) > tensors:
+                raise _too_large(folder, key, part[key], f"{tensors:,} tensors")
+        for width in _WIDTH:
+            for others in _BESIDE_WIDTH:
+                keys = (width, *others)
+                # packed weights have up to 8 numbers in a byte
+                if math.prod(_count(part, key) for key in keys) > 8 * size:
+                    key = max(keys, key=lambda key: _count(part, key))
+                    raise _too_large(folder, key, part[key], f"{size:,} bytes")
+
+
+def _count(part: dict[str, Any], key: str) -> int:
+    value = part.get(key)
+    return value if type(value) is int and value > 0 else 1
+
+
+def _too_large(folder: Path, key: str, value: int, there: str) -> ModelError:
+    return ModelError(
+        f"{folder / CONFIG}: {key} {shown(value)}: no such model fits into its weights, {there}"
+    )
+
+
+def _pairs(content: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values at every depth: parts of a model have configs of their own."""
+    if isinstance(content, dict):
+        yield from content.items()
+        content = content.values()
+    elif not isinstance(content, list):
+        return
+    for item in content:
+        yield from _pairs(item)
+
+
+def refusal(name: str, file: str, key: str, runs: str, value: Any = None) -> ModelError:
+    """What is said where a model needs code that is not to run."""
+    what = "" if value is None else f" {shown(value)}"
+    return ModelError(
+        f"{name}: {file}: {key}{what} asks for {runs}; nothing of it was run. "
+        "--trust-remote-code would run it with all your rights"
+    )

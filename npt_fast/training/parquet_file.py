@@ -1,0 +1,164 @@
+"""A column of strings in a Parquet file, in memory that does not grow with the file.
+
+What a file says of its row groups may be wrong. What a page takes when it is decompressed stands in
+front of it, and the reader goes by that; so every page's header is looked at before its row group
+is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import pyarrow as pa  # type: ignore[import-untyped]
+from pyarrow import compute, parquet
+
+LARGEST = 1 << 26
+"""Bytes of a page when it is decompressed, which is done at once."""
+
+_AT_ONCE = 1 << 24  # bytes of text decoded at once, or one text
+_PIECE = 1 << 20  # bytes read at once
+_MOST_ROWS = 256  # decoded at once
+_CONTAINER = 100_000  # columns, or row groups, that a file may say it has
+
+
+def parquet_values(
+    stream: BinaryIO, column: str, longest: int
+) -> tuple[dict[str, str], Iterator[str | None] | None]:
+    """The names of the columns with their types, and the values of one of them.
+
+    Args:
+        stream: the file.
+        column: its name.
+        longest: characters that a value may have.
+
+    Returns:
+        None for the values if there is no such column of strings.
+
+    Raises:
+        ValueError: broken, or a page or a value is too large; also while iterating.
+    """
+    file = parquet.ParquetFile(
+        stream,
+        buffer_size=_PIECE,  # or all of a row group is read at once
+        pre_buffer=False,
+        thrift_container_size_limit=_CONTAINER,
+        thrift_string_size_limit=_PIECE,
+    )
+    schema = file.schema_arrow
+    columns = {field.name: _kind(field.type) for field in schema}
+    if columns.get(column) != "str":
+        return columns, None
+    names = [file.schema.column(n).path for n in range(len(file.schema))]
+    if names.count(column) > 1:
+        raise ValueError(f"it has {names.count(column)} columns named {column}")
+    return columns, _values(file, stream, names.index(column), column, longest)
+
+
+def _kind(type: Any) -> str:
+    """The type of values in Python, where it has one of that name."""
+    if pa.types.is_dictionary(type):
+        type = type.value_type
+    if pa.types.is_string(type) or pa.types.is_large_string(type):
+        return "str"
+    return "int" if pa.types.is_integer(type) else str(type)[:80]
+
+
+def _values(
+    file: Any, stream: BinaryIO, index: int, column: str, longest: int
+) -> Iterator[str | None]:
+    shared = pa.types.is_dictionary(file.schema_arrow.field(column).type)
+    for group in range(file.num_row_groups):
+        pages = list(_pages(stream, file.metadata.row_group(group), index))
+        # of a column that was a dictionary when it was written, all texts are kept
+        held = sum(pages) if shared else max(pages, default=0)
+        if held > LARGEST:
+            raise ValueError(
+                f"the column {column} of row group {group} needs {held:,} bytes at once, over "
+                f"{LARGEST:,} are refused; write it with fewer rows to a page and row group"
+            )
+        # many rows may have a text that stands in the page once
+        rows = max(1, min(_MOST_ROWS, _AT_ONCE // max(held, 1)))
+        for batch in file.iter_batches(rows, [group], [column], use_threads=False):
+            values = batch.column(0)
+            values = values.dictionary_decode() if shared else values
+            if (compute.max(compute.utf8_length(values)).as_py() or 0) > longest:
+                raise ValueError(f"a text in row group {group} has over {longest:,} characters")
+            yield from values.to_pylist()
+
+
+def _pages(stream: BinaryIO, group: Any, index: int) -> Iterator[int]:
+    """Bytes of each page of a column in a row group when it is decompressed."""
+    if not group.num_rows:
+        return  # there may be nothing where its pages would begin
+    chunk = group.column(index)
+    begin = chunk.data_page_offset
+    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < begin:
+        begin = chunk.dictionary_page_offset
+    end = begin + chunk.total_compressed_size
+    while begin < end:
+        stream.seek(begin)
+        header = _struct(stream)
+        size, stored = header.get(2), header.get(3)
+        if not isinstance(size, int) or not isinstance(stored, int) or size < 0 or stored < 0:
+            raise ValueError(f"the page at byte {begin} says nothing of its size")
+        yield size
+        begin = stream.tell() + stored
+
+
+# The pages' headers are written in Thrift's compact protocol.
+
+
+def _struct(stream: BinaryIO, depth: int = 0) -> dict[int, object]:
+    """The whole numbers of a struct by the numbers of their fields; all else is passed over."""
+    if depth > 10:
+        raise ValueError("a page's header is nested too deep")
+    found: dict[int, object] = {}
+    field = 0
+    while head := _byte(stream):
+        kind = head & 15
+        field = field + (head >> 4) if head >> 4 else _number(stream)
+        found[field] = _value(stream, kind, depth)
+    return found
+
+
+def _value(stream: BinaryIO, kind: int, depth: int) -> object:
+    match kind:
+        case 1 | 2:  # true and false
+            return None
+        case 3:
+            return _byte(stream)
+        case 4 | 5 | 6:
+            return _number(stream)
+        case 7:
+            stream.seek(8, 1)
+        case 8:
+            stream.seek(_unsigned(stream), 1)
+        case 12:  # a struct
+            return _struct(stream, depth + 1)
+        case _:  # lists, sets and maps stand in no page's header
+            raise ValueError("a page's header is of an unknown kind")
+    return None
+
+
+def _byte(stream: BinaryIO) -> int:
+    found = stream.read(1)
+    if not found:
+        raise ValueError("it ends within a page")
+    return found[0]
+
+
+def _unsigned(stream: BinaryIO) -> int:
+    number = shift = 0
+    while shift < 64:
+        byte = _byte(stream)
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number
+        shift += 7
+    raise ValueError("a page's header holds a number of more than 64 bits")
+
+
+def _number(stream: BinaryIO) -> int:
+    found = _unsigned(stream)
+    return (found >> 1) ^ -(found & 1)

@@ -1,0 +1,156 @@
+"""What a run goes on with besides weights and moments: numbers that are checked once, when read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from npt_fast import schema
+from npt_fast.checkpoint.numbers import read_number
+from npt_fast.checkpoint.tensor_entry import TensorEntry
+from npt_fast.checkpoint.training_state import TrainingState
+from npt_fast.errors import CheckpointError
+from npt_fast.schema import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run had come; a run that begins has the defaults.
+
+    Attributes:
+        micro_batches: batches that it had trained on.
+        best: its lowest KL on the held-out text, None if there is none.
+        scaler: state of the gradient scaler of float16, None without one.
+        data: where in the text it was, as `TokenWindows.state_after` gave it, None if unknown.
+    """
+
+    micro_batches: int = 0
+    best: float | None = None
+    scaler: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+
+
+def _is_position(value: Any) -> bool:
+    return schema.is_count(value) and value < schema.LARGEST // 2  # it will grow
+
+
+def _is_measure(value: Any) -> bool:
+    """A loss may be infinite or NaN, and somebody may have kept it as a tensor."""
+    if isinstance(value, TensorEntry):
+        return read_number(value) is not None
+    return type(value) is float or schema.is_number(value)
+
+
+def _is_tensor_or(kind: Kind) -> Kind:
+    return Kind(
+        kind.name,
+        lambda value: kind.fits(value) or (isinstance(value, TensorEntry) and value.numel == 1),
+    )
+
+
+def _is_json_object(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and isinstance(json.loads(value), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+_POSITION = Kind("a whole number from 0 to 2^62", _is_position)
+_PATH = Kind("a text", lambda value: isinstance(value, str))  # which need not be Unicode
+_SEED = Kind("a whole number", lambda value: type(value) is int and schema.is_number(value))
+_POSITIVE = Kind("a positive number", lambda value: schema.is_number(value) and value > 0)
+_NUMBER = _is_tensor_or(Kind("a number from 0 on", lambda v: schema.is_number(v) and v >= 0))
+_BETAS = Kind(
+    "two numbers from 0 to 1",
+    lambda value: (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(
+            isinstance(beta, TensorEntry) or (schema.is_number(beta) and 0 <= beta < 1)
+            for beta in value
+        )
+    ),
+)
+_FLAG = schema.or_none(schema.FLAG)
+_STATE = schema.or_none(schema.MAPPING)
+
+_CONTENT = {
+    "batch_count": schema.or_none(_POSITION),
+    "best_val_loss": schema.or_none(Kind("a number", _is_measure)),
+    "scaler_state_dict": _STATE,
+    "scheduler_state_dict": _STATE,
+    "data_state": _STATE,
+}
+_GROUP = {
+    **dict.fromkeys(("lr", "initial_lr", "eps", "weight_decay"), _NUMBER),
+    "betas": _BETAS,
+    "amsgrad": _FLAG,
+    "maximize": _FLAG,
+    "foreach": _FLAG,
+    "capturable": _FLAG,
+    "differentiable": _FLAG,
+    "fused": _FLAG,
+    "decoupled_weight_decay": _FLAG,
+}
+_SCHEDULER = {
+    "last_epoch": schema.COUNT,
+    "_step_count": schema.COUNT,
+    "base_lrs": schema.list_of(_NUMBER),
+    "_last_lr": schema.list_of(_NUMBER),
+}
+_SCALER = {
+    "scale": _POSITIVE,
+    "growth_factor": _POSITIVE,
+    "backoff_factor": _POSITIVE,
+    "growth_interval": _POSITION,
+    "_growth_tracker": _POSITION,
+}
+_DATA = {
+    "source": _PATH,
+    "seed": _SEED,
+    **dict.fromkeys(("max_length", "stride", "held_out", "block"), _POSITION),
+    **dict.fromkeys(("windows", "before", "epoch", "window", "skip"), _POSITION),
+    "documents": Kind("a JSON object as text", _is_json_object),
+    "tokens": schema.list_of(schema.COUNT),
+}
+
+
+def read_progress(saved: TrainingState | None) -> Progress:
+    """What a training state says of the run, or the beginning of one.
+
+    Raises:
+        CheckpointError: a value that training goes on with, or once went by, is of a wrong type.
+    """
+    if saved is None:
+        return Progress()
+
+    def checked(
+        given: Any, kinds: Mapping[str, Kind], key: str = "", *, complete: bool = False
+    ) -> dict[str, Any]:
+        where = f"{saved.path}: {key}" if key else str(saved.path)
+        return schema.checked(given, kinds, list(kinds) if complete else (), where, CheckpointError)
+
+    content = checked(saved.content, _CONTENT)
+    checked(saved.group or {}, _GROUP, "optimizer_state_dict")
+    checked(content.get("scheduler_state_dict") or {}, _SCHEDULER, "scheduler_state_dict")
+    scaler, data = content.get("scaler_state_dict"), content.get("data_state")
+    if scaler:  # one that is turned off has an empty state
+        scaler = checked(scaler, _SCALER, "scaler_state_dict", complete=True)
+    if data is not None:
+        data = checked(data, _DATA, "data_state", complete=True)
+        if not 0 <= data["windows"] - data["before"] <= data["block"]:
+            raise CheckpointError(
+                f"{saved.path}: data_state: windows must be from before to before + block"
+            )
+    best = content.get("best_val_loss")
+    if isinstance(best, TensorEntry):
+        best = read_number(best)
+    return Progress(
+        micro_batches=content.get("batch_count") or 0,
+        best=float(best) if best is not None and math.isfinite(best) else None,
+        scaler=scaler or None,
+        data=data,
+    )

@@ -1,0 +1,222 @@
+"""The documents in a file of text, JSON or Parquet, whoever wrote it.
+
+A file is read a piece at a time: what is in memory does not grow with the file, only with its
+largest document, which is bounded. What an object, page or paragraph takes is known before it is
+decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from npt_fast.checkpoint import file_kind
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.errors import DataError
+from npt_fast.training.parquet_file import parquet_values
+
+LONGEST = 1 << 23
+"""Characters of a document; tokenising one takes a hundred bytes for each."""
+
+_PIECE = 1 << 20  # characters read at once
+_LONGEST_OBJECT = 2 * LONGEST  # characters of JSON: an escaped one takes six
+_DEEPEST = 100  # of JSON in JSON, as in a checkpoint's files
+_MOST_VALUES = 1_000_000  # of a JSON object: an empty list takes 3 bytes in a file, 64 in memory
+_SPACE = re.compile(r"[ \t\r\n]*+")
+# a string, which may be cut short by the end of what has been read, or what gives JSON its shape
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(")?|[][{},]', re.DOTALL)
+
+_Read = Callable[[int], str]
+
+
+def texts(file: SourceFile) -> Iterator[str]:
+    """The documents of a file, in its order; its suffix is one of `KINDS`.
+
+    Raises:
+        DataError: a row has no text.
+        ValueError: the content is not of that kind, or of a size that is refused.
+        OSError: the system refuses to read it.
+        CheckpointError: the file changed while it was being read.
+    """
+    yield from KINDS[file.path.suffix.lower()](file)
+
+
+def _paragraphs(file: SourceFile) -> Iterator[str]:
+    """What blank lines keep apart."""
+    with _opened(file, "utf-8") as read:
+        begun = ""
+        while piece := read(_PIECE):
+            *whole, begun = (begun + piece).split("\n\n")
+            if max(map(len, (*whole, begun))) > LONGEST:
+                raise ValueError(
+                    f"a paragraph of more than {LONGEST:,} characters; put blank lines into it"
+                )
+            yield from filter(None, whole)
+        if begun:
+            yield begun
+
+
+def _json_texts(file: SourceFile) -> Iterator[str]:
+    """The column ``text`` of JSON objects."""
+    with _opened(file, "utf-8-sig") as read:
+        for number, row in enumerate(_Json(read).rows()):
+            text = row.get("text")
+            if not isinstance(text, str):
+                types = {name: type(value).__name__ for name, value in row.items()}
+                raise _no_text(file, number, types)
+            if len(text) > LONGEST:
+                raise ValueError(f"row {number}: a text of more than {LONGEST:,} characters")
+            if not text.isascii():
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    raise ValueError(
+                        f"row {number}: its text holds half a character (a lone surrogate)"
+                    ) from None
+            yield text
+
+
+def _parquet_texts(file: SourceFile) -> Iterator[str]:
+    """The column ``text``."""
+    with file.open() as fd, open(fd, "rb", closefd=False) as stream:
+        columns, values = parquet_values(stream, "text", LONGEST)
+        if values is None:
+            raise _no_text(file, 0, columns)
+        for number, value in enumerate(values):
+            if value is None:
+                raise _no_text(file, number, {**columns, "text": "NoneType"})
+            yield value
+
+
+KINDS: Mapping[str, Callable[[SourceFile], Iterator[str]]] = {
+    ".txt": _paragraphs,
+    ".md": _paragraphs,
+    ".jsonl": _json_texts,
+    ".json": _json_texts,
+    ".parquet": _parquet_texts,
+}
+"""Suffixes of files that hold text, and how each is read."""
+
+
+def _no_text(file: SourceFile, number: int, columns: Mapping[str, str]) -> DataError:
+    has = ", ".join(f"{name[:40]} ({kind})" for name, kind in islice(columns.items(), 20))
+    return DataError(
+        f"{file.path}: row {number} needs a string in a column named text, has {has or 'nothing'}"
+    )
+
+
+@contextmanager
+def _opened(file: SourceFile, encoding: str) -> Iterator[_Read]:
+    """How to read the next so many characters; fewer come at the end of the file."""
+    with file.open() as fd, open(fd, encoding=encoding, closefd=False) as text:
+
+        def read(count: int) -> str:
+            file.check(fd)
+            try:
+                return text.read(count)
+            except UnicodeDecodeError as error:
+                kind = file_kind.recognise(file.read_at(fd, 0, min(file_kind.HEAD, file.size)))
+                raise ValueError(f"it is {kind}" if kind else str(error)) from None
+
+        yield read
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+class _Json:
+    """JSON in pieces: finds where a value ends before it is parsed, in one pass over its text."""
+
+    def __init__(self, read: _Read) -> None:
+        self._read = read
+        self._decode = json.JSONDecoder(object_pairs_hook=_unique).raw_decode
+        self._text = ""
+        self._at = 0
+        self._number = 0
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Objects that follow one another, or those in an array; a string in one is a text."""
+        array = self._next() == "["
+        end = "]" if array else ""
+        self._at += array
+        while (begin := self._next()) != end:
+            if array and self._number:
+                if begin != ",":
+                    raise self._bad("a comma is missing before it, or the array ends without ]")
+                self._at += 1
+                begin = self._next()
+            if begin != "{" and not (array and begin == '"'):
+                raise self._bad("is no JSON object")
+            value = self._value()
+            yield {"text": value} if isinstance(value, str) else value
+            self._number += 1
+        self._at += array
+        if self._next():
+            raise self._bad("the array has ended before it")
+
+    def _bad(self, problem: str) -> ValueError:
+        return ValueError(f"row {self._number}: {problem}")
+
+    def _next(self) -> str:
+        """The next character that is no white space, which is not read yet; "" at the end."""
+        while True:
+            found = _SPACE.match(self._text, self._at)
+            assert found
+            self._at = found.end()
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def _more(self) -> bool:
+        """Read on, so that what is not parsed yet becomes twice as long at least."""
+        left = self._text[self._at :]
+        piece = self._read(max(_PIECE, len(left)))
+        self._text, self._at = left + piece, 0
+        return bool(piece)
+
+    def _value(self) -> Any:
+        length = self._length()
+        try:
+            value, end = self._decode(self._text, self._at)
+        except json.JSONDecodeError as error:
+            raise self._bad(f"not valid JSON: {error.msg}") from None
+        except ValueError as error:  # a key that occurs twice, a number of thousands of digits
+            raise self._bad(str(error)) from None
+        assert end == self._at + length
+        self._at = end
+        return value
+
+    def _length(self) -> int:
+        """Characters of the value that begins here; or of all that is left, if it does not end."""
+        depth = values = done = 0
+        while True:
+            for token in _TOKEN.finditer(self._text, self._at + done):
+                first = self._text[token.start()]
+                if first == '"' and not token[1]:
+                    break  # it goes on in the next piece
+                done = token.end() - self._at
+                values += 1
+                depth += (first in "{[") - (first in "}]")
+                if depth > _DEEPEST:
+                    raise self._bad(f"nested more than {_DEEPEST} deep")
+                if values > _MOST_VALUES:
+                    raise self._bad(f"an object of more than {_MOST_VALUES:,} values")
+                if not depth:
+                    return self._bounded(done)
+            else:
+                done = len(self._text) - self._at
+            self._bounded(len(self._text) - self._at)
+            if not self._more():
+                return done
+
+    def _bounded(self, length: int) -> int:
+        if length > _LONGEST_OBJECT:
+            raise self._bad(f"an object of over {_LONGEST_OBJECT:,} characters, or without an end")
+        return length

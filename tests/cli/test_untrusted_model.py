@@ -1,0 +1,197 @@
+"""No verb runs the code of a model, whoever says yes on stdin, unless --trust-remote-code is given.
+
+One process goes through all verbs and all prepared models, since importing torch and transformers
+takes longer than all of that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import hostile_models
+from tests.cli.test_check import HOLDS, facts
+from tests.training.runs import Place
+
+VERBS = ("trace", "evaluate", "check", "compare", "sweep", "train", "interact", "replay")
+
+PROGRAM = """
+import contextlib, io, json, sys
+from npt_fast.cli.main import main
+found = []
+for arguments in json.load(open(sys.argv[1])):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+    found.append([code, out.getvalue(), err.getvalue()])
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+class Program:
+    """Runs verbs, one after the other, in a process of their own.
+
+    Attributes:
+        canary: what the prepared models write when their code runs.
+    """
+
+    def __init__(self, folder: Path, place: Place, checkpoint: Path) -> None:
+        self.folder = folder
+        self.canary = folder / "ran"
+        self._place = place
+        self._checkpoint = str(checkpoint)
+        self._facts = str(facts(folder, HOLDS))
+
+    def plant(self, name: str, spoil: Callable[[Path, Path], None]) -> str:
+        base = hostile_models.plant(self.folder / name, self.canary)
+        spoil(base, self.canary)
+        return str(base)
+
+    def arguments(self, verb: str, model: str) -> list[str]:
+        named = ["--model_name", model]
+        loaded = ["--checkpoint", self._checkpoint, *named]
+        texts = ["--from", "abc", "--prompt", "dead"]
+        if verb == "train":
+            output = self.folder / f"{Path(model).name}-trained"
+            train = self._place.arguments(output, model_name=model, max_steps=1)
+            return [str(argument) for argument in train]
+        if verb == "replay":
+            header = {"npt_session": 1, "model_name": model, "checkpoint": self._checkpoint}
+            log = self.folder / f"{Path(model).name}.jsonl"
+            log.write_text(f"{json.dumps({**header, 'trust_remote_code': True})}\n")
+            return ["interact", "--replay", str(log), "--device", "cpu"]
+        data = ["--data", str(self._place.text), "--max_length", "24", "--num_eval_samples", "1"]
+        return {
+            "trace": ["trace", "--from", "abc", "--to", "abd", *named, "--cpu"],
+            "evaluate": ["evaluate", *loaded, *data, "--cpu"],
+            "check": ["check", self._facts, *loaded, "--cpu"],
+            "compare": ["compare", *loaded, *texts, "--tokens", "1", "--cpu"],
+            "sweep": ["sweep", *loaded, *texts, "--strength", "1", "--cpu"],
+            "interact": ["interact", *loaded, "--device", "cpu"],
+        }[verb]
+
+    def run(self, runs: list[list[str]], stdin: str = "y\n" * 99) -> list[tuple[int, str, str]]:
+        given, found = self.folder / "given.json", self.folder / "found.json"
+        given.write_text(json.dumps(runs))
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM, given, found],
+            input=stdin, capture_output=True, text=True, check=True,
+            env={
+                **os.environ, "XDG_STATE_HOME": str(self.folder / "state"),
+                "HF_MODULES_CACHE": str(self.folder / "modules"), "PYTHONWARNINGS": "ignore",
+            },
+        )  # fmt: skip
+        assert result.stdout == "" and "Traceback" not in result.stderr
+        return [tuple(each) for each in json.loads(found.read_text())]
+
+
+@pytest.fixture
+def program(tmp_path: Path, place: Place, checkpoint: Path) -> Program:
+    return Program(tmp_path, place, checkpoint)
+
+
+def errors(err: str) -> list[str]:
+    return [line for line in err.splitlines() if not line.startswith("Loading model from")]
+
+
+def test_every_verb_refuses_every_model(program: Program) -> None:
+    models = {
+        name: program.plant(name, spoil) for name, (spoil, *_) in hostile_models.REFUSED.items()
+    }
+    models |= {name: program.plant(name, s) for name, s in hostile_models.UNREADABLE.items()}
+    cases = [(verb, name) for name in models for verb in VERBS]
+    found = program.run([program.arguments(verb, models[name]) for verb, name in cases])
+    for (verb, name), (code, out, err) in zip(cases, found, strict=True):
+        assert (code, out) == (1, ""), (verb, name, err)
+        (line,) = errors(err)
+        assert line.startswith(f"Error: {models[name]}: "), (verb, name)
+        if name in hostile_models.REFUSED:
+            _, file, key = hostile_models.REFUSED[name]
+            assert f": {file}: {key} " in line and "--trust-remote-code" in line, (verb, name)
+    assert not program.canary.exists()
+
+
+def test_every_verb_uses_the_class_that_transformers_has(program: Program) -> None:
+    """The code beside it does not run, and lines on stdin are those of the shell."""
+    model = program.plant("base", lambda folder, canary: None)
+    for spoil in hostile_models.HARMLESS.values():
+        spoil(Path(model), program.canary)
+    verbs = [verb for verb in VERBS if verb != "replay"]
+    found = program.run([program.arguments(verb, model) for verb in verbs], "y\n" + "status\n" * 9)
+    for verb, (code, out, err) in zip(verbs, found, strict=True):
+        if verb == "interact":
+            assert (code, out) == (1, "")
+            assert errors(err)[0].startswith("Error: line 1: Unknown command: y")
+        else:
+            assert code == 0 and out, (verb, err)
+    assert not program.canary.exists()
+
+
+def test_every_verb_has_the_flag(program: Program) -> None:
+    """So the first test can fail."""
+    spoil = hostile_models.REFUSED["config"][0]
+    runs = []
+    for verb in VERBS:
+        program.canary = program.folder / f"ran-{verb}"
+        model = program.plant(f"base-{verb}", spoil)
+        runs.append([*program.arguments(verb, model), "--trust-remote-code"])
+    found = program.run(runs)
+    for verb, (code, _, err) in zip(VERBS, found, strict=True):
+        assert code == 1 and "has no attribute 'Own'" in errors(err)[0], verb
+        assert (program.folder / f"ran-{verb}").exists(), verb
+
+
+OWN = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "ours"
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def own_model(program: Program) -> str:
+    """A model with code that works."""
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    model = program.plant(
+        "base",
+        lambda folder, _: hostile_models.change(
+            folder, "config.json", model_type="ours", auto_map=auto_map
+        ),
+    )
+    (Path(model) / "own.py").write_text(OWN)
+    (Path(model) / "custom_generate" / "generate.py").unlink()
+    return model
+
+
+def test_no_file_remembers_the_flag(program: Program) -> None:
+    """A run that was trusted is not trusted again because it is gone on with."""
+    train = program.arguments("train", own_model(program))
+    output = Path(train[train.index("--output_dir") + 1])
+    more = [*train, "--resume_from", str(output / "checkpoints" / "checkpoint-1")]
+    more[more.index("--max_steps") + 1] = "2"
+    first, second, third = program.run(
+        [[*train, "--trust-remote-code"], more, [*more, "--trust-remote-code"]]
+    )
+    assert first[0] == 0, first
+    assert second[0] == 1 and errors(second[2])[-1].endswith("run it with all your rights"), second
+    assert third[0] == 0, third
+    for file in output.rglob("*"):
+        assert not file.is_file() or b"trust_remote" not in file.read_bytes(), file
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_training_get_the_flag(program: Program) -> None:
+    train = program.arguments("train", own_model(program))
+    train += ["--parallel", "layers", "--num_processes", "2"]
+    ((code, _, err),) = program.run([[*train, "--trust-remote-code"]])
+    assert code == 0, err
