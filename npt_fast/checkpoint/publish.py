@@ -91,7 +91,11 @@ class StagedDirectory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._clean_up()
+        try:
+            if isinstance(error, NPTError):  # what could not be read may not be what was written
+                self._check_place()
+        finally:
+            self._clean_up()
 
     def open(self, name: str) -> int:
         """A descriptor of a new file, to read and write."""

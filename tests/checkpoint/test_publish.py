@@ -633,7 +633,7 @@ def test_a_directory_that_is_swapped_for_a_link_during_a_merge(
             (staged,) = folder.glob(".out.npt-fast-*")
             moved.append(swapped(staged, theirs))
 
-    with pytest.raises(NPTError) as caught:
+    with pytest.raises(MergeError, match="somebody has moved or replaced") as caught:
         merge([checkpoint], target, force=force, verify=verify, progress=progress)
     assert "\n" not in str(caught.value)
     assert moved
