@@ -251,8 +251,8 @@ def parquet(path: Path, texts: Any, **options: Any) -> None:
 
 
 def lying_parquet(path: Path) -> None:
-    """Its footer says that a page of 300 MB is one of 0 bytes."""
-    parquet(path, ["x" * 300_000_000], use_dictionary=False)
+    """Its footer says that a page of 100 MB is one of 0 bytes."""
+    parquet(path, ["x" * 100_000_000], use_dictionary=False)
     content = path.read_bytes()
     from pyarrow import parquet as pq
 
@@ -337,8 +337,8 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "zero bytes for parquet": ("a.parquet", sparse, "a.parquet: cannot be read"),
     "one text of many rows": (
         "a.parquet",
-        lambda path: parquet(path, ["x" * 300_000] * 4000),
-        "2000 rows",
+        lambda path: parquet(path, ["x" * 300_000] * 1500),
+        "1500 rows",
     ),
     "one text of many rows, a dictionary": (
         "a.parquet",
@@ -355,15 +355,15 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         ),
         "900 rows",
     ),
-    "a page of 300 MB": (
+    "a page of 100 MB": (
         "a.parquet",
-        lambda path: parquet(path, ["x" * 300_000_000], use_dictionary=False),
-        "row group 0 needs 300,000,010 bytes at once, over 67,108,864 are refused",
+        lambda path: parquet(path, ["x" * 100_000_000], use_dictionary=False),
+        "row group 0 needs 100,000,010 bytes at once, over 67,108,864 are refused",
     ),
-    "a page of 300 MB that is said to be small": (
+    "a page of 100 MB that is said to be small": (
         "a.parquet",
         lying_parquet,
-        "row group 0 needs 300,000,010 bytes at once, over 67,108,864 are refused",
+        "row group 0 needs 100,000,010 bytes at once, over 67,108,864 are refused",
     ),
     "a long text in a page": (
         "a.parquet",
