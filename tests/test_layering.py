@@ -27,7 +27,10 @@ ALLOWED = {
     "initialization": {"config", "checkpoint"},
     "modules": {"config", "errors", "checkpoint", "functional", "initialization"},
     "hf": {"config", "errors", "paths", "schema", "checkpoint", "functional", "modules"},
-    "training": {"config", "errors", "paths", "checkpoint", "functional", "modules", "hf"},
+    "training": {
+        *("config", "errors", "paths", "schema", "checkpoint"),
+        *("functional", "modules", "hf"),
+    },
     "transfer": {
         *("config", "errors", "paths", "schema", "checkpoint"),
         *("functional", "modules", "hf", "pictures"),

@@ -91,7 +91,11 @@ class StagedDirectory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._clean_up()
+        try:
+            if isinstance(error, NPTError):  # what could not be read may not be what was written
+                self._check_place()
+        finally:
+            self._clean_up()
 
     def open(self, name: str) -> int:
         """A descriptor of a new file, to read and write."""
@@ -117,23 +121,26 @@ class StagedDirectory:
             os.fchmod(self.fd, stat.S_IMODE(self._as_made.st_mode))
         _sync(self.fd)
         self._check_place()
-        old = _look(self._parent, self.target.name) if self.replace else None
+        name = self.path.name
+        old = None
         try:
             with _naming(self.target), _uninterrupted():
-                if old is None:
-                    _rename_new(self._parent, self.path.name, self.target.name)
+                if self.replace and _look(self._parent, self.target.name) is not None:
+                    _exchange(self._parent, name, self.target.name)
+                    old = _look(self._parent, name)  # not sooner: other runs replace it, too
+                    if old is not None:
+                        self._removable.append(old)
                 else:
-                    self._removable.append(old)
-                    _exchange(self._parent, self.path.name, self.target.name)
+                    _rename_new(self._parent, name, self.target.name)
         except OSError as error:
-            if old is not None or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
             raise MergeError(
                 f"{self.target}: appeared while merging; nothing was replaced"
             ) from None
         _sync(self._parent)
         if old is not None:
-            self._remove(self.path.name, old)
+            self._remove(name, old)
 
     def _open_parent(self) -> None:
         """Open the folder of the target; make it, and what is missing above it."""
@@ -252,7 +259,8 @@ class StagedDirectory:
 
     def _remove(self, name: str, status: os.stat_result) -> None:
         _remove(self._parent, name, status)
-        if _look(self._parent, name) is not None:  # another user's
+        now = _look(self._parent, name)
+        if now is not None and os.path.samestat(now, status):  # another user's
             self.left.append(self.target.parent / name)
 
 

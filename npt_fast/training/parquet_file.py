@@ -36,7 +36,8 @@ def parquet_values(
         None for the values if there is no such column of strings.
 
     Raises:
-        ValueError: broken, or a page or a value is too large; also while iterating.
+        ValueError: a page or a value is too large; also while iterating.
+        Exception: pyarrow's, of many kinds, for a broken file; also while iterating.
     """
     file = parquet.ParquetFile(
         stream,

@@ -275,6 +275,25 @@ def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["out"]
 
 
+@pytest.mark.usefixtures("either_kernel")
+def test_a_target_that_another_run_replaces_just_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    stage(target, {"old": b"old"})
+    real = publish._exchange
+
+    def exchange(*names: Any) -> None:
+        monkeypatch.setattr(publish, "_exchange", real)
+        stage(target, {"theirs": b"theirs"}, replace=True)
+        real(*names)
+
+    monkeypatch.setattr(publish, "_exchange", exchange)
+    stage(target, {"mine": b"mine"}, replace=True)
+    assert content(target) == {"mine": b"mine"}
+    assert names_in(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError, BlockingIOError])
 def test_a_directory_taken_before_it_is_locked_is_made_again(
     tmp_path: Path, error: type[OSError], monkeypatch: pytest.MonkeyPatch
@@ -315,13 +334,12 @@ def test_an_interruption_after_the_swap_leaves_the_new_one_alone(
 ) -> None:
     target = tmp_path / "out"
     stage(target, {"old": b"old"})
-    real = publish._exchange
 
-    def exchange(*names: Any) -> None:
-        real(*names)
-        raise KeyboardInterrupt
+    def sync(directory: int) -> None:
+        if names_in(target) == ["new"]:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(publish, "_exchange", exchange)
+    monkeypatch.setattr(publish, "_sync", sync)
     with pytest.raises(KeyboardInterrupt):
         stage(target, {"new": b"new"}, replace=True)
     assert content(target) == {"new": b"new"}
@@ -615,7 +633,7 @@ def test_a_directory_that_is_swapped_for_a_link_during_a_merge(
             (staged,) = folder.glob(".out.npt-fast-*")
             moved.append(swapped(staged, theirs))
 
-    with pytest.raises(NPTError) as caught:
+    with pytest.raises(MergeError, match="somebody has moved or replaced") as caught:
         merge([checkpoint], target, force=force, verify=verify, progress=progress)
     assert "\n" not in str(caught.value)
     assert moved
@@ -758,18 +776,19 @@ def test_what_takes_the_place_of_the_old_target_is_not_removed(
     theirs = victim(tmp_path)
     target = tmp_path / "out"
     stage(target, {"old": b"old"})
-    real = publish._exchange
+    real = publish._sync
 
-    def exchange(folder: int, new: str, old: str) -> None:
-        real(folder, new, old)
-        (tmp_path / new).rename(tmp_path / "moved")
-        theirs.rename(tmp_path / new)
+    def sync(directory: int) -> None:
+        real(directory)
+        if names_in(target) == ["new"]:
+            staged.path.rename(tmp_path / "moved")
+            theirs.rename(staged.path)
 
-    monkeypatch.setattr(publish, "_exchange", exchange)
+    monkeypatch.setattr(publish, "_sync", sync)
     with StagedDirectory(target, replace=True) as staged:
+        os.close(staged.open("new"))
         staged.publish()
     assert content(staged.path) == {"a": b"precious"}
-    assert staged.left == [staged.path]
 
 
 def test_names_cannot_be_foreseen(tmp_path: Path) -> None:

@@ -476,6 +476,31 @@ def test_going_on_after_every_window(
         assert take(third, 3) == truth[further : further + 3]
 
 
+def test_batches_are_of_few_documents_or_little_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many are tokenised at once makes no difference to the windows or to going on."""
+    texts = documents(100)
+    source = write(tmp_path / "a.jsonl", texts)
+    truth = take(stream(source), 60)
+    state = stream(source).state_after(0)
+    monkeypatch.setattr(data, "_BATCH_TEXT", 100)
+    tokenizer, calls = Words(), []
+
+    class Counting(Words):
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            calls.append(texts)
+            return tokenizer(texts, **options)
+
+    windows = stream(source, tokenizer=Counting(), start=state)
+    assert take(windows, 60) == truth
+    assert len(calls) > 10
+    assert all(sum(map(len, texts[:-1])) < 100 for texts in calls)
+    monkeypatch.undo()
+    again = stream(source, start=windows.state_after(33))
+    assert take(again, 27) == truth[33:]
+
+
 def test_going_on_with_datasets_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = documents(50)
 

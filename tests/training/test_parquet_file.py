@@ -1,0 +1,114 @@
+"""The strings of a Parquet file, with every encoding that pyarrow writes; and damaged files."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from npt_fast.training import parquet_file
+from npt_fast.training.parquet_file import parquet_values
+
+TEXTS = [None if n % 50 == 7 else f"é{n} " * (n % 30) for n in range(700)]
+
+WRITERS: list[dict[str, Any]] = [
+    {},
+    {"use_dictionary": False},
+    {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+    {"use_dictionary": False, "column_encoding": {"text": "DELTA_LENGTH_BYTE_ARRAY"}},
+    {"data_page_version": "2.0", "compression": "zstd", "data_page_size": 300},
+    {"compression": "none", "dictionary_pagesize_limit": 500},
+    {"row_group_size": 33, "compression": "gzip", "write_page_checksum": True},
+]
+
+
+def written(column: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    table = pa.table({"n": pa.array(range(len(column)), pa.int32()), "text": column})
+    parquet.write_table(table, file, **options)
+    return file.getvalue()
+
+
+def values(content: bytes) -> list[str | None]:
+    columns, found = parquet_values(io.BytesIO(content), "text", 1000)
+    assert columns == {"n": "int", "text": "str"} and found is not None
+    return list(found)
+
+
+@pytest.mark.parametrize("options", WRITERS, ids=str)
+@pytest.mark.parametrize("type", [pa.string(), pa.large_string(), "a dictionary"], ids=str)
+@pytest.mark.parametrize("at_once", [1, 1 << 24])
+def test_every_encoding(
+    monkeypatch: pytest.MonkeyPatch, type: Any, options: dict[str, Any], at_once: int
+) -> None:
+    monkeypatch.setattr(parquet_file, "_AT_ONCE", at_once)
+    plain = pa.array(TEXTS)
+    column = plain.dictionary_encode() if type == "a dictionary" else plain.cast(type)
+    if type == "a dictionary" and "column_encoding" in options:
+        pytest.skip("pyarrow does not read it")
+    assert values(written(column, **options)) == TEXTS
+
+
+def test_no_rows() -> None:
+    assert values(written(pa.array([], pa.string()))) == []
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [([1, 2], "int"), ([0.5], "double"), ([b"a"], "binary"), ([["a"]], "list<element: string>")],
+)
+def test_a_column_of_another_type(column: list[Any], kind: str) -> None:
+    columns, found = parquet_values(io.BytesIO(written(pa.array(column))), "text", 1000)
+    assert found is None and columns["text"] == kind
+
+
+def test_two_columns_of_a_name() -> None:
+    file = io.BytesIO()
+    parquet.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["text", "text"]), file)
+    with pytest.raises(ValueError, match="2 columns named text"):
+        parquet_values(file, "text", 1000)
+
+
+def test_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert values(written(pa.array(["x" * 1000]))) == ["x" * 1000]
+    with pytest.raises(ValueError, match="a text in row group 0 has over 1,000 characters"):
+        values(written(pa.array(["x" * 1001])))
+    monkeypatch.setattr(parquet_file, "LARGEST", 5000)
+    few, many = [f"{n}" * 300 for n in range(4)], [f"{n}" * 300 for n in range(40)]
+    assert values(written(pa.array(few))) == few
+    with pytest.raises(ValueError, match=r"column text of row group 0 needs .* bytes at once"):
+        values(written(pa.array(many)))
+    assert values(written(pa.array(many), row_group_size=4)) == many
+    # the same text is in a page once
+    assert values(written(pa.array(few * 10))) == few * 10
+
+
+@settings(max_examples=300)
+@given(
+    content=st.sampled_from([written(pa.array(TEXTS[:100]), **options) for options in WRITERS]),
+    changes=st.lists(
+        st.tuples(st.integers(0, 1500), st.booleans(), st.integers(0, 255)), min_size=1, max_size=4
+    ),
+)
+def test_a_damaged_file_is_an_error_at_most(
+    content: bytes, changes: list[tuple[int, bool, int]]
+) -> None:
+    """pyarrow dies of none, and no file has more texts than it says."""
+    damaged = bytearray(content)
+    for at, from_the_end, byte in changes:
+        damaged[(len(damaged) - 1 - at if from_the_end else at) % len(damaged)] = byte
+    rows = 0
+    try:
+        _, found = parquet_values(io.BytesIO(damaged), "text", 1000)
+        for text in found or ():
+            assert text is None or len(text) <= 1000
+            rows += 1
+            if rows == 1000:  # a page may say that it has 2^31
+                break
+    except Exception as error:
+        assert not isinstance(error, (AssertionError, MemoryError, RecursionError))

@@ -1,0 +1,440 @@
+"""Files of text, whoever wrote them: what is in them, against other readers; and hostile ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import npt_fast as npt
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.training import text_files
+from npt_fast.training.data import open_documents
+from npt_fast.training.text_files import LONGEST
+
+ALPHABET = 'ab \n\t"\\{}[],:é語😀\u2028\x7f'
+
+
+def texts(path: Path) -> list[str]:
+    return list(text_files.texts(SourceFile.of(path)))
+
+
+def read(path: Path) -> list[str]:
+    return [row["text"] for row in open_documents(str(path), seed=0)]
+
+
+# ---- what is in them
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place where a piece can end is one that a text of some bytes has."""
+    monkeypatch.setattr(text_files, "_PIECE", 7)
+
+
+def dumped(rows: list[dict[str, Any]], form: str, ascii: bool) -> str:
+    dump = partial(json.dumps, ensure_ascii=ascii)
+    match form:
+        case "lines":
+            return "".join(dump(row) + "\n" for row in rows)
+        case "objects":
+            return " \r\n".join(dump(row, indent=1) for row in rows)
+        case "array":
+            return dump(rows)
+        case "tight array":
+            return dump(rows, separators=(",", ":"))
+    return " \n" + dump(rows, indent=2) + "\n\n"
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("form", ["lines", "objects", "array", "tight array", "indented array"])
+@settings(max_examples=60)
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries(
+            {"text": st.text(ALPHABET, max_size=30)},
+            optional={
+                "a": st.recursive(
+                    st.none() | st.booleans() | st.floats() | st.integers() | st.text(ALPHABET),
+                    lambda inner: st.lists(inner) | st.dictionaries(st.text(ALPHABET), inner),
+                    max_leaves=5,
+                )
+            },
+        ),
+        max_size=5,
+    ),
+    ascii=st.booleans(),
+)
+def test_json_of_every_form(
+    tmp_path_factory: pytest.TempPathFactory, form: str, rows: list[dict[str, Any]], ascii: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "a.json"
+    path.write_text(dumped(rows, form, ascii), encoding="utf-8", newline="")
+    assert texts(path) == [row["text"] for row in rows]
+
+
+@pytest.mark.usefixtures("small_pieces")
+@settings(max_examples=200)
+@given(text=st.text("ab\n\r é😀", max_size=60))
+def test_paragraphs(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "a.txt"
+    path.write_text(text, encoding="utf-8", newline="")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    assert texts(path) == [part for part in lines.split("\n\n") if part]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".txt", ".md", ".parquet"])
+def test_the_documents_are_those_of_the_loaders_of_datasets(tmp_path: Path, kind: str) -> None:
+    rng = random.Random(0)
+    rows = [
+        {"n": n, "text": "".join(rng.choices("abé語 \n", k=rng.randint(1, 400))), "m": [0.5] * 9}
+        for n in range(3000)
+    ]
+    path = tmp_path / f"a{kind}"
+    match kind:
+        case ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            truth = datasets.IterableDataset.from_json(str(path))
+        case ".json":
+            path.write_text(json.dumps(rows, ensure_ascii=False))
+            truth = datasets.IterableDataset.from_json(str(path))
+        case ".parquet":
+            datasets.Dataset.from_list(rows).to_parquet(path, batch_size=700)
+            truth = datasets.IterableDataset.from_parquet(str(path))
+        case _:
+            path.write_text("\n\n".join(row["text"] for row in rows))
+            truth = datasets.IterableDataset.from_text(str(path), sample_by="paragraph")
+    expected = [row["text"] for row in truth]
+    assert len(expected) >= 3000
+    assert read(path) == expected
+
+
+def test_a_byte_order_mark_before_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n', encoding="utf-8-sig")
+    assert texts(path) == ["a"]
+
+
+def test_strings_in_an_array_are_texts(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('["a", "b"]')
+    assert texts(path) == ["a", "b"]
+
+
+# ---- what is refused
+
+BAD_JSON = {
+    '{"text": "a"}\n{"text": "b"\n{"text": "c"}\n': "row 1: not valid JSON",
+    '{"text": "a"}\n"b"\n': "row 1: is no JSON object",
+    '{"text": "a"}\n[1]\n': "row 1: is no JSON object",
+    "5": "row 0: is no JSON object",
+    "]": "row 0: is no JSON object",
+    '[{"text": "a"},]': "row 1: is no JSON object",
+    '[{"text": "a"} {"text": "b"}]': "row 1: a comma is missing before it, or the array ends",
+    '[{"text": "a"}': "row 1: a comma is missing before it, or the array ends",
+    '[{"text": "a"}]\n{"text": "b"}': "row 1: the array has ended before it",
+    '{"text": "a}': "row 0: not valid JSON",
+    '{"text": "a\\': "row 0: not valid JSON",
+    '{"text": "a\nb"}': "row 0: not valid JSON",
+    '{"text": "a", "text": "b"}': "row 0: a key occurs twice",
+    '{"text": "\\ud800"}': "row 0: its text holds half a character",
+    '{"text": "a", "n": 1' + "0" * 5000 + "}": "row 0: Exceeds the limit",
+    '{"n": 1}': r"row 0 needs .* text, has n \(int\)",
+    "{}": "row 0 needs .* text, has nothing",
+    '{"text": "a"}\n{"text": null}': r"row 1 needs .* text, has text \(NoneType\)",
+    '{"text": "a"}\n{"text": ["b"]}': r"row 1 needs .* text, has text \(list\)",
+    '{"text": "a"}\n{"n": 2}': r"row 1 needs .* text, has n \(int\)",
+}
+
+
+@pytest.mark.parametrize("content", BAD_JSON, ids=lambda content: content[:30])
+def test_what_is_no_rows_of_json(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(npt.DataError, match=rf"a\.jsonl: .*{BAD_JSON[content]}") as raised:
+        read(path)
+    assert len(str(raised.value)) < 300 + len(str(path))
+
+
+def test_a_compressed_file_is_called_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\x1f\x8b\x08" + bytes(range(256)))
+    with pytest.raises(npt.DataError, match=r"it is compressed with gzip; decompress it"):
+        read(path)
+
+
+@pytest.mark.parametrize("change", ["truncated", "replaced", "removed"])
+@pytest.mark.parametrize("kind", [".jsonl", ".txt", ".parquet"])
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, kind: str, change: str) -> None:
+    path = tmp_path / f"a{kind}"
+    rows = [f"{n} " + "x" * 2000 for n in range(3000)]
+    match kind:
+        case ".jsonl":
+            path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        case ".txt":
+            path.write_text("\n\n".join(rows))
+        case _:
+            datasets.Dataset.from_dict({"text": rows}).to_parquet(path)
+    documents = iter(open_documents(str(path), seed=0))
+    assert next(documents)["text"] == rows[0]
+    if change == "truncated":
+        os.truncate(path, 3_000_000)
+    elif change == "replaced":
+        (tmp_path / "b").write_bytes(path.read_bytes())
+        (tmp_path / "b").replace(path)
+    else:
+        path.unlink()
+    with pytest.raises(npt.DataError, match=rf"a{kind}: (changed while|cannot be)"):
+        list(documents)
+
+
+# ---- hostile files: in a process of its own, whose memory and time are measured
+
+PROGRAM = """
+import os, resource, sys, time
+from npt_fast.errors import DataError
+from npt_fast.training.data import open_documents
+
+for path in sys.stdin:
+    if os.fork():
+        os.wait()
+        continue
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    try:
+        count = sum(1 for _ in zip(range(2000), open_documents(path[:-1], seed=0)))
+        said = f"{count} rows"
+    except DataError as error:
+        said = str(error)
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    print(memory, time.monotonic() - begun, said, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[subprocess.Popen[str]]:
+    """Reads each file that it is told to in a process of its own, the libraries loaded already."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdin=pipe, stdout=pipe, text=True
+    ) as process:
+        yield process
+
+
+def attack(reader: subprocess.Popen[str], path: Path) -> str:
+    """What is said of a file; within 5 s and 256 MB."""
+    assert reader.stdin and reader.stdout
+    reader.stdin.write(f"{path}\n")
+    reader.stdin.flush()
+    memory, seconds, said = reader.stdout.readline().split(" ", 2)
+    assert int(memory) < 256 and float(seconds) < 5
+    return said
+
+
+def parquet(path: Path, texts: Any, **options: Any) -> None:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from pyarrow import parquet as pq
+
+    pq.write_table(pa.table({"text": texts}), path, compression="zstd", **options)
+
+
+def lying_parquet(path: Path) -> None:
+    """Its footer says that a page of 100 MB is one of 0 bytes."""
+    parquet(path, ["x" * 100_000_000], use_dictionary=False)
+    content = path.read_bytes()
+    from pyarrow import parquet as pq
+
+    size = pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size
+    number, groups = 2 * size, []
+    while number:
+        groups.append(number & 127 | 128)
+        number >>= 7
+    true = bytes([*groups[:-1], groups[-1] & 127])
+    false = b"\x80" * (len(true) - 1) + b"\0"
+    path.write_bytes(content.replace(true, false))
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size == 0
+
+
+def sparse(path: Path) -> None:
+    """1 GiB of zero bytes that takes no room."""
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+
+
+ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "deep lines": (
+        "a.jsonl",
+        lambda path: path.write_text('{"text": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+        "row 0: nested more than 100 deep",
+    ),
+    "deep objects without an end": (
+        "a.jsonl",
+        lambda path: path.write_text('{"text": ' * 3_000_000),
+        "row 0: nested more than 100 deep",
+    ),
+    "a deep array": (
+        "a.json",
+        lambda path: path.write_text("[" * 3_000_000),
+        "row 0: is no JSON object",
+    ),
+    "empty lists": (
+        "a.json",
+        lambda path: path.write_text('[{"text": "a", "n": [' + "[]," * 5_000_000 + "1]}]"),
+        "row 0: an object of more than 1,000,000 values",
+    ),
+    "short strings": (
+        "a.jsonl",
+        lambda path: path.write_text('{"text": "a", "n": [' + '"āb",' * 2_600_000 + "1]}"),
+        "row 0: an object of more than 1,000,000 values",
+    ),
+    "quotes": ("a.jsonl", lambda path: path.write_text('"' * 16_000_000), "row 0: is no JSON"),
+    "backslashes": (
+        "a.jsonl",
+        lambda path: path.write_text('{"text": "' + "\\" * 40_000_000),
+        "row 0: an object of over 16,777,216 characters",
+    ),
+    "a line of wide characters": (
+        "a.jsonl",
+        lambda path: path.write_text('{"text": "' + "😀" * 17_000_000),
+        "row 0: an object of over 16,777,216 characters",
+    ),
+    "a long text": (
+        "a.jsonl",
+        lambda path: path.write_text('{"text": "😀' + "x" * (LONGEST + 1) + '"}'),
+        "row 0: a text of more than 8,388,608 characters",
+    ),
+    "many keys": (
+        "a.jsonl",
+        lambda path: path.write_text(
+            "{" + ",".join(f'"{n}":1' for n in range(400_000)) + "}", newline=""
+        ),
+        "row 0 needs a string in a column named text, has 0 (int), 1 (int)",
+    ),
+    "a paragraph without an end": (
+        "a.txt",
+        sparse,
+        "a paragraph of more than 8,388,608 characters",
+    ),
+    "a paragraph of wide characters": (
+        "a.md",
+        lambda path: path.write_text("😀" * 9_000_000),
+        "a paragraph of more than 8,388,608 characters",
+    ),
+    "white space": ("a.jsonl", lambda path: path.write_text(" " * 50_000_000), "0 rows"),
+    "zero bytes": ("a.jsonl", sparse, "row 0: is no JSON object"),
+    "zero bytes for parquet": ("a.parquet", sparse, "a.parquet: cannot be read"),
+    "one text of many rows": (
+        "a.parquet",
+        lambda path: parquet(path, ["x" * 300_000] * 1500),
+        "1500 rows",
+    ),
+    "one text of many rows, a dictionary": (
+        "a.parquet",
+        lambda path: parquet(path, dictionary("x" * 300_000, 4000)),
+        "2000 rows",
+    ),
+    "texts that begin alike": (
+        "a.parquet",
+        lambda path: parquet(
+            path,
+            ["x" * 300_000] * 900,
+            use_dictionary=False,
+            column_encoding={"text": "DELTA_BYTE_ARRAY"},
+        ),
+        "900 rows",
+    ),
+    "a page of 100 MB": (
+        "a.parquet",
+        lambda path: parquet(path, ["x" * 100_000_000], use_dictionary=False),
+        "row group 0 needs 100,000,010 bytes at once, over 67,108,864 are refused",
+    ),
+    "a page of 100 MB that is said to be small": (
+        "a.parquet",
+        lying_parquet,
+        "row group 0 needs 100,000,010 bytes at once, over 67,108,864 are refused",
+    ),
+    "a long text in a page": (
+        "a.parquet",
+        lambda path: parquet(path, ["😀" + "x" * 60_000_000]),
+        "a text in row group 0 has over 8,388,608 characters",
+    ),
+    "a pipe": ("a.txt", os.mkfifo, "a.txt: not a regular file"),
+    "a pipe of parquet": ("a.parquet", os.mkfifo, "a.parquet: not a regular file"),
+    "a device": ("a.jsonl", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "a link to nothing": (
+        "a.jsonl",
+        lambda path: path.symlink_to("nothing"),
+        "a.jsonl: cannot be opened: No such file",
+    ),
+    "a link to itself": (
+        "a.jsonl",
+        lambda path: path.symlink_to(path),
+        "a.jsonl: Too many levels of symbolic links",
+    ),
+}
+
+
+def dictionary(text: str, rows: int) -> Any:
+    import pyarrow as pa
+
+    return pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([text]))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_hostile_file(reader: subprocess.Popen[str], tmp_path: Path, name: str) -> None:
+    file, make, message = ATTACKS[name]
+    make(tmp_path / file)
+    assert message in attack(reader, tmp_path / file)
+
+
+@pytest.fixture
+def bound_socket(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "a.txt"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        yield path
+
+
+def test_a_socket(bound_socket: Path) -> None:
+    for source in (bound_socket, bound_socket.parent):
+        with pytest.raises(npt.DataError, match=r"a\.txt: (cannot be opened|not a regular file)"):
+            read(source)
+
+
+@pytest.mark.parametrize("name", ["a pipe", "a device", "a link to nothing", "a link to itself"])
+def test_what_is_no_file_in_a_folder_is_not_left_out(tmp_path: Path, name: str) -> None:
+    file, make, message = ATTACKS[name]
+    (tmp_path / "0.txt").write_text("text")
+    make(tmp_path / file)
+    for source in (tmp_path, tmp_path / "*"):
+        with pytest.raises(npt.DataError) as raised:
+            read(source)
+        assert message in str(raised.value)
+
+
+def test_devices_that_are_named() -> None:
+    for device in ("/dev/zero", "/dev/null", "/dev/stdin"):
+        with pytest.raises(npt.DataError, match=rf"{device}: not a regular file"):
+            read(Path(device))
+
+
+def test_links_to_folders_in_circles(tmp_path: Path) -> None:
+    """Two of them would be followed 2^40 ways."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.txt").write_text("text")
+    for name in ("c", "d"):
+        (tmp_path / "a" / name).symlink_to("..")
+    for source in (tmp_path, tmp_path / "**" / "*.txt", tmp_path / "*" / "*.txt"):
+        assert read(source) == ["text"]
