@@ -52,7 +52,7 @@ sys.addaudithook(_audit)
 
 
 @contextmanager
-def watched(seconds: float = MAX_SECONDS, memory: int = MAX_MEMORY) -> Iterator[None]:
+def watched() -> Iterator[None]:
     """Fails where what runs in it executes code, or takes too long or too much memory.
 
     Raises:
@@ -62,21 +62,21 @@ def watched(seconds: float = MAX_SECONDS, memory: int = MAX_MEMORY) -> Iterator[
     _seen.clear()
     begun, resident = time.process_time(), _highest()
     before = signal.signal(signal.SIGPROF, _stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
     _watching = True
     try:
         yield
     except _TooLongError as error:
-        raise AssertionError(f"takes more than {seconds} s") from error
+        raise AssertionError(f"takes more than {MAX_SECONDS} s") from error
     finally:
         _watching = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
         assert not _seen, f"runs code: {_seen[0]}"
         taken = time.process_time() - begun
-        assert taken < seconds, f"takes {taken:.1f} s"
+        assert taken < MAX_SECONDS, f"takes {taken:.1f} s"
         grown = _highest(reset=False) - resident
-        assert grown < memory, f"takes {grown >> 20} MB of memory"
+        assert grown < MAX_MEMORY, f"takes {grown >> 20} MB of memory"
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
