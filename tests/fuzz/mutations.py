@@ -113,7 +113,7 @@ _ODD_JSON = [
     "[" + "0," * 100_000 + "0]", "[" + "[]," * 100_000 + "[]]", ",", ":", "[", "]", "{", "}", "//",
     "'", '"', *(json.dumps(text) for text in _ODD_TEXTS),
 ]  # fmt: skip
-json_tokens = tokens(r'"(?:[^"\\]|\\.)*"|[-+.\w]+|\s+|.', _ODD_JSON)
+json_tokens = tokens(r'"(?:[^"\\]|\\.){0,200}+"|[-+.\w]+|\s+|.', _ODD_JSON)
 
 
 def _odd_value(random: Random) -> Any:
