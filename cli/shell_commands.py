@@ -12,6 +12,7 @@ from npt_fast.cli import shell_views as views
 from npt_fast.cli.shell_line import Arguments, parse
 from npt_fast.errors import TransferError, suggestion
 from npt_fast.paths import user_path
+from npt_fast.schema import shown
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -350,7 +351,9 @@ def _layers(c: Context, a: Arguments) -> Reply:
         try:
             session.activate([int(part) for part in text.split(",")])
         except ValueError:
-            raise TransferError(f"layers are numbers like 11,13, or all, not {text!r}") from None
+            raise TransferError(
+                f"layers are numbers like 11,13, or all, not {shown(text)}"
+            ) from None
     on = list(session.state.layers)
     off = [layer for layer in session.available if layer not in on]
     line = f"Active layers: {on}" + (f" (off: {off})" if off else "")
@@ -402,7 +405,7 @@ def _set(c: Context, a: Arguments) -> Reply:
     for pair in a.values["KEY=VALUE"]:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise TransferError(f"it goes like: set seed=3, not {pair!r}")
+            raise TransferError(f"it goes like: set seed=3, not {shown(pair)}")
         values.update(_setting(c, {"temp": "temperature"}.get(key, key), value))
     if values:
         c.session.set(**values)
@@ -494,7 +497,7 @@ def find(name: str) -> Command:
     """
     if name.lower() not in COMMANDS:
         hint = suggestion(name.lower(), COMMANDS) or "; help lists them"
-        raise TransferError(f"Unknown command: {name}{hint}")
+        raise TransferError(f"Unknown command: {name:.40}{hint}")
     return COMMANDS[name.lower()]
 
 
@@ -526,14 +529,14 @@ def _value(name: str, text: str, what: str) -> Iterator[None]:
     try:
         yield
     except ValueError:
-        raise TransferError(f"{name} must be {what}, not {text!r}") from None
+        raise TransferError(f"{name} must be {what}, not {shown(text)}") from None
 
 
 def _setting(c: Context, key: str, value: str) -> dict[str, Any]:
     kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(c.session.state.settings)}
     if key not in kinds:
         hint = suggestion(key, kinds) or f"; there are {', '.join(kinds)}"
-        raise TransferError(f"no setting is called {key!r}{hint}")
+        raise TransferError(f"no setting is called {shown(key)}{hint}")
     what = "a whole number" if kinds[key] is int else "a number"
     with _value(key, value, what):
         return {key: kinds[key](value)}
@@ -590,7 +593,7 @@ def _injected(c: Context, a: Arguments, base: Base, factor: str, *, unused: str)
     mode = modes[f"exact-{base}" if "exact" in a.options else base]
     when = a.options.get("when", "prefill")
     if when not in times:
-        raise TransferError(f"-when must be one of {', '.join(times)}, not {when!r}")
+        raise TransferError(f"-when must be one of {', '.join(times)}, not {shown(when)}")
     strength = _number(f"-{factor}", a.options.get(factor, "1"))
     found = c.session.inject(
         a["NAME"], a["TEXT"], position=a.options.get("pos", "-1"), mode=mode, strength=strength,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from npt_fast.errors import TransferError, suggestion
+from npt_fast.schema import shown
 
 _WORD = re.compile(r'"((?:[^"\\]|\\.)*)"|[^\s"]+')
 _OPTION = re.compile(r"--?[A-Za-z]")
@@ -116,7 +117,7 @@ def parse(
         found.values[name] = [word.text for _, word in plain[:count]]
         plain = plain[count:]
     if plain:
-        raise TransferError(f"{plain[0][1].text!r} is one too many: {usage}")
+        raise TransferError(f"{shown(plain[0][1].text)} is one too many: {usage}")
     return found
 
 
@@ -136,4 +137,4 @@ def _unknown(option: str, known: Sequence[str], text: bool) -> TransferError:
     if not hint:
         hint = f"; there are {', '.join(known)}" if known else "; there are none here"
     quote = " (text with a word like that goes in quotes)" if text else ""
-    return TransferError(f"unknown option {option}{hint}{quote}")
+    return TransferError(f"unknown option {option:.40}{hint}{quote}")

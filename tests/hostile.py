@@ -426,6 +426,12 @@ pt("nested-tuple-as-numpy-state", pickle=beside(
     call(_DTYPE, text("f8"), FALSE, TRUE)
     + tuple_of(integer(3), text("<"), *[_NESTED] * 6) + b"b"
 ))  # fmt: skip
+# the keys that lead to a value are in its message
+_UNDER_KEYS = EMPTY_DICT + MARK + (text("x\x01" * 500) + EMPTY_DICT + MARK) * 60
+pt("long-keys-to-a-symbol", pickle=PROTO + _UNDER_KEYS + text("a") + symbol("x" * 200, "y" * 200))
+pt("long-keys-to-a-value", pickle=(
+    PROTO + _UNDER_KEYS + text("a") + symbol("torch", "float32") + b"u" * 61 + STOP
+))  # fmt: skip
 pt("nested-marks", pickle=PROTO + MARK * 4_000_000 + STOP)
 pt("nested-lists", pickle=PROTO + EMPTY_LIST * 1_000_000 + b"a" * 999_999 + STOP)
 pt("many-lists", pickle=PROTO + EMPTY_LIST * 3_000_000 + STOP)

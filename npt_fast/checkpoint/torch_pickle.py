@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
 
 from npt_fast.checkpoint.dtypes import BY_STORAGE, BY_TORCH_NAME, DType
-from npt_fast.errors import CheckpointError
+from npt_fast.errors import CheckpointError, printable
 
 MAX_PICKLE_BYTES = 1 << 30
 """Of reader and writer: 13 million tensors, at the 80 bytes that torch.save takes for one."""
@@ -38,6 +38,7 @@ _SMALL_MEMORY = 64 << 20
 _MEMORY_PER_BYTE = 24  # AdamW's state as torch.save writes it is charged 9
 _MAX_RANK = 64
 _MAX_KEY = 1 << 63  # integers beyond it can be chosen so that all have the same hash
+_MAX_PATH = 160  # characters of keys in a message
 _NUMPY_SCALARS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "b1": "?"}
 
 
@@ -167,8 +168,7 @@ class _Machine:
                 candidate = item
             elif not isinstance(item, (dict, list, _Global)):
                 candidate = None
-        path = ".".join(f"{key:.80}" for key in keys)
-        return self.fail(f"{path}: {problem}" if path else problem)
+        return self.fail(_at(keys, problem))
 
     def run(self) -> Any:
         """Execute up to STOP and return the one value left."""
@@ -314,7 +314,8 @@ class _Machine:
         symbol = _KNOWN.get(f"{module}.{name}")
         if symbol is None:
             raise self.refuse(
-                f"refers to {module}.{name:.80}, but only plain data and tensors are read; refused"
+                f"refers to {module:.40}.{name:.40}, but only plain data and tensors are read; "
+                "refused"
             )
         self.stack.append(symbol)
 
@@ -486,8 +487,8 @@ def _check_content(value: Any, machine: _Machine) -> None:
         keys = []
         for outer, inner in pairwise([*(level.container for level in levels), *found]):
             items = outer.items() if isinstance(outer, dict) else ()
-            keys += [f"{key!s:.80}" for key, item in items if item is inner][:1]
-        return machine.fail(f"{'.'.join(keys[:5])}: {problem}" if keys else problem)
+            keys += [key for key, item in items if item is inner][:1]
+        return machine.fail(_at(keys, problem))
 
     measured: dict[int, tuple[int, int]] = {}  # of a container that was looked through
     unfinished: set[int] = set()
@@ -527,6 +528,12 @@ def _check_content(value: Any, machine: _Machine) -> None:
                 f"stands for more than {machine.max_memory:,} bytes, with what is shared counted "
                 "wherever it stands; refused"
             )
+
+
+def _at(keys: Sequence[str | int], problem: str) -> str:
+    """A problem with the first keys that lead to it, which are anybody's."""
+    path = printable(".".join(f"{key!s:.80}" for key in keys[:5]))[:_MAX_PATH]
+    return f"{path}: {problem}" if path else problem
 
 
 def _has_hooks(hooks: Any) -> bool:

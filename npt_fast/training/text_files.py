@@ -47,7 +47,7 @@ def texts(file: SourceFile) -> Iterator[str]:
 
 def _paragraphs(file: SourceFile) -> Iterator[str]:
     """What blank lines keep apart."""
-    with _opened(file, "utf-8") as read:
+    with _opened(file) as read:
         begun = ""
         while piece := read(_PIECE):
             *whole, begun = (begun + piece).split("\n\n")
@@ -62,7 +62,7 @@ def _paragraphs(file: SourceFile) -> Iterator[str]:
 
 def _json_texts(file: SourceFile) -> Iterator[str]:
     """The column ``text`` of JSON objects."""
-    with _opened(file, "utf-8-sig") as read:
+    with _opened(file) as read:
         for number, row in enumerate(_Json(read).rows()):
             text = row.get("text")
             if not isinstance(text, str):
@@ -110,9 +110,9 @@ def _no_text(file: SourceFile, number: int, columns: Mapping[str, str]) -> DataE
 
 
 @contextmanager
-def _opened(file: SourceFile, encoding: str) -> Iterator[_Read]:
+def _opened(file: SourceFile) -> Iterator[_Read]:
     """How to read the next so many characters; fewer come at the end of the file."""
-    with file.open() as fd, open(fd, encoding=encoding, closefd=False) as text:
+    with file.open() as fd, open(fd, encoding="utf-8", closefd=False) as text:
 
         def read(count: int) -> str:
             file.check(fd)
@@ -138,7 +138,7 @@ class _Json:
     def __init__(self, read: _Read) -> None:
         self._read = read
         self._decode = json.JSONDecoder(object_pairs_hook=_unique).raw_decode
-        self._text = ""
+        self._text = read(1).removeprefix("\ufeff")  # the codec utf-8-sig takes a part of a mark
         self._at = 0
         self._number = 0
 

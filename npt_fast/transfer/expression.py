@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable
 
 from npt_fast.errors import TransferError
+from npt_fast.schema import shown
 from npt_fast.transfer.modulation import Modulation, mean
 
 Value = Modulation | float
@@ -33,10 +34,12 @@ def evaluate(text: str, find: Callable[[str], Modulation]) -> Modulation:
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise TransferError(f"{text.strip()!r} cannot be read; it goes like 0.7*a - b") from None
+        raise TransferError(
+            f"{shown(text.strip())} cannot be read; it goes like 0.7*a - b"
+        ) from None
     found = _value(tree.body, find)
     if not isinstance(found, Modulation):
-        raise TransferError(f"{text.strip()!r} is a number, not a modulation")
+        raise TransferError(f"{shown(text.strip())} is a number, not a modulation")
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from npt_fast.errors import TransferError
-from npt_fast.schema import LARGEST
+from npt_fast.schema import LARGEST, shown
 
 Strategy = Literal["greedy", "top_k", "top_p", "sample"]
 
@@ -49,7 +49,7 @@ class Sampling:
             )
         if self.strategy not in ("greedy", "top_k", "top_p", "sample"):
             raise TransferError(
-                f"strategy must be greedy, top_k, top_p or sample, got {self.strategy!r}"
+                f"strategy must be greedy, top_k, top_p or sample, got {shown(self.strategy)}"
             )
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:

@@ -15,7 +15,7 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.source_file import read_file
 from npt_fast.errors import CheckpointError, TransferError
 from npt_fast.paths import user_path
-from npt_fast.schema import COUNT, MAPPING, TEXT, WHOLE, Kind, checked, list_of, mapping_of
+from npt_fast.schema import COUNT, MAPPING, TEXT, WHOLE, Kind, checked, list_of, mapping_of, shown
 
 FORMAT = "npt_session"
 VERSION = 1
@@ -177,7 +177,7 @@ def difference(recorded: Any, now: Any, where: str = "result") -> str | None:
         same = abs(recorded - now) <= TOLERANCE * max(1.0, abs(recorded), abs(now))
     else:
         same = type(recorded) is type(now) and recorded == now
-    return None if same else f"{where}: {recorded!r} recorded, {now!r} now"
+    return None if same else f"{where}: {shown(recorded)} recorded, {shown(now)} now"
 
 
 def _number(value: Any) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npt_fast.errors import TransferError
+from npt_fast.schema import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def resolve(position: Position, tokens: Sequence[str]) -> list[int]:
         found = [parsed] if isinstance(parsed, int) else list(parsed)
     for index in found:
         if isinstance(index, bool) or not isinstance(index, int):
-            raise TransferError(f"positions are whole numbers, not {index!r}")
+            raise TransferError(f"positions are whole numbers, not {shown(index)}")
         if not -count <= index < count:
             raise TransferError(
                 f"position {index} is outside the text, which has {count} tokens: "
@@ -75,6 +76,9 @@ def resolve(position: Position, tokens: Sequence[str]) -> list[int]:
     if not found:
         raise TransferError(f"no token of {count} is at {position}")
     return sorted({index % count for index in found})
+
+
+_NUMBER = r"-?[0-9]{1,18}"  # Python converts no more than some thousand digits
 
 
 def parse(text: str) -> int | slice | list[int] | Match:
@@ -88,15 +92,15 @@ def parse(text: str) -> int | slice | list[int] | Match:
         return names[text]
     if match := re.fullmatch(r"(at|after):(.+)", text, re.DOTALL):
         return Match(match[2], match[1] == "after")
-    if re.fullmatch(r"-?\d+", text):
+    if re.fullmatch(_NUMBER, text):
         return int(text)
-    if match := re.fullmatch(r"(-?\d*):(-?\d*)", text):
+    if match := re.fullmatch(rf"({_NUMBER})?:({_NUMBER})?", text):
         start, stop = (int(part) if part else None for part in match.groups())
         return slice(start, stop)
-    if re.fullmatch(r"-?\d+(,-?\d+)+", text):
+    if re.fullmatch(rf"{_NUMBER}(,{_NUMBER})+", text):
         return [int(part) for part in text.split(",")]
     raise TransferError(
-        f"{text!r} is no position: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD"
+        f"{shown(text)} is no position: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD"
     )
 
 
@@ -104,7 +108,7 @@ def _matched(match: Match, tokens: Sequence[str]) -> list[int]:
     whole = "".join(tokens)
     start = whole.find(match.text)
     if start < 0 or not match.text:
-        raise TransferError(f"{match.text!r} does not occur in {whole!r}")
+        raise TransferError(f"{shown(match.text)} does not occur in {shown(whole)}")
     end = start + len(match.text)
     found, place = [], 0
     for index, token in enumerate(tokens):
@@ -114,5 +118,5 @@ def _matched(match: Match, tokens: Sequence[str]) -> list[int]:
     if not match.after:
         return found
     if found[-1] + 1 == len(tokens):
-        raise TransferError(f"nothing follows {match.text!r} in {whole!r}")
+        raise TransferError(f"nothing follows {shown(match.text)} in {shown(whole)}")
     return [found[-1] + 1]

@@ -40,6 +40,7 @@ from npt_fast.schema import (
     is_text,
     list_of,
     one_of,
+    shown,
 )
 from npt_fast.transfer import bake as baking
 from npt_fast.transfer.compare import Comparison, Sweep, compare, sweep
@@ -182,7 +183,7 @@ class Session:
         if name not in shelf:
             there = f"; there are {', '.join(sorted(shelf))}" if shelf else "; extract one first"
             raise TransferError(
-                f"no modulation is called {name!r}{suggestion(name, shelf) or there}"
+                f"no modulation is called {shown(name)}{suggestion(name, shelf) or there}"
             )
         return shelf[name]
 

@@ -25,10 +25,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from npt_fast.checkpoint.np_module import Architecture, collect_modules
-from npt_fast.checkpoint.tensor_entry import TensorEntry
-from npt_fast.checkpoint.tensor_source import TensorSource, open_tensors
+from npt_fast.checkpoint.tensor_source import open_tensors
 from npt_fast.errors import CheckpointError
 from tests import hostile
+from tests.second_readers import as_bytes, content, same
 
 ROOT = Path(__file__).parents[2]
 CASES = {f"pt/{name}": build for name, build in hostile.PT_CASES} | {
@@ -166,9 +166,9 @@ def test_without_anything_wrong_they_are_accepted(
         assert source.tensors[tensor].shape == shape
         assert content(source.tensors[tensor]) == data
     if source.format == "pt":
-        same(source, torch.load(path, weights_only=True))
+        same(source.tensors, torch.load(path, weights_only=True))
     elif path.suffix == ".safetensors":
-        same(source, load_file(path))
+        same(source.tensors, load_file(path))
 
 
 @pytest.mark.parametrize(
@@ -253,33 +253,6 @@ def test_safetensors_accepts_what_is_refused_here(name: str, tmp_path: Path) -> 
 # --- every byte of a valid file, changed
 
 
-def content(entry: TensorEntry) -> bytes:
-    """The tensor's elements, densely, from the raw bytes of the file."""
-    if entry.strides is None:
-        return entry.file.read(entry.offset, entry.nbytes)
-    assert entry.record is not None
-    record = entry.file.read(entry.record.offset, entry.record.nbytes)
-    flat = torch.frombuffer(bytearray(record), dtype=getattr(torch, entry.dtype.torch_name))
-    first = (entry.offset - entry.record.offset) // entry.dtype.itemsize
-    return as_bytes(flat.as_strided(entry.shape, entry.strides, first))
-
-
-def as_bytes(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def same(source: TensorSource, expected: Mapping[str, torch.Tensor]) -> None:
-    """`source` has exactly the names, types, shapes and bytes of `expected`."""
-    assert set(source.tensors) == set(expected)
-    for name, entry in source.tensors.items():
-        tensor = expected[name]
-        assert f"torch.{entry.dtype.torch_name}" == str(tensor.dtype)
-        assert entry.shape == tuple(tensor.shape)
-        found = content(entry)
-        assert found == as_bytes(tensor)
-
-
 def flips(path: Path, untouched: set[int]) -> Iterator[tuple[int, int]]:
     """Position and mask of every change, which is in the file until the next."""
     whole = path.read_bytes()
@@ -307,9 +280,12 @@ def flip_everything(path: Path, untouched: set[int]) -> tuple[int, int]:
         accepted += 1
         try:
             if path.suffix == ".safetensors":
-                same(source, load_file(path))
+                same(source.tensors, load_file(path))
             else:
-                same(source, torch.load(path, weights_only=True, mmap=False, map_location="cpu"))
+                same(
+                    source.tensors,
+                    torch.load(path, weights_only=True, mmap=False, map_location="cpu"),
+                )
         except Exception as error:
             problems.append(f"byte {position} ^ {mask:#04x}: {type(error).__name__} {error!s:.100}")
     assert not problems
@@ -412,7 +388,7 @@ def test_whatever_torch_saves(
     torch.save(expected, path)
     source = open_tensors(path)
     assert list(source.tensors) == list(expected)
-    same(source, expected)
+    same(source.tensors, expected)
     for entry in source.tensors.values():
         offset, nbytes, crc = entry.offset, entry.nbytes, entry.crc32
         if entry.record is not None:
@@ -426,7 +402,7 @@ def test_empty_views(tmp_path: Path) -> None:
     expected = {"a": torch.zeros(1, 0)[1:], "b": torch.zeros(3)[3:], "c": torch.zeros(2, 3)[:, 3:]}
     torch.save(expected, path)
     assert list(torch.load(path, weights_only=True)) == list(expected)
-    same(open_tensors(path), expected)
+    same(open_tensors(path).tensors, expected)
 
 
 @FIXED
@@ -441,6 +417,6 @@ def test_whatever_safetensors_saves(
     path = tmp_path_factory.getbasetemp() / "drawn.safetensors"
     save_file(expected, path, metadata)
     source = open_tensors(path)
-    same(source, expected)
+    same(source.tensors, expected)
     assert dict(source.metadata) == (metadata or {})
     assert all(entry.crc32 == 0 for entry in source.tensors.values())

@@ -252,6 +252,7 @@ def test_every_command_answers(shell: Shell) -> None:
     assert (code, len(found)) == (0, len(lines))
 
 
+_LONG = "x" * 5000
 BAD = [
     ("injekt a text", "Unknown command: injekt; did you mean 'inject'?"),
     ("extract", "NAME is missing: extract NAME TEXT [-pos X]"),
@@ -293,6 +294,20 @@ BAD = [
     ("save nowhere/deep/one a", "cannot be written"),
     ('track ""', "the text is empty"),
     ("clear all", "'all' is one too many"),
+    # a script is a file: what is in it does not fill the screen
+    (_LONG, "Unknown command: xxx"),
+    (f"extract a text {_LONG} -pos {_LONG}", "is no position"),
+    (f"extract a text -pos at:{_LONG}", "does not occur in 'text'"),
+    (f"inject a text -{_LONG}", "unknown option -xxx"),
+    (f"inject {_LONG} text", "no modulation is called 'xxx"),
+    (f"inject a text -pos {'9' * 5000}", "is no position"),
+    (f"inject a text -when {_LONG}", "-when must be one of"),
+    (f"inject a text -strategy {_LONG}", "strategy must be greedy"),
+    (f"scale a {_LONG} new", "FACTOR must be a number"),
+    (f"layers {_LONG}", "layers are numbers"),
+    (f"set {_LONG}=1", "no setting is called"),
+    (f"set {_LONG}", "it goes like: set seed=3"),
+    (f"clear {_LONG}", "is one too many"),
 ]
 
 
@@ -313,6 +328,7 @@ def test_bad_input_is_one_line_and_the_shell_lives_on(shell: Shell, tmp_path: Pa
     for (line, problem), entry in zip(BAD, found[5:-1], strict=True):
         assert not entry["ok"], line
         assert problem in entry["error"] and "\n" not in entry["error"], entry
+        assert len(entry["error"]) < 500, line
         assert "unexpected" not in entry["error"]
     assert [m["name"] for m in found[-1]["result"]["modulations"]] == ["a", "sum", "narrow"]
 

@@ -127,6 +127,14 @@ def test_a_byte_order_mark_before_json(tmp_path: Path) -> None:
     assert texts(path) == ["a"]
 
 
+@pytest.mark.parametrize("data", [b"\xef", b"\xef\xbb", b"\xef\xbb\xef\xbb\xbf"])
+def test_a_part_of_a_byte_order_mark_is_no_text(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(data)
+    with pytest.raises(npt.DataError):
+        read(path)
+
+
 def test_strings_in_an_array_are_texts(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('["a", "b"]')

@@ -81,6 +81,10 @@ OUTSIDE = "outside the text, which has 8 tokens: 0 'The', 1 ' capital'"
         ("", "'' is no position"),
         ("1:2:3", "'1:2:3' is no position"),
         ("1.0", "'1.0' is no position"),
+        ("-:", "'-:' is no position"),
+        ("1:-", "'1:-' is no position"),
+        ("9" * 5000, "9 is no position"),
+        (f"0,{'9' * 5000}", "9 is no position"),
     ],
     ids=str,
 )
