@@ -4,7 +4,7 @@ BIN = .venv/bin
 # one whose torch sees the GPU: constraints.txt is a stack for CPUs
 GPU_PYTHON ?= python3
 
-.PHONY: install install-oldest demo test test-oldest lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-inject kernels gpu clean
+.PHONY: install install-oldest demo test test-oldest lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-inject fuzz kernels gpu clean
 
 install: .venv/.installed
 
@@ -37,6 +37,11 @@ test: install
 test-oldest: install-oldest
 	.venv-oldest/bin/npt-fast kernels > /dev/null
 	.venv-oldest/bin/python -m pytest --ignore tests/kernels --ignore tests/benchmarks --ignore tests/test_packaging.py
+
+# new inputs for every reader of files, on all cores; those that fail are kept in build/fuzz
+MINUTES ?= 30
+fuzz: install
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 lint: install
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from npt_fast.errors import ModelError
@@ -154,6 +154,9 @@ def _look_at(place: str, name: str, trust_remote_code: bool) -> dict[str, dict[s
             check_keys(found[file], file, name)
     if local and CONFIG in found:
         check_sizes(found[CONFIG], folder)
+        with _load_errors(name, CONFIG, found):
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        check_sizes(config.to_dict(), folder)  # with what transformers takes for what is left out
     return found
 
 

@@ -26,7 +26,7 @@ from tests.fuzz.run import InputError, run
 from tests.fuzz.targets import TARGETS, Place
 
 KEPT = Path("build/fuzz")
-_BATCH = 200
+BATCH = 200
 _MEMORY = 4 << 30  # a bomb must not take the machine down before it is noticed
 _GRACE = 400  # seconds; hypothesis takes 300 at most to make an input small
 
@@ -39,14 +39,15 @@ def main() -> int:
     parser.add_argument("--slice", nargs=3, help=argparse.SUPPRESS)  # target, folder, end
     given = parser.parse_args()
     if given.again:
-        return _again(*given.again)
+        return again(*given.again)
     if given.slice:
         name, folder, end = given.slice
         return _slice(name, Path(folder), float(end))
-    return _all(given.targets, 60 * given.minutes)
+    return all_targets(given.targets, 60 * given.minutes)
 
 
-def _all(names: list[str], seconds: float) -> int:
+def all_targets(names: list[str], seconds: float) -> int:
+    """New inputs for targets of these names: counted, and how many processes found a failure."""
     cores = len(os.sched_getaffinity(0))
     slices = names * math.ceil(cores / len(names))
     each = seconds * cores / len(slices)
@@ -104,17 +105,19 @@ def _slice(name: str, folder: Path, end: float) -> int:
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, resource.RLIM_INFINITY))
     place = Place(TARGETS[name], folder)
     try:
-        while time.time() < end:
-            run(place, _BATCH, secrets.randbits(64))
+        while True:
+            run(place, BATCH, secrets.randbits(64))
             print(json.dumps({"accepted": place.accepted, "refused": place.refused}), flush=True)
+            if time.time() > end:
+                return 0
     except InputError as error:
         place.path.write_bytes(error.data)
         traceback.print_exception(error.__cause__, limit=-6)
         return 1
-    return 0
 
 
-def _again(name: str, file: str) -> int:
+def again(name: str, file: str) -> int:
+    """An input that was kept; what is wrong with how it is read is raised."""
     data = Path(file).read_bytes()
     with tempfile.TemporaryDirectory(prefix="npt-fast-fuzz-") as folder:
         accepted = Place(TARGETS[name], Path(folder)).run(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import re
 import socket
@@ -360,6 +361,25 @@ def test_a_config_that_is_too_large_for_its_weights(tmp_path: Path, key: str, va
     hostile_models.change(base, "config.json", **{key: value})
     with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*fits into"):
         load_base_model(str(base))
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"model_type": "llama"}, "num_hidden_layers"),
+        ({"model_type": "llama", "num_hidden_layers": 1}, "vocab_size"),
+        ({"model_type": "deepseek_v3"}, "num_hidden_layers"),
+        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 1}}, "vocab_size"),
+    ],
+    ids=str,
+)
+def test_what_a_config_leaves_out_is_large(
+    tmp_path: Path, config: dict[str, Any], key: str
+) -> None:
+    folder = tiny.save(tmp_path / "model", layers=1)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*fits into"):
+        load_base_model(str(folder))
 
 
 ODD: list[Any] = [None, True, -1, 0, "x", "\ud800", 1e308, [], {}, [[1]], {"a": {"b": 1}}]
