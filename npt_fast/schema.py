@@ -35,7 +35,13 @@ class Kind(NamedTuple):
 
 def is_text(value: Any) -> bool:
     """Whether it is text of Unicode's characters: a lone surrogate cannot be written anywhere."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_count(value: Any) -> bool:

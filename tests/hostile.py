@@ -585,6 +585,18 @@ for _name, _sizes in {
 down("parameter-of-a-number", call(
     symbol("torch._utils", "_rebuild_parameter"), integer(3), TRUE, ORDERED_DICT
 ))  # fmt: skip
+_PARAMETER = symbol("torch._utils", "_rebuild_parameter")
+_INTEGERS = tensor(storage("0", 8, kind=symbol("torch", "LongStorage")), shape=integers(4, 2))
+down("parameter-requires-grad-number", call(_PARAMETER, tensor(), integer(1), ORDERED_DICT))
+down("parameter-requires-grad-none", call(_PARAMETER, tensor(), NONE, ORDERED_DICT))
+down("parameter-of-integers-requires-grad", call(_PARAMETER, _INTEGERS, TRUE, ORDERED_DICT))
+down("tensor-of-integers-requires-grad", tensor(
+    storage("0", 8, kind=symbol("torch", "LongStorage")), shape=integers(4, 2), requires_grad=TRUE
+))  # fmt: skip
+# what no tensor uses is read by torch all the same
+pt("unused-storage-without-a-record", pickle=beside(storage("7")))
+pt("unused-storage-of-another-size", pickle=beside(storage("1", 15)))
+pt("unused-tensor-without-a-record", pickle=beside(tensor(storage("7"))))
 
 
 # the zip: compression, encryption, names
@@ -877,6 +889,14 @@ st("metadata-nested", {"__metadata__": {"format": {"a": "b"}}, **HEADER})
 st("metadata-value-null", {"__metadata__": {"format": None}, **HEADER})
 st("metadata-list", {"__metadata__": ["format"], **HEADER})
 st("metadata-duplicate-key", f'{{{_META}{{"a": "b", "a": "c"}}, {TEXT[1:]}')
+st("metadata-half-a-character", {"__metadata__": {"format": "\ud800"}, **HEADER})
+st("metadata-key-of-half-a-character", {"__metadata__": {"\udfff": "pt"}, **HEADER})
+st_text("offset-minus-zero", "[0, 64]", "[-0, 64]")
+st_text(
+    "shape-minus-zero",
+    '"shape": [8, 2], "data_offsets": [0, 64]',
+    '"shape": [-0, 2], "data_offsets": [0, 0]',
+)
 st("header-length-beyond-the-file", length=10_000)
 st("header-length-2-63", length=1 << 63)
 st("header-length-2-64-wraps", length=(1 << 64) - 8)

@@ -48,6 +48,7 @@ from npt_fast.errors import CheckpointError
 
 _UNREADABLE = "unreadable"
 """In place of the SHA-256 of a file that is there and cannot be read."""
+_MAX_WHOLE_FILE = 1 << 30  # the digests of six million tensors
 _WHOLE_FILES = (SAFETENSORS_INDEX, MULTI_LAYER_STATE, CONFIG, NPT_CONFIG, DIGESTS)
 
 
@@ -361,6 +362,8 @@ def file_sha256(checkpoint: Checkpoint, name: str) -> str:
         return ""
     try:
         file = SourceFile.of(directory / name)
+        if file.size > _MAX_WHOLE_FILE:
+            return _UNREADABLE
         return _sha256(Record(file, 0, file.size))
     except CheckpointError:  # reported where it was opened
         return _UNREADABLE

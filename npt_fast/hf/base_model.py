@@ -123,7 +123,8 @@ def _load_errors(name: str, file: str, contents: dict[str, dict[str, Any]]) -> I
         if mapped and "trust_remote_code" in str(error):  # how transformers refuses it
             raise refusal(name, mapped[0], "auto_map", "code that comes with the model") from error
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
-        raise ModelError(f"{name}: the base model cannot be loaded: {reason}") from error
+        part = "the tokenizer" if file == TOKENIZER else "the base model"
+        raise ModelError(f"{name}: {part} cannot be loaded: {reason}") from error
 
 
 @contextmanager

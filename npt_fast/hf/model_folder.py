@@ -213,7 +213,7 @@ def check_sizes(config: dict[str, Any], folder: Path) -> None:
     digit too many.
 
     Raises:
-        ModelError: they cannot.
+        ModelError: they cannot, or cannot be read.
     """
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     size = sum(path.stat().st_size for path in weights)
@@ -225,8 +225,8 @@ def check_sizes(config: dict[str, Any], folder: Path) -> None:
         try:
             with safe_open(path, "pt") as file:
                 tensors += len(file.keys())
-        except SafetensorError:
-            return  # transformers says what is wrong with it
+        except SafetensorError as error:
+            raise ModelError(f"{path}: cannot be read: {error}") from None
     if not weights:  # as above; or they are in a subfolder
         return
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]

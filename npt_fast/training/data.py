@@ -61,7 +61,7 @@ _PRESETS = {
     ),
 }
 _BATCH = 256  # documents tokenised at once: enough for all threads of a fast tokenizer
-_BATCH_TEXT = 1 << 20  # characters of them, or one document: a token takes more than its text
+_BATCH_TEXT = 1 << 18  # characters of them, or one document: a token takes 300 bytes meanwhile
 _SHORTEST = 32  # tokens of a window that is worth training on
 _REMEMBERED = 8192  # windows that loaders may have read ahead of what has been trained on
 
