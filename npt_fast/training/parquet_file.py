@@ -69,8 +69,8 @@ def _values(
     file: Any, stream: BinaryIO, index: int, column: str, longest: int
 ) -> Iterator[str | None]:
     shared = pa.types.is_dictionary(file.schema_arrow.field(column).type)
-    for group in range(file.num_row_groups):
-        pages = list(_pages(stream, file.metadata.row_group(group), index))
+    for group, chunk in enumerate(_chunks(stream, index)):
+        pages = list(_pages(stream, chunk))
         # of a column that was a dictionary when it was written, all texts are kept
         held = sum(pages) if shared else max(pages, default=0)
         if held > LARGEST:
@@ -88,57 +88,84 @@ def _values(
             yield from values.to_pylist()
 
 
-def _pages(stream: BinaryIO, group: Any, index: int) -> Iterator[int]:
+def _chunks(stream: BinaryIO, index: int) -> list[_Struct]:
+    """What the footer says of a column, for each row group; empty where it has no rows.
+
+    Not asked of pyarrow, which ends the process where the statistics beside it are damaged.
+    """
+    stream.seek(-8, 2)
+    length = int.from_bytes(stream.read(4), "little")
+    stream.seek(-8 - length, 2)
+    chunks: list[_Struct] = []
+    for group in _struct(stream).get((4, _LIST), ()):
+        columns = group.get((1, _LIST), ())
+        chunk = columns[index].get((3, _STRUCT), {}) if index < len(columns) else {}
+        rows = group.get((3, _I64), 0)
+        if rows and not chunk.keys() >= {(7, _I64), (9, _I64)}:
+            raise ValueError(f"row group {len(chunks)} says nothing of its pages")
+        chunks.append(chunk if rows else {})
+    return chunks
+
+
+def _pages(stream: BinaryIO, chunk: _Struct) -> Iterator[int]:
     """Bytes of each page of a column in a row group when it is decompressed."""
-    if not group.num_rows:
+    if not chunk:
         return  # there may be nothing where its pages would begin
-    chunk = group.column(index)
-    begin = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < begin:
-        begin = chunk.dictionary_page_offset
-    end = begin + chunk.total_compressed_size
+    begin = chunk[9, _I64]
+    if 0 < chunk.get((11, _I64), 0) < begin:  # a dictionary comes before the data
+        begin = chunk[11, _I64]
+    end = begin + chunk[7, _I64]
     while begin < end:
         stream.seek(begin)
         header = _struct(stream)
-        size, stored = header.get(2), header.get(3)
-        if not isinstance(size, int) or not isinstance(stored, int) or size < 0 or stored < 0:
+        size, stored = header.get((2, _I32), -1), header.get((3, _I32), -1)
+        if size < 0 or stored < 0:
             raise ValueError(f"the page at byte {begin} says nothing of its size")
         yield size
         begin = stream.tell() + stored
 
 
-# The pages' headers are written in Thrift's compact protocol.
+# The footer and the pages' headers are written in Thrift's compact protocol.
+
+_I32, _I64, _LIST, _STRUCT = 5, 6, 9, 12
+_Struct = dict[tuple[int, int], Any]
+"""Numbers, structs and lists of structs, by number and type of their field."""
 
 
-def _struct(stream: BinaryIO, depth: int = 0) -> dict[int, object]:
-    """The whole numbers of a struct by the numbers of their fields; all else is passed over."""
-    if depth > 10:
-        raise ValueError("a page's header is nested too deep")
-    found: dict[int, object] = {}
+def _struct(stream: BinaryIO, depth: int = 0) -> _Struct:
+    """What stands at this place; what is neither a number nor holds one is passed over."""
+    found: _Struct = {}
     field = 0
     while head := _byte(stream):
         kind = head & 15
         field = field + (head >> 4) if head >> 4 else _number(stream)
-        found[field] = _value(stream, kind, depth)
+        if kind not in (1, 2):  # true and false, which are all in the head
+            found[field, kind] = _value(stream, kind, depth + 1)
     return found
 
 
-def _value(stream: BinaryIO, kind: int, depth: int) -> object:
+def _value(stream: BinaryIO, kind: int, depth: int) -> Any:
+    if depth > 20:
+        raise ValueError("what describes its pages is nested too deep")
     match kind:
-        case 1 | 2:  # true and false
-            return None
-        case 3:
-            return _byte(stream)
+        case 1 | 2 | 3:  # in a list, truth takes a byte too
+            _byte(stream)
         case 4 | 5 | 6:
             return _number(stream)
         case 7:
-            stream.seek(8, 1)
+            stream.seek(7, 1)
+            _byte(stream)
         case 8:
             stream.seek(_unsigned(stream), 1)
-        case 12:  # a struct
-            return _struct(stream, depth + 1)
-        case _:  # lists, sets and maps stand in no page's header
-            raise ValueError("a page's header is of an unknown kind")
+        case 9 | 10:
+            head = _byte(stream)
+            size = head >> 4 if head >> 4 < 15 else _unsigned(stream)
+            values = (_value(stream, head & 15, depth + 1) for _ in range(size))
+            return [value for value in values if isinstance(value, dict)]
+        case 12:
+            return _struct(stream, depth)
+        case _:
+            raise ValueError("what describes its pages is of an unknown kind")
     return None
 
 

@@ -275,6 +275,15 @@ def lying_parquet(path: Path) -> None:
     assert pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size == 0
 
 
+def contradicting_parquet(path: Path) -> None:
+    """Its schema says that no text is missing, and the statistics of a column that some may be."""
+    parquet(path, ["a", None, "b"])
+    optional, required = b"\x15\x0c\x25\x02\x18\x04text", b"\x15\x0c\x25\x00\x18\x04text"
+    content = path.read_bytes()
+    assert content.count(optional) == 1
+    path.write_bytes(content.replace(optional, required))
+
+
 def sparse(path: Path) -> None:
     """1 GiB of zero bytes that takes no room."""
     with path.open("wb") as file:
@@ -373,6 +382,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lying_parquet,
         "row group 0 needs 100,000,010 bytes at once, over 67,108,864 are refused",
     ),
+    "statistics that contradict the schema": ("a.parquet", contradicting_parquet, "a.parquet: "),
     "a long text in a page": (
         "a.parquet",
         lambda path: parquet(path, ["😀" + "x" * 60_000_000]),
