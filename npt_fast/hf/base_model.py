@@ -96,6 +96,7 @@ def load_base_model(
             f"than config.json says, {len(made_up)} tensors in all"
         )
     model.config._name_or_path = tokenizer.name_or_path = name
+    model.config.return_dict = True  # old files turn it off, and what is called here has names
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to("cpu" if keep_on_cpu else device).eval(), tokenizer

@@ -62,6 +62,11 @@ def _off(value: Any) -> bool:
     return value is None or value is False
 
 
+def _has_kernels() -> bool:
+    found = find_spec("kernels")
+    return found is not None and found.origin is not None  # any folder of that name has none
+
+
 def _or_no_kernels(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """As `fits`; also any plain name, where the package that fetches kernels is not installed.
 
@@ -70,7 +75,7 @@ def _or_no_kernels(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
     def allowed(value: Any) -> bool:
         plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]*", value) is not None
-        return fits(value) or (plain and find_spec("kernels") is None)
+        return fits(value) or (plain and not _has_kernels())
 
     return allowed
 

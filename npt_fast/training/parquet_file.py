@@ -60,7 +60,8 @@ def _kind(type: Any) -> str:
     """The type of values in Python, where it has one of that name."""
     if pa.types.is_dictionary(type):
         type = type.value_type
-    if pa.types.is_string(type) or pa.types.is_large_string(type):
+    strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if any(is_one(type) for is_one in strings):
         return "str"
     return "int" if pa.types.is_integer(type) else str(type)[:80]
 
@@ -83,6 +84,8 @@ def _values(
         for batch in file.iter_batches(rows, [group], [column], use_threads=False):
             values = batch.column(0)
             values = values.dictionary_decode() if shared else values
+            if pa.types.is_string_view(values.type):  # which has no utf8_length
+                values = values.cast(pa.large_string())
             if (compute.max(compute.utf8_length(values)).as_py() or 0) > longest:
                 raise ValueError(f"a text in row group {group} has over {longest:,} characters")
             yield from values.to_pylist()

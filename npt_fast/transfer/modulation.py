@@ -262,9 +262,9 @@ def describe(origin: Mapping[str, Any]) -> str:
             pieces.append(piece)
             if sum(map(len, pieces)) > _LONGEST:
                 return "".join(pieces)[: _LONGEST - 1] + "…"
+        return "".join(pieces)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return "unknown"  # it comes from a file, which may say anything
-    return "".join(pieces)
 
 
 def _told(origin: Mapping[str, Any]) -> Iterator[str]:

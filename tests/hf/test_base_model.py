@@ -66,6 +66,12 @@ def test_padding_is_found(tmp_path: Path) -> None:
     assert load_base_model(str(base))[1].pad_token == "<eos>"
 
 
+def test_outputs_have_names_whatever_the_config_says(tmp_path: Path) -> None:
+    hostile_models.change(tiny.save(tmp_path), "config.json", return_dict=False)
+    model, _ = load_base_model(str(tmp_path))
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 257)
+
+
 def test_tied_embeddings_are_not_missing(tmp_path: Path) -> None:
     model, _ = load_base_model(str(tiny.save(tmp_path, tie_word_embeddings=True)))
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -203,7 +209,8 @@ def test_code_is_refused_in_one_line(tmp_path: Path, canary: Path, name: str) ->
 def test_names_for_which_kernels_are_fetched_where_that_is_possible(
     content: dict[str, Any], fetching: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = ModuleSpec("kernels", None) if fetching else None
+    # a folder of that name, from which the program is run, is no package
+    spec = ModuleSpec("kernels", None, origin="kernels/__init__.py" if fetching else None)
     monkeypatch.setattr(model_folder, "find_spec", lambda name: spec)
     told = "asks for a kernel from the Hub; nothing of it was run"
     with pytest.raises(npt.ModelError, match=told) if fetching else nullcontext():

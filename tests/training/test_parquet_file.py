@@ -41,7 +41,9 @@ def values(content: bytes) -> list[str | None]:
 
 
 @pytest.mark.parametrize("options", WRITERS, ids=str)
-@pytest.mark.parametrize("type", [pa.string(), pa.large_string(), "a dictionary"], ids=str)
+@pytest.mark.parametrize(
+    "type", [pa.string(), pa.large_string(), pa.string_view(), "a dictionary"], ids=str
+)
 @pytest.mark.parametrize("at_once", [1, 1 << 24])
 def test_every_encoding(
     monkeypatch: pytest.MonkeyPatch, type: Any, options: dict[str, Any], at_once: int

@@ -208,7 +208,14 @@ def test_a_line_that_says_where_it_comes_from() -> None:
 
 @pytest.mark.parametrize(
     "origin",
-    [{"sum": 5}, {"sum": [7]}, {"factor": "x", "of": {}}, {"factor": 1}, {"compressed": {}}],
+    [
+        {"sum": 5},
+        {"sum": [7]},
+        {"factor": "x", "of": {}},
+        {"factor": 1},
+        {"compressed": {}},
+        {"summary": ["x"]},
+    ],
 )
 def test_an_origin_of_a_file_may_say_anything(origin: dict[str, Any]) -> None:
     assert replace(random_modulation(), origin=origin).description == "unknown"
