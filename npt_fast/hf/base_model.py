@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251 (what torch raises; nothing is unpickled here)
 from tempfile import TemporaryDirectory
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from npt_fast.hf.model_folder import (
     read_small,
     refusal,
 )
+from npt_fast.hf.tokenizer import library_errors
 from npt_fast.paths import exists, expand, is_directory, is_file, path_errors, user_path
 
 SMOLLM2 = "smollm2-135m"
@@ -112,20 +112,21 @@ def _be_quiet() -> None:
 @contextmanager
 def _load_errors(name: str, file: str, contents: dict[str, dict[str, Any]]) -> Iterator[None]:
     """Whatever the libraries raise, as one line: training must not go on without a model."""
-    try:
-        yield
-    except UnpicklingError as error:
-        raise ModelError(
-            f"{name}: the base model cannot be loaded: its weights are a pickle that holds more "
-            "than tensors; nothing of it was run. Save the weights as safetensors"
-        ) from error
-    except Exception as error:
-        mapped = [f for f in (file, *contents) if "auto_map" in contents.get(f, ())]
-        if mapped and "trust_remote_code" in str(error):  # how transformers refuses it
-            raise refusal(name, mapped[0], "auto_map", "code that comes with the model") from error
-        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
-        part = "the tokenizer" if file == TOKENIZER else "the base model"
-        raise ModelError(f"{name}: {part} cannot be loaded: {reason}") from error
+    part = "the tokenizer" if file == TOKENIZER else "the base model"
+    with library_errors(f"{name}: {part} cannot be loaded"):
+        try:
+            yield
+        except UnpicklingError as error:
+            raise ModelError(
+                f"{name}: the base model cannot be loaded: its weights are a pickle that holds "
+                "more than tensors; nothing of it was run. Save the weights as safetensors"
+            ) from error
+        except Exception as error:
+            mapped = [f for f in (file, *contents) if "auto_map" in contents.get(f, ())]
+            if mapped and "trust_remote_code" in str(error):  # how transformers refuses it
+                runs = "code that comes with the model"
+                raise refusal(name, mapped[0], "auto_map", runs) from error
+            raise
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.source_file import read_file
 from npt_fast.errors import CheckpointError, ModelError
 from npt_fast.paths import exists, is_file, path_errors
-from npt_fast.schema import shown
+from npt_fast.schema import WHOLE, Kind, checked, list_of, or_none, shown
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer_config.json"
@@ -37,9 +37,25 @@ SMALL_FILES = (
 
 _MAX_BYTES = 8 << 20  # of each; the longest in use have 1 MB
 _MAX_READ = 100_000_000  # of a vocabulary or an index, which transformers reads whole
-_READ_WHOLE = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_READ_WHOLE = (".json", ".jinja", ".model", ".tiktoken", "vocab.txt", "merges.txt")
+_OPENED = (*_READ_WHOLE, ".safetensors", ".bin")
+"""Ends of the names of what transformers opens; other files may lie beside the model."""
 _TEMPLATES = "additional_chat_templates"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+_TOKENS = or_none(
+    Kind(
+        "the number of a token, or a list of them",
+        lambda value: WHOLE.fits(value) or list_of(WHOLE).fits(value),
+    )
+)
+_KINDS = {
+    **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), _TOKENS),
+    # transformers writes 10^30 where there is no limit
+    "model_max_length": or_none(Kind("a number", lambda value: type(value) in (int, float))),
+}
 
 
 class _Local(NamedTuple):
@@ -136,6 +152,8 @@ def check_files(folder: Path) -> None:
             that names a file outside the folder.
     """
     for path in _entries(folder):
+        if not path.name.endswith(_OPENED):
+            continue
         with path_errors(path, ModelError):
             status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -144,7 +162,7 @@ def check_files(folder: Path) -> None:
             raise ModelError(
                 f"{path}: not a regular file; nothing else is read from a model folder"
             )
-        if path.suffix in _READ_WHOLE and status.st_size > _MAX_READ:
+        if path.name.endswith(_READ_WHOLE) and status.st_size > _MAX_READ:
             raise ModelError(
                 f"{path}: {status.st_size:,} bytes; more than {_MAX_READ:,} are refused"
             )
@@ -176,9 +194,12 @@ def read_small(path: Path) -> dict[str, Any]:
     """One of `SMALL_FILES`.
 
     Raises:
-        ModelError: not a JSON object, over 8 MiB, nested too deep, or not a regular file.
+        ModelError: not a JSON object, over 8 MiB, nested too deep, not a regular file, or with
+            another type for what transformers uses without a check.
     """
-    return _read(path, _MAX_BYTES)
+    content = _read(path, _MAX_BYTES)
+    checked(content, _KINDS, (), str(path), ModelError)
+    return content
 
 
 def _read(path: Path, limit: int) -> dict[str, Any]:
@@ -220,7 +241,7 @@ def check_sizes(config: dict[str, Any], folder: Path) -> None:
     Raises:
         ModelError: they cannot, or cannot be read.
     """
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    weights = _weights(folder)
     size = sum(path.stat().st_size for path in weights)
     tensors = 0
     for path in weights:
@@ -234,7 +255,8 @@ def check_sizes(config: dict[str, Any], folder: Path) -> None:
             raise ModelError(f"{path}: cannot be read: {error}") from None
     if not weights:  # as above; or they are in a subfolder
         return
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, dict) else [config]
     for part in parts:
         for key in _LAYERS:
             if _count(part, key) > tensors:
@@ -246,6 +268,17 @@ def check_sizes(config: dict[str, Any], folder: Path) -> None:
                 if math.prod(_count(part, key) for key in keys) > 8 * size:
                     key = max(keys, key=lambda key: _count(part, key))
                     raise _too_large(folder, key, part[key], f"{size:,} bytes")
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that transformers reads weights from, as far as they are there."""
+    for whole, index in zip(_WEIGHTS, _INDEXES, strict=True):
+        if exists(folder / whole):
+            return [folder / whole]
+        if exists(folder / index):
+            names = set(_read(folder / index, _MAX_READ)["weight_map"].values())
+            return [folder / name for name in sorted(names) if exists(folder / name)]
+    return []
 
 
 def _count(part: dict[str, Any], key: str) -> int:

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import CheckpointError, DataError
+from npt_fast.hf.tokenizer import encode
 from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
 from npt_fast.training import text_files
 
@@ -401,7 +402,7 @@ class TokenWindows(IterableDataset[Window]):
         while batch := self._next_rows(rows):
             texts = [row["text"] for row in batch if row["text"] and not row["text"].isspace()]
             # of blank documents only special tokens would come; the tokenizer wants one text
-            ids = self._tokenizer(texts, verbose=False).input_ids if texts else []
+            ids = encode(self._tokenizer, texts, verbose=False).input_ids if texts else []
             yield documents, list(chain.from_iterable(ids))
             documents = self._documents.state_dict()
 

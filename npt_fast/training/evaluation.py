@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import components
+from npt_fast.hf.tokenizer import encode
 from npt_fast.training.data import TokenWindows
 from npt_fast.training.distillation import Distillation, Losses
 
@@ -135,7 +136,7 @@ def evaluate(
 @torch.no_grad()
 def continue_text(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     """What the model finds likeliest to follow a text."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = encode(tokenizer, prompt, return_tensors="pt").to(model.device)
     found = model.generate(
         **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
     )

@@ -19,6 +19,8 @@ LARGEST = 1 << 26
 _AT_ONCE = 1 << 24  # bytes of text decoded at once, or one text
 _PIECE = 1 << 20  # bytes read at once
 _MOST_ROWS = 256  # decoded at once
+_FEW_ROWS = 1_000_000
+_ROWS_PER_BYTE = 10  # of the file; an empty text repeated takes a hundredth of that
 _CONTAINER = 100_000  # columns, or row groups, that a file may say it has
 
 
@@ -70,7 +72,12 @@ def _values(
     file: Any, stream: BinaryIO, index: int, column: str, longest: int
 ) -> Iterator[str | None]:
     shared = pa.types.is_dictionary(file.schema_arrow.field(column).type)
-    for group, chunk in enumerate(_chunks(stream, index)):
+    chunks = _chunks(stream, index)
+    size = stream.seek(0, 2)
+    rows = max(file.metadata.num_rows, sum(chunk.get((5, _I64), 0) for chunk in chunks))
+    if rows > _FEW_ROWS + _ROWS_PER_BYTE * size:
+        raise ValueError(f"{rows:,} rows in {size:,} bytes; no texts are as short as that")
+    for group, chunk in enumerate(chunks):
         pages = list(_pages(stream, chunk))
         # of a column that was a dictionary when it was written, all texts are kept
         held = sum(pages) if shared else max(pages, default=0)

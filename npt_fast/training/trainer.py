@@ -30,6 +30,7 @@ from npt_fast.config import TrainOptions
 from npt_fast.errors import TrainingError
 from npt_fast.hf.checkpoint import describe
 from npt_fast.hf.convert import components
+from npt_fast.hf.tokenizer import encode
 from npt_fast.modules import NPComponent
 from npt_fast.training.curriculum import Stage, stage_index
 from npt_fast.training.data import TokenWindows
@@ -471,7 +472,7 @@ class NPTTrainer(Trainer):
         model = self.distillation.model
         device = self.accelerator.device
         for prompt in PROMPTS:
-            inputs = self.tokenizer(prompt, return_tensors="pt").to(device)
+            inputs = encode(self.tokenizer, prompt, return_tensors="pt").to(device)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(self.options.seed + self.state.global_step)
                 tokens = model.generate(

@@ -46,7 +46,7 @@ from npt_fast.schema import (
     shown,
 )
 from npt_fast.transfer.extract import extract, tokenize
-from npt_fast.transfer.generate import Sampling, continue_ids
+from npt_fast.transfer.generate import MOST_TOKENS, Sampling, continue_ids
 from npt_fast.transfer.inject import Mode, When, inject
 from npt_fast.transfer.positions import Position, parse
 
@@ -297,7 +297,10 @@ _FACT = {
     "inject": Kind("a mapping with from", MAPPING.fits),
     "expect": Kind("a text or a mapping", lambda v: _WORDS.fits(v) or MAPPING.fits(v)),
     "must_not_change": Kind("a list of prompts", list_of(_WORDS).fits),
-    "tokens": POSITIVE,
+    "tokens": Kind(
+        f"a whole number from 1 to {MOST_TOKENS:,}",
+        lambda value: POSITIVE.fits(value) and value <= MOST_TOKENS,
+    ),
 }
 _INJECT = {
     "from": _WORDS,

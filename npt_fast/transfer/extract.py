@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import components, decoder_layers
+from npt_fast.hf.tokenizer import encode
 from npt_fast.modules import NPComponent
 from npt_fast.schema import is_text, shown
 from npt_fast.transfer.modulation import PROJECTIONS, Base, Modulation, Terms
@@ -105,7 +106,7 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
     """
     if not is_text(text):
         raise TransferError(f"{shown(text)} is no Unicode text")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encode(tokenizer, text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise TransferError("the text is empty")
     return list(ids), [tokenizer.decode([i]) for i in ids]

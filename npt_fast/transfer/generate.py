@@ -12,6 +12,9 @@ from torch import Tensor
 from npt_fast.errors import TransferError
 from npt_fast.schema import LARGEST, shown
 
+MOST_TOKENS = 10_000
+"""Of a continuation: logs and facts ask for them, and nobody waits for a billion."""
+
 Strategy = Literal["greedy", "top_k", "top_p", "sample"]
 
 
@@ -20,7 +23,7 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        tokens: how many at most; it ends earlier with an end-of-text token.
+        tokens: how many at most, up to 10,000; it ends earlier with an end-of-text token.
         strategy: ``greedy``; ``top_k`` (``sample`` is another word for it); ``top_p``.
         temperature: of the distribution; greedy has no use for it.
         top_k: likeliest tokens that are left.
@@ -40,8 +43,10 @@ class Sampling:
             raise TransferError(
                 f"tokens and top_k must be at least 1, got {self.tokens} and {self.top_k}"
             )
-        if max(self.tokens, self.top_k, abs(self.seed)) >= LARGEST:
-            raise TransferError("tokens, top_k and seed must fit 64 bits")
+        if self.tokens > MOST_TOKENS:
+            raise TransferError(f"tokens must be at most {MOST_TOKENS:,}, got {shown(self.tokens)}")
+        if max(self.top_k, abs(self.seed)) >= LARGEST:
+            raise TransferError("top_k and seed must fit 64 bits")
         if not 0 < self.temperature < float("inf") or not 0 < self.top_p <= 1:
             raise TransferError(
                 "temperature must be positive and finite and top_p in (0, 1], "

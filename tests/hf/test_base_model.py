@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, dynamic_module_utils
 import npt_fast as npt
 from npt_fast.hf import model_folder
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from npt_fast.hf.tokenizer import encode
 from tests import hostile_models
 from tests.checkpoints import assert_same_tensors
 from tests.training import tiny
@@ -409,6 +410,50 @@ def test_odd_types(tmp_path: Path, key: str) -> None:
             except npt.ModelError as error:
                 assert "\n" not in str(error) and str(error).startswith(str(base))
         (base / file).write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"model_max_length": "x"}),
+        ("generation_config.json", {"eos_token_id": [["x"]]}),
+        ("generation_config.json", {"eos_token_id": "x"}),
+        ("config.json", {"pad_token_id": {"a": 1}}),
+    ],
+)
+def test_what_transformers_uses_unchecked(
+    tmp_path: Path, file: str, content: dict[str, Any]
+) -> None:
+    base = tiny.save(tmp_path / "base")
+    hostile_models.change(base, file, **content)
+    (key,) = content
+    with pytest.raises(npt.ModelError, match=rf"{file}: {key} must be "):
+        load_base_model(str(base))
+
+
+def test_what_lies_beside_a_model_is_nobodys_business(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path / "base")
+    (base / "notes.txt").symlink_to("gone")
+    (base / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    os.mkfifo(base / "control")
+    (base / "corpus.txt").touch()
+    os.truncate(base / "corpus.txt", 200_000_000)
+    vision = {"num_hidden_layers": 48, "hidden_size": 1 << 20, "intermediate_size": 1 << 20}
+    hostile_models.change(base, "config.json", vision_config=vision)
+    hostile_models.change(base, "tokenizer_config.json", model_max_length=int(1e30))
+    load_base_model(str(base))
+
+
+@pytest.mark.parametrize("part", [
+    {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}},
+])  # fmt: skip
+def test_a_tokenizer_that_panics_is_an_error(tmp_path: Path, part: dict[str, Any]) -> None:
+    base = tiny.save(tmp_path / "base")
+    hostile_models.change(base, "tokenizer.json", **part)
+    with pytest.raises(npt.ModelError, match=rf"^{base}: the tokenizer cannot "):
+        encode(load_base_model(str(base))[1], "some text")
 
 
 def test_nothing_beside_a_gguf_file_is_read(tmp_path: Path, canary: Path) -> None:

@@ -382,6 +382,11 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lying_parquet,
         "row group 0 needs 100,000,010 bytes at once, over 67,108,864 are refused",
     ),
+    "8 million blank rows": (
+        "a.parquet",
+        lambda path: parquet(path, dictionary("", 8_000_000)),
+        "8,000,000 rows in ",
+    ),
     "statistics that contradict the schema": ("a.parquet", contradicting_parquet, "a.parquet: "),
     "a long text in a page": (
         "a.parquet",
