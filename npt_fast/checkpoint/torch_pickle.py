@@ -2,8 +2,9 @@
 
 `pickle` and `torch.load` resolve names to live Python objects; here a name is looked up in a
 closed table of the few symbols a checkpoint needs, and a REDUCE builds plain data from them. What
-comes out holds only dict, list, tuple, str, int, float, bool, None and `TensorRef`; keys are str,
-or int of 64 bits; nothing holds itself, or is nested more than 64 deep.
+comes out holds only dict, Counter (the milestones of a MultiStepLR), list, tuple, str, int, float,
+bool, None and `TensorRef`; keys are str, or int of 64 bits; nothing holds itself, or is nested
+more than 64 deep.
 
 Memory is metered, because nine bytes of pickle can ask for gigabytes: what is built may take
 64 MiB, and 24 times the size of the pickle beyond that. What stands in several places counts as
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -95,6 +97,7 @@ _KNOWN = {
         "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_tensor_v3",
         "torch._utils._rebuild_parameter",
+        "collections.Counter",
         "collections.OrderedDict",
         "torch.Size",
         "torch.storage.UntypedStorage",
@@ -427,6 +430,12 @@ class _Machine:
             raise self.fail("a malformed Parameter; refused")
         return tensor
 
+    def counter(self, counts: Any) -> Counter[Any]:
+        if type(counts) is not dict or not all(type(count) is int for count in counts.values()):
+            raise self.refuse("a Counter of something that is not counts; refused")
+        self.charge(100 * len(counts))
+        return Counter(counts)
+
     def ordered_dict(self) -> _OrderedDict:
         return _OrderedDict()
 
@@ -456,7 +465,7 @@ class _Machine:
 
 
 _LEAVES = frozenset((str, int, float, bool, type(None), TensorRef))
-_CONTAINERS = frozenset((dict, _OrderedDict, list, tuple))
+_CONTAINERS = frozenset((dict, Counter, _OrderedDict, list, tuple))
 
 
 class _Level:
@@ -560,6 +569,7 @@ _REDUCERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _Machine.tensor_v2,
     "torch._utils._rebuild_tensor_v3": _Machine.tensor_v3,
     "torch._utils._rebuild_parameter": _Machine.parameter,
+    "collections.Counter": _Machine.counter,
     "collections.OrderedDict": _Machine.ordered_dict,
     "torch.Size": _Machine.size,
     "numpy.dtype": _Machine.numpy_dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ def encode(value: Any, place: Callable[[Any], TensorRef | None]) -> bytes:
     number of objects: a few bytes of hostile pickle can stand for exponentially many.
 
     Args:
-        value: nested dicts, lists, tuples, str, int, float, bool, None, and whatever `place` knows.
+        value: nested dicts, Counters, lists, tuples, str, int, float, bool, None, and whatever
+            `place` knows.
         place: called with every other object; gives the tensor that stands for it, or None.
 
     Raises:
@@ -81,6 +83,11 @@ class _Writer:
             for element in item:
                 self.put(element, depth + 1)
             out += b"e"
+        elif isinstance(item, Counter):
+            self.symbol("collections.Counter")
+            self.put(dict(item), depth)
+            out += b"\x85R"
+            self.remember(item)
         elif isinstance(item, Mapping):
             out += b"}"
             self.remember(item)

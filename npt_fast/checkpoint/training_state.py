@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def _bound(value: Any, archive: TorchZip, name: str, seen: dict[int, Any] | None
     """`value` with a `TensorEntry` for every tensor; what it shares, the copy shares too."""
     if isinstance(value, TensorRef):
         return archive.entry(name, value)
-    if not isinstance(value, (dict, list, tuple)):
+    if not isinstance(value, (dict, list, tuple)) or isinstance(value, Counter):
         return value
     seen = {} if seen is None else seen
     if id(value) not in seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,22 @@ def test_what_stands_twice_is_written_once(kind: type, tmp_path: Path) -> None:
     path = written(tmp_path / "x.pt", TorchZipLayout.seal("x.pt", [value]))
     loaded = torch.load(path, weights_only=True)[0]
     assert loaded[0] is loaded[1]
+
+
+def test_the_milestones_of_a_schedule_stay_a_counter(tmp_path: Path) -> None:
+    shared = Counter({3: 1, 5: 2})
+    value = {"milestones": shared, "again": shared, "none": Counter(), "last_epoch": 4}
+    path = written(tmp_path / "x.pt", TorchZipLayout.seal("x.pt", value))
+    for found in (torch.load(path, weights_only=True), decode(pickled(value), "here")):
+        assert found == value
+        assert type(found["milestones"]) is type(found["none"]) is Counter
+        assert found["again"] is found["milestones"]
+
+
+@pytest.mark.parametrize("counts", [b"]", b"N", b"}X\x01\0\0\0aNs", b"}(K\x01X\x01\0\0\0au"])
+def test_a_counter_of_something_else_is_refused(counts: bytes) -> None:
+    with pytest.raises(CheckpointError, match="a Counter of something that is not counts"):
+        decode(b"\x80\x02ccollections\nCounter\n" + counts + b"\x85R.", "here")
 
 
 def test_equal_but_different_containers_stay_different() -> None:

@@ -560,6 +560,21 @@ def with_state(path: Path, layer: int, state: Mapping[str, Any]) -> Path:
     return write_checkpoint(path, layer_weights(layer), training_state=state)
 
 
+def test_milestones_are_carried_over(tmp_path: Path) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3], gamma=0.5)
+    content = {"global_step": 0, "scheduler_state_dict": schedule.state_dict()}
+    path = with_state(tmp_path / "a", 11, {**content, "optimizer_state_dict": stepped(11)})
+    npt.merge([path, trained_checkpoint(tmp_path / "b", 13, steps=0)], tmp_path / "out")
+    schedule.load_state_dict(load_state(tmp_path / "out")["scheduler_state_dict"])
+    rates = []
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+        rates += schedule.get_last_lr()
+    assert rates == [1.0, 0.5, 0.25]
+
+
 def stepped(layer: int, **options: Any) -> dict[str, Any]:
     """The state dict of an AdamW after one step over a layer's weights."""
     parameters = [torch.nn.Parameter(tensor) for tensor in layer_weights(layer).values()]
