@@ -9,6 +9,7 @@ from npt_fast.cli.arguments import PathText
 from npt_fast.cli.compare import Layers, load_model
 from npt_fast.cli.output import print_json, say
 from npt_fast.config import BaseDType
+from npt_fast.errors import TransferError
 
 
 def check(
@@ -59,7 +60,10 @@ def check(
     )
     outcomes = []
     for fact in expected:
-        outcome = library.check(model, tokenizer, fact)
+        try:
+            outcome = library.check(model, tokenizer, fact)
+        except TransferError as error:
+            raise TransferError(f"{facts}: {error}") from error
         outcomes.append(outcome)
         if not json:
             say(f"{'FAIL' if outcome.problems else 'ok'} {fact.name} ({outcome.seconds:.1f} s)")

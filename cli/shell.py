@@ -185,8 +185,10 @@ def replay(
         return VerificationError(f"{path}: {what} differs from the record", [problem])
 
     now = shell.context.session.description()
+    named = {"name": now["base"]["name"]}  # the same model may be elsewhere
+    before = {**header, "base": {**header.get("base", {}), **named}}
     for key in ("base", "dtype", "layers", "weights"):
-        if problem := difference(header.get(key), now[key], key):
+        if problem := difference(before.get(key), now[key], key):
             raise differs("the model", problem)
     done = equal = kept = 0
     for number, entry in enumerate(entries, 1):
@@ -204,9 +206,9 @@ def replay(
         if problem := difference(recorded, again, "entry"):
             raise differs(f"entry {number} ({line})", problem)
         done += 1
-        before, after = entry.get("digests") or {}, found.get("digests", {})
+        noted, after = entry.get("digests") or {}, found.get("digests", {})
         kept += len(after)
-        equal += sum(before.get(name) == value for name, value in after.items())
+        equal += sum(noted.get(name) == value for name, value in after.items())
     return (
         f"✓ Replayed {done} commands of {path}: results are equal (texts exactly, numbers within "
         f"{TOLERANCE:g}; {equal} of {kept} modulations bit for bit)"

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from npt_fast.cli.shell_views import arrow
 from npt_fast.errors import TransferError
 from npt_fast.transfer import journal
 from npt_fast.transfer.session import Session
+from tests import hostile_models
 from tests.checkpoints import run
 from tests.training import runs, tiny
 
@@ -493,6 +495,16 @@ def test_a_log_of_other_weights(shell: Shell, tmp_path: Path) -> None:
         "--device", "cpu",
     )  # fmt: skip
     assert code == 3 and "log: the model differs from the record: weights.1: " in err
+
+
+def test_a_log_on_the_same_model_elsewhere(shell: Shell, tmp_path: Path) -> None:
+    shell.json("extract a first", options=["--log", "log"])
+    elsewhere = shutil.copytree(shell.base, tmp_path / "elsewhere")
+    replay = ["interact", "--replay", "log", "--assert", "--device", "cpu"]
+    assert run(shell.capsys, *replay, "--model_name", elsewhere)[0] == 0
+    hostile_models.change(elsewhere, "config.json", vocab_size=258)
+    code, _, err = run(shell.capsys, *replay, "--model_name", elsewhere)
+    assert code == 1 and "cannot be loaded" in err
 
 
 def test_the_log_has_a_place_of_its_own(shell: Shell, tmp_path: Path) -> None:
