@@ -309,7 +309,8 @@ def _training_state(path: Path) -> TrainingState:
 
 def _loaded(path: Path) -> Any:
     """What torch says, with the numpy scalars of a cosine schedule."""
-    numbers: Any = [np._core.multiarray.scalar, np.dtype, *map(type, map(np.dtype, "fdiq?"))]
+    scalar = np.float64(0).__reduce__()[0]  # its module has moved between versions of numpy
+    numbers: Any = [scalar, np.dtype, *map(type, map(np.dtype, "fdiq?"))]
     with torch.serialization.safe_globals(numbers):
         return torch.load(path, weights_only=True, map_location="cpu")
 
