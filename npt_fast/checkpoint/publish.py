@@ -20,7 +20,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import shutil
 import signal
 import stat
@@ -156,7 +155,7 @@ class StagedDirectory:
         """Make the directory, open and lock it."""
         with _uninterrupted():
             while self.fd < 0:
-                name = self._prefix + own_mark() + secrets.token_hex(16)
+                name = self._prefix + own_mark() + os.urandom(16).hex()
                 self.path = self.target.parent / name
                 with _naming(self.target.parent):
                     self._make_in_parent(name, 0o700)
