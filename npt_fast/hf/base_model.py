@@ -66,7 +66,7 @@ def load_base_model(
         dtype = "float32"
     place = _locate(name)
     _be_quiet()
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: dict[str, str] = {}
     with ExitStack() as stack:
         stack.enter_context(redirect_stderr(io.StringIO()))  # the GGUF reader's bar
         stack.enter_context(_deaf())
@@ -85,10 +85,13 @@ def load_base_model(
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                trust_remote_code=trust_remote_code,
                 **options,
             )
         with _load_errors(name, TOKENIZER, contents):
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, **options
+            )
     made_up = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if made_up:  # by transformers, with a warning
         raise ModelError(
