@@ -17,7 +17,6 @@ from npt_fast.errors import NPTError, suggestion
 LARGEST = 1 << 63
 """No count, index or size reaches this."""
 
-
 _INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
@@ -94,8 +93,6 @@ WHOLE = Kind("a whole number", lambda value: type(value) is int and is_number(va
 NUMBER = Kind("a number", is_number)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
-
-
 INDEX = Kind("the index of a layer", lambda v: isinstance(v, str) and bool(_INDEX.fullmatch(v)))
 
 

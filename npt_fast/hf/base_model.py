@@ -28,6 +28,7 @@ from npt_fast.hf.model_folder import (
     check_files,
     check_keys,
     check_sizes,
+    held,
     read_small,
     refusal,
 )
@@ -157,11 +158,13 @@ def _look_at(place: str, name: str, trust_remote_code: bool) -> dict[str, dict[s
         found[file] = read_small(path)
         if not trust_remote_code:
             check_keys(found[file], file, name)
-    if local and CONFIG in found:
-        check_sizes(found[CONFIG], folder)
+    there = held(folder) if local and CONFIG in found else None
+    if there is not None:
+        check_sizes(found[CONFIG], there, folder)
         with _load_errors(name, CONFIG, found):
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-        check_sizes(config.to_dict(), folder)  # with what transformers takes for what is left out
+        # again, with what transformers takes for what is left out
+        check_sizes(config.to_dict(), there, folder)
     return found
 
 

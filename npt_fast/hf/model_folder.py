@@ -232,14 +232,23 @@ def check_keys(content: dict[str, Any], file: str, name: str) -> None:
             raise refusal(name, file, key, _KEYS[key].runs, value)
 
 
-def check_sizes(config: dict[str, Any], folder: Path) -> None:
-    """Whether the weights in a folder can fill the model that its config.json describes.
+class Held(NamedTuple):
+    """How much the weights in a folder are.
 
-    transformers builds the model first and makes up what is missing: hours and gigabytes, for a
-    digit too many.
+    Attributes:
+        size: bytes of their files.
+        tensors: how many, or more where that is not known.
+    """
+
+    size: int
+    tensors: int
+
+
+def held(folder: Path) -> Held | None:
+    """How much the weights in a folder are; None where there are none, or in a subfolder.
 
     Raises:
-        ModelError: they cannot, or cannot be read.
+        ModelError: they cannot be read.
     """
     weights = _weights(folder)
     size = sum(path.stat().st_size for path in weights)
@@ -253,8 +262,19 @@ def check_sizes(config: dict[str, Any], folder: Path) -> None:
                 tensors += len(file.keys())
         except SafetensorError as error:
             raise ModelError(f"{path}: cannot be read: {error}") from None
-    if not weights:  # as above; or they are in a subfolder
-        return
+    return Held(size, tensors) if weights else None
+
+
+def check_sizes(config: dict[str, Any], there: Held, folder: Path) -> None:
+    """Whether the weights in a folder can fill the model that its config.json describes.
+
+    transformers builds the model first and makes up what is missing: hours and gigabytes, for a
+    digit too many.
+
+    Raises:
+        ModelError: they cannot.
+    """
+    size, tensors = there
     text = config.get("text_config")
     parts = [config, text] if isinstance(text, dict) else [config]
     for part in parts:
