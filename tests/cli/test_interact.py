@@ -668,8 +668,8 @@ def test_a_session_on_a_terminal(files: tuple[Path, Path], tmp_path: Path) -> No
     type_in('inject knowledge "" \r')
     child.expect("Error: the text is empty")
 
-    type_in("inject knowledge Once upon a time -tokens 100000\r")
-    child.expect("100000")
+    type_in("inject knowledge Once upon a time -tokens 10000\r")
+    child.expect("10000")
     child.expect(pexpect.TIMEOUT, timeout=2)
     child.sendintr()
     child.expect("Interrupted")
