@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -12,14 +12,12 @@ from cyclopts.validators import Number
 import npt_fast as npt
 from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say
-from npt_fast.config import BaseDType, parse_layers
+from npt_fast.config import BaseDType, InjectionMode, InjectionTime, parse_layers
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
     from npt_fast.transfer.compare import Comparison, Token
 
-Mode = Literal["replace", "blend", "add", "exact-blend", "exact-add"]
-When = Literal["prefill", "decode", "both"]
 Layers = Annotated[str | None, Parameter(validator=lambda _, text: text and parse_layers(text))]
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
 Texts = Annotated[Sequence[str], Parameter(consume_multiple=True)]
@@ -35,9 +33,9 @@ def compare(
     layers: Layers = None,
     sequence: bool = False,
     position: Text = "last",
-    mode: Mode = "replace",
+    mode: InjectionMode = "replace",
     strength: float = 1.0,
-    when: When = "prefill",
+    when: InjectionTime = "prefill",
     tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 20,
     track: Texts = (),
     base_dtype: BaseDType = "auto",

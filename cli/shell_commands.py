@@ -586,10 +586,10 @@ def _made(name: str, found: Modulation, formula: str) -> Reply:
 
 
 def _injected(c: Context, a: Arguments, base: Base, factor: str, *, unused: str) -> Reply:
-    from npt_fast.transfer.inject import Mode, When
+    from npt_fast.config import InjectionMode, InjectionTime
 
-    modes: dict[str, Mode] = {mode: mode for mode in get_args(Mode)}
-    times: dict[str, When] = {when: when for when in get_args(When)}
+    modes: dict[str, InjectionMode] = {mode: mode for mode in get_args(InjectionMode)}
+    times: dict[str, InjectionTime] = {when: when for when in get_args(InjectionTime)}
     mode = modes[f"exact-{base}" if "exact" in a.options else base]
     when = a.options.get("when", "prefill")
     if when not in times:

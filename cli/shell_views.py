@@ -10,8 +10,8 @@ from npt_fast.errors import printable
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
+    from npt_fast.config import InjectionTime
     from npt_fast.transfer.compare import Comparison, Sweep, Token
-    from npt_fast.transfer.inject import When
     from npt_fast.transfer.modulation import Modulation
     from npt_fast.transfer.session import Injection, Item, Prediction
 
@@ -103,7 +103,7 @@ def prediction(found: Prediction) -> list[str]:
     return lines
 
 
-def injection(name: str, found: Injection, how: str, when: When) -> list[str]:
+def injection(name: str, found: Injection, how: str, when: InjectionTime) -> list[str]:
     """All that an injection did."""
     c = found.comparison
     read = [f"{i} {c.prompt[i]!r}" for i in c.positions] if when != "decode" else []

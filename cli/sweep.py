@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from npt_fast.cli.arguments import PathText
-from npt_fast.cli.compare import Layers, Mode, Source, Text, Texts, extract_text, load_model
+from npt_fast.cli.compare import Layers, Source, Text, Texts, extract_text, load_model
 from npt_fast.cli.output import print_json, say
-from npt_fast.config import BaseDType
+from npt_fast.config import BaseDType, InjectionMode
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def sweep(
     sequence: bool = False,
     position: Text = "",
     each_token: bool = False,
-    mode: Mode = "replace",
+    mode: InjectionMode = "replace",
     strength: Annotated[Sequence[float], Parameter(consume_multiple=True)] = (),
     track: Texts = (),
     base_dtype: BaseDType = "auto",

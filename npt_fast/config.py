@@ -26,6 +26,9 @@ BaseDType = Literal["auto", "float32", "bfloat16", "float16"]
 Parallel = Literal["ddp", "fsdp2", "layers"]
 Tracker = Literal["none", "wandb", "tensorboard", "trackio"]
 WandbMode = Literal["online", "offline", "disabled"]
+InjectionMode = Literal["replace", "blend", "add", "exact-blend", "exact-add"]
+InjectionTime = Literal["prefill", "decode", "both"]
+SamplingStrategy = Literal["greedy", "top_k", "top_p", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,6 +30,7 @@ import yaml  # type: ignore[import-untyped]
 
 from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.checkpoint.source_file import read_file
+from npt_fast.config import InjectionMode, InjectionTime
 from npt_fast.errors import CheckpointError, DataError, NPTError, TransferError, printable
 from npt_fast.paths import user_path
 from npt_fast.schema import (
@@ -47,7 +48,7 @@ from npt_fast.schema import (
 )
 from npt_fast.transfer.extract import extract, tokenize
 from npt_fast.transfer.generate import MOST_TOKENS, Sampling, continue_ids
-from npt_fast.transfer.inject import Mode, When, inject
+from npt_fast.transfer.inject import inject
 from npt_fast.transfer.positions import Position, parse
 
 _MAX_BYTES = 1_000_000
@@ -81,9 +82,9 @@ class Fact:
     source: str
     sequence: bool = False
     position: Position = "last"
-    mode: Mode = "replace"
+    mode: InjectionMode = "replace"
     strength: float = 1.0
-    when: When = "prefill"
+    when: InjectionTime = "prefill"
     begins: str | None = None
     contains: str | None = None
     must_not_change: Sequence[str] = ()
@@ -306,9 +307,9 @@ _INJECT = {
     "from": _WORDS,
     "sequence": FLAG,
     "position": Kind("a number, 2:5, first, last, all, at:WORD or after:WORD", _is_position),
-    "mode": one_of(get_args(Mode)),
+    "mode": one_of(get_args(InjectionMode)),
     "strength": NUMBER,
-    "when": one_of(get_args(When)),
+    "when": one_of(get_args(InjectionTime)),
 }
 _EXPECT = {"begins": _WORDS, "contains": _WORDS}
 

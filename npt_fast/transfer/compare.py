@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npt_fast.config import InjectionMode, InjectionTime
 from npt_fast.transfer.extract import tokenize
 from npt_fast.transfer.generate import Sampling, continue_ids
-from npt_fast.transfer.inject import Mode, When, inject
+from npt_fast.transfer.inject import inject
 from npt_fast.transfer.modulation import Modulation
 from npt_fast.transfer.positions import Position, resolve
 
@@ -81,9 +82,9 @@ def compare(
     prompt: str,
     *,
     position: Position = -1,
-    mode: Mode = "replace",
+    mode: InjectionMode = "replace",
     strength: float = 1.0,
-    when: When = "prefill",
+    when: InjectionTime = "prefill",
     sampling: Sampling | None = None,
     tracked: Sequence[str] = (),
     top: int = 5,
@@ -188,7 +189,7 @@ def sweep(
     *,
     strengths: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
     position: Position = -1,
-    mode: Mode = "replace",
+    mode: InjectionMode = "replace",
     tracked: Sequence[str] = (),
     each_token: bool = False,
 ) -> Sweep:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from npt_fast.config import SamplingStrategy
 from npt_fast.errors import TransferError
 from npt_fast.schema import LARGEST, shown
 
 MOST_TOKENS = 10_000
 """Of a continuation: logs and facts ask for them, and nobody waits for a billion."""
-
-Strategy = Literal["greedy", "top_k", "top_p", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +31,7 @@ class Sampling:
     """
 
     tokens: int = 1
-    strategy: Strategy = "greedy"
+    strategy: SamplingStrategy = "greedy"
     temperature: float = 1.0
     top_k: int = 50
     top_p: float = 0.9

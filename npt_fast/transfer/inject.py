@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from npt_fast.config import InjectionMode, InjectionTime
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.functional import ACTIVATIONS
 from npt_fast.hf.convert import components
@@ -19,8 +20,6 @@ from npt_fast.transfer.extract import component_vectors, on
 from npt_fast.transfer.modulation import PROJECTIONS, Modulation, Terms
 from npt_fast.transfer.positions import Match, Position, resolve
 
-Mode = Literal["replace", "blend", "add", "exact-blend", "exact-add"]
-When = Literal["prefill", "decode", "both"]
 _CHUNK = 64  # tokens whose own vectors are formed at a time
 
 
@@ -45,9 +44,9 @@ def inject(
     modulation: Modulation | Sequence[Modulation | None],
     *,
     position: Position = -1,
-    mode: Mode = "replace",
+    mode: InjectionMode = "replace",
     strength: float = 1.0,
-    when: When = "prefill",
+    when: InjectionTime = "prefill",
     tokenizer: Any = None,
 ) -> Iterator[Hits]:
     """Within the context, tokens at `position` get other weight changes than their own.
@@ -83,10 +82,10 @@ def inject(
         TransferError: the modulation does not fit the mode; a position is outside a prompt; nothing
             was hit by the end of the context.
     """
-    if mode not in get_args(Mode) or when not in get_args(When):
+    if mode not in get_args(InjectionMode) or when not in get_args(InjectionTime):
         raise TransferError(
-            f"mode must be one of {', '.join(get_args(Mode))} and when one of "
-            f"{', '.join(get_args(When))}, got {mode!r} and {when!r}"
+            f"mode must be one of {', '.join(get_args(InjectionMode))} and when one of "
+            f"{', '.join(get_args(InjectionTime))}, got {mode!r} and {when!r}"
         )
     given = [modulation] if isinstance(modulation, Modulation) else list(modulation)
     converted = components(model)
@@ -123,7 +122,7 @@ def inject(
         )
 
 
-def _check_mode(m: Modulation, mode: Mode, converted: dict[int, NPComponent]) -> None:
+def _check_mode(m: Modulation, mode: InjectionMode, converted: dict[int, NPComponent]) -> None:
     """Modes on vectors need vectors, as many as the layer has components."""
     if mode not in ("blend", "add"):
         return
@@ -154,7 +153,7 @@ def _on(terms: Any, device: torch.device) -> dict[str, Terms]:
 class _Tracker:
     """Knows in every pass of the model which of its tokens are meant."""
 
-    def __init__(self, position: Position, when: When, tokenizer: Any, hits: Hits) -> None:
+    def __init__(self, position: Position, when: InjectionTime, tokenizer: Any, hits: Hits) -> None:
         self.position = position
         self.when = when
         self.tokenizer = tokenizer
@@ -229,7 +228,7 @@ class _Injection:
         self,
         layer: int,
         terms: Sequence[dict[str, Terms] | None],
-        mode: Mode,
+        mode: InjectionMode,
         strength: float,
         tracker: _Tracker,
     ) -> None:

@@ -18,6 +18,7 @@ import torch
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.source_file import SourceFile, read_file
+from npt_fast.config import InjectionMode, InjectionTime, SamplingStrategy
 from npt_fast.errors import (
     CheckpointError,
     ModelError,
@@ -47,8 +48,7 @@ from npt_fast.transfer.compare import Comparison, Sweep, compare, sweep
 from npt_fast.transfer.expression import evaluate
 from npt_fast.transfer.extract import digest, extract, tokenize
 from npt_fast.transfer.files import open_modulation, packed, read_back
-from npt_fast.transfer.generate import Sampling, Strategy, continue_ids
-from npt_fast.transfer.inject import Mode, When
+from npt_fast.transfer.generate import Sampling, continue_ids
 from npt_fast.transfer.modulation import Base, Modulation
 from npt_fast.transfer.positions import Position
 
@@ -70,7 +70,7 @@ _INDEX_KINDS = {
 _MODULATION = {"name": TEXT, "file": _FILE_NAME, "created": TEXT}
 _SETTINGS = {
     "tokens": POSITIVE,
-    "strategy": one_of(get_args(Strategy)),
+    "strategy": one_of(get_args(SamplingStrategy)),
     "temperature": NUMBER,
     "top_k": POSITIVE,
     "top_p": NUMBER,
@@ -293,9 +293,9 @@ class Session:
         text: str,
         *,
         position: Position = -1,
-        mode: Mode = "replace",
+        mode: InjectionMode = "replace",
         strength: float = 1.0,
-        when: When = "prefill",
+        when: InjectionTime = "prefill",
         sampling: Sampling | None = None,
     ) -> Injection:
         """Continue a text with and without a modulation, in those of its layers that are on.
@@ -325,7 +325,7 @@ class Session:
         *,
         strengths: Sequence[float],
         position: Position = -1,
-        mode: Mode = "replace",
+        mode: InjectionMode = "replace",
     ) -> Sweep:
         """Every active layer of a modulation by itself, and all, at several strengths."""
         part, _ = self._active_part(name)
@@ -542,7 +542,9 @@ def _is_session(folder: Path) -> bool:
     return _INDEX in names and all(n.endswith(".safetensors") for n in names - {_INDEX})
 
 
-def _no_effect(modulation: Modulation, found: Comparison, mode: Mode, strength: float) -> str:
+def _no_effect(
+    modulation: Modulation, found: Comparison, mode: InjectionMode, strength: float
+) -> str:
     """Why the next tokens are what they were."""
     if max(found.kls) > _NO_EFFECT or found.base != found.injected:
         return ""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import npt_fast as npt
+from npt_fast.config import InjectionMode, InjectionTime
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.testing import assert_within_budget
-from npt_fast.transfer.inject import Mode, When
 from npt_fast.transfer.modulation import Modulation
 from npt_fast.transfer.positions import Position, resolve
 from tests.conftest import DATA
@@ -41,7 +41,7 @@ from tests.transfer.models import (
 )
 
 IDS = ids_of(TEXT)  # "the red house", 13 tokens
-MODES: tuple[Mode, ...] = ("replace", "blend", "add", "exact-blend", "exact-add")
+MODES: tuple[InjectionMode, ...] = ("replace", "blend", "add", "exact-blend", "exact-add")
 POSITIONS: list[tuple[Position, list[int]]] = [
     (4, [4]),
     (-2, [11]),
@@ -68,7 +68,7 @@ def truth(
     model: Any,
     modulations: Modulation | list[Modulation | None],
     places: list[list[int]],
-    mode: Mode = "replace",
+    mode: InjectionMode = "replace",
     strength: float = 1.0,
 ) -> Iterator[None]:
     """What `inject` is to do, spelled out; `places` are columns, by row."""
@@ -92,7 +92,7 @@ def test_the_truth_is_the_model_where_nothing_is_injected() -> None:
 
 @pytest.mark.parametrize("strength", [1.0, 0.3, -2.0])
 @pytest.mark.parametrize("mode", MODES)
-def test_modes(mode: Mode, strength: float) -> None:
+def test_modes(mode: InjectionMode, strength: float) -> None:
     model = converted()
     m = npt.extract(model, tokenizer, SOURCE)
     plain = logits(model, IDS)
@@ -147,7 +147,7 @@ def test_its_own_modulation_changes_nothing() -> None:
 @pytest.mark.parametrize("source", ["single", "dual", "triple"])
 @pytest.mark.parametrize("target", ["single", "dual", "triple"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_layer_may_have_other_projections(source: str, target: str, mode: Mode) -> None:
+def test_a_layer_may_have_other_projections(source: str, target: str, mode: InjectionMode) -> None:
     """What the source does not change keeps the token's own change; one that the layer lacks
     is changed all the same, but has no vectors to mix with."""
     m = npt.extract(converted(modulation=source), tokenizer, SOURCE)
@@ -167,7 +167,7 @@ def test_a_layer_may_have_other_projections(source: str, target: str, mode: Mode
 
 @pytest.mark.parametrize("mode", ["replace", "exact-blend", "exact-add"])
 @pytest.mark.parametrize("terms", [1, 5])
-def test_combined_ones_of_any_number_of_terms(mode: Mode, terms: int) -> None:
+def test_combined_ones_of_any_number_of_terms(mode: InjectionMode, terms: int) -> None:
     model = converted()
     m = 0.5 * random_modulation(terms=terms) - npt.extract(model, tokenizer, SOURCE)
     with npt.inject(model, m, mode=mode, strength=0.7, position="all"):
@@ -298,7 +298,7 @@ def test_a_batch_that_the_modulations_do_not_divide() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("when", ["prefill", "decode", "both"])
-def test_the_cache_changes_nothing(family: str, when: When) -> None:
+def test_the_cache_changes_nothing(family: str, when: InjectionTime) -> None:
     model = converted(family)
     m = npt.extract(model, tokenizer, SOURCE)
     inputs = {"input_ids": IDS}
@@ -320,7 +320,7 @@ def test_the_cache_changes_nothing(family: str, when: When) -> None:
 
 
 @pytest.mark.parametrize("when", ["prefill", "decode", "both"])
-def test_float32_keeps_the_budget(when: When) -> None:
+def test_float32_keeps_the_budget(when: InjectionTime) -> None:
     """With cache and in a padded batch, all as close to float64 as texts alone without a cache."""
     model = converted()
     m = npt.extract(model, tokenizer, SOURCE)
@@ -328,7 +328,7 @@ def test_float32_keeps_the_budget(when: When) -> None:
     rows: dict[str, list[Tensor]] = {"exact": [], "low": [], "cached": [], "batch": []}
     for mode in MODES:
 
-        def run(inputs: dict[str, Tensor], mode: Mode = mode, **options: Any) -> Any:
+        def run(inputs: dict[str, Tensor], mode: InjectionMode = mode, **options: Any) -> Any:
             with npt.inject(low_model, low_m, when=when, mode=mode, strength=0.5):
                 return greedy(low_model, inputs, 6, **options)
 
