@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import components
 from npt_fast.hf.tokenizer import encode
-from npt_fast.training.data import TokenWindows
 from npt_fast.training.distillation import Distillation, Losses
+from npt_fast.training.token_windows import TokenWindows
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,6 @@ from npt_fast.hf.checkpoint import load
 from npt_fast.hf.convert import components, convert, decoder_layers
 from npt_fast.paths import user_path
 from npt_fast.training.curriculum import parse_curriculum
-from npt_fast.training.data import TokenWindows
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate
 from npt_fast.training.launch import launch
@@ -37,6 +36,7 @@ from npt_fast.training.metrics import Metrics
 from npt_fast.training.progress import Progress, read_progress
 from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.state import read_state
+from npt_fast.training.token_windows import TokenWindows
 from npt_fast.training.trainer import NPTTrainer
 
 

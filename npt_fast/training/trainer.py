@@ -33,7 +33,6 @@ from npt_fast.hf.convert import components
 from npt_fast.hf.tokenizer import encode
 from npt_fast.modules import NPComponent
 from npt_fast.training.curriculum import Stage, stage_index
-from npt_fast.training.data import TokenWindows
 from npt_fast.training.distillation import Distillation, Losses
 from npt_fast.training.evaluation import Evaluation, collate, evaluate_windows
 from npt_fast.training.metrics import Metrics
@@ -45,6 +44,7 @@ from npt_fast.training.state import (
     restore_optimizer,
     write_checkpoint,
 )
+from npt_fast.training.token_windows import TokenWindows
 
 PROMPTS = ("The future of artificial intelligence", "Hi")
 

@@ -23,7 +23,6 @@ from transformers import LlamaForCausalLM
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.modules import NPComponent
-from npt_fast.training.data import TokenWindows
 from npt_fast.training.state import (
     gather_optimizer,
     gather_weights,
@@ -31,6 +30,7 @@ from npt_fast.training.state import (
     restore_optimizer,
     write_checkpoint,
 )
+from npt_fast.training.token_windows import TokenWindows
 from tests import reference
 from tests.checkpoints import (
     adamw_state,

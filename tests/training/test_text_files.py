@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import npt_fast as npt
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.training import text_files
-from npt_fast.training.data import open_documents
+from npt_fast.training.documents import open_documents
 from npt_fast.training.text_files import LONGEST
 
 ALPHABET = 'ab \n\t"\\{}[],:é語😀\u2028\x7f'
@@ -213,7 +213,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, kind: str, change:
 PROGRAM = """
 import os, resource, sys, time
 from npt_fast.errors import DataError
-from npt_fast.training.data import open_documents
+from npt_fast.training.documents import open_documents
 
 for path in sys.stdin:
     if os.fork():
