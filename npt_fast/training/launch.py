@@ -16,12 +16,16 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
 from npt_fast.checkpoint.merge import merge
+from npt_fast.checkpoint.training_run import FINAL
 from npt_fast.config import TrainOptions
 from npt_fast.errors import NPTError, TrainingError
 from npt_fast.paths import user_path
+from npt_fast.training.run_directory import RunDirectory, checkpoints
 
+# A spawned process imports this file before it knows its GPU. Whatever may start CUDA, which reads
+# CUDA_VISIBLE_DEVICES once, is imported after that: in `_work`.
 if TYPE_CHECKING:
-    from npt_fast.training.train import TrainReport
+    from npt_fast.training.run import TrainReport
 
 _GRACE = 60.0  # seconds in which processes may save after one of them failed
 
@@ -60,9 +64,7 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
     A run that was stopped leaves every process at a step of its own; resumed from the run's folder,
     each goes on from there.
     """
-    from npt_fast.checkpoint.training_run import FINAL
-    from npt_fast.training.run_directory import RunDirectory, checkpoints
-    from npt_fast.training.train import TrainReport, output_directory
+    from npt_fast.training.run import TrainReport, output_directory
 
     begun = time.monotonic()
     if options.layer_weights not in ("uniform", "linear"):
@@ -188,7 +190,7 @@ def _work(
     os.environ.update(environment[index])
     os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate sets torch's threads by it
     torch.set_num_threads(threads)
-    from npt_fast.training.train import train_here
+    from npt_fast.training.run import train_here
 
     try:
         results.put((index, train_here(tasks[index])))

@@ -7,7 +7,6 @@ order (SPEC 2.3), so that merges and the original can read it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,22 +14,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from npt_fast import schema
-from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.checkpoint import CONFIG, NPT_CONFIG, Checkpoint
+from npt_fast.checkpoint.checkpoint import Checkpoint
 from npt_fast.checkpoint.numbers import read_number
-from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
-from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.training_state import (
-    MULTI_LAYER_STATE,
     TRAINING_STATE,
     TrainingState,
     read_training_state,
 )
-from npt_fast.config import FileFormat
 from npt_fast.errors import TrainingError
-from npt_fast.hf.checkpoint import read_tensor, save_pt, write_weights
+from npt_fast.hf.checkpoint import read_tensor
 from npt_fast.modules import NPComponent
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -168,35 +162,3 @@ def read_state(checkpoint: Checkpoint) -> TrainingState | None:
     if checkpoint.directory is None:
         return None
     return read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
-
-
-def write_checkpoint(
-    target: Path,
-    *,
-    weights: Mapping[str, Tensor],
-    format: FileFormat,
-    training_state: Mapping[str, Any],
-    multi_layer_state: Mapping[str, Any],
-    config: Mapping[str, Any],
-    npt_config: Mapping[str, Any],
-) -> None:
-    """Write a checkpoint in the guide's layout: complete or not at all.
-
-    Raises:
-        CheckpointError: what would be written could not be read.
-        StorageError: the disk is full.
-        TrainingError: it cannot be written.
-    """
-    with disk_errors(target, TrainingError), StagedDirectory(target, replace=True) as staged:
-        write_weights(staged, weights, format)
-        for name, state in (
-            (TRAINING_STATE, training_state),
-            (MULTI_LAYER_STATE, multi_layer_state),
-        ):
-            with staged.file(name) as file:
-                save_pt(dict(state), file)
-        for name, content in ((CONFIG, config), (NPT_CONFIG, npt_config)):
-            with staged.file(name) as file:
-                file.write(strict_json.dump(dict(content)))
-        read_back(staged.path, target)
-        staged.publish()

@@ -9,6 +9,9 @@ from typing import Any
 import datasets
 import pytest
 
+from tests.training import runs
+from tests.training.runs import Place
+
 
 @pytest.fixture
 def offline(
@@ -26,3 +29,9 @@ def offline(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf")))
     yield
     assert not tried
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with runs.place(tmp_path_factory.mktemp("place")) as found:
+        yield found

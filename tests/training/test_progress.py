@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -22,14 +22,7 @@ from npt_fast.checkpoint.training_state import TrainingState
 from npt_fast.training.progress import Progress, read_progress
 from npt_fast.training.state import read_state
 from tests.checkpoints import load_state
-from tests.training import runs
 from tests.training.runs import Place
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with runs.place(tmp_path_factory.mktemp("place")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
