@@ -1,7 +1,7 @@
 """Files on disk are what they were: users have them, and other versions write and read them.
 
-`tests/data/formats` and the digests below were made by version 0.1.0 in November 2026. A change here
-is a change of a format: it needs a new format version and a line in CHANGELOG.md.
+`tests/data/formats` and the digests below were made by version 0.1.0 in November 2026. A change
+here is a change of a format: it needs a new format version and a line in CHANGELOG.md.
 """
 
 from __future__ import annotations
