@@ -60,7 +60,7 @@ class CheckpointWriter:
 
     def last_good(self) -> str:
         """Says which checkpoint is the last good one."""
-        steps = list(self.run.checkpoints()) if self.run else []
+        steps = list(self.run.checkpoint_steps()) if self.run else []
         if not steps or self.run is None:
             return "no checkpoint had been saved"
         return f"the last good checkpoint is {self.run.checkpoint(steps[-1])}"
@@ -91,8 +91,11 @@ class CheckpointWriter:
             TrainingError: a weight is not finite, or the checkpoint cannot be written.
             StorageError: the disk is full.
         """
-        parts = components(self.distillation.model)
-        weights, optimizer_state = gather_weights(parts), gather_optimizer(optimizer, parts)
+        np_components = components(self.distillation.model)
+        weights, optimizer_state = (
+            gather_weights(np_components),
+            gather_optimizer(optimizer, np_components),
+        )
         if self.run is None:
             return
         bad = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
@@ -110,10 +113,10 @@ class CheckpointWriter:
                 "optimizer_state_dict": optimizer_state,
                 "scheduler_state_dict": schedule.state_dict() if schedule else None,
                 "scaler_state_dict": progress.scaler,
-                "best_val_loss": progress.best,
+                "best_val_loss": progress.best_kl,
                 "data_state": progress.data,
             },
-            multi_layer_state=self._multi_layer_state(step, list(parts)),
+            multi_layer_state=self._multi_layer_state(step, list(np_components)),
             config={
                 "model_name": options.model_name,
                 "batch_size": options.batch_size,
@@ -130,7 +133,7 @@ class CheckpointWriter:
             npt_config=describe(
                 self.distillation.model,
                 base_name=options.model_name,
-                steps={layer: self._layer_steps(layer, step) for layer in parts},
+                steps={layer: self._layer_steps(layer, step) for layer in np_components},
                 fidelity=direct,
             ),
         )

@@ -115,7 +115,7 @@ class Distillation(nn.Module):
         *,
         stage: Stage = STUDENT,
         windows: Tensor | None = None,
-        norms: bool = False,
+        measure_norms: bool = False,
         evaluate: bool = False,
     ) -> Losses:
         """Losses of one batch.
@@ -125,7 +125,7 @@ class Distillation(nn.Module):
             attention_mask: ``(B, S)``, 1 for tokens, 0 for padding; None without padding.
             stage: what the trained layers get as input.
             windows: numbers of the rows' texts, ``(B,)``: equal numbers, equal texts.
-            norms: measure v_a and v_b.
+            measure_norms: measure v_a and v_b.
             evaluate: compare predictions too.
         """
         trained = trained_layers(self.model)
@@ -134,7 +134,7 @@ class Distillation(nn.Module):
         runs_student = all_layers or (stage.name != "teacher" and len(trained) > 1)
         present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         weights = present.to(torch.float32)
-        norms_needed = norms or self.reg_weight > 0
+        norms_needed = measure_norms or self.reg_weight > 0
 
         if not runs_student and windows is not None and self.cache.limit:
             activations = self.cache.get(windows, input_ids, attention_mask, self._activations)
@@ -150,7 +150,9 @@ class Distillation(nn.Module):
 
         parts: dict[int, Parts] = {}
         if runs_student:
-            final = self._student(teacher, stage, parts, all_layers=all_layers, norms=norms_needed)
+            final = self._student(
+                teacher, stage, parts, all_layers=all_layers, measure_norms=norms_needed
+            )
         else:
             for index, seen in activations.items():
                 scaffold = Scaffold(attention=seen.attention, norms=norms_needed)
@@ -174,7 +176,7 @@ class Distillation(nn.Module):
                 total=losses.total + self._weighted(squares) * self.reg_weight,
                 regularization=squares,
             )
-        if norms:
+        if measure_norms:
             losses = losses._replace(
                 norms={n: _norm_sums(m, weights).detach() for n, m in measured.items()}
             )
@@ -223,7 +225,7 @@ class Distillation(nn.Module):
         parts: dict[int, Parts],
         *,
         all_layers: bool,
-        norms: bool,
+        measure_norms: bool,
     ) -> Tensor:
         """The trained model from its first trained layer on; fills `parts`, returns hidden states.
 
@@ -244,7 +246,7 @@ class Distillation(nn.Module):
             scaffold = Scaffold(
                 attention_input=_mixed(seen.hidden, state, stage.attention_ratio),
                 attention=seen.attention if same else None,
-                norms=norms,
+                norms=measure_norms,
             )
             residual = _mixed(seen.hidden, state, stage.mlp_ratio)
             parts[index] = layers[index](residual, scaffold=scaffold, **call)

@@ -69,10 +69,10 @@ def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
             # every document once: text that is held out must not come again
             stopping_strategy="all_exhausted_without_replacement",
         )
-    files = _find(source)
+    files = _find_files(source)
     for file in files:
-        next(_read([file]), None)  # a file of the wrong kind should not show after hours
-    return datasets.IterableDataset.from_generator(_read, gen_kwargs={"files": files})
+        next(_read_rows([file]), None)  # a file of the wrong kind should not show after hours
+    return datasets.IterableDataset.from_generator(_read_rows, gen_kwargs={"files": files})
 
 
 def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
@@ -89,7 +89,7 @@ def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
         ) from error
 
 
-def _find(source: str) -> list[str]:
+def _find_files(source: str) -> list[str]:
     """Files by name, those that cannot be read among them: none is left out silently."""
     path = user_path(source)
     with path_errors(path, DataError):
@@ -98,7 +98,7 @@ def _find(source: str) -> list[str]:
         files = sorted(
             str(path)
             for path in found
-            if path.suffix.lower() in text_files.KINDS and not is_directory(path)
+            if path.suffix.lower() in text_files.READERS and not is_directory(path)
         )
         if not files and not folder and any(not is_file(path) for path in found):
             raise DataError(f"{source}: not a regular file; give a file or folder of text")
@@ -109,7 +109,7 @@ def _find(source: str) -> list[str]:
         )
     if not files:
         raise DataError(
-            f"{source}: has no text; put it into files of {', '.join(text_files.KINDS)}"
+            f"{source}: has no text; put it into files of {', '.join(text_files.READERS)}"
         )
     return files
 
@@ -132,12 +132,12 @@ def _matches(pattern: Path) -> list[Path]:
     return [p for p in found if not any(n.startswith(".") and n not in named for n in p.parts)]
 
 
-def _read(files: list[str]) -> Iterator[dict[str, str]]:
+def _read_rows(files: list[str]) -> Iterator[dict[str, str]]:
     """Rows of local files; each file is opened when it is its turn."""
     for name in files:
         try:
             file = SourceFile.of(Path(name), follow_links=True)
-            for text in text_files.texts(file) if file.size else ():
+            for text in text_files.read_documents(file) if file.size else ():
                 yield {"text": text}
         except CheckpointError as error:
             raise DataError(str(error)) from None

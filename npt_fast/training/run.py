@@ -31,7 +31,7 @@ from npt_fast.paths import user_path
 from npt_fast.training.curriculum import parse_curriculum
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate
-from npt_fast.training.metrics import Metrics
+from npt_fast.training.metrics_log import MetricsLog
 from npt_fast.training.progress import Progress, read_progress
 from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.state import read_state
@@ -69,26 +69,26 @@ class TrainReport:
 def train_here(options: TrainOptions) -> TrainReport:
     """`train` in this process, which may be one of several."""
     begun = time.monotonic()
-    first = int(os.environ.get("RANK", "0")) == 0
+    is_main_process = int(os.environ.get("RANK", "0")) == 0
 
     def say(line: str) -> None:
-        if first:
+        if is_main_process:
             print(printable(line), file=sys.stderr, flush=True)
 
     stages = parse_curriculum(options.curriculum_stages)
-    checkpoint, saved = _open(options)
-    progress = read_progress(saved)
-    start = saved.global_step if saved else 0
-    if start >= options.max_steps:
+    checkpoint, training_state = _open_resumed(options)
+    progress = read_progress(training_state)
+    first_step = training_state.global_step if training_state else 0
+    if first_step >= options.max_steps:
         raise TrainingError(
-            f"{options.resume_from}: is at step {start}, so --max_steps {options.max_steps} leaves "
-            "nothing to do; it counts from the beginning"
+            f"{options.resume_from}: is at step {first_step}, so --max_steps {options.max_steps} "
+            "leaves nothing to do; it counts from the beginning"
         )
     output = output_directory(options)
-    run = RunDirectory(output, resuming=checkpoint is not None) if first else None
+    run = RunDirectory(output, resuming=checkpoint is not None) if is_main_process else None
     metrics = None
     try:
-        arguments = _arguments(options, output)
+        arguments = _training_arguments(options, output)
         model, tokenizer = load_base_model(
             options.model_name,
             dtype=options.base_dtype,
@@ -96,8 +96,8 @@ def train_here(options: TrainOptions) -> TrainReport:
             keep_on_cpu=bool(arguments.fsdp),  # it may not fit on one device whole
             trust_remote_code=options.trust_remote_code,
         )
-        layers = _put_layers(model, options, checkpoint, say)
-        windows, held_out = _data(options, model, tokenizer, checkpoint, progress, say)
+        layers = _add_layers(model, options, checkpoint, say)
+        windows, held_out = _open_data(options, model, tokenizer, checkpoint, progress, say)
         distillation = Distillation(
             model,
             layer_weights=_layer_weights(options, model),
@@ -117,10 +117,10 @@ def train_here(options: TrainOptions) -> TrainReport:
         del config["trust_remote_code"]  # said anew for every run, never by a file
         if run is not None:
             with disk_errors(output, TrainingError):
-                metrics = Metrics(output, options, start, config)
+                metrics = MetricsLog(output, options, first_step, config)
                 (output / CONFIG).write_bytes(strict_json.dump(config))
-        _announce(say, options, model, layers, output, start)
-        with _deferred_signals() as stop:
+        _say_what_begins(say, options, model, layers, output, first_step)
+        with _deferred_signals() as stop_signal:
             trainer = NPTTrainer(
                 distillation,
                 options,
@@ -131,10 +131,10 @@ def train_here(options: TrainOptions) -> TrainReport:
                 held_out=held_out,
                 run=run,
                 metrics=metrics,
-                checkpoint=checkpoint,
-                saved=saved,
+                resumed=checkpoint,
+                training_state=training_state,
                 progress=progress,
-                stop=stop,
+                stop_signal=stop_signal,
                 say=say,
             )
             trainer.train()
@@ -173,14 +173,14 @@ def output_directory(options: TrainOptions) -> Path:
     return Path("experiments") / name
 
 
-def _open(options: TrainOptions) -> tuple[Checkpoint | None, TrainingState | None]:
+def _open_resumed(options: TrainOptions) -> tuple[Checkpoint | None, TrainingState | None]:
     if options.resume_from is None:
         return None, None
     checkpoint = open_checkpoint(options.resume_from)
     return checkpoint, read_state(checkpoint)
 
 
-def _arguments(options: TrainOptions, output: Path) -> TrainingArguments:
+def _training_arguments(options: TrainOptions, output: Path) -> TrainingArguments:
     warmup = options.warmup_steps
     if warmup is None:
         warmup = min(1000, options.max_steps // 10)
@@ -217,11 +217,11 @@ def _arguments(options: TrainOptions, output: Path) -> TrainingArguments:
     )
 
 
-def _put_layers(
+def _add_layers(
     model: Any, options: TrainOptions, checkpoint: Checkpoint | None, say: Callable[[str], None]
 ) -> list[int]:
     """Layers from the checkpoint as they are there, the others anew; ascending."""
-    layers = sorted(_indices(options, model))
+    layers = sorted(_layer_indices(options, model))
     known = [layer for layer in layers if checkpoint and layer in checkpoint.modules]
     if checkpoint is not None:
         for line in (*checkpoint.notes, *checkpoint.unread.values()):
@@ -251,7 +251,7 @@ def _put_layers(
     return layers
 
 
-def _indices(options: TrainOptions, model: Any) -> list[int]:
+def _layer_indices(options: TrainOptions, model: Any) -> list[int]:
     """Layers in the order in which they are named, from 0."""
     count = len(decoder_layers(model))
     for layer in options.layers:
@@ -277,7 +277,7 @@ def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
 
 def _layer_weights(options: TrainOptions, model: Any) -> dict[int, float]:
     """Weights by layer; given in the order in which the layers are named."""
-    layers = _indices(options, model)
+    layers = _layer_indices(options, model)
     text = options.layer_weights
     if text == "uniform":
         values = [1.0] * len(layers)
@@ -295,7 +295,7 @@ def _layer_weights(options: TrainOptions, model: Any) -> dict[int, float]:
     return dict(zip(layers, values, strict=True))
 
 
-def _data(
+def _open_data(
     options: TrainOptions,
     model: Any,
     tokenizer: Any,
@@ -343,23 +343,23 @@ def _data(
     return windows, other.held_out_windows()
 
 
-def _announce(
+def _say_what_begins(
     say: Callable[[str], None],
     options: TrainOptions,
     model: Any,
     layers: list[int],
     output: Path,
-    start: int,
+    first_step: int,
 ) -> None:
     say(f"Base model: {options.model_name}")
     for layer in layers:
-        part = components(model)[layer]
-        count = sum(parameter.numel() for parameter in part.parameters())
+        component = components(model)[layer]
+        count = sum(parameter.numel() for parameter in component.parameters())
         say(
-            f"Layer {layer}: {part.modulation_type}, num_ranks {part.num_ranks}, rank {part.rank}, "
-            f"residual {part.residual}, {count:,} parameters"
+            f"Layer {layer}: {component.modulation_type}, num_ranks {component.num_ranks}, "
+            f"rank {component.rank}, residual {component.residual}, {count:,} parameters"
         )
-    say(f"Steps: {start} to {options.max_steps}, curriculum {options.curriculum_stages}")
+    say(f"Steps: {first_step} to {options.max_steps}, curriculum {options.curriculum_stages}")
     say(
         f"Losses: {options.loss}, direct {options.direct_mlp_weight}, fidelity "
         f"{options.fidelity_weight}, regularization {options.lambda_reg}"

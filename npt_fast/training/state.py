@@ -30,32 +30,34 @@ from npt_fast.modules import NPComponent
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def gather_weights(parts: Mapping[int, NPComponent]) -> dict[str, Tensor]:
+def gather_weights(components: Mapping[int, NPComponent]) -> dict[str, Tensor]:
     """Weights of all layers by full name, on the CPU. Under FSDP every process must call it."""
     return {
         f"layer_{layer}_np.{name}": view.clone()
-        for layer, part in parts.items()
-        for name, view in part.split(
-            {name: _whole(parameter) for name, parameter in part.named_parameters()}
+        for layer, component in components.items()
+        for name, view in component.split(
+            {name: _whole(parameter) for name, parameter in component.named_parameters()}
         ).items()
     }
 
 
 def gather_optimizer(
-    optimizer: torch.optim.Optimizer, parts: Mapping[int, NPComponent]
+    optimizer: torch.optim.Optimizer, components: Mapping[int, NPComponent]
 ) -> dict[str, Any]:
     """AdamW's state in the original's form, on the CPU. Under FSDP every process must call it."""
     state: dict[int, dict[str, Tensor]] = {}
     index = 0
-    for part in parts.values():
-        own = dict(part.named_parameters())
+    for component in components.values():
+        own = dict(component.named_parameters())
         names = list(
-            part.split({name: torch.empty(p.shape, device="meta") for name, p in own.items()})
+            component.split({name: torch.empty(p.shape, device="meta") for name, p in own.items()})
         )
         held = {name: optimizer.state[p] for name, p in own.items() if p in optimizer.state}
         if held:
             split = {
-                moment: part.split({name: _whole(values[moment]) for name, values in held.items()})
+                moment: component.split(
+                    {name: _whole(values[moment]) for name, values in held.items()}
+                )
                 for moment in _MOMENTS
             }
             step = _whole(next(iter(held.values()))["step"]).to(torch.float32)
@@ -75,7 +77,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
-    parts: Mapping[int, NPComponent],
+    components: Mapping[int, NPComponent],
     saved: TrainingState,
     checkpoint: Checkpoint,
 ) -> list[int]:
@@ -94,7 +96,7 @@ def restore_optimizer(
     reader = NearbyReader()
     betas = optimizer.param_groups[0]["betas"]
     fresh = []
-    for layer, part in parts.items():
+    for layer, component in components.items():
         slots = saved.optimizer.get(layer)
         if not slots:
             fresh.append(layer)
@@ -115,13 +117,13 @@ def restore_optimizer(
                 f"{saved.path}: the AdamW state of layer {layer} has tensors at step 0 and others "
                 f"at step {top}; leave out {TRAINING_STATE} to start the optimizer fresh"
             )
-        own = dict(part.named_parameters())
+        own = dict(component.named_parameters())
         joined = {
             moment: {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in own.items()}
             for moment in _MOMENTS
         }
         for moment, beta in zip(_MOMENTS, betas, strict=True):
-            views = part.split(joined[moment])
+            views = component.split(joined[moment])
             for name, values in states.items():
                 entry = values[moment]
                 assert isinstance(entry, TensorEntry)

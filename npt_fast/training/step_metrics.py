@@ -75,14 +75,14 @@ class StepMetrics:
         bad = [layer for layer, value in losses.direct.items() if not bool(torch.isfinite(value))]
         return f"of layer {', '.join(map(str, bad))}" if bad else "in all"
 
-    def take(self, total: Callable[[Tensor], Tensor]) -> Averages:
+    def take(self, sum_over_processes: Callable[[Tensor], Tensor]) -> Averages:
         """The averages since the last call, and begin anew; waits for the device.
 
         Args:
-            total: adds up sums of all processes.
+            sum_over_processes: adds up sums of all processes.
         """
         names = sorted(self._sums)
-        sums = total(torch.stack([self._sums[name].double() for name in names]))
+        sums = sum_over_processes(torch.stack([self._sums[name].double() for name in names]))
         found = dict(zip(names, sums.tolist(), strict=True))
         # vectors are measured in some steps only, so their sums have fewer tokens
         tokens, measured = found.pop("tokens"), found.pop("measured", 0.0)

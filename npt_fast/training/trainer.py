@@ -34,7 +34,7 @@ from npt_fast.training.checkpoint_writer import CheckpointWriter
 from npt_fast.training.curriculum import Stage, stage_index
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate, evaluate_windows
-from npt_fast.training.metrics import Metrics
+from npt_fast.training.metrics_log import MetricsLog
 from npt_fast.training.progress import Progress
 from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.state import restore_optimizer
@@ -57,10 +57,10 @@ class NPTTrainer(Trainer):
         held_out: windows for evaluation.
         run: where to write; every process knows it, the first one writes.
         metrics: of the first process, None in the others.
-        checkpoint: what the run goes on from.
-        saved: its training state.
+        resumed: what the run goes on from.
+        training_state: its training state.
         progress: how far the run has come.
-        stop: gives the number of a signal that asks to stop, 0 as long as there is none.
+        stop_signal: gives the number of a signal that asks to stop, 0 as long as there is none.
         say: prints a line for people.
     """
 
@@ -75,11 +75,11 @@ class NPTTrainer(Trainer):
         windows: TokenWindows,
         held_out: Sequence[Mapping[str, Tensor]],
         run: RunDirectory | None,
-        metrics: Metrics | None,
-        checkpoint: Checkpoint | None,
-        saved: TrainingState | None,
+        metrics: MetricsLog | None,
+        resumed: Checkpoint | None,
+        training_state: TrainingState | None,
         progress: Progress,
-        stop: Callable[[], int],
+        stop_signal: Callable[[], int],
         say: Callable[[str], None],
     ) -> None:
         super().__init__(
@@ -87,7 +87,7 @@ class NPTTrainer(Trainer):
             arguments,
             data_collator=collate,
             train_dataset=windows,
-            callbacks=[_Steps(self)],
+            callbacks=[_TrainerHooks(self)],
         )
         for printer in ("PrinterCallback", "ProgressCallback"):
             for callback in list(self.callback_handler.callbacks):
@@ -100,12 +100,12 @@ class NPTTrainer(Trainer):
         self.windows = windows
         self.held_out = held_out
         self.metrics = metrics
-        self.checkpoint = checkpoint
-        self.saved = saved
-        self.stop = stop
+        self.resumed = resumed
+        self.training_state = training_state
+        self.stop_signal = stop_signal
         self.say = say
-        self.start = saved.global_step if saved else 0
-        self.best = progress.best
+        self.first_step = training_state.global_step if training_state else 0
+        self.best_kl = progress.best_kl
         self.micro_batches = progress.micro_batches
         self.scaler_state = progress.scaler
         self.evaluation: Evaluation | None = None
@@ -118,8 +118,8 @@ class NPTTrainer(Trainer):
             distillation,
             options,
             stages=stages,
-            resumed=checkpoint,
-            first_step=self.start,
+            resumed=resumed,
+            first_step=self.first_step,
             say=say,
         )
 
@@ -154,7 +154,7 @@ class NPTTrainer(Trainer):
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             warmup = self.args.get_warmup_steps(num_training_steps)
-            last = self.start - 1
+            last = self.first_step - 1
             self.lr_scheduler = (
                 get_cosine_schedule_with_warmup(
                     optimizer, warmup, num_training_steps, last_epoch=last
@@ -175,7 +175,9 @@ class NPTTrainer(Trainer):
         """Mean over all tokens of the optimizer step, in all processes together."""
         step = self.state.global_step
         tokens = inputs.pop("labels").ne(-100).sum()
-        losses = model(**inputs, stage=self._current_stage(step), norms=self._logs(step + 1))
+        losses = model(
+            **inputs, stage=self._current_stage(step), measure_norms=self._logs_after(step + 1)
+        )
         self._step_metrics.add(losses, tokens)
         self.micro_batches += 1
         assert num_items_in_batch is not None
@@ -202,11 +204,15 @@ class NPTTrainer(Trainer):
             "training/tokens_per_second": tokens / seconds,
         }
         self._record(step, values)
-        left = (self.options.max_steps - step) * seconds / max(step - self._logged_before(step), 1)
+        left = (
+            (self.options.max_steps - step)
+            * seconds
+            / max(step - self._last_logged_before(step), 1)
+        )
         self.say(
             f"step {step}/{self.options.max_steps}  {stage.name}  loss {means['loss/total']:.4f}  "
             + "".join(
-                f"layer {n} {means[f'mlp_direct_loss/layer_{n}']:.4f}  " for n in self._parts()
+                f"layer {n} {means[f'mlp_direct_loss/layer_{n}']:.4f}  " for n in self._components()
             )
             + f"lr {logs['learning_rate']:.2e}  {tokens / seconds:,.0f} tokens/s  "
             f"{_duration(left)} left"
@@ -214,7 +220,7 @@ class NPTTrainer(Trainer):
 
     # ---- measuring ----
 
-    def _adamw(self) -> torch.optim.Optimizer:
+    def _unwrapped_optimizer(self) -> torch.optim.Optimizer:
         """Ours, in accelerate's wrapping or not."""
         optimizer: Any = self.optimizer
         found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -225,16 +231,18 @@ class NPTTrainer(Trainer):
             with disk_errors(self.metrics.path, TrainingError):
                 self.metrics.write(step, values)
 
-    def _parts(self) -> dict[int, NPComponent]:
+    def _components(self) -> dict[int, NPComponent]:
         return components(self.distillation.model)
 
-    def _logs(self, step: int) -> bool:
+    def _logs_after(self, step: int) -> bool:
         """Whether Trainer logs after this optimizer step."""
         every = self.options.logging_steps
-        return step % every == 0 or step in (1, self.start + 1, self.options.max_steps)
+        return step % every == 0 or step in (1, self.first_step + 1, self.options.max_steps)
 
-    def _logged_before(self, step: int) -> int:
-        return max(self.start, next((s for s in range(step - 1, 0, -1) if self._logs(s)), 0))
+    def _last_logged_before(self, step: int) -> int:
+        return max(
+            self.first_step, next((s for s in range(step - 1, 0, -1) if self._logs_after(s)), 0)
+        )
 
     def _current_stage(self, step: int) -> Stage:
         return self.stages[stage_index(self.stages, step)]
@@ -251,9 +259,11 @@ class NPTTrainer(Trainer):
 
     def begin(self) -> None:
         """Go on where the checkpoint ended; called when model and optimizer are in place."""
-        self.state.global_step = self._globalstep_last_logged = self.start
-        if self.saved is not None and self.checkpoint is not None:
-            fresh = restore_optimizer(self._adamw(), self._parts(), self.saved, self.checkpoint)
+        self.state.global_step = self._globalstep_last_logged = self.first_step
+        if self.training_state is not None and self.resumed is not None:
+            fresh = restore_optimizer(
+                self._unwrapped_optimizer(), self._components(), self.training_state, self.resumed
+            )
             if fresh:
                 self.say(f"Optimizer starts fresh for layers {fresh}")
             if self.scaler_state and self.accelerator.scaler is not None:
@@ -297,7 +307,7 @@ class NPTTrainer(Trainer):
             control.should_training_stop = True
 
     def _agreed_stop(self) -> int:
-        number = self.stop()
+        number = self.stop_signal()
         if self.accelerator.num_processes == 1:
             return number
         flag = torch.tensor(number, device=self.accelerator.device)
@@ -311,18 +321,18 @@ class NPTTrainer(Trainer):
         processes = self.accelerator.num_processes
         distillation: Any = self.distillation
         windows = self.held_out
-        reduce: Callable[[Tensor], Tensor] = lambda sums: sums  # noqa: E731
+        sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums  # noqa: E731
         if self.is_fsdp_enabled:
             distillation = self.model_wrapped  # all processes take part in every layer
         elif processes > 1 and len(windows) >= processes:
             windows = windows[self.accelerator.process_index :: processes]
-            reduce = lambda sums: self.accelerator.reduce(sums, "sum")  # noqa: E731
+            sum_over_processes = lambda sums: self.accelerator.reduce(sums, "sum")  # noqa: E731
         found = evaluate_windows(
             distillation,
             windows,
             batch_size=self.options.batch_size,
             device=self.accelerator.device,
-            total=reduce,
+            sum_over_processes=sum_over_processes,
         )
         self.evaluation = found
         values: dict[str, float | str] = {
@@ -338,9 +348,9 @@ class NPTTrainer(Trainer):
             f"step {step}  evaluation  perplexity {found.perplexity:.3f} (base "
             f"{found.base_perplexity:.3f})  KL {found.kl:.4f}  top-1 {found.top1_agreement:.4f}"
         )
-        better = self.best is None or found.kl < self.best
+        better = self.best_kl is None or found.kl < self.best_kl
         if better:
-            self.best = found.kl
+            self.best_kl = found.kl
         return better
 
     def _write(self, step: int, *, numbered: bool, best: bool) -> None:
@@ -351,11 +361,11 @@ class NPTTrainer(Trainer):
         scaler = self.accelerator.scaler
         self._writer.write(
             step,
-            self._adamw(),
+            self._unwrapped_optimizer(),
             self.lr_scheduler,
             Progress(
                 micro_batches=self.micro_batches,
-                best=self.best,
+                best_kl=self.best_kl,
                 scaler=scaler.state_dict() if scaler is not None else None,
                 data=self._data_state(step),
             ),
@@ -367,7 +377,7 @@ class NPTTrainer(Trainer):
     def _data_state(self, step: int) -> dict[str, Any]:
         options = self.options
         per_step = options.batch_size * options.gradient_accumulation_steps
-        taken = (step - self.start) * per_step * self.accelerator.num_processes
+        taken = (step - self.first_step) * per_step * self.accelerator.num_processes
         return self.windows.state_after(self._first_window + taken)
 
     def _sample(self) -> None:
@@ -392,7 +402,7 @@ class NPTTrainer(Trainer):
             self.say(f"step {self.state.global_step}  sample  {' '.join(text.split())}")
 
 
-class _Steps(TrainerCallback):
+class _TrainerHooks(TrainerCallback):
     """Trainer's hooks, handed to the trainer."""
 
     def __init__(self, trainer: NPTTrainer) -> None:
@@ -405,7 +415,7 @@ class _Steps(TrainerCallback):
         self.trainer.enter_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._logs(state.global_step):
+        if self.trainer._logs_after(state.global_step):
             control.should_log = True
         self.trainer.leave_step(control)
 

@@ -115,7 +115,7 @@ def test_keep_last_beside_an_earlier_longer_run(place: Place, tmp_path: Path) ->
         tmp_path / "out", resume_from=str(begin), save_steps=1, keep_last=2, max_steps=5
     )
     assert again.name == "checkpoint-5" and again.is_dir()
-    assert list(RunDirectory(tmp_path / "out", resuming=True).checkpoints()) == [4, 5, 6, 8]
+    assert list(RunDirectory(tmp_path / "out", resuming=True).checkpoint_steps()) == [4, 5, 6, 8]
 
 
 def test_weights_that_are_not_finite_are_not_saved(place: Place, tmp_path: Path) -> None:

@@ -520,7 +520,7 @@ def test_measures_of_the_vectors() -> None:
             ).mean(0),
         ]
     )
-    found = Distillation(model)(**inputs, stage=TEACHER, norms=True).norms
+    found = Distillation(model)(**inputs, stage=TEACHER, measure_norms=True).norms
     assert found is not None and list(found) == [2] and not found[2].requires_grad
     same(found[2], (per_token * inputs["attention_mask"]).sum((-1, -2)))
 
@@ -577,7 +577,7 @@ def test_no_layer_is_run_that_no_loss_needs(
     model = converted(llama(), layers)
     step = Distillation(model, reg_weight=0.2)
     with watched(model) as calls:
-        step(**batch(), stage=stage, norms=True).total.backward()
+        step(**batch(), stage=stage, measure_norms=True).total.backward()
     assert calls["layers"] == layer_calls.split()
     assert calls["attention"] == [int(index) for index in attention_calls.split()]
     assert calls["lm_head"] == []

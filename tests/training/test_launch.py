@@ -151,13 +151,13 @@ def test_what_goes_wrong_in_a_process(place: Place, tmp_path: Path, parallel: st
 
 def at_the_start(monkeypatch: pytest.MonkeyPatch, happens: Callable[[list[Any]], None]) -> None:
     """Something happens as soon as the processes exist."""
-    wait = launch._all_well
+    wait = launch._all_succeeded
 
     def instead(processes: list[Any]) -> bool:
         happens(processes)
         return wait(processes)
 
-    monkeypatch.setattr(launch, "_all_well", instead)
+    monkeypatch.setattr(launch, "_all_succeeded", instead)
 
 
 @pytest.mark.parametrize("pause", [0, 1])
@@ -203,7 +203,7 @@ def _crash(index: int, *arguments: object) -> None:
 def test_our_own_bugs_are_not_hidden(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_work", _crash)
+    monkeypatch.setattr(launch, "_train_one", _crash)
     with pytest.raises(ProcessRaisedException, match=r"in _crash\n.*raise ZeroDivisionError"):
         place.train(tmp_path / "out", num_processes=2)
 

@@ -159,16 +159,16 @@ def test_what_is_missing_is_named(state: TrainingState, part: str) -> None:
 def test_what_training_wrote(state: TrainingState) -> None:
     assert read_progress(None) == Progress()
     found = read_progress(state)
-    assert found.micro_batches == 4 and found.best is None and found.scaler == SCALER
+    assert found.micro_batches == 4 and found.best_kl is None and found.scaler == SCALER
     assert found.data == state.content["data_state"]
 
 
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("best_val_loss", math.inf, Progress(best=None)),  # as the original has it at first
-        ("best_val_loss", math.nan, Progress(best=None)),
-        ("best_val_loss", 2, Progress(best=2.0)),
+        ("best_val_loss", math.inf, Progress(best_kl=None)),  # as the original has it at first
+        ("best_val_loss", math.nan, Progress(best_kl=None)),
+        ("best_val_loss", 2, Progress(best_kl=2.0)),
         ("batch_count", None, Progress()),
         ("batch_count", 7, Progress(micro_batches=7)),
         ("scaler_state_dict", {}, Progress()),

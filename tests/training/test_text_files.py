@@ -28,7 +28,7 @@ ALPHABET = 'ab \n\t"\\{}[],:é語😀\u2028\x7f'
 
 
 def texts(path: Path) -> list[str]:
-    return list(text_files.texts(SourceFile.of(path)))
+    return list(text_files.read_documents(SourceFile.of(path)))
 
 
 def read(path: Path) -> list[str]:
@@ -212,6 +212,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, kind: str, change:
 
 PROGRAM = """
 import os, resource, sys, time
+import torch  # which datasets would load at the first file
 from npt_fast.errors import DataError
 from npt_fast.training.documents import open_documents
 

@@ -334,13 +334,13 @@ def test_going_on_does_not_read_from_the_beginning(
     count = len(cut(ids(texts), 8, 8))
     truth = take(whole, count)
     opened = []
-    read = documents._read
+    read = documents._read_rows
 
     def watch(files: list[str]) -> Iterator[dict[str, str]]:
         opened.extend(files)
         yield from read(files)
 
-    monkeypatch.setattr(documents, "_read", watch)
+    monkeypatch.setattr(documents, "_read_rows", watch)
     for used in range(0, count - 1, 9):
         tokenizer = Words()
         again = stream(tmp_path, block=4, start=whole.state_after(used), tokenizer=tokenizer)

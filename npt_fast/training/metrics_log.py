@@ -22,7 +22,7 @@ LOG = "training_log.jsonl"
 _LONGEST_LINE = 1 << 20  # bytes; one of ours has a number per layer and metric
 
 
-class Metrics:
+class MetricsLog:
     """A run's metrics, under the names of SPEC 5.10.
 
     Args:

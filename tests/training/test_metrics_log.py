@@ -18,7 +18,7 @@ import pytest
 
 from npt_fast.config import TrainOptions
 from npt_fast.errors import TrainingError
-from npt_fast.training.metrics import LOG, Metrics
+from npt_fast.training.metrics_log import LOG, MetricsLog
 
 VALUES: dict[str, float | str] = {
     "loss/total": 0.1 + 0.2,  # no short number: the log must have all digits
@@ -30,11 +30,11 @@ VALUES: dict[str, float | str] = {
 NUMBERS = {name: value for name, value in VALUES.items() if not isinstance(value, str)}
 
 
-def metrics(folder: Path, step: int = 0, **options: Any) -> Metrics:
+def metrics(folder: Path, step: int = 0, **options: Any) -> MetricsLog:
     """As a run opens them, with its whole configuration."""
     chosen = TrainOptions(train_layers="11,13", **options)
     config = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(chosen).items()}
-    return Metrics(folder, chosen, step, config)
+    return MetricsLog(folder, chosen, step, config)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
