@@ -1,8 +1,8 @@
-"""One pass of training: what the base model computes, what the trained layers make of it, losses.
+"""One training step up to its losses: the teacher's pass, the student's pass, and their errors.
 
-A module whose forward returns the losses, so that DDP and FSDP wrap it like any model. It runs no
-layer that no loss needs (DESIGN 8): with the layers' own errors alone, the base model up to the
-last trained layer, and of the trained layers only their MLPs once more.
+It is a module whose forward returns the losses, so that DDP and FSDP wrap it like any model. It
+skips layers no loss depends on (design.md#training-step): with direct losses alone, it runs the
+base model up to the last trained layer, and the MLPs of the trained layers once more.
 """
 
 from __future__ import annotations

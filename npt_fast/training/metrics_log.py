@@ -23,7 +23,7 @@ _LONGEST_LINE = 1 << 20  # bytes; one of ours has a number per layer and metric
 
 
 class MetricsLog:
-    """A run's metrics, under the names of SPEC 5.10.
+    """The metrics of a run (design.md#metrics).
 
     Args:
         folder: the run's; ``training_log.jsonl`` in it gets a line per call.

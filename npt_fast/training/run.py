@@ -160,7 +160,7 @@ def train_here(options: TrainOptions) -> TrainReport:
 
 
 def output_directory(options: TrainOptions) -> Path:
-    """Where a run writes: ``experiments/<wandb_name>`` unless told otherwise (SPEC 5.1)."""
+    """The folder a run writes to: `output_dir`, else ``experiments/<wandb_name>``."""
     if options.output_dir is not None:
         return user_path(options.output_dir)
     name = options.wandb_name

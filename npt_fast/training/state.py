@@ -1,7 +1,7 @@
 """Everything a run needs to go on: out of the optimizer into a checkpoint, and back.
 
 Parameters are stored joined; a checkpoint has one AdamW state per tensor of the original, in its
-order (SPEC 2.3), so that merges and the original can read it.
+order (design.md#training-state), so that merges and the original can read it.
 """
 
 from __future__ import annotations

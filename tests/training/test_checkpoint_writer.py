@@ -28,7 +28,7 @@ WIDTHS: dict[str, Any] = {"d": 32, "f": 48}
 
 
 def test_the_guides_layout(place: Place, tmp_path: Path) -> None:
-    """SPEC 2: the files, and what the original's tools look for in them."""
+    """The files, and what the original's tools look for in them (design.md#checkpoint-files)."""
     path = place.train(
         tmp_path / "out",
         curriculum_stages="teacher:3,mixed:3:0.3:0.6,student:10",

@@ -1,7 +1,8 @@
-"""One pass of training, against the same written out layer by layer in float64 (SPEC 5.3, 5.4).
+"""A training step against the same step written out layer by layer in float64.
 
-The truth below shares nothing with the code under test, nor with transformers: attention, rotary
-positions and masks are spelled out, v_a and v_b are formed, logits exist all at one time.
+The truth below (design.md#training-step) shares nothing with the code under test or with
+transformers: attention, rotary positions and masks are spelled out, v_a and v_b are formed, and all
+logits exist at once.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ class Truth:
         return getattr(self.config, "sliding_window", None) or 0
 
     def mlp(self, layer: int, hidden: Tensor, attention: Tensor | None = None) -> Tensor:
-        """Of the state before it; changed by the attention output, if one is given (SPEC 1.2)."""
+        """Output of the MLP on `hidden`, with weights that `attention` changes if it is given."""
         stem = f"model.layers.{layer}.mlp"
         x = self.norm(f"model.layers.{layer}.post_attention_layernorm", hidden)
 

@@ -253,7 +253,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
     tracked(folder, wandb_mode="offline", wandb_name="mine", wandb_tags=["a"])
     (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     content = record.read_bytes()
-    for text in ("npt-multi-layer", "mine", "train_layers", *NUMBERS):  # names as in SPEC 5.10
+    for text in ("npt-multi-layer", "mine", "train_layers", *NUMBERS):  # design.md#metrics
         assert text.encode() in content, text
     assert repr(NUMBERS["loss/total"]).encode() in content
 
@@ -266,5 +266,5 @@ def test_trackio(tmp_path: Path) -> None:
     with sqlite3.connect(folder / "trackio" / "ours.db") as database:
         rows = database.execute("select run_name, step, metrics from metrics order by step")
         found = [(run, step, json.loads(values)) for run, step, values in rows]
-    # what is no number is not shown there; names as in SPEC 5.10
+    # what is no number is not shown there; design.md#metrics
     assert found == [("mine", 5, NUMBERS), ("mine", 6, {"loss/total": 0.25})]

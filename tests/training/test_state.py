@@ -46,7 +46,7 @@ WIDTHS: dict[str, Any] = {"d": 32, "f": 48}
 
 
 class Original(nn.Module):
-    """The original's component: a parameter per tensor, lists of them where k > 1 (SPEC 2.1)."""
+    """The original's component (design.md#keys): a parameter per tensor, lists where k > 1."""
 
     def __init__(self, rank: int, num_ranks: int, projections: list[str]) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def recorded_gradients(num_ranks: Mapping[int, int]) -> Iterator[list[dict[str, 
 
 
 def cosine(step: int, warmup: int, end: int) -> float:
-    """The factor of a step, counted from 0 (SPEC 5.5)."""
+    """The factor of a step, counted from 0 (design.md#curriculum)."""
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))

@@ -11,7 +11,7 @@ from tests.training.runs import Place
 
 
 def test_metrics(place: Place, tmp_path: Path) -> None:
-    """The names of SPEC 5.10; every figure is a mean over all tokens since the line before."""
+    """Names as in design.md#metrics; each value is a mean over all tokens since the last line."""
     settings = {
         "curriculum_stages": "teacher:2,student:10",
         "fidelity_weight": 0.5,
