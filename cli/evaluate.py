@@ -30,34 +30,34 @@ def evaluate(
     cpu: bool = False,
     json: bool = False,
 ) -> None:
-    """Measure how well checkpoints stand for their base model on held-out text.
+    """Measure on held-out text how close checkpoints come to their base model.
 
     Parameters
     ----------
     checkpoint
-        Checkpoint directories or weight files, each measured by itself.
+        Checkpoint directories or weights files; each is measured separately.
     model_name
         Base model: Hub id, folder, .gguf file, or smollm2-135m.
     data
-        Text, as for train; the windows that train holds out are used.
+        Text, as for train; the windows that train holds out are measured.
     num_eval_samples
-        How many windows.
+        Number of windows.
     max_length
         Tokens per window.
     batch_size
-        Windows at a time.
+        Windows per batch.
     base_dtype
-        Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+        Type of the base model's weights; auto is the checkpoint's on a GPU and float32 on a CPU.
     trust_remote_code
         Run code that comes with the base model or that it names, with all your rights.
     prompt
-        Texts to go on with, by the base model and with each checkpoint.
+        Texts that the base model and each checkpoint continue.
     max_new_tokens
-        Length of what is generated.
+        Number of tokens to generate.
     cpu
-        Use the CPU although there is a GPU.
+        Use the CPU even if there is a GPU.
     json
-        Print everything as JSON.
+        Print the results as JSON.
     """
     from npt_fast.hf.base_model import load_base_model
     from npt_fast.training.evaluation import continue_text, default_device
@@ -87,14 +87,14 @@ def evaluate(
         if not json:
             say(f"{path}: layers {layers}")
             say(
-                f"  perplexity {found.perplexity:.3f}, base {found.base_perplexity:.3f}, "
+                f"  perplexity {found.perplexity:.3f}, base model {found.base_perplexity:.3f}, "
                 f"ratio {found.perplexity / found.base_perplexity:.4f}"
             )
             say(f"  KL {found.kl:.4f} nats, top-1 agreement {found.top1_agreement:.4f}")
             errors = ", ".join(
                 f"layer {layer} {value:.4f}" for layer, value in found.direct.items()
             )
-            say(f"  relative error: {errors}")
+            say(f"  direct loss: {errors}")
             say(f"  {found.tokens:,} tokens")
     if json:
         print_json({"results": results, "prompts": list(prompt), "texts": texts})

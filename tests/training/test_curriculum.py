@@ -61,7 +61,7 @@ def test_every_step_has_a_stage() -> None:
         pytest.param("mixed:10:-0.1", "'mixed:10:-0.1'", "from 0 to 1", id="ratio below 0"),
         pytest.param("mixed:10:0.5:nan", "'mixed:10:0.5:nan'", "from 0 to 1", id="not a number"),
         pytest.param("mixed:10:inf", "'mixed:10:inf'", "from 0 to 1", id="infinite ratio"),
-        pytest.param("mixed:10:0:0:0", "'mixed:10:0:0:0'", "two at most", id="three ratios"),
+        pytest.param("mixed:10:0:0:0", "'mixed:10:0:0:0'", "at most two", id="three ratios"),
         pytest.param("teacher:10:0.5", "'teacher:10:0.5'", "takes no ratios", id="teacher's ratio"),
         pytest.param("student:10:1", "'student:10:1'", "takes no ratios", id="student's ratio"),
         pytest.param("pupil:10", "'pupil:10'", "teacher, mixed, student", id="no such stage"),

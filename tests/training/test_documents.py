@@ -117,7 +117,7 @@ def test_unknown_sources(tmp_path: Path) -> None:
             open_documents(source, seed=0)
     (tmp_path / "a.csv").write_text("text\n")
     for source in (tmp_path, tmp_path / "a.csv", tmp_path / "*.csv"):
-        with pytest.raises(npt.DataError, match=r"has no text; put it into files of \.txt"):
+        with pytest.raises(npt.DataError, match=r"has no text files; they end in \.txt"):
             open_documents(str(source), seed=0)
 
 

@@ -210,7 +210,7 @@ def test_our_own_bugs_are_not_hidden(
 
 def test_layer_weights_mean_nothing_apart(place: Place, tmp_path: Path) -> None:
     settings = {"num_processes": 2, "parallel": "layers", "layer_weights": "1,2"}
-    with pytest.raises(npt.TrainingError, match="layer_weights mean nothing"):
+    with pytest.raises(npt.TrainingError, match="layer_weights have no effect"):
         place.train(tmp_path / "out", **settings)
 
 
@@ -218,7 +218,7 @@ def test_more_processes_than_gpus(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(npt.TrainingError, match="num_processes 2: there are only 1 GPUs"):
+    with pytest.raises(npt.TrainingError, match="num_processes 2: only 1 GPUs are visible"):
         place.train(tmp_path / "out", num_processes=2, cpu=False)
 
 

@@ -206,7 +206,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "tokens beyond the vocabulary": (
         lambda state: state["data_state"].update(tokens=[257]),
-        "data_state: its tokens are not of the vocabulary",
+        "data_state: its tokens are not in the vocabulary",
     ),
     "tokens of text": (
         lambda state: state["data_state"].update(tokens=["a"]),
@@ -214,7 +214,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "a position in other data": (
         lambda state: state["data_state"].update(documents='{"epoch": 0}'),
-        "data_state: cannot go on with this data: documents is no position in it",
+        "data_state: cannot resume with this data: documents is not a position in it",
     ),
     "betas": (
         lambda state: state["optimizer_state_dict"]["param_groups"][0].update(betas="text"),

@@ -182,7 +182,7 @@ def test_other_data_begins_anew(place: Place, tmp_path: Path, capfd: Any) -> Non
     first = place.train(tmp_path / "a", max_steps=2)
     other = {"data": str(place.short), "num_eval_samples": 1, "max_steps": 3}
     second = place.train(tmp_path / "b", resume_from=str(first), **other)
-    assert "so the text begins anew" in capfd.readouterr().err
+    assert "so the text starts over" in capfd.readouterr().err
     assert load_state(second)["data_state"]["windows"] == 4
 
 
@@ -264,7 +264,7 @@ def test_where_runs_are(place: Place, tmp_path: Path, monkeypatch: pytest.Monkey
     assert unnamed.parts[0] == "experiments"
     assert unnamed.parts[1].startswith("npt_layers_1-2_base_")
     for name in ("..", "a/b"):
-        with pytest.raises(npt.TrainingError, match="no name for a folder"):
+        with pytest.raises(npt.TrainingError, match="is not a folder name"):
             place.train(Path(), output_dir=None, wandb_name=name)
 
 

@@ -145,11 +145,11 @@ def test_strings_in_an_array_are_texts(tmp_path: Path) -> None:
 
 BAD_JSON = {
     '{"text": "a"}\n{"text": "b"\n{"text": "c"}\n': "row 1: not valid JSON",
-    '{"text": "a"}\n"b"\n': "row 1: is no JSON object",
-    '{"text": "a"}\n[1]\n': "row 1: is no JSON object",
-    "5": "row 0: is no JSON object",
-    "]": "row 0: is no JSON object",
-    '[{"text": "a"},]': "row 1: is no JSON object",
+    '{"text": "a"}\n"b"\n': "row 1: not a JSON object",
+    '{"text": "a"}\n[1]\n': "row 1: not a JSON object",
+    "5": "row 0: not a JSON object",
+    "]": "row 0: not a JSON object",
+    '[{"text": "a"},]': "row 1: not a JSON object",
     '[{"text": "a"} {"text": "b"}]': "row 1: a comma is missing before it, or the array ends",
     '[{"text": "a"}': "row 1: a comma is missing before it, or the array ends",
     '[{"text": "a"}]\n{"text": "b"}': "row 1: the array has ended before it",
@@ -305,7 +305,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a deep array": (
         "a.json",
         lambda path: path.write_text("[" * 3_000_000),
-        "row 0: is no JSON object",
+        "row 0: not a JSON object",
     ),
     "empty lists": (
         "a.json",
@@ -351,7 +351,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "a paragraph of more than 8,388,608 characters",
     ),
     "white space": ("a.jsonl", lambda path: path.write_text(" " * 50_000_000), "0 rows"),
-    "zero bytes": ("a.jsonl", sparse, "row 0: is no JSON object"),
+    "zero bytes": ("a.jsonl", sparse, "row 0: not a JSON object"),
     "zero bytes for parquet": ("a.parquet", sparse, "a.parquet: cannot be read"),
     "one text of many rows": (
         "a.parquet",

@@ -417,7 +417,7 @@ def test_a_damaged_position_is_one_clear_error(tmp_path: Path) -> None:
         put(shard_idx=-1), put(shard_idx="0"), put(shard_example_idx=0.5), put(type="Other"),
         put(shard_idx=[0]), put(more=1), json.dumps({**begin, "epoch": None}),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"documents is no position in it|Expecting"):
+        with pytest.raises(ValueError, match=r"documents is not a position in it|Expecting"):
             stream(source, start={**state, "documents": position})
     for position in (put(shard_idx=10**400), put(shard_example_idx=10**400)):
         with pytest.raises(npt.DataError, match=r"a\.jsonl: (reading broke off|has no text any)"):
