@@ -1,4 +1,4 @@
-"""The curriculum's grammar, and which stage a step is in."""
+"""The grammar of the curriculum, and the stage of a step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_grammar(text: str, stages: list[Stage]) -> None:
 
 def test_every_step_has_a_stage() -> None:
     stages = parse_curriculum("teacher:2,mixed:1,student:3")
-    # past the end it is the last one: the original went back to the first when resuming there
+    # after the end the last stage continues; the original went back to the first on resuming
     assert [stage_index(stages, step) for step in range(9)] == [0, 0, 1, 2, 2, 2, 2, 2, 2]
     assert stage_index(stages, 10**9) == 2
 

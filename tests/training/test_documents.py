@@ -1,4 +1,4 @@
-"""What a source of documents is, in which order they come, and what is no source."""
+"""Sources of documents, their order, and sources that are refused."""
 
 from __future__ import annotations
 
