@@ -20,7 +20,7 @@ from npt_fast.config import BaseDType, parse_layers
 from npt_fast.errors import ModelError, NPTError, TransferError, VerificationError
 
 if TYPE_CHECKING:
-    from npt_fast.cli.shell import Shell
+    from npt_fast.cli.shell.loop import Shell
     from npt_fast.transfer.journal import Journal
     from npt_fast.transfer.session import Session
 
@@ -83,8 +83,9 @@ def interact(options: Annotated[InteractOptions, Parameter(name="*")] = _NOTHING
 
     Where stdin is no terminal, lines are read from it until one fails. help lists the commands.
     """
-    from npt_fast.cli.shell import JsonOutput, PlainOutput, Shell
-    from npt_fast.cli.shell_commands import Context, read_script
+    from npt_fast.cli.shell.command import Context
+    from npt_fast.cli.shell.commands.scripts import read_script
+    from npt_fast.cli.shell.loop import JsonOutput, PlainOutput, Shell
 
     if options.checkpoint is None and options.replay is None:
         raise UsageError("--checkpoint is missing (npt-fast interact --help lists the options)")
@@ -109,18 +110,18 @@ def interact(options: Annotated[InteractOptions, Parameter(name="*")] = _NOTHING
 
 
 def _converse(options: InteractOptions, shell: Shell) -> int:
-    from npt_fast.cli import shell_terminal
+    from npt_fast.cli.shell import terminal
     from npt_fast.transfer.journal import state_folder
 
     session = shell.context.session
     if not options.json:
-        shell.output = shell_terminal.TerminalOutput()
+        shell.output = terminal.TerminalOutput()
         for line in _banner(session):
             shell.output.note(line)
         if shell.journal is not None:
             shell.output.note(f"Log: {shell.journal.path}")
         shell.output.note("help lists the commands, Tab completes, Ctrl-D leaves")
-    shell_terminal.run(shell, _name(options), state_folder() / "history")
+    terminal.run(shell, _name(options), state_folder() / "history")
     return 0
 
 
@@ -134,8 +135,9 @@ def _banner(session: Session) -> list[str]:
 
 
 def _replay(options: InteractOptions) -> int:
-    from npt_fast.cli.shell import JsonOutput, PlainOutput, Shell, replay
-    from npt_fast.cli.shell_commands import Context
+    from npt_fast.cli.shell.command import Context
+    from npt_fast.cli.shell.loop import JsonOutput, PlainOutput, Shell
+    from npt_fast.cli.shell.replay import replay
     from npt_fast.transfer import journal
 
     path = str(options.replay)
