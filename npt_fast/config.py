@@ -31,6 +31,45 @@ InjectionTime = Literal["prefill", "decode", "both"]
 SamplingStrategy = Literal["greedy", "top_k", "top_p", "sample"]
 
 
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The first place where a text occurs; `npt_fast.at` and `npt_fast.after` make one.
+
+    Attributes:
+        text: Text to look for.
+        after: Take the token that follows the text instead of the text's own tokens.
+    """
+
+    text: str
+    after: bool = False
+
+    def __str__(self) -> str:
+        return f"{'after' if self.after else 'at'}:{self.text}"
+
+
+Position = int | slice | Sequence[int] | str | Match
+"""Tokens of a text, counted without padding; `npt_fast.transfer.positions` has the notation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Injection:
+    """How a modulation is put into a model: the arguments of `npt_fast.inject`, as one value.
+
+    Attributes:
+        position: Tokens of the prompt that receive the modulation.
+        mode: How the modulation and a token's own weight changes combine: ``replace``; ``blend``
+            and ``add`` combine the vectors v_a and v_b, as the original does; ``exact-blend`` and
+            ``exact-add`` combine the weight changes.
+        strength: Factor of the modulation; in both blends, its share.
+        when: Inject into the prompt (``prefill``), into generated tokens (``decode``), or both.
+    """
+
+    position: Position = "last"
+    mode: InjectionMode = "replace"
+    strength: float = 1.0
+    when: InjectionTime = "prefill"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NPTConfig:
     """NP layers to convert, all of one architecture.

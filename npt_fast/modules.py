@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from npt_fast.checkpoint.keys import PROJECTIONS
+from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.config import Initialization
 from npt_fast.functional import Modulation, modulated_mlp
 from npt_fast.initialization import initialize
@@ -94,6 +95,17 @@ class NPComponent(nn.Module):
             init=self.init,
             scale=self.init_scale,
             num_ranks=self.num_ranks,
+        )
+
+    @property
+    def architecture(self) -> Architecture:
+        """What a checkpoint records of the component."""
+        return Architecture(
+            self.modulation_type,
+            self.num_ranks,
+            self.rank,
+            self.hidden_size,
+            self.intermediate_size,
         )
 
     @property

@@ -50,10 +50,10 @@ FOREIGN = {
 
 
 def sources() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts) + [
-        path
+    return sorted(PACKAGE.rglob("*.py")) + [
+        PACKAGE / path.relative_to(ROOT)
         for link in ("benchmarks", "cli", "kernels")  # Path.rglob does not follow links
-        for path in sorted((PACKAGE / link).glob("*.py"))
+        for path in sorted((ROOT / link).rglob("*.py"))
     ]
 
 
@@ -79,6 +79,7 @@ CASES = sorted(set(sources()))
 
 def test_sources_are_found_through_the_links() -> None:
     assert {"checkpoint", "cli", "config", "errors"} <= {part_of(path) for path in CASES}
+    assert PACKAGE / "cli" / "shell" / "commands" / "tokens.py" in CASES
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import npt_fast as npt
-from npt_fast.cli.shell_commands import read_script
+from npt_fast.cli.shell.commands.scripts import read_script
 from npt_fast.errors import NPTError, PathError
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.paths import expand, path_list, user_path

@@ -122,7 +122,7 @@ def report_of(
         layers=layers,
         total_parameters=sum(recipe.numel for recipe in plan.weights),
         checkpoint_keys=len(plan.weights),
-        global_step=plan.base.global_step if plan.base else None,
+        global_step=plan.scalars_from.global_step if plan.scalars_from else None,
         files={file.name: file.size for file in plan.files},
         ways={way: count for way, count in ways.items() if count},
         free_bytes=free,

@@ -17,8 +17,9 @@ from npt_fast.checkpoint.training_run import BEST
 from npt_fast.checkpoint.training_state import MULTI_LAYER_STATE, TRAINING_STATE
 from npt_fast.config import FileFormat, TrainOptions
 from npt_fast.errors import TrainingError
-from npt_fast.hf.checkpoint import describe, save_pt, write_weights
+from npt_fast.hf.checkpoint import describe
 from npt_fast.hf.convert import components
+from npt_fast.hf.weights_file import save_pt, write_weights
 from npt_fast.training.curriculum import Stage, stage_index
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.progress import Progress

@@ -123,7 +123,7 @@ def train_here(options: TrainOptions) -> TrainReport:
             with disk_errors(output, TrainingError):
                 metrics = MetricsLog(output, options, first_step, config)
                 (output / CONFIG).write_bytes(strict_json.dump(config))
-        _say_what_begins(say, options, model, layers, output, first_step)
+        _say_setup(say, options, model, layers, output, first_step)
         with _deferred_signals() as stop_signal:
             trainer = NPTTrainer(
                 distillation,
@@ -146,10 +146,9 @@ def train_here(options: TrainOptions) -> TrainReport:
         if run is not None and not trainer.stopped_by:
             run.link(step, FINAL)
         trainer.accelerator.wait_for_everyone()
-        target = output / "checkpoints" / (f"checkpoint-{step}")
         return TrainReport(
             output=output,
-            checkpoint=target,
+            checkpoint=output / "checkpoints" / f"checkpoint-{step}",
             global_step=step,
             layers=tuple(layers),
             seconds=time.monotonic() - begun,
@@ -353,7 +352,7 @@ def _open_data(
     return windows, other.held_out_windows()
 
 
-def _say_what_begins(
+def _say_setup(
     say: Callable[[str], None],
     options: TrainOptions,
     model: Any,

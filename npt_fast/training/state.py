@@ -25,7 +25,7 @@ from npt_fast.checkpoint.training_state import (
     read_training_state,
 )
 from npt_fast.errors import TrainingError
-from npt_fast.hf.checkpoint import read_tensor
+from npt_fast.hf.weights_file import read_tensor
 from npt_fast.modules import NPComponent
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

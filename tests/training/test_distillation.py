@@ -50,7 +50,7 @@ def llama(**changes: Any) -> Any:
 
 
 def other_family(family: str) -> Any:
-    """Qwen3 normalises queries and keys; some of its layers have sliding windows, all of Mistral's."""
+    """Qwen3 normalises queries and keys and has some sliding windows; Mistral has only those."""
     options: dict[str, Any] = {
         "vocab_size": 257,
         "hidden_size": 32,
@@ -75,7 +75,7 @@ def other_family(family: str) -> Any:
 def converted(
     model: Any, layers: Sequence[int], residual: Residual = "removed", dtype: Any = torch.float64
 ) -> Any:
-    """Convert layers to unlike architectures, as after a merge, with weights that have an effect."""
+    """Convert layers to unlike architectures, as after a merge, so that they have an effect."""
     kinds: list[Any] = ["triple", "dual", "single"]
     with torch.random.fork_rng():
         torch.manual_seed(1)

@@ -208,7 +208,7 @@ TRACKED = """
 import json, sys
 from pathlib import Path
 from accelerate import PartialState
-from tests.training.test_metrics import VALUES, metrics
+from tests.training.test_metrics_log import VALUES, metrics
 PartialState(cpu=True)  # as in a run
 log = metrics(Path(sys.argv[1]), **json.loads(sys.argv[2]))
 log.write(5, VALUES)
@@ -219,7 +219,7 @@ print("the report")
 
 
 def tracked(folder: Path, **options: Any) -> None:
-    """Write metrics with a tracker, in a process that has no network."""
+    """Write metrics with a tracker, and assert that it does not even try to use a network."""
     elsewhere = folder.with_name("elsewhere")
     elsewhere.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as listener:
