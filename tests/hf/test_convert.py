@@ -265,9 +265,9 @@ def test_a_deep_copy_is_independent() -> None:
 
 def test_status() -> None:
     model = converted(layers=(-1, 1), modulation="dual")
-    assert [(s.layer, s.modulation, s.num_ranks, s.rank) for s in npt.status(model)] == [
-        (1, "dual", 2, 4),
-        (3, "dual", 2, 4),
+    assert [(s.layer, str(s.architecture)) for s in npt.status(model)] == [
+        (1, "dual, num_ranks 2, rank 4"),
+        (3, "dual, num_ranks 2, rank 4"),
     ]
     assert npt.status(model)[0].parameters == 2 * 2 * 4 * (2 * 32 + 48)
 
