@@ -12,7 +12,7 @@ from cyclopts.validators import Number
 import npt_fast as npt
 from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say
-from npt_fast.config import BaseDType, InjectionMode, InjectionTime, parse_layers
+from npt_fast.config import BaseDType, Injection, InjectionMode, InjectionTime, parse_layers
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def compare(
     modulation = extract_text(model, tokenizer, source, sequence)
     found = library.compare(
         model, tokenizer, modulation, prompt,
-        position=position, mode=mode, strength=strength, when=when,
+        Injection(position=position, mode=mode, strength=strength, when=when),
         sampling=Sampling(tokens=tokens), tracked=track,
     )  # fmt: skip
     facts = {

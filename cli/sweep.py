@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from npt_fast.cli.arguments import PathText
 from npt_fast.cli.compare import Layers, Source, Text, Texts, extract_text, load_model
 from npt_fast.cli.output import print_json, say
-from npt_fast.config import BaseDType, InjectionMode
+from npt_fast.config import BaseDType, Injection, InjectionMode
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def sweep(
     modulation = extract_text(model, tokenizer, source, sequence)
     found = library.sweep(
         model, tokenizer, modulation, prompt,
-        strengths=strength, position=position, mode=mode, tracked=track,
+        Injection(position=position, mode=mode), strengths=strength, tracked=track,
         each_token=each_token,
     )  # fmt: skip
     facts = {
