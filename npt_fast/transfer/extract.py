@@ -120,7 +120,7 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
 def component_vectors(
     component: NPComponent, attention: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """v_a and v_b by projection, formed for a few tokens (SPEC 1.1).
+    """v_a and v_b by projection, formed for a few tokens (design.md#definition).
 
     Args:
         component: of a layer.

@@ -65,7 +65,10 @@ def test_a_difference_with_itself_is_nothing() -> None:
 
 
 def test_what_vectors_would_do() -> None:
-    """SPEC 6.5: on vectors, twice is four times and the negative the same; not so here."""
+    """Twice the vectors is four times dW, their negatives are the same dW.
+
+    See design.md#modulation-arithmetic.
+    """
     a = random_modulation()
     v_a, v_b = a.layers[1]["gate"]
     torch.testing.assert_close((2 * v_b).t() @ (2 * v_a), 4 * a.dense(1, "gate"))
@@ -122,7 +125,7 @@ def test_compress_refuses_nonsense(rank: int | None, tol: float) -> None:
 
 
 def test_magnitude_is_the_mean_norm_of_the_tensors() -> None:
-    """SPEC 6.3: of the 2c tensors of a layer."""
+    """Over the 2c tensors of a layer with c projections (design.md#modulation-arithmetic)."""
     m = random_modulation(projections=("gate", "up"))
     tensors = [*m.layers[2]["gate"], *m.layers[2]["up"]]
     expected = sum(math.sqrt(t.square().sum().item()) for t in tensors) / 4
