@@ -183,7 +183,7 @@ class Vectors(NamedTuple):
 
 @torch.no_grad()
 def own_vectors(part: Any, attention: Tensor) -> dict[str, Vectors]:
-    """A component's vectors at attention outputs ``(tokens, D)``, one by one (design.md#definition)."""
+    """Vectors at attention outputs ``(tokens, D)``, one by one (design.md#definition)."""
     state = part.state_dict()
     names = {"gate": ["_gate", ""], "up": ["_up"], "down": ["_down"]}
 
