@@ -78,7 +78,7 @@ class ModelOptions:
 
     def load(self) -> tuple[Any, Any]:
         """The base model and its tokenizer."""
-        from npt_fast.training.evaluation import default_device
+        from npt_fast.hf.base_model import default_device
 
         return self.weights.load(self.model_name, "cpu" if self.cpu else default_device())
 

@@ -14,7 +14,7 @@ from cyclopts.validators import Number
 
 from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say
-from npt_fast.errors import BenchmarkError, NPTError
+from npt_fast.errors import BenchmarkError
 from npt_fast.tables import markdown_table
 
 Size = Annotated[int | None, Parameter(validator=Number(gte=1))]
@@ -90,10 +90,7 @@ def bench(
         if any(value is not None for value in others):
             raise BenchmarkError("--host has sizes of its own: it goes with --json alone")
         return _host(json)
-    try:
-        from npt_fast.benchmarks import bench as library
-    except ModuleNotFoundError as error:
-        raise NPTError(f"bench needs {error.name}: pip install 'npt_fast[hf]'") from error
+    from npt_fast.benchmarks import bench as library
     from npt_fast.benchmarks.device import INTERPRETED, INTERPRETER, device_facts
     from npt_fast.benchmarks.harness import machine_facts
     from npt_fast.benchmarks.rows import BAD, NOT_RUN
@@ -174,11 +171,8 @@ def _number(row: Row, key: str, form: str = "") -> str:
 
 
 def _host(json: bool) -> int:
-    try:
-        from npt_fast.benchmarks.device import ON_GPU
-        from npt_fast.benchmarks.host import measure
-    except ModuleNotFoundError as error:
-        raise NPTError(f"bench --host needs {error.name}: pip install torch triton") from error
+    from npt_fast.benchmarks.device import ON_GPU
+    from npt_fast.benchmarks.host import measure
     from npt_fast.benchmarks.rows import table
 
     rows = measure()

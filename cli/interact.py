@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,8 +87,8 @@ def interact(options: InteractOptions = _NOTHING) -> int:
     if options.checkpoint is None and options.replay is None:
         raise UsageError("--checkpoint is missing (npt-fast interact --help lists the options)")
     terminal = options.script is None and options.replay is None and _is_terminal()
-    if terminal and find_spec("prompt_toolkit") is None:
-        raise NPTError("the shell needs prompt_toolkit: pip install 'npt_fast[interact]'")
+    if terminal:  # what is missing is said now, not after a minute of loading
+        import npt_fast.cli.shell.terminal  # noqa: F401
     script = None if options.script is None else read_script(options.script)
     if options.replay is not None:
         return _replay(options)
@@ -158,7 +157,7 @@ def _replay(options: InteractOptions) -> int:
 def _session(
     options: InteractOptions, checkpoint: str, model_name: str | None, layers: Any = None
 ) -> Session:
-    from npt_fast.training.evaluation import default_device
+    from npt_fast.hf.base_model import default_device
     from npt_fast.transfer.session import Session
 
     name = model_name or DEFAULT_MODEL

@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 import npt_fast as npt
 from npt_fast.cli import streams
 from npt_fast.cli.output import shortened
-from npt_fast.errors import NPTError, VerificationError
+from npt_fast.errors import NPTError, VerificationError, missing_package
 
 app = App(
     name="npt-fast",
@@ -39,10 +39,11 @@ app.command("npt_fast.cli.kernels:app", name="kernels", help="Look at the kernel
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 done, 1 failed, 2 usage, 3 a check did not pass, 4 out of space."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         signal.signal(signal.SIGTERM, _terminate)
         streams.install()
-        result = _parse(list(sys.argv[1:] if arguments is None else arguments))()
+        result = _parse(given)()
         code = result if isinstance(result, int) else 0
         if failed := streams.failure(sys.stdout):
             problem = f"not all could be printed: {failed.strerror}; the work itself is done"
@@ -51,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _exit(error.exit_code, str(error), *(f"  {line}" for line in shortened(error.problems[1:])))
     except NPTError as error:
         _exit(error.exit_code, str(error))
+    except ModuleNotFoundError as error:
+        verb = given[0] if given else ""
+        line = missing_package(error, f"npt-fast {verb}", trains=verb in ("train", "evaluate"))
+        if line is None:
+            raise
+        _exit(1, line)
     except MemoryError:
         _exit(4, "out of memory")
     except KeyboardInterrupt:
