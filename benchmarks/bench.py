@@ -11,17 +11,10 @@ from typing import Any
 import torch
 
 from npt_fast.benchmarks.device import DTYPE, INTERPRETED, ON_GPU
-from npt_fast.benchmarks.kernel_cases import (
-    OPS,
-    OURS,
-    PROVIDERS,
-    Case,
-    Shapes,
-    cases,
-    workload,
-)
+from npt_fast.benchmarks.kernel_cases import OPS, OURS, PROVIDERS, Case, cases
 from npt_fast.benchmarks.kernel_timing import Ceilings, as_row, ceilings, time_case
 from npt_fast.benchmarks.rows import Row
+from npt_fast.benchmarks.workloads import Shapes, workload
 from npt_fast.errors import BenchmarkError, suggestion
 from npt_fast.kernels.roofline import DECODE_TOKENS
 from npt_fast.pictures import figure_class, save

@@ -24,20 +24,11 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import Tensor
 
-from npt_fast.benchmarks.device import DEVICE, DTYPE, ON_GPU, device_facts, peak_bytes
+from npt_fast.benchmarks.device import DTYPE, ON_GPU, device_facts, peak_bytes
 from npt_fast.benchmarks.harness import MB, machine_facts
-from npt_fast.benchmarks.kernel_cases import (
-    OURS,
-    REAL,
-    TINY,
-    Case,
-    Shapes,
-    cases,
-    layer_inputs,
-    tensors,
-)
+from npt_fast.benchmarks.kernel_cases import OURS, Case, cases, layer_inputs
+from npt_fast.benchmarks.kernel_checks import tensors
 from npt_fast.benchmarks.kernel_timing import (
     Timing,
     as_row,
@@ -46,10 +37,11 @@ from npt_fast.benchmarks.kernel_timing import (
     prepare,
     time_case,
 )
+from npt_fast.benchmarks.large_tensors import LargeCase, large_cases
 from npt_fast.benchmarks.programs import Program, run_tests
 from npt_fast.benchmarks.rows import NOT_RUN, SKIPPED, Job, Row
 from npt_fast.benchmarks.saved_bytes import FORMS, formula_bytes, kept_bytes
-from npt_fast.kernels import coefficients, modulated_linear, probe, swiglu
+from npt_fast.benchmarks.workloads import REAL, TINY, Shapes
 from npt_fast.kernels import modulated_mlp as mlp
 from npt_fast.kernels._tuning import disable_autotuning, enable_autotuning
 
@@ -289,81 +281,24 @@ def large(day: Day) -> list[Job]:
 
     Rows are the first, the last, and those around element 2^31.
     """
-    width, rank = (64, 16) if day.tiny else (4096, 64)
-    tokens = 300 if day.tiny else 2**31 // width + 193
-    k = width // rank
-    narrow = 32
-
-    def weight(*shape: int) -> Tensor:
-        values: Tensor = torch.randn(shape, device=DEVICE, dtype=DTYPE) / shape[0] ** 0.5
-        return values
-
-    def coefficients_bwd(dz: Tensor, u: Tensor, p: Tensor, s: Tensor) -> Sequence[Tensor]:
-        du = torch.empty_like(u)
-        one = (t.unsqueeze(0) for t in (dz, u, p, s.float(), du))
-        dp, z = coefficients.coefficients_bwd(*one)
-        return dp, z[0], du
-
-    def coefficients_fwd(u: Tensor, p: Tensor) -> Sequence[Tensor]:
-        s, z = coefficients.coefficients_fwd(u.unsqueeze(0), p.unsqueeze(0), k)
-        return s[0], z[0]
-
-    def probe_fwd(a: Tensor, u: Tensor) -> Sequence[Tensor]:
-        s, z, p = probe.probe(a, weight(width, narrow), u.unsqueeze(0), k, True)
-        return s[0], z[0], p
-
-    def to_wide(a: Tensor) -> Sequence[Tensor]:
-        return [modulated_linear.modulated_linear([a, a], [weight(narrow, width)] * 2, None)]
-
-    def from_wide(a: Tensor) -> Sequence[Tensor]:
-        return [modulated_linear.modulated_linear([a, a], [weight(width, narrow)] * 2, None)]
-
-    def gate_up(h: Tensor) -> Sequence[Tensor]:
-        back = weight(width, narrow)
-        arguments = (back, back, h.unsqueeze(0), weight(narrow, width), None, None, None, True)
-        return modulated_linear.modulated_gate_up(h, *arguments)
-
-    def job(
-        what: str, widths: Sequence[int], written: int, run: Callable[..., Sequence[Tensor]]
-    ) -> Job:
-        need = tokens * (sum(widths) + written) * DTYPE.itemsize
-
-        def compare() -> Row | None:
-            torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info()[0] if ON_GPU else math.inf
-            if 1.05 * need > free:
-                return _skipped(f"the device has {free / 1e9:.1f} GB free")
-            _sampled(run, tokens, widths, width)
-            return None
-
-        return one_row(what, compare, elements=tokens * width, GB=need / 1e9)
-
     return [
-        job("coefficients, forward", (width, width), width + 2 * k, coefficients_fwd),
-        job("coefficients, backward", (width, width, width, k), 3 * width, coefficients_bwd),
-        job("swiglu, forward", (width, width), width, lambda *a: [swiglu.swiglu_fwd(*a)]),
-        job("swiglu, backward", (width, width, width), 3 * width, swiglu.swiglu_bwd),
-        job("modulated_linear, wide result", (narrow,), width, to_wide),
-        job("modulated_linear, wide operand", (width,), narrow, from_wide),
-        job("modulated_linear, gate and up", (narrow,), 3 * width, gate_up),
-        job("probe", (narrow, width), 2 * width + 2 * k, probe_fwd),
+        one_row(
+            case.what,
+            partial(_large_row, case),
+            elements=case.tokens * case.width,
+            GB=case.bytes / 1e9,
+        )
+        for case in large_cases(tiny=day.tiny)
     ]
 
 
-def _sampled(
-    run: Callable[..., Sequence[Tensor]], tokens: int, widths: Sequence[int], width: int
-) -> None:
-    def seeded(*inputs: Tensor) -> Sequence[Tensor]:
-        torch.manual_seed(0)  # weights are the same in every call
-        return run(*inputs)
-
-    inputs = [torch.randn(tokens, n, device=DEVICE, dtype=DTYPE) for n in widths]
-    results = seeded(*inputs)
-    middle = min(2**31 // width, tokens - 128)
-    for begin in (0, middle - 64, tokens - 128):
-        some = slice(begin, begin + 128)
-        for found, expected in zip(results, seeded(*(t[some] for t in inputs)), strict=True):
-            torch.testing.assert_close(found[some], expected, rtol=0.02, atol=0.02)
+def _large_row(case: LargeCase) -> Row | None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] if ON_GPU else math.inf
+    if 1.05 * case.bytes > free:
+        return _skipped(f"the device has {free / 1e9:.1f} GB free")
+    case.check()
+    return None
 
 
 def determinism(day: Day) -> list[Job]:
@@ -420,7 +355,7 @@ def _script(
 ) -> Iterator[Row]:
     # PyTorch probes for peers and attributes with calls that fail on purpose
     options = ["--report-api-errors=no", "--error-exitcode=1"] if tool else []
-    command = [*tool, *options, sys.executable, "-m", "npt_fast.benchmarks.kernel_cases", *ops]
+    command = [*tool, *options, sys.executable, "-m", "npt_fast.benchmarks.kernel_checks", *ops]
     variables = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     limit = min(deadline, time.monotonic() + seconds)
     program = Program(command, limit, variables)

@@ -3,33 +3,28 @@
 One table for `bench`, `gpu_day` and ``bench_<op>.py``. The first provider of a case is its
 baseline, plain torch: cuBLAS and eager operations; in float64 it is the truth for all that compute
 the same. Triton's providers are there where its kernels run: on a GPU, or in its interpreter.
-
-``python -m npt_fast.benchmarks.kernel_cases [op ...]`` checks every Triton provider on two small
-problems, one of them of odd sizes, and nothing else: a short script for compute-sanitizer.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
-from npt_fast.benchmarks.device import COMPILER, DEVICE, DTYPE, ON_GPU, RUNS_TRITON, peak_bytes
+from npt_fast.benchmarks.device import COMPILER, DEVICE, ON_GPU, RUNS_TRITON
+from npt_fast.benchmarks.workloads import Shapes, Workload
 from npt_fast.functional import modulated_mlp
 from npt_fast.kernels import factored, reference
 from npt_fast.kernels.factored import TORCH, Base, Modulation
-from npt_fast.kernels.roofline import DECODE_TOKENS, shape_of
-from npt_fast.testing import Problem, assert_within_budget, longest_sum, make_inputs
+from npt_fast.kernels.roofline import DECODE_TOKENS
+from npt_fast.testing import make_inputs
 
 if RUNS_TRITON:
     from npt_fast.kernels import coefficients, modulated_linear, probe, swiglu
@@ -50,74 +45,6 @@ PROVIDERS = (
 """Names of all ways to compute something; docs/benchmarks.md says what each is."""
 OURS = ("gemm", "fused", "decode", "gemm-again", "triton")
 """Those that launch Triton kernels of ours in eager mode."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload(Problem):
-    """A problem and the dtype of its tensors."""
-
-    dtype: torch.dtype = DTYPE
-
-
-class Shapes(NamedTuple):
-    """Workloads by name: those of a training step, and of decoding."""
-
-    training: dict[str, Workload]
-    decode: dict[str, Workload]
-
-
-def workload(
-    model: str,
-    tokens: int,
-    num_ranks: int | None = None,
-    rank: int | None = None,
-    dtype: torch.dtype = DTYPE,
-) -> tuple[str, Workload]:
-    """One layer of a model, or of widths ``D,F``, and its name.
-
-    Args:
-        model: one of `roofline.MODELS`, which have k and r too, or two numbers.
-        tokens: T.
-        num_ranks: k, if another.
-        rank: r, if another.
-        dtype: of all tensors.
-
-    Raises:
-        ValueError: an unknown model.
-    """
-    if re.fullmatch(r"[1-9]\d*,[1-9]\d*", model):
-        hidden, intermediate = map(int, model.split(","))
-        shape = shape_of(None, hidden, intermediate, num_ranks, rank)
-    else:
-        shape = shape_of(model, None, None, num_ranks, rank)
-    sizes = Workload(
-        tokens=tokens, hidden=shape.hidden, intermediate=shape.intermediate,
-        num_ranks=shape.num_ranks, rank=shape.rank, dtype=dtype,
-    )  # fmt: skip
-    return f"{model} k={shape.num_ranks} r={shape.rank} T={tokens}", sizes
-
-
-REAL = Shapes(
-    dict(
-        workload(*sizes)
-        for sizes in (
-            # with 8192 tokens the reference form would keep 65 GB of the last
-            ("llama-3.2-1b", 8192, 8, 512),
-            ("llama-3.1-8b", 8192, 8, 64),
-            ("llama-3.2-1b", 2048, 128, 16),
-        )
-    ),
-    dict(
-        workload(model, tokens, 8, rank)
-        for model, rank in (("llama-3.2-1b", 512), ("llama-3.1-8b", 64))
-        for tokens in (1, 4, 16, 64)
-    ),
-)
-_tiny = partial(Workload, hidden=48, intermediate=80, num_ranks=2, rank=16)
-TINY = Shapes({"tiny k=2 r=16 T=33": _tiny(tokens=33)}, {"tiny k=2 r=16 T=4": _tiny(tokens=4)})
-_odd = partial(Workload, hidden=45, intermediate=77, num_ranks=3, rank=5)
-ODD = Shapes({"odd k=3 r=5 T=33": _odd(tokens=33)}, {"odd k=3 r=5 T=3": _odd(tokens=3)})
-"""Nothing is a multiple of anything: every access is masked and narrow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,97 +390,3 @@ def _training(op: str, what: str, shape: str, problem: Workload) -> Case:
     }
     chosen = _chosen(problem, gradients=True)
     return Case(op, what, shape, problem, inputs, providers, chosen=chosen)
-
-
-def tensors(values: Any) -> list[Tensor]:
-    """All tensors in nested inputs or outputs."""
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-
-
-def copied(inputs: Inputs) -> Inputs:
-    """The same values in other memory."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-    copies: Inputs = tree_map_only(Tensor, copy, inputs)
-    return copies
-
-
-class Prepared:
-    """A case with its inputs, and what comes out of them."""
-
-    def __init__(self, case: Case) -> None:
-        torch.manual_seed(0)
-        torch.compiler.reset()  # which gives up on a function after some shapes
-        self.case = case
-        self.inputs = case.inputs()
-        self._exact: dict[Compute, tuple[list[Tensor], int]] = {}
-        self._eager: dict[Compute, list[Tensor]] = {}
-
-    def exact(self, name: str) -> tuple[list[Tensor], int]:
-        """What a provider should give, in float64, and FLOPs of the products."""
-        truth = self._truth(name)
-        if truth not in self._exact:
-
-            def double(tensor: Tensor) -> Tensor:
-                return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-            wide = tree_map_only(Tensor, double, self.inputs)
-            with FlopCounterMode(display=False) as counter:
-                values = tensors(truth(*wide))
-            self._exact[truth] = values, int(counter.get_total_flops())
-        return self._exact[truth]
-
-    def eager(self, name: str) -> list[Tensor]:
-        """What plain torch gives in the provider's place."""
-        budget = self.case.providers[name].budget or self._truth(name)
-        if budget not in self._eager:
-            self._eager[budget] = tensors(budget(*self.inputs))
-        return self._eager[budget]
-
-    def _truth(self, name: str) -> Compute:
-        return self.case.providers[name].truth or self.case.providers[self.case.baseline].run
-
-    def forget(self) -> None:
-        """Free what was to compare with."""
-        self._exact.clear()
-        self._eager.clear()
-
-    def bytes_moved(self, name: str) -> int:
-        """Inputs and outputs, each once: no way to compute it moves less."""
-        unread = self.case.providers[name].unread
-        read = [value for index, value in enumerate(self.inputs) if index not in unread]
-        return sum(tensor.nbytes for tensor in tensors(read) + self.eager(name))
-
-    def check(self, name: str) -> int:
-        """Compare a provider's values with the truth; gives the bytes that it needs at its peak.
-
-        Raises:
-            AssertionError: over budget.
-        """
-        provider = self.case.providers[name]
-        exact, _ = self.exact(name)
-        inputs = copied(self.inputs) if provider.overwrites else self.inputs
-        provider.run(*copied(inputs))  # compiles, and makes what libraries keep
-        actual: list[Tensor] = []
-        peak = peak_bytes(lambda: actual.extend(tensors(provider.run(*inputs))))
-        if len(actual) != len(exact):
-            raise AssertionError(f"{len(actual)} results, not {len(exact)}")
-        for index, values in enumerate(zip(actual, exact, self.eager(name), strict=True)):
-            assert_within_budget(*values, f"result {index}", terms=longest_sum(inputs))
-        return peak
-
-
-def main(ops: Sequence[str]) -> None:
-    """Every Triton provider on the small problems."""
-    for case in (case for shapes in (TINY, ODD) for op in ops for case in cases(op, shapes)):
-        prepared = Prepared(case)
-        for name in case.providers:
-            if name in OURS:
-                prepared.check(name)
-                print(f"{case}, {name}: right", flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:] or OPS)

@@ -28,7 +28,8 @@ from npt_fast.benchmarks.device import (
     synchronize,
 )
 from npt_fast.benchmarks.harness import MB
-from npt_fast.benchmarks.kernel_cases import Case, Inputs, Prepared, copied, tensors
+from npt_fast.benchmarks.kernel_cases import Case, Inputs
+from npt_fast.benchmarks.kernel_checks import Prepared, copied, tensors
 from npt_fast.benchmarks.rows import NOT_RUN, Row
 from npt_fast.kernels import roofline
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from npt_fast.benchmarks.device import INTERPRETED, INTERPRETER, ON_GPU
-from npt_fast.benchmarks.kernel_cases import REAL, TINY, Case, cases
+from npt_fast.benchmarks.kernel_cases import Case, cases
 from npt_fast.benchmarks.kernel_timing import ROUNDS, prepare, ratio_to_baseline
+from npt_fast.benchmarks.workloads import REAL, TINY
 
 
 class _DeviceClock:

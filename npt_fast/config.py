@@ -80,9 +80,9 @@ class NPTConfig:
         num_ranks: components k per projection.
         modulation: projections whose weights change: gate; gate and up; gate, up and down.
         residual: ``removed``: the layer adds its MLP alone, which stands for attention too;
-            ``kept``: it adds attention as well (SPEC 1.3).
+            ``kept``: it adds attention as well (design.md#layer).
         init: how they start: ``zero`` changes nothing yet and learns at once; ``improved`` and
-            ``conservative`` are the original's (SPEC 1.4).
+            ``conservative`` are the original's (design.md#initialization).
         init_scale: scale of the original's; ``zero`` has none.
     """
 
@@ -120,7 +120,7 @@ class MergeOptions:
         on_conflict: what to do when two inputs hold the same layer. ``first`` and ``last`` take the
             whole layer from one input, ``error`` refuses, ``identical`` accepts only equal bytes,
             ``concat`` joins the components so that the weight changes add up, ``mean`` joins them
-            so that they average (SPEC 6.5, MERGE.md 6).
+            so that they average (design.md#merge-laws).
         uniform: give all layers one modulation type, num_ranks and rank by exact padding, which is
             what the original needs.
         dtype: convert all weights to this type; None keeps each as it is.
@@ -161,7 +161,9 @@ class MergeOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
-    """How to train NP layers; the names and, where sane, the defaults of the original (SPEC 5.1).
+    """How to train NP layers.
+
+    Names are the original's, and so are the defaults except for a few (design.md#the-original).
 
     Attributes:
         train_layers: layers to train: 11 or 11,13 or 11-15.

@@ -23,8 +23,10 @@ from npt_fast.benchmarks.gpu_day import parse
 from npt_fast.benchmarks.gpu_parts import PARTS, Day, small_ops
 from npt_fast.benchmarks.gpu_report import Report
 from npt_fast.benchmarks.gpu_worker import Late, Worker
-from npt_fast.benchmarks.kernel_cases import OPS, PROVIDERS, TINY, Case, Prepared, cases
+from npt_fast.benchmarks.kernel_cases import OPS, PROVIDERS, Case, cases
+from npt_fast.benchmarks.kernel_checks import Prepared
 from npt_fast.benchmarks.rows import NOT_RUN, STOPPED, Row
+from npt_fast.benchmarks.workloads import TINY
 from npt_fast.errors import BenchmarkError
 from npt_fast.kernels import roofline, swiglu
 from tests.benchmarks.days import Crashing, Failing, Stuck

@@ -41,7 +41,7 @@ from npt_fast.cli.shell.loop import bare
 from npt_fast.cli.verify import verify
 from npt_fast.errors import CheckpointError, NPTError, VerificationError
 from npt_fast.hf.base_model import load_base_model
-from npt_fast.training.data import open_documents
+from npt_fast.training.documents import open_documents
 from npt_fast.training.progress import read_progress
 from npt_fast.transfer import journal
 from npt_fast.transfer.check import read_facts
