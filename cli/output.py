@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from npt_fast.errors import printable
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from npt_fast.checkpoint.examination import VerifyReport
+    from npt_fast.transfer.compare import Comparison, Sweep
 
-Found = TypeVar("Found", bound="DataclassInstance")
+Found = TypeVar("Found", "Comparison", "Sweep")
 
 
 def say(text: str = "") -> None:
