@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -26,9 +27,9 @@ def analyze(
     Parameters
     ----------
     checkpoint
-        Checkpoint directories or weight files; of the folder of a run, its newest checkpoint.
+        Checkpoint directories, weight files, or folders of runs, whose newest checkpoint is taken.
     verbose
-        Also list every tensor with its norm and number of NaN or infinite values.
+        Also list every tensor, with its norm and its number of NaN or infinite values.
     json
         Print the reports as JSON.
     """
@@ -140,6 +141,10 @@ def _print_layer(info: LayerInfo, verbose: bool) -> None:
             )
 
 
-def _print_facts(facts: dict[str, Any]) -> None:
+def _print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
     for name, value in facts.items():
-        say(f"{name}: {value}")
+        if isinstance(value, Mapping):
+            say(f"{indent}{name}:")
+            _print_facts(value, f"{indent}  ")
+        else:
+            say(f"{indent}{name}: {value}")

@@ -28,24 +28,24 @@ def evaluate(
     max_new_tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 30,
     json: bool = False,
 ) -> None:
-    """Measure how well checkpoints stand for their base model on held-out text.
+    """Measure how closely a model with each checkpoint follows its base model on held-out text.
 
     Parameters
     ----------
     checkpoint
-        Checkpoint directories or weight files, each measured by itself.
+        Checkpoint directories or weight files, each measured on its own.
     data
-        Text, as for train; the windows that train holds out are used.
+        Text to measure on, as for train: the windows that train holds out.
     num_eval_samples
-        How many windows.
+        Number of windows.
     max_length
         Tokens per window.
     batch_size
-        Windows at a time.
+        Windows per batch.
     prompt
-        Texts to go on with, by the base model and with each checkpoint.
+        Prompts to continue, with the base model and with each checkpoint.
     max_new_tokens
-        Length of what is generated.
+        Tokens to generate for each prompt.
     json
         Print everything as JSON.
     """

@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-FULL = "Error: not all could be printed: No space left on device; the work itself is done"
+FULL = "Error: not all output could be printed: No space left on device; the work itself is done"
 
 
 @pytest.mark.parametrize("verb", [
