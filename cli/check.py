@@ -30,10 +30,11 @@ def check(
         Print everything as JSON.
     """
     from npt_fast.transfer import check as library
+    from npt_fast.transfer.facts import FactsError, read_facts
 
     try:
-        expected = library.read_facts(facts)
-    except library.FactsError as error:
+        expected = read_facts(facts)
+    except FactsError as error:
         print(*(f"Error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return error.exit_code
     loaded, tokenizer = model.load()

@@ -53,9 +53,8 @@ def compare(
     loaded, tokenizer = model.load()
     modulation = texts.extract(loaded, tokenizer)
     found = library.compare(
-        loaded, tokenizer, modulation, texts.prompt,
-        position=injection.position, mode=injection.mode, strength=injection.strength,
-        when=injection.when, sampling=Sampling(tokens=tokens), tracked=texts.track,
+        loaded, tokenizer, modulation, texts.prompt, injection,
+        sampling=Sampling(tokens=tokens), tracked=texts.track,
     )  # fmt: skip
     facts = {
         "checkpoint": model.checkpoint,

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from npt_fast.cli.arguments import CheckpointOptions, PathText, SourceOptions, Text
 from npt_fast.cli.output import show_report
-from npt_fast.config import InjectionMode
+from npt_fast.config import Injection, InjectionMode
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def sweep(
     loaded, tokenizer = model.load()
     modulation = texts.extract(loaded, tokenizer)
     found = library.sweep(
-        loaded, tokenizer, modulation, texts.prompt,
-        strengths=strength, position=position, mode=mode, tracked=texts.track,
+        loaded, tokenizer, modulation, texts.prompt, Injection(position=position, mode=mode),
+        strengths=strength, tracked=texts.track,
         each_token=each_token,
     )  # fmt: skip
     facts = {

@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     from npt_fast.training.train import train
     from npt_fast.transfer.bake import Baked, bake, export_lora
     from npt_fast.transfer.extract import extract
-    from npt_fast.transfer.files import load_modulation
     from npt_fast.transfer.inject import Hits, inject
-    from npt_fast.transfer.modulation import Modulation, mean
+    from npt_fast.transfer.modulation import Modulation, load_modulation, mean
     from npt_fast.transfer.positions import after, at
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it, so that a source tree has it too
@@ -78,7 +77,7 @@ _HOMES = {
     "inject": "npt_fast.transfer.inject",
     "inspect": "npt_fast.checkpoint.inspect",
     "load": "npt_fast.hf.checkpoint",
-    "load_modulation": "npt_fast.transfer.files",
+    "load_modulation": "npt_fast.transfer.modulation",
     "mean": "npt_fast.transfer.modulation",
     "merge": "npt_fast.checkpoint.merge",
     "save": "npt_fast.hf.checkpoint",

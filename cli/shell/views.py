@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from npt_fast.config import InjectionTime
     from npt_fast.transfer.compare import Comparison, Sweep, Token
     from npt_fast.transfer.modulation import Modulation
-    from npt_fast.transfer.session import Injection, Item, Prediction
+    from npt_fast.transfer.session import InjectionResult, Prediction
+    from npt_fast.transfer.session_state import Item
 
 _COLUMN = 38  # characters of one of two texts side by side
 _CELL = 20  # of one of two lists side by side
@@ -103,7 +104,7 @@ def prediction(found: Prediction) -> list[str]:
     return lines
 
 
-def injection(name: str, found: Injection, how: str, when: InjectionTime) -> list[str]:
+def injection(name: str, found: InjectionResult, how: str, when: InjectionTime) -> list[str]:
     """All that an injection did."""
     c = found.comparison
     read = [f"{i} {c.prompt[i]!r}" for i in c.positions] if when != "decode" else []

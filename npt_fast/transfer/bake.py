@@ -16,7 +16,8 @@ from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import decoder_layers
 from npt_fast.paths import exists, path_errors, user_path
-from npt_fast.transfer.modulation import Base, Modulation
+from npt_fast.transfer.base_model import BaseModel
+from npt_fast.transfer.modulation import Modulation
 
 
 class Baked:
@@ -59,7 +60,7 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
     Raises:
         ModelError: the modulation is of another base model.
     """
-    modulation.check_base(model)
+    modulation.check_base_model(model)
     layers = decoder_layers(model)
     weights: dict[tuple[int, str], Any] = {
         (layer, name): layers[layer].get_submodule(f"mlp.{name}_proj").weight
@@ -94,7 +95,7 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
         ModelError: the modulation is of another base model.
         TransferError: the folder exists.
     """
-    modulation.check_base(model)
+    modulation.check_base_model(model)
     target = user_path(output)
     with path_errors(target, TransferError):
         if exists(target):
@@ -111,7 +112,7 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": Base.of(model).name or None,
+        "base_model_name_or_path": BaseModel.of(model).name or None,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from npt_fast.config import InjectionMode, InjectionTime
+from npt_fast.config import Injection
 from npt_fast.transfer.extract import tokenize
 from npt_fast.transfer.generate import Sampling, continue_ids
-from npt_fast.transfer.inject import inject
+from npt_fast.transfer.inject import injecting
 from npt_fast.transfer.modulation import Modulation
-from npt_fast.transfer.positions import Position, resolve
+from npt_fast.transfer.positions import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +80,8 @@ def compare(
     tokenizer: Any,
     modulation: Modulation,
     prompt: str,
+    injection: Injection,
     *,
-    position: Position = -1,
-    mode: InjectionMode = "replace",
-    strength: float = 1.0,
-    when: InjectionTime = "prefill",
     sampling: Sampling | None = None,
     tracked: Sequence[str] = (),
     top: int = 5,
@@ -96,10 +93,7 @@ def compare(
         tokenizer: of the model; no special tokens are added.
         modulation: what is injected.
         prompt: the text.
-        position: as for `inject`, likewise `mode`, `strength` and `when`.
-        mode: see `inject`.
-        strength: see `inject`.
-        when: see `inject`.
+        injection: how.
         sampling: how it goes on; one greedy token if None.
         tracked: texts whose first token's probability is followed.
         top: how many of the likeliest tokens.
@@ -112,10 +106,7 @@ def compare(
     begun = time.perf_counter()
     base_ids, base_logits = continue_ids(model, ids, sampling)
     between = time.perf_counter()
-    with inject(
-        model, modulation, position=position, mode=mode, strength=strength, when=when,
-        tokenizer=tokenizer,
-    ) as hits:  # fmt: skip
+    with injecting(model, modulation, injection, tokenizer) as hits:
         new_ids, new_logits = continue_ids(model, ids, sampling)
     seconds = time.perf_counter() - between
     same_text = base_logits[:1]
@@ -186,26 +177,26 @@ def sweep(
     tokenizer: Any,
     modulation: Modulation,
     prompt: str,
+    injection: Injection,
     *,
     strengths: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
-    position: Position = -1,
-    mode: InjectionMode = "replace",
     tracked: Sequence[str] = (),
     each_token: bool = False,
 ) -> Sweep:
     """Inject into every layer of a modulation alone, and into all: a row each.
 
-    A column is one of `strengths`, at `position`; with `each_token` one of the tokens at
-    `position`, at the first strength.
+    A column is one of `strengths`, which take the place of the injection's; with `each_token` one
+    of the tokens at its position, at the first strength.
     """
     if each_token:
         strengths = strengths[:1]
         tokens = tokenize(tokenizer, prompt)[1]
-        columns: list[tuple[str, float, Position]] = [
-            (f"{i} {tokens[i]!r}", strengths[0], i) for i in resolve(position, tokens)
+        columns = [
+            (f"{i} {tokens[i]!r}", replace(injection, position=i, strength=strengths[0]))
+            for i in resolve(injection.position, tokens)
         ]
     else:
-        columns = [(f"x {strength:g}", strength, position) for strength in strengths]
+        columns = [(f"x {s:g}", replace(injection, strength=s)) for s in strengths]
     rows = [[layer] for layer in modulation.layers]
     if len(rows) > 1:
         rows.append(list(modulation.layers))
@@ -217,13 +208,11 @@ def sweep(
     for layers in rows:
         part = modulation.only(layers)
         cells = []
-        for _, strength, at in columns:
-            with inject(
-                model, part, position=at, mode=mode, strength=strength, tokenizer=tokenizer
-            ):
+        for _, each in columns:
+            with injecting(model, part, each, tokenizer):
                 cells.append(continue_ids(model, ids, once)[1])
         kl.append([divergences(nothing, cell)[0] for cell in cells])
         for text, index in followed.items():
             after[text].append([cell[0].softmax(-1)[index].item() for cell in cells])
     base = {text: nothing[0].softmax(-1)[index].item() for text, index in followed.items()}
-    return Sweep(rows, [name for name, *_ in columns], list(strengths), kl, after, base)
+    return Sweep(rows, [name for name, _ in columns], list(strengths), kl, after, base)

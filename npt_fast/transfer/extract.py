@@ -16,8 +16,10 @@ from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.hf.tokenizer import encode
 from npt_fast.modules import NPComponent
 from npt_fast.schema import is_text, shown
-from npt_fast.transfer.modulation import PROJECTIONS, Base, Modulation, Terms
+from npt_fast.transfer.base_model import BaseModel
+from npt_fast.transfer.modulation import Modulation
 from npt_fast.transfer.positions import Position, resolve
+from npt_fast.transfer.terms import PROJECTIONS, Terms
 
 
 @torch.no_grad()
@@ -90,7 +92,7 @@ def extract(
         "positions": places,
         "weights": {str(layer): digest(converted[layer]) for layer in chosen},
     }
-    return Modulation(found, Base.of(model), origin, vectors=True)
+    return Modulation(found, BaseModel.of(model), origin, vectors=True)
 
 
 def on(converted: dict[int, NPComponent]) -> list[int]:

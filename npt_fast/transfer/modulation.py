@@ -8,99 +8,24 @@ and their negatives are the same dW.)
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import ModelError, TransferError, printable
 from npt_fast.paths import user_path
-from npt_fast.schema import Kind, is_plain, shown
-
-PROJECTIONS = ("gate", "up", "down")
-FORMAT = "npt_modulation"
-VERSION = 1
-_DEEPEST, _LARGEST = 64, 3 << 20  # of an origin: mappings in one another, bytes in a file's header
-_LONGEST = 1000  # characters of a description
-
-
-def _can_be_saved(origin: Any) -> bool:
-    # measured before it is written out, which follows every path to what is shared
-    if not isinstance(origin, Mapping) or not is_plain(origin, _DEEPEST, _LARGEST):
-        return False
-    text = json.dumps(origin, ensure_ascii=False)
-    return len(json.dumps(text, ensure_ascii=False).encode()) <= _LARGEST
-
-
-ORIGIN = Kind(
-    "a mapping of texts, finite numbers, true, false, null, lists and mappings, at most "
-    f"{_DEEPEST} deep and {_LARGEST:,} bytes long",
-    _can_be_saved,
-)
-"""What an origin must be, so that it can be saved."""
-
-
-class Terms(NamedTuple):
-    """Rank-1 terms of one projection's weight change.
-
-    Attributes:
-        v_a: what each reads, ``(n, in)``.
-        v_b: what it writes, ``(n, out)``.
-    """
-
-    v_a: Tensor
-    v_b: Tensor
-
-    def dense(self) -> Tensor:
-        """dW, ``(out, in)``."""
-        return self.v_b.t() @ self.v_a
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """What a base model must have for a modulation to fit.
-
-    Attributes:
-        name: it was loaded under; not compared.
-        hidden_size: D.
-        intermediate_size: F.
-        num_hidden_layers: layers.
-        vocab_size: tokens.
-    """
-
-    name: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    vocab_size: int
-
-    @classmethod
-    def of(cls, model: Any) -> Base:
-        """That of a Hugging Face model."""
-        c = model.config
-        return cls(
-            printable(getattr(c, "_name_or_path", "") or ""),  # a path need not be Unicode
-            c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.vocab_size,
-        )  # fmt: skip
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """What is compared."""
-        return (
-            self.hidden_size,
-            self.intermediate_size,
-            self.num_hidden_layers,
-            self.vocab_size,
-        )
-
-
-Layers = Mapping[int, Mapping[str, Terms]]
+from npt_fast.schema import shown
+from npt_fast.transfer import modulation_file
+from npt_fast.transfer.base_model import SIZES, BaseModel
+from npt_fast.transfer.origin import bounded, describe
+from npt_fast.transfer.terms import Layers, Terms, truncated
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +43,12 @@ class Modulation:
     """
 
     layers: Layers
-    base: Base
+    base: BaseModel
     origin: Mapping[str, Any] = field(default_factory=dict)
     vectors: bool = False
 
     def __add__(self, other: Modulation) -> Modulation:
-        return _concatenated([self, other], _bounded({"sum": [self.origin, other.origin]}))
+        return _concatenated([self, other], bounded({"sum": [self.origin, other.origin]}))
 
     def __sub__(self, other: Modulation) -> Modulation:
         return self + -other
@@ -143,7 +68,7 @@ class Modulation:
         return replace(
             self,
             layers=_mapped(self.layers, lambda t: Terms(t.v_a, t.v_b * factor)),
-            origin=_bounded({"factor": factor, "of": self.origin}),
+            origin=bounded({"factor": factor, "of": self.origin}),
             vectors=False,
         )
 
@@ -205,24 +130,23 @@ class Modulation:
         errors = [0.0]
 
         def compressed(terms: Terms) -> Terms:
-            found, error = _truncated(terms, rank, tol)
+            found, error = truncated(terms, rank, tol)
             errors.append(error)
             return found
 
         layers = _mapped(self.layers, compressed)
         error = max(errors)
-        origin = _bounded({"compressed": self.origin, "rank": rank, "error": error})
+        origin = bounded({"compressed": self.origin, "rank": rank, "error": error})
         return replace(self, layers=layers, origin=origin, vectors=False), error
 
-    def check_base(self, model: Any) -> None:
+    def check_base_model(self, model: Any) -> None:
         """Whether it fits a model.
 
         Raises:
             ModelError: it was taken from another one.
         """
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-        own = Base.of(model)
-        for name, ours, theirs in zip(names, self.base.sizes, own.sizes, strict=True):
+        own = BaseModel.of(model)
+        for name, ours, theirs in zip(SIZES, self.base.sizes, own.sizes, strict=True):
             if ours != theirs:
                 known = self.base.name[:80] or "unnamed"
                 raise ModelError(
@@ -230,16 +154,37 @@ class Modulation:
                     f"{name} {ours}, the model has {theirs}"
                 )
 
-    def save(self, path: str | Path) -> None:
-        """Write it as safetensors, its origin in the header; replaces a file in one step."""
-        from npt_fast.transfer.files import save_modulation
+    @property
+    def contents(self) -> modulation_file.Contents:
+        """What its file holds."""
+        return modulation_file.Contents(self.layers, self.base, self.origin, self.vectors)
 
-        save_modulation(self, user_path(path))
+    def save(self, path: str | Path) -> None:
+        """Write it as safetensors, its origin in the header; replaces a file in one step.
+
+        Raises:
+            TransferError: the file cannot be written, or could not be read again.
+        """
+        modulation_file.write(self.contents, user_path(path))
 
     @cached_property
     def description(self) -> str:
         """Where it comes from, in a line of at most 1,000 characters."""
         return printable(describe(self.origin))
+
+
+def load_modulation(path: str | Path) -> Modulation:
+    """Read the header of a modulation's file; tensors are read when they are used.
+
+    Raises:
+        CheckpointError: the file is no modulation, is broken, or is of a later version.
+    """
+    return open_modulation(SourceFile.of(user_path(path), follow_links=True))
+
+
+def open_modulation(source: SourceFile) -> Modulation:
+    """Like `load_modulation`, for a file that has been looked at."""
+    return Modulation(*modulation_file.read(source))
 
 
 def mean(modulations: Sequence[Modulation]) -> Modulation:
@@ -251,50 +196,7 @@ def mean(modulations: Sequence[Modulation]) -> Modulation:
     if not modulations:
         raise TransferError("there is nothing to take the mean of")
     scaled = [m * (1 / len(modulations)) for m in modulations]
-    return _concatenated(scaled, _bounded({"mean": [m.origin for m in modulations]}))
-
-
-def describe(origin: Mapping[str, Any]) -> str:
-    """An origin in a line of at most 1,000 characters; "unknown" where it says nothing."""
-    pieces: list[str] = []
-    try:
-        for piece in _told(origin):  # a piece at a time: an origin may share its parts endlessly
-            pieces.append(piece)
-            if sum(map(len, pieces)) > _LONGEST:
-                return "".join(pieces)[: _LONGEST - 1] + "…"
-        return "".join(pieces)
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-        return "unknown"  # it comes from a file, which may say anything
-
-
-def _told(origin: Mapping[str, Any]) -> Iterator[str]:
-    if "text" in origin:
-        positions = origin.get("positions") or []
-        where = f"mean of {len(positions)} tokens" if len(positions) > 1 else f"at {positions}"
-        yield f"{json.dumps(origin['text'][:_LONGEST], ensure_ascii=False)} {where}"
-    elif "sum" in origin:
-        for number, part in enumerate(origin["sum"]):
-            yield " + (" if number else "("
-            yield from _told(part)
-            yield ")"
-    elif "factor" in origin:
-        yield f"{origin['factor']:g} * ("
-        yield from _told(origin["of"])
-        yield ")"
-    elif "mean" in origin:
-        for number, part in enumerate(origin["mean"]):
-            yield ", " if number else "mean of "
-            yield from _told(part)
-    elif "compressed" in origin:
-        yield from _told(origin["compressed"])
-        yield f", compressed to an error of {origin['error']:.1e}"
-    else:
-        yield origin.get("summary", "unknown")
-
-
-def _bounded(origin: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An origin, or its description where it could not be saved."""
-    return origin if ORIGIN.fits(origin) else {"summary": describe(origin)}
+    return _concatenated(scaled, bounded({"mean": [m.origin for m in modulations]}))
 
 
 def _mapped(layers: Layers, function: Callable[[Terms], Terms]) -> Layers:
@@ -334,20 +236,3 @@ def _concatenated(parts: Sequence[Modulation], origin: Mapping[str, Any]) -> Mod
         for layer, projections in first.layers.items()
     }
     return Modulation(layers, first.base, origin)
-
-
-def _truncated(terms: Terms, rank: int | None, tol: float) -> tuple[Terms, float]:
-    """The best terms of smaller number, and the relative error of dW; in float64 inside."""
-    dtype = terms.v_a.dtype
-    q_a, r_a = torch.linalg.qr(terms.v_a.double().t())
-    q_b, r_b = torch.linalg.qr(terms.v_b.double().t())
-    left, values, right = torch.linalg.svd(r_b @ r_a.t())
-    total = values.norm().item()
-    # what leaving out all from the i-th on costs
-    costs = values.flip(0).square().cumsum(0).sqrt().flip(0).tolist()
-    kept = next((i for i, cost in enumerate(costs) if cost <= tol * total), len(costs))
-    kept = max(1, min(kept, rank or kept))
-    lost = costs[kept] if kept < len(costs) else 0.0
-    v_a = right[:kept] @ q_a.t()
-    v_b = (q_b @ left[:, :kept] * values[:kept]).t()
-    return Terms(v_a.to(dtype), v_b.to(dtype)), lost / total if total else 0.0

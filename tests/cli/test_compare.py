@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import npt_fast as npt
+from npt_fast.config import Injection
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.transfer.compare import compare
 from npt_fast.transfer.generate import Sampling
@@ -34,8 +35,9 @@ def test_json_is_the_librarys(place: Place, checkpoint: Path, capsys: Any) -> No
     npt.load(model, checkpoint, layers=[2])
     source = npt.extract(model, tokenizer, "abc", position="all", reduce="mean")
     expected = compare(
-        model, tokenizer, source, "dead", position=-2, mode="exact-add", strength=-1.5,
-        when="both", sampling=Sampling(tokens=4), tracked=["a", " b"],
+        model, tokenizer, source, "dead",
+        Injection(position=-2, mode="exact-add", strength=-1.5, when="both"),
+        sampling=Sampling(tokens=4), tracked=["a", " b"],
     )  # fmt: skip
     found = json.loads(out)
     assert found["layers"] == [2] and found["positions"] == [2]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import npt_fast as npt
+from npt_fast.config import Injection
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.transfer.compare import compare
 from tests.checkpoints import run
@@ -35,7 +36,7 @@ def test_every_cell_is_a_comparison(place: Place, checkpoint: Path, capsys: Any)
         for column, strength in enumerate(found["strengths"]):
             expected = compare(
                 model, tokenizer, source.only(layers), "dead",
-                position=0, mode="blend", strength=strength, tracked=["a", "b"],
+                Injection(position=0, mode="blend", strength=strength), tracked=["a", "b"],
             )  # fmt: skip
             assert found["kl"][row][column] == pytest.approx(expected.kl)
             for token in expected.tracked:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 import npt_fast as npt
+from npt_fast.config import Injection
 from npt_fast.transfer.compare import Comparison, Sweep, compare, divergences, sweep
 from npt_fast.transfer.generate import Sampling
 from npt_fast.transfer.modulation import Modulation
@@ -40,7 +41,9 @@ def kl(p: Tensor, q: Tensor) -> float:
 
 
 def test_the_next_token(model: Any, modulation: Modulation) -> None:
-    found = compare(model, tokenizer, modulation, TEXT, tracked=["a", "bee", " "], top=3)
+    found = compare(
+        model, tokenizer, modulation, TEXT, Injection(), tracked=["a", "bee", " "], top=3
+    )
     before, after = next_token(model, TEXT, None), next_token(model, TEXT, modulation)
     assert found.prompt == list(TEXT)
     assert (found.positions, found.layers) == ([12], [1, 2])
@@ -61,7 +64,9 @@ def test_the_next_token(model: Any, modulation: Modulation) -> None:
 
 @pytest.mark.parametrize("when", ["prefill", "decode", "both"])
 def test_every_generated_token(model: Any, modulation: Modulation, when: Any) -> None:
-    found = compare(model, tokenizer, modulation, TEXT, sampling=Sampling(tokens=5), when=when)
+    found = compare(
+        model, tokenizer, modulation, TEXT, Injection(when=when), sampling=Sampling(tokens=5)
+    )
     ids = ids_of(TEXT)
     options = {"max_new_tokens": 5, "do_sample": False}
     base = model.generate(ids, **options)[0, 13:].tolist()
@@ -87,7 +92,7 @@ def test_every_generated_token(model: Any, modulation: Modulation, when: Any) ->
 
 def test_options_reach_the_injection(model: Any, modulation: Modulation) -> None:
     options: dict[str, Any] = {"position": "at:red", "mode": "blend", "strength": 0.4}
-    found = compare(model, tokenizer, modulation, TEXT, **options)
+    found = compare(model, tokenizer, modulation, TEXT, Injection(**options))
     expected = next_token(model, TEXT, modulation, **options, tokenizer=tokenizer)
     assert found.positions == [4, 5, 6]
     assert found.top[0].after == pytest.approx(expected.max().item(), rel=1e-4)
@@ -96,7 +101,7 @@ def test_options_reach_the_injection(model: Any, modulation: Modulation) -> None
 def test_the_same_seed_gives_the_same_text(model: Any, modulation: Modulation) -> None:
     def run(seed: int) -> Comparison:
         sampling = Sampling(tokens=8, strategy="top_p", seed=seed)
-        return compare(model, tokenizer, modulation, TEXT, sampling=sampling)
+        return compare(model, tokenizer, modulation, TEXT, Injection(), sampling=sampling)
 
     first, again, other = run(1), run(1), run(2)
     assert (first.base, first.injected, first.kls) == (again.base, again.injected, again.kls)
@@ -117,16 +122,19 @@ def test_divergences_of_equal_and_of_far_logits() -> None:
     [
         ({"prompt": ""}, "the text is empty"),
         ({"tracked": [""]}, "the text is empty"),
-        ({"position": 13}, "position 13 is outside the text, which has 13 tokens"),
-        ({"position": "at:blue"}, "'blue' does not occur in 'the red house'"),
-        ({"mode": "subtract"}, "mode must be one of"),
-        ({"when": "decode"}, "nothing was injected"),
+        (
+            {"injection": Injection(position=13)},
+            "position 13 is outside the text, which has 13 tokens",
+        ),
+        ({"injection": Injection(position="at:blue")}, "'blue' does not occur in 'the red house'"),
+        ({"injection": Injection(mode=cast("Any", "subtract"))}, "mode must be one of"),
+        ({"injection": Injection(when="decode")}, "nothing was injected"),
     ],
 )
 def test_bad_input(
     model: Any, modulation: Modulation, changes: dict[str, Any], message: str
 ) -> None:
-    options = {"prompt": TEXT, **changes}
+    options = {"prompt": TEXT, "injection": Injection(), **changes}
     with pytest.raises(npt.TransferError, match=message):
         compare(model, tokenizer, modulation, **options)
     assert not hooks(model)
@@ -139,8 +147,8 @@ def test_sweep(model: Any, modulation: Modulation) -> None:
         tokenizer,
         modulation,
         TEXT,
+        Injection(mode="exact-add"),
         strengths=strengths,
-        mode="exact-add",
         tracked=["a", "b"],
     )
     assert found.layers == [[1], [2], [1, 2]] and found.strengths == strengths
@@ -158,12 +166,12 @@ def test_sweep(model: Any, modulation: Modulation) -> None:
 
 
 def test_sweep_of_one_layer_has_one_row(model: Any, modulation: Modulation) -> None:
-    found = sweep(model, tokenizer, modulation.only([2]), TEXT, strengths=[1.0])
+    found = sweep(model, tokenizer, modulation.only([2]), TEXT, Injection(), strengths=[1.0])
     assert found.layers == [[2]] and len(found.kl) == 1 and found.tracked == {} == found.base
 
 
 def test_sweep_over_the_tokens_of_a_prompt(model: Any, modulation: Modulation) -> None:
-    found = sweep(model, tokenizer, modulation, TEXT, position=[0, -1], each_token=True)
+    found = sweep(model, tokenizer, modulation, TEXT, Injection(position=[0, -1]), each_token=True)
     last = len(ids_of(TEXT)[0]) - 1
     assert found.strengths == [0.25] and [c.split()[0] for c in found.columns] == ["0", str(last)]
     before = next_token(model, TEXT, None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from npt_fast.config import Injection
 from npt_fast.errors import StorageError, TransferError
 from npt_fast.transfer.compare import Comparison, Sweep, Token, compare, sweep
 from npt_fast.transfer.extract import extract
@@ -54,7 +55,7 @@ def comparison() -> Comparison:
     source = extract(model, models.tokenizer, models.SOURCE)
     return compare(
         model, models.tokenizer, source, models.TEXT,
-        sampling=Sampling(tokens=6), tracked=["a", "<"], position="at:red",
+        Injection(position="at:red"), sampling=Sampling(tokens=6), tracked=["a", "<"],
     )  # fmt: skip
 
 
@@ -62,7 +63,9 @@ def comparison() -> Comparison:
 def swept() -> Sweep:
     model = models.converted()
     source = extract(model, models.tokenizer, models.SOURCE)
-    return sweep(model, models.tokenizer, source, models.TEXT, strengths=[0.5, 1], tracked=["<"])
+    return sweep(
+        model, models.tokenizer, source, models.TEXT, Injection(), strengths=[0.5, 1], tracked=["<"]
+    )
 
 
 def test_a_comparison_is_all_there(comparison: Comparison) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from npt_fast.cli.shell import views
 from npt_fast.cli.shell.command import Commands, Context, Reply, number, setting
 from npt_fast.cli.shell.line import Arguments
-from npt_fast.config import InjectionMode, InjectionTime
+from npt_fast.config import Injection, InjectionMode, InjectionTime
 from npt_fast.errors import TransferError
 from npt_fast.schema import shown
 
@@ -60,7 +60,7 @@ def _compare(c: Context, a: Arguments) -> Reply:
     """Likeliest next tokens with and without, side by side."""
     sampling = replace(c.session.state.settings, tokens=1)
     found = c.session.inject(
-        a["NAME"], a["TEXT"], position=a.options.get("pos", "-1"), sampling=sampling
+        a["NAME"], a["TEXT"], Injection(position=a.options.get("pos", "-1")), sampling
     )
     lines = views.comparison(a["NAME"], found.comparison) + views.left_out(found.left_out)
     return Reply({**asdict(found.comparison), "left_out": found.left_out}, lines)
@@ -72,7 +72,7 @@ def _sweep(c: Context, a: Arguments) -> Reply:
     given = a.options.get("strength", "0.25,0.5,1,2").split(",")
     strengths = [number("-strength", text) for text in given]
     found = c.session.sweep(
-        a["NAME"], a["TEXT"], strengths=strengths, position=a.options.get("pos", "-1")
+        a["NAME"], a["TEXT"], Injection(position=a.options.get("pos", "-1")), strengths
     )
     return Reply(asdict(found), views.sweep(found))
 
@@ -93,10 +93,12 @@ def _injected(c: Context, a: Arguments, base: CommandMode, factor: str, *, unuse
     if when not in times:
         raise TransferError(f"-when must be one of {', '.join(times)}, not {shown(when)}")
     strength = number(f"-{factor}", a.options.get(factor, "1"))
+    injection = Injection(
+        position=a.options.get("pos", "-1"), mode=mode, strength=strength, when=times[when]
+    )
     found = c.session.inject(
-        a["NAME"], a["TEXT"], position=a.options.get("pos", "-1"), mode=mode, strength=strength,
-        when=times[when], sampling=(sampling := _sampling(c, a)),
-    )  # fmt: skip
+        a["NAME"], a["TEXT"], injection, sampling=(sampling := _sampling(c, a))
+    )
     how = f"{mode}, {factor} {strength:g}, {when}, {sampling.strategy}"
     if sampling.strategy != "greedy":
         how += f", temperature {sampling.temperature:g}, seed {sampling.seed}"

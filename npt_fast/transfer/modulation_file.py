@@ -24,7 +24,6 @@ from npt_fast.checkpoint.safetensors_file import read_safetensors
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.errors import CheckpointError, NPTError, TransferError
-from npt_fast.paths import user_path
 from npt_fast.schema import (
     FLAG,
     INDEX,
@@ -38,21 +37,15 @@ from npt_fast.schema import (
     one_of,
     shown,
 )
-from npt_fast.transfer.modulation import (
-    FORMAT,
-    ORIGIN,
-    PROJECTIONS,
-    VERSION,
-    Base,
-    Modulation,
-    Terms,
-)
+from npt_fast.transfer.base_model import SIZES, BaseModel
+from npt_fast.transfer.origin import ORIGIN
+from npt_fast.transfer.terms import PROJECTIONS, Layers, Terms
 
+FORMAT = "npt_modulation"
+VERSION = 1
 _MAX_HEADER = 4 << 20  # an origin, and 10,000 tensors
 _DTYPES = ("F16", "BF16", "F32", "F64")
-_BASE = {"name": TEXT} | dict.fromkeys(
-    ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"), POSITIVE
-)
+_BASE_MODEL = {"name": TEXT} | dict.fromkeys(SIZES, POSITIVE)
 _DESCRIPTION: dict[str, Kind] = {
     "base": MAPPING,
     "origin": ORIGIN,
@@ -61,7 +54,16 @@ _DESCRIPTION: dict[str, Kind] = {
 }
 
 
-def save_modulation(modulation: Modulation, path: Path) -> None:
+class Contents(NamedTuple):
+    """What a file holds: the fields of `npt_fast.Modulation`, in their order."""
+
+    layers: Layers
+    base: BaseModel
+    origin: Mapping[str, Any]
+    vectors: bool
+
+
+def write(contents: Contents, path: Path) -> None:
     """Write a modulation; a file of that name is replaced in one step.
 
     Raises:
@@ -69,7 +71,7 @@ def save_modulation(modulation: Modulation, path: Path) -> None:
     """
     temporary = path.with_name(f".{token_hex(16)}.npt-fast")
     try:
-        data = packed(modulation, temporary)
+        data = packed(contents, temporary)
         with temporary.open("xb") as file:  # follows no link that somebody has put there
             file.write(data)
         read_back(temporary)
@@ -84,7 +86,7 @@ def save_modulation(modulation: Modulation, path: Path) -> None:
             temporary.unlink()
 
 
-def packed(modulation: Modulation, path: Path) -> bytes:
+def packed(contents: Contents, path: Path) -> bytes:
     """What the file of a modulation holds.
 
     Args:
@@ -93,19 +95,20 @@ def packed(modulation: Modulation, path: Path) -> bytes:
     Raises:
         TransferError: safetensors or JSON cannot hold it.
     """
-    if not ORIGIN.fits(modulation.origin):  # before json, which follows cycles and shared parts
+    if not ORIGIN.fits(contents.origin):  # before json, which follows cycles and shared parts
         raise TransferError(f"{path}: its origin must be {ORIGIN.name}")
     tensors = {
         f"layer.{layer}.{projection}.{name}": tensor.detach().cpu().contiguous()
-        for layer, projection, terms in modulation.walk()
+        for layer, projections in contents.layers.items()
+        for projection, terms in projections.items()
         for name, tensor in terms._asdict().items()
     }
     description = {
         "version": VERSION,
-        "base": asdict(modulation.base),
-        "origin": modulation.origin,
-        "vectors": modulation.vectors,
-        "layers": {str(n): list(projections) for n, projections in modulation.layers.items()},
+        "base": asdict(contents.base),
+        "origin": contents.origin,
+        "vectors": contents.vectors,
+        "layers": {str(n): list(projections) for n, projections in contents.layers.items()},
     }
     try:
         return save(tensors, {FORMAT: json.dumps(description, ensure_ascii=False)})
@@ -121,21 +124,16 @@ def read_back(path: Path) -> None:
     Raises:
         CheckpointError: they could not.
     """
-    for _ in open_modulation(SourceFile.of(path)).walk():
+    for _ in read(SourceFile.of(path)).layers.values():
         pass
 
 
-def load_modulation(path: str | Path) -> Modulation:
-    """Read a modulation's header; tensors come when they are used.
+def read(source: SourceFile) -> Contents:
+    """Read the header; a layer's tensors are read when they are asked for.
 
     Raises:
-        CheckpointError: the file is none, is broken, or is of a later version.
+        CheckpointError: the file is no modulation, is broken, or is of a later version.
     """
-    return open_modulation(SourceFile.of(user_path(path), follow_links=True))
-
-
-def open_modulation(source: SourceFile) -> Modulation:
-    """As `load_modulation`, of a file that was looked at."""
     path = source.path
     if file_kind.is_pickle(source.read(0, min(source.size, file_kind.HEAD))):
         raise CheckpointError(
@@ -155,13 +153,13 @@ def open_modulation(source: SourceFile) -> Modulation:
             file: Any = safe_open(f"/dev/fd/{fd}", framework="pt")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return Modulation(_Layers(file, about.layers, path), about.base, about.origin, about.vectors)
+    return Contents(_Layers(file, about.layers, path), about.base, about.origin, about.vectors)
 
 
 class _Description(NamedTuple):
     """What the header says: see `Modulation`; projections by layer."""
 
-    base: Base
+    base: BaseModel
     origin: Mapping[str, Any]
     vectors: bool
     layers: Mapping[int, list[str]]
@@ -174,9 +172,14 @@ def _described(given: Mapping[str, Any], path: Path) -> _Description:
         raise CheckpointError(f"{path}: version {shown(version)}, this program reads {VERSION}")
     found = checked(given, _DESCRIPTION, list(_DESCRIPTION), where, CheckpointError)
     sizes = checked(
-        found["base"], _BASE, list(_BASE), f"{where}: base", CheckpointError, closed=True
+        found["base"],
+        _BASE_MODEL,
+        list(_BASE_MODEL),
+        f"{where}: base",
+        CheckpointError,
+        closed=True,
     )
-    base, layers = Base(**sizes), {}
+    base, layers = BaseModel(**sizes), {}
     for layer, projections in found["layers"].items():
         if int(layer) >= base.num_hidden_layers:
             raise CheckpointError(f"{where}: layer {layer} of {base.num_hidden_layers}")
