@@ -183,8 +183,8 @@ def _host(json: bool) -> int:
         say(
             "Microseconds of host time per call with tiny tensors, on a GPU"
             if ON_GPU
-            else "Microseconds of process time per call with tiny tensors; the kernels' driver does "
-            "nothing, and torch's operations run on the CPU"
+            else "Microseconds of process time per call with tiny tensors; the driver that "
+            "launches kernels does nothing, and torch's operations run on the CPU"
         )
         say()
         for line in table(rows).splitlines():

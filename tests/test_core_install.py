@@ -25,7 +25,7 @@ NEEDS = {
     "trace": (["trace", "--from", "a", "--to", "b"], "torch", "hf"),
     "compare": (["compare", *TEXTS], "torch", "hf"),
     "sweep": (["sweep", *TEXTS], "torch", "hf"),
-    "check": (["check", "facts.yaml", "--checkpoint", "a"], "yaml", "hf"),
+    "check": (["check", "facts.yaml", "--checkpoint", "a"], "torch", "hf"),
     "interact": (["interact", "--checkpoint", "a"], "torch", "hf"),
     "bench": (["bench"], "torch", "hf"),
     "bench-host": (["bench", "--host"], "torch", "hf"),

@@ -59,7 +59,7 @@ def test_lines_and_a_report(place: Place, checkpoint: Path, capsys: Any, tmp_pat
     lines = out.splitlines()
     assert lines[0] == f"Checkpoint: {checkpoint}"
     assert "Hit: layers [1, 2], tokens 3 'd'" in lines and "Prompt: dead" in lines
-    assert any(line.startswith("  base: ") for line in lines)
+    assert any(line.startswith("  no injection: ") for line in lines)
     assert any(line.startswith("  injected: ") for line in lines)
     assert any(line.startswith("| 'a' ") for line in lines)
     html = report.read_text()
