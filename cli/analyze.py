@@ -26,9 +26,9 @@ def analyze(
     Parameters
     ----------
     checkpoint
-        Checkpoint directories or weight files; of the folder of a run, its newest checkpoint.
+        Checkpoint directories, weight files, or folders of runs, whose newest checkpoint is taken.
     verbose
-        Also list every tensor with its norm and number of NaN or infinite values.
+        Also list every tensor, with its norm and its number of NaN or infinite values.
     json
         Print the reports as JSON.
     """

@@ -14,7 +14,7 @@ from cyclopts.validators import Number
 
 from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say
-from npt_fast.errors import BenchmarkError, NPTError
+from npt_fast.errors import BenchmarkError
 from npt_fast.tables import markdown_table
 
 Size = Annotated[int | None, Parameter(validator=Number(gte=1))]
@@ -49,38 +49,39 @@ def bench(
     host: bool = False,
     json: bool = False,
 ) -> int:
-    """Time one modulated MLP by every way to compute it, on a GPU or a CPU.
+    """Time every way to compute one modulated MLP, on a GPU or a CPU.
 
     npt-fast bench --model llama-3.2-1b --tokens 1,64,2048 --plot bench.png
 
-    Every way's values are compared with float64 first; what is wrong is not timed, and the exit
-    code is 3. Times are medians of rounds in which all ways take turns.
+    The values of every way are compared with float64 first. A way with wrong values is not timed,
+    and the exit code is 3. Times are medians over rounds in which all ways take turns.
 
     Parameters
     ----------
     op
-        What to time, separated by commas: modulated_mlp, decode, swiglu, coefficients,
-        modulated_linear, probe. If not given, modulated_mlp, and decode on a GPU.
+        Operations to time, separated by commas: modulated_mlp, decode, swiglu, coefficients,
+        modulated_linear, probe. If not given, modulated_mlp, and on a GPU also decode.
     model
-        A model's name, whose sizes are taken, or its widths as D,F.
+        Model whose sizes are taken, by name, or its widths as D,F.
     tokens
-        Numbers of tokens, separated by commas; 1,64,2048 on a GPU and 1,16,128 on a CPU if not
-        given.
+        Numbers of tokens to time, separated by commas; if not given, 1,64,2048 on a GPU and
+        1,16,128 on a CPU.
     num_ranks
-        Components of a weight change; the model's if not given.
+        Number k of components; the model's if not given.
     np_rank
-        Rank of a component; the model's if not given.
+        Rank r of a component; the model's if not given.
     dtype
-        Of all tensors; bfloat16 on a GPU and float32 on a CPU if not given.
+        Type of all tensors; if not given, bfloat16 on a GPU and float32 on a CPU.
     against
-        What our kernels are compared with: eager, reference, base, compile, compile-gemm,
-        compile-reference, compile-base, liger. If not given, reference,base where an op has them.
+        Baselines, separated by commas: eager, reference, base, compile, compile-gemm,
+        compile-reference, compile-base, liger. If not given, reference,base for operations that
+        have them.
     budget
-        Seconds; what is not begun by then is not run, and says so.
+        Seconds to spend; what has not started by then is reported as not run.
     plot
-        Picture to write: time against tokens, with the least time that this device could take.
+        Picture to write: time against tokens, with the least time this device could take.
     host
-        Show the host's microseconds and launches of a call instead; without a GPU too.
+        Count the host's microseconds and launches per call instead; needs no GPU.
     json
         Print everything as JSON.
     """
@@ -88,12 +89,9 @@ def bench(
     if host:
         others = (op, tokens, num_ranks, np_rank, dtype, against, budget, plot)
         if any(value is not None for value in others):
-            raise BenchmarkError("--host has sizes of its own: it goes with --json alone")
+            raise BenchmarkError("--host has sizes of its own and takes no option but --json")
         return _host(json)
-    try:
-        from npt_fast.benchmarks import bench as library
-    except ModuleNotFoundError as error:
-        raise NPTError(f"bench needs {error.name}: pip install 'npt_fast[hf]'") from error
+    from npt_fast.benchmarks import bench as library
     from npt_fast.benchmarks.device import INTERPRETED, INTERPRETER, device_facts
     from npt_fast.benchmarks.harness import machine_facts
     from npt_fast.benchmarks.rows import BAD, NOT_RUN
@@ -101,7 +99,7 @@ def bench(
 
     if budget is not None and not budget >= library.LEAST:
         raise BenchmarkError(
-            f"budget {budget:g}: nothing can be timed in less than {library.LEAST:g} s"
+            f"budget {budget:g}: timing anything takes at least {library.LEAST:g} s"
         )
     given: dict[str, Any] = {
         "ops": op and op.split(","),
@@ -174,11 +172,8 @@ def _number(row: Row, key: str, form: str = "") -> str:
 
 
 def _host(json: bool) -> int:
-    try:
-        from npt_fast.benchmarks.device import ON_GPU
-        from npt_fast.benchmarks.host import measure
-    except ModuleNotFoundError as error:
-        raise NPTError(f"bench --host needs {error.name}: pip install torch triton") from error
+    from npt_fast.benchmarks.device import ON_GPU
+    from npt_fast.benchmarks.host import measure
     from npt_fast.benchmarks.rows import table
 
     rows = measure()
@@ -186,10 +181,10 @@ def _host(json: bool) -> int:
         print_json(rows)
     else:
         say(
-            "Microseconds of the host for a call with tiny tensors, on a GPU"
+            "Microseconds of host time per call with tiny tensors, on a GPU"
             if ON_GPU
-            else "Microseconds of the process for a call with tiny tensors; kernels are launched "
-            "through a driver that does nothing, and torch's operations run on the CPU"
+            else "Microseconds of process time per call with tiny tensors; the driver that "
+            "launches kernels does nothing, and torch's operations run on the CPU"
         )
         say()
         for line in table(rows).splitlines():

@@ -1,4 +1,4 @@
-"""``npt-fast kernels``: what can be said about the kernels without a GPU."""
+"""``npt-fast kernels``: compile the kernels and count their work, without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from npt_fast.errors import NPTError
 from npt_fast.kernels import roofline as arithmetic
 from npt_fast.tables import markdown_table
 
-app = App(name="kernels", help="Look at the kernels without a GPU.")
+app = App(name="kernels", help="Compile the kernels and count their work, without a GPU.")
 
 ARCHS = "sm_80,sm_90,sm_100,sm_120,gfx942"
 KNOWN = {*ARCHS.split(","), "sm_86", "sm_89", "sm_103", "sm_121", "gfx950"}
@@ -25,11 +25,11 @@ Size = Annotated[int | None, Parameter(validator=Number(gte=1))]
 
 TITLE = "Roofline: arithmetic, not measured"
 ASSUMPTIONS = (
-    "one layer; bfloat16; gate, up and down modulated; no biases; base frozen",
-    "FLOPs: matrix products alone. Weights: each read once, and their gradients written once",
+    "one layer; bfloat16; gate, up and down modulated; no biases; MLP weights frozen",
+    "FLOPs: matrix products only. Weights: each read once, and their gradients written once",
     "activations: read and written once by every launch that needs them, nothing cached between",
-    "peaks are the vendor's; floor is the larger of compute and memory, all else hidden",
-    "exposed: activations that launches without products move; in turn: products, then those",
+    "peaks are the vendor's; floor is the larger of compute and memory time, all else hidden",
+    "exposed: activations moved by launches without products; in turn: products, then those",
     "v_a/v_b at best: each vector written once and read once; eager: as kernels/reference.py runs",
 )
 
@@ -47,30 +47,28 @@ def compile_kernels(
     jobs: Size = None,
     json: bool = False,
 ) -> int:
-    """Compile every kernel ahead of time, without a GPU, and show what the compiler made of it.
+    """Compile every kernel ahead of time, without a GPU, and show the machine code's properties.
 
     npt-fast kernels --arch sm_90,gfx942
 
-    Exits with 3 where something spills registers, has no matrix instructions, wants more shared
-    memory than there is, or computes in float64. Says nothing about speed.
+    Exits with 3 if a kernel spills registers, has no matrix instructions, needs more shared memory
+    than there is, or computes in float64. Says nothing about speed.
 
     Parameters
     ----------
     arch
-        Kinds of GPU, separated by commas.
+        GPU architectures, separated by commas.
     jobs
-        Processes; as many as there are cores if not given.
+        Number of processes; one per core if not given.
     json
         Print everything as JSON.
     """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise NPTError("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    try:
-        from npt_fast.kernels import aot
-    except ModuleNotFoundError as error:
-        raise NPTError(f"kernels needs {error.name}: pip install torch triton") from error
     from rich.console import Console
     from rich.progress import track
+
+    from npt_fast.kernels import aot
 
     names = arch.split(",")
     console = Console(stderr=True)
@@ -107,8 +105,8 @@ def compile_kernels(
     return 3 if bad else 0
 
 
-def _listed(names: Iterable[str]) -> str:
-    return f"One of {', '.join(names)}."
+def _listed(what: str, names: Iterable[str]) -> str:
+    return f"{what}: one of {', '.join(names)}."
 
 
 def _check(
@@ -119,7 +117,7 @@ def _check(
     gpu: str | None = None,
     **others: object,
 ) -> None:
-    """Of the options that are given: wrong ones are wrong usage, before anything is computed."""
+    """Refuse wrong options as wrong usage, before anything is computed."""
     arithmetic.shape_of(model, hidden, intermediate)
     if gpu is not None:
         arithmetic.gpu_of(gpu)
@@ -128,31 +126,35 @@ def _check(
 @app.command(validator=_check)
 def roofline(
     *,
-    model: Annotated[str | None, Parameter(help=_listed(arithmetic.MODELS))] = None,
+    model: Annotated[
+        str | None, Parameter(help=_listed("Model whose sizes are taken", arithmetic.MODELS))
+    ] = None,
     hidden: Size = None,
     intermediate: Size = None,
     rank: Size = None,
     num_ranks: Size = None,
     tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 8192,
-    gpu: Annotated[str, Parameter(help=_listed(arithmetic.GPUS))] = "h100",
+    gpu: Annotated[
+        str, Parameter(help=_listed("GPU whose peaks are taken", arithmetic.GPUS))
+    ] = "h100",
     json: bool = False,
 ) -> None:
-    """FLOPs, bytes and least times of a modulated MLP, with and without v_a and v_b: arithmetic.
+    """Compute FLOPs, bytes and least times of a modulated MLP, with and without v_a and v_b.
 
     npt-fast kernels roofline --model llama-3.2-1b --tokens 8192 --gpu h100
 
     Parameters
     ----------
     hidden
-        Width D of the model, instead of --model.
+        Hidden size D of the model, instead of --model.
     intermediate
-        Width F of the MLP, instead of --model.
+        Intermediate size F of the MLP, instead of --model.
     rank
-        Rank r of a component; 512 for llama-3.2-1b, else 64.
+        Rank r of a component; if not given, 512 for llama-3.2-1b, else 64.
     num_ranks
-        Components k; 8 if not given.
+        Number k of components; 8 if not given.
     tokens
-        Of all sequences together. Decode takes 64 at most, and is shown for one if there are more.
+        Tokens of all sequences together. Decode takes at most 64; for more, it is shown for one.
     json
         Print everything as JSON.
     """
