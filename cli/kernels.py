@@ -78,7 +78,7 @@ def compile_kernels(
         track(
             aot.compile_all(names, jobs=jobs or os.cpu_count() or 1),
             "Compiling",
-            total=sum(map(aot.count, names)),
+            total=sum(map(aot.case_count, names)),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -159,7 +159,7 @@ def roofline(
     shape = arithmetic.shape_of(model, hidden, intermediate, num_ranks, rank)
     peaks = arithmetic.gpu_of(gpu)
     costs = list(arithmetic.costs(shape, tokens))
-    kept = arithmetic.kept_for_backward(shape, tokens)
+    kept = arithmetic.saved_bytes_by_form(shape, tokens)
     if json:
         passes = [
             {
@@ -167,7 +167,7 @@ def roofline(
                 "compute_ms": cost.compute_ms(peaks),
                 "memory_ms": cost.memory_ms(peaks),
                 "floor_ms": cost.floor_ms(peaks),
-                "in_turn_ms": cost.in_turn_ms(peaks),
+                "in_turn_ms": cost.launch_by_launch_ms(peaks),
             }
             for cost in costs
         ]
@@ -184,7 +184,7 @@ def roofline(
                 "tb_per_s": peaks.bandwidth,
             },
             "passes": passes,
-            "kept_for_backward": kept,
+            "saved_bytes_by_form": kept,
         }
         print_json(document)
         return
@@ -206,7 +206,7 @@ def roofline(
             f"{cost.activations / 1e6:.1f}", f"{cost.weights / 1e6:.1f}",
             f"{cost.compute_ms(peaks):.3f}", f"{cost.memory_ms(peaks):.3f}",
             f"{cost.floor_ms(peaks):.3f}", f"{cost.exposed / 1e6:.1f}",
-            f"{cost.in_turn_ms(peaks):.3f}",
+            f"{cost.launch_by_launch_ms(peaks):.3f}",
         )
         for cost in costs
     ]  # fmt: skip

@@ -94,7 +94,7 @@ def test_numbers_of_the_table(capsys: Any, known: Known) -> None:
     assert row["weights"] / 1e6 == pytest.approx(known.decode[0], abs=0.5)
     assert row["floor_ms"] * 1e3 == pytest.approx(known.decode[1], abs=1)
     if known.kept:
-        *kept, _ = (value / 1e6 for value in found["kept_for_backward"].values())
+        *kept, _ = (value / 1e6 for value in found["saved_bytes_by_form"].values())
         assert kept == pytest.approx(known.kept, abs=0.5)
 
 
@@ -215,7 +215,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[aot.Compiled]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     fine = aot.Compiled("swiglu_fwd", "bf16", "", 32, 0, 0, 64, 0, "", "load 128:2", ())
     results = [fine]
-    monkeypatch.setattr(aot, "count", lambda name: len(results))
+    monkeypatch.setattr(aot, "case_count", lambda name: len(results))
     monkeypatch.setattr(
         aot,
         "compile_all",
