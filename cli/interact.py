@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,17 +14,18 @@ from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.cli import streams
-from npt_fast.cli.arguments import PathText
+from npt_fast.cli.arguments import DEFAULT_MODEL, PathText, WeightOptions
 from npt_fast.cli.output import warn
-from npt_fast.config import BaseDType, parse_layers
+from npt_fast.config import parse_layers
 from npt_fast.errors import ModelError, NPTError, TransferError, VerificationError
 
 if TYPE_CHECKING:
-    from npt_fast.cli.shell import Shell
+    from npt_fast.cli.shell.loop import Shell
     from npt_fast.transfer.journal import Journal
     from npt_fast.transfer.session import Session
 
 
+@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class InteractOptions:
     """What the shell runs on.
@@ -34,9 +35,7 @@ class InteractOptions:
         model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
         layers: Layers to load, like 11,13; all of the checkpoint if not given.
         device: Where the model runs; a GPU where there is one if not given.
-        base_dtype: Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
-        trust_remote_code: Run code that comes with the base model or that it names, with all your
-            rights.
+        weights: How the weights of the base model are read.
         script: File with commands, one a line, in place of the terminal or stdin.
         json: Print one JSON object per command.
         keep_going: Go on after a command of a script or of stdin has failed.
@@ -49,8 +48,7 @@ class InteractOptions:
     model_name: PathText | None = None
     layers: str | None = None
     device: str | None = None
-    base_dtype: BaseDType = "auto"
-    trust_remote_code: bool = False
+    weights: WeightOptions = field(default_factory=WeightOptions)
     script: PathText | None = None
     json: bool = False
     keep_going: bool = False
@@ -76,15 +74,16 @@ class UsageError(NPTError):
 _NOTHING = InteractOptions()
 
 
-def interact(options: Annotated[InteractOptions, Parameter(name="*")] = _NOTHING) -> int:
+def interact(options: InteractOptions = _NOTHING) -> int:
     """Extract, combine and inject knowledge by commands: a shell, or a script.
 
     npt-fast interact --checkpoint experiments/merged_11_13 --layers 11,13
 
     Where stdin is no terminal, lines are read from it until one fails. help lists the commands.
     """
-    from npt_fast.cli.shell import JsonOutput, PlainOutput, Shell
-    from npt_fast.cli.shell_commands import Context, read_script
+    from npt_fast.cli.shell.command import Context
+    from npt_fast.cli.shell.commands.scripts import read_script
+    from npt_fast.cli.shell.loop import JsonOutput, PlainOutput, Shell
 
     if options.checkpoint is None and options.replay is None:
         raise UsageError("--checkpoint is missing (npt-fast interact --help lists the options)")
@@ -109,18 +108,18 @@ def interact(options: Annotated[InteractOptions, Parameter(name="*")] = _NOTHING
 
 
 def _converse(options: InteractOptions, shell: Shell) -> int:
-    from npt_fast.cli import shell_terminal
+    from npt_fast.cli.shell import terminal
     from npt_fast.transfer.journal import state_folder
 
     session = shell.context.session
     if not options.json:
-        shell.output = shell_terminal.TerminalOutput()
+        shell.output = terminal.TerminalOutput()
         for line in _banner(session):
             shell.output.note(line)
         if shell.journal is not None:
             shell.output.note(f"Log: {shell.journal.path}")
         shell.output.note("help lists the commands, Tab completes, Ctrl-D leaves")
-    shell_terminal.run(shell, _name(options), state_folder() / "history")
+    terminal.run(shell, _name(options), state_folder() / "history")
     return 0
 
 
@@ -134,8 +133,9 @@ def _banner(session: Session) -> list[str]:
 
 
 def _replay(options: InteractOptions) -> int:
-    from npt_fast.cli.shell import JsonOutput, PlainOutput, Shell, replay
-    from npt_fast.cli.shell_commands import Context
+    from npt_fast.cli.shell.command import Context
+    from npt_fast.cli.shell.loop import JsonOutput, PlainOutput, Shell
+    from npt_fast.cli.shell.replay import replay
     from npt_fast.transfer import journal
 
     path = str(options.replay)
@@ -158,22 +158,16 @@ def _replay(options: InteractOptions) -> int:
 def _session(
     options: InteractOptions, checkpoint: str, model_name: str | None, layers: Any = None
 ) -> Session:
-    from npt_fast.hf.base_model import load_base_model
     from npt_fast.training.evaluation import default_device
     from npt_fast.transfer.session import Session
 
-    name = model_name or _DEFAULT_MODEL
+    name = model_name or DEFAULT_MODEL
     if options.layers is not None:
         layers = parse_layers(options.layers)
     with _waiting(f"Loading model from {name}..."):
         device = options.device or default_device()
         try:
-            model, tokenizer = load_base_model(
-                name,
-                dtype=options.base_dtype,
-                device=device,
-                trust_remote_code=options.trust_remote_code,
-            )
+            model, tokenizer = options.weights.load(name, device)
         except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
             reason = str(error).splitlines()[0]
             raise ModelError(f"{name} cannot be put on {device!r}: {reason}") from error
@@ -181,11 +175,8 @@ def _session(
     return Session(model, tokenizer)
 
 
-_DEFAULT_MODEL = "meta-llama/Llama-3.2-1B"
-
-
 def _name(options: InteractOptions) -> str:
-    return Path(options.model_name or _DEFAULT_MODEL).name
+    return Path(options.model_name or DEFAULT_MODEL).name
 
 
 @contextmanager
@@ -207,7 +198,7 @@ def _journal(options: InteractOptions, session: Session) -> Journal | None:
 
     header = {
         "npt_fast": npt.__version__,
-        "model_name": options.model_name or _DEFAULT_MODEL,
+        "model_name": options.model_name or DEFAULT_MODEL,
         "checkpoint": options.checkpoint,
         **session.description(),
     }

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from npt_fast.errors import printable
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from npt_fast.checkpoint.examination import VerifyReport
+
+Found = TypeVar("Found", bound="DataclassInstance")
 
 
 def say(text: str = "") -> None:
@@ -37,6 +42,38 @@ def finite(value: Any) -> Any:
 def warn(message: str) -> None:
     """A line on stderr that needs attention."""
     print(printable(f"Warning: {message}"), file=sys.stderr)
+
+
+def show_report(
+    facts: Mapping[str, str],
+    found: Found,
+    lines: Callable[[Found], Iterable[str]],
+    page: Callable[[Found, Mapping[str, str]], str],
+    *,
+    html: str | None,
+    json: bool,
+) -> None:
+    """Show what an injection did: a page if `html` is a path, and JSON or lines.
+
+    Args:
+        facts: What was injected, and how.
+        found: A dataclass with the results.
+        lines: Renders the results as lines.
+        page: Renders the results and the facts as HTML.
+        html: File for the page.
+        json: Print JSON in place of lines.
+    """
+    from npt_fast.transfer.report import write
+
+    if html is not None:
+        write(page(found, facts), html)
+    if json:
+        print_json({**facts, **asdict(found)})
+        return
+    for name, value in facts.items():
+        say(f"{name.capitalize()}: {value}")
+    for line in lines(found):
+        say(line)
 
 
 def size(count: int) -> str:

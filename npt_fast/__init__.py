@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from npt_fast.hf.checkpoint import load, save
     from npt_fast.hf.convert import LayerStatus, convert, disabled, status, unload
     from npt_fast.training.evaluation import Evaluation, evaluate
-    from npt_fast.training.train import TrainReport, train
+    from npt_fast.training.run import TrainReport
+    from npt_fast.training.train import train
     from npt_fast.transfer.bake import Baked, bake, export_lora
     from npt_fast.transfer.extract import extract
     from npt_fast.transfer.files import load_modulation
@@ -60,7 +61,7 @@ _HOMES = {
     "NPTError": "npt_fast.errors",
     "StorageError": "npt_fast.errors",
     "TrainOptions": "npt_fast.config",
-    "TrainReport": "npt_fast.training.train",
+    "TrainReport": "npt_fast.training.run",
     "TrainingError": "npt_fast.errors",
     "TransferError": "npt_fast.errors",
     "VerificationError": "npt_fast.errors",

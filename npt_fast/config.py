@@ -31,6 +31,45 @@ InjectionTime = Literal["prefill", "decode", "both"]
 SamplingStrategy = Literal["greedy", "top_k", "top_p", "sample"]
 
 
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The first place where a text occurs; `npt_fast.at` and `npt_fast.after` make one.
+
+    Attributes:
+        text: Text to look for.
+        after: Take the token that follows the text instead of the text's own tokens.
+    """
+
+    text: str
+    after: bool = False
+
+    def __str__(self) -> str:
+        return f"{'after' if self.after else 'at'}:{self.text}"
+
+
+Position = int | slice | Sequence[int] | str | Match
+"""Tokens of a text, counted without padding; `npt_fast.transfer.positions` has the notation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Injection:
+    """How a modulation is put into a model: the arguments of `npt_fast.inject`, as one value.
+
+    Attributes:
+        position: Tokens of the prompt that receive the modulation.
+        mode: How the modulation and a token's own weight changes combine: ``replace``; ``blend``
+            and ``add`` combine the vectors v_a and v_b, as the original does; ``exact-blend`` and
+            ``exact-add`` combine the weight changes.
+        strength: Factor of the modulation; in both blends, its share.
+        when: Inject into the prompt (``prefill``), into generated tokens (``decode``), or both.
+    """
+
+    position: Position = "last"
+    mode: InjectionMode = "replace"
+    strength: float = 1.0
+    when: InjectionTime = "prefill"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NPTConfig:
     """The NP layers of a model, all of one architecture.
@@ -41,9 +80,9 @@ class NPTConfig:
         num_ranks: components k per projection.
         modulation: projections whose weights change: gate; gate and up; gate, up and down.
         residual: ``removed``: the layer adds its MLP alone, which stands for attention too;
-            ``kept``: it adds attention as well (SPEC 1.3).
+            ``kept``: it adds attention as well (design.md#layer).
         init: how they start: ``zero`` changes nothing yet and learns at once; ``improved`` and
-            ``conservative`` are the original's (SPEC 1.4).
+            ``conservative`` are the original's (design.md#initialization).
         init_scale: scale of the original's; ``zero`` has none.
     """
 
@@ -81,7 +120,7 @@ class MergeOptions:
         on_conflict: what to do when two inputs hold the same layer. ``first`` and ``last`` take the
             whole layer from one input, ``error`` refuses, ``identical`` accepts only equal bytes,
             ``concat`` joins the components so that the weight changes add up, ``mean`` joins them
-            so that they average (SPEC 6.5, MERGE.md 6).
+            so that they average (design.md#merge-laws).
         uniform: give all layers one modulation type, num_ranks and rank by exact padding, which is
             what the original needs.
         dtype: convert all weights to this type; None keeps each as it is.
@@ -122,7 +161,9 @@ class MergeOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
-    """How to train NP layers; the names and, where sane, the defaults of the original (SPEC 5.1).
+    """How to train NP layers.
+
+    Names are the original's, and so are the defaults except for a few (design.md#the-original).
 
     Attributes:
         train_layers: layers to train: 11 or 11,13 or 11-15.

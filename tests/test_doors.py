@@ -43,7 +43,7 @@ SERVER = """
 import json, os, signal, sys, time, traceback
 import torch, transformers, pyarrow.parquet
 import npt_fast.training.train, npt_fast.training.evaluation, npt_fast.transfer.session
-import npt_fast.transfer.check, npt_fast.cli.shell_commands
+import npt_fast.transfer.check, npt_fast.cli.shell.commands
 from npt_fast.cli.main import main
 
 def resident(name):

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import npt_fast as npt
-from npt_fast.cli.shell_commands import read_script
+from npt_fast.cli.shell.commands.scripts import read_script
 from npt_fast.errors import NPTError, PathError
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.paths import expand, path_list, user_path
-from npt_fast.training.data import TokenWindows
+from npt_fast.training.token_windows import TokenWindows
 from npt_fast.transfer import check, journal, report
 from npt_fast.transfer.session import Session
 from tests.checkpoints import layer_weights, read_weights, write_checkpoint

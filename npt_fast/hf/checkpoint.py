@@ -28,14 +28,16 @@ from npt_fast.hf.convert import Model, components, convert, decoder_layers
 from npt_fast.paths import exists, path_errors, user_path
 
 
-def load(model: Model, path: str | Path, *, layers: Sequence[int] | None = None) -> Model:
+def load(
+    model: Model, source: str | Path | Checkpoint, *, layers: Sequence[int] | None = None
+) -> Model:
     """Put a checkpoint's layers into a model; what is not converted yet is converted.
 
     The architecture of every layer is read from the checkpoint; no option has to be repeated.
 
     Args:
         model: a Hugging Face causal language model.
-        path: checkpoint directory or weights file.
+        source: checkpoint directory or weights file, or an opened checkpoint.
         layers: only these; all if not given.
 
     Returns:
@@ -46,12 +48,14 @@ def load(model: Model, path: str | Path, *, layers: Sequence[int] | None = None)
         ModelError: it was trained on another base model, lacks one of `layers`, or a layer is
             converted differently.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     check_base(model, checkpoint)
     chosen = list(checkpoint.modules) if layers is None else list(layers)
     for layer in chosen:
         if layer not in checkpoint.modules:
-            raise ModelError(f"{path}: has no layer {layer}, only {list(checkpoint.modules)}")
+            raise ModelError(
+                f"{checkpoint.given}: has no layer {layer}, only {list(checkpoint.modules)}"
+            )
     present = components(model)
     configs = {layer: _config(checkpoint, layer) for layer in chosen}
     for layer, config in configs.items():
@@ -60,7 +64,9 @@ def load(model: Model, path: str | Path, *, layers: Sequence[int] | None = None)
             wanted = (config.modulation, config.num_ranks, config.rank, config.residual)
             found = (part.modulation_type, part.num_ranks, part.rank, part.residual)
             if found != wanted:
-                raise ModelError(f"{path}: layer {layer} is {wanted}, the model's is {found}")
+                raise ModelError(
+                    f"{checkpoint.given}: layer {layer} is {wanted}, the model's is {found}"
+                )
     reader = NearbyReader()
     for layer in chosen:
         module = checkpoint.modules[layer]

@@ -1,4 +1,4 @@
-"""Stages of training: what the trained layers get as input (SPEC 5.3, 5.6)."""
+"""Stages of training: what the trained layers get as input (design.md#curriculum)."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import components
 from npt_fast.hf.tokenizer import encode
-from npt_fast.training.data import TokenWindows
 from npt_fast.training.distillation import Distillation, Losses
+from npt_fast.training.token_windows import TokenWindows
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def evaluate_windows(
     *,
     batch_size: int,
     device: torch.device,
-    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Evaluation:
     """Evaluate on windows.
 
@@ -66,7 +66,7 @@ def evaluate_windows(
         windows: as `TokenWindows.held_out_windows` gives them.
         batch_size: windows at a time.
         device: of the model.
-        total: sums over processes, each with windows of its own.
+        sum_over_processes: sums over processes, each with windows of its own.
     """
     sums: Tensor | None = None
     layers: list[int] = []
@@ -85,7 +85,9 @@ def evaluate_windows(
         )
         sums = row if sums is None else sums + row
     assert sums is not None
-    loss, base_loss, predicted, kl, agreed, tokens, whole, *direct = total(sums).tolist()
+    loss, base_loss, predicted, kl, agreed, tokens, whole, *direct = sum_over_processes(
+        sums
+    ).tolist()
     return Evaluation(
         tokens=int(tokens),
         perplexity=_exp(loss / predicted),

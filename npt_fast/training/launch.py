@@ -16,12 +16,16 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
 from npt_fast.checkpoint.merge import merge
+from npt_fast.checkpoint.training_run import FINAL
 from npt_fast.config import TrainOptions
 from npt_fast.errors import NPTError, TrainingError
 from npt_fast.paths import user_path
+from npt_fast.training.run_directory import RunDirectory, checkpoints
 
+# A spawned process imports this file before it knows its GPU. Whatever may start CUDA, which reads
+# CUDA_VISIBLE_DEVICES once, is imported after that: in `_train_one`.
 if TYPE_CHECKING:
-    from npt_fast.training.train import TrainReport
+    from npt_fast.training.run import TrainReport
 
 _GRACE = 60.0  # seconds in which processes may save after one of them failed
 
@@ -51,7 +55,7 @@ def launch(options: TrainOptions) -> TrainReport:
         }
         for rank in range(options.num_processes)
     ]
-    return _run([options] * options.num_processes, environment)[0]
+    return _run_processes([options] * options.num_processes, environment)[0]
 
 
 def _layer_parallel(options: TrainOptions) -> TrainReport:
@@ -60,9 +64,7 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
     A run that was stopped leaves every process at a step of its own; resumed from the run's folder,
     each goes on from there.
     """
-    from npt_fast.checkpoint.training_run import FINAL
-    from npt_fast.training.run_directory import RunDirectory, checkpoints
-    from npt_fast.training.train import TrainReport, output_directory
+    from npt_fast.training.run import TrainReport, output_directory
 
     begun = time.monotonic()
     if options.layer_weights not in ("uniform", "linear"):
@@ -90,7 +92,7 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
     run = RunDirectory(output, resuming=options.resume_from is not None)
     try:
         environment = [{"CUDA_VISIBLE_DEVICES": device} for device in _devices(len(tasks))]
-        reports = _run(tasks, environment) if tasks else []
+        reports = _run_processes(tasks, environment) if tasks else []
         step = min((report.global_step for report in reports), default=options.max_steps)
         stopped_by = next((report.stopped_by for report in reports if report.stopped_by), 0)
         layers = sorted(layer for report in reports for layer in report.layers)
@@ -120,13 +122,15 @@ def _devices(count: int) -> list[str]:
     return [names[n % len(names)] if names else "" for n in range(count)]
 
 
-def _run(tasks: list[TrainOptions], environment: list[dict[str, str]]) -> list[TrainReport]:
+def _run_processes(
+    tasks: list[TrainOptions], environment: list[dict[str, str]]
+) -> list[TrainReport]:
     """One process per task; the reports in order. A signal to this process goes to all of them."""
     results = multiprocessing.get_context("spawn").SimpleQueue()
     threads = max(1, (os.cpu_count() or 1) // len(tasks))
     received = 0
     context: Any = multiprocessing.spawn(  # type: ignore[no-untyped-call, attr-defined]
-        _work, (tasks, environment, threads, results), nprocs=len(tasks), join=False
+        _train_one, (tasks, environment, threads, results), nprocs=len(tasks), join=False
     )
 
     def forward(number: int, frame: Any = None) -> None:
@@ -139,7 +143,7 @@ def _run(tasks: list[TrainOptions], environment: list[dict[str, str]]) -> list[T
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     failure: Exception | None = None
     try:
-        if not _all_well(context.processes):
+        if not _all_succeeded(context.processes):
             for process in context.processes:
                 process.terminate()  # save and end
         while not context.join(grace_period=_GRACE):
@@ -164,7 +168,7 @@ def _run(tasks: list[TrainOptions], environment: list[dict[str, str]]) -> list[T
     raise TrainingError(f"a training process ended unexpectedly: {failure}")
 
 
-def _all_well(processes: Sequence[Any]) -> bool:
+def _all_succeeded(processes: Sequence[Any]) -> bool:
     """Wait for processes to end; False as soon as one of them failed."""
     while True:
         codes = [process.exitcode for process in processes]  # None: it runs
@@ -176,7 +180,7 @@ def _all_well(processes: Sequence[Any]) -> bool:
         connection.wait(running)
 
 
-def _work(
+def _train_one(
     index: int,
     tasks: list[TrainOptions],
     environment: list[dict[str, str]],
@@ -188,7 +192,7 @@ def _work(
     os.environ.update(environment[index])
     os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate sets torch's threads by it
     torch.set_num_threads(threads)
-    from npt_fast.training.train import train_here
+    from npt_fast.training.run import train_here
 
     try:
         results.put((index, train_here(tasks[index])))

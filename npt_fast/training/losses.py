@@ -76,7 +76,7 @@ def fidelity_sum(
         head: hidden states to logits.
         weights: of the tokens, ``(B, S)``.
         kind: ``"relative"``: KL(teacher, student) in nats; ``"mse"``: mean squared difference of
-            logits (SPEC 5.4).
+            logits (design.md#losses).
     """
     result: Tensor = _Fidelity.apply(  # type: ignore[no-untyped-call]
         student, teacher, weights, head, kind

@@ -22,13 +22,13 @@ class Progress:
 
     Attributes:
         micro_batches: batches that it had trained on.
-        best: its lowest KL on the held-out text, None if there is none.
+        best_kl: its lowest KL on the held-out text, None if there is none.
         scaler: state of the gradient scaler of float16, None without one.
         data: where in the text it was, as `TokenWindows.state_after` gave it, None if unknown.
     """
 
     micro_batches: int = 0
-    best: float | None = None
+    best_kl: float | None = None
     scaler: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
 
@@ -150,7 +150,7 @@ def read_progress(saved: TrainingState | None) -> Progress:
         best = read_number(best)
     return Progress(
         micro_batches=content.get("batch_count") or 0,
-        best=float(best) if best is not None and math.isfinite(best) else None,
+        best_kl=float(best) if best is not None and math.isfinite(best) else None,
         scaler=scaler or None,
         data=data,
     )

@@ -54,7 +54,7 @@ class RunDirectory:
         """Where a checkpoint is: of a step, ``best`` or ``final``."""
         return self.path / CHECKPOINTS / (f"checkpoint-{name}" if type(name) is int else str(name))
 
-    def checkpoints(self) -> Iterator[int]:
+    def checkpoint_steps(self) -> Iterator[int]:
         """Steps of which there is a checkpoint, ascending."""
         yield from checkpoints(self.path)
 
@@ -79,7 +79,7 @@ class RunDirectory:
             newest: step of the one just written; what an earlier, longer run left beyond it stays,
                 and does not count.
         """
-        steps = [step for step in self.checkpoints() if newest is None or step <= newest]
+        steps = [step for step in self.checkpoint_steps() if newest is None or step <= newest]
         for step in steps[:-count]:
             path = self.checkpoint(step)
             path.rename(path.with_name(f".{path.name}{_REMOVED}"))  # never there in part

@@ -33,8 +33,8 @@ _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(")?|[][{},]', re.DOTALL)
 _Read = Callable[[int], str]
 
 
-def texts(file: SourceFile) -> Iterator[str]:
-    """The documents of a file, in its order; its suffix is one of `KINDS`.
+def read_documents(file: SourceFile) -> Iterator[str]:
+    """The documents of a file, in its order; its suffix is one of `READERS`.
 
     Raises:
         DataError: a row has no text.
@@ -42,7 +42,7 @@ def texts(file: SourceFile) -> Iterator[str]:
         OSError: the system refuses to read it.
         CheckpointError: the file changed while it was being read.
     """
-    yield from KINDS[file.path.suffix.lower()](file)
+    yield from READERS[file.path.suffix.lower()](file)
 
 
 def _paragraphs(file: SourceFile) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _paragraphs(file: SourceFile) -> Iterator[str]:
 def _json_texts(file: SourceFile) -> Iterator[str]:
     """The column ``text`` of JSON objects."""
     with _opened(file) as read:
-        for number, row in enumerate(_Json(read).rows()):
+        for number, row in enumerate(_JsonReader(read).rows()):
             text = row.get("text")
             if not isinstance(text, str):
                 types = {name: type(value).__name__ for name, value in row.items()}
@@ -92,7 +92,7 @@ def _parquet_texts(file: SourceFile) -> Iterator[str]:
             yield value
 
 
-KINDS: Mapping[str, Callable[[SourceFile], Iterator[str]]] = {
+READERS: Mapping[str, Callable[[SourceFile], Iterator[str]]] = {
     ".txt": _paragraphs,
     ".md": _paragraphs,
     ".jsonl": _json_texts,
@@ -132,7 +132,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-class _Json:
+class _JsonReader:
     """JSON in pieces: finds where a value ends before it is parsed, in one pass over its text."""
 
     def __init__(self, read: _Read) -> None:

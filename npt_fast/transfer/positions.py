@@ -11,29 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from npt_fast.config import Match as Match
+from npt_fast.config import Position as Position
 from npt_fast.errors import TransferError
 from npt_fast.schema import shown
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """Where a text occurs first.
-
-    Attributes:
-        text: what is looked for.
-        after: the token behind it, instead of its own.
-    """
-
-    text: str
-    after: bool = False
-
-    def __str__(self) -> str:
-        return f"{'after' if self.after else 'at'}:{self.text}"
-
-
-Position = int | slice | Sequence[int] | str | Match
 
 
 def at(text: str) -> Match:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.training import runs
+from tests.cli.shell.piped import Shell
+from tests.training import runs, tiny
 from tests.training.runs import Place
 
 
@@ -31,3 +33,21 @@ def restore_sigterm() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny base model whose text never ends, and a checkpoint of it."""
+    folder = tmp_path_factory.mktemp("model")
+    base = tiny.save(folder / "base", initializer_range=0.2, eos_token_id=None)
+    return base, runs.start(folder / "np", 1, 2)
+
+
+@pytest.fixture
+def shell(
+    files: tuple[Path, Path], capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Shell:
+    """Runs `interact` on these, in a folder of its own."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    return Shell(capsys, monkeypatch, *files)

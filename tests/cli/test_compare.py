@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 import npt_fast as npt
-from npt_fast.cli import compare as verb
 from npt_fast.hf.base_model import load_base_model
-from npt_fast.transfer import inject as library
 from npt_fast.transfer.compare import compare
 from npt_fast.transfer.generate import Sampling
 from tests.checkpoints import run
@@ -23,12 +21,6 @@ def arguments(place: Place, checkpoint: Path, *more: object) -> list[object]:
         "compare", "--checkpoint", checkpoint, "--model_name", place.base, "--cpu",
         "--from", "abc", "--prompt", "dead", *more,
     ]  # fmt: skip
-
-
-def test_modes_are_the_librarys() -> None:
-    """They are written twice, since --help must not import torch."""
-    assert get_args(verb.Mode) == get_args(library.Mode)
-    assert get_args(verb.When) == get_args(library.When)
 
 
 def test_json_is_the_librarys(place: Place, checkpoint: Path, capsys: Any) -> None:

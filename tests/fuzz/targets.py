@@ -35,13 +35,13 @@ from npt_fast.checkpoint.training_state import (
     read_multi_layer_state,
     read_training_state,
 )
-from npt_fast.cli import shell_commands
 from npt_fast.cli.analyze import analyze
-from npt_fast.cli.shell import bare
+from npt_fast.cli.shell.commands import find, scripts
+from npt_fast.cli.shell.loop import bare
 from npt_fast.cli.verify import verify
 from npt_fast.errors import CheckpointError, NPTError, VerificationError
 from npt_fast.hf.base_model import load_base_model
-from npt_fast.training.data import open_documents
+from npt_fast.training.documents import open_documents
 from npt_fast.training.progress import read_progress
 from npt_fast.transfer import journal
 from npt_fast.transfer.check import read_facts
@@ -536,11 +536,11 @@ compare a "x"
 
 def _script(path: Path) -> list[str]:
     """Lines, each taken apart as the shell does, and not run."""
-    lines = shell_commands.read_script(str(path))
+    lines = scripts.read_script(str(path))
     for line in map(bare, lines):
         name, _, rest = line.partition(" ")
         try:
-            shell_commands.find(name).parse(rest)
+            find(name).parse(rest)
         except NPTError as error:
             _check_line(str(error))
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import npt_fast as npt
+from npt_fast.training.checkpoint_writer import write_checkpoint as write_files
 from tests.checkpoints import (
     assert_same_tensors,
     layer_weights,
@@ -102,6 +103,23 @@ def start(folder: Path, *layers: int, **changes: Any) -> Path:
     for layer in layers:
         weights |= layer_weights(layer, **{**SIZES, **changes})
     return write_checkpoint(folder, {name: tensor * 0.15 for name, tensor in weights.items()})
+
+
+def write(target: Path, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of these weights and this state of AdamW."""
+    write_files(
+        target,
+        weights=weights,
+        format="pt",
+        training_state={
+            "global_step": 1,
+            **({"optimizer_state_dict": optimizer} if optimizer else {}),
+        },
+        multi_layer_state={"layers_to_train": []},
+        config={},
+        npt_config={"format_version": 1},
+    )
+    return target
 
 
 def moments(checkpoint: Path) -> list[dict[str, torch.Tensor]]:

@@ -1,14 +1,14 @@
-"""One pass of training, against the same written out layer by layer in float64 (SPEC 5.3, 5.4).
+"""A training step against the same step written out layer by layer in float64.
 
-The truth below shares nothing with the code under test, nor with transformers: attention, rotary
-positions and masks are spelled out, v_a and v_b are formed, logits exist all at one time.
+The truth below (design.md#training-step) shares nothing with the code under test or with
+transformers: attention, rotary positions and masks are spelled out, v_a and v_b are formed, and all
+logits exist at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,7 +21,8 @@ import npt_fast as npt
 from npt_fast.config import LossKind, Residual
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.training.curriculum import Stage
-from npt_fast.training.distillation import Activations, Distillation, Losses, TeacherCache
+from npt_fast.training.distillation import Distillation, Losses
+from npt_fast.training.teacher_pass import run_teacher
 from tests.reference import delta, vectors
 from tests.training import tiny
 
@@ -203,7 +204,7 @@ class Truth:
         return getattr(self.config, "sliding_window", None) or 0
 
     def mlp(self, layer: int, hidden: Tensor, attention: Tensor | None = None) -> Tensor:
-        """Of the state before it; changed by the attention output, if one is given (SPEC 1.2)."""
+        """Output of the MLP on `hidden`, with weights that `attention` changes if it is given."""
         stem = f"model.layers.{layer}.mlp"
         x = self.norm(f"model.layers.{layer}.post_attention_layernorm", hidden)
 
@@ -520,7 +521,7 @@ def test_measures_of_the_vectors() -> None:
             ).mean(0),
         ]
     )
-    found = Distillation(model)(**inputs, stage=TEACHER, norms=True).norms
+    found = Distillation(model)(**inputs, stage=TEACHER, measure_norms=True).norms
     assert found is not None and list(found) == [2] and not found[2].requires_grad
     same(found[2], (per_token * inputs["attention_mask"]).sum((-1, -2)))
 
@@ -577,7 +578,7 @@ def test_no_layer_is_run_that_no_loss_needs(
     model = converted(llama(), layers)
     step = Distillation(model, reg_weight=0.2)
     with watched(model) as calls:
-        step(**batch(), stage=stage, norms=True).total.backward()
+        step(**batch(), stage=stage, measure_norms=True).total.backward()
     assert calls["layers"] == layer_calls.split()
     assert calls["attention"] == [int(index) for index in attention_calls.split()]
     assert calls["lm_head"] == []
@@ -677,50 +678,6 @@ def test_the_cache_is_not_used_where_the_student_is_run() -> None:
     assert step.cache.hits == step.cache.misses == step.cache.size == 0
 
 
-class Computed(NamedTuple):
-    """Stands for a pass of the base model."""
-
-    activations: dict[int, Activations]
-
-
-def test_every_window_is_computed_by_itself() -> None:
-    """In a batch its last bits may depend on its neighbours, which a stop does not bring back."""
-    calls: list[tuple[list[list[int]], list[list[int]] | None]] = []
-
-    def compute(ids: Tensor, mask: Tensor | None) -> Computed:
-        calls.append((ids.tolist(), None if mask is None else mask.tolist()))
-        rows = ids[..., None].double()
-        return Computed({5: Activations(rows, 2 * rows, 3 * rows)})
-
-    cache = TeacherCache(10**6)
-    ids, mask = torch.tensor([[1, 2], [3, 0], [5, 6]]), torch.tensor([[1, 1], [1, 0], [1, 1]])
-    found = cache.get(torch.tensor([8, 9, 7]), ids, mask, compute)
-    assert calls == [([[1, 2]], [[1, 1]]), ([[3, 0]], [[1, 0]]), ([[5, 6]], [[1, 1]])]
-    assert torch.equal(found[5].attention, 2 * ids[..., None].double())
-    found = cache.get(torch.tensor([7, 4, 8]), ids[[2, 1, 0]], None, compute)
-    assert calls[3:] == [([[3, 0]], None)]
-    assert torch.equal(found[5].mlp, 3 * ids[[2, 1, 0]][..., None].double())
-
-
-def test_the_cache_keeps_to_its_limit() -> None:
-    """Two windows fit and stay; the others are computed every time."""
-    runs = count()
-    tensors = Activations(*(torch.ones(1, 2, 3) for _ in range(3)))  # 72 bytes
-
-    def compute(ids: Tensor, mask: Tensor | None) -> Computed:
-        next(runs)
-        return Computed({5: Activations(*(t * ids for t in tensors))})
-
-    cache = TeacherCache(2 * 72 + 71)
-    for epoch in range(2):
-        for window in range(4):
-            found = cache.get(torch.tensor([window]), torch.full((1, 1), window), None, compute)
-            assert all(torch.equal(t, torch.full((1, 2, 3), float(window))) for t in found[5])
-            assert cache.size <= cache.limit
-        assert (cache.hits, cache.misses) == ((0, 4), (2, 6))[epoch]
-    assert cache.size == 144 and next(runs) == 6
-
-
 # ---- precision, and what is left behind ----
 
 
@@ -808,9 +765,8 @@ def test_a_fresh_layer_starts_at_a_scale_that_is_the_models() -> None:
     npt.convert(model, npt.NPTConfig(layers=[1, 3], rank=4, num_ranks=2))
     before = {n: part.w_down.detach().clone() for n, part in components(model).items()}
     inputs = batch(padded=False)
-    distillation = Distillation(model)
-    distillation.calibrate(inputs["input_ids"], [3])
-    attention = distillation._base(inputs["input_ids"], None).activations[3].attention
+    Distillation(model).calibrate(inputs["input_ids"], [3])
+    attention = run_teacher(model, inputs["input_ids"], None).activations[3].attention
     u = attention @ components(model)[3].w_down
     assert (u**2).mean(-1).sqrt().median().item() == pytest.approx(1, rel=1e-5)
     assert torch.equal(components(model)[1].w_down, before[1])  # not asked for

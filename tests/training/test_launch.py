@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,6 @@ from tests.training import runs
 from tests.training.runs import Place
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with runs.place(tmp_path_factory.mktemp("place")) as found:
-        yield found
-
-
 @pytest.fixture(autouse=True)
 def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one thread; imports, most of a short run's time, are done once for all of them.
@@ -38,7 +32,7 @@ def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     `tests/cli/test_train.py` has two that start as they do in use.
     """
     monkeypatch.setattr("npt_fast.training.launch.os.cpu_count", lambda: 1)
-    multiprocessing.set_forkserver_preload(["npt_fast.training.train"])
+    multiprocessing.set_forkserver_preload(["npt_fast.training.run"])
     start = partial(start_processes, start_method="forkserver")
     monkeypatch.setattr(torch.multiprocessing, "spawn", start)
 
@@ -157,13 +151,13 @@ def test_what_goes_wrong_in_a_process(place: Place, tmp_path: Path, parallel: st
 
 def at_the_start(monkeypatch: pytest.MonkeyPatch, happens: Callable[[list[Any]], None]) -> None:
     """Something happens as soon as the processes exist."""
-    wait = launch._all_well
+    wait = launch._all_succeeded
 
     def instead(processes: list[Any]) -> bool:
         happens(processes)
         return wait(processes)
 
-    monkeypatch.setattr(launch, "_all_well", instead)
+    monkeypatch.setattr(launch, "_all_succeeded", instead)
 
 
 @pytest.mark.parametrize("pause", [0, 1])
@@ -209,7 +203,7 @@ def _crash(index: int, *arguments: object) -> None:
 def test_our_own_bugs_are_not_hidden(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_work", _crash)
+    monkeypatch.setattr(launch, "_train_one", _crash)
     with pytest.raises(ProcessRaisedException, match=r"in _crash\n.*raise ZeroDivisionError"):
         place.train(tmp_path / "out", num_processes=2)
 

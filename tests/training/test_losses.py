@@ -83,7 +83,7 @@ def test_no_target_is_no_division_by_zero() -> None:
 
 
 def spelled_out(student: Tensor, teacher: Tensor, weights: Tensor, kind: LossKind) -> Tensor:
-    """All logits at one time (SPEC 5.4)."""
+    """All logits at one time (design.md#losses)."""
     matrix = head().weight
     ours, theirs = student @ matrix.T, teacher @ matrix.T
     if kind == "mse":

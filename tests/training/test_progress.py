@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -22,14 +22,7 @@ from npt_fast.checkpoint.training_state import TrainingState
 from npt_fast.training.progress import Progress, read_progress
 from npt_fast.training.state import read_state
 from tests.checkpoints import load_state
-from tests.training import runs
 from tests.training.runs import Place
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with runs.place(tmp_path_factory.mktemp("place")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -166,16 +159,16 @@ def test_what_is_missing_is_named(state: TrainingState, part: str) -> None:
 def test_what_training_wrote(state: TrainingState) -> None:
     assert read_progress(None) == Progress()
     found = read_progress(state)
-    assert found.micro_batches == 4 and found.best is None and found.scaler == SCALER
+    assert found.micro_batches == 4 and found.best_kl is None and found.scaler == SCALER
     assert found.data == state.content["data_state"]
 
 
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("best_val_loss", math.inf, Progress(best=None)),  # as the original has it at first
-        ("best_val_loss", math.nan, Progress(best=None)),
-        ("best_val_loss", 2, Progress(best=2.0)),
+        ("best_val_loss", math.inf, Progress(best_kl=None)),  # as the original has it at first
+        ("best_val_loss", math.nan, Progress(best_kl=None)),
+        ("best_val_loss", 2, Progress(best_kl=2.0)),
         ("batch_count", None, Progress()),
         ("batch_count", 7, Progress(micro_batches=7)),
         ("scaler_state_dict", {}, Progress()),

@@ -138,7 +138,7 @@ def test_another_runs_checkpoints_are_not_mixed_with_new_ones(tmp_path: Path) ->
     assert "checkpoints of another run" in message and "--resume_from" in message
     assert contents(run.checkpoint(100))["npt_weights.pt"] == b"100"
     run = RunDirectory(tmp_path, resuming=True)  # and the refused one holds no lock
-    assert list(run.checkpoints()) == [100]
+    assert list(run.checkpoint_steps()) == [100]
     run.close()
 
 
@@ -178,9 +178,9 @@ def test_junk_is_ignored_and_left(tmp_path: Path) -> None:
         (folder / name).mkdir(parents=True)
     (folder / "checkpoint-12").write_text("a file")
     run = RunDirectory(tmp_path, resuming=False)  # none of it is a run's
-    assert list(run.checkpoints()) == []
+    assert list(run.checkpoint_steps()) == []
     write(run, 3, 4)
-    assert list(run.checkpoints()) == [3, 4]
+    assert list(run.checkpoint_steps()) == [3, 4]
     run.keep_last(1)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [*JUNK, "checkpoint-12", "checkpoint-4"]
@@ -194,13 +194,13 @@ def test_junk_is_ignored_and_left(tmp_path: Path) -> None:
 def test_the_newest_stay_by_number_not_by_name(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, resuming=False)
     write(run, 10000, 9000, 0, 8000)
-    assert list(run.checkpoints()) == [0, 8000, 9000, 10000]
+    assert list(run.checkpoint_steps()) == [0, 8000, 9000, 10000]
     run.keep_last(4)
-    assert list(run.checkpoints()) == [0, 8000, 9000, 10000]
+    assert list(run.checkpoint_steps()) == [0, 8000, 9000, 10000]
     run.keep_last(2)
-    assert list(run.checkpoints()) == [9000, 10000]
+    assert list(run.checkpoint_steps()) == [9000, 10000]
     run.keep_last(9)
-    assert list(run.checkpoints()) == [9000, 10000]
+    assert list(run.checkpoint_steps()) == [9000, 10000]
     assert not run.checkpoint(8000).exists()
     run.close()
 
@@ -210,7 +210,7 @@ def test_what_a_longer_run_left_beyond_this_step_stays(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, resuming=True)
     write(run, 100, 200, 300, 900, 1000)
     run.keep_last(2, newest=300)
-    assert list(run.checkpoints()) == [200, 300, 900, 1000]
+    assert list(run.checkpoint_steps()) == [200, 300, 900, 1000]
     run.close()
 
 
@@ -220,7 +220,7 @@ def test_best_and_final_outlive_what_they_name(tmp_path: Path) -> None:
     run.link(1, BEST)
     run.link(3, FINAL)
     run.keep_last(1)
-    assert list(run.checkpoints()) == [3]
+    assert list(run.checkpoint_steps()) == [3]
     assert contents(run.checkpoint(BEST)) == {"config.json": b"{}", "npt_weights.pt": b"1"}
     assert contents(run.checkpoint(FINAL))["npt_weights.pt"] == b"3"
     run.close()

@@ -6,9 +6,7 @@ builds it, over separate tensors, and must go the same way.
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,19 +21,17 @@ from transformers import LlamaForCausalLM
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.modules import NPComponent
-from npt_fast.training.data import TokenWindows
 from npt_fast.training.state import (
     gather_optimizer,
     gather_weights,
     read_state,
     restore_optimizer,
-    write_checkpoint,
 )
+from npt_fast.training.token_windows import TokenWindows
 from tests import reference
 from tests.checkpoints import (
     adamw_state,
     assert_same_tensors,
-    contents,
     layer_weights,
     load_state,
     read_weights,
@@ -46,17 +42,11 @@ from tests.training.runs import LENGTH, Place
 WIDTHS: dict[str, Any] = {"d": 32, "f": 48}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with runs.place(tmp_path_factory.mktemp("place")) as found:
-        yield found
-
-
 # --- as the original sees it
 
 
 class Original(nn.Module):
-    """The original's component: a parameter per tensor, lists of them where k > 1 (SPEC 2.1)."""
+    """The original's component (design.md#keys): a parameter per tensor, lists where k > 1."""
 
     def __init__(self, rank: int, num_ranks: int, projections: list[str]) -> None:
         super().__init__()
@@ -166,7 +156,7 @@ def recorded_gradients(num_ranks: Mapping[int, int]) -> Iterator[list[dict[str, 
 
 
 def cosine(step: int, warmup: int, end: int) -> float:
-    """The factor of a step, counted from 0 (SPEC 5.5)."""
+    """The factor of a step, counted from 0 (design.md#curriculum)."""
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
@@ -340,19 +330,6 @@ def optimizer_of(parts: Mapping[int, NPComponent]) -> torch.optim.AdamW:
     return torch.optim.AdamW([p for part in parts.values() for p in part.parameters()], fused=True)
 
 
-def write(target: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    write_checkpoint(
-        target,
-        weights=weights,
-        format="pt",
-        training_state={"global_step": 1, **({"optimizer_state_dict": state} if state else {})},
-        multi_layer_state={"layers_to_train": []},
-        config={},
-        npt_config={"format_version": 1},
-    )
-    return target
-
-
 def restored(
     path: Path, parts: Mapping[int, NPComponent]
 ) -> tuple[torch.optim.Optimizer, list[int]]:
@@ -371,7 +348,7 @@ def test_there_and_back(tmp_path: Path, modulation: str, ranks: int) -> None:
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    path = write(tmp_path / "a", gather_weights(parts), gather_optimizer(optimizer, parts))
+    path = runs.write(tmp_path / "a", gather_weights(parts), gather_optimizer(optimizer, parts))
     again, fresh = restored(path, parts)
     assert fresh == []
     assert again.state.keys() == optimizer.state.keys()
@@ -392,7 +369,7 @@ def test_a_layer_without_moments_starts_fresh(tmp_path: Path) -> None:
     optimizer.step()
     saved = gather_optimizer(optimizer, parts)
     assert sorted(saved["state"]) == list(range(12, 24))
-    again, fresh = restored(write(tmp_path / "a", gather_weights(parts), saved), parts)
+    again, fresh = restored(runs.write(tmp_path / "a", gather_weights(parts), saved), parts)
     assert fresh == [3]
     assert set(again.state) == set(parts[7].parameters())
     for held, state in optimizer.state.items():
@@ -408,7 +385,7 @@ def test_tensors_of_one_layer_at_different_steps(tmp_path: Path) -> None:
             state["state"][index]["step"] = torch.tensor(9.0)
     del state["state"][0]  # never stepped
     part = parts_of("triple", 2)[3]
-    optimizer, fresh = restored(write(tmp_path / "a", weights, state), {3: part})
+    optimizer, fresh = restored(runs.write(tmp_path / "a", weights, state), {3: part})
     assert fresh == []
     own = dict(part.named_parameters())
     for moment, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)):
@@ -424,60 +401,3 @@ def test_tensors_of_one_layer_at_different_steps(tmp_path: Path) -> None:
                 continue
             corrected = old[moment] / (1 - beta ** old["step"].item())
             torch.testing.assert_close(found[name], corrected, rtol=1e-5, atol=1e-12)
-
-
-# --- complete or not at all
-
-
-@pytest.mark.parametrize("limit", [0, 300, 9_000, 50_000, 400_000, 900_000, 1_190_000])
-def test_a_full_disk(tmp_path: Path, limit: int) -> None:
-    """Wherever it shows first: tensors of 32 kB are written past all buffers, other parts not."""
-    weights = layer_weights(3, rank=32, num_ranks=2, d=256, f=256)
-    state = adamw_state(weights)["optimizer_state_dict"]
-    old = contents(write(tmp_path / "a", weights, {}))
-    with runs.file_size_limit(limit), pytest.raises(npt.StorageError, match="nothing was written"):
-        write(tmp_path / "a", weights, state)
-    assert contents(tmp_path / "a") == old
-    assert os.listdir(tmp_path) == ["a"]
-    with runs.file_size_limit(limit), pytest.raises(npt.StorageError):
-        write(tmp_path / "new" / "a", weights, state)
-    assert os.listdir(tmp_path) == ["a"]
-
-
-@pytest.mark.parametrize("call", ["fsync", "mkdir"])
-def test_a_broken_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
-    monkeypatch.setattr(os, call, refuse)
-    with pytest.raises(npt.TrainingError, match="Input/output error; nothing was written"):
-        write(tmp_path / "a", weights, {})
-    monkeypatch.undo()
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
-    weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
-    path = write(tmp_path / "a", weights, {})
-    (path / "npt_weights.safetensors").write_bytes(b"of an earlier run")
-    write(tmp_path / "a", weights, {})
-    assert not (path / "npt_weights.safetensors").exists()
-    assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o666 & ~umask()}
-
-
-def test_what_could_not_be_read_again_does_not_take_the_place_of_what_can(tmp_path: Path) -> None:
-    weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
-    state = adamw_state(weights)["optimizer_state_dict"]
-    old = contents(write(tmp_path / "a", weights, state))
-    state["param_groups"][0]["betas"] = torch.float32
-    told = r"a/training_state\.pt: data\.pkl: .*betas: torch\.float32 is .* nothing was written"
-    with pytest.raises(npt.CheckpointError, match=told):
-        write(tmp_path / "a", weights, state)
-    assert contents(tmp_path / "a") == old and os.listdir(tmp_path) == ["a"]
-
-
-def umask() -> int:
-    before = os.umask(0)
-    os.umask(before)
-    return before

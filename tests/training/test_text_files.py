@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 import npt_fast as npt
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.training import text_files
-from npt_fast.training.data import open_documents
+from npt_fast.training.documents import open_documents
 from npt_fast.training.text_files import LONGEST
 
 ALPHABET = 'ab \n\t"\\{}[],:é語😀\u2028\x7f'
 
 
 def texts(path: Path) -> list[str]:
-    return list(text_files.texts(SourceFile.of(path)))
+    return list(text_files.read_documents(SourceFile.of(path)))
 
 
 def read(path: Path) -> list[str]:
@@ -212,8 +212,9 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, kind: str, change:
 
 PROGRAM = """
 import os, resource, sys, time
+import torch  # which datasets would load at the first file
 from npt_fast.errors import DataError
-from npt_fast.training.data import open_documents
+from npt_fast.training.documents import open_documents
 
 for path in sys.stdin:
     if os.fork():

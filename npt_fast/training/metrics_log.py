@@ -22,8 +22,8 @@ LOG = "training_log.jsonl"
 _LONGEST_LINE = 1 << 20  # bytes; one of ours has a number per layer and metric
 
 
-class Metrics:
-    """A run's metrics, under the names of SPEC 5.10.
+class MetricsLog:
+    """The metrics of a run (design.md#metrics).
 
     Args:
         folder: the run's; ``training_log.jsonl`` in it gets a line per call.

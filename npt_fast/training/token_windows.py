@@ -8,172 +8,30 @@ documents' reader (kept by `datasets`) and fewer left-over tokens than a window 
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
-from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
-import datasets  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from npt_fast.checkpoint.source_file import SourceFile
-from npt_fast.errors import CheckpointError, DataError
+from npt_fast.errors import DataError
 from npt_fast.hf.tokenizer import encode
-from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
-from npt_fast.training import text_files
+from npt_fast.training.documents import open_documents, reason
 
 Window = dict[str, Tensor]
 """``input_ids``: int64 ``(max_length,)``. ``attention_mask``: likewise, 0 on padding. ``window``:
 int64 scalar, the window's number within its epoch before shuffling, from 0; the same in every epoch
 and different for every window."""
 
-
-class _HubDataset(NamedTuple):
-    path: str
-    name: str | None = None
-    revision: str | None = None
-
-
-_BOOKCORPUS = _HubDataset(
-    "bookcorpus/bookcorpus",
-    # the main branch still has a loading script, which `datasets` no longer runs
-    revision="refs/convert/parquet",
-)
-_LARGE = (
-    _HubDataset("wikimedia/wikipedia", "20231101.en"),
-    _BOOKCORPUS,
-    _HubDataset("Skylion007/openwebtext"),
-)
-_PRESETS = {
-    "small": (_HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1"),),
-    "medium": (_HubDataset("Salesforce/wikitext", "wikitext-103-raw-v1"), _BOOKCORPUS),
-    "large": _LARGE,
-    "xlarge": (
-        *_LARGE,
-        _HubDataset("vblagoje/cc_news"),
-        _HubDataset("monology/pile-uncopyrighted"),
-    ),
-}
 _BATCH = 256  # documents tokenised at once: enough for all threads of a fast tokenizer
 _BATCH_TEXT = 1 << 18  # characters of them, or one document: a token takes 300 bytes meanwhile
 _SHORTEST = 32  # tokens of a window that is worth training on
 _REMEMBERED = 8192  # windows that loaders may have read ahead of what has been trained on
-
-
-def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
-    """Open a stream of documents, rows of ``{"text": str}`` in one order always.
-
-    Args:
-        source: ``python-docs``: Python's own help texts, always there; ``small``, ``medium``,
-            ``large`` or ``xlarge``: sets of Hugging Face datasets; or a file, folder or glob of
-            .txt and .md (a paragraph is a document), .jsonl, .json and .parquet (with a column
-            ``text``).
-        seed: of the order in which the datasets of a set take turns, each equally likely.
-
-    Raises:
-        DataError: there is no such source, or it cannot be read.
-    """
-    if source == "python-docs":
-        texts = [text for _, text in sorted(topics.items())]
-        return datasets.IterableDataset.from_dict({"text": texts})
-    if source in _PRESETS:
-        streams = [_open_on_hub(source, dataset) for dataset in _PRESETS[source]]
-        return datasets.interleave_datasets(
-            streams,
-            probabilities=[1 / len(streams)] * len(streams),
-            seed=seed,
-            # every document once: text that is held out must not come again
-            stopping_strategy="all_exhausted_without_replacement",
-        )
-    files = _find(source)
-    for file in files:
-        next(_read([file]), None)  # a file of the wrong kind should not show after hours
-    return datasets.IterableDataset.from_generator(_read, gen_kwargs={"files": files})
-
-
-def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
-    try:
-        stream = datasets.load_dataset(
-            dataset.path, dataset.name, revision=dataset.revision, split="train", streaming=True
-        )
-        return stream.select_columns(["text"])
-    except Exception as error:  # the network, the Hub and every loader fail in their own way
-        remedy = "install zstandard" if "zstd" in str(error) else "check the network"
-        raise DataError(
-            f"{preset}: cannot open {dataset.path} of the Hugging Face Hub: {_reason(error)}; "
-            f"{remedy}, or give a file or folder of text, or python-docs"
-        ) from error
-
-
-def _find(source: str) -> list[str]:
-    """Files by name, those that cannot be read among them: none is left out silently."""
-    path = user_path(source)
-    with path_errors(path, DataError):
-        folder = is_directory(path)
-        found = _files_in(path) if folder else [path] if exists(path) else _matches(path)
-        files = sorted(
-            str(path)
-            for path in found
-            if path.suffix.lower() in text_files.KINDS and not is_directory(path)
-        )
-        if not files and not folder and any(not is_file(path) for path in found):
-            raise DataError(f"{source}: not a regular file; give a file or folder of text")
-    if not files and not found and not folder:
-        raise DataError(
-            f"{source}: no such file or folder, and no file matches; give one, or one of "
-            f"python-docs, {', '.join(_PRESETS)}"
-        )
-    if not files:
-        raise DataError(
-            f"{source}: has no text; put it into files of {', '.join(text_files.KINDS)}"
-        )
-    return files
-
-
-def _files_in(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise error
-
-    walk = os.walk(folder, onerror=refuse)
-    return [Path(parent, name) for parent, _, names in walk for name in names]
-
-
-def _matches(pattern: Path) -> list[Path]:
-    """As `glob.glob`, but links to folders are not followed by ``**``: they may go in circles."""
-    try:
-        found = list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
-    except ValueError as error:
-        raise DataError(f"{pattern}: {error}") from None
-    named = set(pattern.parts)
-    return [p for p in found if not any(n.startswith(".") and n not in named for n in p.parts)]
-
-
-def _read(files: list[str]) -> Iterator[dict[str, str]]:
-    """Rows of local files; each file is opened when it is its turn."""
-    for name in files:
-        try:
-            file = SourceFile.of(Path(name), follow_links=True)
-            for text in text_files.texts(file) if file.size else ():
-                yield {"text": text}
-        except CheckpointError as error:
-            raise DataError(str(error)) from None
-        except DataError:
-            raise
-        except Exception as error:  # pyarrow fails in its own ways
-            raise DataError(
-                f"{name}: cannot be read: {_reason(error)}; repair or remove it"
-            ) from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class _Place(NamedTuple):
@@ -420,7 +278,7 @@ class TokenWindows(IterableDataset[Window]):
             raise
         except Exception as error:  # the network, the Hub and every loader fail in their own way
             raise DataError(
-                f"{self._source}: reading broke off: {_reason(error)}; resume from a checkpoint"
+                f"{self._source}: reading broke off: {reason(error)}; resume from a checkpoint"
             ) from error
 
     def _window(self, number: int, tokens: list[int]) -> Window:

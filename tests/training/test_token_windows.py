@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 import json
-import random
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import datasets
-import pyarrow
 import pytest
 import torch
-from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 import npt_fast as npt
-from npt_fast.training import data
-from npt_fast.training.data import TokenWindows, open_documents
+from npt_fast.training import documents, token_windows
+from npt_fast.training.token_windows import TokenWindows
+from tests.training.texts import WORDS, random_texts, texts_of, write_texts
 
-BOS, PAD, WORDS = 0, 1, 3000
+BOS, PAD = 0, 1
 
 
-@pytest.fixture(autouse=True)
-def offline(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
-    """Nothing may even try to reach the network; libraries swallow the error of a refusal."""
-    tried = []
-
-    def refuse(*args: Any, **options: Any) -> None:
-        tried.append(args)
-        raise OSError("offline")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf")))
-    yield
-    assert not tried
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @cache
@@ -68,12 +49,6 @@ class Words:
         return real_tokenizer()(texts, **options)
 
 
-def documents(count: int, seed: int = 0, longest: int = 12) -> list[str]:
-    """Texts in which every word is new, so that a window's words tell where it is from."""
-    rng, word = random.Random(seed), iter(range(WORDS))
-    return [" ".join(f"w{n}" for n in islice(word, rng.randint(1, longest))) for _ in range(count)]
-
-
 def ids(texts: Sequence[str]) -> list[int]:
     return list(chain.from_iterable([BOS, *(int(w[1:]) + 2 for w in t.split())] for t in texts))
 
@@ -87,20 +62,6 @@ def cut(tokens: list[int], length: int, stride: int) -> list[list[int]]:
     if len(tail) >= (32 if length >= 32 else 2) and covered < len(tokens):
         return [*full, tail]
     return full
-
-
-def write(path: Path, texts: Sequence[Any], column: str = "text") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    match path.suffix:
-        case ".jsonl":
-            path.write_text("".join(json.dumps({column: t, "n": 1}) + "\n" for t in texts))
-        case ".json":
-            path.write_text(json.dumps([{column: t} for t in texts]))
-        case ".parquet":
-            parquet.write_table(pyarrow.table({"n": list(range(len(texts))), column: texts}), path)
-        case _:
-            path.write_text("\n\n".join(texts))
-    return path
 
 
 def plain(window: Mapping[str, torch.Tensor]) -> tuple[int, list[int]]:
@@ -123,164 +84,6 @@ def stream(source: str | Path, **options: Any) -> TokenWindows:
     return TokenWindows(str(source), tokenizer, **{"max_length": 8, "block": 4, **options})
 
 
-def texts_of(source: str | Path) -> list[str]:
-    return [row["text"] for row in open_documents(str(source), seed=0)]
-
-
-# ---- documents ----
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.txt", "a.md", "A.TXT"])
-def test_a_file_of_each_kind(tmp_path: Path, name: str) -> None:
-    texts = documents(20)
-    assert texts_of(write(tmp_path / name, texts)) == texts
-
-
-def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
-    texts = documents(12)
-    names = ["a/z.txt", "b.jsonl", "b/c/a.parquet", "c.md", "d.json", "e.txt"]
-    for n in reversed(range(6)):
-        write(tmp_path / "folder" / names[n], texts[2 * n : 2 * n + 2])
-    (tmp_path / "folder" / "image.png").write_bytes(b"no text")
-    (tmp_path / "folder" / "empty.jsonl").write_bytes(b"")
-    assert texts_of(tmp_path / "folder") == texts
-    assert texts_of(tmp_path / "folder" / "**" / "*.txt") == [*texts[:2], *texts[10:]]
-
-
-def test_names_of_files_are_no_patterns(tmp_path: Path) -> None:
-    texts = documents(4)
-    write(tmp_path / "[ab]*?.jsonl", texts)
-    write(tmp_path / "a.jsonl", documents(9))
-    assert texts_of(tmp_path / "[ab]*?.jsonl") == texts
-
-
-def test_home_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = documents(3)
-    write(tmp_path / "texts" / "a.txt", texts)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path / "texts")
-    assert texts_of("~/texts/a.txt") == texts_of("a.txt") == texts
-
-
-def test_python_docs_are_always_there() -> None:
-    assert texts_of("python-docs") == [topics[name] for name in sorted(topics)]
-
-
-def test_presets(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
-
-    def load(path: str, name: str | None = None, **options: Any) -> Any:
-        assert options["streaming"] and options["split"] == "train"
-        opened.append((path, name, options["revision"]))
-        rows = {"id": list(range(9)), "text": [f"{path} {n}" for n in range(9)]}
-        return datasets.Dataset.from_dict(rows).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    expected = {"small": 1, "medium": 2, "large": 3, "xlarge": 5}
-    for preset, count in expected.items():
-        opened.clear()
-        rows = list(open_documents(preset, seed=1))
-        assert len({path for path, _, _ in opened}) == count
-        assert all(set(row) == {"text"} for row in rows)
-        texts = [row["text"] for row in rows]
-        assert sorted(texts) == sorted(f"{path} {n}" for path, _, _ in opened for n in range(9))
-        for path, _, _ in opened:
-            own = [text for text in texts if text.startswith(path)]
-            assert own == [f"{path} {n}" for n in range(9)]
-        assert texts == [row["text"] for row in open_documents(preset, seed=1)]
-        if count > 1:
-            assert texts != [row["text"] for row in open_documents(preset, seed=2)]
-            assert len({text.split()[0] for text in texts[:9]}) > 1
-    names = {path: (name, revision) for path, name, revision in opened}
-    assert names["wikimedia/wikipedia"] == ("20231101.en", None)
-    assert names["bookcorpus/bookcorpus"] == (None, "refs/convert/parquet")
-
-
-def test_a_preset_without_a_network_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        npt.DataError, match=r"medium: cannot open Salesforce/wikitext .*network"
-    ) as e:
-        open_documents("medium", seed=0)
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize(
-    ("fault", "advice"),
-    [
-        ("Dataset scripts are no longer supported\nmore", "supported; check the network, or give"),
-        ("Compression type zstd not supported", "supported; install zstandard, or give"),
-    ],
-)
-def test_one_dataset_of_a_preset_that_cannot_be_opened(
-    monkeypatch: pytest.MonkeyPatch, fault: str, advice: str
-) -> None:
-    def load(path: str, *args: Any, **options: Any) -> Any:
-        if path == "bookcorpus/bookcorpus":
-            raise RuntimeError(fault)
-        return datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(npt.DataError, match=rf"cannot open bookcorpus/bookcorpus .*{advice}"):
-        open_documents("medium", seed=0)
-
-
-def test_unknown_sources(tmp_path: Path) -> None:
-    for source in ("tiny", str(tmp_path / "none.txt"), str(tmp_path / "*.txt")):
-        with pytest.raises(npt.DataError, match=r"no such file .*python-docs, small, medium"):
-            open_documents(source, seed=0)
-    (tmp_path / "a.csv").write_text("text\n")
-    for source in (tmp_path, tmp_path / "a.csv", tmp_path / "*.csv"):
-        with pytest.raises(npt.DataError, match=r"has no text; put it into files of \.txt"):
-            open_documents(str(source), seed=0)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
-def test_a_file_without_a_column_text(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path / name, ["x"], column="content")
-    with pytest.raises(npt.DataError, match=rf"{name}: row 0 needs .* text, has .*content \(str\)"):
-        open_documents(str(path), seed=0)
-    with pytest.raises(npt.DataError, match=r"text \(int\)"):
-        open_documents(str(write(tmp_path / name, [1, 2])), seed=0)
-
-
-def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", ["fine"])
-    cases = {"b.jsonl": b'{"text": \n', "c.txt": "café".encode("latin-1"), "d.parquet": b"PAR1"}
-    for name, content in cases.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(npt.DataError, match=rf"{name}: cannot be read: .+; repair or"):
-            open_documents(str(tmp_path), seed=0)
-        (tmp_path / name).unlink()
-
-
-def test_a_fault_further_on_is_named_when_it_is_reached(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [*documents(600), None])
-    windows = stream(path)
-    with pytest.raises(npt.DataError, match=r"a\.jsonl: row 600 needs .* text \(NoneType\)"):
-        take(windows, 10_000)
-
-
-def test_reading_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows() -> Iterator[dict[str, str]]:
-        yield from ({"text": text} for text in documents(300))
-        raise ConnectionError("connection reset\nby peer")
-
-    broken = datasets.IterableDataset.from_generator(rows)
-    monkeypatch.setattr(data, "open_documents", lambda source, seed: broken)
-    with pytest.raises(npt.DataError, match="anything: reading broke off: connection reset; "):
-        take(stream("anything"), 10_000)
-
-
-def test_text_that_goes_away(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", documents(60))
-    windows = iter(stream(source))
-    take(windows, 1)
-    source.write_bytes(b"")
-    with pytest.raises(npt.DataError, match=r"a\.jsonl: has no text any more"):
-        take(windows, 10_000)
-
-
 # ---- windows ----
 
 
@@ -288,8 +91,8 @@ def test_text_that_goes_away(tmp_path: Path) -> None:
     ("length", "stride"), [(8, 8), (8, 3), (8, 1), (2, 2), (1, 1), (40, 40), (40, 7), (1000, 900)]
 )
 def test_windows_are_those_of_the_whole_text(tmp_path: Path, length: int, stride: int) -> None:
-    texts = documents(60)
-    source = write(tmp_path / "a.jsonl", texts)
+    texts = random_texts(60)
+    source = write_texts(tmp_path / "a.jsonl", texts)
     expected = list(enumerate(cut(ids(texts), length, stride)))
     windows = iter(stream(source, max_length=length, stride=stride, block=5))
     for _ in range(3):
@@ -303,7 +106,7 @@ def test_every_length_of_tail(tmp_path: Path, length: int, overlap: int) -> None
     least = 32 if length == 40 else 2
     for tokens in range(least, 3 * length):
         text = " ".join(f"w{n}" for n in range(tokens - 1))
-        source = write(tmp_path / f"{tokens}.jsonl", [text])
+        source = write_texts(tmp_path / f"{tokens}.jsonl", [text])
         expected = cut(ids([text]), length, length - overlap)
         windows = iter(stream(source, max_length=length, stride=length - overlap, block=100))
         for _ in range(2):
@@ -311,7 +114,7 @@ def test_every_length_of_tail(tmp_path: Path, length: int, overlap: int) -> None
 
 
 def test_padding_without_a_padding_token(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", ["w0 w1 w2"])
+    source = write_texts(tmp_path / "a.jsonl", ["w0 w1 w2"])
     tokenizer = Words()
     for pad, eos, expected in ((None, 7, 7), (None, None, 0), (0, 7, 0)):
         tokenizer.pad_token_id, tokenizer.eos_token_id = pad, eos
@@ -320,13 +123,15 @@ def test_padding_without_a_padding_token(tmp_path: Path) -> None:
 
 
 def test_blank_documents_are_left_out(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", ["", "w0 w1", " \n", "w2"] + [""] * 600 + ["w3 w4 w5"])
+    source = write_texts(
+        tmp_path / "a.jsonl", ["", "w0 w1", " \n", "w2"] + [""] * 600 + ["w3 w4 w5"]
+    )
     assert take(stream(source), 1) == [(0, ids(["w0 w1", "w2", "w3 w4 w5"])[:8])]
 
 
 def test_a_real_loader(tmp_path: Path) -> None:
-    texts = documents(60)
-    source = write(tmp_path / "a.jsonl", texts)
+    texts = random_texts(60)
+    source = write_texts(tmp_path / "a.jsonl", texts)
     batch = next(iter(DataLoader(stream(source), batch_size=4)))
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 8)
     expected = cut(ids(texts), 8, 8)
@@ -344,7 +149,7 @@ def epochs(source: Path, count: int, **options: Any) -> list[list[int]]:
 
 
 def test_order_differs_by_epoch_and_seed_only(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", documents(60))
+    source = write_texts(tmp_path / "a.jsonl", random_texts(60))
     for block in (7, 2048):
         orders = epochs(source, 4, block=block) + epochs(source, 4, block=block, seed=43)
         assert len({tuple(order) for order in orders}) == 8
@@ -353,7 +158,7 @@ def test_order_differs_by_epoch_and_seed_only(tmp_path: Path) -> None:
 
 
 def test_windows_move_within_their_block(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", documents(60))
+    source = write_texts(tmp_path / "a.jsonl", random_texts(60))
     for order in epochs(source, 3, block=7):
         blocks = [order[at : at + 7] for at in range(0, len(order), 7)]
         assert [number for block in blocks for number in sorted(block)] == sorted(order)
@@ -363,8 +168,8 @@ def test_windows_move_within_their_block(tmp_path: Path) -> None:
 
 
 def test_an_epoch_that_fits_in_a_block_is_tokenised_once(tmp_path: Path) -> None:
-    texts = documents(60)
-    source, count = write(tmp_path / "a.jsonl", texts), len(cut(ids(texts), 8, 8))
+    texts = random_texts(60)
+    source, count = write_texts(tmp_path / "a.jsonl", texts), len(cut(ids(texts), 8, 8))
     for block, epochs_tokenised in ((count, 1), (count + 5, 1), (count - 1, 3)):
         tokenizer = Words()
         windows = stream(source, tokenizer=tokenizer, block=block)
@@ -379,9 +184,9 @@ def test_an_epoch_that_fits_in_a_block_is_tokenised_once(tmp_path: Path) -> None
 @pytest.mark.parametrize("stride", [8, 3])
 @pytest.mark.parametrize("held_out", [1, 5])
 def test_held_out_text_is_never_trained_on(tmp_path: Path, stride: int, held_out: int) -> None:
-    texts = documents(60)
+    texts = random_texts(60)
     tokens = ids(texts)
-    source = write(tmp_path / "a.jsonl", texts)
+    source = write_texts(tmp_path / "a.jsonl", texts)
     windows = stream(source, stride=stride, held_out=held_out)
     assert windows.held_out == held_out
     held = [plain(window) for window in windows.held_out_windows()]
@@ -401,7 +206,7 @@ def test_of_a_short_text_a_tenth_is_held_out(
     tmp_path: Path, tokens: int, wanted: int, held: int
 ) -> None:
     text = " ".join(f"w{n}" for n in range(tokens - 1))
-    windows = stream(write(tmp_path / "a.jsonl", [text]), held_out=wanted)
+    windows = stream(write_texts(tmp_path / "a.jsonl", [text]), held_out=wanted)
     assert windows.held_out == len(windows.held_out_windows()) == held
     expected = cut(ids([text])[held * 8 :], 8, 8)
     assert sorted(take(windows, len(expected))) == list(enumerate(expected))
@@ -414,7 +219,7 @@ def test_of_a_short_text_a_tenth_is_held_out(
 def test_too_short_a_text(
     tmp_path: Path, tokens: int, length: int, held_out: int, needed: int
 ) -> None:
-    source = write(tmp_path / "a.jsonl", [" ".join("w0" for _ in range(tokens - 1)) or "\n"])
+    source = write_texts(tmp_path / "a.jsonl", [" ".join("w0" for _ in range(tokens - 1)) or "\n"])
     with pytest.raises(npt.DataError, match=f"has {tokens} tokens, {needed} are needed .*{length}"):
         stream(source, max_length=length, held_out=held_out)
 
@@ -455,11 +260,11 @@ def test_going_on_after_every_window(
     """Also from a stream that had gone on itself, and with what is read ahead thrown away."""
 
     def open_quickly(source: str, *, seed: int) -> datasets.IterableDataset:
-        rows = {"text": documents(16, longest=20)}
+        rows = {"text": random_texts(16, longest=20)}
         return datasets.IterableDataset.from_dict(rows, num_shards=3)
 
-    monkeypatch.setattr(data, "open_documents", open_quickly)
-    monkeypatch.setattr(data, "_BATCH", 3)  # many reads per block, and blocks per read
+    monkeypatch.setattr(token_windows, "open_documents", open_quickly)
+    monkeypatch.setattr(token_windows, "_BATCH", 3)  # many reads per block, and blocks per read
     whole = stream("memory", **settings)
     truth = take(whole, 75)
     for used in range(55):  # more than two epochs
@@ -480,11 +285,11 @@ def test_batches_are_of_few_documents_or_little_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How many are tokenised at once makes no difference to the windows or to going on."""
-    texts = documents(100)
-    source = write(tmp_path / "a.jsonl", texts)
+    texts = random_texts(100)
+    source = write_texts(tmp_path / "a.jsonl", texts)
     truth = take(stream(source), 60)
     state = stream(source).state_after(0)
-    monkeypatch.setattr(data, "_BATCH_TEXT", 100)
+    monkeypatch.setattr(token_windows, "_BATCH_TEXT", 100)
     tokenizer, calls = Words(), []
 
     class Counting(Words):
@@ -502,14 +307,14 @@ def test_batches_are_of_few_documents_or_little_text(
 
 
 def test_going_on_with_datasets_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = documents(50)
+    texts = random_texts(50)
 
     def load(path: str, *args: Any, **options: Any) -> Any:
         own = texts[:37] if "wikitext" in path else texts[37:]
         return datasets.Dataset.from_dict({"text": own}).to_iterable_dataset(num_shards=3)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(data, "_BATCH", 4)
+    monkeypatch.setattr(token_windows, "_BATCH", 4)
     whole = stream("medium", block=3)
     truth = take(whole, 110)
     for used in range(0, 100, 3):
@@ -521,21 +326,21 @@ def test_going_on_with_datasets_that_take_turns(monkeypatch: pytest.MonkeyPatch)
 def test_going_on_does_not_read_from_the_beginning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "_BATCH", 5)
-    texts = documents(200)
+    monkeypatch.setattr(token_windows, "_BATCH", 5)
+    texts = random_texts(200)
     for n in range(10):
-        write(tmp_path / f"{n}.jsonl", texts[20 * n : 20 * n + 20])
+        write_texts(tmp_path / f"{n}.jsonl", texts[20 * n : 20 * n + 20])
     whole = stream(tmp_path, block=4)
     count = len(cut(ids(texts), 8, 8))
     truth = take(whole, count)
     opened = []
-    read = data._read
+    read = documents._read_rows
 
     def watch(files: list[str]) -> Iterator[dict[str, str]]:
         opened.extend(files)
         yield from read(files)
 
-    monkeypatch.setattr(data, "_read", watch)
+    monkeypatch.setattr(documents, "_read_rows", watch)
     for used in range(0, count - 1, 9):
         tokenizer = Words()
         again = stream(tmp_path, block=4, start=whole.state_after(used), tokenizer=tokenizer)
@@ -556,8 +361,8 @@ def test_going_on_does_not_read_from_the_beginning(
 
 
 def test_what_is_far_behind_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_REMEMBERED", 10)
-    source = write(tmp_path / "a.jsonl", documents(60))
+    monkeypatch.setattr(token_windows, "_REMEMBERED", 10)
+    source = write_texts(tmp_path / "a.jsonl", random_texts(60))
     windows = stream(source, block=4)
     with pytest.raises(AssertionError):
         windows.state_after(-1)
@@ -569,8 +374,8 @@ def test_what_is_far_behind_is_forgotten(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_settings_must_be_the_same(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", documents(60))
-    other = write(tmp_path / "b.jsonl", documents(60))
+    source = write_texts(tmp_path / "a.jsonl", random_texts(60))
+    other = write_texts(tmp_path / "b.jsonl", random_texts(60))
     windows = stream(source, held_out=2)
     state = windows.state_after(0)
     assert windows.accepts(state)
@@ -599,7 +404,7 @@ def test_settings_must_be_the_same(tmp_path: Path) -> None:
 
 
 def test_a_damaged_position_is_one_clear_error(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", documents(60))
+    source = write_texts(tmp_path / "a.jsonl", random_texts(60))
     state = stream(source).state_after(0)
     begin = json.loads(state["documents"])
 
@@ -629,3 +434,33 @@ def test_numbers_out_of_range() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             stream("python-docs", **options)
+
+
+# ---- text that fails ----
+
+
+def test_a_fault_further_on_is_named_when_it_is_reached(tmp_path: Path) -> None:
+    path = write_texts(tmp_path / "a.jsonl", [*random_texts(600), None])
+    windows = stream(path)
+    with pytest.raises(npt.DataError, match=r"a\.jsonl: row 600 needs .* text \(NoneType\)"):
+        take(windows, 10_000)
+
+
+def test_reading_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield from ({"text": text} for text in random_texts(300))
+        raise ConnectionError("connection reset\nby peer")
+
+    broken = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(token_windows, "open_documents", lambda source, seed: broken)
+    with pytest.raises(npt.DataError, match="anything: reading broke off: connection reset; "):
+        take(stream("anything"), 10_000)
+
+
+def test_text_that_goes_away(tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "a.jsonl", random_texts(60))
+    windows = iter(stream(source))
+    take(windows, 1)
+    source.write_bytes(b"")
+    with pytest.raises(npt.DataError, match=r"a\.jsonl: has no text any more"):
+        take(windows, 10_000)

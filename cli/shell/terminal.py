@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
@@ -19,11 +19,19 @@ from rich.console import Console
 from rich.text import Text
 
 from npt_fast.cli import streams
-from npt_fast.cli.shell import Shell
-from npt_fast.cli.shell_commands import CHOICES, COMMANDS, Context
-from npt_fast.cli.shell_line import Word, words
+from npt_fast.cli.shell.command import Context
+from npt_fast.cli.shell.commands import COMMANDS
+from npt_fast.cli.shell.line import Word, words
+from npt_fast.cli.shell.loop import Shell
+from npt_fast.config import InjectionTime, SamplingStrategy
 from npt_fast.errors import NPTError, TransferError, printable
 
+_CHOICES: dict[str, Sequence[str]] = {
+    "-strategy": get_args(SamplingStrategy),
+    "-when": get_args(InjectionTime),
+    "-pos": ("last", "first", "all"),
+}
+"""Values of options that can be completed."""
 _STYLES = {"✓": "green", "Warning:": "yellow", "No effect:": "yellow", "Error:": "bold red"}
 
 
@@ -71,7 +79,7 @@ class CommandCompleter(Completer):
             return
         previous = before[-1]
         if not previous.quoted and previous.text in command.options:
-            yield from _matching(current, CHOICES.get(previous.text, []))
+            yield from _matching(current, _CHOICES.get(previous.text, []))
         elif current.startswith("-"):
             yield from _matching(current, [*command.options, *command.flags])
         elif command.kinds:

@@ -18,7 +18,7 @@ import pytest
 
 from npt_fast.config import TrainOptions
 from npt_fast.errors import TrainingError
-from npt_fast.training.metrics import LOG, Metrics
+from npt_fast.training.metrics_log import LOG, MetricsLog
 
 VALUES: dict[str, float | str] = {
     "loss/total": 0.1 + 0.2,  # no short number: the log must have all digits
@@ -30,11 +30,11 @@ VALUES: dict[str, float | str] = {
 NUMBERS = {name: value for name, value in VALUES.items() if not isinstance(value, str)}
 
 
-def metrics(folder: Path, step: int = 0, **options: Any) -> Metrics:
+def metrics(folder: Path, step: int = 0, **options: Any) -> MetricsLog:
     """As a run opens them, with its whole configuration."""
     chosen = TrainOptions(train_layers="11,13", **options)
     config = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(chosen).items()}
-    return Metrics(folder, chosen, step, config)
+    return MetricsLog(folder, chosen, step, config)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -253,7 +253,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
     tracked(folder, wandb_mode="offline", wandb_name="mine", wandb_tags=["a"])
     (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     content = record.read_bytes()
-    for text in ("npt-multi-layer", "mine", "train_layers", *NUMBERS):  # names as in SPEC 5.10
+    for text in ("npt-multi-layer", "mine", "train_layers", *NUMBERS):  # design.md#metrics
         assert text.encode() in content, text
     assert repr(NUMBERS["loss/total"]).encode() in content
 
@@ -266,5 +266,5 @@ def test_trackio(tmp_path: Path) -> None:
     with sqlite3.connect(folder / "trackio" / "ours.db") as database:
         rows = database.execute("select run_name, step, metrics from metrics order by step")
         found = [(run, step, json.loads(values)) for run, step, values in rows]
-    # what is no number is not shown there; names as in SPEC 5.10
+    # what is no number is not shown there; design.md#metrics
     assert found == [("mine", 5, NUMBERS), ("mine", 6, {"loss/total": 0.25})]
