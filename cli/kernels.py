@@ -1,4 +1,4 @@
-"""``npt-fast kernels``: what can be said about the kernels without a GPU."""
+"""``npt-fast kernels``: compile the kernels and compute their cost, without a GPU."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Size = Annotated[int | None, Parameter(validator=Number(gte=1))]
 
 TITLE = "Roofline: arithmetic, not measured"
 ASSUMPTIONS = (
-    "one layer; bfloat16; gate, up and down modulated; no biases; base frozen",
-    "FLOPs: matrix products alone. Weights: each read once, and their gradients written once",
-    "activations: read and written once by every launch that needs them, nothing cached between",
-    "peaks are the vendor's; floor is the larger of compute and memory, all else hidden",
-    "exposed: activations that launches without products move; in turn: products, then those",
-    "v_a/v_b at best: each vector written once and read once; eager: as kernels/reference.py runs",
+    "one layer; bfloat16; gate, up and down modulated; no biases; base model frozen",
+    "FLOPs count matrix products only; each weight is read once and each gradient written once",
+    "every launch reads and writes its activations once; nothing stays cached between launches",
+    "peaks are the vendor's; floor is the larger of compute and memory time, with the other hidden",
+    "exposed: activations that launches without products move; in turn: products first, then those",
+    "v_a/v_b at best: each vector is written and read once; eager: what kernels/reference.py does",
 )
 
 
@@ -47,24 +47,24 @@ def compile_kernels(
     jobs: Size = None,
     json: bool = False,
 ) -> int:
-    """Compile every kernel ahead of time, without a GPU, and show what the compiler made of it.
+    """Compile every kernel for named GPUs, without having one, and show the machine code's figures.
 
     npt-fast kernels --arch sm_90,gfx942
 
-    Exits with 3 where something spills registers, has no matrix instructions, wants more shared
-    memory than there is, or computes in float64. Says nothing about speed.
+    The exit code is 3 if a kernel spills registers, lacks matrix instructions, needs more shared
+    memory than the GPU has, or computes in float64. This says nothing about speed.
 
     Parameters
     ----------
     arch
-        Kinds of GPU, separated by commas.
+        GPU architectures, separated by commas.
     jobs
-        Processes; as many as there are cores if not given.
+        Number of processes; defaults to the number of cores.
     json
         Print everything as JSON.
     """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise NPTError("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+        raise NPTError("TRITON_INTERPRET is set, and the interpreter does not compile: unset it")
     try:
         from npt_fast.kernels import aot
     except ModuleNotFoundError as error:
@@ -119,7 +119,7 @@ def _check(
     gpu: str | None = None,
     **others: object,
 ) -> None:
-    """Of the options that are given: wrong ones are wrong usage, before anything is computed."""
+    """Reject an unknown model, wrong widths or an unknown GPU before anything is computed."""
     arithmetic.shape_of(model, hidden, intermediate)
     if gpu is not None:
         arithmetic.gpu_of(gpu)
@@ -137,22 +137,22 @@ def roofline(
     gpu: Annotated[str, Parameter(help=_listed(arithmetic.GPUS))] = "h100",
     json: bool = False,
 ) -> None:
-    """FLOPs, bytes and least times of a modulated MLP, with and without v_a and v_b: arithmetic.
+    """Compute FLOPs, bytes and least times of a modulated MLP, with and without forming v_a and v_b.
 
     npt-fast kernels roofline --model llama-3.2-1b --tokens 8192 --gpu h100
 
     Parameters
     ----------
     hidden
-        Width D of the model, instead of --model.
+        Model width D, instead of --model.
     intermediate
-        Width F of the MLP, instead of --model.
+        MLP width F, instead of --model.
     rank
-        Rank r of a component; 512 for llama-3.2-1b, else 64.
+        Rank r of a component; defaults to 512 for llama-3.2-1b and to 64 otherwise.
     num_ranks
-        Components k; 8 if not given.
+        Number of components k; defaults to 8.
     tokens
-        Of all sequences together. Decode takes 64 at most, and is shown for one if there are more.
+        Tokens of all sequences together. Decode takes 64 at most; with more it is shown for one.
     json
         Print everything as JSON.
     """
@@ -184,7 +184,7 @@ def roofline(
                 "tb_per_s": peaks.bandwidth,
             },
             "passes": passes,
-            "saved_bytes_by_form": kept,
+            "kept_for_backward": kept,
         }
         print_json(document)
         return
@@ -213,7 +213,7 @@ def roofline(
     print(markdown_table(heads, rows))
     say()
     memory = [(form, f"{count / 1e6:.1f}") for form, count in kept.items()]
-    print(markdown_table((f"kept for backward, T={tokens}", "MB"), memory))
+    print(markdown_table((f"saved for backward, T={tokens}", "MB"), memory))
     say()
     for line in ASSUMPTIONS:
         say(f"- {line}")

@@ -94,7 +94,7 @@ def test_numbers_of_the_table(capsys: Any, known: Known) -> None:
     assert row["weights"] / 1e6 == pytest.approx(known.decode[0], abs=0.5)
     assert row["floor_ms"] * 1e3 == pytest.approx(known.decode[1], abs=1)
     if known.kept:
-        *kept, _ = (value / 1e6 for value in found["saved_bytes_by_form"].values())
+        *kept, _ = (value / 1e6 for value in found["kept_for_backward"].values())
         assert kept == pytest.approx(known.kept, abs=0.5)
 
 
