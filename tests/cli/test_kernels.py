@@ -215,7 +215,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[aot.Compiled]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     fine = aot.Compiled("swiglu_fwd", "bf16", "", 32, 0, 0, 64, 0, "", "load 128:2", ())
     results = [fine]
-    monkeypatch.setattr(aot, "count", lambda name: len(results))
+    monkeypatch.setattr(aot, "case_count", lambda name: len(results))
     monkeypatch.setattr(
         aot,
         "compile_all",

@@ -101,7 +101,9 @@ def test_a_converted_layer_is_the_definition(family: str, residual: str) -> None
                 for stem in ("W_down", "W_a_up", "W_b_up")
             )
             base = getattr(mlp, f"{name}_proj")
-            return reference.Projection(base.weight, base.bias, reference.Modulation(*stacks))
+            return reference.Projection(
+                base.weight, base.bias, reference.ProjectionFactors(*stacks)
+            )
 
         y = reference.modulated_mlp(
             attention[0],
