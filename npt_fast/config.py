@@ -305,7 +305,7 @@ class TrainOptions:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers to train, as given: sorted only later, since layer_weights follow this order."""
+        """Layers to train, in the order given, which ``layer_weights`` follow; sorted only later."""
         return parse_layers(self.train_layers)
 
 

@@ -25,7 +25,7 @@ class LayerReport:
 
     Attributes:
         layer: index.
-        source: input it came from; several joined by `` + ``.
+        source: input it came from; several are joined by ``+``.
         step: optimizer steps it was trained for, where known.
         modulation: ``"single"``, ``"dual"`` or ``"triple"``.
         num_ranks: components per projection.
