@@ -26,7 +26,7 @@ class LayerReport:
 
     Attributes:
         layer: index.
-        source: input it came from; several joined by `` + ``.
+        source: input it came from; several are joined by ``+``.
         step: optimizer steps it was trained for, where known.
         architecture: modulation type, num_ranks, rank and widths.
         parameters: number of weights.
