@@ -28,14 +28,14 @@ def evaluate(
     max_new_tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 30,
     json: bool = False,
 ) -> None:
-    """Measure on held-out text how close checkpoints come to their base model.
+    """Measure how closely a model with each checkpoint follows its base model on held-out text.
 
     Parameters
     ----------
     checkpoint
-        Checkpoint directories or weights files; each is measured separately.
+        Checkpoint directories or weight files, each measured on its own.
     data
-        Text, as for train; the windows that train holds out are measured.
+        Text to measure on, as for train: the windows that train holds out.
     num_eval_samples
         Number of windows.
     max_length
@@ -43,9 +43,9 @@ def evaluate(
     batch_size
         Windows per batch.
     prompt
-        Texts that the base model and each checkpoint continue.
+        Prompts to continue, with the base model and with each checkpoint.
     max_new_tokens
-        Number of tokens to generate.
+        Tokens to generate for each prompt.
     json
         Print the results as JSON.
     """

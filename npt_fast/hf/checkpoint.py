@@ -53,12 +53,11 @@ def load(
     configs = {layer: _config(checkpoint, layer) for layer in chosen}
     for layer, config in configs.items():
         if layer in present:
-            part = present[layer]
-            wanted = (config.modulation, config.num_ranks, config.rank, config.residual)
-            found = (part.modulation_type, part.num_ranks, part.rank, part.residual)
+            wanted = f"{checkpoint.modules[layer].architecture}, residual {config.residual}"
+            found = f"{present[layer].architecture}, residual {present[layer].residual}"
             if found != wanted:
                 raise ModelError(
-                    f"{checkpoint.given}: layer {layer} is {wanted}, the model's is {found}"
+                    f"{checkpoint.given}: layer {layer} is {wanted}; the model's is {found}"
                 )
     reader = NearbyReader()
     for layer in chosen:

@@ -149,8 +149,3 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     )
     text: str = tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
-
-
-def default_device() -> str:
-    """``"cuda"`` if there is a GPU, else ``"cpu"``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
