@@ -97,7 +97,7 @@ def test_expectations(model: Any) -> None:
     before = said(model, models.TEXT)
     assert problems(must_not_change=[models.SOURCE]) == []
     assert problems(must_not_change=[models.SOURCE, models.TEXT]) == [
-        f"{models.TEXT!r} must go on {before!r}, got {after!r}"
+        f"{models.TEXT!r} must continue with {before!r}, got {after!r}"
     ]
 
 

@@ -136,7 +136,7 @@ def test_the_mean_of_vectors_is_not_the_mean_of_changes() -> None:
 
 
 def test_several_positions_need_a_mean() -> None:
-    with pytest.raises(npt.TransferError, match="3 positions give as many modulations; take one"):
+    with pytest.raises(npt.TransferError, match="3 positions have a modulation each; take one"):
         npt.extract(converted(), tokenizer, SOURCE, position=":3")
 
 
@@ -148,10 +148,12 @@ def test_layers() -> None:
         m = npt.extract(model, tokenizer, SOURCE)
         assert_is_the_definition(m, model, SOURCE, [len(SOURCE) - 1], [0, 3])
         with pytest.raises(
-            npt.ModelError, match=r"layer 1 is no NP layer that is on; there are \[0, 3\]"
+            npt.ModelError, match=r"layer 1 is not an NP layer that is on; on are \[0, 3\]"
         ):
             npt.extract(model, tokenizer, SOURCE, layers=[0, 1])
-    with pytest.raises(npt.ModelError, match=r"layer 2 is no NP layer that is on; .* \[0, 1, 3\]"):
+    with pytest.raises(
+        npt.ModelError, match=r"layer 2 is not an NP layer that is on; .* \[0, 1, 3\]"
+    ):
         npt.extract(model, tokenizer, SOURCE, layers=[2])
 
 

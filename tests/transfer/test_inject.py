@@ -122,7 +122,7 @@ def test_a_layer_may_have_other_projections(source: str, target: str, mode: Inje
     order = ["single", "dual", "triple"]
     if order.index(source) > order.index(target) and mode in ("blend", "add"):
         missing = PROJECTIONS[order.index(target) + 1]
-        message = f"layer 1 does not change {missing}: {mode} has nothing .* take exact-{mode}"
+        message = f"layer 1 does not change {missing}: {mode} has nothing .* use exact-{mode}"
         with pytest.raises(npt.TransferError, match=message), npt.inject(model, m, mode=mode):
             pass
         return
@@ -275,22 +275,22 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[npt.NPTError
         lambda m: random_modulation(layers=(0, 1)),
         {},
         npt.ModelError,
-        r"layer 0 of the modulation is no NP layer that is on; there are \[1, 2\]",
+        r"layer 0 of the modulation is not an NP layer that is on; on are \[1, 2\]",
     ),
-    "nothing": (lambda m: [], {}, npt.TransferError, "there is nothing to inject"),
-    "only None": (lambda m: [None], {}, npt.TransferError, "there is nothing to inject"),
+    "nothing": (lambda m: [], {}, npt.TransferError, "the modulations change no layer"),
+    "only None": (lambda m: [None], {}, npt.TransferError, "the modulations change no layer"),
     "sum to blend": (
         lambda m: m + m,
         {"mode": "blend"},
         npt.TransferError,
-        "blend mixes vectors, and this modulation is a sum of others; take exact-blend",
+        "blend mixes vectors, which a combined modulation does not have; use exact-blend",
     ),
-    "scaled to add": (lambda m: 2 * m, {"mode": "add"}, npt.TransferError, "take exact-add"),
+    "scaled to add": (lambda m: 2 * m, {"mode": "add"}, npt.TransferError, "use exact-add"),
     "k": (
         lambda m: replace(random_modulation(terms=3), vectors=True),
         {"mode": "add"},
         npt.TransferError,
-        "layer 1, gate: 3 vectors for a layer with 2; take exact-add",
+        "layer 1, gate: 3 vectors for a layer with 2; use exact-add",
     ),
     "mode": (lambda m: m, {"mode": "ad"}, npt.TransferError, "mode must be one of .* got 'ad'"),
     "when": (lambda m: m, {"when": "now"}, npt.TransferError, "when one of .* 'now'"),

@@ -92,7 +92,7 @@ def test_files_that_are_refused(two: Session, tmp_path: Path) -> None:
         if (key, value) == ("layers", [5]):
             refused(folder, "layer 5 is not loaded", ModelError)
         else:
-            refused(folder, "does not hold|no saved session")
+            refused(folder, "does not hold|not a saved session")
     two.modulation("a").save(tmp_path / "kept.safetensors")
     for name in ("../kept.safetensors", "/kept.safetensors", "session.json", "", ".", "a/b"):
         outside = [{"name": "a", "file": name, "created": ""}]
@@ -128,7 +128,7 @@ def test_a_session_that_could_not_be_read_back_is_not_written(two: Session, tmp_
         told = "at most 10,000" if name == "tokens" else "must fit 64 bits"
         with pytest.raises(TransferError, match=told):
             two.set(**{name: value})
-    with pytest.raises(TransferError, match="is no Unicode text"):
+    with pytest.raises(TransferError, match="is not valid Unicode text"):
         two.track(["\ud800"])
 
 
@@ -148,6 +148,6 @@ def test_files_of_any_name_and_any_text_are_loaded(session: Session, tmp_path: P
 def test_folders_of_others_are_not_replaced(two: Session, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("mine")
-    with pytest.raises(TransferError, match="no saved session"):
+    with pytest.raises(TransferError, match="not a saved session"):
         two.save(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"

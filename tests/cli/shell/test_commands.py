@@ -96,7 +96,7 @@ BAD = [
     ("inject a text -pos -5", "position -5 is outside the text"),
     ("inject a text -pos at:x:y", "'x:y' does not occur"),
     ("inject a text -pos middle", "'middle' is no position"),
-    ("extract c text -pos all", "4 positions give as many modulations"),
+    ("extract c text -pos all", "4 positions have a modulation each"),
     ("inject a text -tokens 0", "must be at least 1"),
     ("inject a text -tokens two", "tokens must be a whole number, not 'two'"),
     ("inject a text -temp 0", "temperature must be positive"),
@@ -104,14 +104,14 @@ BAD = [
     ("inject a text -strenght 1", "unknown option -strenght; did you mean '-strength'?"),
     ("inject a text -when never", "-when must be one of prefill, decode, both"),
     ("inject a text -when decode", "nothing was injected"),
-    ("inject-add sum text", "this modulation is a sum of others; take exact-add"),
+    ("inject-add sum text", "which a combined modulation does not have; use exact-add"),
     ("subtract a narrow new", "different layers"),
     ("add a a", "NEW is missing: add A B NEW"),
     ("average a new", "average takes two modulations or more"),
     ("scale a big new", "FACTOR must be a number, not 'big'"),
     ("scale a inf new", "cannot be multiplied by inf"),
     ("calc a", "it goes like: calc new = 0.7*a - b"),
-    ("layers 3", "layer 3 is not loaded; there are 1, 2"),
+    ("layers 3", "layer 3 is not loaded; loaded are 1, 2"),
     ("layers one", "layers are numbers like 11,13, or all"),
     ("set sed=1", "no setting is called 'sed'; did you mean 'seed'?"),
     ("set seed", "it goes like: set seed=3"),
@@ -121,7 +121,7 @@ BAD = [
     ("load other.safetensors", "belongs to another base model"),
     ("run missing", "missing: cannot be opened: No such file"),
     ("export-lora a taken", "taken: exists already"),
-    ("save taken", "taken: exists and is no saved session"),
+    ("save taken", "taken: exists and is not a saved session"),
     ("save nowhere/deep/one a", "cannot be written"),
     ('track ""', "the text is empty"),
     ("clear all", "'all' is one too many"),
@@ -179,7 +179,7 @@ def test_no_effect_says_why(shell: Shell) -> None:
     _, out, _ = shell.pipe("extract a text", "inject a text", "inject-add a text -strength 0")
     reasons = [line for line in out.splitlines() if line.startswith("No effect")]
     assert reasons == [
-        "No effect: what was injected is what the token has of its own",
+        "No effect: the injected modulation is the token's own",
         "No effect: the strength is 0",
     ]
 
