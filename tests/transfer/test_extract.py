@@ -172,7 +172,7 @@ def test_nothing_to_extract_from() -> None:
         ("abc", 3, "position 3 is outside the text, which has 3 tokens: 0 'a', 1 'b', 2 'c'"),
         ("abc", -4, "position -4 is outside"),
         ("abc", "at:x", "'x' does not occur in 'abc'"),
-        ("abc", "here", "'here' is no position"),
+        ("abc", "here", "'here' is not a position"),
     ],
 )
 def test_bad_input(text: str, position: Position, message: str) -> None:

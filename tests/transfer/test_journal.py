@@ -123,7 +123,7 @@ def test_a_line_is_refused_or_read_back(entry: dict[str, Any]) -> None:
 def test_a_full_log_is_written_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_MAX_BYTES", 1000)
     log = journal.Journal(tmp_path / "log", HEADER)
-    with pytest.raises(TransferError, match="is full with 1,000 bytes"):
+    with pytest.raises(TransferError, match="is full: a log has at most 1,000 bytes"):
         for _ in range(100):
             log.write({"command": "list"})
     assert len(journal.read(tmp_path / "log")[1]) > 10

@@ -87,7 +87,7 @@ def test_a_sweep_is_all_there(swept: Sweep) -> None:
     for value in (v for values in (swept.kl, swept.tracked["<"]) for row in values for v in row):
         assert f"{value:.4f}" in cells
     assert {"1", "2", "1, 2", "0.5"} <= set(cells)
-    assert f"{swept.no_injection['<']:.4f} with nothing injected" in cells
+    assert f"{swept.no_injection['<']:.4f} without injection" in cells
 
 
 def test_texts_stay_texts(comparison: Comparison, swept: Sweep) -> None:

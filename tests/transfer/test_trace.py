@@ -138,7 +138,7 @@ def test_what_is_wrong_is_said(model: Any, tokenizer: Any) -> None:
         ({"window": 0}, "a window of 0 layers: the model has 4"),
         ({"window": 5}, "a window of 5 layers"),
         ({"source_position": 8}, "position 8 is outside the text"),
-        ({"source_position": "all"}, "8 tokens cannot be put at 1"),
+        ({"source_position": "all"}, "8 source positions do not fit 1 target positions"),
         ({"tracked": [""]}, "the text is empty"),
     ):
         with pytest.raises(TransferError, match=expected):
