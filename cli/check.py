@@ -18,12 +18,12 @@ def check(
     junit: PathText | None = None,
     json: bool = False,
 ) -> int:
-    """Score what injections do against what they are expected to do; exit code 3 if one fails.
+    """Score the effects of injections against expectations; exits with 3 if a fact fails.
 
     Parameters
     ----------
     facts
-        YAML file: prompt, inject, expect and must_not_change of every fact.
+        YAML file of facts, each with prompt, inject, expect and must_not_change.
     junit
         JUnit XML file to write, for CI.
     json

@@ -8,31 +8,26 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from npt_fast.cli.arguments import (
-    CheckpointOptions,
-    InjectionOptions,
-    PathText,
-    SourceOptions,
-)
+from npt_fast.cli.arguments import CheckpointOptions, InjectionOptions, PathText, SourceOptions
 from npt_fast.cli.output import show_report
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
     from npt_fast.transfer.compare import Comparison, Token
 
-_LAST_TOKEN = InjectionOptions()
+_DEFAULT = InjectionOptions()
 
 
 def compare(
     *,
     model: CheckpointOptions,
     texts: SourceOptions,
-    injection: InjectionOptions = _LAST_TOKEN,
+    injection: InjectionOptions = _DEFAULT,
     tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 20,
     html: PathText | None = None,
     json: bool = False,
 ) -> None:
-    """Continue a prompt with and without what another text makes of the weights.
+    """Continue a prompt with and without the modulation of another text.
 
     npt-fast compare --checkpoint experiments/merged_11_13_23 --from "The capital of France is"
     --prompt "The capital of Germany is" --track " Paris" " Berlin" --html report.html
@@ -40,9 +35,9 @@ def compare(
     Parameters
     ----------
     tokens
-        Length of the continuations.
+        Number of tokens to generate.
     html
-        Report to write: one file that needs nothing else.
+        HTML report to write; a single file without scripts.
     json
         Print everything as JSON.
     """
@@ -67,7 +62,7 @@ def compare(
 
 def _lines(found: Comparison) -> Iterator[str]:
     hit = ", ".join(f"{place} {found.prompt[place]!r}" for place in found.positions)
-    yield f"Hit: layers {found.layers}, tokens {hit or 'that are generated'}"
+    yield f"Hit: layers {found.layers}, tokens {hit or 'generated'}"
     yield f"Prompt: {''.join(found.prompt)}"
     yield f"  no injection: {found.no_injection_text}"
     yield f"  injected:     {found.injected_text}"

@@ -27,21 +27,21 @@ def sweep(
     html: PathText | None = None,
     json: bool = False,
 ) -> None:
-    """Inject into every layer alone, and into all, at several strengths or tokens.
+    """Inject into every layer alone and into all layers, at several strengths or tokens.
 
     Parameters
     ----------
     position
-        Where it goes: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD; last if not
-        given, and all with --each_token.
+        Tokens of the prompt to inject into: a number, 2:5, 1,4, last, first, all, at:WORD or
+        after:WORD; if not given, last, and with --each_token all.
     each_token
-        A column for each of these tokens, at the first strength.
+        Make a column for each of these tokens, at the first strength, in place of strengths.
     mode
-        How, as for compare.
+        How the modulation and a token's own weight changes combine, as for compare.
     strength
-        Columns of the table; 0.25, 0.5, 1 and 2 if not given.
+        Strengths, one column each; 0.25, 0.5, 1 and 2 if not given.
     html
-        Report to write: one file that needs nothing else.
+        HTML report to write; a single file without scripts.
     json
         Print everything as JSON.
     """
@@ -54,8 +54,7 @@ def sweep(
     modulation = texts.extract(loaded, tokenizer)
     found = library.sweep(
         loaded, tokenizer, modulation, texts.prompt, Injection(position=position, mode=mode),
-        strengths=strength, tracked=texts.track,
-        each_token=each_token,
+        strengths=strength, tracked=texts.track, each_token=each_token,
     )  # fmt: skip
     facts = {
         "checkpoint": model.checkpoint,

@@ -136,11 +136,20 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "functional":
-        return import_module("npt_fast.functional")
-    if name not in _HOMES:
+    if name != "functional" and name not in _HOMES:
         raise AttributeError(f"module 'npt_fast' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    home = _HOMES.get(name, "npt_fast.functional")
+    try:
+        module = import_module(home)
+    except ModuleNotFoundError as error:
+        from npt_fast.errors import missing_package
+
+        trains = home.startswith("npt_fast.training.")
+        problem = missing_package(error, f"npt_fast.{name}", trains=trains)
+        if problem is None:
+            raise
+        raise ModuleNotFoundError(problem, name=error.name) from None
+    return module if name == "functional" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

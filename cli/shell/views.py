@@ -1,4 +1,4 @@
-"""How the shell shows results, as lines."""
+"""Results of the shell, as lines."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from npt_fast.transfer.session_state import Item
 
 _COLUMN = 38  # characters of one of two texts side by side
-_CELL = 20  # of one of two lists side by side
-_STEPS = 20  # tokens whose probability is drawn
+_CELL = 20  # characters of one of two lists side by side
+_STEPS = 20  # tokens whose probability is drawn as a bar
 
 
 def magnitudes(modulation: Modulation) -> list[str]:
@@ -29,7 +29,7 @@ def magnitudes(modulation: Modulation) -> list[str]:
 
 
 def kind(modulation: Modulation) -> str:
-    """``single``, ``dual`` or ``triple``, by how many projections change."""
+    """The modulation type, from the number of projections that change."""
     counts = sorted({len(projections) for projections in modulation.layers.values()})
     return "/".join(("single", "dual", "triple")[count - 1] for count in counts)
 
@@ -74,7 +74,7 @@ def details(name: str, item: Item) -> list[str]:
 
 
 def arrow(before: float, after: float, much: float, some: float) -> str:
-    """``↑↑`` if it grows by more than `much`, or shrinks as far; ``=`` if by less than `some`."""
+    """``↑↑`` for growth by more than `much`, ``↑`` by more than `some`, else ``=``; so ``↓``."""
     ratio = after / before if before else float("inf") if after else 1.0
     if ratio > 1 + much:
         return "↑↑"
@@ -105,7 +105,7 @@ def prediction(found: Prediction) -> list[str]:
 
 
 def injection(name: str, found: InjectionResult, how: str, when: InjectionTime) -> list[str]:
-    """All that an injection did."""
+    """Everything that an injection did."""
     c = found.comparison
     read = [f"{i} {c.prompt[i]!r}" for i in c.positions] if when != "decode" else []
     hit = ", ".join([*read, *(["the generated ones"] if when != "prefill" else [])])
@@ -156,7 +156,11 @@ def _change(token: Token) -> str:
 
 
 def left_out(layers: Sequence[int]) -> list[str]:
-    return [f"Warning: layers {list(layers)} of it are off and were left out"] if layers else []
+    return (
+        [f"Warning: layers {list(layers)} of the modulation are off and were left out"]
+        if layers
+        else []
+    )
 
 
 def _course(path: Sequence[float]) -> str:
@@ -178,7 +182,7 @@ def _side_by_side(base: str, injected: str, name: str) -> list[str]:
 
 
 def comparison(name: str, c: Comparison) -> list[str]:
-    """Likeliest tokens of both, and those that are followed."""
+    """The likeliest tokens without and with the injection, and the tracked ones."""
 
     def cell(text: str, value: float) -> str:
         return f"{printable(text):<{_CELL - 7}} {value:.4f}"
@@ -199,7 +203,7 @@ def comparison(name: str, c: Comparison) -> list[str]:
 
 
 def sweep(found: Sweep) -> list[str]:
-    """Layers by strengths: KL, then every followed token."""
+    """Tables of layers by strengths: KL, then every tracked token."""
     heads = ["Layers", *found.columns]
 
     def table(values: Sequence[Sequence[float]]) -> list[str]:
