@@ -1,4 +1,4 @@
-"""Arithmetic as users write it."""
+"""Expressions that users type."""
 
 from __future__ import annotations
 

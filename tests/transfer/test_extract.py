@@ -1,4 +1,4 @@
-"""Extracting: v_a and v_b as the definition has them, at the tokens that were asked for."""
+"""Extraction: v_a and v_b equal the definition at the requested tokens."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_architecture(architecture: dict[str, Any]) -> None:
 
 
 def test_dw_is_what_the_reference_adds_to_the_weight() -> None:
-    """The other side of the definition: W a + sum v_b (v_a . a), by kernels/reference.py."""
+    """Extracted vectors reproduce the layer: W a + sum v_b (v_a . a) of kernels/reference.py."""
     model = converted(num_ranks=2)
     m = npt.extract(model, tokenizer, SOURCE)
     x = attention_outputs(model, SOURCE, [2])[2][-1:]
@@ -144,7 +144,7 @@ def test_layers() -> None:
     model = converted(layers=(0, 1, 3))
     m = npt.extract(model, tokenizer, SOURCE, layers=[3, 1])
     assert sorted(m.layers) == [1, 3]
-    with npt.disabled(model, [1]):  # those that are on; the text passes the layer as in the base
+    with npt.disabled(model, [1]):  # only layers that are on are extracted
         m = npt.extract(model, tokenizer, SOURCE)
         assert_is_the_definition(m, model, SOURCE, [len(SOURCE) - 1], [0, 3])
         with pytest.raises(

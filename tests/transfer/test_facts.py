@@ -1,4 +1,4 @@
-"""Files of facts: what YAML may say, and that every mistake is one line."""
+"""Files of facts: what they may contain; each mistake is one line."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ def test_all_mistakes_are_told(tmp_path: Path) -> None:
     path.write_text(json.dumps({"facts": [RIGHT, second, third]}))
     with pytest.raises(FactsError, match=r"\(and 4 more\)") as caught:
         read_facts(path)
-    assert len(caught.value.problems) == 5  # three, a name twice, and the third's
+    assert (
+        len(caught.value.problems) == 5
+    )  # three and a repeated name of the second, one of the third
     assert sum("fact 'n'" in problem for problem in caught.value.problems) == 4
     path.write_bytes(b"facts: \xff")
     with pytest.raises(FactsError, match="is not valid YAML"):
@@ -159,7 +161,7 @@ def test_all_mistakes_are_told(tmp_path: Path) -> None:
     path.write_text("facts: [" + "{q: 1}," * 9_000 + "]")
     with pytest.raises(FactsError) as caught:
         read_facts(path)
-    assert 100 < len(caught.value.problems) < 110  # enough for a day
+    assert 100 < len(caught.value.problems) < 110  # then the reader stops
 
 
 def test_facts_that_are_no_file(tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_facts_that_are_no_file(tmp_path: Path) -> None:
 
 
 def bombs() -> Iterator[str]:
-    """Few bytes that an ordinary loader makes gigabytes of."""
+    """A few bytes that an ordinary loader expands to gigabytes."""
     letters = "abcdefghijkl"
     for alias, value in (("[{}]", "[x]"), ("{{<<: [{}]}}", "{x: 1}")):
         lines = [f"a: &a {value}"]

@@ -1,4 +1,4 @@
-"""Files of modulations whose header and tensors do not fit together, or hold anything."""
+"""Files of modulations with wrong headers or tensors."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_hostile_json(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_an_origin_that_says_anything_still_loads(tmp_path: Path) -> None:
-    """It is only shown; control characters do not reach the terminal."""
+    """An origin is only shown; control characters do not reach the terminal."""
     origin = {"sum": [{"factor": "\x1b[2J"}]}
     text = json.dumps({**description(), "origin": origin})
     m = npt.load_modulation(written(tmp_path / "m", text, tensors()))

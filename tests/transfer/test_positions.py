@@ -1,4 +1,4 @@
-"""Positions: what users write, counted on a text's tokens."""
+"""Positions that users write, counted on a text's tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions: the shelf, what commands do, undo."""
+"""Sessions: the shelf, operations, undo."""
 
 from __future__ import annotations
 
