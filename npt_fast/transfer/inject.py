@@ -190,13 +190,15 @@ class _Targets:
         """Hook that runs before the decoder: choose the tokens of this pass."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
-            raise TransferError("injecting needs input_ids; embeddings have no positions to count")
+            raise TransferError(
+                "an injection needs input_ids; embeddings have no positions to count"
+            )
         self.passes += 1
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         if past and ids.shape[1] != 1:
             raise TransferError(
-                "injecting needs the whole prompt in one pass and then one token at a time: no "
+                "an injection needs the whole prompt in one pass, then one token at a time: no "
                 "prefilled cache, chunks or assisted generation"
             )
         if past:
@@ -221,7 +223,7 @@ class _Targets:
     def _begin(self, ids: Tensor, mask: Any) -> None:
         """Find the positions in a new prompt."""
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise TransferError("injecting needs an attention mask of (batch, tokens), or none")
+            raise TransferError("an injection needs an attention mask of (batch, tokens), or none")
         self._prompt = ids.clone()
         self._columns = torch.zeros_like(ids, dtype=torch.bool)
         self.hits.positions = []
@@ -239,7 +241,7 @@ class _Targets:
         if not by_text:
             return [""] * len(ids)
         if self.tokenizer is None:
-            raise TransferError(f"the position {self.position} needs the tokenizer")
+            raise TransferError(f"the position {self.position} needs a tokenizer")
         return [self.tokenizer.decode([i]) for i in ids]
 
 
@@ -266,7 +268,7 @@ class _Hook:
         attention, h, mlp = args
         batch = chosen.shape[0]
         if batch % len(self.terms):
-            raise TransferError(f"{len(self.terms)} modulations for a batch of {batch}")
+            raise TransferError(f"{len(self.terms)} modulations do not fit a batch of {batch} rows")
         output = output.clone()
         rows = torch.arange(batch, device=chosen.device) // (batch // len(self.terms))
         for index, terms in enumerate(self.terms):

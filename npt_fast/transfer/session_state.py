@@ -166,20 +166,20 @@ def _read_index(folder: Path) -> dict[str, Any]:
     def part(
         given: Any, kinds: Mapping[str, Kind], name: str = "", *, closed: bool = False
     ) -> dict[str, Any]:
-        about = f"{where}: does not hold{name}"
+        about = f"{where}: is wrong{name}"
         return checked(given, kinds, list(kinds), about, CheckpointError, closed=closed)
 
     index = part(given, _INDEX_KINDS)
     index["modulations"] = [part(m, _MODULATION, ": modulations") for m in index["modulations"]]
     for key in ("name", "file"):
         if len({entry[key] for entry in index["modulations"]}) < len(index["modulations"]):
-            raise CheckpointError(f"{where}: does not hold: two modulations of one {key}")
+            raise CheckpointError(f"{where}: is wrong: two modulations have one {key}")
     try:
         index["settings"] = Sampling(
             **part(index["settings"], _SETTINGS, ": settings", closed=True)
         )
     except TransferError as error:
-        raise CheckpointError(f"{where}: does not hold: settings: {error}") from None
+        raise CheckpointError(f"{where}: is wrong: settings: {error}") from None
     return index
 
 

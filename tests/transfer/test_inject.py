@@ -324,7 +324,7 @@ def test_what_positions_cannot_be_counted_in() -> None:
     with pytest.raises(npt.TransferError, match=r"an attention mask of \(batch, tokens\)"):
         with npt.inject(model, m):
             logits(model, IDS, attention_mask=torch.ones(1, 1, 13, 13, dtype=torch.bool))
-    with pytest.raises(npt.TransferError, match="the position at:red needs the tokenizer"):
+    with pytest.raises(npt.TransferError, match="the position at:red needs a tokenizer"):
         with npt.inject(model, m, position="at:red"):
             logits(model, IDS)
     for options in ({"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 2}):

@@ -119,7 +119,7 @@ def test_rows_that_generate_repeats(sampling: dict[str, int], use_cache: bool) -
 def test_a_batch_that_the_modulations_do_not_divide() -> None:
     model = converted()
     m = random_modulation()
-    with pytest.raises(npt.TransferError, match="2 modulations for a batch of 3"):
+    with pytest.raises(npt.TransferError, match="2 modulations do not fit a batch of 3"):
         with npt.inject(model, [m, None]):
             logits(model, IDS.expand(3, -1))
     assert not hooks(model)
