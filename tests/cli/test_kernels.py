@@ -75,7 +75,7 @@ def passes(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 
 @pytest.mark.parametrize("known", TABLE.values(), ids=TABLE)
 def test_numbers_of_the_table(capsys: Any, known: Known) -> None:
-    """All figures agree to their digits; `exposed` also counts coefficients, which they leave out."""
+    """They agree to the last digit; `exposed` also counts coefficients, which they leave out."""
     found = document(capsys, *known.options.split(), "--tokens", 8192, "--gpu", "h100")
     rows, shape = passes(found), found["shape"]
     d, f, r = shape["hidden"], shape["intermediate"], shape["joined"]
