@@ -45,9 +45,9 @@ from npt_fast.benchmarks.saved_bytes import (
     kept_bytes,
 )
 from npt_fast.functional import modulated_mlp
-from npt_fast.kernels.factored import Base
+from npt_fast.kernels.factored import MLPWeights
 from npt_fast.tables import markdown_table
-from npt_fast.testing import Problem, leaves, make_inputs
+from npt_fast.testing import Problem, make_inputs, named_tensors
 
 ROUNDS = 7
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
@@ -63,34 +63,34 @@ PROBLEMS = (
 
 def run(inputs: Inputs, form: Form = FACTORED) -> Tensor:
     """The modulated MLP of `inputs`, ``(T, D)``."""
-    x, h, base, modulation = inputs
+    x, h, weights, factors = inputs
     options: dict[str, Any] = {"impl": form.impl, "save_probe": form.save_probe}
-    return modulated_mlp(x, h, base.gate, base.up, base.down, modulation, **options)
+    return modulated_mlp(x, h, weights.gate, weights.up, weights.down, factors, **options)
 
 
 def training_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
     """Everything requires gradients except the base weights, as when modulation is trained."""
-    x, h, base, modulation = make_inputs(problem, dtype=dtype)
-    return x, h, Base._make(w if w is None else w.detach() for w in base), modulation
+    x, h, weights, factors = make_inputs(problem, dtype=dtype)
+    return x, h, MLPWeights._make(w if w is None else w.detach() for w in weights), factors
 
 
 def step(inputs: Inputs, form: Form = FACTORED) -> None:
     """Forward and backward, to the gradients of x, h and the modulation."""
-    trained = [tensor for tensor in leaves(*inputs).values() if tensor.requires_grad]
+    trained = [tensor for tensor in named_tensors(*inputs).values() if tensor.requires_grad]
     y = run(inputs, form)
     torch.autograd.grad(y, trained, torch.ones_like(y))
 
 
 def bare_gemms(inputs: Inputs) -> Callable[[], None]:
     """The matrix products of a triple's forward and nothing else: not even outputs to allocate."""
-    x, h, base, m = inputs
+    x, h, weights, m = inputs
     assert m.w_a_mid is not None and m.w_b_up is not None and m.w_b_down is not None
-    z, inner = torch.randn(len(h), len(m.w_b_gate)), torch.randn(len(h), len(base.gate))
+    z, inner = torch.randn(len(h), len(m.w_b_gate)), torch.randn(len(h), len(weights.gate))
     pairs = [
         (x, m.w_down), (h, m.w_a_in.t()),
-        (h, base.gate.t()), (z, m.w_b_gate),
-        (h, base.up.t()), (z, m.w_b_up),
-        (inner, base.down.t()), (inner, m.w_a_mid.t()), (z, m.w_b_down),
+        (h, weights.gate.t()), (z, m.w_b_gate),
+        (h, weights.up.t()), (z, m.w_b_up),
+        (inner, weights.down.t()), (inner, m.w_a_mid.t()), (z, m.w_b_down),
     ]  # fmt: skip
     products = [(a.detach(), b.detach(), torch.empty(len(a), b.shape[1])) for a, b in pairs]
 
@@ -251,8 +251,7 @@ k=128 has 256 tokens, not 512, at which the reference would keep 8.1 GB (last co
 Saved: storages that autograd keeps for backward, each once, as a whole: x, h and everything
 computed from them; no weights. Per token the formula is, with e bytes per element,
 e (2D + 6R + 2F) + 12k for the factored form, 3R instead of 6R without probes, and
-e (2D + 3R + 4F + 3k (D + F) + 3k) for the reference, R = k r: KERNELS 2.3, but for 6R that its
-naive form has and the reference does not."""
+e (2D + 3R + 4F + 3k (D + F) + 3k) for the reference, R = k r (design.md#saved-activations)."""
 
 
 def main() -> int:

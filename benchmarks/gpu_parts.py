@@ -32,8 +32,8 @@ from npt_fast.benchmarks.kernel_checks import tensors
 from npt_fast.benchmarks.kernel_timing import (
     Timing,
     as_row,
-    attempt,
     ceilings,
+    outcome_of,
     prepare,
     time_case,
 )
@@ -72,11 +72,11 @@ class Day:
         return [case for case in found if re.search(self.shapes, case.shape)]
 
 
-def one_row(what: str, function: Callable[[], Row | None], **more: object) -> Job:
+def row_job(what: str, function: Callable[[], Row | None], **more: object) -> Job:
     """A job of one row: what a function says, or how it failed."""
 
     def run(deadline: float) -> Iterator[Row]:
-        result, status, detail = attempt(function)
+        result, status, detail = outcome_of(function)
         yield {"what": what, **more, "status": status, "detail": detail, **(result or {})}
 
     return Job(what, run)
@@ -147,7 +147,7 @@ def tiles(day: Day) -> list[Job]:
     The rules' defaults are in the part timings.
     """
     if not ON_GPU:
-        return [one_row("fused, tiles measured", lambda: _skipped("needs a GPU"))]
+        return [row_job("fused, tiles measured", lambda: _skipped("needs a GPU"))]
     return [
         Job(str(case), partial(_with_measured_tiles, case, day))
         for case in day.cases("modulated_mlp")
@@ -176,11 +176,11 @@ def _timing_jobs(day: Day, found: Sequence[Case], wanted: Callable[[str], bool])
     for case in found:
         names = [name for name in case.providers if wanted(name) and name in day.providers]
         if names:
-            jobs.append(Job(str(case), partial(_time, case, names)))
+            jobs.append(Job(str(case), partial(_timing_rows, case, names)))
     return jobs
 
 
-def _time(case: Case, names: Sequence[str], deadline: float) -> Iterator[Row]:
+def _timing_rows(case: Case, names: Sequence[str], deadline: float) -> Iterator[Row]:
     limits, timed = ceilings(case.workload.dtype), []
     for timing in time_case(case, names, deadline):
         timed.append(timing)
@@ -210,7 +210,7 @@ def _with_measured_tiles(case: Case, day: Day, deadline: float) -> Iterator[Row]
         file = Path(folder) / "tiles.json"
         enable_autotuning(file)
         try:
-            yield from _time(case, [n for n in ("fused",) if n in day.providers], deadline)
+            yield from _timing_rows(case, [n for n in ("fused",) if n in day.providers], deadline)
             measured = json.loads(file.read_text()) if file.exists() else {}
         finally:
             disable_autotuning()
@@ -223,7 +223,7 @@ def model(day: Day) -> list[Job]:
     """A Llama of the widths of Llama-3.2-1B with random weights: decoding, one layer, training."""
     from npt_fast.benchmarks import whole_model  # which takes a while to import
 
-    return [one_row(*found) for found in whole_model.measurements(tiny=day.tiny)]
+    return [row_job(*found) for found in whole_model.measurements(tiny=day.tiny)]
 
 
 def host(day: Day) -> list[Job]:
@@ -256,7 +256,7 @@ def memory(day: Day) -> list[Job]:
         "reference": reference,
     }
     return [
-        one_row(f"{case.shape}, {name}", partial(_memory_row, case, name, form))
+        row_job(f"{case.shape}, {name}", partial(_memory_row, case, name, form))
         for case in day.cases("modulated_mlp")
         if case.what != "forward"
         for name, form in forms.items()
@@ -282,7 +282,7 @@ def large(day: Day) -> list[Job]:
     Rows are the first, the last, and those around element 2^31.
     """
     return [
-        one_row(
+        row_job(
             case.what,
             partial(_large_row, case),
             elements=case.tokens * case.width,
@@ -307,24 +307,24 @@ def determinism(day: Day) -> list[Job]:
     for case in day.cases(*MLP_OPS):
         for name in case.providers:
             if name in OURS and name in day.providers:
-                jobs.append(one_row(f"{case}, {name}", partial(_twice, case, name)))
+                jobs.append(row_job(f"{case}, {name}", partial(_two_runs_row, case, name)))
         if case.op == "decode":
-            jobs.append(one_row(f"{case}, first token alone", partial(_alone, case)))
+            jobs.append(row_job(f"{case}, first token alone", partial(_token_alone_row, case)))
     return jobs
 
 
-def _twice(case: Case, name: str) -> Row:
+def _two_runs_row(case: Case, name: str) -> Row:
     run = partial(case.providers[name].run, *prepare(case).inputs)
     pairs = zip(tensors(run()), tensors(run()), strict=True)
     same = all(torch.equal(first, second) for first, second in pairs)
     return {"status": "ok" if same else "differs", "detail": "" if same else "of another run"}
 
 
-def _alone(case: Case) -> Row:
+def _token_alone_row(case: Case) -> Row:
     """Reported, and no failure: tiles of more tokens may add up in another order."""
-    x, h, base, m = prepare(case).inputs
-    alone = mlp.modulated_mlp(x[:1], h[:1], base, m, path="decode")
-    among = mlp.modulated_mlp(x, h, base, m, path="decode")[:1]
+    x, h, weights, m = prepare(case).inputs
+    alone = mlp.modulated_mlp(x[:1], h[:1], weights, m, path="decode")
+    among = mlp.modulated_mlp(x, h, weights, m, path="decode")[:1]
     if torch.equal(alone, among):
         return {"detail": f"the same bits as among {len(x)}"}
     error = (alone - among).norm() / among.norm()
@@ -339,18 +339,21 @@ def sanitizer(day: Day) -> list[Job]:
     tool = shutil.which("compute-sanitizer") if ON_GPU else None
     if not tool:
         reason = "compute-sanitizer is not on PATH" if ON_GPU else "needs a GPU"
-        script = partial(_script, "its script, without it", (), ("swiglu",), 120.0)
-        return [one_row("compute-sanitizer", lambda: _skipped(reason)), Job("script", script)]
+        script = partial(_check_script_rows, "its script, without it", (), ("swiglu",), 120.0)
+        return [
+            row_job("compute-sanitizer", lambda: _skipped(reason)),
+            Job("script", script),
+        ]
     # room between allocations, of which torch must make one for every tensor
     memcheck = (tool, "--tool=memcheck", "--padding=4096")
     racecheck = (tool, "--tool=racecheck")
     return [
-        Job("memcheck", partial(_script, "memcheck", memcheck, day.ops, 150.0)),
-        Job("racecheck", partial(_script, "racecheck", racecheck, day.ops, 120.0)),
+        Job("memcheck", partial(_check_script_rows, "memcheck", memcheck, day.ops, 150.0)),
+        Job("racecheck", partial(_check_script_rows, "racecheck", racecheck, day.ops, 120.0)),
     ]
 
 
-def _script(
+def _check_script_rows(
     what: str, tool: Sequence[str], ops: Sequence[str], seconds: float, deadline: float
 ) -> Iterator[Row]:
     # PyTorch probes for peers and attributes with calls that fail on purpose

@@ -32,7 +32,7 @@ from npt_fast.functional import modulated_mlp
 from npt_fast.kernels import factored
 from npt_fast.kernels import modulated_mlp as paths
 from npt_fast.kernels._launch import INTERPRETED
-from npt_fast.kernels.factored import Base, Modulation
+from npt_fast.kernels.factored import Factors, MLPWeights
 from npt_fast.testing import Problem, make_inputs
 
 PROBLEM = Problem(tokens=16, hidden=16, intermediate=16, num_ranks=2, rank=8)
@@ -64,34 +64,36 @@ def calls(dtype: torch.dtype) -> list[Call]:
     Args:
         dtype: of activations and base weights.
     """
-    x, h, base, modulation = make_inputs(PROBLEM, dtype=dtype, device=str(DEVICE))
-    base = Base._make(None if w is None else w.detach() for w in base)
-    wide = Modulation._make(
-        m.detach().float().requires_grad_() if isinstance(m, Tensor) else m for m in modulation
+    x, h, weights, factors = make_inputs(PROBLEM, dtype=dtype, device=str(DEVICE))
+    weights = MLPWeights._make(None if w is None else w.detach() for w in weights)
+    wide = Factors._make(
+        m.detach().float().requires_grad_() if isinstance(m, Tensor) else m for m in factors
     )
 
     def unmodulated() -> Tensor:
-        inner = functional.silu(functional.linear(h, base.gate)) * functional.linear(h, base.up)
-        return functional.linear(inner, base.down)
+        inner = functional.silu(functional.linear(h, weights.gate)) * functional.linear(
+            h, weights.up
+        )
+        return functional.linear(inner, weights.down)
 
-    def layer(factors: Modulation, impl: Any = "triton") -> Tensor:
+    def layer(factors: Factors, impl: Any = "triton") -> Tensor:
         batch = x.unsqueeze(0), h.unsqueeze(0)
-        return modulated_mlp(*batch, base.gate, base.up, base.down, factors, impl=impl)
+        return modulated_mlp(*batch, weights.gate, weights.up, weights.down, factors, impl=impl)
 
     def path(name: paths.Path) -> Callable[[], Tensor]:
-        return partial(paths.modulated_mlp, x, h, base, modulation, path=name)
+        return partial(paths.modulated_mlp, x, h, weights, factors, path=name)
 
     name = str(dtype).removeprefix("torch.")
     both: dict[str, tuple[Callable[[], Tensor], Sequence[Any]]] = {
         "base MLP": (unmodulated, [h]),
-        "gemm": (path("gemm"), [x, h, *modulation]),
-        "fused": (path("fused"), [x, h, *modulation]),
-        "factored": (partial(factored.modulated_mlp, x, h, base, modulation), [x, h, *modulation]),
-        "reference": (partial(layer, modulation, "reference"), [x, h, *modulation]),
+        "gemm": (path("gemm"), [x, h, *factors]),
+        "fused": (path("fused"), [x, h, *factors]),
+        "factored": (partial(factored.modulated_mlp, x, h, weights, factors), [x, h, *factors]),
+        "reference": (partial(layer, factors, "reference"), [x, h, *factors]),
         "layer, factors float32": (partial(layer, wide), [x, h, *wide]),
     }
     if dtype != torch.float32:
-        both[f"layer, factors {name}"] = partial(layer, modulation), [x, h, *modulation]
+        both[f"layer, factors {name}"] = partial(layer, factors), [x, h, *factors]
 
     def step(forward: Callable[[], Tensor], inputs: Sequence[Any]) -> Callable[[], object]:
         trained = [tensor for tensor in inputs if isinstance(tensor, Tensor)]

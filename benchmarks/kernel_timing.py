@@ -227,7 +227,7 @@ def _roofline_ms(timing: Timing, limits: Ceilings) -> float:
     gpu = roofline.GPU(limits.flops_per_second / 1e12, limits.bytes_per_second / 1e12)
     phases = ("decode",) if form == "decode" else tuple(case.what.split(" + "))
     costs = roofline.costs(shape, p.tokens)
-    return sum(c.in_turn_ms(gpu) for c in costs if c.form == form and c.phase in phases)
+    return sum(c.launch_by_launch_ms(gpu) for c in costs if c.form == form and c.phase in phases)
 
 
 @lru_cache(maxsize=1)
@@ -236,7 +236,7 @@ def prepare(case: Case) -> Prepared:
     return Prepared(case)
 
 
-def attempt(function: Callable[[], Result]) -> tuple[Result | None, str, str]:
+def outcome_of(function: Callable[[], Result]) -> tuple[Result | None, str, str]:
     """What a function gives, a status, and what an error says."""
     try:
         return function(), "ok", ""
@@ -266,7 +266,7 @@ def time_case(
     if time.monotonic() > deadline:  # before inputs are drawn
         yield from (Timing(case, name, NOT_RUN) for name in wanted)
         return
-    prepared, status, detail = attempt(lambda: Prepared(case))
+    prepared, status, detail = outcome_of(lambda: Prepared(case))
     if prepared is None:
         yield from (Timing(case, name, status, detail) for name in wanted)
         return
@@ -275,7 +275,7 @@ def time_case(
         if time.monotonic() > deadline:
             yield Timing(case, name, NOT_RUN)
             continue
-        peak, status, detail = attempt(partial(prepared.check, name))
+        peak, status, detail = outcome_of(partial(prepared.check, name))
         timing = Timing(case, name, status, detail, peak=peak or 0)
         if status != "ok":
             yield timing
@@ -297,7 +297,7 @@ def time_case(
             continue
         calls: dict[str, _Calls] = {}
         for name, timing in right.items():
-            made, status, detail = attempt(partial(_Calls, prepared, name, inputs, graph))
+            made, status, detail = outcome_of(partial(_Calls, prepared, name, inputs, graph))
             if made is None:
                 yield replace(timing, launch=launch, status=status, detail=detail)
             else:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from npt_fast.kernels.factored import Base, Modulation
+from npt_fast.kernels.factored import Factors, MLPWeights
 from npt_fast.testing import Problem
 
-Inputs = tuple[Tensor, Tensor, Base, Modulation]
+Inputs = tuple[Tensor, Tensor, MLPWeights, Factors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +34,15 @@ def kept_bytes(inputs: Inputs, forward: Callable[[], Tensor]) -> int:
 
     Every storage counts once and as a whole, since a view keeps all of it.
     """
-    _, _, base, modulation = inputs
-    weights = {
-        t.untyped_storage().data_ptr() for t in (*base, *modulation) if isinstance(t, Tensor)
+    _, _, weights, factors = inputs
+    parameters = {
+        t.untyped_storage().data_ptr() for t in (*weights, *factors) if isinstance(t, Tensor)
     }
     storages: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage
         return tensor
 
@@ -52,13 +52,13 @@ def kept_bytes(inputs: Inputs, forward: Callable[[], Tensor]) -> int:
 
 
 def formula_bytes(problem: Problem, form: Form, dtype: torch.dtype) -> int:
-    """What a triple keeps for backward (KERNELS 2.3), in bytes.
+    """What a triple keeps for backward (design.md#saved-activations), in bytes.
 
     Both forms keep x and h, 2 D elements per token, and u, 3 R. The factored form adds the probes,
     3 R if saved, gate and up before the activation, 2 F, and 3 k coefficients of 4 bytes. The
     reference adds what plain autograd keeps of the MLP, 4 F (gate, its activation, up, their
     product), v_a and v_b of every component and projection, 3 k (D + F), and 3 k coefficients;
-    it has neither probes nor z, which KERNELS counts for its naive form, 6 R more.
+    it forms neither probes nor z.
     """
     d, f, k = problem.hidden, problem.intermediate, problem.num_ranks
     r = k * problem.rank

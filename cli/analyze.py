@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -118,7 +117,7 @@ def _or_varies(value: int | None) -> str:
 def _print_layer(info: LayerInfo, verbose: bool) -> None:
     say()
     say(f"Layer {info.layer}:")
-    say(f"  Modulation: {info.modulation}, num_ranks {info.num_ranks}, rank {info.rank}")
+    say(f"  Modulation: {info.architecture}")
     residual = info.residual or "not recorded (removed is assumed)"
     say(f"  Dtype: {', '.join(info.dtypes)}; residual: {residual}")
     say(f"  Parameters: {info.tensors} tensors, {size(info.nbytes)}")
@@ -141,10 +140,21 @@ def _print_layer(info: LayerInfo, verbose: bool) -> None:
             )
 
 
-def _print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
+def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
     for name, value in facts.items():
-        if isinstance(value, Mapping):
-            say(f"{indent}{name}:")
-            _print_facts(value, f"{indent}  ")
+        if isinstance(value, dict):
+            say(f"{indent}{name}:" if value else f"{indent}{name}: none")
+            _print_facts(value, indent + "  ")
         else:
-            say(f"{indent}{name}: {value}")
+            say(f"{indent}{name}: {_words(value)}")
+
+
+def _words(value: Any) -> str:
+    """A value as a reader says it: no Python and no JSON."""
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(map(_words, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items()) or "none"
+    return str(value)

@@ -1,4 +1,4 @@
-"""``npt-fast bench``"""
+"""``npt-fast bench``: time one modulated MLP."""
 
 from __future__ import annotations
 
@@ -53,35 +53,34 @@ def bench(
 
     npt-fast bench --model llama-3.2-1b --tokens 1,64,2048 --plot bench.png
 
-    The values of every way are compared with float64 first. A way with wrong values is not timed,
-    and the exit code is 3. Times are medians over rounds in which all ways take turns.
+    The values of every way are compared with float64 first. A wrong one is not timed, and the exit
+    code is 3. Times are medians over rounds in which all ways take turns.
 
     Parameters
     ----------
     op
         Operations to time, separated by commas: modulated_mlp, decode, swiglu, coefficients,
-        modulated_linear, probe. If not given, modulated_mlp, and on a GPU also decode.
+        modulated_linear, probe. Defaults to modulated_mlp, and on a GPU decode too.
     model
-        Model whose sizes are taken, by name, or its widths as D,F.
+        Name of a model whose sizes to take, or its widths as D,F.
     tokens
-        Numbers of tokens to time, separated by commas; if not given, 1,64,2048 on a GPU and
-        1,16,128 on a CPU.
+        Numbers of tokens, separated by commas. Defaults to 1,64,2048 on a GPU and 1,16,128 on a
+        CPU.
     num_ranks
-        Number k of components; the model's if not given.
+        Number of components of a weight change; defaults to the model's.
     np_rank
-        Rank r of a component; the model's if not given.
+        Rank of a component; defaults to the model's.
     dtype
-        Type of all tensors; if not given, bfloat16 on a GPU and float32 on a CPU.
+        Dtype of all tensors; defaults to bfloat16 on a GPU and float32 on a CPU.
     against
-        Baselines, separated by commas: eager, reference, base, compile, compile-gemm,
-        compile-reference, compile-base, liger. If not given, reference,base for operations that
-        have them.
+        Ways to compare our kernels with: eager, reference, base, compile, compile-gemm,
+        compile-reference, compile-base, liger. Defaults to reference,base for ops that have them.
     budget
-        Seconds to spend; what has not started by then is reported as not run.
+        Seconds after which no further timing starts; the rest is reported as not run.
     plot
-        Picture to write: time against tokens, with the least time this device could take.
+        Picture file to write: time against tokens, and the least time this device could take.
     host
-        Count the host's microseconds and launches per call instead; needs no GPU.
+        Show the host's microseconds and launches per call instead. This needs no GPU.
     json
         Print everything as JSON.
     """
@@ -89,7 +88,7 @@ def bench(
     if host:
         others = (op, tokens, num_ranks, np_rank, dtype, against, budget, plot)
         if any(value is not None for value in others):
-            raise BenchmarkError("--host has sizes of its own and takes no option but --json")
+            raise BenchmarkError("--host uses fixed sizes: combine it with --json only")
         return _host(json)
     from npt_fast.benchmarks import bench as library
     from npt_fast.benchmarks.device import INTERPRETED, INTERPRETER, device_facts
@@ -112,9 +111,9 @@ def bench(
         **{name: value for name, value in given.items() if value},
     )  # fmt: skip
     if plot is not None and INTERPRETED:
-        raise BenchmarkError(f"{plot}: there is nothing to draw, for the {INTERPRETER}")
+        raise BenchmarkError(f"{plot}: nothing to draw: {INTERPRETER}")
     if plot is not None:
-        check(plot)  # before minutes of work
+        check(plot)  # fail now rather than after minutes of work
     facts = machine_facts("torch", "triton") | device_facts()
     rows: list[Row] = []
     for row in wanted.rows(begin + budget if budget else math.inf):
@@ -129,7 +128,7 @@ def bench(
     else:
         say(library.title(wanted, facts))
         if INTERPRETED:
-            say(f"The {INTERPRETER}, and are not shown")
+            say(f"Times are not shown: {INTERPRETER}")
         _print(rows, wanted.ceilings())
     if plot is not None:
         library.plot(wanted, rows, facts, plot)
@@ -181,10 +180,10 @@ def _host(json: bool) -> int:
         print_json(rows)
     else:
         say(
-            "Microseconds of host time per call with tiny tensors, on a GPU"
+            "Host microseconds per call with tiny tensors, on a GPU"
             if ON_GPU
-            else "Microseconds of process time per call with tiny tensors; the driver that "
-            "launches kernels does nothing, and torch's operations run on the CPU"
+            else "Process microseconds per call with tiny tensors; kernels are launched through a "
+            "driver that does nothing, and torch's operations run on the CPU"
         )
         say()
         for line in table(rows).splitlines():

@@ -64,10 +64,12 @@ def _lines(found: Comparison) -> Iterator[str]:
     hit = ", ".join(f"{place} {found.prompt[place]!r}" for place in found.positions)
     yield f"Hit: layers {found.layers}, tokens {hit or 'generated'}"
     yield f"Prompt: {''.join(found.prompt)}"
-    yield f"  no injection: {found.base_text}"
+    yield f"  no injection: {found.no_injection_text}"
     yield f"  injected:     {found.injected_text}"
     yield f"KL of the next token: {found.kl:.4f} nats"
-    seen: dict[str, Token] = {t.text: t for t in (*found.tracked, *found.top, *found.top_base)}
+    seen: dict[str, Token] = {
+        t.text: t for t in (*found.tracked, *found.top, *found.no_injection_top)
+    }
     rows = [[repr(t.text), f"{t.before:.4f}", f"{t.after:.4f}"] for t in seen.values()]
     yield from markdown_table(["next token", "before", "after"], rows).splitlines()
-    yield f"{found.seconds:.2f} s, {found.base_seconds:.2f} s without"
+    yield f"{found.seconds:.2f} s, {found.no_injection_seconds:.2f} s without"

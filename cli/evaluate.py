@@ -47,7 +47,7 @@ def evaluate(
     max_new_tokens
         Tokens to generate for each prompt.
     json
-        Print everything as JSON.
+        Print the results as JSON.
     """
     from npt_fast.training.evaluation import continue_text
 
@@ -71,14 +71,14 @@ def evaluate(
         if not json:
             say(f"{path}: layers {layers}")
             say(
-                f"  perplexity {found.perplexity:.3f}, base {found.base_perplexity:.3f}, "
+                f"  perplexity {found.perplexity:.3f}, base model {found.base_perplexity:.3f}, "
                 f"ratio {found.perplexity / found.base_perplexity:.4f}"
             )
             say(f"  KL {found.kl:.4f} nats, top-1 agreement {found.top1_agreement:.4f}")
             errors = ", ".join(
                 f"layer {layer} {value:.4f}" for layer, value in found.direct.items()
             )
-            say(f"  relative error: {errors}")
+            say(f"  direct loss: {errors}")
             say(f"  {found.tokens:,} tokens")
     if json:
         print_json({"results": results, "prompts": list(prompt), "texts": texts})

@@ -126,7 +126,8 @@ def _converse(options: InteractOptions, shell: Shell) -> int:
 def _banner(session: Session) -> list[str]:
     lines = ["Knowledge transfer", f"  Model: {type(session.model).__name__}"]
     lines += [
-        f"  Layer {layer.layer}: {layer.modulation}, {layer.num_ranks} ranks of {layer.rank}"
+        f"  Layer {layer.layer}: {layer.architecture.modulation}, "
+        f"{layer.architecture.num_ranks} ranks of {layer.architecture.rank}"
         for layer in npt.status(session.model)
     ]
     return [*lines, f"  Device: {session.model.device}"]

@@ -1,4 +1,4 @@
-"""``npt-fast kernels``: compile the kernels and count their work, without a GPU."""
+"""``npt-fast kernels``: compile the kernels and compute their cost, without a GPU."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Size = Annotated[int | None, Parameter(validator=Number(gte=1))]
 
 TITLE = "Roofline: arithmetic, not measured"
 ASSUMPTIONS = (
-    "one layer; bfloat16; gate, up and down modulated; no biases; MLP weights frozen",
-    "FLOPs: matrix products only. Weights: each read once, and their gradients written once",
-    "activations: read and written once by every launch that needs them, nothing cached between",
-    "peaks are the vendor's; floor is the larger of compute and memory time, all else hidden",
-    "exposed: activations moved by launches without products; in turn: products, then those",
-    "v_a/v_b at best: each vector written once and read once; eager: as kernels/reference.py runs",
+    "one layer; bfloat16; gate, up and down modulated; no biases; base model frozen",
+    "FLOPs count matrix products only; each weight is read once and each gradient written once",
+    "every launch reads and writes its activations once; nothing stays cached between launches",
+    "peaks are the vendor's; floor is the larger of compute and memory time, with the other hidden",
+    "exposed: activations that launches without products move; in turn: products first, then those",
+    "v_a/v_b at best: each vector is written and read once; eager: what kernels/reference.py does",
 )
 
 
@@ -47,24 +47,28 @@ def compile_kernels(
     jobs: Size = None,
     json: bool = False,
 ) -> int:
-    """Compile every kernel ahead of time, without a GPU, and show the machine code's properties.
+    """Compile every kernel for named GPUs, without having one, and show the machine code's figures.
 
     npt-fast kernels --arch sm_90,gfx942
 
-    Exits with 3 if a kernel spills registers, has no matrix instructions, needs more shared memory
-    than there is, or computes in float64. Says nothing about speed.
+    The exit code is 3 if a kernel spills registers, lacks matrix instructions, needs more shared
+    memory than the GPU has, or computes in float64. This says nothing about speed.
 
     Parameters
     ----------
     arch
         GPU architectures, separated by commas.
     jobs
-        Number of processes; one per core if not given.
+        Number of processes; defaults to the number of cores.
     json
         Print everything as JSON.
     """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise NPTError("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+        raise NPTError("TRITON_INTERPRET is set, and the interpreter does not compile: unset it")
+    try:
+        from npt_fast.kernels import aot
+    except ModuleNotFoundError as error:
+        raise NPTError(f"kernels needs {error.name}: pip install torch triton") from error
     from rich.console import Console
     from rich.progress import track
 
@@ -76,7 +80,7 @@ def compile_kernels(
         track(
             aot.compile_all(names, jobs=jobs or os.cpu_count() or 1),
             "Compiling",
-            total=sum(map(aot.count, names)),
+            total=sum(map(aot.case_count, names)),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -117,7 +121,7 @@ def _check(
     gpu: str | None = None,
     **others: object,
 ) -> None:
-    """Refuse wrong options as wrong usage, before anything is computed."""
+    """Reject an unknown model, wrong widths or an unknown GPU before anything is computed."""
     arithmetic.shape_of(model, hidden, intermediate)
     if gpu is not None:
         arithmetic.gpu_of(gpu)
@@ -139,29 +143,29 @@ def roofline(
     ] = "h100",
     json: bool = False,
 ) -> None:
-    """Compute FLOPs, bytes and least times of a modulated MLP, with and without v_a and v_b.
+    """Compute FLOPs, bytes and least times of a modulated MLP, with and without forming v_a and v_b.
 
     npt-fast kernels roofline --model llama-3.2-1b --tokens 8192 --gpu h100
 
     Parameters
     ----------
     hidden
-        Hidden size D of the model, instead of --model.
+        Model width D, instead of --model.
     intermediate
-        Intermediate size F of the MLP, instead of --model.
+        MLP width F, instead of --model.
     rank
-        Rank r of a component; if not given, 512 for llama-3.2-1b, else 64.
+        Rank r of a component; defaults to 512 for llama-3.2-1b and to 64 otherwise.
     num_ranks
-        Number k of components; 8 if not given.
+        Number of components k; defaults to 8.
     tokens
-        Tokens of all sequences together. Decode takes at most 64; for more, it is shown for one.
+        Tokens of all sequences together. Decode takes 64 at most; with more it is shown for one.
     json
         Print everything as JSON.
     """
     shape = arithmetic.shape_of(model, hidden, intermediate, num_ranks, rank)
     peaks = arithmetic.gpu_of(gpu)
     costs = list(arithmetic.costs(shape, tokens))
-    kept = arithmetic.kept_for_backward(shape, tokens)
+    kept = arithmetic.saved_bytes_by_form(shape, tokens)
     if json:
         passes = [
             {
@@ -169,7 +173,7 @@ def roofline(
                 "compute_ms": cost.compute_ms(peaks),
                 "memory_ms": cost.memory_ms(peaks),
                 "floor_ms": cost.floor_ms(peaks),
-                "in_turn_ms": cost.in_turn_ms(peaks),
+                "in_turn_ms": cost.launch_by_launch_ms(peaks),
             }
             for cost in costs
         ]
@@ -208,14 +212,14 @@ def roofline(
             f"{cost.activations / 1e6:.1f}", f"{cost.weights / 1e6:.1f}",
             f"{cost.compute_ms(peaks):.3f}", f"{cost.memory_ms(peaks):.3f}",
             f"{cost.floor_ms(peaks):.3f}", f"{cost.exposed / 1e6:.1f}",
-            f"{cost.in_turn_ms(peaks):.3f}",
+            f"{cost.launch_by_launch_ms(peaks):.3f}",
         )
         for cost in costs
     ]  # fmt: skip
     print(markdown_table(heads, rows))
     say()
     memory = [(form, f"{count / 1e6:.1f}") for form, count in kept.items()]
-    print(markdown_table((f"kept for backward, T={tokens}", "MB"), memory))
+    print(markdown_table((f"saved for backward, T={tokens}", "MB"), memory))
     say()
     for line in ASSUMPTIONS:
         say(f"- {line}")

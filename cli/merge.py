@@ -130,10 +130,7 @@ def _print_report(report: MergeReport) -> None:
         step = "" if info.step is None else f", step {info.step}"
         changed = f", {info.changed} tensors changed" if info.changed else ""
         say(f"  Layer {info.layer}: {info.source}")
-        say(
-            f"    {info.modulation}, num_ranks {info.num_ranks}, rank {info.rank}{step}, "
-            f"optimizer {info.optimizer}{changed}"
-        )
+        say(f"    {info.architecture}{step}, optimizer {info.optimizer}{changed}")
     if report.global_step is not None:
         say(f"Training continues from step {report.global_step}")
     total = sum(report.files.values())

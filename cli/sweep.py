@@ -70,7 +70,9 @@ def sweep(
 def _lines(found: Sweep) -> Iterator[str]:
     tables = {"KL of the next token, nats": found.kl}
     for text, values in found.tracked.items():
-        tables[f"Probability of {text!r}, {found.base[text]:.4f} with nothing injected"] = values
+        tables[f"Probability of {text!r}, {found.no_injection[text]:.4f} with nothing injected"] = (
+            values
+        )
     for title, rows in tables.items():
         yield ""
         yield title

@@ -36,7 +36,7 @@ def train(
         if report.evaluation is not None:
             found = report.evaluation
             say(
-                f"Perplexity {found.perplexity:.3f} (base {found.base_perplexity:.3f}), "
+                f"Perplexity {found.perplexity:.3f} (base model {found.base_perplexity:.3f}), "
                 f"KL {found.kl:.4f} nats, top-1 agreement {found.top1_agreement:.4f}"
             )
         say(f"Final checkpoint: {report.checkpoint}")

@@ -1,4 +1,4 @@
-"""The modulated MLP in float64, straight from SPEC 1.1 and 1.2: it forms v_a and v_b.
+"""The modulated MLP in float64, straight from the definition (design.md#definition).
 
 Independent of the code under test, and slow on purpose: names are looked up one by one, vectors are
 built for every token. It is the truth for everything that claims to leave a function unchanged.

@@ -1,4 +1,4 @@
-"""How components start: every row of SPEC 1.4's table, by facts of the distributions."""
+"""How components start: every row of the table (design.md#initialization), by facts of the distributions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the modulated MLP keeps for backward, counted, is what KERNELS 2.3 says."""
+"""What the modulated MLP keeps for backward, counted, is what the formula says (design.md#saved-activations)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _8b = partial(Problem, hidden=4096, intermediate=14336)
         pytest.param(_8b(tokens=2048, num_ranks=128, rank=64), 355, 255, id="8B-R8192"),
     ],
 )
-def test_the_formula_gives_the_table_of_kernels(
+def test_the_formula_gives_the_table_of_the_design(
     problem: Problem, saved: int, recomputed: int
 ) -> None:
     """Megabytes per layer in bfloat16."""

@@ -111,10 +111,11 @@ def injection(name: str, found: InjectionResult, how: str, when: InjectionTime) 
     hit = ", ".join([*read, *(["the generated ones"] if when != "prefill" else [])])
     lines = [
         f"Injected '{name}' ({how}) into layers {c.layers}, tokens {hit} "
-        f"of {len(c.prompt)}, {c.seconds * 1000:.0f} ms (baseline {c.base_seconds * 1000:.0f} ms)"
+        f"of {len(c.prompt)}, {c.seconds * 1000:.0f} ms "
+        f"(baseline {c.no_injection_seconds * 1000:.0f} ms)"
     ]
     lines += left_out(found.left_out)
-    lines += _side_by_side(c.base_text, c.injected_text, name)
+    lines += _side_by_side(c.no_injection_text, c.injected_text, name)
     if len(c.generated) > 1:
         lines += [
             f"  Token {number:3}: {token.text!r} [{token.before:.4f} → {token.after:.4f}] "
@@ -189,7 +190,7 @@ def comparison(name: str, c: Comparison) -> list[str]:
     lines = [f"Top-{len(c.top)} Predictions:", f"  {'Baseline':<{_CELL}}  With {name}"]
     lines += [
         f"  {cell(a.text, a.before):<{_CELL}}  {cell(b.text, b.after)}"
-        for a, b in zip(c.top_base, c.top, strict=True)
+        for a, b in zip(c.no_injection_top, c.top, strict=True)
     ]
     if c.tracked:
         rows = [
@@ -214,5 +215,5 @@ def sweep(found: Sweep) -> list[str]:
 
     lines = ["KL Divergence:", *table(found.kl)]
     for text, values in found.tracked.items():
-        lines += [f"{text!r} (baseline {found.base[text]:.4f}):", *table(values)]
+        lines += [f"{text!r} (baseline {found.no_injection[text]:.4f}):", *table(values)]
     return lines

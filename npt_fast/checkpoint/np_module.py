@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from npt_fast.checkpoint.keys import PROJECTIONS, STEMS, NPTKey, parse_key
 from npt_fast.checkpoint.tensor_entry import TensorEntry
@@ -31,6 +32,9 @@ class Architecture:
     hidden_size: int
     intermediate_size: int
 
+    def __str__(self) -> str:
+        return f"{self.modulation}, num_ranks {self.num_ranks}, rank {self.rank}"
+
     def slots(self) -> Iterator[Slot]:
         """All places in the order in which parameters are saved and optimized (SPEC 2.1, 2.3)."""
         for projection in PROJECTIONS[self.modulation]:
@@ -56,6 +60,17 @@ class Architecture:
 
     def names(self, layer: int) -> list[str]:
         return [str(self.key(layer, slot)) for slot in self.slots()]
+
+
+def flat(report: Any) -> dict[str, Any]:
+    """A layer's report for JSON: modulation, num_ranks and rank in place of its `Architecture`."""
+    content: dict[str, Any] = {}
+    for name, value in asdict(report).items():
+        if name == "architecture":
+            content |= {key: value[key] for key in ("modulation", "num_ranks", "rank")}
+        else:
+            content[name] = value
+    return content
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.safetensors_file import read_safetensors
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
-from npt_fast.checkpoint.torch_pickle import TensorRef
+from npt_fast.checkpoint.torch_symbols import TensorRef
 from npt_fast.checkpoint.torch_zip import TorchZip, read_torch_zip
 from npt_fast.checkpoint.training_run import BEST, CHECKPOINTS, FINAL, checkpoints_in
 from npt_fast.errors import CheckpointError

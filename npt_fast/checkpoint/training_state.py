@@ -19,7 +19,7 @@ from npt_fast.checkpoint.np_module import NPModule, Slot
 from npt_fast.checkpoint.numbers import read_number
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
-from npt_fast.checkpoint.torch_pickle import TensorRef
+from npt_fast.checkpoint.torch_symbols import TensorRef
 from npt_fast.checkpoint.torch_zip import TorchZip, read_torch_zip
 from npt_fast.errors import CheckpointError, printable
 from npt_fast.schema import is_count, shown
@@ -289,6 +289,6 @@ def join_multi_layer_states(
     return joined
 
 
-def base_state(states: Sequence[TrainingState]) -> TrainingState | None:
+def furthest_trained(states: Sequence[TrainingState]) -> TrainingState | None:
     """The state whose scalars a merge keeps: the highest global_step, the first on a tie."""
     return max(states, key=lambda state: state.global_step, default=None)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from npt_fast.config import Injection, InjectionMode, InjectionTime
+from npt_fast.config import Injection, InjectionMode, InjectionTime, Match, Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.functional import ACTIVATIONS
 from npt_fast.hf.convert import components
 from npt_fast.modules import NPComponent
-from npt_fast.transfer.extract import component_vectors, on
+from npt_fast.transfer.extract import component_vectors, enabled_layers
 from npt_fast.transfer.modulation import Modulation
-from npt_fast.transfer.positions import Match, Position, resolve
+from npt_fast.transfer.positions import resolve
 from npt_fast.transfer.terms import PROJECTIONS, Terms
 
 _CHUNK = 64  # tokens whose own vectors are formed at a time
@@ -111,26 +111,26 @@ def injecting(
         if layer not in converted or not converted[layer].enabled:
             raise ModelError(
                 f"layer {layer} of the modulation is no NP layer that is on; there are "
-                f"{on(converted)}"
+                f"{enabled_layers(converted)}"
             )
     if not layers:
         raise TransferError("there is nothing to inject")
     hits = Hits()
-    tracker = _Tracker(injection, tokenizer, hits)
+    targets = _Targets(injection, tokenizer, hits)
     with ExitStack() as stack:
         decoder: Any = model.get_decoder()  # type: ignore[operator]
-        stack.callback(decoder.register_forward_pre_hook(tracker.before, with_kwargs=True).remove)
+        stack.callback(decoder.register_forward_pre_hook(targets.before, with_kwargs=True).remove)
         for layer in layers:
             parts = [None if m is None else m.layers.get(layer) for m in given]
             device = converted[layer].w_down.device
             terms = [None if p is None else _on(p, device) for p in parts]
-            hook = _Hook(layer, terms, injection, tracker)
+            hook = _Hook(layer, terms, injection, targets)
             stack.callback(converted[layer].register_forward_hook(hook).remove)
         yield hits
     if not hits.count:
         raise TransferError(
             f"nothing was injected: no token was at {injection.position} when the model ran"
-            if tracker.passes
+            if targets.passes
             else "nothing was injected: the model did not run within the context"
         )
 
@@ -163,7 +163,7 @@ def _on(terms: Any, device: torch.device) -> dict[str, Terms]:
     return {name: Terms(*(v.to(device) for v in pair)) for name, pair in terms.items()}
 
 
-class _Tracker:
+class _Targets:
     """Knows in every pass of the model which of its tokens are meant."""
 
     def __init__(self, injection: Injection, tokenizer: Any, hits: Hits) -> None:
@@ -242,16 +242,16 @@ class _Hook:
         layer: int,
         terms: Sequence[dict[str, Terms] | None],
         injection: Injection,
-        tracker: _Tracker,
+        targets: _Targets,
     ) -> None:
         self.layer = layer
         self.terms = terms
         self.mode = injection.mode
         self.strength = injection.strength
-        self.tracker = tracker
+        self.targets = targets
 
     def __call__(self, component: NPComponent, args: Any, output: Tensor) -> Tensor | None:
-        chosen = self.tracker.chosen
+        chosen = self.targets.chosen
         if chosen is None:
             return None
         attention, h, mlp = args
@@ -270,7 +270,7 @@ class _Hook:
             output[meant] = torch.cat(
                 [self._compute(component, a, x, mlp, terms) for a, x in parts]
             )
-            hits = self.tracker.hits
+            hits = self.targets.hits
             hits.count += int(meant.sum())
             if self.layer not in hits.layers:
                 hits.layers = sorted([*hits.layers, self.layer])

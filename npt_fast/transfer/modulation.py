@@ -1,9 +1,9 @@
-"""A modulation: weight changes as rank-1 terms, taken from a text, that can be combined and kept.
+"""The modulation, which users extract from a text, combine, save and inject.
 
-Per layer and projection ``dW = sum_i v_b_i v_a_i'``, kept as ``v_a (n, in)`` and ``v_b (n, out)``.
-Arithmetic is on dW and exact, by concatenating terms: ``a + b``, ``a - b``, ``2 * a``, ``-a``,
-`mean`. (On the vectors themselves nothing means what it says: twice the vectors is four times dW,
-and their negatives are the same dW.)
+Each layer and projection has ``dW = sum_i v_b_i v_a_i'``, stored as ``v_a (n, in)`` and
+``v_b (n, out)``. Arithmetic (``a + b``, ``a - b``, ``2 * a``, ``-a``, `mean`) acts on dW and is
+exact: it concatenates terms or scales v_b. Arithmetic on the vectors would not be: twice the
+vectors is four times dW, and their negatives are the same dW (design.md#modulation-arithmetic).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from npt_fast.transfer.terms import Layers, Terms, truncated
 
 @dataclass(frozen=True, eq=False)
 class Modulation:
-    """Weight changes of some layers of one base model.
+    """Weight changes dW of some NP layers, as rank-1 terms.
 
     Attributes:
-        layers: terms by layer index and projection (``gate``, ``up``, ``down``).
-        base: the model they fit.
-        origin: where they come from: a text with its tokens and positions, or how others were
-            combined; plain data, as JSON has it. Where a combination would be more than `ORIGIN`
-            allows, its description takes its place, as ``{"summary": TEXT}``.
-        vectors: whether terms still are the components' vectors, one to one, so that the modes
-            that work on vectors (blend, add) can be used.
+        layers: Terms by layer index and projection (``gate``, ``up``, ``down``).
+        base: Name and sizes of the base model that the terms fit.
+        origin: Source text with its tokens and positions, or how other modulations were combined;
+            plain data that JSON can hold. A combination too large to be saved has
+            ``{"summary": TEXT}`` instead.
+        vectors: Whether the terms are the vectors of NP components, one to one. The modes that mix
+            vectors (blend, add) need that.
     """
 
     layers: Layers
@@ -57,10 +57,10 @@ class Modulation:
         return -1.0 * self
 
     def __mul__(self, factor: float) -> Modulation:
-        """dW times `factor`, which goes into v_b alone."""
+        """Multiply dW by a finite number, which goes into v_b alone."""
         try:
             usable = math.isfinite(factor)
-        except OverflowError:  # a whole number that no float holds
+        except OverflowError:  # an int beyond the range of float
             usable = False
         if not usable:
             raise TransferError(f"a modulation cannot be multiplied by {shown(factor)}")
@@ -76,51 +76,53 @@ class Modulation:
 
     @property
     def terms(self) -> int:
-        """The largest number of terms of a projection."""
+        """Number of terms of the projection that has most."""
         return max(len(t.v_a) for _, _, t in self.walk())
 
     def walk(self) -> Iterator[tuple[int, str, Terms]]:
-        """Layer, projection and terms of all."""
+        """Yield layer, projection and terms, layer by layer."""
         for layer, projections in self.layers.items():
             for projection, terms in projections.items():
                 yield layer, projection, terms
 
     def magnitude(self, layer: int) -> float:
-        """Mean Frobenius norm of a layer's tensors, as the original reports it."""
+        """Mean Frobenius norm of the layer's v_a and v_b tensors, as the original reports it."""
         tensors = [t for terms in self.layers[layer].values() for t in terms]
         return float(sum(t.double().norm().item() for t in tensors)) / len(tensors)
 
     def dense(self, layer: int, projection: str) -> Tensor:
-        """dW, ``(out, in)``: for looking, and for small models."""
+        """dW of one projection, ``(out, in)``; as large as the weight itself."""
         return self.layers[layer][projection].dense()
 
     def only(self, layers: Sequence[int]) -> Modulation:
-        """The part of some layers.
+        """The part that changes these layers.
 
         Raises:
-            TransferError: it has none of them.
+            TransferError: the modulation changes none of them.
         """
         kept = {layer: terms for layer, terms in self.layers.items() if layer in layers}
         if not kept:
-            raise TransferError(f"it changes layers {list(self.layers)}, none of {list(layers)}")
+            raise TransferError(
+                f"the modulation changes layers {list(self.layers)}, none of {list(layers)}"
+            )
         return replace(self, layers=kept)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Modulation:
-        """On another device, or in another precision."""
+        """Copy to another device or dtype."""
         return replace(
             self,
             layers=_mapped(self.layers, lambda t: Terms(*(x.to(device, dtype) for x in t))),
         )
 
     def compress(self, rank: int | None = None, tol: float = 0.0) -> tuple[Modulation, float]:
-        """Fewer terms for nearly the same change, by QR of both sides and the SVD in between.
+        """Approximate dW with fewer terms, by QR of both factors and an SVD.
 
         Args:
-            rank: terms per projection, at most; no limit if None.
-            tol: relative error of dW (Frobenius) that each projection may have.
+            rank: Largest number of terms per projection; None for no limit.
+            tol: Allowed relative error of each projection's dW (Frobenius norm); `rank` wins.
 
         Returns:
-            The modulation, and the largest relative error of a projection's dW.
+            The smaller modulation, and the largest relative error of a projection's dW.
 
         Raises:
             ValueError: `rank` is not positive, or `tol` negative.
@@ -140,61 +142,61 @@ class Modulation:
         return replace(self, layers=layers, origin=origin, vectors=False), error
 
     def check_base_model(self, model: Any) -> None:
-        """Whether it fits a model.
+        """Check that the modulation fits a model.
 
         Raises:
-            ModelError: it was taken from another one.
+            ModelError: it belongs to a base model of other sizes.
         """
         own = BaseModel.of(model)
         for name, ours, theirs in zip(SIZES, self.base.sizes, own.sizes, strict=True):
             if ours != theirs:
                 known = self.base.name[:80] or "unnamed"
                 raise ModelError(
-                    f"the modulation is of another base model ({known}): "
+                    f"the modulation belongs to another base model ({known}): "
                     f"{name} {ours}, the model has {theirs}"
                 )
 
     @property
     def contents(self) -> modulation_file.Contents:
-        """What its file holds."""
+        """The four fields, as the file has them."""
         return modulation_file.Contents(self.layers, self.base, self.origin, self.vectors)
 
     def save(self, path: str | Path) -> None:
-        """Write it as safetensors, its origin in the header; replaces a file in one step.
+        """Write a safetensors file with the origin in its header, replacing a file in one step.
 
         Raises:
-            TransferError: the file cannot be written, or could not be read again.
+            TransferError: the file cannot be written, or could not be read back.
         """
         modulation_file.write(self.contents, user_path(path))
 
     @cached_property
     def description(self) -> str:
-        """Where it comes from, in a line of at most 1,000 characters."""
+        """The origin in a line of at most 1,000 characters."""
         return printable(describe(self.origin))
 
 
 def load_modulation(path: str | Path) -> Modulation:
-    """Read the header of a modulation's file; tensors are read when they are used.
+    """Open a file that `Modulation.save` wrote; tensors are read when they are used.
 
     Raises:
-        CheckpointError: the file is no modulation, is broken, or is of a later version.
+        CheckpointError: the file is no modulation, is damaged, or has another version.
     """
     return open_modulation(SourceFile.of(user_path(path), follow_links=True))
 
 
 def open_modulation(source: SourceFile) -> Modulation:
-    """Like `load_modulation`, for a file that has been looked at."""
+    """Like `load_modulation`, for a file whose kind and size have been checked."""
     return Modulation(*modulation_file.read(source))
 
 
 def mean(modulations: Sequence[Modulation]) -> Modulation:
-    """The exact mean of dW.
+    """The modulation whose dW is the mean of the given ones.
 
     Raises:
-        TransferError: none is given, or they do not fit together.
+        TransferError: the list is empty, or base models, layers or projections differ.
     """
     if not modulations:
-        raise TransferError("there is nothing to take the mean of")
+        raise TransferError("the mean needs at least one modulation")
     scaled = [m * (1 / len(modulations)) for m in modulations]
     return _concatenated(scaled, bounded({"mean": [m.origin for m in modulations]}))
 
@@ -207,17 +209,18 @@ def _mapped(layers: Layers, function: Callable[[Terms], Terms]) -> Layers:
 
 
 def _concatenated(parts: Sequence[Modulation], origin: Mapping[str, Any]) -> Modulation:
-    """The sum of dW: all terms side by side."""
+    """The sum of dW: the terms of all parts, concatenated."""
     first = parts[0]
     for other in parts[1:]:
         if other.base.sizes != first.base.sizes:
             raise TransferError(
-                f"modulations of different base models: {first.base.sizes} and {other.base.sizes}"
+                "the modulations belong to different base models: "
+                f"{first.base.sizes} and {other.base.sizes}"
             )
         if set(other.layers) != set(first.layers):
             raise TransferError(
-                f"modulations of different layers: {sorted(first.layers)} and "
-                f"{sorted(other.layers)}; .only(layers) takes a part"
+                f"the modulations change different layers: {sorted(first.layers)} and "
+                f"{sorted(other.layers)}; take a part with .only(layers)"
             )
         for layer, projections in first.layers.items():
             if set(projections) != set(other.layers[layer]):

@@ -1,8 +1,8 @@
-"""Modulations as files: safetensors, with everything that is known about them in the header.
+"""The safetensors file of a modulation, to and from plain records.
 
-``layer.11.gate.v_a`` and ``.v_b`` hold the terms; ``npt_modulation`` in the metadata is JSON with
-the base model's sizes, the origin and the layers. Reading opens the header alone; a layer's tensors
-are read when they are asked for.
+``layer.11.gate.v_a`` and ``.v_b`` hold the terms. ``npt_modulation`` in the metadata is JSON with
+the base model's sizes, the origin, and the projections of each layer. Opening a file reads only its
+header; a layer's tensors are read when they are used.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from npt_fast.transfer.terms import PROJECTIONS, Layers, Terms
 
 FORMAT = "npt_modulation"
 VERSION = 1
-_MAX_HEADER = 4 << 20  # an origin, and 10,000 tensors
+_MAX_HEADER = 4 << 20  # bytes: 3 MiB of origin, and about 100 bytes for each of 10,000 tensors
 _DTYPES = ("F16", "BF16", "F32", "F64")
 _BASE_MODEL = {"name": TEXT} | dict.fromkeys(SIZES, POSITIVE)
 _DESCRIPTION: dict[str, Kind] = {
@@ -55,7 +55,7 @@ _DESCRIPTION: dict[str, Kind] = {
 
 
 class Contents(NamedTuple):
-    """What a file holds: the fields of `npt_fast.Modulation`, in their order."""
+    """Contents of a file: the fields of `npt_fast.Modulation`, in their order."""
 
     layers: Layers
     base: BaseModel
@@ -64,15 +64,15 @@ class Contents(NamedTuple):
 
 
 def write(contents: Contents, path: Path) -> None:
-    """Write a modulation; a file of that name is replaced in one step.
+    """Write a file, replacing one of that name in one step.
 
     Raises:
-        TransferError: the folder cannot be written to, or what would be written could not be read.
+        TransferError: the folder cannot be written to, or the file could not be read back.
     """
     temporary = path.with_name(f".{token_hex(16)}.npt-fast")
     try:
         data = packed(contents, temporary)
-        with temporary.open("xb") as file:  # follows no link that somebody has put there
+        with temporary.open("xb") as file:  # exclusive: follows no link that was planted there
             file.write(data)
         read_back(temporary)
         temporary.replace(path)
@@ -87,15 +87,16 @@ def write(contents: Contents, path: Path) -> None:
 
 
 def packed(contents: Contents, path: Path) -> bytes:
-    """What the file of a modulation holds.
+    """Serialize contents to the bytes of a file.
 
     Args:
-        path: of the file, for messages.
+        contents: Contents of the file.
+        path: Path of the file, for messages.
 
     Raises:
-        TransferError: safetensors or JSON cannot hold it.
+        TransferError: safetensors or JSON cannot hold the contents.
     """
-    if not ORIGIN.fits(contents.origin):  # before json, which follows cycles and shared parts
+    if not ORIGIN.fits(contents.origin):  # checked first: json follows cycles and shared parts
         raise TransferError(f"{path}: its origin must be {ORIGIN.name}")
     tensors = {
         f"layer.{layer}.{projection}.{name}": tensor.detach().cpu().contiguous()
@@ -113,26 +114,26 @@ def packed(contents: Contents, path: Path) -> bytes:
     try:
         return save(tensors, {FORMAT: json.dumps(description, ensure_ascii=False)})
     except KeyError as error:
-        raise TransferError(f"{path}: safetensors cannot hold terms of {error}") from None
+        raise TransferError(f"{path}: safetensors has no dtype for terms of {error}") from None
     except (SafetensorError, TypeError, ValueError) as error:
         raise TransferError(f"{path}: {error}") from error
 
 
 def read_back(path: Path) -> None:
-    """Read all of a file that was written, as others will.
+    """Read all tensors of a file that was just written.
 
     Raises:
-        CheckpointError: they could not.
+        CheckpointError: a reader could not use the file.
     """
     for _ in read(SourceFile.of(path)).layers.values():
         pass
 
 
 def read(source: SourceFile) -> Contents:
-    """Read the header; a layer's tensors are read when they are asked for.
+    """Read the header of a file; the tensors are read when they are used.
 
     Raises:
-        CheckpointError: the file is no modulation, is broken, or is of a later version.
+        CheckpointError: the file is no modulation, is damaged, or has another version.
     """
     path = source.path
     if file_kind.is_pickle(source.read(0, min(source.size, file_kind.HEAD))):
@@ -143,13 +144,13 @@ def read(source: SourceFile) -> Contents:
     found = read_safetensors(source, _MAX_HEADER)
     if FORMAT not in found.metadata:
         raise CheckpointError(f"{path}: is no modulation: its header has no {FORMAT}")
-    # surrogates, which UTF-8 has not, are refused by the parser
+    # lone surrogates are no UTF-8; the parser refuses them with a message
     text = found.metadata[FORMAT].encode("utf-8", "surrogatepass")
     about = _described(strict_json.parse_object(text, str(path)), path)
     _check(about, found.entries, path)
     with source.open() as fd:
         try:
-            # through its descriptor: the very file that was looked at, whatever its name
+            # by descriptor: this is the file that was checked, even if its name is another's by now
             file: Any = safe_open(f"/dev/fd/{fd}", framework="pt")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
@@ -157,7 +158,7 @@ def read(source: SourceFile) -> Contents:
 
 
 class _Description(NamedTuple):
-    """What the header says: see `Modulation`; projections by layer."""
+    """The header: like `Contents`, but with the names of each layer's projections."""
 
     base: BaseModel
     origin: Mapping[str, Any]
@@ -184,7 +185,9 @@ def _described(given: Mapping[str, Any], path: Path) -> _Description:
         if int(layer) >= base.num_hidden_layers:
             raise CheckpointError(f"{where}: layer {layer} of {base.num_hidden_layers}")
         if not projections or len(set(projections)) < len(projections):
-            raise CheckpointError(f"{where}: layer {layer}: projections that are not one each")
+            raise CheckpointError(
+                f"{where}: layer {layer}: its projections are empty or repeat one"
+            )
         layers[int(layer)] = projections
     if not layers:
         raise CheckpointError(f"{where}: no layers")
@@ -192,7 +195,7 @@ def _described(given: Mapping[str, Any], path: Path) -> _Description:
 
 
 def _check(about: _Description, entries: Mapping[str, TensorEntry], path: Path) -> None:
-    """The tensors are those of the description, no more and no fewer, and of fitting shapes."""
+    """Check that the tensors are exactly those described, with fitting shapes and dtypes."""
     where = f"{path}: its description does not hold"
     d, f = about.base.hidden_size, about.base.intermediate_size
     widths = {"gate": (d, f), "up": (d, f), "down": (f, d)}
@@ -223,7 +226,7 @@ def _listed(shape: tuple[int, ...] | None) -> str:
 
 
 class _Layers(Mapping[int, Mapping[str, Terms]]):
-    """Terms that are read when they are asked for, from the file as it was when it was opened."""
+    """Terms that are read when they are used, from the file as it was when it was opened."""
 
     def __init__(self, file: Any, layers: Mapping[int, list[str]], path: Path) -> None:
         self._file = file
@@ -239,7 +242,7 @@ class _Layers(Mapping[int, Mapping[str, Terms]]):
         }
 
     def _tensor(self, name: str) -> torch.Tensor:
-        # a copy: what is mapped would kill us when somebody cuts the file
+        # cloned: a mapped tensor raises SIGBUS when somebody truncates the file
         tensor: torch.Tensor = self._file.get_tensor(name).clone()
         if not tensor.isfinite().all():
             raise CheckpointError(f"{self._path}: {name} holds NaN or infinity")

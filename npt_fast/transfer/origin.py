@@ -1,4 +1,4 @@
-"""Where a modulation comes from, as plain data: what it may be, and how it reads in a line."""
+"""The origin of a modulation: plain data that can be saved, and its description in a line."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from npt_fast.schema import Kind, is_plain
 
-_DEEPEST, _LARGEST = 64, 3 << 20  # of an origin: mappings in one another, bytes in a file's header
+_DEEPEST = 64  # levels of nesting; strict_json stops at 100
+_LARGEST = 3 << 20  # bytes as JSON in the header of a file, which may have 4 MiB
 _LONGEST = 1000  # characters of a description
 
 
 def _can_be_saved(origin: Any) -> bool:
-    # measured before it is written out, which follows every path to what is shared
+    # is_plain first: json.dumps would write a shared part once per path to it, endlessly in a cycle
     if not isinstance(origin, Mapping) or not is_plain(origin, _DEEPEST, _LARGEST):
         return False
     text = json.dumps(origin, ensure_ascii=False)
@@ -25,23 +26,23 @@ ORIGIN = Kind(
     f"{_DEEPEST} deep and {_LARGEST:,} bytes long",
     _can_be_saved,
 )
-"""What an origin must be, so that it can be saved."""
+"""The form that an origin must have to be saved."""
 
 
 def describe(origin: Mapping[str, Any]) -> str:
-    """An origin in a line of at most 1,000 characters; "unknown" where it says nothing."""
+    """Describe an origin in a line of at most 1,000 characters; "unknown" if it says nothing."""
     pieces: list[str] = []
     try:
-        for piece in _told(origin):  # a piece at a time: an origin may share its parts endlessly
+        for piece in _pieces(origin):  # lazily: 30 times m + m have 2^30 pieces
             pieces.append(piece)
             if sum(map(len, pieces)) > _LONGEST:
                 return "".join(pieces)[: _LONGEST - 1] + "…"
         return "".join(pieces)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-        return "unknown"  # it comes from a file, which may say anything
+        return "unknown"  # an origin from a file may hold anything
 
 
-def _told(origin: Mapping[str, Any]) -> Iterator[str]:
+def _pieces(origin: Mapping[str, Any]) -> Iterator[str]:
     if "text" in origin:
         positions = origin.get("positions") or []
         where = f"mean of {len(positions)} tokens" if len(positions) > 1 else f"at {positions}"
@@ -49,23 +50,23 @@ def _told(origin: Mapping[str, Any]) -> Iterator[str]:
     elif "sum" in origin:
         for number, part in enumerate(origin["sum"]):
             yield " + (" if number else "("
-            yield from _told(part)
+            yield from _pieces(part)
             yield ")"
     elif "factor" in origin:
         yield f"{origin['factor']:g} * ("
-        yield from _told(origin["of"])
+        yield from _pieces(origin["of"])
         yield ")"
     elif "mean" in origin:
         for number, part in enumerate(origin["mean"]):
             yield ", " if number else "mean of "
-            yield from _told(part)
+            yield from _pieces(part)
     elif "compressed" in origin:
-        yield from _told(origin["compressed"])
+        yield from _pieces(origin["compressed"])
         yield f", compressed to an error of {origin['error']:.1e}"
     else:
         yield origin.get("summary", "unknown")
 
 
 def bounded(origin: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An origin, or its description where it could not be saved."""
+    """The origin itself if it can be saved, otherwise its description."""
     return origin if ORIGIN.fits(origin) else {"summary": describe(origin)}

@@ -381,7 +381,7 @@ def fingerprint(modulation: Modulation) -> str:
 
 def _no_effect(modulation: Modulation, found: Comparison, injection: Injection) -> str:
     """Why the next tokens are what they were."""
-    if max(found.kls) > _NO_EFFECT or found.base != found.injected:
+    if max(found.kls) > _NO_EFFECT or found.no_injection != found.injected:
         return ""
     if injection.strength == 0 and injection.mode != "replace":
         return "the strength is 0"

@@ -1,4 +1,4 @@
-"""Rank-1 terms: how a modulation holds the weight changes of its projections."""
+"""Rank-1 terms, the form in which a modulation holds the weight change of a projection."""
 
 from __future__ import annotations
 
@@ -15,26 +15,30 @@ class Terms(NamedTuple):
     """Rank-1 terms of one projection's weight change.
 
     Attributes:
-        v_a: what each reads, ``(n, in)``.
-        v_b: what it writes, ``(n, out)``.
+        v_a: Directions that are read, ``(n, in)``.
+        v_b: Directions that are written, ``(n, out)``.
     """
 
     v_a: Tensor
     v_b: Tensor
 
     def dense(self) -> Tensor:
-        """dW, ``(out, in)``."""
+        """The weight change dW, ``(out, in)``."""
         return self.v_b.t() @ self.v_a
 
 
 def truncated(terms: Terms, rank: int | None, tol: float) -> tuple[Terms, float]:
-    """The best terms of smaller number, and the relative error of dW; in float64 inside."""
+    """The best approximation of dW with fewer terms, and its relative error (Frobenius).
+
+    QR of both factors leaves an SVD of n x n instead of one of out x in. All of it runs in
+    float64, since ``tol`` may be below the resolution of the terms' dtype.
+    """
     dtype = terms.v_a.dtype
     q_a, r_a = torch.linalg.qr(terms.v_a.double().t())
     q_b, r_b = torch.linalg.qr(terms.v_b.double().t())
     left, values, right = torch.linalg.svd(r_b @ r_a.t())
     total = values.norm().item()
-    # what leaving out all from the i-th on costs
+    # costs[i]: the error if term i and all smaller ones are left out
     costs = values.flip(0).square().cumsum(0).sqrt().flip(0).tolist()
     kept = next((i for i, cost in enumerate(costs) if cost <= tol * total), len(costs))
     kept = max(1, min(kept, rank or kept))
@@ -45,3 +49,4 @@ def truncated(terms: Terms, rank: int | None, tol: float) -> tuple[Terms, float]
 
 
 Layers = Mapping[int, Mapping[str, Terms]]
+"""Terms by layer index and projection."""

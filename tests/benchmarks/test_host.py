@@ -35,15 +35,15 @@ from npt_fast.errors import NPTError
 from npt_fast.functional import modulated_mlp as whole_call
 from npt_fast.kernels import _tuning, coefficients, decode, swiglu
 from npt_fast.kernels import modulated_mlp as paths
-from npt_fast.kernels._launch import INTERPRETED, Target, Tiles, launch, recorded
-from npt_fast.kernels.factored import Base, ModulatedMLPFunction, Modulation
+from npt_fast.kernels._launch import INTERPRETED, Target, Tiles, launch, recorded_launches
+from npt_fast.kernels.factored import Factors, MLPWeights, ModulatedMLPFunction
 from npt_fast.testing import Problem, make_inputs
 from tests.kernels.cases import Inputs, arranged, padded, transposed
 
 ROOT = Path(__file__).parents[2]
 compiler = pytest.mark.skipif(INTERPRETED, reason="is run by test_all_of_it_with_the_compiler")
 
-KERNELS = {
+LAUNCHES = {
     ("decode", False): {
         "decode_products": 3, "coefficients_fwd": 2, "decode_inner": 1, "decode_sum": 1,
     },
@@ -59,14 +59,14 @@ KERNELS = {
 }  # fmt: skip
 """Path, and whether backward follows -> launches by kernel. Those of decode are the seven that
 kernels/decode.py and kernels/README.md state; the others are one for each step of `factored` that
-`modulated_mlp.GEMM` and `FUSED` give to a kernel."""
+`modulated_mlp.GEMM_STEPS` and `FUSED_STEPS` give to a kernel."""
 
 SUPPORTS = paths.supports
 
 directions = pytest.mark.parametrize(
     ("path", "gradients"),
-    KERNELS,
-    ids=[f"{path}-{'backward' if gradients else 'forward'}" for path, gradients in KERNELS],
+    LAUNCHES,
+    ids=[f"{path}-{'backward' if gradients else 'forward'}" for path, gradients in LAUNCHES],
 )
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 ODD = Problem(tokens=5, hidden=33, intermediate=43, num_ranks=3, rank=5, bias=True)
@@ -95,14 +95,14 @@ def test_the_interpreter_has_no_host_times() -> None:
 @pytest.fixture
 def stub() -> Iterator[StubDriver]:
     """With tiles that compile fast."""
-    with _tuning.forced(Tiles(16, 16, 16, 1, 1)), stub_driver() as driver:
+    with _tuning.forced_tiles(Tiles(16, 16, 16, 1, 1)), stub_driver() as driver:
         yield driver
 
 
 def run(inputs: Inputs, path: paths.Path, gradients: bool) -> None:
-    x, h, base, modulation = inputs
+    x, h, weights, factors = inputs
     with torch.set_grad_enabled(gradients):
-        y = paths.modulated_mlp(x, h, base, modulation, path=path)
+        y = paths.modulated_mlp(x, h, weights, factors, path=path)
         if gradients:
             y.backward(torch.empty_like(y))
 
@@ -116,8 +116,8 @@ def without_data(inputs: Inputs) -> Inputs:
         form = {"dtype": value.dtype, "requires_grad": value.requires_grad, "device": "meta"}
         return torch.empty_strided(value.shape, value.stride(), **form)
 
-    x, h, base, modulation = inputs
-    return meta(x), meta(h), Base(*map(meta, base)), Modulation(*map(meta, modulation))
+    x, h, weights, factors = inputs
+    return meta(x), meta(h), MLPWeights(*map(meta, weights)), Factors(*map(meta, factors))
 
 
 class Form(NamedTuple):
@@ -145,8 +145,8 @@ def assert_as_stated_and_on_record(
     with stub.recorded() as launches:
         run(inputs, path, gradients)
     counts = Counter(kernel_name(launched.kernel) for launched in launches)
-    assert counts == KERNELS[path, gradients]
-    with recorded(Target("cuda", 90)) as expected:
+    assert counts == LAUNCHES[path, gradients]
+    with recorded_launches(Target("cuda", 90)) as expected:
         run(without_data(inputs), path, gradients)
     for launched, record in zip(launches, expected, strict=True):
         assert launched.kernel == record.kernel.fn.__name__
@@ -287,17 +287,17 @@ def test_the_device_of_the_tensors_is_current_at_every_launch(
 ) -> None:
     """And everything that wrappers allocate is there too."""
     with torch.no_grad(), FakeTensorMode(), WithoutCUDA(), current.recorded() as launches:
-        x, h, base, m = inputs_of(host.PROBLEM, torch.bfloat16, False, "cuda:1")
+        x, h, weights, m = inputs_of(host.PROBLEM, torch.bfloat16, False, "cuda:1")
         if gradients:  # by hand: autograd wants to know the device
             saved: list[Tensor] = []
             context: Any = SimpleNamespace(save_for_backward=lambda *t: saved.extend(t))
             context.saved_tensors, context.needs_input_grad = saved, (True,) * 14
-            steps = paths.GEMM if path == "gemm" else paths.FUSED
-            y = ModulatedMLPFunction.forward(context, x, h, *base, *m, "silu", True, steps)
+            steps = paths.GEMM_STEPS if path == "gemm" else paths.FUSED_STEPS
+            y = ModulatedMLPFunction.forward(context, x, h, *weights, *m, "silu", True, steps)
             ModulatedMLPFunction.backward(context, y)
         else:
-            paths.modulated_mlp(x, h, base, m, path=path)
-    assert Counter(kernel_name(one.kernel) for one in launches) == KERNELS[path, gradients]
+            paths.modulated_mlp(x, h, weights, m, path=path)
+    assert Counter(kernel_name(one.kernel) for one in launches) == LAUNCHES[path, gradients]
     assert_on_the_tensors_device(launches, "cuda:1")
 
 
@@ -319,9 +319,9 @@ def test_the_whole_call_takes_triton_for_tensors_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(paths, "supports", SUPPORTS)  # itself, not as the stub has it
     with torch.no_grad(), FakeTensorMode(), WithoutCUDA(), current.recorded() as launches:
-        x, h, base, m = inputs_of(host.PROBLEM, torch.bfloat16, False, "cuda:1")
-        y = whole_call(x, h, base.gate, base.up, base.down, m)
-    assert Counter(kernel_name(one.kernel) for one in launches) == KERNELS["decode", False]
+        x, h, weights, m = inputs_of(host.PROBLEM, torch.bfloat16, False, "cuda:1")
+        y = whole_call(x, h, weights.gate, weights.up, weights.down, m)
+    assert Counter(kernel_name(one.kernel) for one in launches) == LAUNCHES["decode", False]
     assert_on_the_tensors_device(launches, "cuda:1")
     assert (y.device, y.dtype) == (torch.device("cuda", 1), torch.bfloat16)
 
@@ -331,7 +331,7 @@ def test_what_is_measured(stub: StubDriver) -> None:
     rows = host.measure(rounds=2, number=1)
     kernels = {
         (path, "forward + backward" if gradients else "forward"): counts
-        for (path, gradients), counts in KERNELS.items()
+        for (path, gradients), counts in LAUNCHES.items()
     }
     for what, path in (("forward", "decode"), ("forward + backward", "gemm")):
         for factors in ("float32", "bfloat16"):

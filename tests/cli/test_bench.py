@@ -140,10 +140,10 @@ def test_a_budget_too_small_for_anything(capsys: pytest.CaptureFixture[str]) -> 
         ("--dtype int8", 2, "dtype"),
         ("--budget 1", 1, "nothing can be timed in less than 5 s"),
         ("--budget nan", 1, "nothing can be timed"),
-        ("--plot a.png", 1, "there is nothing to draw, for the interpreter: times mean nothing"),
+        ("--plot a.png", 1, "nothing to draw: interpreter: times mean nothing"),
         ("--tokens 99999999999999999999", 2, "positive numbers separated by commas"),
         ("--host", 1, "TRITON_INTERPRET"),
-        ("--host --plot a.png", 1, "it goes with --json alone"),
+        ("--host --plot a.png", 1, "combine it with --json only"),
     ],
 )
 def test_bad_options_are_one_line(

@@ -41,13 +41,13 @@ def test_json_is_the_librarys(place: Place, checkpoint: Path, capsys: Any) -> No
     )  # fmt: skip
     found = json.loads(out)
     assert found["layers"] == [2] and found["positions"] == [2]
-    assert (found["base"], found["injected"]) == (expected.base, expected.injected)
+    assert (found["no_injection"], found["injected"]) == (expected.no_injection, expected.injected)
     assert found["kls"] == pytest.approx(expected.kls)
     assert [t["after"] for t in found["tracked"]] == pytest.approx(
         [token.after for token in expected.tracked]
     )
     assert found["mode"] == "exact-add, strength -1.5, both"
-    assert found["injected"] != found["base"]
+    assert found["injected"] != found["no_injection"]
 
 
 def test_lines_and_a_report(place: Place, checkpoint: Path, capsys: Any, tmp_path: Path) -> None:

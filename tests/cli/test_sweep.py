@@ -42,7 +42,7 @@ def test_every_cell_is_a_comparison(place: Place, checkpoint: Path, capsys: Any)
             for token in expected.tracked:
                 values = found["tracked"][token.text]
                 assert values[row][column] == pytest.approx(token.after)
-                assert found["base"][token.text] == pytest.approx(token.before)
+                assert found["no_injection"][token.text] == pytest.approx(token.before)
 
 
 def test_tables_and_a_report(place: Place, checkpoint: Path, capsys: Any, tmp_path: Path) -> None:

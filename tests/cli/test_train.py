@@ -336,7 +336,7 @@ def test_a_signal_saves(
     path = Path(last.removeprefix("Final checkpoint: "))
     step = load_state(path)["global_step"]
     assert 3 <= step < 60
-    assert stopped == f"Stopped at step {step}; go on with --resume_from:"
+    assert stopped == f"Stopped at step {step}; continue with --resume_from:"
     assert path == tmp_path / "run" / "checkpoints" / f"checkpoint-{step}"
     assert npt.verify(path).passed
     assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from npt_fast.functional import modulated_mlp
 from npt_fast.kernels._tuning import MAX_CANDIDATES
-from npt_fast.kernels.factored import Base, Modulation
-from npt_fast.testing import Problem, assert_within_budget, leaves, longest_sum, make_inputs
+from npt_fast.kernels.factored import Factors, MLPWeights
+from npt_fast.testing import Problem, assert_within_budget, longest_sum, make_inputs, named_tensors
 
 SIMULATED = "ttsem" in sys.modules
 """Whether this is `python -m ttsem.sanitize pytest`: it passes for a GPU, and checks accesses."""
@@ -39,7 +39,7 @@ tiles_of_the_rule = pytest.mark.parametrize(
 )
 """Tokens, and which of the tiles that a kernel may run with, where sizes are multiples of 8."""
 
-Inputs = tuple[Tensor, Tensor, Base, Modulation]
+Inputs = tuple[Tensor, Tensor, MLPWeights, Factors]
 
 
 def padded(tensor: Tensor) -> Tensor:
@@ -132,23 +132,28 @@ def inputs_of(problem: Problem, dtype: torch.dtype, **options: Any) -> Inputs:
 
 def arranged(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
     """The same leaves, every matrix of them in another layout."""
-    x, h, base, modulation = inputs
+    x, h, weights, factors = inputs
 
     def arrange(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim < 2:
             return value
         return layout(value.detach()).requires_grad_(value.requires_grad)
 
-    return arrange(x), arrange(h), Base(*map(arrange, base)), Modulation(*map(arrange, modulation))
+    return (
+        arrange(x),
+        arrange(h),
+        MLPWeights(*map(arrange, weights)),
+        Factors(*map(arrange, factors)),
+    )
 
 
 def mlp(inputs: Inputs, **options: Any) -> Tensor:
     """`npt_fast.functional.modulated_mlp` of joined arguments."""
-    x, h, base, modulation = inputs
-    gate, up, down, *biases = base
+    x, h, weights, factors = inputs
+    gate, up, down, *biases = weights
     names = ("gate_bias", "up_bias", "down_bias")
     options |= dict(zip(names, biases, strict=True))
-    return modulated_mlp(x, h, gate, up, down, modulation, **options)
+    return modulated_mlp(x, h, gate, up, down, factors, **options)
 
 
 def reference_mlp(inputs: Inputs) -> Tensor:
@@ -165,7 +170,7 @@ def output_gradient(inputs: Inputs) -> Tensor:
 
 def gradients(inputs: Inputs, y: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """Of every tensor among `inputs`, by name; the graph stays."""
-    tensors = leaves(*inputs)
+    tensors = named_tensors(*inputs)
     found = torch.autograd.grad(y, list(tensors.values()), dy, retain_graph=True)
     return dict(zip(tensors, found, strict=True))
 

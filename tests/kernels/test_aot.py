@@ -70,7 +70,7 @@ def test_the_table_is_what_the_compiler_says(arch: str) -> None:
 def test_what_is_wrong_is_named(arch: str, tiles: str, problem: str) -> None:
     found = compiler(
         "from npt_fast.kernels import _tuning\n"
-        f"with _tuning.forced({tiles}):\n"
+        f"with _tuning.forced_tiles({tiles}):\n"
         f"    cases = aot.cases(Target.parse({arch!r}))\n"
         "    names = [case.launch.kernel.fn.__name__ for case in cases]\n"
         f"    c = aot.compile_case({arch!r}, names.index('_modulated_gate_up_kernel'))\n"

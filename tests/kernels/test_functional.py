@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from npt_fast.testing import Problem, assert_within_budget, leaves, longest_sum
+from npt_fast.testing import Problem, assert_within_budget, longest_sum, named_tensors
 from tests.kernels.cases import (
     DEVICE,
     DTYPES,
@@ -53,7 +53,7 @@ def test_mixed_dtypes(
         found, eager = (results(f, inputs, dy) for f in (triton_mlp, reference_mlp))
     assert found["y"].dtype == computed
     exact = results(reference_mlp, cast(inputs, torch.float64), dy.double())
-    for name, tensor in leaves(*inputs).items():
+    for name, tensor in named_tensors(*inputs).items():
         assert found[name].dtype == tensor.dtype, name
     for name in found:
         # a gradient in float32 of what was computed in 16 bits is as precise as those
@@ -110,9 +110,9 @@ def in_a_new_process(code: str) -> str:
         "import sys, torch\n"
         "from npt_fast.functional import modulated_mlp\n"
         "from npt_fast.testing import Problem, make_inputs\n"
-        "x, h, base, modulation = make_inputs(Problem(), dtype=torch.float32)\n"
+        "x, h, weights, factors = make_inputs(Problem(), dtype=torch.float32)\n"
         "def run(impl):\n"
-        "    return modulated_mlp(x, h, *base[:3], modulation, impl=impl)\n"
+        "    return modulated_mlp(x, h, *weights[:3], factors, impl=impl)\n"
     )
     command = [sys.executable, "-c", program + code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

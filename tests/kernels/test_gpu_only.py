@@ -29,10 +29,10 @@ def inputs_for(path: Path) -> Inputs:
 
 def step(inputs: Inputs, path: Path) -> list[Tensor]:
     """Values, and gradients where there are any."""
-    x, h, base, modulation = inputs
-    y = modulated_mlp(x, h, base, modulation, path=path)
-    leaves = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
-    gradients = torch.autograd.grad(y, leaves, torch.ones_like(y)) if leaves else ()
+    x, h, weights, factors = inputs
+    y = modulated_mlp(x, h, weights, factors, path=path)
+    named_tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
+    gradients = torch.autograd.grad(y, named_tensors, torch.ones_like(y)) if named_tensors else ()
     return [y.detach(), *gradients]
 
 

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from npt_fast.kernels import decode, modulated_linear, probe
-from npt_fast.kernels._launch import Target, launch, precision, recorded, rows
+from npt_fast.kernels._launch import (
+    Target,
+    contiguous_rows,
+    dot_precision,
+    launch,
+    recorded_launches,
+)
 from npt_fast.kernels.coefficients import coefficient_outputs
 from npt_fast.kernels.modulated_mlp import Path, modulated_mlp
 from npt_fast.testing import Problem, make_inputs
@@ -100,22 +106,22 @@ def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
     indirect=True,
 )
 def test_tf32_as_torch_is_told(tf32: None) -> None:
-    assert precision(torch.float32) == "tf32"
-    assert precision(torch.float16) == precision(torch.bfloat16) == "ieee"
+    assert dot_precision(torch.float32) == "tf32"
+    assert dot_precision(torch.float16) == dot_precision(torch.bfloat16) == "ieee"
 
 
 def test_no_tf32_unless_torch_is_told() -> None:
-    assert precision(torch.float32) == "ieee"
+    assert dot_precision(torch.float32) == "ieee"
 
 
 @pytest.mark.parametrize("path", ["gemm", "fused", "decode"])
 def test_every_product_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (decode, modulated_linear, probe):
-        monkeypatch.setattr(module, "precision", "as told for {}".format)
+        monkeypatch.setattr(module, "dot_precision", "as told for {}".format)
     inputs = make_inputs(
         Problem(), dtype=torch.float32, device="meta", requires_grad=path != "decode"
     )
-    with recorded(Target("cuda", 90)) as launches:
+    with recorded_launches(Target("cuda", 90)) as launches:
         y = modulated_mlp(*inputs, path=path)
         if path != "decode":
             y.sum().backward()
@@ -126,9 +132,9 @@ def test_every_product_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_launches_on_record() -> None:
     """By name, in their order; nothing is run, and afterwards everything is again."""
-    x, h, base, modulation = make_inputs(Problem(), device="meta", dtype=torch.bfloat16)
-    with torch.no_grad(), recorded(Target("cuda", 90)) as launches:
-        modulated_mlp(x, h, base, modulation)
+    x, h, weights, factors = make_inputs(Problem(), device="meta", dtype=torch.bfloat16)
+    with torch.no_grad(), recorded_launches(Target("cuda", 90)) as launches:
+        modulated_mlp(x, h, weights, factors)
     names = [launch.kernel.__name__ for launch in launches]
     products, coefficients = "_decode_products_kernel", "_coefficients_fwd_kernel"
     assert names == [
@@ -166,5 +172,5 @@ def test_no_such_target(name: str) -> None:
 
 def test_rows_are_copied_only_where_they_are_not_contiguous() -> None:
     tensor = torch.ones(4, 6)
-    assert rows(tensor[:, 1:4]).data_ptr() == tensor[:, 1:4].data_ptr()
-    assert rows(tensor.t()).is_contiguous()
+    assert contiguous_rows(tensor[:, 1:4]).data_ptr() == tensor[:, 1:4].data_ptr()
+    assert contiguous_rows(tensor.t()).is_contiguous()

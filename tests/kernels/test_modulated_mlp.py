@@ -11,9 +11,9 @@ from torch import Tensor
 
 from npt_fast.kernels import factored
 from npt_fast.kernels import modulated_mlp as kernels
-from npt_fast.kernels._launch import Target, Tiles, recorded
-from npt_fast.kernels._tuning import forced
-from npt_fast.testing import Problem, assert_within_budget, leaves, longest_sum, make_inputs
+from npt_fast.kernels._launch import Target, Tiles, recorded_launches
+from npt_fast.kernels._tuning import forced_tiles
+from npt_fast.testing import Problem, assert_within_budget, longest_sum, make_inputs, named_tensors
 from tests.kernels.cases import (
     DTYPES,
     Inputs,
@@ -41,7 +41,7 @@ paths = pytest.mark.parametrize("path", ["gemm", "fused"])
 @pytest.fixture(autouse=True)
 def small_tiles() -> Iterator[None]:
     """Small problems have several."""
-    with forced(Tiles(32, 32, 32, 4, 2)):
+    with forced_tiles(Tiles(32, 32, 32, 4, 2)):
         yield
 
 
@@ -141,7 +141,7 @@ def test_backward_twice(path: kernels.Path, save_probe: bool) -> None:
     saved_by_exp = h.exp()
     inputs = (x, saved_by_exp, *weights)
     dy = output_gradient(inputs)
-    with unchanged(dy, *leaves(*inputs).values()):
+    with unchanged(dy, *named_tensors(*inputs).values()):
         y = kernel_mlp(path, save_probe=save_probe)(inputs)
         first, second = (gradients(leaf_inputs, y, dy) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -164,10 +164,10 @@ def test_only_what_is_trained_gets_gradients(path: kernels.Path, trained: set[st
     inputs = inputs_of(RAGGED, DTYPES[0])
     function, dy = kernel_mlp(path), output_gradient(inputs)
     wanted = gradients(inputs, function(inputs), dy)
-    for name, tensor in leaves(*inputs).items():
+    for name, tensor in named_tensors(*inputs).items():
         tensor.requires_grad_(name in trained)
     function(inputs).backward(dy)
-    for name, tensor in leaves(*inputs).items():
+    for name, tensor in named_tensors(*inputs).items():
         assert (tensor.grad is not None) == (name in trained), name
         if tensor.grad is not None:
             assert torch.equal(tensor.grad, wanted[name]), name
@@ -181,7 +181,7 @@ def test_prefill(path: kernels.Path) -> None:
     expected = kernel_mlp(path)(inputs)
     kept: list[Tensor] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda kept: kept)
-    with torch.no_grad(), hooks, unchanged(*leaves(*inputs).values()):
+    with torch.no_grad(), hooks, unchanged(*named_tensors(*inputs).values()):
         y = kernel_mlp(path)(inputs)
     assert torch.equal(y, expected.detach())
     assert not y.requires_grad and not kept
@@ -200,12 +200,12 @@ def test_prefill_in_turn(path: kernels.Path, chunk: int, monkeypatch: pytest.Mon
 def test_buffers_of_prefill() -> None:
     """z is where p was and inner where gate was, or else what is not needed is not written."""
     inputs = make_inputs(RAGGED, dtype=torch.float16, device="meta", requires_grad=False)
-    with recorded(Target("cuda", 90)) as launches:
+    with recorded_launches(Target("cuda", 90)) as launches:
         kernel_mlp("gemm")(inputs)
     coefficients, swiglu, _ = (launch.arguments for launch in launches)
     assert coefficients["z_ptr"] is coefficients["p_ptr"]
     assert swiglu["inner_ptr"] is swiglu["gate_ptr"]
-    with recorded(Target("cuda", 90)) as launches:
+    with recorded_launches(Target("cuda", 90)) as launches:
         kernel_mlp("fused")(inputs)
     probe, gate_up, *_ = (launch.arguments for launch in launches)
     assert probe["p_ptr"] is None

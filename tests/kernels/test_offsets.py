@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
 from npt_fast.kernels._launch import Tiles
-from npt_fast.kernels._tuning import forced
+from npt_fast.kernels._tuning import forced_tiles
 from npt_fast.kernels.coefficients import (
     coefficients_bwd,
     coefficients_fwd,
@@ -111,7 +111,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 def test_rows(normal: Normal, name: str) -> None:
     function, shapes = OPERATIONS[name]
     arguments = [normal(*shape, dtype=DTYPE, fan_in=shape[-1]) for shape in shapes]
-    with forced(Tiles(16, 16, 16, 4, 2)):
+    with forced_tiles(Tiles(16, 16, 16, 4, 2)):
         expected = function(*arguments)
         assert_equal(function(*map(far_apart, arguments)), expected)
 
@@ -121,7 +121,7 @@ def test_columns(normal: Normal, name: str) -> None:
     """Of weights, which are transposed in backward; where they are copied, the copy is small."""
     function, shapes = OPERATIONS[name]
     arguments = [normal(*shape, dtype=DTYPE, fan_in=shape[-1]) for shape in shapes]
-    with forced(Tiles(16, 16, 16, 4, 2)):
+    with forced_tiles(Tiles(16, 16, 16, 4, 2)):
         expected = function(*arguments)
         far = [columns_far_apart(t) if t.ndim == 2 else t for t in arguments]
         assert_equal(function(*far), expected)

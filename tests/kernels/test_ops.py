@@ -37,7 +37,7 @@ def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
 def operations() -> dict[str, Sequence[Any]]:
     """Arguments for each."""
     c_T_R, T_D, T_F, F_D, R_F = (2, 9, 15), (9, 33), (9, 43), (43, 33), (15, 43)
-    x, h, base, modulation = inputs_of(PROBLEM, torch.float32, requires_grad=False)
+    x, h, weights, factors = inputs_of(PROBLEM, torch.float32, requires_grad=False)
     return {
         "coefficients_fwd": (*tensors(c_T_R, c_T_R), 3),
         "coefficients_bwd": (
@@ -49,7 +49,7 @@ def operations() -> dict[str, Sequence[Any]]:
         "modulated_linear": (tensors(T_D, (9, 15)), tensors((33, 43), R_F), *tensors((43,))),
         "modulated_gate_up": (*tensors(T_D, F_D, F_D, c_T_R, R_F, R_F), None, None, True),
         "probe": (*tensors(T_D, (30, 33), c_T_R), 3, True),
-        "decode_mlp": (x, h, *base, *modulation),
+        "decode_mlp": (x, h, *weights, *factors),
     }
 
 

@@ -36,10 +36,10 @@ def model_and_tokenizer() -> tuple[Any, Any]:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths that were taken, in their order."""
     found: list[str] = []
-    choose: Callable[..., str] = kernels.choose_path
+    choose_tiles: Callable[..., str] = kernels.choose_path
 
     def noting(*sizes: Any, **options: Any) -> str:
-        found.append(choose(*sizes, **options))
+        found.append(choose_tiles(*sizes, **options))
         return found[-1]
 
     monkeypatch.setattr(kernels, "choose_path", noting)

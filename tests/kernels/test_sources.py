@@ -31,12 +31,12 @@ def jitted(source: str) -> Iterator[ast.FunctionDef]:
 
 
 def narrow_program_ids(source: str) -> list[str]:
-    """A program's number times a stride passes 2^31 elements (KERNELS 6.3)."""
+    """A program's number times a stride passes 2^31 elements (design.md#triton-bugs)."""
     return re.findall(r"tl\.program_id\(\w+\)(?!\.to\(tl\.int64\)).*", source)
 
 
 def products_into_one_accumulator(source: str) -> list[str]:
-    """Two in one loop are wrong on sm_100 in some versions of Triton (KERNELS 6.1)."""
+    """Two in one loop are wrong on sm_100 in some versions of Triton (design.md#triton-bugs)."""
     found = []
     for function in jitted(source):
         for loop in ast.walk(function):
@@ -56,7 +56,7 @@ def products_into_one_accumulator(source: str) -> list[str]:
 
 
 def miscompiled_or_gone(source: str) -> list[str]:
-    """Block pointers are gone (KERNELS 3), and these options of loops unsafe (KERNELS 6.19)."""
+    """Block pointers are gone (design.md#triton), and these options of loops unsafe (design.md#triton-bugs)."""
     return re.findall(
         r"\b(?:make_block_ptr|advance|flatten|warp_specialize)\b\s*[=(]",
         "".join(ast.unparse(function) for function in jitted(source)),

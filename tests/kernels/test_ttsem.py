@@ -1,7 +1,7 @@
 """The tests of this folder again, in bfloat16, under ttsem; and that ttsem sees what is wrong.
 
 ttsem runs what Triton's compiler makes of a kernel, and stops at accesses out of bounds, races
-between programs and results that are undefined (KERNELS 4).
+between programs and results that are undefined (design.md#checks-without-a-gpu).
 """
 
 from __future__ import annotations

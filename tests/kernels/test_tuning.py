@@ -11,7 +11,7 @@ import torch
 
 from npt_fast.kernels import _tuning
 from npt_fast.kernels._launch import Target, Tiles
-from npt_fast.kernels._tuning import NARROW, candidate, choose, forced
+from npt_fast.kernels._tuning import NARROW, choose_tiles, forced_tiles, nth_candidate
 from npt_fast.kernels.decode import decode_tiles
 from npt_fast.kernels.modulated_linear import gate_up_tiles, linear_tiles
 from npt_fast.kernels.modulated_mlp import modulated_mlp
@@ -29,7 +29,7 @@ def rule(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
 
 def chosen(tokens: int = 100, sizes: tuple[int, ...] = SIZES, kernel: str = "kernel") -> Tiles:
     output = torch.empty(tokens, 64, dtype=torch.float16)
-    return choose(kernel, rule, lambda tiles: None, output, sizes)
+    return choose_tiles(kernel, rule, lambda tiles: None, output, sizes)
 
 
 @pytest.fixture
@@ -109,11 +109,11 @@ def test_rows_that_cannot_be_read_in_blocks(sizes: tuple[int, ...]) -> None:
 
 
 def test_tests_may_choose() -> None:
-    with candidate(1):
+    with nth_candidate(1):
         assert chosen() == FASTER
-    with candidate(9):
+    with nth_candidate(9):
         assert chosen() == FAST  # the last
-    with forced(NARROW):
+    with forced_tiles(NARROW):
         assert chosen() == NARROW
     assert chosen() == SLOW
 
@@ -145,7 +145,7 @@ def test_measuring_runs_the_kernels(
 @pytest.mark.parametrize("tiles", [decode_tiles, gate_up_tiles, linear_tiles, probe_tiles])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
-def test_rules(arch: str, dtype: torch.dtype, tiles: _tuning.Rule) -> None:
+def test_rules(arch: str, dtype: torch.dtype, tiles: _tuning.TileRule) -> None:
     """Powers of two that `tl.dot` takes, few enough to measure, the same for all of a bucket."""
     for bucket in (1, 16, 32, 64, 128, 8192):
         candidates = tiles(Target.parse(arch), dtype, bucket)

@@ -183,7 +183,7 @@ class Vectors(NamedTuple):
 
 @torch.no_grad()
 def own_vectors(part: Any, attention: Tensor) -> dict[str, Vectors]:
-    """What a component makes of attention outputs ``(tokens, D)``: SPEC 1.1, one by one."""
+    """Vectors at attention outputs ``(tokens, D)``, one by one (design.md#definition)."""
     state = part.state_dict()
     names = {"gate": ["_gate", ""], "up": ["_up"], "down": ["_down"]}
 

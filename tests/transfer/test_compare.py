@@ -47,8 +47,10 @@ def test_the_next_token(model: Any, modulation: Modulation) -> None:
     before, after = next_token(model, TEXT, None), next_token(model, TEXT, modulation)
     assert found.prompt == list(TEXT)
     assert (found.positions, found.layers) == ([12], [1, 2])
-    assert found.base == [LETTERS[before.argmax()]] and found.injected == [LETTERS[after.argmax()]]
-    for shown, order in ((found.top, after), (found.top_base, before)):
+    assert found.no_injection == [LETTERS[before.argmax()]] and found.injected == [
+        LETTERS[after.argmax()]
+    ]
+    for shown, order in ((found.top, after), (found.no_injection_top, before)):
         places = order.topk(3).indices.tolist()
         assert [token.text for token in shown] == [LETTERS[i] for i in places]
         assert [token.before for token in shown] == pytest.approx(before[places].tolist(), rel=1e-4)
@@ -59,7 +61,7 @@ def test_the_next_token(model: Any, modulation: Modulation) -> None:
         assert token.before == pytest.approx(before[place].item(), rel=1e-4)
         assert token.after == pytest.approx(after[place].item(), rel=1e-4)
     assert found.kls == [found.kl] and found.kl == pytest.approx(kl(before, after), rel=1e-4)
-    assert found.seconds > 0 and found.base_seconds > 0 and not hooks(model)
+    assert found.seconds > 0 and found.no_injection_seconds > 0 and not hooks(model)
 
 
 @pytest.mark.parametrize("when", ["prefill", "decode", "both"])
@@ -72,7 +74,7 @@ def test_every_generated_token(model: Any, modulation: Modulation, when: Any) ->
     base = model.generate(ids, **options)[0, 13:].tolist()
     with npt.inject(model, modulation, when=when):
         injected = model.generate(ids, **options)[0, 13:].tolist()
-    assert found.base == [LETTERS[i] for i in base]
+    assert found.no_injection == [LETTERS[i] for i in base]
     assert found.injected == [LETTERS[i] for i in injected]
     assert injected != base
     expected = []
@@ -104,7 +106,11 @@ def test_the_same_seed_gives_the_same_text(model: Any, modulation: Modulation) -
         return compare(model, tokenizer, modulation, TEXT, Injection(), sampling=sampling)
 
     first, again, other = run(1), run(1), run(2)
-    assert (first.base, first.injected, first.kls) == (again.base, again.injected, again.kls)
+    assert (first.no_injection, first.injected, first.kls) == (
+        again.no_injection,
+        again.injected,
+        again.kls,
+    )
     assert first.injected != other.injected
 
 
@@ -154,7 +160,9 @@ def test_sweep(model: Any, modulation: Modulation) -> None:
     assert found.layers == [[1], [2], [1, 2]] and found.strengths == strengths
     before = next_token(model, TEXT, None)
     for letter in "ab":
-        assert found.base[letter] == pytest.approx(before[ids_of(letter)[0, 0]].item(), rel=1e-4)
+        assert found.no_injection[letter] == pytest.approx(
+            before[ids_of(letter)[0, 0]].item(), rel=1e-4
+        )
     for row, layers in enumerate(found.layers):
         for column, strength in enumerate(strengths):
             part = modulation.only(layers)
@@ -167,7 +175,9 @@ def test_sweep(model: Any, modulation: Modulation) -> None:
 
 def test_sweep_of_one_layer_has_one_row(model: Any, modulation: Modulation) -> None:
     found = sweep(model, tokenizer, modulation.only([2]), TEXT, Injection(), strengths=[1.0])
-    assert found.layers == [[2]] and len(found.kl) == 1 and found.tracked == {} == found.base
+    assert (
+        found.layers == [[2]] and len(found.kl) == 1 and found.tracked == {} == found.no_injection
+    )
 
 
 def test_sweep_over_the_tokens_of_a_prompt(model: Any, modulation: Modulation) -> None:

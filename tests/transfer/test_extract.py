@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import npt_fast as npt
+from npt_fast.config import Position
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.kernels import reference
 from npt_fast.transfer.modulation import Modulation
-from npt_fast.transfer.positions import Position
 from tests.transfer.models import (
     FAMILIES,
     PROJECTIONS,
@@ -81,7 +81,7 @@ def test_dw_is_what_the_reference_adds_to_the_weight() -> None:
         for stem in ("W_down", "W_a_up", "W_b_up")
     )
     weight = model.get_parameter("model.layers.2.mlp.up_proj.weight")
-    projection = reference.Projection(weight, None, reference.Modulation(*factors))
+    projection = reference.Projection(weight, None, reference.ProjectionFactors(*factors))
     with torch.no_grad():
         expected = reference.modulated_linear(a, x, projection)
         actual = a @ (weight + m.dense(2, "up")).t()

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import npt_fast as npt
-from npt_fast.config import InjectionMode
+from npt_fast.config import InjectionMode, Position
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
 from npt_fast.hf.convert import decoder_layers
 from npt_fast.transfer.modulation import Modulation
-from npt_fast.transfer.positions import Position, resolve
+from npt_fast.transfer.positions import resolve
 from tests.conftest import DATA
 from tests.transfer.injected import IDS, MODES, close, truth
 from tests.transfer.models import (

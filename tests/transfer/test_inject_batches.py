@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import npt_fast as npt
-from npt_fast.config import InjectionMode, InjectionTime
+from npt_fast.config import InjectionMode, InjectionTime, Position
 from npt_fast.hf.convert import components
 from npt_fast.testing import assert_within_budget
 from npt_fast.transfer.modulation import Modulation
-from npt_fast.transfer.positions import Position, resolve
+from npt_fast.transfer.positions import resolve
 from tests.transfer.injected import IDS, MODES, close, truth
 from tests.transfer.models import (
     FAMILIES,

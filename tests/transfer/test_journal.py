@@ -36,6 +36,29 @@ def test_a_log_is_written_as_it_goes(tmp_path: Path) -> None:
         journal.Journal(path, {})
 
 
+def test_logs_keep_the_keys_of_version_1(tmp_path: Path) -> None:
+    """Reports have other names for four of them; a log of either is read back as a report."""
+    report = {
+        "no_injection": ["a"],
+        "injected": ["b"],
+        "no_injection_text": "a",
+        "no_injection_top": [],
+        "kl": 0.5,
+        "no_injection_seconds": 0.1,
+    }
+    kept = (
+        '{"command": "inject m t", "result": {"base": ["a"], "injected": ["b"], "base_text": "a", '
+        '"top_base": [], "kl": 0.5, "base_seconds": 0.1}}'
+    )
+    path = tmp_path / "log.jsonl"
+    log = journal.Journal(path, {})
+    log.write({"command": "inject m t", "result": report})
+    log.close()
+    assert path.read_text().splitlines()[1] == kept
+    (entry,) = journal.read(path)[1]
+    assert list(entry["result"].items()) == list(report.items())
+
+
 HEADER: dict[str, Any] = {
     "npt_session": 1, "model_name": "m", "checkpoint": "c", "layers": [1], "weights": {"1": "ab"}
 }  # fmt: skip

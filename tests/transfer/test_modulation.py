@@ -65,7 +65,10 @@ def test_a_difference_with_itself_is_nothing() -> None:
 
 
 def test_what_vectors_would_do() -> None:
-    """SPEC 6.5: on vectors, twice is four times and the negative the same; not so here."""
+    """Twice the vectors is four times dW, their negatives are the same dW.
+
+    See design.md#modulation-arithmetic.
+    """
     a = random_modulation()
     v_a, v_b = a.layers[1]["gate"]
     torch.testing.assert_close((2 * v_b).t() @ (2 * v_a), 4 * a.dense(1, "gate"))
@@ -122,7 +125,7 @@ def test_compress_refuses_nonsense(rank: int | None, tol: float) -> None:
 
 
 def test_magnitude_is_the_mean_norm_of_the_tensors() -> None:
-    """SPEC 6.3: of the 2c tensors of a layer."""
+    """Over the 2c tensors of a layer with c projections (design.md#modulation-arithmetic)."""
     m = random_modulation(projections=("gate", "up"))
     tensors = [*m.layers[2]["gate"], *m.layers[2]["up"]]
     expected = sum(math.sqrt(t.square().sum().item()) for t in tensors) / 4
@@ -141,7 +144,7 @@ def test_a_part_and_another_precision() -> None:
     m = random_modulation()
     part = m.only([2, 7])
     assert list(part.layers) == [2] and torch.equal(part.dense(2, "up"), m.dense(2, "up"))
-    with pytest.raises(npt.TransferError, match=r"it changes layers \[1, 2\], none of \[3\]"):
+    with pytest.raises(npt.TransferError, match=r"changes layers \[1, 2\], none of \[3\]"):
         m.only([3])
     low = m.to("cpu", torch.bfloat16)
     assert {t.dtype for _, _, terms in low.walk() for t in terms} == {torch.bfloat16}
@@ -157,7 +160,7 @@ OTHERS = {
 REFUSALS = {
     "width": r"different base models: \(32, 48, 4, 257\) and \(16, 48, 4, 257\)",
     "layers of the model": r"different base models: .* and \(32, 48, 5, 257\)",
-    "layers": r"different layers: \[1, 2\] and \[1\]; \.only\(layers\) takes a part",
+    "layers": r"different layers: \[1, 2\] and \[1\]; take a part with \.only\(layers\)",
     "projections": "layer 1: one changes gate, up, down, the other gate",
 }
 
@@ -172,7 +175,7 @@ def test_what_does_not_fit_together(what: str) -> None:
 
 
 def test_nothing_and_what_is_no_number() -> None:
-    with pytest.raises(npt.TransferError, match="nothing to take the mean of"):
+    with pytest.raises(npt.TransferError, match="needs at least one modulation"):
         npt.mean([])
     for factor in (math.nan, math.inf, 10**400):
         with pytest.raises(npt.TransferError, match="cannot be multiplied by"):

@@ -40,9 +40,18 @@ def test_operations_are_those_of_the_library(session: Session) -> None:
     expected = compare(
         model, tokenizer, one, "other", Injection(), sampling=sampling, tracked=["x"]
     )
-    for name in ("base", "injected", "top", "top_base", "tracked", "kl", "kls", "positions"):
+    for name in (
+        "no_injection",
+        "injected",
+        "top",
+        "no_injection_top",
+        "tracked",
+        "kl",
+        "kls",
+        "positions",
+    ):
         assert getattr(found, name) == getattr(expected, name), name
-    assert session.predict("other").top == [(t.text, t.before) for t in expected.top_base]
+    assert session.predict("other").top == [(t.text, t.before) for t in expected.no_injection_top]
 
 
 def test_everything_can_be_undone(two: Session) -> None:

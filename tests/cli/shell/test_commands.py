@@ -118,7 +118,7 @@ BAD = [
     ("load missing", "missing: cannot be opened: No such file"),
     ("load old.pkl", "is a pickle, which can run code"),
     ("load corrupt.safetensors", "corrupt.safetensors: not a safetensors file"),
-    ("load other.safetensors", "is of another base model"),
+    ("load other.safetensors", "belongs to another base model"),
     ("run missing", "missing: cannot be opened: No such file"),
     ("export-lora a taken", "taken: exists already"),
     ("save taken", "taken: exists and is no saved session"),
