@@ -53,7 +53,7 @@ class LayerRecord:
     """What a checkpoint says about where a layer comes from.
 
     Attributes:
-        residual: ``"removed"``, ``"kept"``, or None where nothing tells (SPEC 1.3).
+        residual: ``"removed"``, ``"kept"``, or None where nothing tells (design.md#layer).
         step: optimizer steps the layer was trained for.
         fidelity: measured quality, as training recorded it.
         source: the checkpoint that this one got the layer from; None when it trained it itself.

@@ -26,7 +26,7 @@ class LayerReport:
 
     Attributes:
         layer: index.
-        source: input it came from; several joined by `` + ``.
+        source: input it came from; several are joined by ``+``.
         step: optimizer steps it was trained for, where known.
         architecture: modulation type, num_ranks, rank and widths.
         parameters: number of weights.
@@ -132,7 +132,7 @@ def report_of(
 
 
 def summary_of(plan: MergePlan, target: Path, digests: DigestWriter) -> dict[str, Any]:
-    """The content of ``merge_summary.json``: the original's keys first, then ours (SPEC 2.6)."""
+    """The content of ``merge_summary.json`` (design.md#checkpoint-files)."""
     files = plan.small_digests()
     if digests.sha256:
         files[DIGESTS] = digests.sha256

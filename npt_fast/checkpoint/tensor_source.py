@@ -181,7 +181,7 @@ def _open_shards(index: Path) -> TensorSource:
         metadata = metadata or content.metadata
         for name, entry in content.entries.items():
             if weight_map.get(name) != shard:
-                # other readers would take either copy (MERGE.md, 3c)
+                # other readers would take either copy (design.md#file-readers)
                 says = f"says it is in {weight_map[name]}" if name in weight_map else "lacks it"
                 raise CheckpointError(f"{index}: {name:.80} is in {shard}, but the index {says}")
             tensors[name] = entry

@@ -1,8 +1,8 @@
 """Optimizer, scheduler and step: read, taken apart by layer, joined for another set of layers.
 
 The original saves one AdamW group over all NP parameters, layers ascending, then in parameter order
-(SPEC 2.3). AdamW keeps every parameter's own step and moments, so states of runs that trained
-different layers join exactly by re-indexing.
+(design.md#training-state). AdamW keeps every parameter's own step and moments, so states of runs
+that trained different layers join exactly by re-indexing.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def read_training_state(path: Path, modules: Mapping[int, NPModule]) -> Training
 
 
 def read_multi_layer_state(path: Path) -> dict[str, Any] | None:
-    """The curriculum and layer weights in ``multi_layer_state.pt`` (SPEC 2.4), None if absent.
+    """Read ``multi_layer_state.pt`` (design.md#checkpoint-files); None if there is none.
 
     Layers are integers in what comes out, also where the file has gone through JSON, which has text
     for keys.

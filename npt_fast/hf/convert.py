@@ -221,7 +221,7 @@ def _attach(layer: nn.Module, component: NPComponent) -> None:
 def _forward(
     layer: Any, hidden_states: Tensor, *, scaffold: Scaffold | None = None, **options: Any
 ) -> Tensor | Parts:
-    """A decoder layer whose MLP is modulated by its own attention output (SPEC 1.3)."""
+    """A decoder layer whose MLP is modulated by its own attention output (design.md#layer)."""
     component: NPComponent = layer.np_component
     if not component.enabled:
         base: Tensor = layer._base_forward(hidden_states, **options)

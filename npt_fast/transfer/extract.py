@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from npt_fast.checkpoint.keys import PROJECTIONS
 from npt_fast.config import Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import components, decoder_layers
@@ -20,7 +21,7 @@ from npt_fast.schema import is_text, shown
 from npt_fast.transfer.base_model import BaseModel
 from npt_fast.transfer.modulation import Modulation
 from npt_fast.transfer.positions import resolve
-from npt_fast.transfer.terms import PROJECTIONS, Terms
+from npt_fast.transfer.terms import Terms
 
 
 @torch.no_grad()

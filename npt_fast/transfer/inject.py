@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from npt_fast.checkpoint.keys import PROJECTIONS
 from npt_fast.config import Injection, InjectionMode, InjectionTime, Match, Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.functional import ACTIVATIONS
@@ -19,7 +20,7 @@ from npt_fast.modules import NPComponent
 from npt_fast.transfer.extract import component_vectors, enabled_layers
 from npt_fast.transfer.modulation import Modulation
 from npt_fast.transfer.positions import resolve
-from npt_fast.transfer.terms import PROJECTIONS, Terms
+from npt_fast.transfer.terms import Terms
 
 _CHUNK = 64  # tokens whose own vectors are formed at a time
 

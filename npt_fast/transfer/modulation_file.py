@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from npt_fast.checkpoint import file_kind, strict_json
+from npt_fast.checkpoint.keys import PROJECTIONS
 from npt_fast.checkpoint.safetensors_file import read_safetensors
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import TensorEntry
@@ -39,7 +40,7 @@ from npt_fast.schema import (
 )
 from npt_fast.transfer.base_model import SIZES, BaseModel
 from npt_fast.transfer.origin import ORIGIN
-from npt_fast.transfer.terms import PROJECTIONS, Layers, Terms
+from npt_fast.transfer.terms import Layers, Terms
 
 FORMAT = "npt_modulation"
 VERSION = 1

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PROJECTIONS = ("gate", "up", "down")
-
 
 class Terms(NamedTuple):
     """Rank-1 terms of one projection's weight change.

@@ -32,7 +32,7 @@ def test_k_r_and_type(tmp_path: Path, modulation: str, num_ranks: int) -> None:
     (info,) = report.layers
     found = info.architecture
     assert (found.modulation, found.num_ranks, found.rank) == (modulation, num_ranks, 5)
-    # SPEC 1.1: c k r (2d + f)
+    # design.md#definition: c k r (2 D + F)
     projections = ["single", "dual", "triple"].index(modulation) + 1
     assert info.parameters == projections * num_ranks * 5 * (2 * 16 + 24)
     assert info.tensors == report.total_keys == 3 * projections * num_ranks

@@ -86,7 +86,7 @@ def one_pass(model: Any, layer: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("residual", ["removed", "kept"])
 def test_a_converted_layer_is_the_definition(family: str, residual: str) -> None:
-    """SPEC 1.3, written out with the layer's own parts and the definition's v_a and v_b."""
+    """The layer (design.md#layer) from the layer's own parts and the definition's v_a and v_b."""
     model = converted(family, layers=(1,), residual=residual)
     layer = decoder_layers(model)[1]
     seen = one_pass(model, layer)
