@@ -124,7 +124,7 @@ BAD = [
     ("save taken", "taken: exists and is not a saved session"),
     ("save nowhere/deep/one a", "cannot be written"),
     ('track ""', "the text is empty"),
-    ("clear all", "unexpected argument 'all'"),
+    ("clear all", "'all' is one argument too many"),
     # a script is a file: what is in it does not fill the screen
     (_LONG, "Unknown command: xxx"),
     (f"extract a text {_LONG} -pos {_LONG}", "is not a position"),
@@ -138,7 +138,7 @@ BAD = [
     (f"layers {_LONG}", "layers are numbers"),
     (f"set {_LONG}=1", "no setting is called"),
     (f"set {_LONG}", "write it like set seed=3"),
-    (f"clear {_LONG}", "unexpected argument"),
+    (f"clear {_LONG}", "is one argument too many"),
 ]
 
 
