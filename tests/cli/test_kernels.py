@@ -1,4 +1,4 @@
-"""``npt-fast kernels``; roofline beside numbers that KERNELS 2.2 and 2.3 give."""
+"""``npt-fast kernels``; roofline against an independent table of numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOFLINE = ("kernels", "roofline")
 
 
 class Known(NamedTuple):
-    """A column of the tables of KERNELS 2.2 and 2.3, for an H100 and 8192 tokens.
+    """Known numbers of one shape (design.md#counts), for an H100 and 8192 tokens.
 
     Attributes:
         options: the model, k and r.
