@@ -129,7 +129,7 @@ def test_a_budget_too_small_for_anything(capsys: pytest.CaptureFixture[str]) -> 
     [
         ("--op decod", 1, "no op 'decod'; did you mean 'decode'?"),
         ("--against lige", 1, "no provider 'lige'; did you mean 'liger'?"),
-        ("--against liger", 1, "liger cannot be had for these ops, or without a GPU; there are"),
+        ("--against liger", 1, "liger is unavailable for these ops, or without a GPU; available:"),
         ("--model llama", 1, "unknown model 'llama'"),
         ("--model 0,8", 1, "unknown model '0,8'"),
         ("--op decode --tokens 128", 1, "decode takes 64 tokens at most"),
@@ -158,7 +158,7 @@ def test_kernels_that_cannot_run_here_are_named() -> None:
     result = bench("--against", "gemm")
     (line,) = result.stderr.splitlines()
     assert result.returncode == 1
-    assert "gemm cannot be had for these ops, or without a GPU; there are factored," in line
+    assert "gemm is unavailable for these ops, or without a GPU; available: factored," in line
 
 
 @pytest.mark.parametrize(
