@@ -14,7 +14,7 @@ from cyclopts.validators import Number
 
 from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say
-from npt_fast.errors import BenchmarkError, NPTError
+from npt_fast.errors import BenchmarkError
 from npt_fast.tables import markdown_table
 
 Size = Annotated[int | None, Parameter(validator=Number(gte=1))]
@@ -49,7 +49,7 @@ def bench(
     host: bool = False,
     json: bool = False,
 ) -> int:
-    """Time one modulated MLP by every way to compute it, on a GPU or a CPU.
+    """Time every way to compute one modulated MLP, on a GPU or a CPU.
 
     npt-fast bench --model llama-3.2-1b --tokens 1,64,2048 --plot bench.png
 
@@ -90,10 +90,7 @@ def bench(
         if any(value is not None for value in others):
             raise BenchmarkError("--host uses fixed sizes: combine it with --json only")
         return _host(json)
-    try:
-        from npt_fast.benchmarks import bench as library
-    except ModuleNotFoundError as error:
-        raise NPTError(f"bench needs {error.name}: pip install 'npt_fast[hf]'") from error
+    from npt_fast.benchmarks import bench as library
     from npt_fast.benchmarks.device import INTERPRETED, INTERPRETER, device_facts
     from npt_fast.benchmarks.harness import machine_facts
     from npt_fast.benchmarks.rows import BAD, NOT_RUN
@@ -101,7 +98,7 @@ def bench(
 
     if budget is not None and not budget >= library.LEAST:
         raise BenchmarkError(
-            f"budget {budget:g}: nothing can be timed in less than {library.LEAST:g} s"
+            f"budget {budget:g}: timing anything takes at least {library.LEAST:g} s"
         )
     given: dict[str, Any] = {
         "ops": op and op.split(","),
@@ -174,11 +171,8 @@ def _number(row: Row, key: str, form: str = "") -> str:
 
 
 def _host(json: bool) -> int:
-    try:
-        from npt_fast.benchmarks.device import ON_GPU
-        from npt_fast.benchmarks.host import measure
-    except ModuleNotFoundError as error:
-        raise NPTError(f"bench --host needs {error.name}: pip install torch triton") from error
+    from npt_fast.benchmarks.device import ON_GPU
+    from npt_fast.benchmarks.host import measure
     from npt_fast.benchmarks.rows import table
 
     rows = measure()

@@ -16,7 +16,7 @@ from npt_fast.errors import NPTError
 from npt_fast.kernels import roofline as arithmetic
 from npt_fast.tables import markdown_table
 
-app = App(name="kernels", help="Look at the kernels without a GPU.")
+app = App(name="kernels", help="Compile the kernels and count their work, without a GPU.")
 
 ARCHS = "sm_80,sm_90,sm_100,sm_120,gfx942"
 KNOWN = {*ARCHS.split(","), "sm_86", "sm_89", "sm_103", "sm_121", "gfx950"}
@@ -72,6 +72,8 @@ def compile_kernels(
     from rich.console import Console
     from rich.progress import track
 
+    from npt_fast.kernels import aot
+
     names = arch.split(",")
     console = Console(stderr=True)
     found = list(
@@ -107,8 +109,8 @@ def compile_kernels(
     return 3 if bad else 0
 
 
-def _listed(names: Iterable[str]) -> str:
-    return f"One of {', '.join(names)}."
+def _listed(what: str, names: Iterable[str]) -> str:
+    return f"{what}: one of {', '.join(names)}."
 
 
 def _check(
@@ -128,13 +130,17 @@ def _check(
 @app.command(validator=_check)
 def roofline(
     *,
-    model: Annotated[str | None, Parameter(help=_listed(arithmetic.MODELS))] = None,
+    model: Annotated[
+        str | None, Parameter(help=_listed("Model whose sizes are taken", arithmetic.MODELS))
+    ] = None,
     hidden: Size = None,
     intermediate: Size = None,
     rank: Size = None,
     num_ranks: Size = None,
     tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 8192,
-    gpu: Annotated[str, Parameter(help=_listed(arithmetic.GPUS))] = "h100",
+    gpu: Annotated[
+        str, Parameter(help=_listed("GPU whose peaks are taken", arithmetic.GPUS))
+    ] = "h100",
     json: bool = False,
 ) -> None:
     """Compute FLOPs, bytes and least times of a modulated MLP, with and without v_a and v_b.

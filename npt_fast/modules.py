@@ -9,7 +9,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from npt_fast.checkpoint.keys import PROJECTIONS
+from npt_fast.checkpoint.keys import PROJECTIONS_OF
+from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.config import Initialization
 from npt_fast.functional import Factors, modulated_mlp
 from npt_fast.initialization import initialize
@@ -56,7 +57,7 @@ class NPComponent(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if modulation not in PROJECTIONS:
+        if modulation not in PROJECTIONS_OF:
             raise ValueError(f"modulation must be single, dual or triple, got {modulation!r}")
         if residual not in ("removed", "kept"):
             raise ValueError(f"residual must be removed or kept, got {residual!r}")
@@ -77,7 +78,7 @@ class NPComponent(nn.Module):
         self.init_scale = init_scale
         self.enabled = True
         d, f, r = hidden_size, intermediate_size, rank * num_ranks
-        projections = len(PROJECTIONS[modulation])
+        projections = len(PROJECTIONS_OF[modulation])
         inputs = min(projections, 2)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -98,6 +99,17 @@ class NPComponent(nn.Module):
             init=self.init,
             scale=self.init_scale,
             num_ranks=self.num_ranks,
+        )
+
+    @property
+    def architecture(self) -> Architecture:
+        """What a checkpoint records of the component."""
+        return Architecture(
+            self.modulation_type,
+            self.num_ranks,
+            self.rank,
+            self.hidden_size,
+            self.intermediate_size,
         )
 
     @property
@@ -150,7 +162,7 @@ class NPComponent(nn.Module):
         """
         r, size = self.rank, self.rank * self.num_ranks
         views: dict[str, Tensor] = {}
-        for index, projection in enumerate(PROJECTIONS[self.modulation_type]):
+        for index, projection in enumerate(PROJECTIONS_OF[self.modulation_type]):
             name = f"_{projection}" if projection else ""
             w_a, first = ("w_a_mid", 0) if index == 2 else ("w_a_in", index * size)
             stems = {

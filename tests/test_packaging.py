@@ -41,8 +41,8 @@ NEEDS = {
     "benchmarks": "dev",
 }
 """Part of the library -> the extra that brings what it imports."""
-IF_THERE = {"liger_kernel", "ttsem"}
-"""Packages that benchmarks and tests use where they are installed, which no extra does."""
+IF_THERE = {"_typeshed", "liger_kernel", "ttsem"}
+"""What no extra brings: type checkers know the first; the others are used where installed."""
 
 
 def output_of(*command: object, cwd: Path = ROOT) -> str:
@@ -221,7 +221,7 @@ def undeclared(path: Path, extra: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module or "")
     roots = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - IF_THERE
-    roots -= {"npt_fast", "tests", "benchmarks", "examples"}
+    roots -= {"npt_fast", "tests", "benchmarks", "docs", "examples"}
     return {distributions().get(root, normal(root)) for root in roots} - required(extra)
 
 

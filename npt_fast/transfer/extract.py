@@ -11,13 +11,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from npt_fast.checkpoint.keys import PROJECTIONS
+from npt_fast.config import Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.hf.tokenizer import encode
 from npt_fast.modules import NPComponent
 from npt_fast.schema import is_text, shown
-from npt_fast.transfer.modulation import PROJECTIONS, Base, Modulation, Terms
-from npt_fast.transfer.positions import Position, resolve
+from npt_fast.transfer.base_model import BaseModel
+from npt_fast.transfer.modulation import Modulation
+from npt_fast.transfer.positions import resolve
+from npt_fast.transfer.terms import Terms
 
 
 @torch.no_grad()
@@ -59,7 +63,9 @@ def extract(
     chosen = [layer for layer in chosen if layers is not None or converted[layer].enabled]
     for layer in chosen:
         if layer not in converted or not converted[layer].enabled:
-            raise ModelError(f"layer {layer} is no NP layer that is on; there are {on(converted)}")
+            raise ModelError(
+                f"layer {layer} is no NP layer that is on; there are {enabled_layers(converted)}"
+            )
     if not chosen:
         raise ModelError("the model has no NP layers that are on; load a checkpoint first")
     seen: dict[int, Tensor] = {}
@@ -90,10 +96,10 @@ def extract(
         "positions": places,
         "weights": {str(layer): digest(converted[layer]) for layer in chosen},
     }
-    return Modulation(found, Base.of(model), origin, vectors=True)
+    return Modulation(found, BaseModel.of(model), origin, vectors=True)
 
 
-def on(converted: dict[int, NPComponent]) -> list[int]:
+def enabled_layers(converted: dict[int, NPComponent]) -> list[int]:
     """Layers that are on."""
     return [layer for layer, component in converted.items() if component.enabled]
 
@@ -115,7 +121,7 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
 def component_vectors(
     component: NPComponent, attention: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """v_a and v_b by projection, formed for a few tokens (SPEC 1.1).
+    """v_a and v_b by projection, formed for a few tokens (design.md#definition).
 
     Args:
         component: of a layer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from npt_fast.config import InjectionMode, InjectionTime
+from npt_fast.checkpoint.keys import PROJECTIONS
+from npt_fast.config import Injection, InjectionMode, InjectionTime, Match, Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.functional import ACTIVATIONS
 from npt_fast.hf.convert import components
 from npt_fast.modules import NPComponent
-from npt_fast.transfer.extract import component_vectors, on
-from npt_fast.transfer.modulation import PROJECTIONS, Modulation, Terms
-from npt_fast.transfer.positions import Match, Position, resolve
+from npt_fast.transfer.extract import component_vectors, enabled_layers
+from npt_fast.transfer.modulation import Modulation
+from npt_fast.transfer.positions import resolve
+from npt_fast.transfer.terms import Terms
 
 _CHUNK = 64  # tokens whose own vectors are formed at a time
 
@@ -38,7 +40,6 @@ class Hits:
     count: int = 0
 
 
-@contextmanager
 def inject(
     model: nn.Module,
     modulation: Modulation | Sequence[Modulation | None],
@@ -48,7 +49,7 @@ def inject(
     strength: float = 1.0,
     when: InjectionTime = "prefill",
     tokenizer: Any = None,
-) -> Iterator[Hits]:
+) -> AbstractContextManager[Hits]:
     """Within the context, tokens at `position` get other weight changes than their own.
 
     Positions are counted on a prompt's tokens without padding, and stay where they are while text
@@ -82,6 +83,19 @@ def inject(
         TransferError: the modulation does not fit the mode; a position is outside a prompt; nothing
             was hit by the end of the context.
     """
+    injection = Injection(position=position, mode=mode, strength=strength, when=when)
+    return injecting(model, modulation, injection, tokenizer)
+
+
+@contextmanager
+def injecting(
+    model: nn.Module,
+    modulation: Modulation | Sequence[Modulation | None],
+    injection: Injection,
+    tokenizer: Any = None,
+) -> Iterator[Hits]:
+    """Like `inject`, with its arguments as one value."""
+    mode, when = injection.mode, injection.when
     if mode not in get_args(InjectionMode) or when not in get_args(InjectionTime):
         raise TransferError(
             f"mode must be one of {', '.join(get_args(InjectionMode))} and when one of "
@@ -92,32 +106,32 @@ def inject(
     layers = sorted({layer for m in given if m is not None for layer in m.layers})
     for m in given:
         if m is not None:
-            m.check_base(model)
+            m.check_base_model(model)
             _check_mode(m, mode, converted)
     for layer in layers:
         if layer not in converted or not converted[layer].enabled:
             raise ModelError(
                 f"layer {layer} of the modulation is no NP layer that is on; there are "
-                f"{on(converted)}"
+                f"{enabled_layers(converted)}"
             )
     if not layers:
         raise TransferError("there is nothing to inject")
     hits = Hits()
-    tracker = _Tracker(position, when, tokenizer, hits)
+    targets = _Targets(injection, tokenizer, hits)
     with ExitStack() as stack:
         decoder: Any = model.get_decoder()  # type: ignore[operator]
-        stack.callback(decoder.register_forward_pre_hook(tracker.before, with_kwargs=True).remove)
+        stack.callback(decoder.register_forward_pre_hook(targets.before, with_kwargs=True).remove)
         for layer in layers:
             parts = [None if m is None else m.layers.get(layer) for m in given]
             device = converted[layer].w_down.device
             terms = [None if p is None else _on(p, device) for p in parts]
-            hook = _Injection(layer, terms, mode, strength, tracker)
+            hook = _Hook(layer, terms, injection, targets)
             stack.callback(converted[layer].register_forward_hook(hook).remove)
         yield hits
     if not hits.count:
         raise TransferError(
-            f"nothing was injected: no token was at {position} when the model ran"
-            if tracker.passes
+            f"nothing was injected: no token was at {injection.position} when the model ran"
+            if targets.passes
             else "nothing was injected: the model did not run within the context"
         )
 
@@ -150,12 +164,12 @@ def _on(terms: Any, device: torch.device) -> dict[str, Terms]:
     return {name: Terms(*(v.to(device) for v in pair)) for name, pair in terms.items()}
 
 
-class _Tracker:
+class _Targets:
     """Knows in every pass of the model which of its tokens are meant."""
 
-    def __init__(self, position: Position, when: InjectionTime, tokenizer: Any, hits: Hits) -> None:
-        self.position = position
-        self.when = when
+    def __init__(self, injection: Injection, tokenizer: Any, hits: Hits) -> None:
+        self.position = injection.position
+        self.when = injection.when
         self.tokenizer = tokenizer
         self.hits = hits
         self.passes = 0
@@ -221,25 +235,24 @@ class _Tracker:
         return [self.tokenizer.decode([i]) for i in ids]
 
 
-class _Injection:
+class _Hook:
     """Hook of one layer's NP component: computes the tokens that are meant anew."""
 
     def __init__(
         self,
         layer: int,
         terms: Sequence[dict[str, Terms] | None],
-        mode: InjectionMode,
-        strength: float,
-        tracker: _Tracker,
+        injection: Injection,
+        targets: _Targets,
     ) -> None:
         self.layer = layer
         self.terms = terms
-        self.mode = mode
-        self.strength = strength
-        self.tracker = tracker
+        self.mode = injection.mode
+        self.strength = injection.strength
+        self.targets = targets
 
     def __call__(self, component: NPComponent, args: Any, output: Tensor) -> Tensor | None:
-        chosen = self.tracker.chosen
+        chosen = self.targets.chosen
         if chosen is None:
             return None
         attention, h, mlp = args
@@ -258,7 +271,7 @@ class _Injection:
             output[meant] = torch.cat(
                 [self._compute(component, a, x, mlp, terms) for a, x in parts]
             )
-            hits = self.tracker.hits
+            hits = self.targets.hits
             hits.count += int(meant.sum())
             if self.layer not in hits.layers:
                 hits.layers = sorted([*hits.layers, self.layer])

@@ -43,7 +43,15 @@ _ENTRY = {
     "result": MAPPING,
 }
 """The first key of both must be there."""
-_VOLATILE = {"seconds", "base_seconds", "created"}
+_LOG_KEYS = {
+    "no_injection": "base",
+    "no_injection_text": "base_text",
+    "no_injection_top": "top_base",
+    "no_injection_seconds": "base_seconds",
+}
+"""What logs call some keys of results, so that logs of all versions can be replayed."""
+_REPORT_KEYS = {log: report for report, log in _LOG_KEYS.items()}
+_VOLATILE = {"seconds", "no_injection_seconds", "created"}
 
 
 def state_folder() -> Path:
@@ -86,7 +94,7 @@ class Journal:
         Raises:
             TransferError: it cannot be written, or could not be read again.
         """
-        self._append(_line(entry, _ENTRY, self.path))
+        self._append(_line(_renamed(entry, _LOG_KEYS), _ENTRY, self.path))
 
     def _append(self, line: bytes) -> None:
         try:
@@ -129,10 +137,19 @@ class _Entries(Sequence[dict[str, Any]]):
         self._path = path
 
     def __getitem__(self, index: Any) -> Any:
-        return _parsed(self._lines[index], _ENTRY, f"{self._path}, line {index + 2}")
+        entry = _parsed(self._lines[index], _ENTRY, f"{self._path}, line {index + 2}")
+        return _renamed(entry, _REPORT_KEYS)
 
     def __len__(self) -> int:
         return len(self._lines)
+
+
+def _renamed(entry: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """An entry with other keys in its result."""
+    result = entry.get("result")
+    if not isinstance(result, Mapping):  # the check that follows says what is wrong with it
+        return dict(entry)
+    return {**entry, "result": {names.get(key, key): value for key, value in result.items()}}
 
 
 def _parsed(line: bytes, kinds: Mapping[str, Kind], where: str) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from npt_fast.config import Match as Match
-from npt_fast.config import Position as Position
+from npt_fast.config import Match, Position
 from npt_fast.errors import TransferError
 from npt_fast.schema import shown
 

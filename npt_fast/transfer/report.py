@@ -43,12 +43,12 @@ th:first-child { text-align: left; } td.token { text-align: left; white-space: p
 """
 
 
-def comparison_html(comparison: Comparison, facts: Mapping[str, str] | None = None) -> str:
+def comparison_html(comparison: Comparison, details: Mapping[str, str] | None = None) -> str:
     """Both continuations side by side, tokens coloured by KL, and the likeliest next tokens.
 
     Args:
         comparison: what is shown.
-        facts: lines for the head, such as the checkpoint's name.
+        details: lines for the head, such as the checkpoint's name.
 
     Returns:
         a complete document; all texts are escaped.
@@ -57,23 +57,23 @@ def comparison_html(comparison: Comparison, facts: Mapping[str, str] | None = No
         f'<span class="{"hit" if i in comparison.positions else "prompt"}">{_text(token)}</span>'
         for i, token in enumerate(comparison.prompt)
     )
-    base = _text(comparison.base_text)
+    plain = _text(comparison.no_injection_text)
     injected = "".join(
         f'<span style="{_heat(kl / _FULL)}" title="KL {kl:.4f}">{_text(token)}</span>'
         for token, kl in zip(comparison.injected, comparison.kls, strict=True)
     )
-    seen = {t.text: t for t in (*comparison.tracked, *comparison.top, *comparison.top_base)}
+    seen = {t.text: t for t in (*comparison.tracked, *comparison.top, *comparison.no_injection_top)}
     hits = ", ".join(f"{i} {comparison.prompt[i]!r}" for i in comparison.positions)
     head = {
-        **(facts or {}),
+        **(details or {}),
         "layers": ", ".join(map(str, comparison.layers)),
         "tokens hit": hits or "those that are generated",
         "KL of the next token": f"{comparison.kl:.4f} nats",
-        "time": f"{comparison.seconds:.2f} s, {comparison.base_seconds:.2f} s without",
+        "time": f"{comparison.seconds:.2f} s, {comparison.no_injection_seconds:.2f} s without",
     }
     sections = [
         '<div class="sides">',
-        f'<div class="text"><h3>base</h3>{prompt}{base}</div>',
+        f'<div class="text"><h3>no injection</h3>{prompt}{plain}</div>',
         f'<div class="text"><h3>injected</h3>{prompt}{injected}</div>',
         "</div>",
         f'<p class="note">Outlined: where it was injected. {_scale()}</p>',
@@ -81,24 +81,24 @@ def comparison_html(comparison: Comparison, facts: Mapping[str, str] | None = No
         _table(["token", "before", "after"], [_probabilities(t) for t in seen.values()]),
         "<details><summary>Every generated token</summary>",
         _table(
-            ["token", "base", "injected", "KL, nats"],
+            ["token", "no injection", "injected", "KL, nats"],
             [
                 [*_probabilities(token), f'<td style="{_heat(kl / _FULL)}">{kl:.4f}</td>']
                 for token, kl in zip(comparison.generated, comparison.kls, strict=True)
             ],
         ),
-        '<p class="note">Base: the probability that it gives the token after the same text.</p>',
+        '<p class="note">No injection: the probability of the token after the same text.</p>',
         "</details>",
     ]
     return _document("What an injection does", head, sections)
 
 
-def sweep_html(sweep: Sweep, facts: Mapping[str, str] | None = None) -> str:
+def sweep_html(sweep: Sweep, details: Mapping[str, str] | None = None) -> str:
     """A heat map of layers and strengths, or tokens, for KL, and one for every tracked token.
 
     Args:
         sweep: what is shown.
-        facts: lines for the head, such as the prompt.
+        details: lines for the head, such as the prompt.
 
     Returns:
         a complete document; all texts are escaped.
@@ -107,9 +107,9 @@ def sweep_html(sweep: Sweep, facts: Mapping[str, str] | None = None) -> str:
     sections.append(f'<p class="note">{_scale()}</p>')
     for text, values in sweep.tracked.items():
         sections.append(f"<h2>Probability of {_text(repr(text))}</h2>")
-        sections.append(f'<p class="note">{sweep.base[text]:.4f} with nothing injected</p>')
+        sections.append(f'<p class="note">{sweep.no_injection[text]:.4f} with nothing injected</p>')
         sections.append(_map(sweep, values, 1.0))
-    return _document("Layer by layer", facts or {}, sections)
+    return _document("Layer by layer", details or {}, sections)
 
 
 def write(html: str, path: str | Path) -> None:
@@ -123,8 +123,8 @@ def write(html: str, path: str | Path) -> None:
         target.write_text(html, encoding="utf-8")
 
 
-def _document(title: str, facts: Mapping[str, str], sections: Sequence[str]) -> str:
-    head = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items())
+def _document(title: str, details: Mapping[str, str], sections: Sequence[str]) -> str:
+    head = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in details.items())
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -165,7 +165,7 @@ def _scale() -> str:
     steps = "".join(
         f'<span style="{_heat(kl / _FULL)}">{kl:g}</span>' for kl in (0, 0.25, 0.5, 1, 1.5, _FULL)
     )
-    return f'Colour: KL from the base, nats <span class="scale">{steps}</span>'
+    return f'Colour: KL from no injection, nats <span class="scale">{steps}</span>'
 
 
 def _map(sweep: Sweep, values: Sequence[Sequence[float]], full: float) -> str:

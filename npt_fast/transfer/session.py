@@ -3,109 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
-from npt_fast.checkpoint.source_file import SourceFile, read_file
-from npt_fast.config import InjectionMode, InjectionTime, SamplingStrategy
-from npt_fast.errors import (
-    CheckpointError,
-    ModelError,
-    NPTError,
-    TransferError,
-    printable,
-    suggestion,
-)
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.config import Injection, Position
+from npt_fast.errors import CheckpointError, ModelError, TransferError, printable, suggestion
 from npt_fast.hf.convert import components
-from npt_fast.paths import exists, is_directory, path_errors, user_path
-from npt_fast.schema import (
-    COUNT,
-    MAPPING,
-    NUMBER,
-    POSITIVE,
-    TEXT,
-    WHOLE,
-    Kind,
-    checked,
-    is_text,
-    list_of,
-    one_of,
-    shown,
-)
+from npt_fast.paths import is_directory, path_errors, user_path
+from npt_fast.schema import shown
 from npt_fast.transfer import bake as baking
+from npt_fast.transfer.base_model import BaseModel
 from npt_fast.transfer.compare import Comparison, Sweep, compare, sweep
 from npt_fast.transfer.expression import evaluate
 from npt_fast.transfer.extract import digest, extract, tokenize
-from npt_fast.transfer.files import open_modulation, packed, read_back
 from npt_fast.transfer.generate import Sampling, continue_ids
-from npt_fast.transfer.modulation import Base, Modulation
-from npt_fast.transfer.positions import Position
+from npt_fast.transfer.modulation import Modulation
+from npt_fast.transfer.session_state import Item, State, read_modulation, read_state, write_state
 
-FORMAT = "npt_shelf"
-VERSION = 1
-_INDEX = "session.json"
-_MAX_INDEX = 4 << 20
 _NO_EFFECT = 1e-9  # nats
-_FILE_NAME = Kind(
-    "the name of a .safetensors file in this folder",
-    lambda value: is_text(value) and re.fullmatch(r"[\w-]+\.safetensors", value) is not None,
-)
-_INDEX_KINDS = {
-    "modulations": list_of(MAPPING),
-    "tracked": list_of(TEXT),
-    "layers": list_of(COUNT),
-    "settings": MAPPING,
-}
-_MODULATION = {"name": TEXT, "file": _FILE_NAME, "created": TEXT}
-_SETTINGS = {
-    "tokens": POSITIVE,
-    "strategy": one_of(get_args(SamplingStrategy)),
-    "temperature": NUMBER,
-    "top_k": POSITIVE,
-    "top_p": NUMBER,
-    "seed": WHOLE,
-}
-
-
-@dataclass(frozen=True)
-class Item:
-    """A modulation on the shelf.
-
-    Attributes:
-        modulation: the thing itself.
-        created: when, as ISO 8601.
-    """
-
-    modulation: Modulation
-    created: str
-
-
-@dataclass(frozen=True)
-class State:
-    """All of a session that commands change, besides base weights; never changed in place.
-
-    Attributes:
-        shelf: modulations by name.
-        tracked: texts whose first token's probability is followed.
-        layers: NP layers that are on.
-        settings: how text is continued, where a command does not say.
-    """
-
-    shelf: Mapping[str, Item]
-    tracked: tuple[str, ...]
-    layers: tuple[int, ...]
-    settings: Sampling
 
 
 @dataclass(frozen=True)
@@ -128,8 +52,8 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Injection:
-    """One injection and what it did.
+class InjectionResult:
+    """What an injection did.
 
     Attributes:
         comparison: with and without.
@@ -291,13 +215,9 @@ class Session:
         self,
         name: str,
         text: str,
-        *,
-        position: Position = -1,
-        mode: InjectionMode = "replace",
-        strength: float = 1.0,
-        when: InjectionTime = "prefill",
+        injection: Injection,
         sampling: Sampling | None = None,
-    ) -> Injection:
+    ) -> InjectionResult:
         """Continue a text with and without a modulation, in those of its layers that are on.
 
         Raises:
@@ -309,23 +229,18 @@ class Session:
             self.tokenizer,
             part,
             text,
-            position=position,
-            mode=mode,
-            strength=strength,
-            when=when,
+            injection,
             sampling=sampling or self.state.settings,
             tracked=self.state.tracked,
         )
-        return Injection(found, left_out, _no_effect(part, found, mode, strength))
+        return InjectionResult(found, left_out, _no_effect(part, found, injection))
 
     def sweep(
         self,
         name: str,
         text: str,
-        *,
+        injection: Injection,
         strengths: Sequence[float],
-        position: Position = -1,
-        mode: InjectionMode = "replace",
     ) -> Sweep:
         """Every active layer of a modulation by itself, and all, at several strengths."""
         part, _ = self._active_part(name)
@@ -334,9 +249,8 @@ class Session:
             self.tokenizer,
             part,
             text,
+            injection,
             strengths=strengths,
-            position=position,
-            mode=mode,
             tracked=self.state.tracked,
         )
 
@@ -391,9 +305,11 @@ class Session:
             self._activate()
 
     def _change(self, what: str, **changes: Any) -> None:
-        after = replace(self.state, **changes)
+        self._become(what, replace(self.state, **changes))
+
+    def _become(self, what: str, state: State) -> None:
         self._undo.append((what, self.state, None))
-        self.state = after
+        self.state = state
         self._activate()
 
     def _activate(self) -> None:
@@ -407,36 +323,7 @@ class Session:
             TransferError: the folder exists and is not that of a session.
         """
         target = user_path(path)
-        with path_errors(target, TransferError):
-            if exists(target) and not _is_session(target):
-                raise TransferError(
-                    f"{target}: exists and is no saved session; choose another folder"
-                )
-        files = {name: f"{number}.safetensors" for number, name in enumerate(self.state.shelf)}
-        index = {
-            FORMAT: VERSION,
-            "base": asdict(Base.of(self.model)),
-            "modulations": [
-                {"name": name, "file": files[name], "created": item.created}
-                for name, item in self.state.shelf.items()
-            ],
-            "tracked": list(self.state.tracked),
-            "layers": list(self.state.layers),
-            "settings": asdict(self.state.settings),
-        }
-        with disk_errors(target, TransferError), StagedDirectory(target, replace=True) as staged:
-            try:
-                for name, item in self.state.shelf.items():
-                    with staged.file(files[name]) as file:
-                        file.write(packed(item.modulation, staged.path / files[name]))
-                    read_back(staged.path / files[name])
-                with staged.file(_INDEX) as file:
-                    file.write(strict_json.dump(index))
-                _read_index(staged.path)
-            except NPTError as error:
-                problem = str(error).replace(f"{staged.path}/", "")
-                raise TransferError(f"{target}: cannot be written: {problem}") from None
-            staged.publish()
+        write_state(self.state, self.model, target)
         return target
 
     def load(self, path: str | Path) -> list[str]:
@@ -454,38 +341,23 @@ class Session:
             folder = is_directory(source)
         if not folder:
             name = printable(source.name.removesuffix(".safetensors"))
-            self._keep(name, self._read(SourceFile.of(source, follow_links=True)), f"load {path}")
+            file = SourceFile.of(source, follow_links=True)
+            self._keep(name, read_modulation(file, self.model), f"load {path}")
             return [name]
-        index = _read_index(source)
-        items = {
-            entry["name"]: Item(self._read(SourceFile.of(source / entry["file"])), entry["created"])
-            for entry in index["modulations"]
-        }
-        for text in index["tracked"]:
+        state = read_state(source, self.model)
+        for text in state.tracked:
             self.first_piece(text)
-        for layer in index["layers"]:
+        for layer in state.layers:
             if layer not in self.available:
                 raise ModelError(f"{source}: layer {layer} is not loaded, only {self._loaded()}")
-        self._change(
-            f"load {path}",
-            shelf=MappingProxyType(items),
-            tracked=tuple(index["tracked"]),
-            layers=tuple(sorted(index["layers"])),
-            settings=index["settings"],
-        )
-        return list(items)
-
-    def _read(self, file: SourceFile) -> Modulation:
-        """Into memory: the file may be replaced while the session goes on."""
-        found = open_modulation(file)
-        found.check_base(self.model)
-        return found.to(self.model.device)
+        self._become(f"load {path}", state)
+        return list(state.shelf)
 
     def description(self) -> dict[str, Any]:
         """What the session runs on, with digests of the NP layers' weights; as JSON has it."""
         return {
             "torch": torch.__version__,
-            "base": asdict(Base.of(self.model)),
+            "base": asdict(BaseModel.of(self.model)),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "layers": list(self.available),
@@ -507,48 +379,11 @@ def fingerprint(modulation: Modulation) -> str:
     return found.hexdigest()
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    """What the index of a saved session holds, of the types that it has."""
-    where = folder / _INDEX
-    given = strict_json.parse_object(read_file(where, _MAX_INDEX), str(where))
-    if given.get(FORMAT) != VERSION:
-        raise CheckpointError(f"{where}: is no saved session of version {VERSION}")
-
-    def part(
-        given: Any, kinds: Mapping[str, Kind], name: str = "", *, closed: bool = False
-    ) -> dict[str, Any]:
-        about = f"{where}: does not hold{name}"
-        return checked(given, kinds, list(kinds), about, CheckpointError, closed=closed)
-
-    index = part(given, _INDEX_KINDS)
-    index["modulations"] = [part(m, _MODULATION, ": modulations") for m in index["modulations"]]
-    for key in ("name", "file"):
-        if len({entry[key] for entry in index["modulations"]}) < len(index["modulations"]):
-            raise CheckpointError(f"{where}: does not hold: two modulations of one {key}")
-    try:
-        index["settings"] = Sampling(
-            **part(index["settings"], _SETTINGS, ": settings", closed=True)
-        )
-    except TransferError as error:
-        raise CheckpointError(f"{where}: does not hold: settings: {error}") from None
-    return index
-
-
-def _is_session(folder: Path) -> bool:
-    """Whether it holds what `save` writes and nothing else, so that it may be replaced."""
-    if not is_directory(folder):
-        return False
-    names = {file.name for file in folder.iterdir()}
-    return _INDEX in names and all(n.endswith(".safetensors") for n in names - {_INDEX})
-
-
-def _no_effect(
-    modulation: Modulation, found: Comparison, mode: InjectionMode, strength: float
-) -> str:
+def _no_effect(modulation: Modulation, found: Comparison, injection: Injection) -> str:
     """Why the next tokens are what they were."""
-    if max(found.kls) > _NO_EFFECT or found.base != found.injected:
+    if max(found.kls) > _NO_EFFECT or found.no_injection != found.injected:
         return ""
-    if strength == 0 and mode != "replace":
+    if injection.strength == 0 and injection.mode != "replace":
         return "the strength is 0"
     origin = modulation.origin
     own = found.prompt[: max(found.positions, default=-1) + 1]

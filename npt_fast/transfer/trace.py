@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from npt_fast.config import Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import decoder_layers, disabled
 from npt_fast.pictures import figure_class, save
 from npt_fast.transfer.compare import divergences
 from npt_fast.transfer.extract import tokenize
-from npt_fast.transfer.positions import Position, resolve
+from npt_fast.transfer.positions import resolve
 
 _TOKENS = 1024  # of all rows of a pass
 

@@ -22,7 +22,7 @@ SMALL = ("--model", "64,96", "--num_ranks", "2", "--np_rank", "8", "--tokens", "
 
 
 def bench(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, which alone knows whether Triton interprets."""
+    """Run it in its own process: Triton reads TRITON_INTERPRET when it is imported."""
     chosen = {"TRITON_INTERPRET": "1" if interpreted else "0", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, "-m", "npt_fast", "bench", *arguments],
@@ -32,7 +32,7 @@ def bench(*arguments: str, interpreted: bool = False) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """What it prints as JSON, and the picture."""
+    """Its JSON and its picture."""
     picture = tmp_path_factory.mktemp("bench") / "bench.svg"
     result = bench(*SMALL, "--json", "--plot", str(picture))
     assert result.returncode == 0, result.stderr
@@ -103,7 +103,7 @@ def test_the_interpreter_runs_our_kernels_and_claims_nothing() -> None:
 
 
 def test_what_is_not_begun_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on by a second whenever it is read."""
+    """With a clock that advances by a second at every reading."""
     clock = count()
     stand_in = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
     monkeypatch.setattr(kernel_timing, "time", stand_in)

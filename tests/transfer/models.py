@@ -20,7 +20,9 @@ from transformers import (
 
 import npt_fast as npt
 from npt_fast.hf.convert import components, decoder_layers
-from npt_fast.transfer.modulation import Base, Modulation, Terms
+from npt_fast.transfer.base_model import BaseModel
+from npt_fast.transfer.modulation import Modulation
+from npt_fast.transfer.terms import Terms
 from tests.training import tiny
 
 FAMILIES: dict[str, Any] = {
@@ -132,7 +134,31 @@ def random_modulation(
         layer: {name: Terms(*(drawn(width) for width in widths[name])) for name in projections}
         for layer in layers
     }
-    return Modulation(found, Base("", d, f, 4, 257), {"text": f"seed {seed}"})
+    return Modulation(found, BaseModel("", d, f, 4, 257), {"text": f"seed {seed}"})
+
+
+def tensors_of(m: Modulation) -> dict[tuple[int, str, int], Tensor]:
+    """By layer, projection and 0 for v_a, 1 for v_b."""
+    return {(layer, p, i): v for layer, p, terms in m.walk() for i, v in enumerate(terms)}
+
+
+def assert_same(actual: Modulation, expected: Modulation) -> None:
+    """Everything, tensors bit for bit."""
+    assert (actual.base, actual.vectors) == (expected.base, expected.vectors)
+    assert actual.origin == expected.origin and actual.description == expected.description
+    found, wanted = tensors_of(actual), tensors_of(expected)
+    assert list(found) == list(wanted)
+    for key, v in wanted.items():
+        assert found[key].dtype == v.dtype and found[key].shape == v.shape
+        assert torch.equal(found[key].view(torch.uint8), v.contiguous().view(torch.uint8))
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """Mappings in one another."""
+    found: dict[str, Any] = {}
+    for _ in range(depth - 1):
+        found = {"of": found}
+    return found
 
 
 def hooks(model: Any) -> int:
@@ -157,7 +183,7 @@ class Vectors(NamedTuple):
 
 @torch.no_grad()
 def own_vectors(part: Any, attention: Tensor) -> dict[str, Vectors]:
-    """What a component makes of attention outputs ``(tokens, D)``: SPEC 1.1, one by one."""
+    """Vectors at attention outputs ``(tokens, D)``, one by one (design.md#definition)."""
     state = part.state_dict()
     names = {"gate": ["_gate", ""], "up": ["_up"], "down": ["_down"]}
 

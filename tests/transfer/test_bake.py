@@ -122,7 +122,9 @@ def test_several_are_undone_last_first() -> None:
         baked.append(npt.bake(model, m))
         states.append(weights(model))
     for wrong in baked[:2]:
-        with pytest.raises(npt.TransferError, match=r"gate_proj was changed since; undo what came"):
+        with pytest.raises(
+            npt.TransferError, match=r"gate_proj has changed since; undo what was baked"
+        ):
             wrong.undo()
         assert_bitwise(model, states[-1])
     for one, before in reversed(list(zip(baked, states, strict=False))):
@@ -157,7 +159,7 @@ def test_weights_that_were_changed_otherwise_are_not_thrown_away() -> None:
     baked = npt.bake(model, random_modulation())
     model.get_parameter("model.layers.2.mlp.up_proj.weight").data[0, 0] += 1
     changed = weights(model)
-    with pytest.raises(npt.TransferError, match="layer 2, up_proj was changed since"):
+    with pytest.raises(npt.TransferError, match="layer 2, up_proj has changed since"):
         baked.undo()
     assert_bitwise(model, changed)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import npt_fast as npt
+from npt_fast.config import Position
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.kernels import reference
 from npt_fast.transfer.modulation import Modulation
-from npt_fast.transfer.positions import Position
 from tests.transfer.models import (
     FAMILIES,
     PROJECTIONS,

@@ -88,7 +88,7 @@ def drawn(sampling: Sampling, count: int = 4000) -> dict[int, float]:
         (Sampling(strategy="top_k"), {0: 0.3, 1: 0.1, 2: 0.4, 3: 0.2}),
         (Sampling(strategy="sample", top_k=2), {0: 3 / 7, 2: 4 / 7}),
         (Sampling(strategy="top_k", top_k=1), {2: 1.0}),
-        # the fewest tokens that reach it, not one more (SPEC 6.4), and 1.0 is all (6.6)
+        # the fewest tokens that reach it, not one more, and 1.0 is all (design.md#sampling)
         (Sampling(strategy="top_p", top_p=0.3), {2: 1.0}),
         (Sampling(strategy="top_p", top_p=0.6), {0: 3 / 7, 2: 4 / 7}),
         (Sampling(strategy="top_p", top_p=0.85), {0: 1 / 3, 2: 4 / 9, 3: 2 / 9}),

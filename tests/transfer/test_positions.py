@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npt_fast as npt
-from npt_fast.transfer.positions import Position, parse, resolve
+from npt_fast.config import Position
+from npt_fast.transfer.positions import parse, resolve
 
 TOKENS = ["The", " capital", " of", " Ger", "many", " is", " of", " note"]
 

@@ -1,4 +1,4 @@
-"""What commands answer, and what they say of bad input."""
+"""Replies of commands, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_commands_of_the_guide(shell: Shell) -> None:
 
 
 def test_every_command_answers(shell: Shell) -> None:
-    """Plain and as JSON; what is written can be read again."""
+    """Both as lines and as JSON; files that are written can be read again."""
     lines = [
         "help", "help inject", "track x yy", "track x", "track", "untrack x z", "tokens some text",
         "extract a first", "extract b second -pos 1", "extract-seq s third", "list", "info a",
@@ -66,7 +66,7 @@ def test_every_command_answers(shell: Shell) -> None:
     assert (code, err) == (0, "")
     for label in (
         "Already tracking: x", "✓ Stopped tracking: x", "Token not tracked: z",
-        "✓ Cleared all tracked tokens", "Warning: 'yy' is 2 tokens; the first, 'y', is followed",
+        "✓ Cleared all tracked tokens", "Warning: 'yy' is 2 tokens; the first, 'y', is tracked",
         "✓ Created modulation 'd' = 0.5*a - mean(b, s) (exact, on dW)", "✓ Deleted modulation 'c'",
         "Complete generation:", "  Token   4: ", "tokens 0 't', 1 'e', the generated ones of 4",
         "Tracked Tokens, injected, token by token:", "✓ Active layers: [2] (off: [1])",
@@ -110,21 +110,21 @@ BAD = [
     ("average a new", "average takes two modulations or more"),
     ("scale a big new", "FACTOR must be a number, not 'big'"),
     ("scale a inf new", "cannot be multiplied by inf"),
-    ("calc a", "it goes like: calc new = 0.7*a - b"),
+    ("calc a", "write it like calc new = 0.7*a - b"),
     ("layers 3", "layer 3 is not loaded; there are 1, 2"),
     ("layers one", "layers are numbers like 11,13, or all"),
     ("set sed=1", "no setting is called 'sed'; did you mean 'seed'?"),
-    ("set seed", "it goes like: set seed=3"),
+    ("set seed", "write it like set seed=3"),
     ("load missing", "missing: cannot be opened: No such file"),
     ("load old.pkl", "is a pickle, which can run code"),
     ("load corrupt.safetensors", "corrupt.safetensors: not a safetensors file"),
-    ("load other.safetensors", "is of another base model"),
+    ("load other.safetensors", "belongs to another base model"),
     ("run missing", "missing: cannot be opened: No such file"),
     ("export-lora a taken", "taken: exists already"),
     ("save taken", "taken: exists and is no saved session"),
     ("save nowhere/deep/one a", "cannot be written"),
     ('track ""', "the text is empty"),
-    ("clear all", "'all' is one too many"),
+    ("clear all", "unexpected argument 'all'"),
     # a script is a file: what is in it does not fill the screen
     (_LONG, "Unknown command: xxx"),
     (f"extract a text {_LONG} -pos {_LONG}", "is no position"),
@@ -137,8 +137,8 @@ BAD = [
     (f"scale a {_LONG} new", "FACTOR must be a number"),
     (f"layers {_LONG}", "layers are numbers"),
     (f"set {_LONG}=1", "no setting is called"),
-    (f"set {_LONG}", "it goes like: set seed=3"),
-    (f"clear {_LONG}", "is one too many"),
+    (f"set {_LONG}", "write it like set seed=3"),
+    (f"clear {_LONG}", "unexpected argument"),
 ]
 
 
@@ -170,7 +170,7 @@ def test_layers_that_are_off(shell: Shell) -> None:
         "inject c text",
     )  # fmt: skip
     assert code == 1
-    assert "Warning: layers [1] of it are off and were left out" in out
+    assert "Warning: layers [1] of the modulation are off and were left out" in out
     assert err.startswith("Error: line 6: 'c' changes layers [2], which are off; on are [1]")
     assert err.count("\n") == 1
 
@@ -187,7 +187,7 @@ def test_no_effect_says_why(shell: Shell) -> None:
 def test_options_without_meaning_are_said_so(shell: Shell) -> None:
     code, out, _ = shell.pipe("extract a first", "inject a text -alpha 0.5")
     assert code == 0
-    assert "Warning: -alpha has no meaning for replace; -strength has" in out
+    assert "Warning: -alpha has no effect on replace; use -strength" in out
 
 
 def test_a_bad_modulation_leaves_the_shelf_as_it_was(shell: Shell) -> None:
