@@ -105,7 +105,7 @@ def _original(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _serve(way: str) -> None:
-    """For every line on stdin, take a step; print its seconds, the peak memory so far and the loss."""
+    """Take a step for each line on stdin; print its seconds, the peak memory and the loss."""
     step = make_step(way)
     # resets VmHWM: loading the model does not count
     Path("/proc/self/clear_refs").write_text("5")

@@ -42,8 +42,8 @@ class WeightOptions:
     Attributes:
         base_dtype: Type of the base model's weights; auto is the checkpoint's on a GPU, else
             float32.
-        trust_remote_code: Run code that comes with the base model or that it names, with all your
-            rights.
+        trust_remote_code: Run the code that comes with the base model or that its files name,
+            with all your rights.
     """
 
     base_dtype: BaseDType = "auto"
@@ -69,7 +69,7 @@ class ModelOptions:
     Attributes:
         model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
         weights: How its weights are read.
-        cpu: Use the CPU although there is a GPU.
+        cpu: Use the CPU even if there is a GPU.
     """
 
     model_name: PathText = DEFAULT_MODEL
@@ -78,7 +78,7 @@ class ModelOptions:
 
     def load(self) -> tuple[Any, Any]:
         """The base model and its tokenizer."""
-        from npt_fast.training.evaluation import default_device
+        from npt_fast.hf.base_model import default_device
 
         return self.weights.load(self.model_name, "cpu" if self.cpu else default_device())
 
@@ -91,7 +91,7 @@ class CheckpointOptions:
     Attributes:
         checkpoint: Checkpoint directory or weights file.
         base: The base model.
-        layers: Some of the checkpoint's layers, as 11,13 or 11-15; all if not given.
+        layers: Layers of the checkpoint to load, as 11,13 or 11-15; all if not given.
     """
 
     checkpoint: PathText
@@ -111,10 +111,10 @@ class SourceOptions:
     """A text whose modulation is injected, and the prompt that it is injected into.
 
     Attributes:
-        source: Text whose modulation is injected: that of its last token.
-        prompt: Prompt that the modulation is injected into.
-        sequence: Inject the mean over the tokens of the text, as extract-seq does.
-        track: Texts whose first token is followed, with their space.
+        source: Text to extract the modulation from, at its last token.
+        prompt: Prompt to inject the modulation into.
+        sequence: Extract the mean over all tokens of the text instead, as extract-seq does.
+        track: Texts whose first token is tracked; a leading space counts.
     """
 
     source: Annotated[str, Parameter(name="--from", allow_leading_hyphen=True)]
@@ -131,10 +131,11 @@ class SourceOptions:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class InjectionOptions(Injection):
-    """`Injection`, its position as text.
+    """`Injection`, with its position as text.
 
     Attributes:
-        position: Where it goes: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD.
+        position: Tokens of the prompt to inject into: a number, 2:5, 1,4, last, first, all, at:WORD
+            or after:WORD.
     """
 
     position: Text = "last"

@@ -18,22 +18,23 @@ def check(
     junit: PathText | None = None,
     json: bool = False,
 ) -> int:
-    """Score what injections do against what they are expected to do; exit code 3 if one fails.
+    """Score the effects of injections against expectations; exits with 3 if a fact fails.
 
     Parameters
     ----------
     facts
-        YAML file: prompt, inject, expect and must_not_change of every fact.
+        YAML file of facts, each with prompt, inject, expect and must_not_change.
     junit
         JUnit XML file to write, for CI.
     json
         Print everything as JSON.
     """
     from npt_fast.transfer import check as library
+    from npt_fast.transfer.facts import FactsError, read_facts
 
     try:
-        expected = library.read_facts(facts)
-    except library.FactsError as error:
+        expected = read_facts(facts)
+    except FactsError as error:
         print(*(f"Error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return error.exit_code
     loaded, tokenizer = model.load()

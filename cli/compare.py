@@ -8,31 +8,26 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from npt_fast.cli.arguments import (
-    CheckpointOptions,
-    InjectionOptions,
-    PathText,
-    SourceOptions,
-)
+from npt_fast.cli.arguments import CheckpointOptions, InjectionOptions, PathText, SourceOptions
 from npt_fast.cli.output import show_report
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
     from npt_fast.transfer.compare import Comparison, Token
 
-_LAST_TOKEN = InjectionOptions()
+_DEFAULT = InjectionOptions()
 
 
 def compare(
     *,
     model: CheckpointOptions,
     texts: SourceOptions,
-    injection: InjectionOptions = _LAST_TOKEN,
+    injection: InjectionOptions = _DEFAULT,
     tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 20,
     html: PathText | None = None,
     json: bool = False,
 ) -> None:
-    """Continue a prompt with and without what another text makes of the weights.
+    """Continue a prompt with and without the modulation of another text.
 
     npt-fast compare --checkpoint experiments/merged_11_13_23 --from "The capital of France is"
     --prompt "The capital of Germany is" --track " Paris" " Berlin" --html report.html
@@ -40,9 +35,9 @@ def compare(
     Parameters
     ----------
     tokens
-        Length of the continuations.
+        Number of tokens to generate.
     html
-        Report to write: one file that needs nothing else.
+        HTML report to write; a single file without scripts.
     json
         Print everything as JSON.
     """
@@ -53,9 +48,8 @@ def compare(
     loaded, tokenizer = model.load()
     modulation = texts.extract(loaded, tokenizer)
     found = library.compare(
-        loaded, tokenizer, modulation, texts.prompt,
-        position=injection.position, mode=injection.mode, strength=injection.strength,
-        when=injection.when, sampling=Sampling(tokens=tokens), tracked=texts.track,
+        loaded, tokenizer, modulation, texts.prompt, injection,
+        sampling=Sampling(tokens=tokens), tracked=texts.track,
     )  # fmt: skip
     facts = {
         "checkpoint": model.checkpoint,
@@ -68,12 +62,14 @@ def compare(
 
 def _lines(found: Comparison) -> Iterator[str]:
     hit = ", ".join(f"{place} {found.prompt[place]!r}" for place in found.positions)
-    yield f"Hit: layers {found.layers}, tokens {hit or 'that are generated'}"
+    yield f"Hit: layers {found.layers}, tokens {hit or 'generated'}"
     yield f"Prompt: {''.join(found.prompt)}"
-    yield f"  base:     {found.base_text}"
-    yield f"  injected: {found.injected_text}"
+    yield f"  no injection: {found.no_injection_text}"
+    yield f"  injected:     {found.injected_text}"
     yield f"KL of the next token: {found.kl:.4f} nats"
-    seen: dict[str, Token] = {t.text: t for t in (*found.tracked, *found.top, *found.top_base)}
+    seen: dict[str, Token] = {
+        t.text: t for t in (*found.tracked, *found.top, *found.no_injection_top)
+    }
     rows = [[repr(t.text), f"{t.before:.4f}", f"{t.after:.4f}"] for t in seen.values()]
     yield from markdown_table(["next token", "before", "after"], rows).splitlines()
-    yield f"{found.seconds:.2f} s, {found.base_seconds:.2f} s without"
+    yield f"{found.seconds:.2f} s, {found.no_injection_seconds:.2f} s without"

@@ -28,26 +28,26 @@ def evaluate(
     max_new_tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 30,
     json: bool = False,
 ) -> None:
-    """Measure how well checkpoints stand for their base model on held-out text.
+    """Measure how closely a model with each checkpoint follows its base model on held-out text.
 
     Parameters
     ----------
     checkpoint
-        Checkpoint directories or weight files, each measured by itself.
+        Checkpoint directories or weight files, each measured on its own.
     data
-        Text, as for train; the windows that train holds out are used.
+        Text to measure on, as for train: the windows that train holds out.
     num_eval_samples
-        How many windows.
+        Number of windows.
     max_length
         Tokens per window.
     batch_size
-        Windows at a time.
+        Windows per batch.
     prompt
-        Texts to go on with, by the base model and with each checkpoint.
+        Prompts to continue, with the base model and with each checkpoint.
     max_new_tokens
-        Length of what is generated.
+        Tokens to generate for each prompt.
     json
-        Print everything as JSON.
+        Print the results as JSON.
     """
     from npt_fast.training.evaluation import continue_text
 
@@ -71,14 +71,14 @@ def evaluate(
         if not json:
             say(f"{path}: layers {layers}")
             say(
-                f"  perplexity {found.perplexity:.3f}, base {found.base_perplexity:.3f}, "
+                f"  perplexity {found.perplexity:.3f}, base model {found.base_perplexity:.3f}, "
                 f"ratio {found.perplexity / found.base_perplexity:.4f}"
             )
             say(f"  KL {found.kl:.4f} nats, top-1 agreement {found.top1_agreement:.4f}")
             errors = ", ".join(
                 f"layer {layer} {value:.4f}" for layer, value in found.direct.items()
             )
-            say(f"  relative error: {errors}")
+            say(f"  direct loss: {errors}")
             say(f"  {found.tokens:,} tokens")
     if json:
         print_json({"results": results, "prompts": list(prompt), "texts": texts})

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from npt_fast.cli.arguments import CheckpointOptions, PathText, SourceOptions, Text
 from npt_fast.cli.output import show_report
-from npt_fast.config import InjectionMode
+from npt_fast.config import Injection, InjectionMode
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -27,21 +27,21 @@ def sweep(
     html: PathText | None = None,
     json: bool = False,
 ) -> None:
-    """Inject into every layer alone, and into all, at several strengths or tokens.
+    """Inject into every layer alone and into all layers, at several strengths or tokens.
 
     Parameters
     ----------
     position
-        Where it goes: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD; last if not
-        given, and all with --each_token.
+        Tokens of the prompt to inject into: a number, 2:5, 1,4, last, first, all, at:WORD or
+        after:WORD; if not given, last, and with --each_token all.
     each_token
-        A column for each of these tokens, at the first strength.
+        Make a column for each of these tokens, at the first strength, in place of strengths.
     mode
-        How, as for compare.
+        How the modulation and a token's own weight changes combine, as for compare.
     strength
-        Columns of the table; 0.25, 0.5, 1 and 2 if not given.
+        Strengths, one column each; 0.25, 0.5, 1 and 2 if not given.
     html
-        Report to write: one file that needs nothing else.
+        HTML report to write; a single file without scripts.
     json
         Print everything as JSON.
     """
@@ -53,9 +53,8 @@ def sweep(
     loaded, tokenizer = model.load()
     modulation = texts.extract(loaded, tokenizer)
     found = library.sweep(
-        loaded, tokenizer, modulation, texts.prompt,
-        strengths=strength, position=position, mode=mode, tracked=texts.track,
-        each_token=each_token,
+        loaded, tokenizer, modulation, texts.prompt, Injection(position=position, mode=mode),
+        strengths=strength, tracked=texts.track, each_token=each_token,
     )  # fmt: skip
     facts = {
         "checkpoint": model.checkpoint,
@@ -71,7 +70,9 @@ def sweep(
 def _lines(found: Sweep) -> Iterator[str]:
     tables = {"KL of the next token, nats": found.kl}
     for text, values in found.tracked.items():
-        tables[f"Probability of {text!r}, {found.base[text]:.4f} with nothing injected"] = values
+        tables[f"Probability of {text!r}, {found.no_injection[text]:.4f} without injection"] = (
+            values
+        )
     for title, rows in tables.items():
         yield ""
         yield title

@@ -38,21 +38,22 @@ def trace(
     Parameters
     ----------
     source
-        Prompt whose attention outputs are taken.
+        Prompt to take attention outputs from.
     target
-        Prompt that they are put into, one layer at a time.
+        Prompt to put them into, one layer at a time.
     track
-        Texts whose first token is followed, with their space; else the likeliest of each prompt.
+        Texts whose first token is tracked; a leading space counts. If not given, the likeliest
+        next token of each prompt is tracked.
     window
-        Neighbouring layers at a time.
+        Number of neighbouring layers to patch at a time.
     from_position
-        Where outputs are taken: a number, 2:5, last, first, all, at:WORD or after:WORD.
+        Tokens to take outputs from: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD.
     to_position
-        Where they are put.
+        Tokens to put them into, written the same way.
     json
         Print everything as JSON.
     plot
-        Picture to draw: .png, .svg or .pdf.
+        Picture to write: .png, .svg or .pdf.
     """
     from npt_fast.pictures import check
     from npt_fast.transfer import trace as library
@@ -106,8 +107,8 @@ def _print(found: Trace) -> None:
     else:
         patch = found.strongest
         say(
-            f"No layer changes the answer, which stays {found.target_top!r}; most changes at "
-            f"layer {_name(patch)} (KL {patch.kl:.4f})"
+            f"No layer changes the answer, which stays {found.target_top!r}; layer "
+            f"{_name(patch)} changes it most (KL {patch.kl:.4f})"
         )
 
 

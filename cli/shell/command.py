@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from npt_fast.transfer.session import Session
 
 Log = Literal["replayed", "recorded", "never"]
-"""Whether the log has a command, and whether a replay runs it: it runs none that writes files."""
+"""What the log does with a command: record and replay it, record it only, or neither."""
 
 
 @dataclass
@@ -23,8 +23,8 @@ class Context:
     """What commands work on.
 
     Attributes:
-        session: state of the model and the shelf.
-        history: lines, each recorded before it runs.
+        session: The model, the shelf and the settings.
+        history: Lines given so far, each recorded before it runs.
     """
 
     session: Session
@@ -36,11 +36,11 @@ class Reply:
     """What a command answers.
 
     Attributes:
-        data: the result, as JSON has it.
-        lines: the same for people.
-        changed: names of modulations that are new on the shelf.
-        script: lines that are to run next.
-        leave: whether the shell ends.
+        data: The result, as JSON.
+        lines: The result, as lines for people.
+        changed: Names of modulations that are new on the shelf.
+        script: Lines to run next.
+        leave: Whether the shell ends.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -55,16 +55,16 @@ Function = Callable[[Context, Arguments], Reply]
 
 @dataclass(frozen=True)
 class Command:
-    """A command.
+    """A command: how it is written, and the function that runs it.
 
     Attributes:
-        name: first word of a line.
-        kinds: of arguments, see `npt_fast.cli.shell.line.parse`.
-        options: with a value.
-        flags: without one.
-        help: a line.
-        run: carries it out.
-        log: ``"replayed"``; ``"recorded"``: logged, but not replayed, as it writes files;
+        name: First word of a line.
+        kinds: Kinds of its arguments, see `npt_fast.cli.shell.line.parse`.
+        options: Options that take a value.
+        flags: Options that take none.
+        help: One line of help.
+        run: Function that runs it.
+        log: ``"replayed"``; ``"recorded"``: logged but not replayed, since it writes files;
             ``"never"``: not logged.
     """
 
@@ -78,13 +78,13 @@ class Command:
 
     @property
     def usage(self) -> str:
-        """How it is written."""
+        """How the command is written, for help and messages."""
         text = "NEW = EXPRESSION" if self.kinds == ("REST",) else " ".join(self.kinds)
         options = [f"[{option} X]" for option in self.options] + [f"[{f}]" for f in self.flags]
         return " ".join(part for part in (self.name, text, *options) if part)
 
     def parse(self, rest: str) -> Arguments:
-        """Arguments of a line, without the command."""
+        """Parse a line without its first word."""
         return parse(rest, self.usage, self.kinds, self.options, self.flags)
 
 
@@ -111,17 +111,17 @@ class Commands(dict[str, Command]):
 
 
 def number(name: str, text: str) -> float:
-    """The number that `text` is.
+    """Parse a number.
 
     Raises:
-        TransferError: it is none; the message says of what `name`.
+        TransferError: `text` is not a number; the message names `name`.
     """
     with _value(name, text, "a number"):
         return float(text)
 
 
 def setting(c: Context, key: str, value: str) -> dict[str, Any]:
-    """A setting of `Sampling`, from text.
+    """Parse a setting of `Sampling`.
 
     Raises:
         TransferError: there is no setting `key`, or `value` has another type.

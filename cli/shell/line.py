@@ -1,4 +1,4 @@
-"""A line of the shell: words, and what they mean to a command."""
+"""The grammar of a line: words, and a command's arguments and options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OPTION = re.compile(r"--?[A-Za-z]")
 
 @dataclass(frozen=True)
 class Word:
-    """A word and where it is in the line; quoted ones may hold spaces."""
+    """A word and its place in the line; a quoted word may hold spaces."""
 
     text: str
     quoted: bool
@@ -29,11 +29,11 @@ class Word:
 
 @dataclass
 class Arguments:
-    """What a command was given.
+    """The arguments and options of a line.
 
     Attributes:
-        values: of its arguments, by kind; repeated ones have several.
-        options: by name without the dash.
+        values: Values of the arguments by kind; a repeated argument has several.
+        options: Values of the options by name, without the dash; a flag's value is empty.
     """
 
     values: dict[str, list[str]] = field(default_factory=dict)
@@ -43,12 +43,12 @@ class Arguments:
         return self.values[kind][0]
 
     def get(self, kind: str) -> str | None:
-        """A value that may be missing."""
+        """The value of an argument that may be missing."""
         return next(iter(self.values.get(kind, [])), None)
 
 
 def words(line: str) -> list[Word]:
-    r"""Words; ``\"`` is a quote within quotes.
+    r"""Split a line into words; within quotes, ``\"`` is a quote.
 
     Raises:
         TransferError: a quote is not closed.
@@ -71,19 +71,19 @@ def words(line: str) -> list[Word]:
 def parse(
     line: str, usage: str, kinds: Sequence[str], options: Sequence[str], flags: Sequence[str]
 ) -> Arguments:
-    """Arguments in order, options anywhere.
+    """Parse a line: arguments in order, options anywhere.
 
     Args:
-        line: without the command.
-        usage: for messages.
-        kinds: of arguments: ``NAME``, ``[NAME]`` (may be missing), ``NAME...`` (one or more),
-            ``[NAME...]``, ``TEXT`` (the last: one quoted word, or all words that are left),
-            ``REST`` (the line as it is).
-        options: with a value, as ``-pos``.
-        flags: without one.
+        line: The line without the command.
+        usage: How the command is written, for messages.
+        kinds: Kinds of arguments: ``NAME``, ``[NAME]`` (optional), ``NAME...`` (one or more),
+            ``[NAME...]``, ``TEXT`` (the last: one quoted word, or all remaining words),
+            ``REST`` (the line unchanged).
+        options: Options that take a value, as ``-pos``.
+        flags: Options that take none.
 
     Raises:
-        TransferError: they do not fit.
+        TransferError: the line does not fit the command.
     """
     if list(kinds) == ["REST"]:
         return Arguments({"REST": [line.strip()]})
@@ -117,7 +117,7 @@ def parse(
         found.values[name] = [word.text for _, word in plain[:count]]
         plain = plain[count:]
     if plain:
-        raise TransferError(f"{shown(plain[0][1].text)} is one too many: {usage}")
+        raise TransferError(f"{shown(plain[0][1].text)} is one argument too many: {usage}")
     return found
 
 
@@ -135,6 +135,6 @@ def _text(line: str, plain: Sequence[tuple[int, Word]], usage: str) -> str:
 def _unknown(option: str, known: Sequence[str], text: bool) -> TransferError:
     hint = suggestion(option, known)
     if not hint:
-        hint = f"; there are {', '.join(known)}" if known else "; there are none here"
+        hint = f"; known are {', '.join(known)}" if known else "; this command has none"
     quote = " (text with a word like that goes in quotes)" if text else ""
     return TransferError(f"unknown option {option:.40}{hint}{quote}")

@@ -1,4 +1,4 @@
-"""The loop of ``npt-fast interact``: lines in, answers out, a log beside it."""
+"""The loop of ``npt-fast interact``: it reads lines, writes replies and keeps a log."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from npt_fast.errors import NPTError, TransferError, printable
 if TYPE_CHECKING:
     from npt_fast.transfer.journal import Journal
 
-_DEEPEST = 8  # scripts that run scripts
+_DEEPEST = 8  # levels of scripts that run scripts
 
 
 class Output(Protocol):
-    """Where answers go."""
+    """Where replies, errors and notes go."""
 
     def reply(self, line: str, data: dict[str, Any], lines: Sequence[str]) -> None:
-        """A command has answered."""
+        """Show the reply of a command."""
 
     def error(self, line: str, message: str, where: str) -> None:
-        """A command has failed; `where` is the place in a script."""
+        """Show that a command failed; `where` is its place in a script."""
 
     def note(self, line: str) -> None:
-        """Something besides."""
+        """Show a line that is no reply."""
 
 
 class PlainOutput:
-    """Lines without colour; errors go to stderr."""
+    """Plain lines without colour; errors go to stderr."""
 
     def reply(self, line: str, data: dict[str, Any], lines: Sequence[str]) -> None:
         print(*map(printable, lines), sep="\n", flush=True)
@@ -45,7 +45,7 @@ class PlainOutput:
 
 
 class JsonOutput:
-    """One object per command."""
+    """One JSON object per command; notes go to stderr."""
 
     def reply(self, line: str, data: dict[str, Any], lines: Sequence[str]) -> None:
         self._write({"command": line, "ok": True, "result": data})
@@ -61,17 +61,17 @@ class JsonOutput:
 
 
 class Shell:
-    """Carries out lines.
+    """Runs lines.
 
     Args:
-        context: what commands work on.
-        output: where answers go.
-        journal: the log, if there is one.
-        keep_going: whether scripts go on after a line that has failed.
+        context: What commands work on.
+        output: Where replies go.
+        journal: The log, or None.
+        keep_going: Whether scripts continue after a line has failed.
 
     Attributes:
-        left: whether ``exit`` was given.
-        failed: whether a line has failed.
+        left: Whether ``exit`` was given.
+        failed: Whether a line has failed.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Shell:
         self.failed = False
 
     def run_lines(self, lines: Iterable[str], *, where: str = "", depth: int = 0) -> bool:
-        """Lines of a script or of stdin, up to the first that fails; whether all went well."""
+        """Run the lines of a script or of stdin, up to the first failure; True if all succeeded."""
         good = True
         for number, line in enumerate(lines, 1):
             if not self.run_line(line, where=f"{where}line {number}: ", depth=depth):
@@ -102,7 +102,7 @@ class Shell:
         return good
 
     def run_line(self, line: str, *, where: str = "", depth: int = 0) -> bool:
-        """One line; whether it went well."""
+        """Run one line; True if it succeeded."""
         line = bare(line)
         if not line:
             return True
@@ -120,24 +120,22 @@ class Shell:
             return True
         if depth == _DEEPEST:
             self.failed = True
-            self.output.error(line, f"scripts that run each other {_DEEPEST} deep", "")
+            self.output.error(line, f"scripts run each other more than {_DEEPEST} deep", "")
             return False
         return self.run_lines(reply.script, where=f"{where}{line}, ", depth=depth + 1)
 
     def _log(self, journal: Journal, entry: dict[str, Any], where: str) -> None:
-        """The shelf is worth more than the log: the session goes on without it."""
+        """Log a line, or give up the log: losing it must not cost the session and its shelf."""
         try:
             journal.write(entry)
         except NPTError as error:
             self.journal = None
             self.failed = True
-            self.output.error(
-                entry["command"], f"{error}; the session is not logged any more", where
-            )
+            self.output.error(entry["command"], f"{error}; the session is no longer logged", where)
 
 
 def bare(line: str) -> str:
-    """A line without what is ignored: spaces around, a slash or ! before, a comment."""
+    """The line without spaces around it and a leading slash or !; empty for a comment."""
     line = line.strip()
     if line.startswith(("/", "!")):
         line = line[1:].lstrip()
@@ -145,24 +143,25 @@ def bare(line: str) -> str:
 
 
 def outcome(context: Context, line: str) -> tuple[Reply | None, dict[str, Any]]:
-    """Carry out a line: the reply, None if it failed, and an entry for the log."""
+    """Run a line: its reply, or None if it failed, and its entry for the log."""
     entry: dict[str, Any] = {"command": line, "seed": context.session.state.settings.seed}
     name, _, rest = line.partition(" ")
     try:
         command = find(name)
         reply = command.run(context, command.parse(rest))
         digests = context.session.digests(reply.changed)
+        # as it reads from a log: tuples are lists, keys are text; a replay compares both
         result = json.loads(json.dumps(finite(reply.data)))
     except NPTError as error:
         return None, {**entry, "error": str(error)}
-    except Exception as error:  # the shell lives on, with all that is on its shelf
+    except Exception as error:  # a bug must not cost the user the shelf
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         return None, {**entry, "error": printable(f"unexpected {problem:.300}; please report it")}
     return reply, {**entry, "digests": digests, "result": result}
 
 
 def logged(line: str) -> bool:
-    """Whether a line belongs into the log; what is no command does."""
+    """Whether a line belongs in the log; an unknown command does."""
     try:
         return find(line.split(" ", 1)[0]).log != "never"
     except TransferError:

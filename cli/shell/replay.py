@@ -1,4 +1,4 @@
-"""A log of the shell, run again and compared."""
+"""Run a log again and compare the results."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from npt_fast.errors import TransferError, VerificationError
 def replay(
     shell: Shell, path: str, header: dict[str, Any], entries: Sequence[dict[str, Any]]
 ) -> str:
-    """Run a log again.
+    """Run a log again and compare the results with it.
 
     Returns:
-        what was compared, in a line.
+        A line that says what was compared.
 
     Raises:
         VerificationError: the first difference; the rest is not run.
@@ -27,7 +27,7 @@ def replay(
         return VerificationError(f"{path}: {what} differs from the record", [problem])
 
     now = shell.context.session.description()
-    named = {"name": now["base"]["name"]}  # the same model may be elsewhere
+    named = {"name": now["base"]["name"]}  # the same model may lie elsewhere now
     before = {**header, "base": {**header.get("base", {}), **named}}
     for key in ("base", "dtype", "layers", "weights"):
         if problem := difference(before.get(key), now[key], key):
@@ -36,7 +36,7 @@ def replay(
     for number, entry in enumerate(entries, 1):
         line = entry["command"]
         if _writes(line):
-            shell.output.note(f"Not run again, as it writes files: {line}")
+            shell.output.note(f"Not run again, since it writes files: {line}")
             continue
         reply, found = outcome(shell.context, line)
         if reply is None:

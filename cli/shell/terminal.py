@@ -1,4 +1,4 @@
-"""The shell on a terminal: history, completion, a bar at the bottom, colour."""
+"""The shell on a terminal: history, completion, a status bar, colour."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STYLES = {"✓": "green", "Warning:": "yellow", "No effect:": "yellow", "Error:
 
 
 class TerminalOutput:
-    """Lines in colour, unless NO_COLOR says otherwise."""
+    """Coloured lines, unless NO_COLOR is set."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
@@ -56,19 +56,19 @@ class TerminalOutput:
 
 
 class CommandCompleter(Completer):
-    """Commands, names on the shelf, options and their values, layers, files."""
+    """Completes commands, names on the shelf, options and their values, layers, files."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
-        """Of the word before the cursor."""
+        """Completions of the word before the cursor."""
         text = document.text_before_cursor.lstrip()
         text = text[1:].lstrip() if text[:1] in ("/", "!") else text
         try:
             before = words(text)
-        except TransferError:  # within quotes, which hold free text
+        except TransferError:  # an open quote: what is in it is free text
             return
         current = "" if not text or text[-1].isspace() else before.pop().text
         if not before:
@@ -114,7 +114,7 @@ def _matching(start: str, known: Iterable[str]) -> Iterable[Completion]:
 
 
 def _place(given: Sequence[Word], options: Sequence[str]) -> int:
-    """Which argument comes next."""
+    """The number of the next argument: words given, less options and their values."""
     taken = sum(word.is_option + (word.text in options) for word in given if word.is_option)
     return len(given) - taken
 
@@ -142,7 +142,7 @@ def run(shell: Shell, name: str, history: Path) -> None:
             shell.run_line(line)
         except KeyboardInterrupt:
             shell.output.note("Interrupted")
-        except NPTError as error:  # the log cannot be written
+        except NPTError as error:  # e.g. the log cannot be written
             shell.output.error(line, str(error), "")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""How the shell shows results, as lines."""
+"""Results of the shell, as lines."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from npt_fast.config import InjectionTime
     from npt_fast.transfer.compare import Comparison, Sweep, Token
     from npt_fast.transfer.modulation import Modulation
-    from npt_fast.transfer.session import Injection, Item, Prediction
+    from npt_fast.transfer.session import InjectionResult, Prediction
+    from npt_fast.transfer.session_state import Item
 
 _COLUMN = 38  # characters of one of two texts side by side
-_CELL = 20  # of one of two lists side by side
-_STEPS = 20  # tokens whose probability is drawn
+_CELL = 20  # characters of one of two lists side by side
+_STEPS = 20  # tokens whose probability is drawn as a bar
 
 
 def magnitudes(modulation: Modulation) -> list[str]:
@@ -28,7 +29,7 @@ def magnitudes(modulation: Modulation) -> list[str]:
 
 
 def kind(modulation: Modulation) -> str:
-    """``single``, ``dual`` or ``triple``, by how many projections change."""
+    """The modulation type, from the number of projections that change."""
     counts = sorted({len(projections) for projections in modulation.layers.values()})
     return "/".join(("single", "dual", "triple")[count - 1] for count in counts)
 
@@ -73,7 +74,7 @@ def details(name: str, item: Item) -> list[str]:
 
 
 def arrow(before: float, after: float, much: float, some: float) -> str:
-    """``↑↑`` if it grows by more than `much`, or shrinks as far; ``=`` if by less than `some`."""
+    """``↑↑`` for growth by more than `much`, ``↑`` by more than `some`, else ``=``; so ``↓``."""
     ratio = after / before if before else float("inf") if after else 1.0
     if ratio > 1 + much:
         return "↑↑"
@@ -103,17 +104,18 @@ def prediction(found: Prediction) -> list[str]:
     return lines
 
 
-def injection(name: str, found: Injection, how: str, when: InjectionTime) -> list[str]:
-    """All that an injection did."""
+def injection(name: str, found: InjectionResult, how: str, when: InjectionTime) -> list[str]:
+    """Everything that an injection did."""
     c = found.comparison
     read = [f"{i} {c.prompt[i]!r}" for i in c.positions] if when != "decode" else []
     hit = ", ".join([*read, *(["the generated ones"] if when != "prefill" else [])])
     lines = [
         f"Injected '{name}' ({how}) into layers {c.layers}, tokens {hit} "
-        f"of {len(c.prompt)}, {c.seconds * 1000:.0f} ms (baseline {c.base_seconds * 1000:.0f} ms)"
+        f"of {len(c.prompt)}, {c.seconds * 1000:.0f} ms "
+        f"(baseline {c.no_injection_seconds * 1000:.0f} ms)"
     ]
     lines += left_out(found.left_out)
-    lines += _side_by_side(c.base_text, c.injected_text, name)
+    lines += _side_by_side(c.no_injection_text, c.injected_text, name)
     if len(c.generated) > 1:
         lines += [
             f"  Token {number:3}: {token.text!r} [{token.before:.4f} → {token.after:.4f}] "
@@ -154,7 +156,11 @@ def _change(token: Token) -> str:
 
 
 def left_out(layers: Sequence[int]) -> list[str]:
-    return [f"Warning: layers {list(layers)} of it are off and were left out"] if layers else []
+    return (
+        [f"Warning: layers {list(layers)} of the modulation are off and were left out"]
+        if layers
+        else []
+    )
 
 
 def _course(path: Sequence[float]) -> str:
@@ -176,7 +182,7 @@ def _side_by_side(base: str, injected: str, name: str) -> list[str]:
 
 
 def comparison(name: str, c: Comparison) -> list[str]:
-    """Likeliest tokens of both, and those that are followed."""
+    """The likeliest tokens without and with the injection, and the tracked ones."""
 
     def cell(text: str, value: float) -> str:
         return f"{printable(text):<{_CELL - 7}} {value:.4f}"
@@ -184,7 +190,7 @@ def comparison(name: str, c: Comparison) -> list[str]:
     lines = [f"Top-{len(c.top)} Predictions:", f"  {'Baseline':<{_CELL}}  With {name}"]
     lines += [
         f"  {cell(a.text, a.before):<{_CELL}}  {cell(b.text, b.after)}"
-        for a, b in zip(c.top_base, c.top, strict=True)
+        for a, b in zip(c.no_injection_top, c.top, strict=True)
     ]
     if c.tracked:
         rows = [
@@ -197,7 +203,7 @@ def comparison(name: str, c: Comparison) -> list[str]:
 
 
 def sweep(found: Sweep) -> list[str]:
-    """Layers by strengths: KL, then every followed token."""
+    """Tables of layers by strengths: KL, then every tracked token."""
     heads = ["Layers", *found.columns]
 
     def table(values: Sequence[Sequence[float]]) -> list[str]:
@@ -209,5 +215,5 @@ def sweep(found: Sweep) -> list[str]:
 
     lines = ["KL Divergence:", *table(found.kl)]
     for text, values in found.tracked.items():
-        lines += [f"{text!r} (baseline {found.base[text]:.4f}):", *table(values)]
+        lines += [f"{text!r} (baseline {found.no_injection[text]:.4f}):", *table(values)]
     return lines

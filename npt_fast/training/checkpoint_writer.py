@@ -1,4 +1,4 @@
-"""Write a run's checkpoints: what each file holds, and which checkpoints there are."""
+"""Write the checkpoints of a run: what each file holds, and which checkpoints stay."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from npt_fast.checkpoint.training_run import BEST
 from npt_fast.checkpoint.training_state import MULTI_LAYER_STATE, TRAINING_STATE
 from npt_fast.config import FileFormat, TrainOptions
 from npt_fast.errors import TrainingError
-from npt_fast.hf.checkpoint import describe, save_pt, write_weights
+from npt_fast.hf.checkpoint import describe
 from npt_fast.hf.convert import components
+from npt_fast.hf.weights_file import save_pt, write_weights
 from npt_fast.training.curriculum import Stage, stage_index
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.progress import Progress
@@ -30,13 +31,13 @@ class CheckpointWriter:
     """Writes ``checkpoint-N`` and ``best`` of a run.
 
     Args:
-        run: the run's folder; None in every process but the first, which writes nothing.
-        distillation: the model being trained.
-        options: how it is trained.
+        run: folder of the run; None in all processes but the main one, which alone writes.
+        distillation: holds the model being trained.
+        options: options of the run.
         stages: the curriculum.
         resumed: checkpoint that the run was resumed from.
         first_step: optimizer steps taken before the run.
-        say: prints a line for people.
+        say: prints a line on stderr.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class CheckpointWriter:
         self.say = say
 
     def last_good(self) -> str:
-        """Says which checkpoint is the last good one."""
+        """Say which checkpoint is the last good one."""
         steps = list(self.run.checkpoint_steps()) if self.run else []
         if not steps or self.run is None:
             return "no checkpoint had been saved"
@@ -81,11 +82,11 @@ class CheckpointWriter:
         Args:
             step: optimizer steps taken.
             optimizer: AdamW over the NP layers.
-            schedule: the learning rate's.
+            schedule: learning-rate schedule.
             progress: how far the run has come.
-            direct: direct loss of each layer on held-out text, where it was evaluated.
-            numbered: write it as ``checkpoint-N``.
-            best: make it ``best``.
+            direct: direct loss of each layer on the held-out text, None before an evaluation.
+            numbered: whether to write ``checkpoint-N``.
+            best: whether to name it ``best``.
 
         Raises:
             TrainingError: a weight is not finite, or the checkpoint cannot be written.
@@ -144,7 +145,7 @@ class CheckpointWriter:
         self.say(f"Saved {target}" + (", the best so far" if best else ""))
 
     def _layer_steps(self, layer: int, step: int) -> int:
-        """Optimizer steps that a layer was trained for, in earlier runs too."""
+        """Return the optimizer steps that a layer was trained for, including earlier runs."""
         own = step - self.first_step
         if self.resumed is None or layer not in self.resumed.modules:
             return own
@@ -180,12 +181,12 @@ def write_checkpoint(
     config: Mapping[str, Any],
     npt_config: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint in the guide's layout: complete or not at all.
+    """Write a checkpoint (design.md#checkpoint-files), complete or not at all.
 
     Raises:
-        CheckpointError: what would be written could not be read.
+        CheckpointError: the checkpoint could not be read back.
         StorageError: the disk is full.
-        TrainingError: it cannot be written.
+        TrainingError: the checkpoint cannot be written.
     """
     with disk_errors(target, TrainingError), StagedDirectory(target, replace=True) as staged:
         write_weights(staged, weights, format)

@@ -36,15 +36,17 @@ STUDENT = Stage("student", 0, 1.0, 1.0)
 
 
 class Losses(NamedTuple):
-    """Sums over the real tokens of a batch.
+    """Losses, summed over the real tokens of a batch; padding does not count.
 
     Attributes:
-        total: what is minimised: weighted sum of the following; divide it by the tokens.
-        direct: error of every trained layer.
-        fidelity: difference in logits, None if not asked for.
-        regularization: of every trained layer, mean squares of its v_a and v_b; None likewise.
-        norms: of every trained layer, measures of its vectors, None if not asked for.
-        agreement: how predictions compare, when evaluating.
+        total: the weighted sum to minimise; divide it by the number of tokens.
+        direct: direct loss of each trained layer, without its weight and without sink errors.
+        fidelity: fidelity loss, None if its weight is 0.
+        regularization: mean squares of v_a and v_b of each trained layer, None if their weight
+            is 0.
+        norms: norms of v_a and of v_b and their similarity to attention, ``(3,)``, for each trained
+            layer; None if not measured.
+        agreement: comparison of predictions, None unless evaluating.
     """
 
     total: Tensor
@@ -56,22 +58,22 @@ class Losses(NamedTuple):
 
 
 class Distillation(nn.Module):
-    """Trained layers against the base model, both in one model.
+    """A training step: a model with NP layers off is the teacher, with them on the student.
 
     Args:
-        model: with converted layers, all of which are trained.
-        layer_weights: by layer.
-        loss: how errors are measured.
-        direct_weight: of the layers' own errors.
-        sink_weight: of `sink_errors`, which are added to them where `loss` is relative; what is
-            reported as the layers' errors is without.
-        fidelity_weight: of the difference in logits; 0 leaves it out.
-        reg_weight: of the mean squares of v_a and v_b; 0 leaves them out.
-        cache_bytes: memory for the base model's activations of windows seen before; used where they
-            are all that is needed.
+        model: model with NP layers, all of which are trained.
+        layer_weights: weight of each layer in the loss; 1 for layers that are missing.
+        loss: how errors are measured (design.md#losses).
+        direct_weight: weight of the direct losses.
+        sink_weight: weight of `sink_errors` relative to the direct loss, which they are added to if
+            `loss` is relative; `Losses.direct` does not include them.
+        fidelity_weight: weight of the fidelity loss; 0 skips it.
+        reg_weight: weight of the mean squares of v_a and v_b; 0 skips them.
+        cache_bytes: memory for the teacher's activations of windows seen before, used in steps that
+            need nothing else of the teacher.
     """
 
-    accepts_loss_kwargs = True  # the trainer counts tokens over the whole optimizer step
+    accepts_loss_kwargs = True  # Trainer counts tokens over the whole optimizer step
     model: Any
 
     def __init__(
@@ -99,11 +101,12 @@ class Distillation(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The model's, where a trainer looks for it."""
+        """The model's config, where Trainer looks for it."""
         return self.model.config
 
     def train(self, mode: bool = True) -> Distillation:
-        """A trainer asks for training mode; the model stays out of it: no target is random."""
+        """Keep the model in eval mode when Trainer asks for training mode: dropout would make
+        targets random."""
         super().train(mode)
         self.model.eval()
         return self
@@ -123,14 +126,15 @@ class Distillation(nn.Module):
         Args:
             input_ids: ``(B, S)``.
             attention_mask: ``(B, S)``, 1 for tokens, 0 for padding; None without padding.
-            stage: what the trained layers get as input.
-            windows: numbers of the rows' texts, ``(B,)``: equal numbers, equal texts.
-            measure_norms: measure v_a and v_b.
-            evaluate: compare predictions too.
+            stage: decides the input of the trained layers.
+            windows: numbers of the rows' windows, ``(B,)``; equal numbers mean equal texts.
+            measure_norms: whether to measure v_a and v_b.
+            evaluate: whether to compare predictions too.
         """
         trained = trained_layers(self.model)
         all_layers = evaluate or self.fidelity_weight > 0
-        # before the first trained layer both models are one, so a lone one needs no student pass
+        # teacher and student differ from the first trained layer on, so a single trained layer
+        # reads the same in all stages and needs no student pass
         runs_student = all_layers or (stage.name != "teacher" and len(trained) > 1)
         present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         weights = present.to(torch.float32)
@@ -194,15 +198,15 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, input_ids: Tensor, layers: Sequence[int]) -> None:
-        """Scale W_down of fresh layers so that the bottleneck's entries are of size 1 on a text.
+        """Scale W_down of fresh layers so that the bottleneck's median RMS on a text is 1.
 
-        A change of weights grows with the square of the attention output, whose size differs
-        tenfold from layer to layer; without this, the learning rate that a layer can bear differs
-        a hundredfold.
+        The weight change grows with the square of the attention output, whose size differs by a
+        factor of 10 between layers. Without calibration, the largest stable learning rate would
+        differ by a factor of 100.
 
         Args:
             input_ids: the text, ``(B, S)``.
-            layers: which.
+            layers: fresh layers.
         """
         activations = self._activations(input_ids, None)
         for layer in layers:
@@ -227,10 +231,20 @@ class Distillation(nn.Module):
         all_layers: bool,
         measure_norms: bool,
     ) -> Tensor:
-        """The trained model from its first trained layer on; fills `parts`, returns hidden states.
+        """Run the student from the first trained layer on (design.md#training-step).
 
-        Trained layers add what they compute from their scaffold to the running state; other layers
-        run as they are (design.md#training-step).
+        Trained layers compute from their scaffold and add the result to the student's state; other
+        layers run unchanged.
+
+        Args:
+            teacher: pass over the same batch, with calls.
+            stage: decides the input of the trained layers.
+            parts: filled with the output of each trained layer.
+            all_layers: whether to run the layers after the last trained one too.
+            measure_norms: whether to measure v_a and v_b.
+
+        Returns:
+            Hidden states, normed if `all_layers`, ``(B, S, D)``.
         """
         layers = decoder_layers(self.model)
         trained = trained_layers(self.model)
@@ -242,6 +256,7 @@ class Distillation(nn.Module):
                 state = layers[index](state, **call)
                 continue
             seen = teacher.activations[index]
+            # the same input gives the attention output that the teacher computed
             same = index == first or not stage.attention_ratio
             scaffold = Scaffold(
                 attention_input=_mixed(seen.hidden, state, stage.attention_ratio),

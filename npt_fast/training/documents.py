@@ -24,7 +24,7 @@ class _HubDataset(NamedTuple):
 
 _BOOKCORPUS = _HubDataset(
     "bookcorpus/bookcorpus",
-    # the main branch still has a loading script, which `datasets` no longer runs
+    # the main branch has a loading script, which `datasets` no longer runs
     revision="refs/convert/parquet",
 )
 _LARGE = (
@@ -45,17 +45,17 @@ _PRESETS = {
 
 
 def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
-    """Open a stream of documents, rows of ``{"text": str}`` in one order always.
+    """Open a stream of documents: rows ``{"text": str}``, in the same order every time.
 
     Args:
-        source: ``python-docs``: Python's own help texts, always there; ``small``, ``medium``,
-            ``large`` or ``xlarge``: sets of Hugging Face datasets; or a file, folder or glob of
+        source: ``python-docs``: Python's own help texts, always available; ``small``, ``medium``,
+            ``large`` or ``xlarge``: presets of Hugging Face datasets; or a file, folder or glob of
             .txt and .md (a paragraph is a document), .jsonl, .json and .parquet (with a column
             ``text``).
-        seed: of the order in which the datasets of a set take turns, each equally likely.
+        seed: seed of the order in which the datasets of a preset are drawn, each equally likely.
 
     Raises:
-        DataError: there is no such source, or it cannot be read.
+        DataError: the source does not exist, or cannot be read.
     """
     if source == "python-docs":
         texts = [text for _, text in sorted(topics.items())]
@@ -66,12 +66,12 @@ def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
             streams,
             probabilities=[1 / len(streams)] * len(streams),
             seed=seed,
-            # every document once: text that is held out must not come again
+            # each document once: held-out text must not come again
             stopping_strategy="all_exhausted_without_replacement",
         )
     files = _find_files(source)
     for file in files:
-        next(_read_rows([file]), None)  # a file of the wrong kind should not show after hours
+        next(_read_rows([file]), None)  # a file of the wrong kind must fail now, not after hours
     return datasets.IterableDataset.from_generator(_read_rows, gen_kwargs={"files": files})
 
 
@@ -90,7 +90,7 @@ def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
 
 
 def _find_files(source: str) -> list[str]:
-    """Files by name, those that cannot be read among them: none is left out silently."""
+    """List the text files of a source by name, including unreadable ones, which fail later."""
     path = user_path(source)
     with path_errors(path, DataError):
         folder = is_directory(path)
@@ -108,9 +108,7 @@ def _find_files(source: str) -> list[str]:
             f"python-docs, {', '.join(_PRESETS)}"
         )
     if not files:
-        raise DataError(
-            f"{source}: has no text; put it into files of {', '.join(text_files.READERS)}"
-        )
+        raise DataError(f"{source}: has no text files; they end in {', '.join(text_files.READERS)}")
     return files
 
 
@@ -123,7 +121,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """As `glob.glob`, but links to folders are not followed by ``**``: they may go in circles."""
+    """Like `glob.glob`, except that ``**`` does not follow links to folders: they may be cyclic."""
     try:
         found = list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
     except ValueError as error:
@@ -133,7 +131,7 @@ def _matches(pattern: Path) -> list[Path]:
 
 
 def _read_rows(files: list[str]) -> Iterator[dict[str, str]]:
-    """Rows of local files; each file is opened when it is its turn."""
+    """Yield the rows of local files, opening each file when its turn comes."""
     for name in files:
         try:
             file = SourceFile.of(Path(name), follow_links=True)
@@ -150,5 +148,5 @@ def _read_rows(files: list[str]) -> Iterator[dict[str, str]]:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an error says, or its type where it says nothing."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

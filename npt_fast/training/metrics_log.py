@@ -1,4 +1,4 @@
-"""Where metrics go: always a JSONL file, and a tracker if one is asked for."""
+"""Write metrics to a JSONL file, and to a tracker if the options name one."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from npt_fast.errors import CheckpointError, TrainingError
 from npt_fast.paths import exists
 
 LOG = "training_log.jsonl"
-_LONGEST_LINE = 1 << 20  # bytes; one of ours has a number per layer and metric
+_LONGEST_LINE = 1 << 20  # bytes; a line of ours has a number per layer and metric
 
 
 class MetricsLog:
     """The metrics of a run (design.md#metrics).
 
     Args:
-        folder: the run's; ``training_log.jsonl`` in it gets a line per call.
-        options: which tracker, and the run's name.
-        step: optimizer step that the run begins at; what an earlier, longer run wrote beyond it is
-            dropped.
-        config: what trackers show as the run's configuration.
+        folder: folder of the run; its ``training_log.jsonl`` gets a line per call of `write`.
+        options: name the tracker and the run.
+        step: optimizer steps taken before the run. Lines of later steps, which an earlier run left,
+            are dropped.
+        config: the run's configuration, which trackers show.
 
     Raises:
-        TrainingError: the tracker is not installed, or does not start; the log is none.
+        TrainingError: the tracker is not installed or does not start, or the file is not a log.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class MetricsLog:
     ) -> None:
         self.path = folder / LOG
         self._tracker = _start(options, folder, config)
-        fresh = self.path.with_name(f".{LOG}.new")  # killed meanwhile, no line is lost
+        fresh = self.path.with_name(f".{LOG}.new")  # a run killed here loses no line
         fresh.unlink(missing_ok=True)
         with fresh.open("xb") as file:
             for line in _lines(self.path) if step else ():
@@ -50,7 +50,7 @@ class MetricsLog:
         fresh.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """One line of metrics; what is no finite number is null in the file."""
+        """Write a line of metrics; infinite and NaN values become null in the file."""
         line = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
@@ -62,14 +62,14 @@ class MetricsLog:
             self._tracker.log(numbers, step=step)
 
     def close(self) -> None:
-        """Finish the tracker's run."""
+        """Finish the run in the tracker."""
         if self._tracker is not None:
             with redirect_stdout(sys.stderr):
                 self._tracker.finish()
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of an earlier run's log."""
+    """Yield the lines of an earlier log."""
     if not exists(path):
         return
     try:
@@ -80,8 +80,8 @@ def _lines(path: Path) -> Iterator[bytes]:
             while line := file.readline(_LONGEST_LINE):
                 if len(line) == _LONGEST_LINE:
                     raise TrainingError(
-                        f"{path}: has a line of {_LONGEST_LINE:,} bytes or more, so it is no log "
-                        "of a run; move it away"
+                        f"{path}: has a line of {_LONGEST_LINE:,} bytes or more, so it is not the "
+                        "log of a run; move it away"
                     )
                 yield line.rstrip(b"\r\n")
     except CheckpointError as error:
@@ -89,7 +89,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _step(line: bytes) -> float:
-    """Of a line of the log; infinite if it is none: a killed run leaves half a line."""
+    """Return the step of a line; infinite for half a line, which a killed run leaves."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -97,7 +97,7 @@ def _step(line: bytes) -> float:
 
 
 def _name(options: TrainOptions) -> str:
-    """The tracker that is asked for: naming wandb's mode is enough, unless it is ``disabled``."""
+    """Return the tracker to use: a wandb mode other than ``disabled`` implies wandb."""
     if options.wandb_mode == "disabled":
         return "none" if options.track == "wandb" else options.track
     return "wandb" if options.wandb_mode else options.track
@@ -108,7 +108,7 @@ def _start(options: TrainOptions, folder: Path, config: Mapping[str, Any]) -> An
     if name == "none":
         return None
     if importlib.util.find_spec(name) is None:
-        raise TrainingError(f"track {name}: is not installed; pip install {name}")
+        raise TrainingError(f"track {name}: not installed; pip install {name}")
     from accelerate import tracking  # type: ignore[import-untyped]
 
     run = options.wandb_name or folder.name
@@ -119,7 +119,7 @@ def _start(options: TrainOptions, folder: Path, config: Mapping[str, Any]) -> An
             os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").resolve()))
             tracker = tracking.TrackioTracker(options.wandb_project, name=run)
         else:
-            if options.wandb_mode == "offline":  # it reports its own errors all the same
+            if options.wandb_mode == "offline":  # otherwise wandb sends its own errors all the same
                 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
             tracker = tracking.WandBTracker(
                 options.wandb_project,
@@ -128,16 +128,16 @@ def _start(options: TrainOptions, folder: Path, config: Mapping[str, Any]) -> An
                 mode=options.wandb_mode,
                 dir=str(folder),
             )
-        with redirect_stdout(sys.stderr):  # they talk; stdout is for the report
+        with redirect_stdout(sys.stderr):  # trackers print; stdout is for the report
             tracker.start()
-            # not every tracker takes lists
+            # not every tracker accepts lists
             plain = {n: str(v) if isinstance(v, list) else v for n, v in config.items()}
             tracker.store_init_configuration(plain)
-        if name == "trackio":  # accelerate's leaves it to be finished once more at exit, aloud
+        if name == "trackio":  # accelerate's `finish` makes trackio finish again at exit, and print
             tracker.finish = importlib.import_module("trackio").finish
     except Exception as error:  # a tracker fails in its own ways: no key, no network, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(
-            f"track {name}: does not start: {reason}; metrics are in {LOG} without it too"
+            f"track {name}: does not start: {reason}; {LOG} has the metrics without it too"
         ) from error
     return tracker

@@ -46,11 +46,11 @@ class TrainReport:
     Attributes:
         output: folder of the run.
         checkpoint: the last checkpoint.
-        global_step: optimizer steps, those before resuming included.
-        layers: trained.
-        seconds: of training, evaluation and saving included.
-        evaluation: the last one, None if there was none.
-        stopped_by: number of the signal that stopped it early, 0 if none did.
+        global_step: optimizer steps taken, including those before resuming.
+        layers: trained layers, ascending.
+        seconds: duration of the run, including evaluation and saving.
+        evaluation: the last evaluation, None if there was none.
+        stopped_by: number of the signal that stopped the run early, 0 if none did.
     """
 
     output: Path
@@ -62,12 +62,16 @@ class TrainReport:
     stopped_by: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as JSON values."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 def train_here(options: TrainOptions) -> TrainReport:
-    """`train` in this process, which may be one of several."""
+    """Train in this process, which may be one of several.
+
+    Raises:
+        NPTError: as `npt_fast.train`.
+    """
     begun = time.monotonic()
     is_main_process = int(os.environ.get("RANK", "0")) == 0
 
@@ -82,7 +86,7 @@ def train_here(options: TrainOptions) -> TrainReport:
     if first_step >= options.max_steps:
         raise TrainingError(
             f"{options.resume_from}: is at step {first_step}, so --max_steps {options.max_steps} "
-            "leaves nothing to do; it counts from the beginning"
+            "leaves nothing to do; max_steps includes the steps before resuming"
         )
     output = output_directory(options)
     run = RunDirectory(output, resuming=checkpoint is not None) if is_main_process else None
@@ -93,7 +97,7 @@ def train_here(options: TrainOptions) -> TrainReport:
             options.model_name,
             dtype=options.base_dtype,
             device=arguments.device,
-            keep_on_cpu=bool(arguments.fsdp),  # it may not fit on one device whole
+            keep_on_cpu=bool(arguments.fsdp),  # the whole model may not fit on one device
             trust_remote_code=options.trust_remote_code,
         )
         layers = _add_layers(model, options, checkpoint, say)
@@ -114,12 +118,12 @@ def train_here(options: TrainOptions) -> TrainReport:
             text = collate(held_out[:4])["input_ids"].to(model.device)
             distillation.calibrate(text, fresh)
         config = {name: _plain(value) for name, value in asdict(options).items()}
-        del config["trust_remote_code"]  # said anew for every run, never by a file
+        del config["trust_remote_code"]  # must be repeated for every run, never read from a file
         if run is not None:
             with disk_errors(output, TrainingError):
                 metrics = MetricsLog(output, options, first_step, config)
                 (output / CONFIG).write_bytes(strict_json.dump(config))
-        _say_what_begins(say, options, model, layers, output, first_step)
+        _say_setup(say, options, model, layers, output, first_step)
         with _deferred_signals() as stop_signal:
             trainer = NPTTrainer(
                 distillation,
@@ -142,10 +146,9 @@ def train_here(options: TrainOptions) -> TrainReport:
         if run is not None and not trainer.stopped_by:
             run.link(step, FINAL)
         trainer.accelerator.wait_for_everyone()
-        target = output / "checkpoints" / (f"checkpoint-{step}")
         return TrainReport(
             output=output,
-            checkpoint=target,
+            checkpoint=output / "checkpoints" / f"checkpoint-{step}",
             global_step=step,
             layers=tuple(layers),
             seconds=time.monotonic() - begun,
@@ -169,7 +172,7 @@ def output_directory(options: TrainOptions) -> Path:
         layers = "-".join(str(layer) for layer in options.layers)
         name = f"npt_layers_{layers}_{base}_{time.strftime('%Y%m%d_%H%M%S')}"
     if name in (".", "..") or "/" in name:
-        raise TrainingError(f"wandb_name {name!r} is no name for a folder; use --output_dir")
+        raise TrainingError(f"wandb_name {name!r} is not a folder name; use --output_dir")
     return Path("experiments") / name
 
 
@@ -220,7 +223,11 @@ def _training_arguments(options: TrainOptions, output: Path) -> TrainingArgument
 def _add_layers(
     model: Any, options: TrainOptions, checkpoint: Checkpoint | None, say: Callable[[str], None]
 ) -> list[int]:
-    """Layers from the checkpoint as they are there, the others anew; ascending."""
+    """Add NP layers: those in the checkpoint as they are there, the others fresh.
+
+    Returns:
+        The layers, ascending.
+    """
     layers = sorted(_layer_indices(options, model))
     known = [layer for layer in layers if checkpoint and layer in checkpoint.modules]
     if checkpoint is not None:
@@ -239,12 +246,12 @@ def _add_layers(
         if left:
             say(
                 f"Note: layers {left} of {checkpoint.given} are not trained and will not be in the "
-                "new checkpoints; merge them in again"
+                "new checkpoints; merge them in afterwards"
             )
     for layer in layers:
         if layer in known:
             continue
-        # a layer starts the same whichever others are trained beside it
+        # a seed per layer: a layer starts the same whichever layers are trained beside it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed * 1_000_003 + layer)
             convert(model, _npt_config(options, layer))
@@ -252,11 +259,13 @@ def _add_layers(
 
 
 def _layer_indices(options: TrainOptions, model: Any) -> list[int]:
-    """Layers in the order in which they are named, from 0."""
+    """Indices of the layers from 0, in the order in which `train_layers` names them."""
     count = len(decoder_layers(model))
     for layer in options.layers:
         if not -count <= layer < count:
-            raise TrainingError(f"train_layers: there is no layer {layer}, the model has {count}")
+            raise TrainingError(
+                f"train_layers: there is no layer {layer}, the model has {count} layers"
+            )
     layers = [layer % count for layer in options.layers]
     if len(set(layers)) < len(layers):
         raise TrainingError(f"train_layers names a layer twice: {layers}")
@@ -276,7 +285,7 @@ def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
 
 
 def _layer_weights(options: TrainOptions, model: Any) -> dict[int, float]:
-    """Weights by layer; given in the order in which the layers are named."""
+    """Loss weights by layer; `layer_weights` gives them in the order of `train_layers`."""
     layers = _layer_indices(options, model)
     text = options.layer_weights
     if text == "uniform":
@@ -303,7 +312,7 @@ def _open_data(
     progress: Progress,
     say: Callable[[str], None],
 ) -> tuple[TokenWindows, list[Any]]:
-    """Training windows at their position, and the windows held out."""
+    """Open the training text where the run resumes, and return the held-out windows with it."""
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.num_workers))
 
     def open_windows(start: Any) -> TokenWindows:
@@ -321,10 +330,10 @@ def _open_data(
     state = progress.data
     if state is not None and checkpoint is not None:
         if not windows.accepts(state):
-            say("Note: other data or other windows than before, so the text begins anew")
+            say("Note: the data or the windows are not those of before, so the text starts over")
         elif max(state["tokens"], default=0) >= model.get_input_embeddings().num_embeddings:
             raise TrainingError(
-                f"{checkpoint.given}: data_state: its tokens are not of the vocabulary of "
+                f"{checkpoint.given}: data_state: its tokens are not in the vocabulary of "
                 f"{options.model_name}"
             )
         else:
@@ -343,7 +352,7 @@ def _open_data(
     return windows, other.held_out_windows()
 
 
-def _say_what_begins(
+def _say_setup(
     say: Callable[[str], None],
     options: TrainOptions,
     model: Any,
@@ -369,7 +378,11 @@ def _say_what_begins(
 
 @contextmanager
 def _deferred_signals() -> Iterator[Callable[[], int]]:
-    """SIGTERM and Ctrl-C wait for the end of the step, so that it is saved; a second does not."""
+    """Defer SIGTERM and Ctrl-C to the end of the step, which is then saved; a second one exits.
+
+    Yields:
+        A function that returns the number of the deferred signal, 0 if there is none.
+    """
     received, since = 0, 0.0
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0  # Python handles signals in the main thread only
@@ -380,7 +393,8 @@ def _deferred_signals() -> Iterator[Callable[[], int]]:
         if not received:
             received, since = number, time.monotonic()
         elif time.monotonic() - since > 1:
-            # sooner it is the same one: Ctrl-C goes to all processes, and `launch` passes it on
+            # within 1 s it is the same Ctrl-C: the terminal sends it to all processes, and
+            # `launch` forwards it
             raise SystemExit(128 + number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

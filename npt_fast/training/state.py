@@ -1,7 +1,8 @@
-"""Everything a run needs to go on: out of the optimizer into a checkpoint, and back.
+"""Weights and AdamW's moments: out of model and optimizer into a checkpoint, and back.
 
-Parameters are stored joined; a checkpoint has one AdamW state per tensor of the original, in its
-order (design.md#training-state), so that merges and the original can read it.
+A component's parameters join several tensors of the original. A checkpoint has one AdamW state per
+tensor, in the original's order (design.md#training-state), so that merges and the original can read
+it.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from npt_fast.checkpoint.training_state import (
     read_training_state,
 )
 from npt_fast.errors import TrainingError
-from npt_fast.hf.checkpoint import read_tensor
+from npt_fast.hf.weights_file import read_tensor
 from npt_fast.modules import NPComponent
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def gather_weights(components: Mapping[int, NPComponent]) -> dict[str, Tensor]:
-    """Weights of all layers by full name, on the CPU. Under FSDP every process must call it."""
+    """Return all weights by full name, on the CPU. Under FSDP every process must call it."""
     return {
         f"layer_{layer}_np.{name}": view.clone()
         for layer, component in components.items()
@@ -44,7 +45,10 @@ def gather_weights(components: Mapping[int, NPComponent]) -> dict[str, Tensor]:
 def gather_optimizer(
     optimizer: torch.optim.Optimizer, components: Mapping[int, NPComponent]
 ) -> dict[str, Any]:
-    """AdamW's state in the original's form, on the CPU. Under FSDP every process must call it."""
+    """Return AdamW's state in the original's form, on the CPU.
+
+    Under FSDP every process must call it.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     index = 0
     for component in components.values():
@@ -81,17 +85,17 @@ def restore_optimizer(
     saved: TrainingState,
     checkpoint: Checkpoint,
 ) -> list[int]:
-    """Give AdamW its moments back, by name; layers the checkpoint has none of start fresh.
+    """Restore AdamW's moments by name; layers without moments in the checkpoint start fresh.
 
-    Where the tensors that are joined in one parameter differ in step, as after a merge that joined
-    two modules of one layer, the moments are brought to the highest step so that what AdamW divides
-    by ``1 - beta^step`` stays the same.
+    Tensors that are joined in one parameter may differ in step, for example after a merge that
+    joined two modules of one layer. Then all moments are scaled to the highest step such that
+    ``moment / (1 - beta^step)``, which AdamW uses, stays the same.
 
     Returns:
         Layers that start fresh.
 
     Raises:
-        TrainingError: its steps or moments are none that AdamW leaves.
+        TrainingError: AdamW cannot have left these steps or moments.
     """
     reader = NearbyReader()
     betas = optimizer.param_groups[0]["betas"]
@@ -160,7 +164,7 @@ def _steps(value: TensorEntry | float | None, where: str) -> int:
 
 
 def read_state(checkpoint: Checkpoint) -> TrainingState | None:
-    """The training state of a checkpoint, None if it has none."""
+    """Read the training state of a checkpoint, None if it has none."""
     if checkpoint.directory is None:
         return None
     return read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)

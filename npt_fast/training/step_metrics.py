@@ -1,4 +1,4 @@
-"""What training steps measure, averaged from one line of metrics to the next."""
+"""Averages of what training steps measure, from one line of metrics to the next."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from npt_fast.training.distillation import Losses
 
 
 class Averages(NamedTuple):
-    """The optimizer steps between two lines of metrics.
+    """Averages over the optimizer steps between two lines of metrics.
 
     Attributes:
         values: means over tokens, by name of the metric (design.md#metrics).
-        tokens: real tokens trained on, in all processes together.
-        seconds: time the training took.
+        tokens: real tokens trained on by all processes.
+        seconds: duration of the training.
     """
 
     values: dict[str, float]
@@ -29,7 +29,7 @@ class Averages(NamedTuple):
 class StepMetrics:
     """Sums of losses over micro-batches.
 
-    They stay on the device: to read one there after every step would wait for the step.
+    The sums stay on the device: reading one after each step would wait for the step to finish.
     """
 
     def __init__(self) -> None:
@@ -37,15 +37,15 @@ class StepMetrics:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Count seconds from now on."""
+        """Start counting seconds."""
         self._since = time.monotonic()
 
     def exclude(self, seconds: float) -> None:
-        """Do not count seconds that went by without training."""
+        """Exclude seconds that passed without training."""
         self._since += seconds
 
     def add(self, losses: Losses, tokens: Tensor) -> None:
-        """Add a micro-batch of so many real tokens."""
+        """Add the losses of a micro-batch of `tokens` real tokens."""
         values = {"loss/total": losses.total, "tokens": tokens}
         if losses.fidelity is not None:
             values["loss/fidelity"] = losses.fidelity
@@ -65,7 +65,7 @@ class StepMetrics:
         self._last = losses
 
     def not_finite(self) -> str | None:
-        """Whose loss in the last micro-batch is infinite or NaN, None if all are finite.
+        """Say whose loss in the last micro-batch is infinite or NaN; None if all are finite.
 
         Waits for the device.
         """
@@ -76,15 +76,15 @@ class StepMetrics:
         return f"of layer {', '.join(map(str, bad))}" if bad else "in all"
 
     def take(self, sum_over_processes: Callable[[Tensor], Tensor]) -> Averages:
-        """The averages since the last call, and begin anew; waits for the device.
+        """Return the averages since the last call and start over; waits for the device.
 
         Args:
-            sum_over_processes: adds up sums of all processes.
+            sum_over_processes: adds up a tensor of sums over all processes.
         """
         names = sorted(self._sums)
         sums = sum_over_processes(torch.stack([self._sums[name].double() for name in names]))
         found = dict(zip(names, sums.tolist(), strict=True))
-        # vectors are measured in some steps only, so their sums have fewer tokens
+        # norms are measured only in steps that end with a line, so fewer tokens count for them
         tokens, measured = found.pop("tokens"), found.pop("measured", 0.0)
         means = {
             name: value / (measured if name.startswith("v_") else tokens)

@@ -1,4 +1,4 @@
-"""The teacher's pass of a training step: what the base model computes in the trained layers."""
+"""The teacher's pass of a training step: the base model's activations in the trained layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from npt_fast.modules import NPComponent
 
 
 class Activations(NamedTuple):
-    """What the base model computes in one trained layer, each ``(B, S, D)``.
+    """Activations of the base model in one trained layer, each ``(B, S, D)``.
 
     Attributes:
-        hidden: the layer's input.
-        attention: the output of its attention.
-        mlp: the output of its MLP.
+        hidden: input of the layer.
+        attention: output of its attention.
+        mlp: output of its MLP.
     """
 
     hidden: Tensor
@@ -28,15 +28,15 @@ class Activations(NamedTuple):
 
     @property
     def output(self) -> Tensor:
-        """The layer's output."""
+        """Output of the layer, ``(B, S, D)``."""
         return self.hidden + self.attention + self.mlp
 
 
 class TeacherPass(NamedTuple):
-    """What the student's pass needs of the teacher's.
+    """Results of the teacher's pass.
 
     Attributes:
-        activations: by trained layer.
+        activations: activations by trained layer.
         calls: keyword arguments each layer was called with, by layer: positions and masks, which
             may differ between layers.
         final: hidden states after the last layer that was run, ``(B, S, D)``.
@@ -48,7 +48,7 @@ class TeacherPass(NamedTuple):
 
 
 def trained_layers(model: nn.Module) -> dict[int, NPComponent]:
-    """NP components by layer index, ascending; one that is off belongs to the base model."""
+    """NP components that are on, by layer index, ascending."""
     return {n: part for n, part in components(model).items() if part.enabled}
 
 
@@ -64,11 +64,11 @@ def run_teacher(
     """Run the base model, up to the last trained layer.
 
     Args:
-        model: with NP layers; they are off meanwhile.
+        model: model with NP layers, which are off during the pass.
         input_ids: ``(B, S)``.
         attention_mask: ``(B, S)``, 1 for tokens, 0 for padding; None without padding.
-        record_calls: record how each layer from the first trained one on is called.
-        all_layers: run the layers after the last trained one too.
+        record_calls: whether to record how each layer from the first trained one on is called.
+        all_layers: whether to run the layers after the last trained one too.
     """
     trained = trained_layers(model)
     end = len(decoder_layers(model)) if all_layers else max(trained) + 1
@@ -83,13 +83,13 @@ def run_teacher(
 
 
 class TeacherCache:
-    """Activations of windows seen before, in main memory.
+    """Cache of the teacher's activations by window, in main memory.
 
-    Every window is computed by itself, so that its activations do not depend on which others were
-    in its batch: training goes on bit for bit after a restart with an empty cache.
+    Each window is computed alone, because its last bits may depend on the batch it is in. So a run
+    that resumes with an empty cache ends with the same bits.
 
     Args:
-        limit: bytes that may be held.
+        limit: bytes that the cache may hold.
     """
 
     def __init__(self, limit: int) -> None:
@@ -109,10 +109,10 @@ class TeacherCache:
         """Activations of a batch by layer.
 
         Args:
-            windows: numbers of the rows' windows, ``(B,)``; the same number, the same text.
+            windows: numbers of the rows' windows, ``(B,)``; equal numbers mean equal texts.
             input_ids: ``(B, S)``.
             attention_mask: ``(B, S)``, or None without padding.
-            compute: activations by layer of a window that is not held.
+            compute: computes the activations of one window, by layer.
         """
         rows = []
         for row, window in enumerate(windows.tolist()):
@@ -187,7 +187,7 @@ def _recorded(
 
 @contextmanager
 def _truncated(decoder: Any, end: int) -> Iterator[None]:
-    """The decoder ends after layer ``end - 1``."""
+    """Cut the decoder after layer ``end - 1`` for the time being."""
     layers = decoder.layers
     decoder.layers = layers[:end]
     try:

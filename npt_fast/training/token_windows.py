@@ -1,8 +1,9 @@
-"""Text to windows of tokens, in one order always, and resumable without reading it all again.
+"""Windows of tokens cut from a text, in a reproducible order that can be resumed anywhere.
 
-Documents are tokenised, joined, and cut into windows. What a window holds depends on the text
-alone; the seed decides in which order windows come. A place in the stream is a position of the
-documents' reader (kept by `datasets`) and fewer left-over tokens than a window has.
+Documents are tokenised, joined, and cut into windows. The content of a window depends only on the
+text; the seed decides the order of the windows. A place in the stream is a position of the
+documents' reader (kept by `datasets`) and the left-over tokens, fewer than a window has, so that
+resuming does not read the text from its beginning.
 """
 
 from __future__ import annotations
@@ -25,24 +26,23 @@ from npt_fast.training.documents import open_documents, reason
 
 Window = dict[str, Tensor]
 """``input_ids``: int64 ``(max_length,)``. ``attention_mask``: likewise, 0 on padding. ``window``:
-int64 scalar, the window's number within its epoch before shuffling, from 0; the same in every epoch
-and different for every window."""
+int64 scalar, the window's number in the order of the text, from 0."""
 
-_BATCH = 256  # documents tokenised at once: enough for all threads of a fast tokenizer
-_BATCH_TEXT = 1 << 18  # characters of them, or one document: a token takes 300 bytes meanwhile
-_SHORTEST = 32  # tokens of a window that is worth training on
-_REMEMBERED = 8192  # windows that loaders may have read ahead of what has been trained on
+_BATCH = 256  # documents tokenised at once, enough for all threads of a fast tokenizer
+_BATCH_TEXT = 1 << 18  # characters of a batch, unless one document has more: 300 bytes a token
+_SHORTEST = 32  # tokens; a shorter last window is not worth training on
+_REMEMBERED = 8192  # windows that loaders may read ahead of training
 
 
 class _Place(NamedTuple):
-    """A window of an epoch, and where to begin reading in order to make it.
+    """A window of an epoch, and where to start reading to cut it.
 
     Attributes:
-        epoch: from 0.
-        window: its number within the epoch.
+        epoch: number of the epoch, from 0.
+        window: number of the window within the epoch, from 0.
         documents: position of the documents' reader.
-        tokens: what is left over from earlier documents, fewer than a window has.
-        skip: how many of `tokens` and the documents that follow come before the window.
+        tokens: tokens left over from earlier documents, fewer than a window has.
+        skip: number of tokens, first of `tokens` and then of the documents, before the window.
     """
 
     epoch: int
@@ -53,7 +53,7 @@ class _Place(NamedTuple):
 
 
 def _fits(position: Any, first: Any) -> bool:
-    """Whether a position of a reader is formed as its first one, which has null for what comes."""
+    """Whether a reader's position has the structure of its first one, where None fits any value."""
     if isinstance(first, dict):
         return (
             isinstance(position, dict)
@@ -72,30 +72,30 @@ def _fits(position: Any, first: Any) -> bool:
 
 
 class TokenWindows(IterableDataset[Window]):
-    """Endless stream of windows; every epoch has the same ones in another order.
+    """Endless stream of windows; each epoch has the same windows in another order.
 
-    They are shuffled within blocks, so that memory holds one block. An epoch that fits in one is
-    kept there and tokenised only once, so its tensors come again: do not change them in place.
-    For use in the main process, by one iterator at a time; where several processes train, each
-    reads the same stream.
+    Windows are shuffled within blocks, so that memory holds one block. An epoch that fits in one
+    is kept there and tokenised only once, so its tensors come again: do not change them in place.
+    Use it in the main process, with one iterator at a time. If several processes train, each reads
+    the same stream.
 
     Args:
-        source: as for `open_documents`.
-        tokenizer: its special tokens are added to every document.
-        max_length: tokens per window; the last one of an epoch may be padded.
-        stride: tokens from one window to the next, `max_length` if not given.
-        seed: of the order.
-        held_out: windows of `max_length` at the beginning of the text that are kept from training.
-        block: windows that are shuffled together.
-        start: result of `state_after`, to go on from there.
+        source: source of the documents, as for `open_documents`.
+        tokenizer: adds its special tokens to each document.
+        max_length: tokens per window; the last window of an epoch may be padded.
+        stride: tokens from the start of one window to the next; default `max_length`.
+        seed: seed of the order.
+        held_out: number of windows at the beginning of the text to keep from training.
+        block: number of windows that are shuffled together.
+        start: result of `state_after`, to resume there.
 
     Attributes:
-        held_out: windows really held out: of a text that has no more than were asked for, a tenth.
-        position: windows used since training began, before this stream.
+        held_out: number of windows held out: a tenth of a text that has no more than `held_out`.
+        position: windows used by training before this stream.
 
     Raises:
-        ValueError: a number is out of range, or `start` is of other settings or other data.
-        DataError: the source cannot be read, or is too short. Also while iterating.
+        ValueError: a number is out of range, or `start` belongs to other settings or other data.
+        DataError: the source cannot be read, or is too short; also while iterating.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class TokenWindows(IterableDataset[Window]):
             "block": block,
         }
         if start is not None and (field := self._misfit(start)):
-            raise ValueError(f"cannot go on with this data: {field} is not as it was")
+            raise ValueError(f"cannot resume with this data: {field} is not as it was")
 
         self._source = source
         self._tokenizer = tokenizer
@@ -152,36 +152,36 @@ class TokenWindows(IterableDataset[Window]):
             place = _Place(*(start[name] for name in _Place._fields))
             documents = json.loads(start["documents"])
             if not _fits(documents, self._first_document):
-                raise ValueError("cannot go on with this data: documents is no position in it")
+                raise ValueError("cannot resume with this data: documents is not a position in it")
             self.position = start["windows"]
             self._start = start["before"], place._replace(documents=documents)
-        # where the latest blocks begin, and how many windows were yielded before each
+        # where the latest blocks start, and how many windows came before each
         self._marks = deque([self._start])
 
     def held_out_windows(self) -> list[Window]:
-        """The windows held out: `held_out` full ones, not overlapping; counted from -held_out."""
+        """Return the held-out windows: full, not overlapping, numbered from -held_out to -1."""
         return list(self._held)
 
     def state_after(self, windows: int) -> dict[str, Any]:
-        """What another stream needs as `start` in order to go on from here.
+        """Return the `start` from which another stream continues.
 
         Args:
-            windows: how many have been used since training began, before `start` too; at most as
-                many as the stream has yielded, and at most 8192 fewer.
+            windows: number of windows that training has used, including those before `start`; at
+                most the number yielded so far, and at least that minus 8192.
 
         Returns:
-            str, int and a list of int only; the number of windows is under ``windows``.
+            Values of type str, int and list of int; ``windows`` is the argument.
         """
         marks = [mark for mark in self._marks if mark[0] <= windows]
         assert marks, f"the way back to window {windows} is forgotten"
         before, place = marks[-1]
-        # the position is for `datasets` to know; as text, its 128-bit numbers fit anywhere
+        # only `datasets` knows what a position holds; as text, its 128-bit numbers fit anywhere
         documents = json.dumps(place.documents)
         numbers = {"windows": windows, "before": before}
         return {**self._settings, **numbers, **place._asdict(), "documents": documents}
 
     def accepts(self, state: Mapping[str, Any]) -> bool:
-        """Whether `state` is a `start` for a stream with these settings."""
+        """Whether a stream with these settings can start at `state`."""
         return isinstance(state, Mapping) and self._misfit(state) is None
 
     def _misfit(self, state: Mapping[str, Any]) -> str | None:
@@ -196,9 +196,9 @@ class TokenWindows(IterableDataset[Window]):
 
     def __iter__(self) -> Iterator[Window]:
         before, place = self._start
-        passed = self.position - before  # windows of the first block that are used already
+        passed = self.position - before  # windows of the first block that were used already
         self._marks.clear()
-        epoch: list[Window] = []  # if it fits in one block
+        epoch: list[Window] = []  # stays empty unless an epoch fits in one block
         while True:
             block: list[Window] = []
             blocks = [(place, epoch)] if epoch else self._blocks(place)
@@ -210,7 +210,7 @@ class TokenWindows(IterableDataset[Window]):
                 passed = 0
             if place.window == 0:
                 epoch = block
-                if not block:  # or it would look for text for ever
+                if not block:  # otherwise it would look for text forever
                     raise DataError(f"{self._source}: has no text any more; resume when it is back")
             place = self._beginning(place.epoch + 1)
 
@@ -224,7 +224,7 @@ class TokenWindows(IterableDataset[Window]):
 
     def _order(self, place: _Place, windows: int) -> list[int]:
         name = f"{self._seed} {place.epoch} {place.window // self._block}"
-        # strings are hashed well: neighbouring epochs and seeds have nothing in common
+        # seeding with a string hashes it, so neighbouring epochs and seeds give unrelated orders
         generator = torch.Generator().manual_seed(random.Random(name).getrandbits(63))
         order: list[int] = torch.randperm(windows, generator=generator).tolist()
         return order
@@ -235,7 +235,7 @@ class TokenWindows(IterableDataset[Window]):
             yield block[0][0], [window for _, window in block]
 
     def _windows(self, place: _Place) -> Iterator[tuple[_Place, Window]]:
-        """All windows of an epoch from `place` on, in the order of the text."""
+        """Yield the windows of an epoch from `place` on, in the order of the text."""
         epoch, number, documents, tokens, skip = place
         buffer = tokens
         for documents, new in self._batches(place.documents):
@@ -254,12 +254,12 @@ class TokenWindows(IterableDataset[Window]):
     def _batches(
         self, documents: Mapping[str, Any]
     ) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
-        """The reader's position before each batch of documents from `documents` on; its tokens."""
+        """Yield the reader's position before each batch of documents, and the batch's tokens."""
         self._documents.load_state_dict(documents)
         rows = iter(self._documents)
         while batch := self._next_rows(rows):
             texts = [row["text"] for row in batch if row["text"] and not row["text"].isspace()]
-            # of blank documents only special tokens would come; the tokenizer wants one text
+            # a blank document would give special tokens only; a tokenizer needs one text or more
             ids = encode(self._tokenizer, texts, verbose=False).input_ids if texts else []
             yield documents, list(chain.from_iterable(ids))
             documents = self._documents.state_dict()
@@ -290,7 +290,7 @@ class TokenWindows(IterableDataset[Window]):
         }
 
     def _hold_out(self, wanted: int) -> list[Window]:
-        """Read as much text as tells how many windows can be held out; return them."""
+        """Read until it is clear how many windows can be held out; return them."""
         length = self._length
         tokens: list[int] = []
         for _, new in self._batches(self._first_document):

@@ -1,7 +1,7 @@
 """The training loop: transformers' Trainer around a `Distillation`.
 
-Trainer accumulates, clips, scales, autocasts and spreads over processes; what a step means, what is
-measured, what is written and where a run goes on is here.
+Trainer accumulates and clips gradients, scales, autocasts and distributes. This file decides when
+to evaluate, save, sample and stop, and restores a run that is resumed.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ class NPTTrainer(Trainer):
     """Trains the NP layers of a model.
 
     Args:
-        distillation: the step.
-        options: how to train.
-        arguments: the same for transformers.
-        tokenizer: of the model.
+        distillation: computes the losses of a batch.
+        options: options of the run.
+        arguments: the same options for Trainer.
+        tokenizer: the model's tokenizer.
         stages: the curriculum.
         windows: training text, at the position where the run begins.
         held_out: windows for evaluation.
-        run: where to write; every process knows it, the first one writes.
-        metrics: of the first process, None in the others.
-        resumed: what the run goes on from.
-        training_state: its training state.
-        progress: how far the run has come.
-        stop_signal: gives the number of a signal that asks to stop, 0 as long as there is none.
-        say: prints a line for people.
+        run: folder of the run, None in all processes but the main one.
+        metrics: log of the run, None in all processes but the main one.
+        resumed: checkpoint that the run was resumed from.
+        training_state: training state of that checkpoint.
+        progress: how far the run had come.
+        stop_signal: returns the number of a signal that asks to stop, 0 if there is none.
+        say: prints a line on stderr.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class NPTTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate knows FSDP on accelerators only; torch has it on CPUs too, for tests
+            # accelerate supports FSDP on GPUs only; tests use torch's FSDP on CPUs
             from accelerate.utils import FullyShardedDataParallelPlugin
 
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
@@ -137,7 +137,7 @@ class NPTTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One AdamW group over all NP parameters."""
+        """Create AdamW with one group over all NP parameters."""
         if self.optimizer is None:
             options = self.options
             parameters = [p for p in self.distillation.parameters() if p.requires_grad]
@@ -145,12 +145,12 @@ class NPTTrainer(Trainer):
                 parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
             )
             for group in self.optimizer.param_groups:
-                # for a schedule that begins in the middle
+                # a schedule that resumes in the middle needs it
                 group["initial_lr"] = options.learning_rate
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Warm-up, then half a cosine or constant, from the step where the run begins."""
+        """Create the schedule, at the step where the run begins (design.md#curriculum)."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             warmup = self.args.get_warmup_steps(num_training_steps)
@@ -172,7 +172,7 @@ class NPTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean over all tokens of the optimizer step, in all processes together."""
+        """Return the mean loss over all tokens of the optimizer step, in all processes."""
         step = self.state.global_step
         tokens = inputs.pop("labels").ne(-100).sum()
         losses = model(
@@ -181,13 +181,13 @@ class NPTTrainer(Trainer):
         self._step_metrics.add(losses, tokens)
         self.micro_batches += 1
         assert num_items_in_batch is not None
-        # DDP and FSDP take the mean over processes, each of which has a part of the tokens
+        # DDP and FSDP average over processes, but each process has only part of the tokens
         return losses.total * self.accelerator.num_processes / num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Metrics since the last call (design.md#metrics), and a line for people."""
+        """Write the metrics since the last call (design.md#metrics) and say a summary."""
         if "learning_rate" not in logs:
-            return  # Trainer's own summary at the end
+            return  # Trainer's summary at the end
         self._check_finite()
         step = self.state.global_step
         stage = self._current_stage(step - 1)
@@ -221,7 +221,7 @@ class NPTTrainer(Trainer):
     # ---- measuring ----
 
     def _unwrapped_optimizer(self) -> torch.optim.Optimizer:
-        """Ours, in accelerate's wrapping or not."""
+        """Return AdamW without the wrapper that accelerate puts around it."""
         optimizer: Any = self.optimizer
         found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         return found
@@ -235,7 +235,7 @@ class NPTTrainer(Trainer):
         return components(self.distillation.model)
 
     def _logs_after(self, step: int) -> bool:
-        """Whether Trainer logs after this optimizer step."""
+        """Whether metrics are logged after this optimizer step."""
         every = self.options.logging_steps
         return step % every == 0 or step in (1, self.first_step + 1, self.options.max_steps)
 
@@ -258,7 +258,7 @@ class NPTTrainer(Trainer):
     # ---- the run ----
 
     def begin(self) -> None:
-        """Go on where the checkpoint ended; called when model and optimizer are in place."""
+        """Restore the run from the checkpoint, once Trainer has created model and optimizer."""
         self.state.global_step = self._globalstep_last_logged = self.first_step
         if self.training_state is not None and self.resumed is not None:
             fresh = restore_optimizer(
@@ -271,7 +271,7 @@ class NPTTrainer(Trainer):
         self._step_metrics.start_clock()
 
     def enter_step(self) -> None:
-        """Before an optimizer step."""
+        """Note a change of stage before an optimizer step."""
         step = self.state.global_step
         index = stage_index(self.stages, step)
         if index == self._stage:
@@ -288,10 +288,10 @@ class NPTTrainer(Trainer):
         self._stage = index
 
     def leave_step(self, control: Any) -> None:
-        """After an optimizer step: evaluate, save, sample, stop, as is due."""
+        """Evaluate, save, sample and stop after an optimizer step, as due."""
         options, step = self.options, self.state.global_step
         if self.accelerator.device.type == "cpu":
-            self._check_finite()  # elsewhere it would wait for the device: when logging, saving
+            self._check_finite()  # a GPU would have to wait; there, only before logging and saving
         begun = time.monotonic()
         last = step >= options.max_steps
         self.stopped_by = 0 if last else self._agreed_stop()
@@ -315,7 +315,7 @@ class NPTTrainer(Trainer):
         return int(flag)
 
     def _evaluate_now(self) -> bool:
-        """Evaluate on the held-out windows; whether this is the best so far."""
+        """Evaluate on the held-out windows; return whether the KL is the lowest so far."""
         self._check_finite()
         step = self.state.global_step
         processes = self.accelerator.num_processes
@@ -323,7 +323,8 @@ class NPTTrainer(Trainer):
         windows = self.held_out
         sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums  # noqa: E731
         if self.is_fsdp_enabled:
-            distillation = self.model_wrapped  # all processes take part in every layer
+            # each process holds a part of each layer, so all of them evaluate all windows
+            distillation = self.model_wrapped
         elif processes > 1 and len(windows) >= processes:
             windows = windows[self.accelerator.process_index :: processes]
             sum_over_processes = lambda sums: self.accelerator.reduce(sums, "sum")  # noqa: E731
@@ -345,7 +346,7 @@ class NPTTrainer(Trainer):
         values |= {f"eval_mlp_direct_loss/layer_{n}": v for n, v in found.direct.items()}
         self._record(step, values)
         self.say(
-            f"step {step}  evaluation  perplexity {found.perplexity:.3f} (base "
+            f"step {step}  evaluation  perplexity {found.perplexity:.3f} (base model "
             f"{found.base_perplexity:.3f})  KL {found.kl:.4f}  top-1 {found.top1_agreement:.4f}"
         )
         better = self.best_kl is None or found.kl < self.best_kl
@@ -354,7 +355,7 @@ class NPTTrainer(Trainer):
         return better
 
     def _write(self, step: int, *, numbered: bool, best: bool) -> None:
-        """Write ``checkpoint-N``, ``best`` or both; under FSDP all processes take part."""
+        """Write ``checkpoint-N``, ``best`` or both; under FSDP every process must call it."""
         self._check_finite()
         if not (self.is_world_process_zero() or self.is_fsdp_enabled):
             return
@@ -381,7 +382,7 @@ class NPTTrainer(Trainer):
         return self.windows.state_after(self._first_window + taken)
 
     def _sample(self) -> None:
-        """Texts as the trained model goes on with them; the training's random numbers stay put."""
+        """Say how the NPT model continues the prompts; training's random numbers are untouched."""
         if not self.is_world_process_zero() or self.is_fsdp_enabled:
             return
         model = self.distillation.model
@@ -403,7 +404,7 @@ class NPTTrainer(Trainer):
 
 
 class _TrainerHooks(TrainerCallback):
-    """Trainer's hooks, handed to the trainer."""
+    """Passes Trainer's hooks to `NPTTrainer`."""
 
     def __init__(self, trainer: NPTTrainer) -> None:
         self.trainer = trainer

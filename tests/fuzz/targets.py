@@ -44,9 +44,8 @@ from npt_fast.hf.base_model import load_base_model
 from npt_fast.training.documents import open_documents
 from npt_fast.training.progress import read_progress
 from npt_fast.transfer import journal
-from npt_fast.transfer.check import read_facts
-from npt_fast.transfer.files import load_modulation, save_modulation
-from npt_fast.transfer.modulation import Modulation
+from npt_fast.transfer.facts import read_facts
+from npt_fast.transfer.modulation import Modulation, load_modulation
 from npt_fast.transfer.session import Session
 from tests import checkpoints
 from tests.fuzz import mutations
@@ -395,7 +394,7 @@ def _modulations(folder: Path) -> list[bytes]:
     found = []
     for layers, projections in (((1, 2), models.PROJECTIONS), ((2,), ("down",))):
         modulation = models.random_modulation(layers=layers, projections=projections)
-        save_modulation(modulation, folder / "seed.safetensors")
+        modulation.save(folder / "seed.safetensors")
         found.append((folder / "seed.safetensors").read_bytes())
     return found
 
@@ -508,14 +507,15 @@ def _same_facts(path: Path, found: Sequence[Any]) -> None:
         injection, expected = other["inject"], other.get("expect") or {}
         expected = {"contains": expected} if isinstance(expected, str) else expected
         _same_values(
-            (fact.prompt, fact.source, fact.tokens, list(fact.must_not_change), fact.strength),
+            (fact.prompt, fact.source, fact.tokens, list(fact.must_not_change),
+             fact.injection.strength),
             (
                 other["prompt"], injection["from"], other.get("tokens", 10),
                 other.get("must_not_change", []), injection.get("strength", 1.0),
             ),
         )  # fmt: skip
         _same_values(
-            (fact.contains, fact.begins, fact.position),
+            (fact.contains, fact.begins, fact.injection.position),
             (
                 expected.get("contains"), expected.get("begins"),
                 injection.get("position", "last"),

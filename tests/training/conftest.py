@@ -1,4 +1,4 @@
-"""Fixtures of several files of training tests."""
+"""Fixtures that several training tests share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.training.runs import Place
 def offline(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """Nothing may even try to reach the network; libraries swallow the error of a refusal."""
+    """Fail a test that tries to reach the network; libraries would hide the refusal itself."""
     tried = []
 
     def refuse(*args: Any, **options: Any) -> None:

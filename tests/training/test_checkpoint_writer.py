@@ -1,4 +1,4 @@
-"""Checkpoints that training writes: their files, which there are, complete or not at all."""
+"""Checkpoints that training writes: their files, which ones stay, complete or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.training.runs import Place
 
 WIDTHS: dict[str, Any] = {"d": 32, "f": 48}
 
-# --- the files, and which checkpoints there are
+# --- the files, and which checkpoints stay
 
 
 def test_the_guides_layout(place: Place, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_the_guides_layout(place: Place, tmp_path: Path) -> None:
 
 
 def test_best(place: Place, tmp_path: Path) -> None:
-    """By KL against the base model; a resumed run knows how good the best has been."""
+    """``best`` has the lowest KL; a resumed run knows the lowest KL before it."""
     settings = {"eval_steps": 1, "save_steps": 2}
     path = place.train(tmp_path / "out", max_steps=6, **settings)
     values = {
@@ -89,7 +89,7 @@ def test_best(place: Place, tmp_path: Path) -> None:
     best = min(values, key=lambda step: values[step])
     assert load_state(path.with_name("best"))["global_step"] == best
     assert load_state(path.with_name("best"))["best_val_loss"] == values[best]
-    # so large a step makes the model worse
+    # a step this large makes the model worse
     place.train(
         tmp_path / "out", max_steps=7, resume_from=str(path), learning_rate=10.0, **settings
     )
@@ -108,7 +108,7 @@ def test_keep_last(place: Place, tmp_path: Path) -> None:
 
 
 def test_keep_last_beside_an_earlier_longer_run(place: Place, tmp_path: Path) -> None:
-    """What is written now stays, though the folder has checkpoints of later steps."""
+    """New checkpoints stay even if the folder has checkpoints of later steps."""
     path = place.train(tmp_path / "out", save_steps=2)
     begin = path.with_name("checkpoint-2")
     again = place.train(
@@ -119,7 +119,7 @@ def test_keep_last_beside_an_earlier_longer_run(place: Place, tmp_path: Path) ->
 
 
 def test_weights_that_are_not_finite_are_not_saved(place: Place, tmp_path: Path) -> None:
-    """The loss was fine, the step that came of it is beyond float32."""
+    """The loss was finite, but the step it led to exceeds float32."""
     message = "layer_1_np.W_down_gate.0 is not finite at step 1; no checkpoint had been saved"
     with pytest.raises(npt.TrainingError, match=message):
         place.train(tmp_path / "out", learning_rate=1e39, max_steps=1)
@@ -131,7 +131,7 @@ def test_weights_that_are_not_finite_are_not_saved(place: Place, tmp_path: Path)
 
 @pytest.mark.parametrize("limit", [0, 300, 9_000, 50_000, 400_000, 900_000, 1_190_000])
 def test_a_full_disk(tmp_path: Path, limit: int) -> None:
-    """Wherever it shows first: tensors of 32 kB are written past all buffers, other parts not."""
+    """The error may show in any write: tensors of 32 kB bypass the buffers, other parts do not."""
     weights = layer_weights(3, rank=32, num_ranks=2, d=256, f=256)
     state = adamw_state(weights)["optimizer_state_dict"]
     old = contents(runs.write(tmp_path / "a", weights, {}))

@@ -1,4 +1,4 @@
-"""What a source of documents is, in which order they come, and what is no source."""
+"""Sources of documents, their order, and sources that are refused."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_unknown_sources(tmp_path: Path) -> None:
             open_documents(source, seed=0)
     (tmp_path / "a.csv").write_text("text\n")
     for source in (tmp_path, tmp_path / "a.csv", tmp_path / "*.csv"):
-        with pytest.raises(npt.DataError, match=r"has no text; put it into files of \.txt"):
+        with pytest.raises(npt.DataError, match=r"has no text files; they end in \.txt"):
             open_documents(str(source), seed=0)
 
 

@@ -1,4 +1,4 @@
-"""Where metrics go: the log, whatever became of the run before, and trackers, without a network."""
+"""Metrics in the log, whatever an earlier run left there, and in trackers, without a network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from npt_fast.errors import TrainingError
 from npt_fast.training.metrics_log import LOG, MetricsLog
 
 VALUES: dict[str, float | str] = {
-    "loss/total": 0.1 + 0.2,  # no short number: the log must have all digits
+    "loss/total": 0.1 + 0.2,  # has 17 digits, and the log must keep all of them
     "mlp_direct_loss/layer_11": 2.5,
     "curriculum/stage": "mixed",
     "curriculum/stage_index": 1,
@@ -31,7 +31,7 @@ NUMBERS = {name: value for name, value in VALUES.items() if not isinstance(value
 
 
 def metrics(folder: Path, step: int = 0, **options: Any) -> MetricsLog:
-    """As a run opens them, with its whole configuration."""
+    """Open the log as a run does, with its whole configuration."""
     chosen = TrainOptions(train_layers="11,13", **options)
     config = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(chosen).items()}
     return MetricsLog(folder, chosen, step, config)
@@ -105,7 +105,7 @@ def test_what_a_killed_run_left_does_not_stop_the_next(tmp_path: Path, end: str)
 
 
 def test_a_log_that_is_none(tmp_path: Path) -> None:
-    """Nothing hangs, and no line is read that could fill the memory."""
+    """Nothing hangs, and no line is read that could fill memory."""
     log = tmp_path / LOG
     log.write_bytes(b"x" * (1 << 20))
     with pytest.raises(TrainingError, match=rf"{LOG}: has a line of 1,048,576 bytes or more"):
@@ -149,7 +149,7 @@ def test_resuming_elsewhere_begins_a_new_log(tmp_path: Path) -> None:
 def test_a_tracker_that_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """One line that says how to get it; the log of the run to go on from is as it was."""
+    """One line says how to install it; the log of the earlier run is unchanged."""
     write_log(tmp_path, 100, 200)
     find = importlib.util.find_spec
 
@@ -187,7 +187,9 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert set(events.Tags()["scalars"]) == set(NUMBERS)
     found = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in NUMBERS}
     for name, value in NUMBERS.items():
-        assert found[name][0] == (5, pytest.approx(value, rel=1e-6)), name  # it has float32
+        assert found[name][0] == (5, pytest.approx(value, rel=1e-6)), (
+            name
+        )  # tensorboard stores float32
     assert found["loss/total"][1:] == [(6, 0.25)]
     assert found["training/grad_norm"][1][0] == 6 and math.isnan(found["training/grad_norm"][1][1])
 
@@ -206,8 +208,8 @@ TRACKED = """
 import json, sys
 from pathlib import Path
 from accelerate import PartialState
-from tests.training.test_metrics import VALUES, metrics
-PartialState(cpu=True)  # as a run has it by then
+from tests.training.test_metrics_log import VALUES, metrics
+PartialState(cpu=True)  # as in a run
 log = metrics(Path(sys.argv[1]), **json.loads(sys.argv[2]))
 log.write(5, VALUES)
 log.write(6, {"loss/total": 0.25})
@@ -217,7 +219,7 @@ print("the report")
 
 
 def tracked(folder: Path, **options: Any) -> None:
-    """Write metrics with a tracker; what it does over a network would come in here."""
+    """Write metrics with a tracker, and assert that it does not even try to use a network."""
     elsewhere = folder.with_name("elsewhere")
     elsewhere.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -266,5 +268,5 @@ def test_trackio(tmp_path: Path) -> None:
     with sqlite3.connect(folder / "trackio" / "ours.db") as database:
         rows = database.execute("select run_name, step, metrics from metrics order by step")
         found = [(run, step, json.loads(values)) for run, step, values in rows]
-    # what is no number is not shown there; design.md#metrics
+    # values that are not numbers are not shown there
     assert found == [("mine", 5, NUMBERS), ("mine", 6, {"loss/total": 0.25})]

@@ -1,4 +1,4 @@
-"""What a training run does; where it is resumed, as if it had never stopped."""
+"""Runs, and resumed runs, which end as if they had never stopped."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_resuming_is_exact(place: Place, tmp_path: Path, name: str) -> None:
-    """12 steps of 4 windows are more than an epoch, so the data position counts."""
+    """12 steps of 4 windows are more than an epoch, so the position in the data counts."""
     settings = {**SETTINGS[name], "max_steps": 12, "save_steps": 7}
     whole = place.train(tmp_path / "whole", **settings)
     half = whole.with_name("checkpoint-7")
@@ -67,7 +67,7 @@ def test_resuming_is_exact(place: Place, tmp_path: Path, name: str) -> None:
 
 
 def test_resuming_in_the_same_folder(place: Place, tmp_path: Path) -> None:
-    """As after a crash: lost steps are replaced, and the log has none twice."""
+    """After a crash, lost steps are taken again, and the log has no step twice."""
     settings = {"save_steps": 3, "logging_steps": 1, "eval_steps": 2}
     whole = place.train(tmp_path / "whole", **settings)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
@@ -84,7 +84,7 @@ def test_resuming_in_the_same_folder(place: Place, tmp_path: Path) -> None:
 
 
 def test_resuming_a_merge_is_exact(place: Place, tmp_path: Path) -> None:
-    """Two runs of unlike layers, merged: each layer goes on as it would have in its own run."""
+    """In a merge of two runs with unlike layers, each layer continues as in its own run."""
     settings = {"gradient_clip": 0, "max_steps": 8, "save_steps": 3}
     kinds = {1: {"np_rank": 5, "num_ranks": 1}, 2: {"np_rank": 2, "num_ranks": 4}}
     alone = {
@@ -107,7 +107,7 @@ def test_resuming_a_merge_is_exact(place: Place, tmp_path: Path) -> None:
 
 
 def test_resuming_with_fewer_layers(place: Place, tmp_path: Path, capfd: Any) -> None:
-    """Without clipping, layers in the teacher stage do not know of each other."""
+    """Without clipping, layers do not influence each other in the teacher stage."""
     settings = {"gradient_clip": 0, "max_steps": 6, "save_steps": 3}
     both = place.train(tmp_path / "both", **settings)
     half = both.with_name("checkpoint-3")
@@ -129,7 +129,7 @@ def test_resuming_with_fewer_layers(place: Place, tmp_path: Path, capfd: Any) ->
 
 
 def test_resuming_with_more_layers(place: Place, tmp_path: Path, capfd: Any) -> None:
-    """The known layer goes on; the new one starts as a new layer, in time and in architecture."""
+    """The known layer continues; the new one starts at step 0 with the options' architecture."""
     settings = {"gradient_clip": 0, "max_steps": 6, "save_steps": 3}
     one = place.train(tmp_path / "one", train_layers="2", **settings)
     half = one.with_name("checkpoint-3")
@@ -150,7 +150,7 @@ def test_resuming_with_more_layers(place: Place, tmp_path: Path, capfd: Any) -> 
 
 @pytest.mark.parametrize("given", ["checkpoint", "file"])
 def test_resuming_from_weights_alone(place: Place, tmp_path: Path, given: str) -> None:
-    """Somebody's weights: the architecture is theirs whatever the options say; step 0."""
+    """The architecture is that of the weights, whatever the options say, and the step is 0."""
     path = runs.start(tmp_path / "start", 2, rank=5, num_ranks=1, modulation="dual")
     source = path if given == "checkpoint" else path / "npt_weights.pt"
     after = place.train(
@@ -182,7 +182,7 @@ def test_other_data_begins_anew(place: Place, tmp_path: Path, capfd: Any) -> Non
     first = place.train(tmp_path / "a", max_steps=2)
     other = {"data": str(place.short), "num_eval_samples": 1, "max_steps": 3}
     second = place.train(tmp_path / "b", resume_from=str(first), **other)
-    assert "so the text begins anew" in capfd.readouterr().err
+    assert "so the text starts over" in capfd.readouterr().err
     assert load_state(second)["data_state"]["windows"] == 4
 
 
@@ -226,7 +226,7 @@ def test_a_checkpoint_of_other_layers(place: Place, tmp_path: Path) -> None:
     ],
 )
 def test_layer_weights(place: Place, tmp_path: Path, text: str, weights: dict[int, float]) -> None:
-    """In the order in which layers are named; -1 is the last one."""
+    """Weights follow the order in which layers are named; -1 is the last layer."""
     path = place.train(tmp_path / "out", train_layers="-1,0,1", layer_weights=text, max_steps=1)
     state = torch.load(path / "multi_layer_state.pt", weights_only=True)
     assert state["layer_weights"] == weights
@@ -252,7 +252,7 @@ def test_layers_that_are_not_there(place: Place, tmp_path: Path, layers: str, me
         place.train(tmp_path / "out", train_layers=layers)
 
 
-# --- the run as a whole
+# --- the folder, the report, signals
 
 
 def test_where_runs_are(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_where_runs_are(place: Place, tmp_path: Path, monkeypatch: pytest.Monkey
     assert unnamed.parts[0] == "experiments"
     assert unnamed.parts[1].startswith("npt_layers_1-2_base_")
     for name in ("..", "a/b"):
-        with pytest.raises(npt.TrainingError, match="no name for a folder"):
+        with pytest.raises(npt.TrainingError, match="is not a folder name"):
             place.train(Path(), output_dir=None, wandb_name=name)
 
 
@@ -290,7 +290,7 @@ def test_two_runs_in_one_folder(place: Place, tmp_path: Path) -> None:
 
 
 def test_a_second_signal_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that follows at once is the same: a terminal's goes to launcher and processes alike."""
+    """A second signal within 1 s is the same Ctrl-C, sent to the launcher and its processes."""
     with _deferred_signals() as stop:
         assert stop() == 0
         os.kill(os.getpid(), signal.SIGINT)
@@ -307,7 +307,7 @@ def test_a_second_signal_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stop_at_the_last_step_is_no_stop(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is all done: there would be nothing left to resume."""
+    """All steps are taken, so there would be nothing left to resume."""
 
     @contextmanager
     def always() -> Iterator[Any]:

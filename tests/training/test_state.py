@@ -1,7 +1,7 @@
-"""What training saves is what the original would have saved, and nothing is lost on the way back.
+"""Training saves what the original would have saved, and restores all of it.
 
-The original keeps one parameter per tensor of the checkpoint; its optimizer is built here as it
-builds it, over separate tensors, and must go the same way.
+The original keeps one parameter per tensor of the checkpoint. Its optimizer, built here over
+separate tensors, must take the same steps.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tests.training.runs import LENGTH, Place
 WIDTHS: dict[str, Any] = {"d": 32, "f": 48}
 
 
-# --- as the original sees it
+# --- read by the original
 
 
 class Original(nn.Module):
@@ -74,7 +74,7 @@ class Original(nn.Module):
 def test_the_original_loads_it(
     place: Place, tmp_path: Path, modulation: str, projections: list[str], num_ranks: int
 ) -> None:
-    """Weights strictly, optimizer and schedule, all with torch's safe loading."""
+    """The original loads weights strictly, optimizer and schedule, with torch's safe loading."""
     path = place.train(
         tmp_path / "out",
         train_layers="2,0",
@@ -92,7 +92,7 @@ def test_the_original_loads_it(
         own = {name.removeprefix(prefix): t for name, t in weights.items() if prefix in name}
         model.load_state_dict(own, strict=True)
         names += [prefix + name for name, _ in model.named_parameters()]
-    assert list(weights) == names  # its order, too
+    assert list(weights) == names  # in its order, too
     for tensor in weights.values():
         assert tensor.dtype == torch.float32 and tensor.is_contiguous()
         assert tensor.untyped_storage().nbytes() == tensor.nbytes  # not a view of a joined one
@@ -111,7 +111,7 @@ def test_the_original_loads_it(
     optimizer.step()
 
 
-# --- separate tensors go the same way
+# --- separate tensors take the same steps
 
 JOINED = {
     "w_down": ("W_down", ("_gate", "_up", "_down"), 1),
@@ -121,11 +121,11 @@ JOINED = {
     "w_b_up": ("W_b_up", ("_up",), 0),
     "w_b_down": ("W_b_up", ("_down",), 0),
 }
-"""Our parameters: of which of the original's they are joined, and along which axis."""
+"""The original's tensors that each of our parameters joins, and the axis."""
 
 
 def apart(layer: int, name: str, joined: Tensor, num_ranks: int) -> dict[str, Tensor]:
-    """A tensor of a parameter's shape as the original's tensors."""
+    """Split a tensor of a parameter's shape into the original's tensors."""
     stem, projections, axis = JOINED[name]
     suffixes = [f".{n}" for n in range(num_ranks)] if num_ranks > 1 else [""]
     names = [f"layer_{layer}_np.{stem}{p}{suffix}" for p in projections for suffix in suffixes]
@@ -134,7 +134,7 @@ def apart(layer: int, name: str, joined: Tensor, num_ranks: int) -> dict[str, Te
 
 @contextmanager
 def recorded_gradients(num_ranks: Mapping[int, int]) -> Iterator[list[dict[str, Tensor]]]:
-    """What AdamW gets, step by step, under the original's names; by layer its number of ranks."""
+    """Record AdamW's gradients of each step under the original's names."""
     steps: list[dict[str, Tensor]] = []
 
     def record(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -156,14 +156,14 @@ def recorded_gradients(num_ranks: Mapping[int, int]) -> Iterator[list[dict[str, 
 
 
 def cosine(step: int, warmup: int, end: int) -> float:
-    """The factor of a step, counted from 0 (design.md#curriculum)."""
+    """Factor of the learning rate at a step, counted from 0 (design.md#curriculum)."""
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
 
 
 def test_joined_parameters_are_optimized_as_separate_ones(place: Place, tmp_path: Path) -> None:
-    """The optimizer is elementwise, so joining changes nothing; its file says what theirs would."""
+    """AdamW is elementwise, so joining changes nothing; the saved state is the original's."""
     begin = runs.start(tmp_path / "start", 1, 2)
     with recorded_gradients({1: 2, 2: 2}) as gradients:
         path = place.train(
@@ -188,11 +188,11 @@ def test_joined_parameters_are_optimized_as_separate_ones(place: Place, tmp_path
 
 
 SINK = 3.0
-"""Weight of what is wrong at the first token of every window."""
+"""Weight of the error at the first token of each window."""
 
 
 class Independent:
-    """The original's loop in the teacher stage, with our loss: definition, AdamW and all in torch.
+    """The original's loop in the teacher stage with our loss, written in plain torch.
 
     Args:
         base: folder of the base model.
@@ -255,7 +255,7 @@ class Independent:
 def test_the_originals_loop_gets_the_same_weights_and_goes_on_from_ours(
     place: Place, tmp_path: Path
 ) -> None:
-    """Three steps from our start, then three from what we saved: file and training are both right.
+    """It takes three steps from our start and three from our checkpoint, so both must be right.
 
     Float64 against float32, so not bit for bit: AdamW divides by small numbers.
     """
@@ -282,7 +282,7 @@ def test_the_originals_loop_gets_the_same_weights_and_goes_on_from_ours(
 
 
 def test_a_merges_layers_have_their_own_moments(place: Place, tmp_path: Path) -> None:
-    """One step after a merge of runs of 3 and 5 steps, tensor by tensor, from the source files."""
+    """One step after a merge of runs of 3 and 5 steps equals AdamW on each source's tensors."""
     sources = [
         place.train(tmp_path / "a", train_layers="1", np_rank=4, num_ranks=1, max_steps=3),
         place.train(tmp_path / "b", train_layers="2", np_rank=2, num_ranks=3, max_steps=5),
@@ -315,7 +315,7 @@ def test_a_merges_layers_have_their_own_moments(place: Place, tmp_path: Path) ->
     assert load_state(path)["global_step"] == 6
 
 
-# --- in and out
+# --- saved and restored
 
 
 def parts_of(modulation: str, num_ranks: int) -> dict[int, NPComponent]:
@@ -361,7 +361,7 @@ def test_there_and_back(tmp_path: Path, modulation: str, ranks: int) -> None:
 
 
 def test_a_layer_without_moments_starts_fresh(tmp_path: Path) -> None:
-    """As after a merge with weights alone."""
+    """The merge took weights alone from one input."""
     parts = parts_of("dual", 2)
     optimizer = optimizer_of(parts)
     for parameter in parts[7].parameters():
@@ -377,7 +377,7 @@ def test_a_layer_without_moments_starts_fresh(tmp_path: Path) -> None:
 
 
 def test_tensors_of_one_layer_at_different_steps(tmp_path: Path) -> None:
-    """A joined parameter has one step; what AdamW makes of the moments stays the same."""
+    """A joined parameter has one step; the corrected moments stay the same."""
     weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
     state = adamw_state(weights, steps=3)["optimizer_state_dict"]
     for index, name in enumerate(weights):

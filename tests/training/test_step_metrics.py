@@ -1,4 +1,4 @@
-"""What the lines of metrics say."""
+"""Values in the lines of metrics."""
 
 from __future__ import annotations
 

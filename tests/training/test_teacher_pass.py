@@ -1,4 +1,4 @@
-"""Activations of the base model that are kept; `test_distillation.py` checks the pass itself."""
+"""The cache of the teacher's activations; `test_distillation.py` tests the pass itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from npt_fast.training.teacher_pass import Activations, TeacherCache
 
 
 def test_every_window_is_computed_by_itself() -> None:
-    """In a batch its last bits may depend on its neighbours, which a stop does not bring back."""
+    """A window's last bits may depend on its batch, which is another one after a restart."""
     calls: list[tuple[list[list[int]], list[list[int]] | None]] = []
 
     def compute(ids: Tensor, mask: Tensor | None) -> dict[int, Activations]:
@@ -30,7 +30,7 @@ def test_every_window_is_computed_by_itself() -> None:
 
 
 def test_the_cache_keeps_to_its_limit() -> None:
-    """Two windows fit and stay; the others are computed every time."""
+    """Two windows fit and stay; the others are computed each time."""
     runs = count()
     tensors = Activations(*(torch.ones(1, 2, 3) for _ in range(3)))  # 72 bytes
 

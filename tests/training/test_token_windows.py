@@ -1,4 +1,4 @@
-"""Text to windows: what they hold, their order, and going on after a stop, against plain lists."""
+"""Windows against plain lists: their content, their order, and resuming after a stop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def real_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Words:
-    """A tokenizer of one token per word, which begins every text with BOS; it counts texts."""
+    """A tokenizer with one token per word that puts BOS before each text and keeps the texts."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -54,7 +54,7 @@ def ids(texts: Sequence[str]) -> list[int]:
 
 
 def cut(tokens: list[int], length: int, stride: int) -> list[list[int]]:
-    """The plain truth: windows in the order of the text, the last one not padded."""
+    """The truth: windows in the order of the text, the last one not padded."""
     starts = list(range(0, len(tokens), stride))
     full = [tokens[at : at + length] for at in starts if at + length <= len(tokens)]
     tail = tokens[len(full) * stride :]
@@ -65,7 +65,7 @@ def cut(tokens: list[int], length: int, stride: int) -> list[list[int]]:
 
 
 def plain(window: Mapping[str, torch.Tensor]) -> tuple[int, list[int]]:
-    """Number and tokens of a window, without its padding, which is checked."""
+    """Return number and tokens of a window, after checking and removing its padding."""
     tokens, mask = window["input_ids"], window["attention_mask"]
     assert tokens.dtype == mask.dtype == window["window"].dtype == torch.int64
     assert tokens.shape == mask.shape and tokens.ndim == 1 and window["window"].ndim == 0
@@ -102,7 +102,7 @@ def test_windows_are_those_of_the_whole_text(tmp_path: Path, length: int, stride
 @pytest.mark.parametrize("length", [5, 40])
 @pytest.mark.parametrize("overlap", [0, 1, 3])
 def test_every_length_of_tail(tmp_path: Path, length: int, overlap: int) -> None:
-    """Padded if long enough and not in the window before; a text of one short window, too."""
+    """The tail is padded if long enough and not in the window before, also in a short text."""
     least = 32 if length == 40 else 2
     for tokens in range(least, 3 * length):
         text = " ".join(f"w{n}" for n in range(tokens - 1))
@@ -142,7 +142,7 @@ def test_a_real_loader(tmp_path: Path) -> None:
 
 
 def epochs(source: Path, count: int, **options: Any) -> list[list[int]]:
-    """Numbers of the windows in the order in which they come, by epoch."""
+    """Return the numbers of the windows in their order, by epoch."""
     one = len(cut(ids(texts_of(source)), 8, 8))
     windows = iter(stream(source, **options))
     return [[number for number, _ in take(windows, one)] for _ in range(count)]
@@ -173,7 +173,7 @@ def test_an_epoch_that_fits_in_a_block_is_tokenised_once(tmp_path: Path) -> None
     for block, epochs_tokenised in ((count, 1), (count + 5, 1), (count - 1, 3)):
         tokenizer = Words()
         windows = stream(source, tokenizer=tokenizer, block=block)
-        tokenizer.texts.clear()  # those read to see how much there is
+        tokenizer.texts.clear()  # texts that were read to hold windows out
         take(windows, 3 * count)
         assert len(tokenizer.texts) == epochs_tokenised * len(texts)
 
@@ -231,7 +231,7 @@ def test_an_empty_text(tmp_path: Path) -> None:
             stream(tmp_path, held_out=held_out)
 
 
-# ---- going on ----
+# ---- resuming ----
 
 
 def only_plain(value: Any) -> bool:
@@ -257,7 +257,7 @@ SETTINGS: list[dict[str, Any]] = [
 def test_going_on_after_every_window(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also from a stream that had gone on itself, and with what is read ahead thrown away."""
+    """A resumed stream can be resumed too, and windows that were read ahead are read again."""
 
     def open_quickly(source: str, *, seed: int) -> datasets.IterableDataset:
         rows = {"text": random_texts(16, longest=20)}
@@ -284,7 +284,7 @@ def test_going_on_after_every_window(
 def test_batches_are_of_few_documents_or_little_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How many are tokenised at once makes no difference to the windows or to going on."""
+    """The size of a batch changes neither the windows nor resuming."""
     texts = random_texts(100)
     source = write_texts(tmp_path / "a.jsonl", texts)
     truth = take(stream(source), 60)
@@ -347,7 +347,7 @@ def test_going_on_does_not_read_from_the_beginning(
         tokenizer.texts.clear()
         opened.clear()
         assert take(again, 1) == truth[used : used + 1]
-        # of the block itself, and at most one batch more on either side
+        # texts of the block itself, and at most one batch more on either side
         tokens = chain.from_iterable(sorted(truth)[n][1] for n in range(used // 4 * 4, used + 1))
         words = {f"w{token - 2}" for token in tokens if token > PAD}
         block = [n for n, text in enumerate(texts) if words & set(text.split())]
@@ -417,7 +417,7 @@ def test_a_damaged_position_is_one_clear_error(tmp_path: Path) -> None:
         put(shard_idx=-1), put(shard_idx="0"), put(shard_example_idx=0.5), put(type="Other"),
         put(shard_idx=[0]), put(more=1), json.dumps({**begin, "epoch": None}),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"documents is no position in it|Expecting"):
+        with pytest.raises(ValueError, match=r"documents is not a position in it|Expecting"):
             stream(source, start={**state, "documents": position})
     for position in (put(shard_idx=10**400), put(shard_example_idx=10**400)):
         with pytest.raises(npt.DataError, match=r"a\.jsonl: (reading broke off|has no text any)"):

@@ -1,4 +1,4 @@
-"""What an optimizer step is: its tokens, its learning rate, its randomness."""
+"""Optimizer steps: their tokens, learning rates and randomness."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.training.runs import Place
 
 
 def in_one_go(place: Place, folder: Path, **changes: Any) -> Path:
-    """One step over all windows of the short text, the padded one among them, from `start`."""
+    """Take one step over all windows of the short text, of which one is padded."""
     settings = {"max_steps": 1, "num_eval_samples": 1, "gradient_clip": 0, **changes}
     begin = str(runs.start(folder / "start", 1, 2))
     return place.train(folder / "out", data=str(place.short), resume_from=begin, **settings)
@@ -32,7 +32,7 @@ STAGES = ["teacher:5", "mixed:5:0.5,student:5"]
 
 @pytest.mark.parametrize("stages", STAGES)
 def test_accumulation_is_exact(place: Place, tmp_path: Path, stages: str) -> None:
-    """Every token weighs the same, though one window has only five."""
+    """Each token has the same weight, although one window has only five."""
     found = {}
     for batch in (8, 4, 2, 1):
         changes = {"batch_size": batch, "gradient_accumulation_steps": 8 // batch}
@@ -45,7 +45,7 @@ def test_accumulation_is_exact(place: Place, tmp_path: Path, stages: str) -> Non
 
 
 def test_clipping(place: Place, tmp_path: Path) -> None:
-    """All gradients of a step together, after accumulation."""
+    """Clipping applies to all gradients of a step together, after accumulation."""
     free = runs.moments(in_one_go(place, tmp_path / "free"))
     clipped = runs.moments(in_one_go(place, tmp_path / "clipped", gradient_clip=0.25))
     norm = 10 * math.sqrt(sum(state["exp_avg"].double().square().sum() for state in free))
@@ -58,7 +58,7 @@ def test_clipping(place: Place, tmp_path: Path) -> None:
     ("schedule", "warmup"), [("cosine", 3), ("cosine", 0), ("constant", 3), ("cosine", None)]
 )
 def test_learning_rates(place: Place, tmp_path: Path, schedule: str, warmup: int | None) -> None:
-    """Linear from 0, then half a cosine down to 0 at max_steps, or constant; resumed half-way."""
+    """It is linear from 0, then half a cosine to 0 at max_steps, or constant; also resumed."""
     settings = {"lr_schedule": schedule, "warmup_steps": warmup, "logging_steps": 1}
     half = place.train(tmp_path / "out", max_steps=4, **settings)
     place.train(tmp_path / "out", max_steps=20, resume_from=str(half), **settings)
@@ -81,7 +81,7 @@ def test_learning_rates(place: Place, tmp_path: Path, schedule: str, warmup: int
 
 
 def test_a_layer_does_not_know_of_others(place: Place, tmp_path: Path) -> None:
-    """In the teacher stage, without clipping, it starts and ends the same in any company."""
+    """In the teacher stage without clipping, a layer starts and ends the same beside any others."""
     settings = {"gradient_clip": 0, "max_steps": 3}
     both = read_weights(place.train(tmp_path / "both", train_layers="2,0", **settings))
     for layer in (0, 2):
@@ -99,7 +99,7 @@ def test_measuring_does_not_disturb(place: Place, tmp_path: Path) -> None:
 
 
 def test_seeds(place: Place, tmp_path: Path) -> None:
-    """The same seed, the same bits; another, another start and another order of the text."""
+    """The same seed gives the same bits; another seed gives another start and another order."""
     first, same, other = (
         read_weights(place.train(tmp_path / f"{n}", max_steps=2, seed=seed))
         for n, seed in enumerate((1, 1, 2))
@@ -110,7 +110,7 @@ def test_seeds(place: Place, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("strategy", "changes"), [("zero", False), ("improved", True)])
 def test_initialization(place: Place, tmp_path: Path, strategy: str, changes: bool) -> None:
-    """With a vanishing learning rate the checkpoint is the start."""
+    """With a learning rate near 0 the checkpoint holds the initial weights."""
     settings = {"learning_rate": 1e-30, "weight_decay": 0, "max_steps": 1}
     weights = read_weights(
         place.train(tmp_path / "out", init_strategy=strategy, np_init_scale=0.5, **settings)

@@ -1,4 +1,4 @@
-"""Random texts, and files of them."""
+"""Random texts, and files that hold them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pyarrow import parquet
 from npt_fast.training.documents import open_documents
 
 WORDS = 3000
-"""Words that there are: ``w0``, ``w1``, and so on."""
+"""Number of words in the vocabulary: ``w0``, ``w1``, and so on."""
 
 
 def random_texts(count: int, seed: int = 0, longest: int = 12) -> list[str]:
-    """Texts in which every word is new, so that a window's words tell where it is from."""
+    """Return texts in which each word is new, so that the words of a window tell its place."""
     rng, word = random.Random(seed), iter(range(WORDS))
     return [" ".join(f"w{n}" for n in islice(word, rng.randint(1, longest))) for _ in range(count)]
 
@@ -39,5 +39,5 @@ def write_texts(path: Path, texts: Sequence[Any], column: str = "text") -> Path:
 
 
 def texts_of(source: str | Path) -> list[str]:
-    """The documents of a source."""
+    """Return the documents of a source."""
     return [row["text"] for row in open_documents(str(source), seed=0)]

@@ -1,4 +1,4 @@
-"""The commands of the shell: from arguments to a method of the session, and back to lines."""
+"""All commands of the shell. Each maps arguments to a call of the session, and results to lines."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from npt_fast.cli.shell.line import Arguments
 from npt_fast.errors import TransferError, suggestion
 
 COMMANDS = Commands()
+# in this order help lists them
 for _group in (tokens, modulations, injections, session, scripts):
     COMMANDS |= _group.COMMANDS
 
 
 @COMMANDS.command("help", "[COMMAND]", log="never")
 def _help(c: Context, a: Arguments) -> Reply:
-    """All commands, or one."""
+    """List all commands, or explain one."""
     name = a.get("COMMAND")
     if name is not None:
         found = find(name)
@@ -35,7 +36,7 @@ def _help(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("exit", log="never")
 def _exit(c: Context, a: Arguments) -> Reply:
-    """Leave; Ctrl-D does too."""
+    """Leave the shell; Ctrl-D does too."""
     return Reply({}, ["Goodbye!"], leave=True)
 
 
@@ -43,10 +44,10 @@ COMMANDS["quit"] = replace(COMMANDS["exit"], name="quit")
 
 
 def find(name: str) -> Command:
-    """The command of a name.
+    """Find a command by name, in either case.
 
     Raises:
-        TransferError: there is none.
+        TransferError: no command has this name.
     """
     if name.lower() not in COMMANDS:
         hint = suggestion(name.lower(), COMMANDS) or "; help lists them"

@@ -1,4 +1,4 @@
-"""Commands that make modulations: from a text, or from others by arithmetic."""
+"""Commands that make modulations, from a text or from others by arithmetic, and show them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _extract_seq(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("list")
 def _list(c: Context, a: Arguments) -> Reply:
-    """What is on the shelf."""
+    """List the modulations on the shelf."""
     shelf = dict(c.session.state.shelf)
     data = [
         {
@@ -62,7 +62,7 @@ def _list(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("info", "NAME")
 def _info(c: Context, a: Arguments) -> Reply:
-    """All that is known of a modulation."""
+    """Show everything known about a modulation."""
     item = c.session.item(a["NAME"])
     data = {**_described(a["NAME"], item.modulation), "created": item.created}
     return Reply(data, views.details(a["NAME"], item))
@@ -77,11 +77,11 @@ def _delete(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("calc", "REST")
 def _calc(c: Context, a: Arguments) -> Reply:
-    """Exact arithmetic on dW: calc new = 0.7*a - b, mean(a, b); names, numbers, + - * ( )."""
+    """Compute exactly on dW: calc new = 0.7*a - b, mean(a, b); names, numbers, + - * ( )."""
     name, equals, expression = a["REST"].partition("=")
     name = name.strip()
     if not equals or not name or len(name.split()) > 1 or not expression.strip():
-        raise TransferError("it goes like: calc new = 0.7*a - b")
+        raise TransferError("write it like calc new = 0.7*a - b")
     return _made(name, c.session.calculate(name, expression), expression.strip())
 
 
@@ -101,7 +101,7 @@ def _subtract(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("average", "A... NEW")
 def _average(c: Context, a: Arguments) -> Reply:
-    """NEW = the mean of two or more, exact on dW."""
+    """NEW = the mean of two or more modulations, exact on dW."""
     from npt_fast.transfer.modulation import mean
 
     names = a.values["A"]

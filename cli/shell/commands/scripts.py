@@ -1,4 +1,4 @@
-"""Commands on the lines themselves: those of a file, and those that were given."""
+"""Commands on command lines: run those of a file, show those given so far."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from npt_fast.errors import TransferError
 from npt_fast.paths import user_path
 
 _HISTORY = 20
-_MAX_SCRIPT = 4 << 20
+_MAX_SCRIPT = 4 << 20  # bytes
 
 COMMANDS = Commands()
 
 
 @COMMANDS.command("run", "FILE", log="never")
 def _run(c: Context, a: Arguments) -> Reply:
-    """Carry out the lines of a file."""
+    """Run the commands in a file."""
     lines = read_script(a["FILE"])
     return Reply({"lines": len(lines)}, [f"Running {a['FILE']}"], script=lines)
 
 
 @COMMANDS.command("history", log="never")
 def _history(c: Context, a: Arguments) -> Reply:
-    """The last 20 lines."""
+    """Show the last 20 commands."""
     start = max(len(c.history) - _HISTORY, 0)
     recent = c.history[start:]
     lines = [f"  {number}. {line}" for number, line in enumerate(recent, start + 1)]
@@ -32,20 +32,20 @@ def _history(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("clear-history", log="never")
 def _clear_history(c: Context, a: Arguments) -> Reply:
-    """Forget the lines."""
+    """Forget the history."""
     c.history.clear()
     return Reply({}, ["✓ History cleared"])
 
 
 def read_script(path: str) -> list[str]:
-    """Lines of a file.
+    """Read the lines of a script.
 
     Raises:
         CheckpointError: it cannot be read.
-        TransferError: it is no text.
+        TransferError: it is not text.
     """
     data = read_file(user_path(path), _MAX_SCRIPT, follow_links=True)
     try:
         return data.decode("utf-8").splitlines()
     except UnicodeDecodeError:
-        raise TransferError(f"{path}: cannot be read: it is no text") from None
+        raise TransferError(f"{path}: cannot be read: it is not text") from None

@@ -15,7 +15,7 @@ COMMANDS = Commands()
 
 @COMMANDS.command("layers", "[LAYERS]")
 def _layers(c: Context, a: Arguments) -> Reply:
-    """Which layers are on; with 11,13 or all: have these on and all others off."""
+    """Show which layers are on; with 11,13 or all, turn these on and the others off."""
     session, text = c.session, a.get("LAYERS")
     if text == "all":
         session.activate(session.available)
@@ -56,14 +56,14 @@ def _export_lora(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("undo")
 def _undo(c: Context, a: Arguments) -> Reply:
-    """Take the last change back: of the shelf, the weights, layers, tokens or settings."""
+    """Undo the last change of the shelf, the weights, layers, tokens or settings."""
     what = c.session.undo()
     return Reply({"undone": what}, [f"✓ Undone: {what}"])
 
 
 @COMMANDS.command("reset")
 def _reset(c: Context, a: Arguments) -> Reply:
-    """As at the start, weights too; undo brings all back but what was baked."""
+    """Go back to the start, weights too; undo restores everything but bakes."""
     baked = c.session.bakes
     c.session.reset()
     more = f", {baked} bakes taken out" if baked else ""
@@ -72,12 +72,12 @@ def _reset(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("set", "[KEY=VALUE...]")
 def _set(c: Context, a: Arguments) -> Reply:
-    """Defaults of tokens, strategy, temperature, top_k, top_p and seed: set seed=3."""
+    """Show or set defaults of tokens, strategy, temperature, top_k, top_p, seed: set seed=3."""
     values = {}
     for pair in a.values["KEY=VALUE"]:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise TransferError(f"it goes like: set seed=3, not {shown(pair)}")
+            raise TransferError(f"write it like set seed=3, not {shown(pair)}")
         values.update(setting(c, {"temp": "temperature"}.get(key, key), value))
     if values:
         c.session.set(**values)
@@ -98,13 +98,13 @@ def _save(c: Context, a: Arguments) -> Reply:
     count = len(c.session.state.shelf)
     lines = [f"✓ Session saved to {target} ({count} modulations)"]
     if c.session.bakes:
-        lines.append("Warning: what is baked into the base weights is not part of it")
+        lines.append("Warning: bakes into the base weights are not saved")
     return Reply({"path": str(target), "modulations": count}, lines)
 
 
 @COMMANDS.command("load", "FILE")
 def _load(c: Context, a: Arguments) -> Reply:
-    """Read a saved session in place of this one, or a modulation's file onto the shelf."""
+    """Load a saved session in place of this one, or a modulation's file onto the shelf."""
     names = c.session.load(a["FILE"])
     line = f"✓ Loaded {len(names)} modulations from {a['FILE']}: {', '.join(names)}"
     return Reply({"loaded": names}, [line], changed=names)

@@ -1,4 +1,4 @@
-"""Commands that show tokens, and follow the probability of some."""
+"""Commands that show tokens, and track the probability of some."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMMANDS = Commands()
 
 @COMMANDS.command("track", "[TOKEN...]")
 def _track(c: Context, a: Arguments) -> Reply:
-    """Follow the probability of tokens; without any, list them. Spaces count: " Paris"."""
+    """Track the probability of tokens, or list the tracked ones. Spaces count: " Paris"."""
     session, texts = c.session, a.values["TOKEN"]
     if not texts:
         tracked = list(session.state.tracked)
@@ -25,13 +25,13 @@ def _track(c: Context, a: Arguments) -> Reply:
     for text in new:
         piece, count = session.first_piece(text)
         if count > 1:
-            lines.append(f"Warning: {text!r} is {count} tokens; the first, {piece!r}, is followed")
+            lines.append(f"Warning: {text!r} is {count} tokens; the first, {piece!r}, is tracked")
     return Reply({"tracked": list(session.state.tracked)}, lines)
 
 
 @COMMANDS.command("untrack", "TOKEN...")
 def _untrack(c: Context, a: Arguments) -> Reply:
-    """Follow tokens no more."""
+    """Stop tracking tokens."""
     before = c.session.state.tracked
     c.session.untrack(a.values["TOKEN"])
     lines = [
@@ -43,14 +43,14 @@ def _untrack(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("clear")
 def _clear(c: Context, a: Arguments) -> Reply:
-    """Follow no tokens."""
+    """Stop tracking all tokens."""
     c.session.untrack(c.session.state.tracked)
     return Reply({"tracked": []}, ["✓ Cleared all tracked tokens"])
 
 
 @COMMANDS.command("tokens", "TEXT")
 def _tokens(c: Context, a: Arguments) -> Reply:
-    """A text's tokens with their positions and ids."""
+    """Show a text's tokens with their positions and ids."""
     from npt_fast.transfer.extract import tokenize
 
     ids, texts = tokenize(c.session.tokenizer, a["TEXT"])

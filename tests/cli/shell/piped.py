@@ -1,4 +1,4 @@
-"""The verb in this process, on a tiny model, fed with lines."""
+"""The verb `interact` in this process, on a tiny model, with given lines on stdin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands answer, and what they say of bad input."""
+"""Replies of commands, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_commands_of_the_guide(shell: Shell) -> None:
 
 
 def test_every_command_answers(shell: Shell) -> None:
-    """Plain and as JSON; what is written can be read again."""
+    """Both as lines and as JSON; files that are written can be read again."""
     lines = [
         "help", "help inject", "track x yy", "track x", "track", "untrack x z", "tokens some text",
         "extract a first", "extract b second -pos 1", "extract-seq s third", "list", "info a",
@@ -66,7 +66,7 @@ def test_every_command_answers(shell: Shell) -> None:
     assert (code, err) == (0, "")
     for label in (
         "Already tracking: x", "✓ Stopped tracking: x", "Token not tracked: z",
-        "✓ Cleared all tracked tokens", "Warning: 'yy' is 2 tokens; the first, 'y', is followed",
+        "✓ Cleared all tracked tokens", "Warning: 'yy' is 2 tokens; the first, 'y', is tracked",
         "✓ Created modulation 'd' = 0.5*a - mean(b, s) (exact, on dW)", "✓ Deleted modulation 'c'",
         "Complete generation:", "  Token   4: ", "tokens 0 't', 1 'e', the generated ones of 4",
         "Tracked Tokens, injected, token by token:", "✓ Active layers: [2] (off: [1])",
@@ -95,50 +95,50 @@ BAD = [
     ("extract c text -pos 4", "position 4 is outside the text, which has 4 tokens"),
     ("inject a text -pos -5", "position -5 is outside the text"),
     ("inject a text -pos at:x:y", "'x:y' does not occur"),
-    ("inject a text -pos middle", "'middle' is no position"),
-    ("extract c text -pos all", "4 positions give as many modulations"),
+    ("inject a text -pos middle", "'middle' is not a position"),
+    ("extract c text -pos all", "4 positions have a modulation each"),
     ("inject a text -tokens 0", "must be at least 1"),
     ("inject a text -tokens two", "tokens must be a whole number, not 'two'"),
     ("inject a text -temp 0", "temperature must be positive"),
-    ("inject a text -strategy best", "strategy must be greedy, top_k, top_p or sample"),
+    ("inject a text -strategy best", "strategy must be one of greedy, top_k, top_p, sample"),
     ("inject a text -strenght 1", "unknown option -strenght; did you mean '-strength'?"),
     ("inject a text -when never", "-when must be one of prefill, decode, both"),
     ("inject a text -when decode", "nothing was injected"),
-    ("inject-add sum text", "this modulation is a sum of others; take exact-add"),
+    ("inject-add sum text", "which a combined modulation does not have; use exact-add"),
     ("subtract a narrow new", "different layers"),
     ("add a a", "NEW is missing: add A B NEW"),
     ("average a new", "average takes two modulations or more"),
     ("scale a big new", "FACTOR must be a number, not 'big'"),
     ("scale a inf new", "cannot be multiplied by inf"),
-    ("calc a", "it goes like: calc new = 0.7*a - b"),
-    ("layers 3", "layer 3 is not loaded; there are 1, 2"),
+    ("calc a", "write it like calc new = 0.7*a - b"),
+    ("layers 3", "layer 3 is not loaded; loaded are 1, 2"),
     ("layers one", "layers are numbers like 11,13, or all"),
     ("set sed=1", "no setting is called 'sed'; did you mean 'seed'?"),
-    ("set seed", "it goes like: set seed=3"),
+    ("set seed", "write it like set seed=3"),
     ("load missing", "missing: cannot be opened: No such file"),
     ("load old.pkl", "is a pickle, which can run code"),
     ("load corrupt.safetensors", "corrupt.safetensors: not a safetensors file"),
-    ("load other.safetensors", "is of another base model"),
+    ("load other.safetensors", "belongs to another base model"),
     ("run missing", "missing: cannot be opened: No such file"),
     ("export-lora a taken", "taken: exists already"),
-    ("save taken", "taken: exists and is no saved session"),
+    ("save taken", "taken: exists and is not a saved session"),
     ("save nowhere/deep/one a", "cannot be written"),
     ('track ""', "the text is empty"),
-    ("clear all", "'all' is one too many"),
+    ("clear all", "'all' is one argument too many"),
     # a script is a file: what is in it does not fill the screen
     (_LONG, "Unknown command: xxx"),
-    (f"extract a text {_LONG} -pos {_LONG}", "is no position"),
+    (f"extract a text {_LONG} -pos {_LONG}", "is not a position"),
     (f"extract a text -pos at:{_LONG}", "does not occur in 'text'"),
     (f"inject a text -{_LONG}", "unknown option -xxx"),
     (f"inject {_LONG} text", "no modulation is called 'xxx"),
-    (f"inject a text -pos {'9' * 5000}", "is no position"),
+    (f"inject a text -pos {'9' * 5000}", "is not a position"),
     (f"inject a text -when {_LONG}", "-when must be one of"),
-    (f"inject a text -strategy {_LONG}", "strategy must be greedy"),
+    (f"inject a text -strategy {_LONG}", "strategy must be one of greedy"),
     (f"scale a {_LONG} new", "FACTOR must be a number"),
     (f"layers {_LONG}", "layers are numbers"),
     (f"set {_LONG}=1", "no setting is called"),
-    (f"set {_LONG}", "it goes like: set seed=3"),
-    (f"clear {_LONG}", "is one too many"),
+    (f"set {_LONG}", "write it like set seed=3"),
+    (f"clear {_LONG}", "is one argument too many"),
 ]
 
 
@@ -170,7 +170,7 @@ def test_layers_that_are_off(shell: Shell) -> None:
         "inject c text",
     )  # fmt: skip
     assert code == 1
-    assert "Warning: layers [1] of it are off and were left out" in out
+    assert "Warning: layers [1] of the modulation are off and were left out" in out
     assert err.startswith("Error: line 6: 'c' changes layers [2], which are off; on are [1]")
     assert err.count("\n") == 1
 
@@ -179,7 +179,7 @@ def test_no_effect_says_why(shell: Shell) -> None:
     _, out, _ = shell.pipe("extract a text", "inject a text", "inject-add a text -strength 0")
     reasons = [line for line in out.splitlines() if line.startswith("No effect")]
     assert reasons == [
-        "No effect: what was injected is what the token has of its own",
+        "No effect: the injected modulation is the token's own",
         "No effect: the strength is 0",
     ]
 
@@ -187,7 +187,7 @@ def test_no_effect_says_why(shell: Shell) -> None:
 def test_options_without_meaning_are_said_so(shell: Shell) -> None:
     code, out, _ = shell.pipe("extract a first", "inject a text -alpha 0.5")
     assert code == 0
-    assert "Warning: -alpha has no meaning for replace; -strength has" in out
+    assert "Warning: -alpha has no effect on replace; use -strength" in out
 
 
 def test_a_bad_modulation_leaves_the_shelf_as_it_was(shell: Shell) -> None:

@@ -1,4 +1,4 @@
-"""Words of a line, and what they mean to a command."""
+"""The grammar of a line: words, arguments, options."""
 
 from __future__ import annotations
 
@@ -67,5 +67,5 @@ def test_repeated_arguments() -> None:
     found = parse("a b c d", "", ["A...", "NEW"], [], [])
     assert (found.values["A"], found["NEW"]) == (["a", "b", "c"], "d")
     assert parse("", "", ["[TOKEN...]"], [], []).values == {"TOKEN": []}
-    with pytest.raises(TransferError, match="'b' is one too many"):
+    with pytest.raises(TransferError, match="'b' is one argument too many"):
         parse("a b", "", ["NAME"], [], [])

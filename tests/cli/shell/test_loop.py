@@ -1,4 +1,4 @@
-"""Lines in, answers out: JSON, scripts, errors, and the log beside it."""
+"""The loop: JSON, scripts, errors, and the log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.training import tiny
 
 
 def test_one_json_object_per_command(shell: Shell) -> None:
-    """The figures are those of the library."""
+    """The figures equal the library's."""
     code, found = shell.json(
         "# a comment", "", "/track x", '!extract a "first"', 'inject a "other" -tokens 3', "exit",
         "never reached",
@@ -60,7 +60,7 @@ def test_scripts(shell: Shell, tmp_path: Path) -> None:
     assert [entry["command"] for entry in found] == ["run inner", "extract a first", "list"]
     (tmp_path / "circle").write_text("run circle\n")
     code, out, err = shell.pipe(options=["--script", "circle"])
-    assert code == 1 and err.count("\n") == 1 and "scripts that run each other" in err
+    assert code == 1 and err.count("\n") == 1 and "scripts run each other" in err
     (tmp_path / "inner").write_text("extract\nlist\n")
     code, out, err = shell.pipe(options=["--script", "outer"])
     assert (code, out) == (1, "Running inner\n")
@@ -85,5 +85,5 @@ def test_a_log_that_cannot_go_on_does_not_end_the_session(shell: Shell) -> None:
     shell.monkeypatch.setattr("npt_fast.transfer.journal._MAX_BYTES", 3000)
     code, out, err = shell.pipe("extract a first", *["list"] * 20, options=["--log", "log"])
     assert code == 1 and out.count("Extracted") == 1
-    assert err.count("\n") == 1 and "log: is full" in err and "not logged any more" in err
+    assert err.count("\n") == 1 and "log: is full" in err and "no longer logged" in err
     assert len(journal.read("log")[1]) >= 1

@@ -23,7 +23,7 @@ SESSION = [
 
 
 def test_a_log_is_run_again(shell: Shell, tmp_path: Path) -> None:
-    """With the same results; what differs is named."""
+    """A replay gives the same results, or names the first difference."""
     shell.json(*SESSION, options=["--log", "log", "--keep-going"])
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     header, entries = lines[0], lines[1:]
@@ -38,7 +38,7 @@ def test_a_log_is_run_again(shell: Shell, tmp_path: Path) -> None:
         "✓ Replayed 16 commands of log: results are equal (texts exactly, numbers within 0.0001; "
         "3 of 3 modulations bit for bit)"
     )
-    assert "Not run again, as it writes files: save session" in out
+    assert "Not run again, since it writes files: save session" in out
 
     entries[5]["result"]["kl"] += 0.01
     (tmp_path / "log").write_text("".join(json.dumps(line) + "\n" for line in lines))

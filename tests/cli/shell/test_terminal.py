@@ -86,13 +86,13 @@ def test_a_session_on_a_terminal(files: tuple[Path, Path], tmp_path: Path) -> No
     child.logfile_read = said
 
     def type_in(keys: str) -> None:
-        """As the prompt appears, a terminal is asked where its cursor is."""
+        """Answer where the cursor is, which each prompt asks the terminal, and type."""
         child.expect_exact("\x1b[6n")
         child.send("\x1b[1;1R")
         child.send(keys)
 
     def complete(keys: str, rest: str) -> None:
-        """Tab, and what it adds."""
+        """Press Tab and wait for what it adds."""
         type_in(f"{keys}\t")
         child.expect_exact(rest)
 

@@ -1,4 +1,4 @@
-"""How results are shown."""
+"""Results as lines."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""What ``npt_config.json`` and ``merge_summary.json`` record, as typed objects.
+"""``merge_summary.json`` as a typed object: where a merge's layers came from, and its digests.
 
-The files may be anybody's: what is in them is held against its types once, here, and whoever uses
-it meets no surprise.
+The file may be anybody's: what is in it is checked against its types once, here. A merge writes it
+in `merge_report.summary_of`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,29 +18,12 @@ from npt_fast.schema import (
     MAPPING,
     PATH,
     TEXT,
-    Kind,
     checked,
     list_of,
     mapping_of,
-    one_of,
     or_none,
 )
 
-FORMAT_VERSION = 1
-"""Of ``npt_config.json``."""
-
-_DESCRIPTION = {"base_model": or_none(MAPPING), "layers": or_none(mapping_of(INDEX, MAPPING))}
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-_BASE_MODEL = {"name": or_none(PATH), **dict.fromkeys(_SIZES, or_none(COUNT))}
-_LAYER = {
-    "modulation": or_none(TEXT),
-    "num_ranks": or_none(COUNT),
-    "rank": or_none(COUNT),
-    "residual": or_none(one_of(["removed", "kept"])),
-    "step": or_none(COUNT),
-    # JSON of other programs has NaN and Infinity, which say as little as null
-    "fidelity": or_none(Kind("a number", lambda value: type(value) in (int, float))),
-}
 _SUMMARY = {
     "merged_layers": or_none(list_of(COUNT)),
     "layer_sources": or_none(mapping_of(INDEX, PATH)),
@@ -63,76 +45,6 @@ _OPTIONS = {
     "max_shard_size": COUNT,
     "copy_multi_layer_state": or_none(PATH),
 }
-
-
-class LaterVersionError(CheckpointError):
-    """A file was written by a later npt_fast; it is not damaged."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerDescription:
-    """What ``npt_config.json`` says of a layer; what it leaves out is None."""
-
-    modulation: str | None = None
-    num_ranks: int | None = None
-    rank: int | None = None
-    residual: str | None = None
-    step: int | None = None
-    fidelity: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """The content of ``npt_config.json``.
-
-    Attributes:
-        base_name: the base model that the layers were trained on.
-        base_sizes: its ``hidden_size``, ``intermediate_size``, ``num_hidden_layers`` and
-            ``vocab_size``, as far as they are recorded.
-        layers: by index; None where the file has no list of layers.
-    """
-
-    base_name: str | None
-    base_sizes: Mapping[str, int]
-    layers: Mapping[int, LayerDescription] | None
-
-    @classmethod
-    def parse(cls, content: Mapping[str, Any], where: str) -> Description:
-        """Hold what is used against its types.
-
-        Raises:
-            LaterVersionError: the file is of another version.
-            CheckpointError: something has another type.
-        """
-        version = content.get("format_version")
-        if "format_version" not in content:
-            raise CheckpointError(f"{where}: has no format_version")
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise LaterVersionError(
-                f"{where}: this npt_fast knows format_version {FORMAT_VERSION}, "
-                "the file has another; update npt_fast"
-            )
-        top = checked(content, _DESCRIPTION, (), where, CheckpointError)
-        base = checked(
-            top.get("base_model") or {}, _BASE_MODEL, (), f"{where}: base_model", CheckpointError
-        )
-        layers = top.get("layers")
-        return cls(
-            base.get("name"),
-            {name: base[name] for name in _SIZES if base.get(name) is not None},
-            layers
-            and {
-                int(key): _layer(facts, f"{where}: layers: {key}") for key, facts in layers.items()
-            },
-        )
-
-
-def _layer(facts: Any, where: str) -> LayerDescription:
-    known = checked(facts, _LAYER, (), where, CheckpointError)
-    fidelity = known.get("fidelity")
-    if fidelity is not None:
-        known["fidelity"] = float(fidelity) if math.isfinite(fidelity) else None
-    return LayerDescription(**known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +90,7 @@ class MergeSummary:
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], where: str) -> MergeSummary:
-        """Hold what is used against its types.
+        """Check what is used against its types.
 
         Raises:
             CheckpointError: something has another type.

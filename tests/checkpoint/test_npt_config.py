@@ -13,7 +13,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 
 import npt_fast as npt
-from npt_fast.checkpoint.records import Description, LaterVersionError, MergeSummary
+from npt_fast.checkpoint.merge_summary import MergeSummary
+from npt_fast.checkpoint.npt_config import Description, LaterVersionError
 from npt_fast.errors import CheckpointError
 from tests.checkpoints import layer_weights, write_checkpoint
 

@@ -1,8 +1,8 @@
-"""Modulations as files: safetensors, with everything that is known about them in the header.
+"""The safetensors file of a modulation, to and from plain records.
 
-``layer.11.gate.v_a`` and ``.v_b`` hold the terms; ``npt_modulation`` in the metadata is JSON with
-the base model's sizes, the origin and the layers. Reading opens the header alone; a layer's tensors
-are read when they are asked for.
+``layer.11.gate.v_a`` and ``.v_b`` hold the terms. ``npt_modulation`` in the metadata is JSON with
+the base model's sizes, the origin, and the projections of each layer. Opening a file reads only its
+header; a layer's tensors are read when they are used.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from npt_fast.checkpoint import file_kind, strict_json
+from npt_fast.checkpoint.keys import PROJECTIONS
 from npt_fast.checkpoint.safetensors_file import read_safetensors
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.errors import CheckpointError, NPTError, TransferError
-from npt_fast.paths import user_path
 from npt_fast.schema import (
     FLAG,
     INDEX,
@@ -38,21 +38,15 @@ from npt_fast.schema import (
     one_of,
     shown,
 )
-from npt_fast.transfer.modulation import (
-    FORMAT,
-    ORIGIN,
-    PROJECTIONS,
-    VERSION,
-    Base,
-    Modulation,
-    Terms,
-)
+from npt_fast.transfer.base_model import SIZES, BaseModel
+from npt_fast.transfer.origin import ORIGIN
+from npt_fast.transfer.terms import Layers, Terms
 
-_MAX_HEADER = 4 << 20  # an origin, and 10,000 tensors
+FORMAT = "npt_modulation"
+VERSION = 1
+_MAX_HEADER = 4 << 20  # bytes: 3 MiB of origin, and about 100 bytes for each of 10,000 tensors
 _DTYPES = ("F16", "BF16", "F32", "F64")
-_BASE = {"name": TEXT} | dict.fromkeys(
-    ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"), POSITIVE
-)
+_BASE_MODEL = {"name": TEXT} | dict.fromkeys(SIZES, POSITIVE)
 _DESCRIPTION: dict[str, Kind] = {
     "base": MAPPING,
     "origin": ORIGIN,
@@ -61,16 +55,25 @@ _DESCRIPTION: dict[str, Kind] = {
 }
 
 
-def save_modulation(modulation: Modulation, path: Path) -> None:
-    """Write a modulation; a file of that name is replaced in one step.
+class Contents(NamedTuple):
+    """Contents of a file: the fields of `npt_fast.Modulation`, in their order."""
+
+    layers: Layers
+    base: BaseModel
+    origin: Mapping[str, Any]
+    vectors: bool
+
+
+def write(contents: Contents, path: Path) -> None:
+    """Write a file, replacing one of that name in one step.
 
     Raises:
-        TransferError: the folder cannot be written to, or what would be written could not be read.
+        TransferError: the folder cannot be written to, or the file could not be read back.
     """
     temporary = path.with_name(f".{token_hex(16)}.npt-fast")
     try:
-        data = packed(modulation, temporary)
-        with temporary.open("xb") as file:  # follows no link that somebody has put there
+        data = packed(contents, temporary)
+        with temporary.open("xb") as file:  # exclusive: follows no link that was planted there
             file.write(data)
         read_back(temporary)
         temporary.replace(path)
@@ -84,58 +87,55 @@ def save_modulation(modulation: Modulation, path: Path) -> None:
             temporary.unlink()
 
 
-def packed(modulation: Modulation, path: Path) -> bytes:
-    """What the file of a modulation holds.
+def packed(contents: Contents, path: Path) -> bytes:
+    """Serialize contents to the bytes of a file.
 
     Args:
-        path: of the file, for messages.
+        contents: Contents of the file.
+        path: Path of the file, for messages.
 
     Raises:
-        TransferError: safetensors or JSON cannot hold it.
+        TransferError: safetensors or JSON cannot hold the contents.
     """
-    if not ORIGIN.fits(modulation.origin):  # before json, which follows cycles and shared parts
+    if not ORIGIN.fits(contents.origin):  # checked first: json follows cycles and shared parts
         raise TransferError(f"{path}: its origin must be {ORIGIN.name}")
     tensors = {
         f"layer.{layer}.{projection}.{name}": tensor.detach().cpu().contiguous()
-        for layer, projection, terms in modulation.walk()
+        for layer, projections in contents.layers.items()
+        for projection, terms in projections.items()
         for name, tensor in terms._asdict().items()
     }
     description = {
         "version": VERSION,
-        "base": asdict(modulation.base),
-        "origin": modulation.origin,
-        "vectors": modulation.vectors,
-        "layers": {str(n): list(projections) for n, projections in modulation.layers.items()},
+        "base": asdict(contents.base),
+        "origin": contents.origin,
+        "vectors": contents.vectors,
+        "layers": {str(n): list(projections) for n, projections in contents.layers.items()},
     }
     try:
         return save(tensors, {FORMAT: json.dumps(description, ensure_ascii=False)})
     except KeyError as error:
-        raise TransferError(f"{path}: safetensors cannot hold terms of {error}") from None
+        raise TransferError(f"{path}: safetensors has no dtype for terms of {error}") from None
     except (SafetensorError, TypeError, ValueError) as error:
         raise TransferError(f"{path}: {error}") from error
 
 
 def read_back(path: Path) -> None:
-    """Read all of a file that was written, as others will.
+    """Read all tensors of a file that was just written.
 
     Raises:
-        CheckpointError: they could not.
+        CheckpointError: a reader could not use the file.
     """
-    for _ in open_modulation(SourceFile.of(path)).walk():
+    for _ in read(SourceFile.of(path)).layers.values():
         pass
 
 
-def load_modulation(path: str | Path) -> Modulation:
-    """Read a modulation's header; tensors come when they are used.
+def read(source: SourceFile) -> Contents:
+    """Read the header of a file; the tensors are read when they are used.
 
     Raises:
-        CheckpointError: the file is none, is broken, or is of a later version.
+        CheckpointError: the file is no modulation, is damaged, or has another version.
     """
-    return open_modulation(SourceFile.of(user_path(path), follow_links=True))
-
-
-def open_modulation(source: SourceFile) -> Modulation:
-    """As `load_modulation`, of a file that was looked at."""
     path = source.path
     if file_kind.is_pickle(source.read(0, min(source.size, file_kind.HEAD))):
         raise CheckpointError(
@@ -144,53 +144,64 @@ def open_modulation(source: SourceFile) -> Modulation:
         )
     found = read_safetensors(source, _MAX_HEADER)
     if FORMAT not in found.metadata:
-        raise CheckpointError(f"{path}: is no modulation: its header has no {FORMAT}")
-    # surrogates, which UTF-8 has not, are refused by the parser
+        raise CheckpointError(f"{path}: is not a modulation: its header has no {FORMAT}")
+    # lone surrogates are no UTF-8; the parser refuses them with a message
     text = found.metadata[FORMAT].encode("utf-8", "surrogatepass")
     about = _described(strict_json.parse_object(text, str(path)), path)
     _check(about, found.entries, path)
     with source.open() as fd:
         try:
-            # through its descriptor: the very file that was looked at, whatever its name
+            # by descriptor: this is the file that was checked, even if its name is another's by now
             file: Any = safe_open(f"/dev/fd/{fd}", framework="pt")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return Modulation(_Layers(file, about.layers, path), about.base, about.origin, about.vectors)
+    return Contents(_Layers(file, about.layers, path), about.base, about.origin, about.vectors)
 
 
 class _Description(NamedTuple):
-    """What the header says: see `Modulation`; projections by layer."""
+    """The header: like `Contents`, but with the names of each layer's projections."""
 
-    base: Base
+    base: BaseModel
     origin: Mapping[str, Any]
     vectors: bool
     layers: Mapping[int, list[str]]
 
 
 def _described(given: Mapping[str, Any], path: Path) -> _Description:
-    where = f"{path}: its description does not hold"
+    where = f"{path}: its header is wrong"
     version = given.get("version")
     if type(version) is not int or version != VERSION:
-        raise CheckpointError(f"{path}: version {shown(version)}, this program reads {VERSION}")
+        raise CheckpointError(
+            f"{path}: has version {shown(version)}; this program reads version {VERSION}"
+        )
     found = checked(given, _DESCRIPTION, list(_DESCRIPTION), where, CheckpointError)
     sizes = checked(
-        found["base"], _BASE, list(_BASE), f"{where}: base", CheckpointError, closed=True
+        found["base"],
+        _BASE_MODEL,
+        list(_BASE_MODEL),
+        f"{where}: base",
+        CheckpointError,
+        closed=True,
     )
-    base, layers = Base(**sizes), {}
+    base, layers = BaseModel(**sizes), {}
     for layer, projections in found["layers"].items():
         if int(layer) >= base.num_hidden_layers:
-            raise CheckpointError(f"{where}: layer {layer} of {base.num_hidden_layers}")
+            raise CheckpointError(
+                f"{where}: layer {layer} of a model with {base.num_hidden_layers}"
+            )
         if not projections or len(set(projections)) < len(projections):
-            raise CheckpointError(f"{where}: layer {layer}: projections that are not one each")
+            raise CheckpointError(
+                f"{where}: layer {layer}: its projections are empty or repeat one"
+            )
         layers[int(layer)] = projections
     if not layers:
-        raise CheckpointError(f"{where}: no layers")
+        raise CheckpointError(f"{where}: it names no layers")
     return _Description(base, found["origin"], found["vectors"], layers)
 
 
 def _check(about: _Description, entries: Mapping[str, TensorEntry], path: Path) -> None:
-    """The tensors are those of the description, no more and no fewer, and of fitting shapes."""
-    where = f"{path}: its description does not hold"
+    """Check that the tensors are exactly those described, with fitting shapes and dtypes."""
+    where = f"{path}: its header is wrong"
     d, f = about.base.hidden_size, about.base.intermediate_size
     widths = {"gate": (d, f), "up": (d, f), "down": (f, d)}
     shapes = {name: entry.shape for name, entry in entries.items()}
@@ -204,8 +215,8 @@ def _check(about: _Description, entries: Mapping[str, TensorEntry], path: Path) 
             dtypes = {entries[name].dtype.name for name in names if name in entries}
             if len(dtypes) > 1 or not dtypes <= {*_DTYPES}:
                 raise CheckpointError(
-                    f"{where}: {names[0][:-4]} is of {' and '.join(sorted(dtypes))}, both terms "
-                    f"must be of one of {', '.join(_DTYPES)}"
+                    f"{where}: {names[0][:-4]} is {' and '.join(sorted(dtypes))}; v_a and v_b "
+                    f"must both be one of {', '.join(_DTYPES)}"
                 )
     if expected != shapes:
         wrong = next(n for n in (*expected, *shapes) if expected.get(n) != shapes.get(n))
@@ -220,7 +231,7 @@ def _listed(shape: tuple[int, ...] | None) -> str:
 
 
 class _Layers(Mapping[int, Mapping[str, Terms]]):
-    """Terms that are read when they are asked for, from the file as it was when it was opened."""
+    """Terms that are read when they are used, from the file as it was when it was opened."""
 
     def __init__(self, file: Any, layers: Mapping[int, list[str]], path: Path) -> None:
         self._file = file
@@ -236,7 +247,7 @@ class _Layers(Mapping[int, Mapping[str, Terms]]):
         }
 
     def _tensor(self, name: str) -> torch.Tensor:
-        # a copy: what is mapped would kill us when somebody cuts the file
+        # cloned: a mapped tensor raises SIGBUS when somebody truncates the file
         tensor: torch.Tensor = self._file.get_tensor(name).clone()
         if not tensor.isfinite().all():
             raise CheckpointError(f"{self._path}: {name} holds NaN or infinity")
