@@ -11,31 +11,24 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import signal
 import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+import npt_fast
+
 ROOT = Path(__file__).parent.parent
-PRELOADED = (
-    "torch",
-    "transformers",
-    "pyarrow.parquet",
-    "npt_fast.training.train",
-    "npt_fast.training.evaluation",
-    "npt_fast.transfer.session",
-    "npt_fast.transfer.check",
-    "npt_fast.cli.shell_commands",
-    "npt_fast.cli.main",
-)
-"""Not Triton: whether it interprets depends on the environment in which it is imported."""
+NOT_PRELOADED = ("npt_fast.__main__", "npt_fast.benchmarks", "npt_fast.kernels")
+"""What is run, and what chooses between Triton's compiler and its interpreter as it is imported."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +134,12 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def _modules() -> Iterator[str]:
+    for module in pkgutil.walk_packages(npt_fast.__path__, "npt_fast."):
+        if not module.name.startswith(NOT_PRELOADED):
+            yield module.name
+
+
 def _serve(channel: socket.socket) -> list[int]:
     """Fork for each message; returns in the fork, with the descriptors that came with it."""
     while True:
@@ -163,7 +162,7 @@ def _serve(channel: socket.socket) -> list[int]:
 
 def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
-    for name in PRELOADED:
+    for name in ("pyarrow.parquet", "rich.markdown", *_modules()):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
