@@ -2,7 +2,8 @@
 
 Importing them takes 5 s of CPU time, a run of the program on a tiny model a fifth of one. A fork
 has its own memory, folder, environment, streams and signals, ends as any process does, and its CPU
-time and memory are counted from the fork. Tests of how the program starts need a real process.
+time and memory are counted from the fork. The processes that a training starts are forks too. Tests
+of how the program starts need a real process.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
+
+import torch
+from torch.multiprocessing.spawn import start_processes
 
 import npt_fast
 
@@ -176,6 +181,10 @@ def main() -> None:
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    sys.stdin = sys.__stdin__ = open(0, errors="surrogateescape")
+    sys.stdout = sys.__stdout__ = open(1, "w", errors="strict")
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace")
+    torch.multiprocessing.spawn = partial(start_processes, start_method="fork")
     sys.argv = ["npt-fast", *job["arguments"]]
     with channel:
         begun = {"pid": os.getpid(), "resident": _resident()}

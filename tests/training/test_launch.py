@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one thread; imports, most of a short run's time, are done once for all of them.
 
-    `tests/cli/test_train.py` has two that start as they do in use.
+    `tests/cli/test_train.py` has two processes that start as they do in use.
     """
     monkeypatch.setattr("npt_fast.training.launch.os.cpu_count", lambda: 1)
     multiprocessing.set_forkserver_preload(["npt_fast.training.train"])
