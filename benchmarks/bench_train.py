@@ -1,11 +1,11 @@
 """Speed and memory of one training step on SmolLM2-135M, one layer in the middle, on this machine.
 
-The baseline is the original's procedure (SPEC 5.3, 5.4): the base model through all layers to its
-logits, then the model being trained through all layers with v_a and v_b formed, the layer's own
-error and the error of the logits, backward, AdamW. ``python -m benchmarks.bench_train`` (``make
-bench-train``) prints a table and keeps it in ``benchmarks/results``; ``pytest
-benchmarks/bench_train.py`` gives the same steps to pytest-benchmark. Every way is a process of its
-own, which all take turns, so that a busy minute hits them alike.
+The baseline is the original's procedure (design.md#training-step): run the base model through all
+layers to its logits, then the student through all layers with v_a and v_b formed; direct loss and
+loss of the logits, backward, AdamW. ``python -m benchmarks.bench_train`` (``make bench-train``)
+prints a table and saves it in ``benchmarks/results``; ``pytest benchmarks/bench_train.py`` gives
+the same steps to pytest-benchmark. Every way runs in its own process and the processes take turns,
+so that a busy minute slows all of them alike.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TEACHER = Stage("teacher", 1, 0.0, 0.0)
 WAYS = {
     "original": "all layers twice, logits, v_a and v_b formed",
     "equal losses": "ours, with the same two losses",
-    "defaults": "ours, teacher stage, the layer's own error alone",
+    "defaults": "ours, teacher stage, direct loss alone",
 }
 
 
@@ -105,9 +105,9 @@ def _original(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _serve(way: str) -> None:
-    """Answer every line on stdin with the seconds of one step; then the peak memory it took."""
+    """Take a step for each line on stdin; print its seconds, the peak memory and the loss."""
     step = make_step(way)
-    # what the model itself and loading it took does not count
+    # resets VmHWM: loading the model does not count
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmRSS")
     for _ in sys.stdin:
@@ -124,7 +124,11 @@ def _memory(name: str) -> int:
 
 
 def run_rounds(rounds: int) -> dict[str, tuple[list[float], int]]:
-    """Seconds of every round, and the peak memory beyond the model's, by way."""
+    """Run all ways in turn.
+
+    Returns:
+        By way: seconds of each round, and peak bytes beyond what the loaded model takes.
+    """
     servers = {
         way: subprocess.Popen(
             [sys.executable, "-m", "benchmarks.bench_train", "--serve", way], cwd=ROOT,
@@ -167,7 +171,7 @@ def ways_table(found: dict[str, tuple[list[float], int]]) -> str:
 
 
 def save_results(found: dict[str, tuple[list[float], int]], rounds: int) -> Path:
-    """Write the table and the raw numbers; gives the path of the table."""
+    """Write the table and the raw numbers; return the path of the table."""
     facts = machine_facts("torch", "transformers") | {
         "threads": str(torch.get_num_threads()),
         "model": "SmolLM2-135M, float32, 30 layers",
@@ -175,7 +179,7 @@ def save_results(found: dict[str, tuple[list[float], int]], rounds: int) -> Path
         "batch": f"{BATCH} windows of {LENGTH} tokens",
         "command": f"`make bench-train`; medians of {rounds} rounds in turn",
     }
-    note = "Peak is what a step takes beside the model, which is the same for all."
+    note = "Peak is the memory of a step beyond the model, which all ways share."
     rows = {way: {"seconds": times, "peak": peak} for way, (times, peak) in found.items()}
     text = f"{ways_table(found)}\n\n{note}"
     return save("train", "One training step", facts, text, {"machine": facts, "rows": rows})

@@ -1,35 +1,30 @@
-"""What is checked and timed: for every op its inputs, and all the ways to compute it.
+"""The cases that are checked and timed: each op's inputs, and all the ways to compute it.
 
-One table for `bench`, `gpu_day` and ``bench_<op>.py``. The first provider of a case is its
-baseline, plain torch: cuBLAS and eager operations; in float64 it is the truth for all that compute
-the same. Triton's providers are there where its kernels run: on a GPU, or in its interpreter.
-
-``python -m npt_fast.benchmarks.kernel_cases [op ...]`` checks every Triton provider on two small
-problems, one of them of odd sizes, and nothing else: a short script for compute-sanitizer.
+`bench`, `gpu_day` and ``bench_<op>.py`` share this table. The first provider of a case is its
+baseline in plain torch: cuBLAS and eager operations. In float64 it is the truth for providers that
+compute the same. Triton's providers exist where its kernels run: on a GPU, or in its interpreter.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
-from npt_fast.benchmarks.device import COMPILER, DEVICE, DTYPE, ON_GPU, RUNS_TRITON, peak_bytes
+from npt_fast.benchmarks.device import COMPILER, DEVICE, ON_GPU, RUNS_TRITON
+from npt_fast.benchmarks.workloads import Shapes, Workload
 from npt_fast.functional import modulated_mlp
 from npt_fast.kernels import factored, reference
-from npt_fast.kernels.factored import TORCH, Base, Modulation
-from npt_fast.kernels.roofline import DECODE_TOKENS, shape_of
-from npt_fast.testing import Problem, assert_within_budget, longest_sum, make_inputs
+from npt_fast.kernels.factored import TORCH_STEPS, Factors, MLPWeights
+from npt_fast.kernels.roofline import DECODE_TOKENS
+from npt_fast.testing import make_inputs
 
 if RUNS_TRITON:
     from npt_fast.kernels import coefficients, modulated_linear, probe, swiglu
@@ -39,7 +34,7 @@ if RUNS_TRITON:
 Inputs = tuple[Any, ...]
 Compute = Callable[..., Any]
 
-# its kernels do not run in Triton's interpreter (0.8.5 with 3.9)
+# Liger 0.8.5's kernels do not run in the interpreter of Triton 3.9
 LIGER = ON_GPU and find_spec("liger_kernel") is not None
 OPS = ("coefficients", "swiglu", "modulated_linear", "probe", "decode", "modulated_mlp")
 
@@ -47,77 +42,9 @@ PROVIDERS = (
     "eager", "factored", "gemm", "fused", "decode", "gemm-again", "triton", "reference", "base",
     "compile", "compile-gemm", "compile-reference", "compile-base", "liger",
 )  # fmt: skip
-"""Names of all ways to compute something; docs/benchmarks.md says what each is."""
+"""Names of all providers; docs/benchmarks.md explains each."""
 OURS = ("gemm", "fused", "decode", "gemm-again", "triton")
-"""Those that launch Triton kernels of ours in eager mode."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload(Problem):
-    """A problem and the dtype of its tensors."""
-
-    dtype: torch.dtype = DTYPE
-
-
-class Shapes(NamedTuple):
-    """Workloads by name: those of a training step, and of decoding."""
-
-    training: dict[str, Workload]
-    decode: dict[str, Workload]
-
-
-def workload(
-    model: str,
-    tokens: int,
-    num_ranks: int | None = None,
-    rank: int | None = None,
-    dtype: torch.dtype = DTYPE,
-) -> tuple[str, Workload]:
-    """One layer of a model, or of widths ``D,F``, and its name.
-
-    Args:
-        model: one of `roofline.MODELS`, which have k and r too, or two numbers.
-        tokens: T.
-        num_ranks: k, if another.
-        rank: r, if another.
-        dtype: of all tensors.
-
-    Raises:
-        ValueError: an unknown model.
-    """
-    if re.fullmatch(r"[1-9]\d*,[1-9]\d*", model):
-        hidden, intermediate = map(int, model.split(","))
-        shape = shape_of(None, hidden, intermediate, num_ranks, rank)
-    else:
-        shape = shape_of(model, None, None, num_ranks, rank)
-    sizes = Workload(
-        tokens=tokens, hidden=shape.hidden, intermediate=shape.intermediate,
-        num_ranks=shape.num_ranks, rank=shape.rank, dtype=dtype,
-    )  # fmt: skip
-    return f"{model} k={shape.num_ranks} r={shape.rank} T={tokens}", sizes
-
-
-REAL = Shapes(
-    dict(
-        workload(*sizes)
-        for sizes in (
-            # with 8192 tokens the reference form would keep 65 GB of the last
-            ("llama-3.2-1b", 8192, 8, 512),
-            ("llama-3.1-8b", 8192, 8, 64),
-            ("llama-3.2-1b", 2048, 128, 16),
-        )
-    ),
-    dict(
-        workload(model, tokens, 8, rank)
-        for model, rank in (("llama-3.2-1b", 512), ("llama-3.1-8b", 64))
-        for tokens in (1, 4, 16, 64)
-    ),
-)
-_tiny = partial(Workload, hidden=48, intermediate=80, num_ranks=2, rank=16)
-TINY = Shapes({"tiny k=2 r=16 T=33": _tiny(tokens=33)}, {"tiny k=2 r=16 T=4": _tiny(tokens=4)})
-_odd = partial(Workload, hidden=45, intermediate=77, num_ranks=3, rank=5)
-ODD = Shapes({"odd k=3 r=5 T=33": _odd(tokens=33)}, {"odd k=3 r=5 T=3": _odd(tokens=3)})
-"""Nothing is a multiple of anything: every access is masked and narrow."""
+"""Providers that launch our Triton kernels in eager mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +52,11 @@ class Provider:
     """A way to compute a case.
 
     Attributes:
-        run: takes the case's inputs and gives tensors, nested in any way.
-        truth: computes the same in plain torch, where the baseline does not.
-        budget: what may be twice as wrong, where that is neither truth nor baseline.
-        overwrites: whether inputs are other ones after a call.
-        unread: positions of inputs that it has no use for.
+        run: function from the case's inputs to tensors, nested in any way.
+        truth: function that computes the same in plain torch; None means the baseline.
+        budget: function whose error sets the error budget; None means the truth.
+        overwrites: whether a call changes its inputs.
+        unread: positions of inputs that it does not read.
     """
 
     run: Compute
@@ -144,14 +71,14 @@ class Case:
     """One op, one direction, one problem.
 
     Attributes:
-        op: one of `OPS`.
-        what: which part or direction of it.
+        op: a name of `OPS`.
+        what: part or direction of the op.
         shape: name of the problem.
-        workload: its sizes and dtype.
-        inputs: makes them.
-        providers: by name, the baseline first.
-        chosen: what `choose_path` takes for it, where there are paths.
-        graphs: whether it is also timed as a CUDA graph.
+        workload: sizes and dtype of the problem.
+        inputs: function that makes the inputs.
+        providers: name -> provider, the baseline first.
+        chosen: path that `choose_path` takes; None if the op has no paths.
+        graphs: whether to time it as a CUDA graph too.
     """
 
     op: str
@@ -172,7 +99,7 @@ class Case:
 
 
 def cases(op: str, shapes: Shapes) -> list[Case]:
-    """All cases of an op, without having made any inputs."""
+    """All cases of an op; this makes no inputs."""
     if op == "decode":
         return [_mlp(op, "forward", *item) for item in shapes.decode.items()]
     if op == "modulated_mlp":
@@ -182,7 +109,7 @@ def cases(op: str, shapes: Shapes) -> list[Case]:
             for what, build in (("forward", _mlp), ("forward + backward", _training))
         ]
     problems = dict(shapes.training)
-    if op in ("coefficients", "swiglu"):  # a few tokens too, whose tensors stay in the cache
+    if op in ("coefficients", "swiglu"):  # a few tokens as well: their tensors stay in the cache
         problems |= dict([list(shapes.decode.items())[-1]])
     builds = {
         "coefficients": (_coefficients_fwd, _coefficients_bwd),
@@ -197,8 +124,8 @@ def _compiled(function: Compute) -> Compute:
     return torch.compile(function, fullgraph=True, dynamic=False, backend=COMPILER)
 
 
-def _with_torch(function: Compute) -> dict[str, Provider]:
-    """In eager torch, and by `torch.compile`."""
+def _torch_providers(function: Compute) -> dict[str, Provider]:
+    """Providers in eager torch and under `torch.compile`."""
     return {"eager": Provider(function), "compile": Provider(_compiled(function))}
 
 
@@ -207,7 +134,7 @@ def _randn(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _by_projection(problem: Workload, projections: int) -> Tensor:
-    """``(c, T, R)`` as a GEMM for all projections leaves it."""
+    """Random ``(c, T, R)`` with the strides that one GEMM for all projections gives."""
     width = problem.num_ranks * problem.rank
     joined = _randn(problem.tokens, projections * width, dtype=problem.dtype)
     parts: Tensor = joined.unflatten(1, (projections, width))
@@ -215,8 +142,8 @@ def _by_projection(problem: Workload, projections: int) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def layer_inputs(problem: Workload) -> tuple[Tensor, Tensor, Base, Modulation]:
-    """Drawn on the device: on a host, 200 million numbers take minutes."""
+def layer_inputs(problem: Workload) -> tuple[Tensor, Tensor, MLPWeights, Factors]:
+    """Inputs of one layer, drawn on the device; a host takes minutes for 200 million numbers."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     return make_inputs(
         problem, dtype=problem.dtype, device=str(DEVICE), requires_grad=False, generator=generator
@@ -232,7 +159,7 @@ def _coefficients_fwd(shape: str, problem: Workload) -> Case:
     def inputs() -> Inputs:
         return _by_projection(problem, 2), _by_projection(problem, 2)
 
-    providers = _with_torch(eager)
+    providers = _torch_providers(eager)
     if RUNS_TRITON:
         providers["triton"] = Provider(lambda u, p: coefficients.coefficients_fwd(u, p, k))
     return Case("coefficients", "forward, gate and up", shape, problem, inputs, providers)
@@ -252,7 +179,7 @@ def _coefficients_bwd(shape: str, problem: Workload) -> Case:
 
         return run
 
-    providers = _with_torch(into_new(factored.coefficients_backward))
+    providers = _torch_providers(into_new(factored.coefficients_backward))
     if RUNS_TRITON:
         providers["triton"] = Provider(into_new(coefficients.coefficients_bwd))
     return Case("coefficients", "backward, gate and up", shape, problem, inputs, providers)
@@ -262,9 +189,9 @@ def _swiglu_fwd(shape: str, problem: Workload) -> Case:
     size = problem.tokens, problem.intermediate
 
     def eager(gate: Tensor, up: Tensor) -> Tensor:
-        return TORCH.gated(gate, up, "silu")
+        return TORCH_STEPS.gated_activation(gate, up, "silu")
 
-    providers = _with_torch(eager)
+    providers = _torch_providers(eager)
     if RUNS_TRITON:
         providers["triton"] = Provider(swiglu.swiglu_fwd)
     if LIGER:
@@ -285,9 +212,9 @@ def _swiglu_bwd(shape: str, problem: Workload) -> Case:
         return tuple(_randn(*size, dtype=problem.dtype) for _ in range(3))
 
     def eager(d_inner: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-        return TORCH.gated_backward(d_inner, gate, up, "silu")
+        return TORCH_STEPS.gated_activation_backward(d_inner, gate, up, "silu")
 
-    providers = _with_torch(eager)
+    providers = _torch_providers(eager)
     if RUNS_TRITON:
         providers["triton"] = Provider(swiglu.swiglu_bwd)
     if LIGER:
@@ -296,12 +223,12 @@ def _swiglu_bwd(shape: str, problem: Workload) -> Case:
         def liger(d_inner: Tensor, gate: Tensor, up: Tensor) -> Any:
             return swiglu_backward(gate, up, d_inner)
 
-        # gives d_gate and d_up, but not inner
+        # computes d_gate and d_up, but not inner
         providers["liger"] = Provider(liger, truth=lambda *a: eager(*a)[:2], overwrites=True)
     return Case("swiglu", "backward", shape, problem, inputs, providers)
 
 
-def _z(problem: Workload) -> Tensor:
+def _random_z(problem: Workload) -> Tensor:
     return _randn(2, problem.tokens, problem.num_ranks * problem.rank, dtype=problem.dtype)
 
 
@@ -314,7 +241,7 @@ def _products(
     def by(sum_of_products: Compute) -> Compute:
         return lambda left, right: sum_of_products(left, right, None)
 
-    providers = _with_torch(by(TORCH.sum_of_products))
+    providers = _torch_providers(by(TORCH_STEPS.sum_of_products))
     if RUNS_TRITON:
         providers["triton"] = Provider(by(modulated_linear.modulated_linear))
     return Case("modulated_linear", what, shape, problem, inputs, providers)
@@ -322,33 +249,38 @@ def _products(
 
 def _linear(shape: str, problem: Workload) -> Case:
     def inputs() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        _, h, base, m = layer_inputs(problem)
-        return (h, _z(problem)[0]), (base.gate.t(), m.w_b_gate)
+        _, h, weights, factors = layer_inputs(problem)
+        return (h, _random_z(problem)[0]), (weights.gate.t(), factors.w_b_gate)
 
     return _products("forward, gate", shape, problem, inputs)
 
 
 def _linear_backward(shape: str, problem: Workload) -> Case:
     def inputs() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        _, _, base, m = layer_inputs(problem)
-        widths = problem.intermediate, problem.intermediate, len(m.w_a_in)
+        _, _, weights, factors = layer_inputs(problem)
+        widths = problem.intermediate, problem.intermediate, len(factors.w_a_in)
         gradients = tuple(_randn(problem.tokens, n, dtype=problem.dtype) for n in widths)
-        return gradients, (base.gate, base.up, m.w_a_in)
+        return gradients, (weights.gate, weights.up, factors.w_a_in)
 
     return _products("backward, to h", shape, problem, inputs)
 
 
 def _gate_up(shape: str, problem: Workload) -> Case:
     def inputs() -> Inputs:
-        _, h, base, m = layer_inputs(problem)
-        return h, base, _z(problem), m
+        _, h, weights, factors = layer_inputs(problem)
+        return h, weights, _random_z(problem), factors
 
     def by(steps: factored.Steps) -> Compute:
-        return lambda h, base, z, m: steps.gate_up(h, base, z, m, "silu", True)
+        return lambda h, weights, z, factors: steps.modulated_gate_up(
+            h, weights, z, factors, "silu", True
+        )
 
-    providers = _with_torch(by(TORCH))
+    providers = _torch_providers(by(TORCH_STEPS))
     if RUNS_TRITON:
-        providers |= {"fused": Provider(by(paths.FUSED)), "gemm": Provider(by(paths.GEMM))}
+        providers |= {
+            "fused": Provider(by(paths.FUSED_STEPS)),
+            "gemm": Provider(by(paths.GEMM_STEPS)),
+        }
     what = "forward, gate and up with SwiGLU"
     return Case("modulated_linear", what, shape, problem, inputs, providers)
 
@@ -357,31 +289,31 @@ def _probe(shape: str, problem: Workload) -> Case:
     k = problem.num_ranks
 
     def inputs() -> Inputs:
-        _, h, _, m = layer_inputs(problem)
-        return h, m.w_a_in, _by_projection(problem, 2)
+        _, h, _, factors = layer_inputs(problem)
+        return h, factors.w_a_in, _by_projection(problem, 2)
 
     def by(step: Compute) -> Compute:
         return lambda a, w_a, u: step(a, w_a, u, k, True)
 
-    providers = _with_torch(by(TORCH.probe))
+    providers = _torch_providers(by(TORCH_STEPS.probe_and_scale))
     if RUNS_TRITON:
-        providers["gemm"] = Provider(by(paths.GEMM.probe))
+        providers["gemm"] = Provider(by(paths.GEMM_STEPS.probe_and_scale))
         if problem.rank <= probe.MAX_RANK:
             providers["fused"] = Provider(by(probe.probe))
     return Case("probe", "gate and up", shape, problem, inputs, providers)
 
 
-def _reference(x: Tensor, h: Tensor, base: Base, m: Modulation) -> Tensor:
-    return modulated_mlp(x, h, base.gate, base.up, base.down, m, impl="reference")
+def _reference(x: Tensor, h: Tensor, weights: MLPWeights, factors: Factors) -> Tensor:
+    return modulated_mlp(x, h, weights.gate, weights.up, weights.down, factors, impl="reference")
 
 
-def _base(x: Tensor, h: Tensor, base: Base, m: Modulation) -> Tensor:
-    inner = functional.silu(h @ base.gate.t()) * (h @ base.up.t())
-    return inner @ base.down.t()
+def _unmodulated(x: Tensor, h: Tensor, weights: MLPWeights, factors: Factors) -> Tensor:
+    inner = functional.silu(h @ weights.gate.t()) * (h @ weights.up.t())
+    return inner @ weights.down.t()
 
 
 def _forwards(tokens: int | None) -> dict[str, Provider]:
-    """All ways to compute the MLP; those without gradients where tokens are given."""
+    """All ways to compute the MLP; with `tokens`, those that need no gradients."""
     providers = {
         "factored": Provider(factored.modulated_mlp),
         "compile": Provider(_compiled(factored.modulated_mlp)),
@@ -400,27 +332,27 @@ def _forwards(tokens: int | None) -> dict[str, Provider]:
             providers["gemm-again"] = by("gemm", save_probe=False)
         elif tokens <= DECODE_TOKENS:
             providers["decode"] = by("decode")
-    # adds k times to what it rounds: four times as wrong in bfloat16, with 128 components
+    # rounds after each of k additions: with 128 components four times the error in bfloat16
     definition = partial(Provider, budget=_reference)
-    base = partial(Provider, truth=_base, unread=(0, 3))
+    unmodulated = partial(Provider, truth=_unmodulated, unread=(0, 3))
     providers |= {
         "reference": definition(_reference),
         "compile-reference": definition(_compiled(_reference)),
-        "base": base(_base),
-        "compile-base": base(_compiled(_base)),
+        "base": unmodulated(_unmodulated),
+        "compile-base": unmodulated(_compiled(_unmodulated)),
     }
     if LIGER:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-        def liger(x: Tensor, h: Tensor, base: Base, m: Modulation) -> Any:
-            inner = LigerSiLUMulFunction.apply(h @ base.gate.t(), h @ base.up.t())
-            return inner @ base.down.t()
+        def liger(x: Tensor, h: Tensor, weights: MLPWeights, factors: Factors) -> Any:
+            inner = LigerSiLUMulFunction.apply(h @ weights.gate.t(), h @ weights.up.t())
+            return inner @ weights.down.t()
 
-        providers["liger"] = base(liger)
+        providers["liger"] = unmodulated(liger)
     return providers
 
 
-def _chosen(problem: Workload, *, gradients: bool) -> str | None:
+def _chosen_path(problem: Workload, *, gradients: bool) -> str | None:
     if not RUNS_TRITON:
         return None
     target = target_of(torch.empty(0, device=DEVICE))
@@ -431,23 +363,25 @@ def _chosen(problem: Workload, *, gradients: bool) -> str | None:
 def _mlp(op: str, what: str, shape: str, problem: Workload) -> Case:
     return Case(
         op, what, shape, problem, lambda: layer_inputs(problem), _forwards(problem.tokens),
-        chosen=_chosen(problem, gradients=False), graphs=op == "decode",
+        chosen=_chosen_path(problem, gradients=False), graphs=op == "decode",
     )  # fmt: skip
 
 
 def _training(op: str, what: str, shape: str, problem: Workload) -> Case:
-    """Gradients of x, h and the modulation; the base is frozen."""
+    """Gradients of x, h and the factors; the MLP's weights are frozen."""
 
     def inputs() -> Inputs:
-        x, h, base, m = layer_inputs(problem)
-        x, h, m = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), (x, h, m))
-        return x, h, base, m, _randn(*h.shape, dtype=h.dtype)
+        x, h, weights, factors = layer_inputs(problem)
+        x, h, factors = tree_map_only(
+            Tensor, lambda t: t.detach().requires_grad_(), (x, h, factors)
+        )
+        return x, h, weights, factors, _randn(*h.shape, dtype=h.dtype)
 
-    @cache  # providers that share a truth share its step
+    @cache  # providers with the same truth share its step
     def step_of(forward: Compute) -> Compute:
-        def step(x: Tensor, h: Tensor, base: Base, m: Modulation, dy: Tensor) -> Any:
-            y = forward(x, h, base, m)
-            trained = [t for t in tree_leaves((x, h, m)) if isinstance(t, Tensor)]
+        def step(x: Tensor, h: Tensor, weights: MLPWeights, factors: Factors, dy: Tensor) -> Any:
+            y = forward(x, h, weights, factors)
+            trained = [t for t in tree_leaves((x, h, factors)) if isinstance(t, Tensor)]
             return y.detach(), torch.autograd.grad(y, trained, dy, allow_unused=True)
 
         return step
@@ -461,99 +395,5 @@ def _training(op: str, what: str, shape: str, problem: Workload) -> Case:
         )
         for name, p in _forwards(None).items()
     }
-    chosen = _chosen(problem, gradients=True)
+    chosen = _chosen_path(problem, gradients=True)
     return Case(op, what, shape, problem, inputs, providers, chosen=chosen)
-
-
-def tensors(values: Any) -> list[Tensor]:
-    """All tensors in nested inputs or outputs."""
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-
-
-def copied(inputs: Inputs) -> Inputs:
-    """The same values in other memory."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-    copies: Inputs = tree_map_only(Tensor, copy, inputs)
-    return copies
-
-
-class Prepared:
-    """A case with its inputs, and what comes out of them."""
-
-    def __init__(self, case: Case) -> None:
-        torch.manual_seed(0)
-        torch.compiler.reset()  # which gives up on a function after some shapes
-        self.case = case
-        self.inputs = case.inputs()
-        self._exact: dict[Compute, tuple[list[Tensor], int]] = {}
-        self._eager: dict[Compute, list[Tensor]] = {}
-
-    def exact(self, name: str) -> tuple[list[Tensor], int]:
-        """What a provider should give, in float64, and FLOPs of the products."""
-        truth = self._truth(name)
-        if truth not in self._exact:
-
-            def double(tensor: Tensor) -> Tensor:
-                return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-            wide = tree_map_only(Tensor, double, self.inputs)
-            with FlopCounterMode(display=False) as counter:
-                values = tensors(truth(*wide))
-            self._exact[truth] = values, int(counter.get_total_flops())
-        return self._exact[truth]
-
-    def eager(self, name: str) -> list[Tensor]:
-        """What plain torch gives in the provider's place."""
-        budget = self.case.providers[name].budget or self._truth(name)
-        if budget not in self._eager:
-            self._eager[budget] = tensors(budget(*self.inputs))
-        return self._eager[budget]
-
-    def _truth(self, name: str) -> Compute:
-        return self.case.providers[name].truth or self.case.providers[self.case.baseline].run
-
-    def forget(self) -> None:
-        """Free what was to compare with."""
-        self._exact.clear()
-        self._eager.clear()
-
-    def bytes_moved(self, name: str) -> int:
-        """Inputs and outputs, each once: no way to compute it moves less."""
-        unread = self.case.providers[name].unread
-        read = [value for index, value in enumerate(self.inputs) if index not in unread]
-        return sum(tensor.nbytes for tensor in tensors(read) + self.eager(name))
-
-    def check(self, name: str) -> int:
-        """Compare a provider's values with the truth; gives the bytes that it needs at its peak.
-
-        Raises:
-            AssertionError: over budget.
-        """
-        provider = self.case.providers[name]
-        exact, _ = self.exact(name)
-        inputs = copied(self.inputs) if provider.overwrites else self.inputs
-        provider.run(*copied(inputs))  # compiles, and makes what libraries keep
-        actual: list[Tensor] = []
-        peak = peak_bytes(lambda: actual.extend(tensors(provider.run(*inputs))))
-        if len(actual) != len(exact):
-            raise AssertionError(f"{len(actual)} results, not {len(exact)}")
-        for index, values in enumerate(zip(actual, exact, self.eager(name), strict=True)):
-            assert_within_budget(*values, f"result {index}", terms=longest_sum(inputs))
-        return peak
-
-
-def main(ops: Sequence[str]) -> None:
-    """Every Triton provider on the small problems."""
-    for case in (case for shapes in (TINY, ODD) for op in ops for case in cases(op, shapes)):
-        prepared = Prepared(case)
-        for name in case.providers:
-            if name in OURS:
-                prepared.check(name)
-                print(f"{case}, {name}: right", flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:] or OPS)

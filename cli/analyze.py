@@ -26,9 +26,9 @@ def analyze(
     Parameters
     ----------
     checkpoint
-        Checkpoint directories or weight files; of the folder of a run, its newest checkpoint.
+        Checkpoint directories, weight files, or folders of runs, whose newest checkpoint is taken.
     verbose
-        Also list every tensor with its norm and number of NaN or infinite values.
+        Also list every tensor, with its norm and its number of NaN or infinite values.
     json
         Print the reports as JSON.
     """
@@ -117,7 +117,7 @@ def _or_varies(value: int | None) -> str:
 def _print_layer(info: LayerInfo, verbose: bool) -> None:
     say()
     say(f"Layer {info.layer}:")
-    say(f"  Modulation: {info.modulation}, num_ranks {info.num_ranks}, rank {info.rank}")
+    say(f"  Modulation: {info.architecture}")
     residual = info.residual or "not recorded (removed is assumed)"
     say(f"  Dtype: {', '.join(info.dtypes)}; residual: {residual}")
     say(f"  Parameters: {info.tensors} tensors, {size(info.nbytes)}")
@@ -140,6 +140,21 @@ def _print_layer(info: LayerInfo, verbose: bool) -> None:
             )
 
 
-def _print_facts(facts: dict[str, Any]) -> None:
+def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
     for name, value in facts.items():
-        say(f"{name}: {value}")
+        if isinstance(value, dict):
+            say(f"{indent}{name}:" if value else f"{indent}{name}: none")
+            _print_facts(value, indent + "  ")
+        else:
+            say(f"{indent}{name}: {_words(value)}")
+
+
+def _words(value: Any) -> str:
+    """A value as a reader says it: no Python and no JSON."""
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(map(_words, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items()) or "none"
+    return str(value)

@@ -1,4 +1,4 @@
-"""``npt-fast bench``"""
+"""``npt-fast bench``: time one modulated MLP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cyclopts.validators import Number
 
 from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say
-from npt_fast.errors import BenchmarkError, NPTError
+from npt_fast.errors import BenchmarkError
 from npt_fast.tables import markdown_table
 
 Size = Annotated[int | None, Parameter(validator=Number(gte=1))]
@@ -49,38 +49,38 @@ def bench(
     host: bool = False,
     json: bool = False,
 ) -> int:
-    """Time one modulated MLP by every way to compute it, on a GPU or a CPU.
+    """Time every way to compute one modulated MLP, on a GPU or a CPU.
 
     npt-fast bench --model llama-3.2-1b --tokens 1,64,2048 --plot bench.png
 
-    Every way's values are compared with float64 first; what is wrong is not timed, and the exit
-    code is 3. Times are medians of rounds in which all ways take turns.
+    The values of every way are compared with float64 first. A wrong one is not timed, and the exit
+    code is 3. Times are medians over rounds in which all ways take turns.
 
     Parameters
     ----------
     op
-        What to time, separated by commas: modulated_mlp, decode, swiglu, coefficients,
-        modulated_linear, probe. If not given, modulated_mlp, and decode on a GPU.
+        Operations to time, separated by commas: modulated_mlp, decode, swiglu, coefficients,
+        modulated_linear, probe. Defaults to modulated_mlp, and on a GPU decode too.
     model
-        A model's name, whose sizes are taken, or its widths as D,F.
+        Name of a model whose sizes to take, or its widths as D,F.
     tokens
-        Numbers of tokens, separated by commas; 1,64,2048 on a GPU and 1,16,128 on a CPU if not
-        given.
+        Numbers of tokens, separated by commas. Defaults to 1,64,2048 on a GPU and 1,16,128 on a
+        CPU.
     num_ranks
-        Components of a weight change; the model's if not given.
+        Number of components of a weight change; defaults to the model's.
     np_rank
-        Rank of a component; the model's if not given.
+        Rank of a component; defaults to the model's.
     dtype
-        Of all tensors; bfloat16 on a GPU and float32 on a CPU if not given.
+        Dtype of all tensors; defaults to bfloat16 on a GPU and float32 on a CPU.
     against
-        What our kernels are compared with: eager, reference, base, compile, compile-gemm,
-        compile-reference, compile-base, liger. If not given, reference,base where an op has them.
+        Ways to compare our kernels with: eager, reference, base, compile, compile-gemm,
+        compile-reference, compile-base, liger. Defaults to reference,base for ops that have them.
     budget
-        Seconds; what is not begun by then is not run, and says so.
+        Seconds after which no further timing starts; the rest is reported as not run.
     plot
-        Picture to write: time against tokens, with the least time that this device could take.
+        Picture file to write: time against tokens, and the least time this device could take.
     host
-        Show the host's microseconds and launches of a call instead; without a GPU too.
+        Show the host's microseconds and launches per call instead. This needs no GPU.
     json
         Print everything as JSON.
     """
@@ -88,12 +88,9 @@ def bench(
     if host:
         others = (op, tokens, num_ranks, np_rank, dtype, against, budget, plot)
         if any(value is not None for value in others):
-            raise BenchmarkError("--host has sizes of its own: it goes with --json alone")
+            raise BenchmarkError("--host uses fixed sizes: combine it with --json only")
         return _host(json)
-    try:
-        from npt_fast.benchmarks import bench as library
-    except ModuleNotFoundError as error:
-        raise NPTError(f"bench needs {error.name}: pip install 'npt_fast[hf]'") from error
+    from npt_fast.benchmarks import bench as library
     from npt_fast.benchmarks.device import INTERPRETED, INTERPRETER, device_facts
     from npt_fast.benchmarks.harness import machine_facts
     from npt_fast.benchmarks.rows import BAD, NOT_RUN
@@ -114,9 +111,9 @@ def bench(
         **{name: value for name, value in given.items() if value},
     )  # fmt: skip
     if plot is not None and INTERPRETED:
-        raise BenchmarkError(f"{plot}: there is nothing to draw, for the {INTERPRETER}")
+        raise BenchmarkError(f"{plot}: nothing to draw: {INTERPRETER}")
     if plot is not None:
-        check(plot)  # before minutes of work
+        check(plot)  # fail now rather than after minutes of work
     facts = machine_facts("torch", "triton") | device_facts()
     rows: list[Row] = []
     for row in wanted.rows(begin + budget if budget else math.inf):
@@ -131,7 +128,7 @@ def bench(
     else:
         say(library.title(wanted, facts))
         if INTERPRETED:
-            say(f"The {INTERPRETER}, and are not shown")
+            say(f"Times are not shown: {INTERPRETER}")
         _print(rows, wanted.ceilings())
     if plot is not None:
         library.plot(wanted, rows, facts, plot)
@@ -174,11 +171,8 @@ def _number(row: Row, key: str, form: str = "") -> str:
 
 
 def _host(json: bool) -> int:
-    try:
-        from npt_fast.benchmarks.device import ON_GPU
-        from npt_fast.benchmarks.host import measure
-    except ModuleNotFoundError as error:
-        raise NPTError(f"bench --host needs {error.name}: pip install torch triton") from error
+    from npt_fast.benchmarks.device import ON_GPU
+    from npt_fast.benchmarks.host import measure
     from npt_fast.benchmarks.rows import table
 
     rows = measure()
@@ -186,10 +180,10 @@ def _host(json: bool) -> int:
         print_json(rows)
     else:
         say(
-            "Microseconds of the host for a call with tiny tensors, on a GPU"
+            "Host microseconds per call with tiny tensors, on a GPU"
             if ON_GPU
-            else "Microseconds of the process for a call with tiny tensors; kernels are launched "
-            "through a driver that does nothing, and torch's operations run on the CPU"
+            else "Process microseconds per call with tiny tensors; kernels are launched through a "
+            "driver that does nothing, and torch's operations run on the CPU"
         )
         say()
         for line in table(rows).splitlines():

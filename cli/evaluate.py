@@ -10,91 +10,75 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 import npt_fast as npt
-from npt_fast.cli.arguments import PathText
+from npt_fast.cli.arguments import ModelOptions, PathText
 from npt_fast.cli.output import print_json, say
-from npt_fast.config import BaseDType
+
+_MODEL = ModelOptions()
 
 
 def evaluate(
     *,
     checkpoint: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
-    model_name: PathText = "meta-llama/Llama-3.2-1B",
+    model: ModelOptions = _MODEL,
     data: PathText = "medium",
     num_eval_samples: Annotated[int, Parameter(validator=Number(gte=1))] = 100,
     max_length: Annotated[int, Parameter(validator=Number(gte=2))] = 512,
     batch_size: Annotated[int, Parameter(validator=Number(gte=1))] = 4,
-    base_dtype: BaseDType = "auto",
-    trust_remote_code: bool = False,
     prompt: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
     max_new_tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 30,
-    cpu: bool = False,
     json: bool = False,
 ) -> None:
-    """Measure how well checkpoints stand for their base model on held-out text.
+    """Measure how closely a model with each checkpoint follows its base model on held-out text.
 
     Parameters
     ----------
     checkpoint
-        Checkpoint directories or weight files, each measured by itself.
-    model_name
-        Base model: Hub id, folder, .gguf file, or smollm2-135m.
+        Checkpoint directories or weight files, each measured on its own.
     data
-        Text, as for train; the windows that train holds out are used.
+        Text to measure on, as for train: the windows that train holds out.
     num_eval_samples
-        How many windows.
+        Number of windows.
     max_length
         Tokens per window.
     batch_size
-        Windows at a time.
-    base_dtype
-        Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
-    trust_remote_code
-        Run code that comes with the base model or that it names, with all your rights.
+        Windows per batch.
     prompt
-        Texts to go on with, by the base model and with each checkpoint.
+        Prompts to continue, with the base model and with each checkpoint.
     max_new_tokens
-        Length of what is generated.
-    cpu
-        Use the CPU although there is a GPU.
+        Tokens to generate for each prompt.
     json
-        Print everything as JSON.
+        Print the results as JSON.
     """
-    from npt_fast.hf.base_model import load_base_model
-    from npt_fast.training.evaluation import continue_text, default_device
+    from npt_fast.training.evaluation import continue_text
 
-    model, tokenizer = load_base_model(
-        model_name,
-        dtype=base_dtype,
-        device="cpu" if cpu else default_device(),
-        trust_remote_code=trust_remote_code,
-    )
+    loaded, tokenizer = model.load()
     results = []
-    texts = {"base": [continue_text(model, tokenizer, p, max_new_tokens) for p in prompt]}
+    texts = {"base": [continue_text(loaded, tokenizer, p, max_new_tokens) for p in prompt]}
     for path in checkpoint:
-        npt.load(model, path)
+        npt.load(loaded, path)
         found = npt.evaluate(
-            model,
+            loaded,
             tokenizer,
             data,
             windows=num_eval_samples,
             max_length=max_length,
             batch_size=batch_size,
         )
-        layers = [status.layer for status in npt.status(model)]
-        texts[path] = [continue_text(model, tokenizer, p, max_new_tokens) for p in prompt]
-        npt.unload(model)
+        layers = [status.layer for status in npt.status(loaded)]
+        texts[path] = [continue_text(loaded, tokenizer, p, max_new_tokens) for p in prompt]
+        npt.unload(loaded)
         results.append({"checkpoint": path, "layers": layers, **asdict(found)})
         if not json:
             say(f"{path}: layers {layers}")
             say(
-                f"  perplexity {found.perplexity:.3f}, base {found.base_perplexity:.3f}, "
+                f"  perplexity {found.perplexity:.3f}, base model {found.base_perplexity:.3f}, "
                 f"ratio {found.perplexity / found.base_perplexity:.4f}"
             )
             say(f"  KL {found.kl:.4f} nats, top-1 agreement {found.top1_agreement:.4f}")
             errors = ", ".join(
                 f"layer {layer} {value:.4f}" for layer, value in found.direct.items()
             )
-            say(f"  relative error: {errors}")
+            say(f"  direct loss: {errors}")
             say(f"  {found.tokens:,} tokens")
     if json:
         print_json({"results": results, "prompts": list(prompt), "texts": texts})

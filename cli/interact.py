@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,34 +13,33 @@ from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.cli import streams
-from npt_fast.cli.arguments import PathText
+from npt_fast.cli.arguments import DEFAULT_MODEL, PathText, WeightOptions
 from npt_fast.cli.output import warn
-from npt_fast.config import BaseDType, parse_layers
+from npt_fast.config import parse_layers
 from npt_fast.errors import ModelError, NPTError, TransferError, VerificationError
 
 if TYPE_CHECKING:
-    from npt_fast.cli.shell import Shell
+    from npt_fast.cli.shell.loop import Shell
     from npt_fast.transfer.journal import Journal
     from npt_fast.transfer.session import Session
 
 
+@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class InteractOptions:
-    """What the shell runs on.
+    """Options of `interact`.
 
     Attributes:
         checkpoint: Checkpoint directory or weights file.
         model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
-        layers: Layers to load, like 11,13; all of the checkpoint if not given.
-        device: Where the model runs; a GPU where there is one if not given.
-        base_dtype: Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
-        trust_remote_code: Run code that comes with the base model or that it names, with all your
-            rights.
-        script: File with commands, one a line, in place of the terminal or stdin.
+        layers: Layers of the checkpoint to load, as 11,13 or 11-15; all if not given.
+        device: Device to run the model on; a GPU if there is one and none is given.
+        weights: How the weights of the base model are read.
+        script: File of commands, one per line, to run instead of reading the terminal or stdin.
         json: Print one JSON object per command.
-        keep_going: Go on after a command of a script or of stdin has failed.
-        log: Where the session is logged; a new file in the state folder if not given.
-        replay: Log whose commands are run again, on its model and checkpoint if none are given.
+        keep_going: Continue after a command of a script or of stdin has failed.
+        log: File to log the session to; a new one in the state folder if not given.
+        replay: Log to run again, on its own model and checkpoint if none are given.
         exact: Exit with 3 at the first result that differs from the log.
     """
 
@@ -49,8 +47,7 @@ class InteractOptions:
     model_name: PathText | None = None
     layers: str | None = None
     device: str | None = None
-    base_dtype: BaseDType = "auto"
-    trust_remote_code: bool = False
+    weights: WeightOptions = field(default_factory=WeightOptions)
     script: PathText | None = None
     json: bool = False
     keep_going: bool = False
@@ -60,7 +57,7 @@ class InteractOptions:
 
     def __post_init__(self) -> None:
         if self.replay is not None and (self.script or self.log):
-            raise ValueError("--replay runs a log and writes none: leave out --script and --log")
+            raise ValueError("--replay runs a log and writes none; leave out --script and --log")
         if self.exact and self.replay is None:
             raise ValueError("--assert needs --replay")
         if self.layers is not None:
@@ -68,7 +65,7 @@ class InteractOptions:
 
 
 class UsageError(NPTError):
-    """An option is missing."""
+    """A required option is missing."""
 
     exit_code = 2
 
@@ -76,21 +73,23 @@ class UsageError(NPTError):
 _NOTHING = InteractOptions()
 
 
-def interact(options: Annotated[InteractOptions, Parameter(name="*")] = _NOTHING) -> int:
-    """Extract, combine and inject knowledge by commands: a shell, or a script.
+def interact(options: InteractOptions = _NOTHING) -> int:
+    """Extract, combine and inject knowledge with commands, in a shell or a script.
 
     npt-fast interact --checkpoint experiments/merged_11_13 --layers 11,13
 
-    Where stdin is no terminal, lines are read from it until one fails. help lists the commands.
+    If stdin is not a terminal, lines are read from it until one fails. The command help lists
+    all commands.
     """
-    from npt_fast.cli.shell import JsonOutput, PlainOutput, Shell
-    from npt_fast.cli.shell_commands import Context, read_script
+    from npt_fast.cli.shell.command import Context
+    from npt_fast.cli.shell.commands.scripts import read_script
+    from npt_fast.cli.shell.loop import JsonOutput, PlainOutput, Shell
 
     if options.checkpoint is None and options.replay is None:
         raise UsageError("--checkpoint is missing (npt-fast interact --help lists the options)")
     terminal = options.script is None and options.replay is None and _is_terminal()
-    if terminal and find_spec("prompt_toolkit") is None:
-        raise NPTError("the shell needs prompt_toolkit: pip install 'npt_fast[interact]'")
+    if terminal:  # what is missing is said now, not after a minute of loading
+        import npt_fast.cli.shell.terminal  # noqa: F401
     script = None if options.script is None else read_script(options.script)
     if options.replay is not None:
         return _replay(options)
@@ -109,33 +108,35 @@ def interact(options: Annotated[InteractOptions, Parameter(name="*")] = _NOTHING
 
 
 def _converse(options: InteractOptions, shell: Shell) -> int:
-    from npt_fast.cli import shell_terminal
+    from npt_fast.cli.shell import terminal
     from npt_fast.transfer.journal import state_folder
 
     session = shell.context.session
     if not options.json:
-        shell.output = shell_terminal.TerminalOutput()
+        shell.output = terminal.TerminalOutput()
         for line in _banner(session):
             shell.output.note(line)
         if shell.journal is not None:
             shell.output.note(f"Log: {shell.journal.path}")
         shell.output.note("help lists the commands, Tab completes, Ctrl-D leaves")
-    shell_terminal.run(shell, _name(options), state_folder() / "history")
+    terminal.run(shell, _name(options), state_folder() / "history")
     return 0
 
 
 def _banner(session: Session) -> list[str]:
     lines = ["Knowledge transfer", f"  Model: {type(session.model).__name__}"]
     lines += [
-        f"  Layer {layer.layer}: {layer.modulation}, {layer.num_ranks} ranks of {layer.rank}"
+        f"  Layer {layer.layer}: {layer.architecture.modulation}, "
+        f"{layer.architecture.num_ranks} ranks of {layer.architecture.rank}"
         for layer in npt.status(session.model)
     ]
     return [*lines, f"  Device: {session.model.device}"]
 
 
 def _replay(options: InteractOptions) -> int:
-    from npt_fast.cli.shell import JsonOutput, PlainOutput, Shell, replay
-    from npt_fast.cli.shell_commands import Context
+    from npt_fast.cli.shell.command import Context
+    from npt_fast.cli.shell.loop import JsonOutput, PlainOutput, Shell
+    from npt_fast.cli.shell.replay import replay
     from npt_fast.transfer import journal
 
     path = str(options.replay)
@@ -143,7 +144,9 @@ def _replay(options: InteractOptions) -> int:
     checkpoint = options.checkpoint or header.get("checkpoint")
     model = options.model_name or header.get("model_name")
     if not isinstance(checkpoint, str) or not isinstance(model, str):
-        raise TransferError(f"{path}: names no checkpoint and model; give --checkpoint and others")
+        raise TransferError(
+            f"{path}: does not name a checkpoint and a model; give --checkpoint and --model_name"
+        )
     session = _session(options, checkpoint, model, header.get("layers"))
     output = JsonOutput() if options.json else PlainOutput()
     try:
@@ -158,39 +161,30 @@ def _replay(options: InteractOptions) -> int:
 def _session(
     options: InteractOptions, checkpoint: str, model_name: str | None, layers: Any = None
 ) -> Session:
-    from npt_fast.hf.base_model import load_base_model
-    from npt_fast.training.evaluation import default_device
+    from npt_fast.hf.base_model import default_device
     from npt_fast.transfer.session import Session
 
-    name = model_name or _DEFAULT_MODEL
+    name = model_name or DEFAULT_MODEL
     if options.layers is not None:
         layers = parse_layers(options.layers)
     with _waiting(f"Loading model from {name}..."):
         device = options.device or default_device()
         try:
-            model, tokenizer = load_base_model(
-                name,
-                dtype=options.base_dtype,
-                device=device,
-                trust_remote_code=options.trust_remote_code,
-            )
-        except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
+            model, tokenizer = options.weights.load(name, device)
+        except (RuntimeError, AssertionError) as error:  # torch: no such device
             reason = str(error).splitlines()[0]
             raise ModelError(f"{name} cannot be put on {device!r}: {reason}") from error
         npt.load(model, checkpoint, layers=layers)
     return Session(model, tokenizer)
 
 
-_DEFAULT_MODEL = "meta-llama/Llama-3.2-1B"
-
-
 def _name(options: InteractOptions) -> str:
-    return Path(options.model_name or _DEFAULT_MODEL).name
+    return Path(options.model_name or DEFAULT_MODEL).name
 
 
 @contextmanager
 def _waiting(message: str) -> Iterator[None]:
-    """A spinner on a terminal, a line elsewhere; both on stderr."""
+    """Show a spinner on a terminal, or print a line elsewhere; both on stderr."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
@@ -207,7 +201,7 @@ def _journal(options: InteractOptions, session: Session) -> Journal | None:
 
     header = {
         "npt_fast": npt.__version__,
-        "model_name": options.model_name or _DEFAULT_MODEL,
+        "model_name": options.model_name or DEFAULT_MODEL,
         "checkpoint": options.checkpoint,
         **session.description(),
     }

@@ -1,4 +1,4 @@
-"""``npt-fast kernels``: what can be said about the kernels without a GPU."""
+"""``npt-fast kernels``: compile the kernels and compute their cost, without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from npt_fast.errors import NPTError
 from npt_fast.kernels import roofline as arithmetic
 from npt_fast.tables import markdown_table
 
-app = App(name="kernels", help="Look at the kernels without a GPU.")
+app = App(name="kernels", help="Compile the kernels and count their work, without a GPU.")
 
 ARCHS = "sm_80,sm_90,sm_100,sm_120,gfx942"
 KNOWN = {*ARCHS.split(","), "sm_86", "sm_89", "sm_103", "sm_121", "gfx950"}
@@ -25,12 +25,12 @@ Size = Annotated[int | None, Parameter(validator=Number(gte=1))]
 
 TITLE = "Roofline: arithmetic, not measured"
 ASSUMPTIONS = (
-    "one layer; bfloat16; gate, up and down modulated; no biases; base frozen",
-    "FLOPs: matrix products alone. Weights: each read once, and their gradients written once",
-    "activations: read and written once by every launch that needs them, nothing cached between",
-    "peaks are the vendor's; floor is the larger of compute and memory, all else hidden",
-    "exposed: activations that launches without products move; in turn: products, then those",
-    "v_a/v_b at best: each vector written once and read once; eager: as kernels/reference.py runs",
+    "one layer; bfloat16; gate, up and down modulated; no biases; base model frozen",
+    "FLOPs count matrix products only; each weight is read once and each gradient written once",
+    "every launch reads and writes its activations once; nothing stays cached between launches",
+    "peaks are the vendor's; floor is the larger of compute and memory time, with the other hidden",
+    "exposed: activations that launches without products move; in turn: products first, then those",
+    "v_a/v_b at best: each vector is written and read once; eager: what kernels/reference.py does",
 )
 
 
@@ -47,24 +47,24 @@ def compile_kernels(
     jobs: Size = None,
     json: bool = False,
 ) -> int:
-    """Compile every kernel ahead of time, without a GPU, and show what the compiler made of it.
+    """Compile every kernel for named GPUs, without having one, and show the machine code's figures.
 
     npt-fast kernels --arch sm_90,gfx942
 
-    Exits with 3 where something spills registers, has no matrix instructions, wants more shared
-    memory than there is, or computes in float64. Says nothing about speed.
+    The exit code is 3 if a kernel spills registers, lacks matrix instructions, needs more shared
+    memory than the GPU has, or computes in float64. This says nothing about speed.
 
     Parameters
     ----------
     arch
-        Kinds of GPU, separated by commas.
+        GPU architectures, separated by commas.
     jobs
-        Processes; as many as there are cores if not given.
+        Number of processes; defaults to the number of cores.
     json
         Print everything as JSON.
     """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise NPTError("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+        raise NPTError("TRITON_INTERPRET is set, and the interpreter does not compile: unset it")
     try:
         from npt_fast.kernels import aot
     except ModuleNotFoundError as error:
@@ -72,13 +72,15 @@ def compile_kernels(
     from rich.console import Console
     from rich.progress import track
 
+    from npt_fast.kernels import aot
+
     names = arch.split(",")
     console = Console(stderr=True)
     found = list(
         track(
             aot.compile_all(names, jobs=jobs or os.cpu_count() or 1),
             "Compiling",
-            total=sum(map(aot.count, names)),
+            total=sum(map(aot.case_count, names)),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -107,8 +109,8 @@ def compile_kernels(
     return 3 if bad else 0
 
 
-def _listed(names: Iterable[str]) -> str:
-    return f"One of {', '.join(names)}."
+def _listed(what: str, names: Iterable[str]) -> str:
+    return f"{what}: one of {', '.join(names)}."
 
 
 def _check(
@@ -119,7 +121,7 @@ def _check(
     gpu: str | None = None,
     **others: object,
 ) -> None:
-    """Of the options that are given: wrong ones are wrong usage, before anything is computed."""
+    """Reject an unknown model, wrong widths or an unknown GPU before anything is computed."""
     arithmetic.shape_of(model, hidden, intermediate)
     if gpu is not None:
         arithmetic.gpu_of(gpu)
@@ -128,38 +130,42 @@ def _check(
 @app.command(validator=_check)
 def roofline(
     *,
-    model: Annotated[str | None, Parameter(help=_listed(arithmetic.MODELS))] = None,
+    model: Annotated[
+        str | None, Parameter(help=_listed("Model whose sizes are taken", arithmetic.MODELS))
+    ] = None,
     hidden: Size = None,
     intermediate: Size = None,
     rank: Size = None,
     num_ranks: Size = None,
     tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 8192,
-    gpu: Annotated[str, Parameter(help=_listed(arithmetic.GPUS))] = "h100",
+    gpu: Annotated[
+        str, Parameter(help=_listed("GPU whose peaks are taken", arithmetic.GPUS))
+    ] = "h100",
     json: bool = False,
 ) -> None:
-    """FLOPs, bytes and least times of a modulated MLP, with and without v_a and v_b: arithmetic.
+    """Compute FLOPs, bytes and least times of a modulated MLP, with and without v_a and v_b.
 
     npt-fast kernels roofline --model llama-3.2-1b --tokens 8192 --gpu h100
 
     Parameters
     ----------
     hidden
-        Width D of the model, instead of --model.
+        Model width D, instead of --model.
     intermediate
-        Width F of the MLP, instead of --model.
+        MLP width F, instead of --model.
     rank
-        Rank r of a component; 512 for llama-3.2-1b, else 64.
+        Rank r of a component; defaults to 512 for llama-3.2-1b and to 64 otherwise.
     num_ranks
-        Components k; 8 if not given.
+        Number of components k; defaults to 8.
     tokens
-        Of all sequences together. Decode takes 64 at most, and is shown for one if there are more.
+        Tokens of all sequences together. Decode takes 64 at most; with more it is shown for one.
     json
         Print everything as JSON.
     """
     shape = arithmetic.shape_of(model, hidden, intermediate, num_ranks, rank)
     peaks = arithmetic.gpu_of(gpu)
     costs = list(arithmetic.costs(shape, tokens))
-    kept = arithmetic.kept_for_backward(shape, tokens)
+    kept = arithmetic.saved_bytes_by_form(shape, tokens)
     if json:
         passes = [
             {
@@ -167,7 +173,7 @@ def roofline(
                 "compute_ms": cost.compute_ms(peaks),
                 "memory_ms": cost.memory_ms(peaks),
                 "floor_ms": cost.floor_ms(peaks),
-                "in_turn_ms": cost.in_turn_ms(peaks),
+                "in_turn_ms": cost.launch_by_launch_ms(peaks),
             }
             for cost in costs
         ]
@@ -206,14 +212,14 @@ def roofline(
             f"{cost.activations / 1e6:.1f}", f"{cost.weights / 1e6:.1f}",
             f"{cost.compute_ms(peaks):.3f}", f"{cost.memory_ms(peaks):.3f}",
             f"{cost.floor_ms(peaks):.3f}", f"{cost.exposed / 1e6:.1f}",
-            f"{cost.in_turn_ms(peaks):.3f}",
+            f"{cost.launch_by_launch_ms(peaks):.3f}",
         )
         for cost in costs
     ]  # fmt: skip
     print(markdown_table(heads, rows))
     say()
     memory = [(form, f"{count / 1e6:.1f}") for form, count in kept.items()]
-    print(markdown_table((f"kept for backward, T={tokens}", "MB"), memory))
+    print(markdown_table((f"saved for backward, T={tokens}", "MB"), memory))
     say()
     for line in ASSUMPTIONS:
         say(f"- {line}")

@@ -1,4 +1,4 @@
-"""The program ``npt-fast``: which verbs there are, and how every failure looks."""
+"""The program ``npt-fast``: its verbs, and how it reports every failure."""
 
 from __future__ import annotations
 
@@ -14,43 +14,55 @@ from cyclopts import App, CycloptsError, Parameter
 import npt_fast as npt
 from npt_fast.cli import streams
 from npt_fast.cli.output import shortened
-from npt_fast.errors import NPTError, VerificationError
+from npt_fast.errors import NPTError, VerificationError, missing_package
 
 app = App(
     name="npt-fast",
-    help="Train, merge, prove and measure Neuro-Plastic Transformer layers.",
+    help="Train, merge, verify and measure Neuro-Plastic Transformer layers.",
     version=lambda: npt.__version__,
     suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative=()),  # flags have no --no- form: all are off by default
 )
+# as text: --help takes 0.4 s, and importing torch alone would take 4
 app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints into one.")
 app.command("npt_fast.cli.analyze:analyze", name="analyze", help="Describe checkpoints.")
 app.command("npt_fast.cli.train:train", name="train", help="Train NP layers of a model.")
 app.command("npt_fast.cli.evaluate:evaluate", name="evaluate", help="Measure checkpoints on text.")
 app.command("npt_fast.cli.trace:trace", name="trace", help="Find layers that are worth training.")
 app.command("npt_fast.cli.compare:compare", name="compare", help="Show what an injection does.")
-app.command("npt_fast.cli.sweep:sweep", name="sweep", help="Inject into layers, at many strengths.")
+app.command(
+    "npt_fast.cli.sweep:sweep", name="sweep", help="Inject into each layer, at several strengths."
+)
 app.command("npt_fast.cli.check:check", name="check", help="Score injections against expectations.")
-app.command("npt_fast.cli.interact:interact", name="interact", help="Transfer knowledge.")
-app.command("npt_fast.cli.verify:verify", name="verify", help="Prove a merged checkpoint.")
+app.command(
+    "npt_fast.cli.interact:interact", name="interact", help="Transfer knowledge in a shell."
+)
+app.command("npt_fast.cli.verify:verify", name="verify", help="Verify a merged checkpoint.")
 app.command("npt_fast.cli.bench:bench", name="bench", help="Time the modulated MLP.")
-app.command("npt_fast.cli.kernels:app", name="kernels", help="Look at the kernels without a GPU.")
+app.command("npt_fast.cli.kernels:app", name="kernels", help="Compile the kernels without a GPU.")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 done, 1 failed, 2 usage, 3 a check did not pass, 4 out of space."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         signal.signal(signal.SIGTERM, _terminate)
         streams.install()
-        result = _parse(list(sys.argv[1:] if arguments is None else arguments))()
+        result = _parse(given)()
         code = result if isinstance(result, int) else 0
         if failed := streams.failure(sys.stdout):
-            problem = f"not all could be printed: {failed.strerror}; the work itself is done"
+            problem = f"not all output could be printed: {failed.strerror}; the work itself is done"
             _exit(code or (4 if failed.errno in streams.NO_SPACE else 1), problem)
     except VerificationError as error:
         _exit(error.exit_code, str(error), *(f"  {line}" for line in shortened(error.problems[1:])))
     except NPTError as error:
         _exit(error.exit_code, str(error))
+    except ModuleNotFoundError as error:
+        verb = given[0] if given else ""
+        line = missing_package(error, f"npt-fast {verb}", trains=verb in ("train", "evaluate"))
+        if line is None:
+            raise
+        _exit(1, line)
     except MemoryError:
         _exit(4, "out of memory")
     except KeyboardInterrupt:
@@ -61,13 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def let_signals_end_us() -> None:
-    """All is done; what comes while Python clears up may end it at once, without a traceback."""
+    """Let signals end the process at once: all work is done, and Python is only cleaning up."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
 
 def _parse(arguments: list[str]) -> Callable[[], object]:
-    """The verb with its options, which are all checked here: what fails later is no usage error."""
+    """The verb with its options. All are checked here: what fails later is not a usage error."""
+    verbs = [word for word in app.parse_commands(arguments)[0] if not word.startswith("-")]
+    if verbs:
+        app[verbs[0]].help = None  # shows the docstring; the line above is for the list of verbs
     try:
         verb, options, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -76,13 +91,12 @@ def _parse(arguments: list[str]) -> Callable[[], object]:
         reason = str(error)
     else:
         return partial(verb, *options.args, **options.kwargs)
-    verbs = [word for word in app.parse_commands(arguments)[0] if not word.startswith("-")]
     lists = "lists its options" if verbs else "lists verbs"
     _exit(2, f"{reason} ({' '.join(['npt-fast', *verbs])} --help {lists})")
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)  # unwinds, so that temporary files go
+    sys.exit(128 + number)  # unwinds the stack, so that temporary files are removed
 
 
 def _exit(code: int, message: str, *details: str) -> NoReturn:

@@ -43,7 +43,7 @@ def merge(
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
-    """Merge NPT checkpoints into one that can be used, proven and trained on.
+    """Merge NPT checkpoints into one that can be used, verified and trained further.
 
     npt-fast merge --checkpoints layer11/checkpoint-800 layer13/checkpoint-600
     --output merged_11_13 --verify
@@ -58,20 +58,21 @@ def merge(
     verify
         Compare every tensor with its source before the output appears; record digests.
     force
-        Replace an existing checkpoint, whole. A directory that holds anything else is never
+        Replace an existing checkpoint as a whole. A directory that holds anything else is never
         replaced.
     on_conflict
         When two inputs hold the same layer: take the first or the last, refuse (error), accept
         only identical ones, or join them so that their weight changes add up (concat) or
         average (mean).
     uniform
-        Pad all layers to one type, num_ranks and rank, as the original program needs. Exact.
+        Pad all layers, exactly, to one modulation type, num_ranks and rank, which the original
+        program needs.
     dtype
-        Convert all weights.
+        Type to convert all weights to.
     format
-        Format of the weights; the first input's by default.
+        Format of the weights; that of the first input if not given.
     max_shard_size
-        Split safetensors output above this size, e.g. 5GB.
+        Largest size of a safetensors file; what is larger is split into shards.
     weights_only
         Leave out optimizer, scheduler, step and curriculum.
     copy_multi_layer_state
@@ -80,7 +81,7 @@ def merge(
         Merge although the configs name different base models.
     on_bad_state
         When the training state of an input cannot be used: refuse (error), or merge its weights
-        and leave its state out (skip).
+        without its state (skip).
     dry_run
         Show the plan; write nothing.
     json
@@ -129,10 +130,7 @@ def _print_report(report: MergeReport) -> None:
         step = "" if info.step is None else f", step {info.step}"
         changed = f", {info.changed} tensors changed" if info.changed else ""
         say(f"  Layer {info.layer}: {info.source}")
-        say(
-            f"    {info.modulation}, num_ranks {info.num_ranks}, rank {info.rank}{step}, "
-            f"optimizer {info.optimizer}{changed}"
-        )
+        say(f"    {info.architecture}{step}, optimizer {info.optimizer}{changed}")
     if report.global_step is not None:
         say(f"Training continues from step {report.global_step}")
     total = sum(report.files.values())

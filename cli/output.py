@@ -1,32 +1,36 @@
-"""What verbs print: JSON, the guide's verification block, sizes, a progress bar."""
+"""What verbs print: JSON, reports, the guide's verification block, sizes, a progress bar."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from npt_fast.errors import printable
 
 if TYPE_CHECKING:
     from npt_fast.checkpoint.examination import VerifyReport
+    from npt_fast.transfer.compare import Comparison, Sweep
+
+Found = TypeVar("Found", "Comparison", "Sweep")
 
 
 def say(text: str = "") -> None:
-    """A line on stdout; what a checkpoint put into it cannot drive the terminal."""
+    """Print a line; control characters that come from a checkpoint are escaped."""
     print(printable(text))
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout; numbers that are not finite, which JSON has not, are null."""
+    """Print one JSON document; NaN and infinity, which JSON does not have, become null."""
     print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for numbers that JSON has not."""
+    """`value` with None for NaN and infinity."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -35,12 +39,44 @@ def finite(value: Any) -> Any:
 
 
 def warn(message: str) -> None:
-    """A line on stderr that needs attention."""
+    """Print a warning on stderr."""
     print(printable(f"Warning: {message}"), file=sys.stderr)
 
 
+def show_report(
+    facts: Mapping[str, str],
+    found: Found,
+    lines: Callable[[Found], Iterable[str]],
+    page: Callable[[Found, Mapping[str, str]], str],
+    *,
+    html: str | None,
+    json: bool,
+) -> None:
+    """Show what an injection did: a page if `html` is a path, and JSON or lines.
+
+    Args:
+        facts: What was injected, and how.
+        found: A dataclass with the results.
+        lines: Renders the results as lines.
+        page: Renders the results and the facts as HTML.
+        html: File for the page.
+        json: Print JSON in place of lines.
+    """
+    from npt_fast.transfer.report import write
+
+    if html is not None:
+        write(page(found, facts), html)
+    if json:
+        print_json({**facts, **asdict(found)})
+        return
+    for name, value in facts.items():
+        say(f"{name.capitalize()}: {value}")
+    for line in lines(found):
+        say(line)
+
+
 def size(count: int) -> str:
-    """Bytes for people: ``"8.3 MB"``."""
+    """A number of bytes for people: ``"8.3 MB"``."""
     value = float(count)
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":
@@ -50,7 +86,7 @@ def size(count: int) -> str:
 
 
 def print_verification(report: VerifyReport) -> None:
-    """What was checked, then the guide's block, to the letter when it passed."""
+    """Print what was checked, then the guide's block, word for word if everything passed."""
     line = f"Read back {report.tensors} tensors, {size(report.bytes_read)}"
     counts = {
         "bit-equal to their sources": report.compared,
@@ -72,14 +108,14 @@ def print_verification(report: VerifyReport) -> None:
 
 
 def shortened(lines: list[str], limit: int = 20) -> list[str]:
-    """The first lines, and how many more there are; --json has all."""
+    """The first `limit` lines and how many more there are; ``--json`` shows all."""
     more = len(lines) - limit
     return lines if more <= 0 else [*lines[:limit], f"... and {more} more"]
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar by bytes on a terminal; None elsewhere, so that logs stay clean."""
+    """A progress bar in bytes on a terminal; None elsewhere, so that logs stay clean."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -1,8 +1,7 @@
-"""The process's streams: what stops neither the work nor what we are asked to read.
+"""The process's streams, made safe: output errors do not stop the work, and only we read stdin.
 
-stdout and stderr go on after a disk full of logs, or in a daemon without streams. stdin is nobody's
-but ours: a library that asks a question would swallow the lines of a script, and take them for an
-answer.
+stdout and stderr keep working when the disk that holds them is full, and in a daemon that has none.
+A library that asks a question on stdin would take the lines of a script for its answer.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PatientStream(io.TextIOWrapper):
-    """A stream that goes on to nowhere after its first error, and remembers the error.
+    """A stream that discards output after its first error, and remembers the error.
 
-    A broken pipe of stdout is not such an error: nobody wants the rest of ``npt-fast ... | head``.
+    A broken pipe of stdout still raises: nobody wants the rest of ``npt-fast ... | head``.
     """
 
     error: OSError | None = None
@@ -39,7 +38,7 @@ class PatientStream(io.TextIOWrapper):
             super().flush()
 
     def _give_up(self, error: OSError) -> None:
-        # what the buffers still hold goes to nowhere too, else Python stumbles over it at its exit
+        # also discards what the buffers hold; Python would fail to flush it at exit
         silence(self.fileno())
         if isinstance(error, BrokenPipeError) and self is sys.stdout:
             raise error
@@ -47,7 +46,7 @@ class PatientStream(io.TextIOWrapper):
 
 
 def silence(descriptor: int) -> None:
-    """Let a descriptor lead to nowhere."""
+    """Point a descriptor at ``/dev/null``."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     if nowhere != descriptor:
         os.dup2(nowhere, descriptor)
@@ -58,10 +57,10 @@ _kept: TextIO | None = None
 
 
 def stdin() -> TextIO:
-    """What the process was started with, or what somebody has put in its place since.
+    """The stdin that the process was started with, or what has replaced `sys.stdin` since.
 
-    `sys.stdin` and descriptor 0 are at their end once `install` was called: for libraries, for
-    `input` and for child processes.
+    After `install`, `sys.stdin` and descriptor 0 are empty for libraries, `input` and child
+    processes.
     """
     return _kept if _kept is not None and sys.stdin is sys.__stdin__ else sys.stdin
 
@@ -69,17 +68,17 @@ def stdin() -> TextIO:
 def _keep_stdin() -> None:
     global _kept
     if _kept is None:
-        # not inherited: a descriptor that `os.dup` makes is closed in child processes
+        # child processes do not inherit a descriptor that `os.dup` makes
         _kept = open(os.dup(0), encoding="utf-8", errors="replace")
         silence(0)
 
 
 def install() -> None:
-    """Replace the process's own streams; those that somebody has replaced already stay."""
+    """Replace the process's own streams; streams that were already replaced stay."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed, so that the next file opened would get what is printed
+        except OSError:  # closed: the next opened file would take its number and get our output
             silence(descriptor)
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")
@@ -104,6 +103,6 @@ def install() -> None:
 
 
 def failure(stream: TextIO) -> OSError | None:
-    """Why not all that was printed has arrived; None if it has."""
+    """The error that kept some output from arriving; None if all of it arrived."""
     stream.flush()
     return getattr(stream, "error", None)

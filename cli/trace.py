@@ -9,27 +9,25 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from npt_fast.cli.arguments import PathText
+from npt_fast.cli.arguments import ModelOptions, PathText
 from npt_fast.cli.output import print_json, say
-from npt_fast.config import BaseDType
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
     from npt_fast.transfer.trace import Patch, Trace
+
+_MODEL = ModelOptions()
 
 
 def trace(
     *,
     source: Annotated[str, Parameter(name="--from", allow_leading_hyphen=True)],
     target: Annotated[str, Parameter(name="--to", allow_leading_hyphen=True)],
-    model_name: PathText = "meta-llama/Llama-3.2-1B",
+    model: ModelOptions = _MODEL,
     track: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
     window: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
     from_position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
     to_position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
-    base_dtype: BaseDType = "auto",
-    trust_remote_code: bool = False,
-    cpu: bool = False,
     json: bool = False,
     plot: PathText | None = None,
 ) -> None:
@@ -40,45 +38,31 @@ def trace(
     Parameters
     ----------
     source
-        Prompt whose attention outputs are taken.
+        Prompt to take attention outputs from.
     target
-        Prompt that they are put into, one layer at a time.
-    model_name
-        Base model: Hub id, folder, .gguf file, or smollm2-135m.
+        Prompt to put them into, one layer at a time.
     track
-        Texts whose first token is followed, with their space; else the likeliest of each prompt.
+        Texts whose first token is tracked; a leading space counts. If not given, the likeliest
+        next token of each prompt is tracked.
     window
-        Neighbouring layers at a time.
+        Number of neighbouring layers to patch at a time.
     from_position
-        Where outputs are taken: a number, 2:5, last, first, all, at:WORD or after:WORD.
+        Tokens to take outputs from: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD.
     to_position
-        Where they are put.
-    base_dtype
-        Of the base model's weights; auto is the checkpoint's on a GPU, else float32.
-    trust_remote_code
-        Run code that comes with the base model or that it names, with all your rights.
-    cpu
-        Use the CPU although there is a GPU.
+        Tokens to put them into, written the same way.
     json
         Print everything as JSON.
     plot
-        Picture to draw: .png, .svg or .pdf.
+        Picture to write: .png, .svg or .pdf.
     """
-    from npt_fast.hf.base_model import load_base_model
     from npt_fast.pictures import check
-    from npt_fast.training.evaluation import default_device
     from npt_fast.transfer import trace as library
 
     if plot is not None:
         check(plot)  # before minutes of loading
-    model, tokenizer = load_base_model(
-        model_name,
-        dtype=base_dtype,
-        device="cpu" if cpu else default_device(),
-        trust_remote_code=trust_remote_code,
-    )
+    loaded, tokenizer = model.load()
     found = library.trace(
-        model, tokenizer, source, target,
+        loaded, tokenizer, source, target,
         tracked=track, window=window, source_position=from_position, target_position=to_position,
     )  # fmt: skip
     if plot is not None:
@@ -123,8 +107,8 @@ def _print(found: Trace) -> None:
     else:
         patch = found.strongest
         say(
-            f"No layer changes the answer, which stays {found.target_top!r}; most changes at "
-            f"layer {_name(patch)} (KL {patch.kl:.4f})"
+            f"No layer changes the answer, which stays {found.target_top!r}; layer "
+            f"{_name(patch)} changes it most (KL {patch.kl:.4f})"
         )
 
 

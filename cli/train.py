@@ -16,7 +16,7 @@ def train(
     *,
     json: bool = False,
 ) -> int:
-    """Train NP layers of a language model, anew or from a checkpoint or merge.
+    """Train NP layers of a language model, from scratch or from a checkpoint or merge.
 
     npt-fast train --train_layers 11 --max_steps 22000 --wandb_name layer11_training
 
@@ -30,13 +30,13 @@ def train(
         print_json(report.to_dict())
     else:
         if report.stopped_by:
-            say(f"Stopped at step {report.global_step}; go on with --resume_from:")
+            say(f"Stopped at step {report.global_step}; continue with --resume_from:")
         else:
             say("Multi-Layer NPT Training Complete!")
         if report.evaluation is not None:
             found = report.evaluation
             say(
-                f"Perplexity {found.perplexity:.3f} (base {found.base_perplexity:.3f}), "
+                f"Perplexity {found.perplexity:.3f} (base model {found.base_perplexity:.3f}), "
                 f"KL {found.kl:.4f} nats, top-1 agreement {found.top1_agreement:.4f}"
             )
         say(f"Final checkpoint: {report.checkpoint}")

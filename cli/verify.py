@@ -13,7 +13,7 @@ def verify(checkpoint: PathText, /, *, json: bool = False) -> int:
     Parameters
     ----------
     checkpoint
-        A merged checkpoint, or a copy of one.
+        Merged checkpoint, or a copy of one.
     json
         Print the report as JSON.
     """

@@ -1,9 +1,9 @@
-"""What injections do to right and injected answers: 24 countries, paraphrases, and controls.
+"""Measure what injections do to right and injected answers, for 24 countries and their capitals.
 
     python examples/country_capitals.py experiments/merged_11_13_23 > tables.md
 
-Every country's prompts get the modulation of the next country in the list, at their last token.
-docs/transfer_report.md says what came out.
+The last token of each country's prompts receives the modulation of the next country in the list.
+Paraphrases and unrelated prompts are controls. The results are in docs/transfer_report.md.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ STRENGTHS = (0.5, 1.0, 2.0, 3.0)
 
 
 class Batch:
-    """All prompts but their last tokens, which are read once: an injection there needs no more."""
+    """Prompts in a KV cache, all but the last token, so that an injection reads one token."""
 
     def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[str]) -> None:
         self.model = model
@@ -71,7 +71,7 @@ class Batch:
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """Of the next token, ``(prompts, vocab)``, with whatever is injected now."""
+        """Logits of the next token, ``(prompts, vocab)``, under the injection that is active."""
         out = self.model(
             input_ids=self.last, attention_mask=self.mask, position_ids=self.places[:, -1:],
             past_key_values=self.cache, use_cache=True,
@@ -132,11 +132,11 @@ def main() -> None:
             before = batch.logits()
             body = [
                 ["base model", "-", "-", *figures(rows, base, base)],
-                ["nothing", "-", "-", *figures(rows, base, before)],
+                ["no injection", "-", "-", *figures(rows, base, before)],
             ]
             for kind, mode, strength in settings():
                 found = [modulation(model, tokenizer, source, kind) for source in sources]
-                # the last token comes by itself, behind a cache: to inject, it is a new one
+                # the last token is read alone, behind a cache, so to `inject` it is a generated one
                 with npt.inject(
                     model, found * (len(rows) // len(found)), mode=mode, strength=strength,
                     when="decode",
@@ -154,7 +154,7 @@ def settings() -> Iterator[tuple[str, Any, float]]:
 
 
 def modulation(model: Any, tokenizer: Any, country: str, kind: str) -> npt.Modulation:
-    """`last`: of the prompt's last token; `sequence`: mean over prompt and answer."""
+    """Extract at the prompt's last token, or the mean over prompt and answer (`sequence`)."""
     text = PROMPT.format(country)
     if kind == "last":
         return npt.extract(model, tokenizer, text)
@@ -163,7 +163,7 @@ def modulation(model: Any, tokenizer: Any, country: str, kind: str) -> npt.Modul
 
 
 def figures(rows: Sequence[Row], before: Tensor, after: Tensor) -> list[str]:
-    """Mean probabilities and shares of each group of prompts."""
+    """Cells of a row: mean probabilities and shares in each group of prompts."""
     probabilities = after.softmax(-1)
     right = torch.tensor([row.right for row in rows])
     injected = torch.tensor([row.injected for row in rows])
@@ -194,7 +194,7 @@ def figures(rows: Sequence[Row], before: Tensor, after: Tensor) -> list[str]:
 def trace_pairs(
     model: Any, tokenizer: Any, countries: Sequence[str], sources: Sequence[str]
 ) -> None:
-    """What could be had at best: the attention output itself, in the plain base model."""
+    """Patch the attention outputs themselves in the base model: an upper bound for injections."""
     strongest: list[int] = []
     flips: list[int] = []  # to the injected answer
     others: list[int] = []  # to another one

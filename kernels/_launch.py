@@ -1,7 +1,6 @@
-"""How kernels are launched: for which device, with which tiles; and the record of launches.
+"""Launching kernels: the target device, tile sizes, and a record of launches.
 
-Tiles come from `choose_tiles`, a pure function of kernel, dtype and device, so that every process
-and every run computes alike. `kernels/aot.py` and the tests read launches instead of running them.
+`kernels/aot.py` and the tests record launches and read them instead of running them.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Target(NamedTuple):
-    """What kernels are compiled for.
+    """A kind of GPU that kernels are compiled for.
 
     Attributes:
         backend: ``"cuda"`` or ``"hip"``.
-        arch: 90 for sm_90; ``"gfx942"``.
+        arch: a number such as 90 for sm_90, or a name such as ``"gfx942"``.
     """
 
     backend: str
@@ -33,10 +32,10 @@ class Target(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> Target:
-        """From ``sm_90`` or ``gfx942``.
+        """The target of a name such as ``sm_90`` or ``gfx942``.
 
         Raises:
-            ValueError: neither.
+            ValueError: the name is of neither form.
         """
         if name.startswith("sm_") and name[3:].isdecimal():
             return cls("cuda", int(name[3:]))
@@ -49,7 +48,7 @@ class Target(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory that a program can have (KERNELS 3)."""
+        """Bytes of shared memory that a program can have (design.md#triton)."""
         if self.backend == "hip":
             return 65_536
         limits = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448}
@@ -58,7 +57,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Sizes of a GEMM kernel's tiles, and how a program runs them."""
+    """Tile sizes of a GEMM kernel ``(m, n, k)``, warps of a program, and stages of its loads."""
 
     m: int
     n: int
@@ -71,7 +70,7 @@ class Tiles:
 
 
 class Launch(NamedTuple):
-    """A launch that was recorded: the kernel, its grid, arguments by name, launch options."""
+    """A recorded launch: the kernel, its grid, its arguments by name, and the launch options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -84,8 +83,8 @@ _target: Target | None = None
 
 
 @contextmanager
-def recorded(target: Target) -> Iterator[list[Launch]]:
-    """Launches are listed instead of run, as on a device of that kind; tensors may be meta."""
+def recorded_launches(target: Target) -> Iterator[list[Launch]]:
+    """Record launches for `target` instead of running them; tensors may be on the meta device."""
     global _record, _target
     before = _record, _target
     _record, _target = [], target
@@ -107,15 +106,15 @@ def launch(
 
     Args:
         kernel: a ``@triton.jit`` function.
-        grid: numbers of programs; with a 0 among them nothing runs.
-        arguments: its arguments but for the constants, in their order.
-        warps: of a program.
-        stages: of loads in flight in its loops.
-        constants: its ``tl.constexpr`` arguments.
+        grid: numbers of programs; nothing runs if one of them is 0.
+        arguments: all arguments of the kernel except constants, in order.
+        warps: number of warps of a program.
+        stages: number of stages of loads in flight in its loops.
+        constants: values of its ``tl.constexpr`` arguments.
     """
     if 0 in grid:
         return
-    # contraction is said, not left to a default that triton 3.10 changes
+    # fp fusion is explicit because its default changes in Triton 3.10 (design.md#triton)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if _record is not None:
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
@@ -127,7 +126,7 @@ def launch(
 
 
 def target_of(tensor: Tensor) -> Target:
-    """The kind of device a tensor is on; in the interpreter, and beside a GPU, sm_90."""
+    """The target of the tensor's device; sm_90 for a CPU tensor, as in the interpreter."""
     if _target is not None:
         return _target
     return _device_target(tensor.device) if tensor.is_cuda else Target("cuda", 90)
@@ -141,19 +140,19 @@ def _device_target(device: torch.device) -> Target:
     return Target("cuda", properties.major * 10 + properties.minor)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as torch is told to."""
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot` for a dtype: TF32 for float32 if torch allows TF32."""
     matmul = torch.backends.cuda.matmul
-    # since torch 2.9; says what allow_tf32 does, which cannot be read once this one is written
+    # exists since torch 2.9; once it was set, reading allow_tf32 raises
     told = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
     return "tf32" if dtype == torch.float32 and told == "tf32" else "ieee"
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous, copied only where it is not."""
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor with a contiguous last dimension; copied only if it has none."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """``a / b`` rounded up."""
     return -(-a // b)

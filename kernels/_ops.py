@@ -14,15 +14,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def define(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Make a launcher an operation of ``torch.ops.npt_fast``; autograd is around it, not in it.
+    """Register a launcher as an operation of ``torch.ops.npt_fast``, without autograd.
 
     Args:
-        schema: such as ``"f(Tensor a, int k) -> Tensor"``; what is written to is marked.
-        fake: gives outputs of the right shape, dtype and strides, without data.
+        schema: signature such as ``"f(Tensor a, int k) -> Tensor"``; mutated tensors are marked.
+        fake: returns outputs of the right shape, dtype and strides, without data.
 
     Returns:
-        A decorator. The function calls the operation while torch compiles and is itself otherwise:
-        eager calls do not pay for the dispatcher.
+        A decorator. The decorated function calls the operation while torch compiles. In eager mode
+        it calls the launcher itself, which saves the time of the dispatcher.
     """
 
     def decorate(function: Function) -> Function:

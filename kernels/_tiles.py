@@ -1,4 +1,4 @@
-"""Tile idioms that several kernels share."""
+"""Jitted helpers that several kernels share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter, which has no arithmetic for bfloat16."""
+"""Whether kernels run in Triton's interpreter, which computes bfloat16 wrongly."""
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in float32; PRECISION matters for float32 operands alone."""
-    if INTERPRETED:  # exact: a product of two 16-bit floats is a float32
+    """``acc + a @ b`` in float32; PRECISION matters only for float32 operands."""
+    if INTERPRETED:  # exact: a product of two 16-bit floats fits a float32
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -23,7 +23,10 @@ def accumulate(
     acc, a_ptr, b_ptr, offs_m, offs_n, mask_m, mask_n, begin, end,
     stride_am, stride_ak, stride_bk, stride_bn, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc + A[:, begin:end] @ B[begin:end]`` for one tile; offsets are int64."""
+    """``acc + A[:, begin:end] @ B[begin:end]`` for one tile.
+
+    Offsets are int64: a row number times a stride exceeds 2^31 in large tensors.
+    """
     step = tl.full((), BLOCK_K, tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64) + begin
     a_ptrs = a_ptr + offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak
@@ -40,7 +43,7 @@ def accumulate(
 
 @triton.jit
 def tile_indices(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column block of a program: neighbours share GROUP_M rows of blocks in the cache."""
+    """Row and column block of a program; neighbours share GROUP_M rows of blocks in L2."""
     pid = tl.program_id(0).to(tl.int64)
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)

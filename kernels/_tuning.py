@@ -1,8 +1,9 @@
-"""Which tiles a GEMM kernel runs with: a default by rule, or, when asked for, the fastest measured.
+"""The tiles that a GEMM kernel runs with: the default of a rule or, on request, the fastest.
 
-The default is the first of what the kernel's own rule gives for the device, the dtype and the
-number of tokens: the same in every process and every run. Measuring is opt-in, since its winner
-depends on the day; it is done once for shape and bucket of tokens (powers of two) and kept on disk.
+Each kernel has a rule that lists candidates for a device, a dtype and a number of tokens. The first
+is the default, the same in every process and run. Measuring candidates is opt-in because timings
+vary, and so would results. It happens once for each shape and power of two of the tokens; a file
+keeps the results.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from torch import Tensor
 
 from npt_fast.kernels._launch import Target, Tiles, target_of
 
-Rule = Callable[[Target, torch.dtype, int], list[Tiles]]
+TileRule = Callable[[Target, torch.dtype, int], list[Tiles]]
 
 NARROW = Tiles(32, 32, 32, 4, 2)
-"""For rows that are read element by element, each with an address in registers."""
+"""For rows that are not 16-byte aligned: each element needs an address in registers."""
 MAX_CANDIDATES = 2
-"""Tiles that a rule offers at most."""
+"""Most tiles that a rule may offer."""
 
 _forced: Tiles | None = None
 _candidate = 0
@@ -34,8 +35,8 @@ _file: Path | None = None
 
 
 @contextmanager
-def forced(tiles: Tiles) -> Iterator[None]:
-    """All GEMM kernels run with these tiles: tests cross tile borders with small problems."""
+def forced_tiles(tiles: Tiles) -> Iterator[None]:
+    """Run all GEMM kernels with these tiles, so that small tests cross tile borders."""
     global _forced
     before, _forced = _forced, tiles
     try:
@@ -45,8 +46,8 @@ def forced(tiles: Tiles) -> Iterator[None]:
 
 
 @contextmanager
-def candidate(number: int) -> Iterator[None]:
-    """All GEMM kernels run with that one of their rule's tiles, or its last."""
+def nth_candidate(number: int) -> Iterator[None]:
+    """Run all GEMM kernels with candidate `number` of their rule, or with its last one."""
     global _candidate
     before, _candidate = _candidate, number
     try:
@@ -56,12 +57,12 @@ def candidate(number: int) -> Iterator[None]:
 
 
 def enable_autotuning(path: str | os.PathLike[str] | None = None) -> None:
-    """Measure tiles from now on, and keep what was found.
+    """Measure tiles from now on, and keep the fastest.
 
     Results then depend on timings in their last bits, and may differ between processes.
 
     Args:
-        path: JSON file that is read and written; ``~/.cache/npt_fast/tiles.json`` if None.
+        path: JSON file to read and write; None means ``~/.cache/npt_fast/tiles.json``.
     """
     global _cache, _file
     _file = Path(path) if path else Path.home() / ".cache" / "npt_fast" / "tiles.json"
@@ -70,39 +71,39 @@ def enable_autotuning(path: str | os.PathLike[str] | None = None) -> None:
 
 
 def disable_autotuning() -> None:
-    """Back to the defaults."""
+    """Return to the default tiles."""
     global _cache
     _cache = None
 
 
-def aligned(sizes: Sequence[int]) -> bool:
-    """Whether rows of these lengths can be read 16 bytes at a time."""
+def rows_are_aligned(sizes: Sequence[int]) -> bool:
+    """Whether rows of these lengths can be read 16 bytes, or 8 elements, at a time."""
     return all(size % 8 == 0 for size in sizes)
 
 
-def choose(
-    kernel: str, rule: Rule, run: Callable[[Tiles], None], output: Tensor, sizes: Sequence[int]
+def choose_tiles(
+    kernel: str, rule: TileRule, run: Callable[[Tiles], None], output: Tensor, sizes: Sequence[int]
 ) -> Tiles:
     """Tiles for one launch.
 
     Args:
-        kernel: its name.
-        rule: target, dtype, tokens -> candidates, the default first.
-        run: launches it; called only if measuring is on and these sizes are new.
-        output: ``(T, ...)``, of the kernel's device and dtype.
-        sizes: the other sizes.
+        kernel: name of the kernel.
+        rule: function of target, dtype and tokens that returns candidates, the default first.
+        run: launches the kernel; called only if measuring is on and these sizes are new.
+        output: tensor ``(T, ...)`` on the kernel's device, of its dtype.
+        sizes: all sizes besides T.
     """
     if _forced is not None:
         return _forced
     tokens, target = output.shape[0], target_of(output)
-    candidates = rule(target, output.dtype, tokens) if aligned(sizes) else [NARROW]
+    candidates = rule(target, output.dtype, tokens) if rows_are_aligned(sizes) else [NARROW]
     if _cache is None or not tokens:
         return candidates[min(_candidate, len(candidates) - 1)]
     bucket = triton.next_power_of_2(tokens)
     dtype = str(output.dtype).removeprefix("torch.")
     key = " ".join(map(str, (kernel, target, triton.__version__, dtype, bucket, *sizes)))
     if key not in _cache:
-        if torch.cuda.is_current_stream_capturing():  # measuring would be captured
+        if torch.cuda.is_current_stream_capturing():  # measuring would become part of the graph
             return candidates[0]
         _cache[key] = min(candidates, key=lambda tiles: _milliseconds(run, tiles))
         _save()
@@ -114,7 +115,7 @@ def _milliseconds(run: Callable[[Tiles], None], tiles: Tiles) -> float:
 
 
 def _save() -> None:
-    """Replace the file in one step: other processes may read it."""
+    """Replace the file in one step, because other processes may be reading it."""
     assert _file is not None and _cache is not None
     _file.parent.mkdir(parents=True, exist_ok=True)
     temporary = _file.with_name(f"{_file.name}.{os.getpid()}")

@@ -1,9 +1,10 @@
-"""Compile every kernel for named GPUs without one, and read what the compiler made of it.
+"""Compile every kernel for named GPUs without having one, and report on the machine code.
 
-The launches are the real ones: `modulated_mlp` runs on tensors without data, and what it would
-launch is compiled as Triton would on the device, divisibility of arguments included. Reads
-registers, spills, shared memory, matrix instructions and widths of global accesses from the machine
-code. Needs Triton's compiler, and no GPU; says nothing about speed.
+The launches are real: `modulated_mlp` runs on meta tensors, and each recorded launch is compiled as
+Triton would compile it on the device, including the divisibility of arguments. Registers, spills,
+shared memory, matrix instructions and widths of global accesses are read from the machine code.
+This needs Triton's compiler but no GPU, and says nothing about speed
+(design.md#checks-without-a-gpu).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from npt_fast.kernels import _tuning
-from npt_fast.kernels._launch import Launch, Target, recorded
-from npt_fast.kernels.factored import Base, Modulation
+from npt_fast.kernels._launch import Launch, Target, recorded_launches
+from npt_fast.kernels.factored import Factors, MLPWeights
 from npt_fast.kernels.modulated_mlp import Path as KernelPath
 from npt_fast.kernels.modulated_mlp import modulated_mlp
 
@@ -46,19 +47,20 @@ _MATRIX = {"cuda": r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", "hip": r"\bv_mfma_\w+"}
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """One kernel as compiled for one kind of device.
+    """One kernel as compiled for one kind of GPU.
 
     Attributes:
-        kernel: its name.
-        config: dtype, tiles and what else distinguishes it.
-        arch: ``sm_90``, ``gfx942``.
-        registers: of a thread.
-        spill_bytes: of a thread, in memory instead of registers.
-        shared_bytes: of a program.
-        warps_per_sm: that fit at a time into a multiprocessor, or compute unit.
-        mma: number of matrix instructions; ``mma_kind`` names them.
+        kernel: name of the kernel.
+        config: dtype, tiles and whatever else tells it from other cases of the kernel.
+        arch: name of the target, such as ``sm_90`` or ``gfx942``.
+        registers: registers per thread.
+        spill_bytes: bytes per thread that are in memory for lack of registers.
+        shared_bytes: bytes of shared memory per program.
+        warps_per_sm: warps that fit into a multiprocessor, or compute unit, at a time.
+        mma: number of matrix instructions.
+        mma_kind: names of the matrix instructions.
         accesses: widths in bits of global loads and stores, and how often each occurs.
-        problems: what is wrong with it, in words; empty if nothing.
+        problems: what is wrong, in words; empty if nothing is.
     """
 
     kernel: str
@@ -75,12 +77,12 @@ class Compiled:
 
     @property
     def ok(self) -> bool:
-        """Nothing is wrong with it."""
+        """Whether nothing is wrong."""
         return not self.problems
 
 
 class _Call(NamedTuple):
-    """A call of the operator whose launches are compiled."""
+    """A call of `modulated_mlp` whose launches are compiled."""
 
     path: KernelPath
     tokens: int
@@ -114,7 +116,7 @@ _CALLS = [
     _Call("fused", 8192, 32),
     _Call("fused", 8192, 64, gradients=True, bias=True),
     _Call("fused", 64, 64, gradients=True, bias=True),
-    # nothing is a multiple of anything: all accesses are masked and narrow
+    # odd sizes: all accesses are masked and narrow
     _Call("gemm", 8191, *_ODD, gradients=True),
     _Call("fused", 8191, *_ODD, gradients=True),
     _Call("fused", 8191, *_ODD, projections=1),
@@ -124,7 +126,7 @@ _CALLS = [
 
 
 class Case(NamedTuple):
-    """One thing to compile."""
+    """One launch to compile, and its label."""
 
     launch: Launch
     config: str
@@ -132,27 +134,27 @@ class Case(NamedTuple):
 
 @cache
 def cases(target: Target) -> list[Case]:
-    """All that can be launched on a target, each kind once."""
+    """Every distinct launch that `_CALLS` make on a target."""
     found: dict[Any, Case] = {}
     labels: Counter[str] = Counter()
     for call in _CALLS:
         for candidate in range(_tuning.MAX_CANDIDATES):
-            with recorded(target) as launches, _tuning.candidate(candidate):
-                _run(call)
+            with recorded_launches(target) as launches, _tuning.nth_candidate(candidate):
+                _run_call(call)
             for launch in launches:
-                source = _source(launch)
+                source = _signature_of(launch)
                 key = (launch.kernel.fn.__name__, *map(repr, source), *launch.options.items())
                 if key in found:
                     continue
-                label = _config(launch, call)
+                label = _case_label(launch, call)
                 labels[key[0] + label] += 1
                 number = labels[key[0] + label]
                 found[key] = Case(launch, label if number == 1 else f"{label} ({number})")
     return list(found.values())
 
 
-def count(name: str) -> int:
-    """How many cases there are for a target such as ``sm_90``."""
+def case_count(name: str) -> int:
+    """Number of cases for a target such as ``sm_90``."""
     return len(cases(Target.parse(name)))
 
 
@@ -166,7 +168,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _run(call: _Call) -> None:
+def _run_call(call: _Call) -> None:
     def tensor(*shape: int, requires_grad: bool = False) -> Tensor:
         return torch.empty(
             shape, dtype=call.dtype, device="meta", requires_grad=requires_grad and call.gradients
@@ -174,8 +176,8 @@ def _run(call: _Call) -> None:
 
     d, f, r, c = call.hidden, call.intermediate, call.num_ranks * call.rank, call.projections
     biases = (tensor(f), tensor(f), tensor(d)) if call.bias else ()
-    base = Base(tensor(f, d), tensor(f, d), tensor(d, f), *biases)
-    modulation = Modulation(
+    weights = MLPWeights(tensor(f, d), tensor(f, d), tensor(d, f), *biases)
+    factors = Factors(
         tensor(d, c * r, requires_grad=True),
         tensor(min(c, 2) * r, d),
         tensor(r, f) if c == 3 else None,
@@ -187,18 +189,18 @@ def _run(call: _Call) -> None:
     x = tensor(call.tokens, d, requires_grad=True)
     h = tensor(call.tokens, d, requires_grad=True)
     with _tf32(call.tf32):
-        y = modulated_mlp(x, h, base, modulation, path=call.path)
+        y = modulated_mlp(x, h, weights, factors, path=call.path)
         if call.gradients:
             y.backward(tensor(call.tokens, d))
 
 
-def _name(launch: Launch) -> str:
+def _kernel_name(launch: Launch) -> str:
     name: str = launch.kernel.fn.__name__
     return name.strip("_").removesuffix("_kernel")
 
 
-def _config(launch: Launch, call: _Call) -> str:
-    """What tells a case from others of its kernel, in words."""
+def _case_label(launch: Launch, call: _Call) -> str:
+    """A label that tells a case from others of its kernel."""
     values = launch.arguments
     parts = ["tf32" if values.get("PRECISION") == "tf32" else _TYPES[call.dtype][1:]]
     if "BLOCK_K" in values:
@@ -213,61 +215,61 @@ def _config(launch: Launch, call: _Call) -> str:
     given = [name for name, value in values.items() if value is None]
     if given:
         parts.append("without " + ",".join(name.removesuffix("_ptr") for name in given))
-    # the layout of operands, which differs from call to call of the same kernel
+    # which stride is 1 differs between calls of the same kernel
     parts += [name for name, v in values.items() if name.startswith("stride_b") and v == 1][:1]
     return " ".join(parts)
 
 
-def _source(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """Signature, constants and attributes as Triton's launcher derives them from arguments."""
+def _signature_of(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes, as Triton's launcher derives them from the arguments."""
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
-    aligned = [["tt.divisibility", 16]]
+    rows_are_aligned = [["tt.divisibility", 16]]
     for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name
         value = launch.arguments[name]
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
-            signature[name], attributes[(index,)] = _TYPES[value.dtype], aligned
+            signature[name], attributes[(index,)] = _TYPES[value.dtype], rows_are_aligned
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
-                attributes[(index,)] = aligned
+                attributes[(index,)] = rows_are_aligned
     return signature, constants, attributes
 
 
 def compile_all(names: Sequence[str], *, jobs: int) -> Iterator[Compiled]:
-    """Compile all cases for the named targets, in processes of their own; results as they come.
+    """Compile all cases for the named targets in separate processes; yield results in order.
 
     Args:
-        names: such as ``sm_90``.
-        jobs: processes.
+        names: names of targets, such as ``sm_90``.
+        jobs: number of processes.
 
     Raises:
-        ValueError: a name that is none.
+        ValueError: a name is not that of a target.
     """
-    work = [(name, index) for name in names for index in range(count(name))]
+    work = [(name, index) for name in names for index in range(case_count(name))]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(compile_case, *zip(*work, strict=True))
 
 
 def compile_case(name: str, index: int) -> Compiled:
-    """Compile one of `cases`."""
+    """Compile case `index` of a target."""
     target = Target.parse(name)
     launch, config = cases(target)[index]
     try:
         return _compiled(target, launch, config)
-    except Exception as error:  # of Triton or what it calls; the others still count
+    except Exception as error:  # of Triton or a tool; the other cases still count
         reason = f"does not compile: {' '.join(str(error).split())[:200]}"
-        return Compiled(_name(launch), config, name, 0, 0, 0, 0, 0, "", "", (reason,))
+        return Compiled(_kernel_name(launch), config, name, 0, 0, 0, 0, 0, "", "", (reason,))
 
 
 def _compiled(target: Target, launch: Launch, config: str) -> Compiled:
     wave = 64 if target.backend == "hip" else 32
     compiled = triton.compile(
-        ASTSource(launch.kernel, *_source(launch)),
+        ASTSource(launch.kernel, *_signature_of(launch)),
         target=GPUTarget(target.backend, target.arch, wave),
         options=launch.options,
     )
@@ -286,7 +288,7 @@ def _compiled(target: Target, launch: Launch, config: str) -> Compiled:
     if re.search(r"\.f64\b", compiled.asm.get("ptx", "")):
         problems.append("arithmetic in float64")
     return Compiled(
-        kernel=_name(launch),
+        kernel=_kernel_name(launch),
         config=config,
         arch=str(target),
         registers=registers,
@@ -301,7 +303,7 @@ def _compiled(target: Target, launch: Launch, config: str) -> Compiled:
 
 
 def _read_cuda(compiled: Any) -> tuple[int, int, str]:
-    """Registers, spilled bytes and the machine code."""
+    """Registers, spilled bytes and machine code."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
@@ -331,7 +333,7 @@ _HIP_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort"
 
 
 def _accesses(code: str) -> str:
-    """``load 128:12 16:3, store 128:4``: bits of global accesses and how often each occurs."""
+    """Global accesses by width, such as ``load 128:12 16:3, store 128:4`` (bits:count)."""
     counts: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     for name, suffix in _CUDA_ACCESS.findall(code):
         parts = suffix.split(".")
@@ -349,7 +351,7 @@ def _accesses(code: str) -> str:
 
 
 def _warps_per_sm(target: Target, registers: int, shared: int, warps: int) -> int:
-    """Warps that registers and shared memory leave room for, by the vendors' occupancy rules."""
+    """Warps that registers and shared memory allow, by the vendors' occupancy rules."""
     if target.backend == "hip":  # 4 SIMDs of 512 registers a lane, 8 waves each at most
         waves = 4 * min(8, 512 // max(1, -(-registers // 8) * 8))
         programs = min(waves // warps, target.shared_bytes // max(1, shared))

@@ -1,14 +1,15 @@
-"""Coefficients and scaled bottlenecks: what lies between the GEMMs of a modulated projection.
+"""Coefficients and scaled bottlenecks: the elementwise part between a projection's GEMMs.
 
-For component i of rank r, u and p being a token's bottleneck and probe (DESIGN 1, KERNELS 2.1)::
+With bottleneck u and probe p of one token and component i (design.md#coefficients)::
 
     s_i = sum_j u_ij p_ij          z = s u
     ds_i = sum_j dz_ij u_ij        du = s dz + ds p        dp = ds u
 
-Elementwise over ``(c, T, R)``, ``R = k r``, for c projections in one launch (gate and up share
-their inputs). A program holds whole components, so everything is read once and written once: 3 R
-elements per token and projection forward, 6 R backward, and k coefficients of 4 bytes. s and all
-sums are float32. Backward returns z too: it is not saved, and the gradient of W_b_up needs it.
+The kernels work elementwise over ``(c, T, R)``, ``R = k r``; one launch serves c projections (gate
+and up share their inputs). A program holds whole components, so it reads and writes everything
+once: per token and projection 3 R elements forward and 6 R backward, and k coefficients of 4 bytes.
+s and all sums are float32. Backward returns z too, because it is not saved and the gradient of
+W_b_up needs it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _components(
     T, num_ranks, RANK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of a program's tokens, components and columns ``[T, C, R]``, and what exists."""
+    """Offsets of a program's tokens, components and columns, and masks of those that exist."""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
@@ -93,8 +94,8 @@ def _coefficients_bwd_kernel(
     tl.store(z_at, (s * u).to(z_ptr.dtype.element_ty), mask=mask)
 
 
-def _blocks(rank: int, num_ranks: int, size: int = 2048) -> dict[str, int]:
-    """Tiles of about `size` elements, 16 or fewer for every thread: no spill with four operands."""
+def _block_sizes(rank: int, num_ranks: int, size: int = 2048) -> dict[str, int]:
+    """Blocks of about `size` elements, at most 16 per thread, so that 4 operands do not spill."""
     block_r = triton.next_power_of_2(rank)
     block_c = min(triton.next_power_of_2(num_ranks), max(1, 64 // block_r))
     block_t = min(32, max(1, size // (block_r * block_c)))
@@ -107,18 +108,18 @@ def _grid(u: Tensor, k: int, blocks: dict[str, int]) -> tuple[int, int, int]:
 
 
 def coefficients_fwd_into(u: Tensor, p: Tensor, s: Tensor, z: Tensor) -> None:
-    """Write `s` and `z`, which may be `p`.
+    """Write coefficients to `s` and scaled bottlenecks to `z`. `z` may be the same memory as `p`.
 
     Args:
-        u: ``(c, T, R)``.
-        p: ``(c, T, R)``, or ``(splits, c, T, R)``: partial sums, added in their order.
-        s: ``(c, T, k)``, float32.
-        z: ``(c, T, R)``.
+        u: bottlenecks, ``(c, T, R)``.
+        p: probes, ``(c, T, R)``, or their partial sums, ``(splits, c, T, R)``, added in order.
+        s: output, ``(c, T, k)``, float32.
+        z: output, ``(c, T, R)``.
     """
     k = s.shape[2]
     splits, stride_ps = (p.shape[0], p.stride(0)) if p.ndim == 4 else (1, 0)
-    # loads of partial sums are in flight together
-    blocks = _blocks(u.shape[2] // k, k, 2048 if splits == 1 else 1024)
+    # loads of all partial sums are in flight together and need registers: half the block
+    blocks = _block_sizes(u.shape[2] // k, k, 2048 if splits == 1 else 1024)
     launch(
         _coefficients_fwd_kernel, _grid(u, k, blocks), u, p, s, z, u.shape[1], k,
         *u.stride()[:2], *p.stride()[-3:-1], stride_ps, *s.stride()[:2], *z.stride()[:2],
@@ -127,7 +128,7 @@ def coefficients_fwd_into(u: Tensor, p: Tensor, s: Tensor, z: Tensor) -> None:
 
 
 def coefficient_outputs(u: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Memory for s ``(c, T, k)`` and z ``(c, T, R)``."""
+    """Uninitialized s ``(c, T, k)``, float32, and z ``(c, T, R)``."""
     s = torch.empty((*u.shape[:2], k), device=u.device, dtype=torch.float32)
     return s, torch.empty(u.shape, device=u.device, dtype=dtype)
 
@@ -140,9 +141,9 @@ def coefficients_fwd(u: Tensor, p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Coefficients and scaled bottlenecks.
 
     Args:
-        u: bottlenecks, ``(c, T, R)``; the last dimension contiguous, as of everything here.
+        u: bottlenecks, ``(c, T, R)``; the last dimension of every tensor here is contiguous.
         p: probes, ``(c, T, R)``.
-        k: components.
+        k: number of components.
 
     Returns:
         s ``(c, T, k)`` in float32, and z ``(c, T, R)`` in the dtype of `u`.
@@ -152,7 +153,7 @@ def coefficients_fwd(u: Tensor, p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return s, z
 
 
-def _gradients(u: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient_outputs(u: Tensor) -> tuple[Tensor, Tensor]:
     c, tokens, width = u.shape
     dp = torch.empty((tokens, c * width), device=u.device, dtype=u.dtype)
     return dp, torch.empty(u.shape, device=u.device, dtype=u.dtype)
@@ -160,26 +161,26 @@ def _gradients(u: Tensor) -> tuple[Tensor, Tensor]:
 
 @define(
     "coefficients_bwd(Tensor dz, Tensor u, Tensor p, Tensor s, Tensor(a!) du) -> (Tensor, Tensor)",
-    lambda dz, u, p, s, du: _gradients(u),
+    lambda dz, u, p, s, du: _gradient_outputs(u),
 )
 def coefficients_bwd(
     dz: Tensor, u: Tensor, p: Tensor, s: Tensor, du: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of bottlenecks, which go to `du`, and of probes.
+    """Write the gradient of the bottlenecks to `du`, and return that of the probes.
 
     Args:
-        dz: ``(c, T, R)``.
-        u: ``(c, T, R)``.
-        p: ``(c, T, R)``.
-        s: ``(c, T, k)``, float32.
-        du: ``(c, T, R)``, a part of what one GEMM takes for all projections.
+        dz: gradient of z, ``(c, T, R)``.
+        u: bottlenecks, ``(c, T, R)``.
+        p: probes, ``(c, T, R)``.
+        s: coefficients, ``(c, T, k)``, float32.
+        du: output, ``(c, T, R)``: a slice of the matrix that one GEMM reads for all projections.
 
     Returns:
-        dp ``(T, c R)``, and z ``(c, T, R)``.
+        dp ``(T, c R)``, and z ``(c, T, R)`` again.
     """
-    dp, z = _gradients(u)
+    dp, z = _gradient_outputs(u)
     width, k = u.shape[2], s.shape[2]
-    blocks = _blocks(width // k, k)
+    blocks = _block_sizes(width // k, k)
     launch(
         _coefficients_bwd_kernel, _grid(u, k, blocks), dz, u, p, s, du, dp, z, u.shape[1], k,
         *dz.stride()[:2], *u.stride()[:2], *p.stride()[:2], *s.stride()[:2], *du.stride()[:2],

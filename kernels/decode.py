@@ -1,7 +1,7 @@
-"""The modulated MLP for a few tokens: weights are read once, at the speed of memory (KERNELS 2.7).
+"""The modulated MLP for up to 64 tokens, without gradients (design.md#paths).
 
-Up to 64 tokens the time is that of streaming the weights, so work is spread over the whole device
-by splitting what is long, and launches are few::
+With so few tokens the time is that of reading the weights from memory once. So seven launches
+spread each product over the whole device, and split K where there are few columns::
 
     1  [u | gate | up | p] = x @ W_down, h @ [W_gate | W_up | W_a_in]'    one launch, float32
     2  s, z of gate and up                                                coefficients
@@ -9,11 +9,11 @@ by splitting what is long, and launches are few::
     4  [y | p] = inner @ [W_down_proj | W_a_mid]'                         partial sums
     5  s, z of down                                                       coefficients
     6  z @ B_down                                                         partial sums
-    7  y = the partial sums of 4 and 6, added in their order
+    7  y = the partial sums of 4 and 6, added in order
 
-How K is split depends on the weights' shape, never on the number of tokens or on timing, and
-partial sums are float32, added in a fixed order: no atomics, nothing to zero, the same result
-every time. Inference only: nothing is kept for backward.
+The split of K depends on the weights' shapes, never on the number of tokens or on timing. Partial
+sums are float32 and added in a fixed order, so there are no atomics, no memory to zero, and the
+result is the same every time. Nothing is saved for backward.
 """
 
 from __future__ import annotations
@@ -26,19 +26,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npt_fast.kernels._launch import Target, Tiles, cdiv, launch, precision, rows, target_of
+from npt_fast.kernels._launch import (
+    Target,
+    Tiles,
+    cdiv,
+    contiguous_rows,
+    dot_precision,
+    launch,
+    target_of,
+)
 from npt_fast.kernels._ops import define
 from npt_fast.kernels._tiles import accumulate
-from npt_fast.kernels._tuning import NARROW, aligned
+from npt_fast.kernels._tuning import NARROW, rows_are_aligned
 from npt_fast.kernels.coefficients import coefficient_outputs, coefficients_fwd_into
 from npt_fast.kernels.swiglu import silu
 
 MAX_TOKENS = 64
 _PROGRAMS = 528
-"""Programs that keep a large device busy, four for each of its 132 multiprocessors; a constant, so
-that results do not depend on the device."""
-_SPAN = 128
-"""Parts of K are multiples of it, as it is of every tile's k, which depends on the tokens."""
+"""Programs that keep a large device busy: four for each of an H100's 132 multiprocessors. It is a
+constant so that results do not depend on the device."""
+_CHUNK_MULTIPLE = 128
+"""Parts of K are multiples of this. It is a multiple of every tile's k, which depends on T."""
 
 
 @triton.jit
@@ -47,7 +55,7 @@ def _columns(
     stride_am, stride_ak, stride_bk, stride_bn, stride_os, stride_om,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of a product over ``K[begin:end]``, to columns from `first` on."""
+    """Write one block of columns of a product over ``K[begin:end]``, from column `first` on."""
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
@@ -69,7 +77,7 @@ def _decode_products_kernel(
     stride_os, stride_om,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Up to four products side by side, of K alike, in one grid of column blocks."""
+    """Up to four products of equal K, side by side, in one grid of column blocks."""
     pid = tl.program_id(0).to(tl.int64)
     pid_s = tl.program_id(1).to(tl.int64)
     begin = pid_s * chunk
@@ -161,44 +169,47 @@ def _decode_sum_kernel(
 
 
 def decode_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
-    """Tiles of the decode kernels: all tokens in one, few columns, long runs of K."""
+    """Tiles of the decode kernels: all tokens in one tile, few columns, long steps of K."""
     stages = 2 if target.backend == "hip" else 4
-    if dtype == torch.float32:  # with a third stage 64 tokens spill at sm_80 and sm_90, Triton 3.6
+    if (
+        dtype == torch.float32
+    ):  # a third stage spills for 64 tokens on sm_80 and sm_90 with Triton 3.6
         return [Tiles(16, 32, 64, 4, 3) if tokens <= 16 else Tiles(64, 32, 32, 8, 2)]
     return [Tiles(16, 64, 128, 4, stages) if tokens <= 16 else Tiles(64, 64, 64, 4, stages)]
 
 
-def _tiles(tensor: Tensor, *sizes: int) -> Tiles:
+def _tiles_for(tensor: Tensor, *sizes: int) -> Tiles:
     tiles = decode_tiles(target_of(tensor), tensor.dtype, tensor.shape[0])[0]
-    return tiles if aligned(sizes) else replace(NARROW, m=tiles.m)
+    return tiles if rows_are_aligned(sizes) else replace(NARROW, m=tiles.m)
 
 
-def split(columns: int, depth: int) -> tuple[int, int]:
-    """Into how many parts a product of that shape is split, and how much of K is in a part.
+def split_k(columns: int, depth: int) -> tuple[int, int]:
+    """Number of parts that K of a product is split into, and the length of a part.
 
-    Knows nothing of tokens, dtype or device, so that sums are always added in the same order.
+    It ignores tokens, dtype and device, so that sums are always added in the same order. There are
+    at most 16 parts, since each writes and reads ``columns`` float32 sums per token.
     """
-    parts = max(1, min(16, _PROGRAMS // cdiv(columns, 64), cdiv(depth, _SPAN)))
-    chunk = cdiv(cdiv(depth, parts), _SPAN) * _SPAN
+    parts = max(1, min(16, _PROGRAMS // cdiv(columns, 64), cdiv(depth, _CHUNK_MULTIPLE)))
+    chunk = cdiv(cdiv(depth, parts), _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
     return cdiv(depth, chunk), chunk
 
 
-def _products(products: Sequence[tuple[Tensor, Tensor]], *, splits: bool) -> Tensor:
-    """Products side by side, as partial sums if `splits`: ``(parts, T, N_0 + N_1 + ...)``."""
+def _joined_products(products: Sequence[tuple[Tensor, Tensor]], *, splits: bool) -> Tensor:
+    """Products side by side, ``(parts, T, N_0 + N_1 + ...)``; one part unless `splits`."""
     a = products[0][0]
     tokens, depth = a.shape
     widths = [b.shape[1] for _, b in products]
     operands = [tensor for pair in products for tensor in pair]
     strides = [stride for tensor in operands for stride in tensor.stride()]
     absent = 4 - len(products)
-    tiles = _tiles(a, depth, *widths)
-    parts, chunk = split(sum(widths), depth) if splits else (1, depth)
+    tiles = _tiles_for(a, depth, *widths)
+    parts, chunk = split_k(sum(widths), depth) if splits else (1, depth)
     out = torch.empty((parts, tokens, sum(widths)), device=a.device, dtype=torch.float32)
     launch(
         _decode_products_kernel, (sum(cdiv(width, tiles.n) for width in widths), parts),
         *operands, *(None, None) * absent, out, tokens, depth, *widths, *(0,) * absent, chunk,
         *strides, *(0, 0, 0, 0) * absent, *out.stride()[:2], BLOCK_M=tiles.m, BLOCK_N=tiles.n,
-        BLOCK_K=tiles.k, PRECISION=precision(a.dtype), warps=tiles.warps, stages=tiles.stages,
+        BLOCK_K=tiles.k, PRECISION=dot_precision(a.dtype), warps=tiles.warps, stages=tiles.stages,
     )  # fmt: skip
     return out
 
@@ -208,31 +219,33 @@ def _by_projection(joined: Tensor, count: int) -> Tensor:
     return joined.unflatten(-1, (count, -1)).movedim(-2, -3)
 
 
-def _scaled(u: Tensor, p: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+def _scaled_bottlenecks(u: Tensor, p: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     s, z = coefficient_outputs(u, k, dtype)
     coefficients_fwd_into(u, p, s, z)
     return z
 
 
-def _inner(gate: Tensor, up: Tensor, z: Tensor, heads: Sequence[Tensor | None],
+def _modulated_inner(gate: Tensor, up: Tensor, z: Tensor, heads: Sequence[Tensor | None],
            biases: Sequence[Tensor | None]) -> Tensor:  # fmt: skip
     tokens, width = gate.shape
     inner = torch.empty((tokens, width), device=z.device, dtype=z.dtype)
-    tiles = _tiles(inner, width, z.shape[2])
-    b_gate, b_up = (head if head is None else rows(head) for head in heads)
+    tiles = _tiles_for(inner, width, z.shape[2])
+    b_gate, b_up = (head if head is None else contiguous_rows(head) for head in heads)
     assert b_gate is not None
     launch(
         _decode_inner_kernel, (cdiv(width, tiles.n),), gate, up, z[0],
         None if b_up is None else z[1], b_gate, b_up, *biases, inner, tokens, width, z.shape[2],
         gate.stride(0), z.stride(1), b_gate.stride(0), 0 if b_up is None else b_up.stride(0),
         inner.stride(0), BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k,
-        PRECISION=precision(z.dtype), warps=tiles.warps, stages=tiles.stages,
+        PRECISION=dot_precision(z.dtype), warps=tiles.warps, stages=tiles.stages,
     )  # fmt: skip
     return inner
 
 
-def _sum(a: Tensor, b: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """All partial sums of both, ``(parts, T, N)`` each, and the bias: ``(T, N)``."""
+def _sum_of_partials(
+    a: Tensor, b: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Sum of all parts of `a` and `b`, ``(parts, T, N)`` each, and the bias, as ``(T, N)``."""
     _, tokens, width = a.shape
     y = torch.empty((tokens, width), device=a.device, dtype=dtype)
     block = min(256, triton.next_power_of_2(width))
@@ -267,21 +280,24 @@ def decode_mlp(
     w_b_down: Tensor | None,
     num_ranks: int,
 ) -> Tensor:
-    """The modulated MLP of at most 64 tokens, no gradients; arguments as `factored` has them.
+    """The modulated MLP of at most 64 tokens; the tensors are those of `MLPWeights` and `Factors`.
 
     Returns:
         ``(T, D)``.
     """
     k, rank, width, dtype = num_ranks, len(w_b_gate), len(gate), h.dtype
     projections, inputs = w_down.shape[1] // rank, len(w_a_in) // rank
-    first = _products([(x, w_down), (h, gate.t()), (h, up.t()), (h, w_a_in.t())], splits=False)[0]
+    products = [(x, w_down), (h, gate.t()), (h, up.t()), (h, w_a_in.t())]
+    first = _joined_products(products, splits=False)[0]
     u, gates, ups, p = first.split([projections * rank, width, width, inputs * rank], 1)
     u = _by_projection(u, projections)
-    z = _scaled(u[:inputs], _by_projection(p, inputs), k, dtype)
-    inner = _inner(gates, ups, z, (w_b_gate, w_b_up), (gate_bias, up_bias))
+    z = _scaled_bottlenecks(u[:inputs], _by_projection(p, inputs), k, dtype)
+    inner = _modulated_inner(gates, ups, z, (w_b_gate, w_b_up), (gate_bias, up_bias))
     if w_a_mid is None or w_b_down is None:
-        return _sum(_products([(inner, down.t())], splits=True), None, down_bias, dtype)
-    second = _products([(inner, down.t()), (inner, w_a_mid.t())], splits=True)
+        y = _joined_products([(inner, down.t())], splits=True)
+        return _sum_of_partials(y, None, down_bias, dtype)
+    second = _joined_products([(inner, down.t()), (inner, w_a_mid.t())], splits=True)
     y, p = second.split([len(down), rank], 2)
-    z = _scaled(u[inputs:], _by_projection(p, 1), k, dtype)
-    return _sum(y, _products([(z[0], w_b_down)], splits=True), down_bias, dtype)
+    z = _scaled_bottlenecks(u[inputs:], _by_projection(p, 1), k, dtype)
+    low_rank = _joined_products([(z[0], w_b_down)], splits=True)
+    return _sum_of_partials(y, low_rank, down_bias, dtype)

@@ -1,8 +1,8 @@
-"""The modulated MLP without v_a and v_b: the same algebra in plain torch, backward by hand.
+"""The modulated MLP without forming v_a and v_b: the algebra once, with a hand-written backward.
 
 ``T`` tokens, ``D`` model width, ``F`` MLP width, ``k`` components of rank ``r``, ``R = k * r``,
 ``c`` modulated projections (1 gate; 2 gate and up; 3 gate, up and down). Per projection with input
-``a`` and attention output ``x`` (DESIGN 1, KERNELS 2.1)::
+``a`` and attention output ``x`` (design.md#coefficients)::
 
     u = x @ W_down        (T, R)   bottleneck; one GEMM for all projections
     p = a @ W_a_up'       (T, R)   probe; one GEMM for gate and up
@@ -17,9 +17,10 @@ backward, from dy::
     dW_a_up = dp' a       da = dy @ W + dp @ W_a_up
     dW_down = x' du       dx = du @ W_down'
 
-GEMMs are torch's; everything in between is elementwise over ``(T, R)`` and ``(T, F)``. Saved for
-backward: x, h, u, p, s, and gate and up before the activation; z and their product are recomputed,
-and p too with ``save_probe=False`` (2 R (2 D + F) more FLOPs per token).
+torch computes the GEMMs; everything in between is elementwise over ``(T, R)`` and ``(T, F)``.
+Backward needs x, h, u, p, s, and gate and up before the activation, which are saved. It recomputes
+z and the inner activation, and with ``save_probe=False`` also p, for ``2 R (2 D + F)`` more FLOPs
+per token (design.md#saved-activations). `Steps` lets other modules compute the parts in their way.
 """
 
 from __future__ import annotations
@@ -44,20 +45,20 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
     ),
     "relu": (functional.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
 }
-"""Activation by name, and its backward from (grad, x)."""
+"""Name -> the activation, and its backward as a function of ``(gradient, input)``."""
 
 
-class Modulation(NamedTuple):
-    """Factors of all projections' weight changes, joined so that GEMMs need no copies.
+class Factors(NamedTuple):
+    """Factors of the weight changes of all projections, joined so that GEMMs need no copies.
 
     Attributes:
-        w_down: ``(D, c * R)``; columns by projection, component, rank.
-        w_a_in: ``(R, D)`` for gate, or ``(2 * R, D)`` for gate and up.
-        w_a_mid: ``(R, F)`` for down, or None.
-        w_b_gate: ``(R, F)``.
-        w_b_up: ``(R, F)``, or None.
-        w_b_down: ``(R, D)``, or None.
-        num_ranks: k.
+        w_down: W_down of all projections, ``(D, c * R)``; columns by projection, component, rank.
+        w_a_in: W_a_up of gate, ``(R, D)``, or of gate and up, ``(2 * R, D)``.
+        w_a_mid: W_a_up of down, ``(R, F)``, or None.
+        w_b_gate: W_b_up of gate, ``(R, F)``.
+        w_b_up: W_b_up of up, ``(R, F)``, or None.
+        w_b_down: W_b_up of down, ``(R, D)``, or None.
+        num_ranks: number of components k.
     """
 
     w_down: Tensor
@@ -69,16 +70,16 @@ class Modulation(NamedTuple):
     num_ranks: int
 
 
-class Base(NamedTuple):
-    """The MLP's own weights.
+class MLPWeights(NamedTuple):
+    """The base model's own weights of one MLP.
 
     Attributes:
-        gate: ``(F, D)``.
-        up: ``(F, D)``.
-        down: ``(D, F)``.
-        gate_bias: ``(F,)``, or None.
-        up_bias: ``(F,)``, or None.
-        down_bias: ``(D,)``, or None.
+        gate: weight of gate, ``(F, D)``.
+        up: weight of up, ``(F, D)``.
+        down: weight of down, ``(D, F)``.
+        gate_bias: bias of gate, ``(F,)``, or None.
+        up_bias: bias of up, ``(F,)``, or None.
+        down_bias: bias of down, ``(D,)``, or None.
     """
 
     gate: Tensor
@@ -90,75 +91,82 @@ class Base(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What is done between and around the GEMMs; the algebra that uses it is the same for all.
+    """Functions that compute the parts of the modulated MLP; one algebra uses all such tables.
 
-    c counts the projections at hand: those of u, or the one or two of gate and up.
+    Below, c is the number of projections in the call: that of u, or the one or two of gate and up.
 
     Attributes:
-        probe: a ``(T, in)``, w_a ``(c R, in)``, u ``(c, T, R)``, k, save
-            -> s ``(c, T, k)``, z ``(c, T, R)``, and if save p ``(T, c R)``.
-        gate_up: h, base, z of gate and up, modulation, activation, save
-            -> inner ``(T, F)``, and if save gate and up before the activation.
-        sum_of_products: several ``(T, K)``, as many ``(K, out)``, a bias -> ``(T, out)``.
-        gated: gate, up, activation -> inner.
-        gated_backward: d_inner, gate, up, activation -> d_gate, d_up, inner.
-        coefficients_backward: dz, u, p, each ``(c, T, R)``, s, and du ``(c, T, R)`` to write to
-            -> dp ``(T, c R)``, z ``(c, T, R)``.
+        probe_and_scale: computes probes, coefficients and scaled bottlenecks from a ``(T, in)``,
+            w_a ``(c R, in)``, u ``(c, T, R)`` and k. Returns s ``(c, T, k)``, z ``(c, T, R)`` and,
+            if the last argument `save` is true, p ``(T, c R)``.
+        modulated_gate_up: computes the inner activation from h ``(T, D)``, the weights,
+            z ``(c, T, R)`` of gate and up, the factors and the activation's name. Returns inner
+            ``(T, F)`` and, if `save`, gate and up before the activation, ``(T, F)`` each.
+        sum_of_products: adds the products of ``(T, K_i)`` and ``(K_i, out)`` pairs, and a bias
+            ``(out,)`` or None. Returns ``(T, out)``.
+        gated_activation: computes ``activation(gate) * up``, ``(T, F)``.
+        gated_activation_backward: computes d_gate, d_up and inner, ``(T, F)`` each, from d_inner,
+            gate, up and the activation's name.
+        coefficients_backward: writes the gradient of u to its last argument du ``(c, T, R)``, from
+            dz, u and p ``(c, T, R)`` each and s ``(c, T, k)``. Returns dp ``(T, c R)`` and
+            z ``(c, T, R)``.
     """
 
-    probe: Callable[[Tensor, Tensor, Tensor, int, bool], Sequence[Tensor]]
-    gate_up: Callable[[Tensor, Base, Tensor, Modulation, str, bool], Sequence[Tensor]]
+    probe_and_scale: Callable[[Tensor, Tensor, Tensor, int, bool], Sequence[Tensor]]
+    modulated_gate_up: Callable[[Tensor, MLPWeights, Tensor, Factors, str, bool], Sequence[Tensor]]
     sum_of_products: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None], Tensor]
-    gated: Callable[[Tensor, Tensor, str], Tensor]
-    gated_backward: Callable[[Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor, Tensor]]
+    gated_activation: Callable[[Tensor, Tensor, str], Tensor]
+    gated_activation_backward: Callable[
+        [Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor, Tensor]
+    ]
     coefficients_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def modulated_mlp(
     x: Tensor,
     h: Tensor,
-    base: Base,
-    modulation: Modulation,
+    weights: MLPWeights,
+    factors: Factors,
     *,
     activation: str = "silu",
     save_probe: bool = True,
     steps: Steps | None = None,
 ) -> Tensor:
-    """The modulated MLP; all tensors of one dtype and device.
+    """The modulated MLP of tensors that share one dtype and device.
 
     Args:
         x: attention output, ``(T, D)``.
         h: MLP input, ``(T, D)``.
-        base: the MLP's weights; gradients for those that require them.
-        modulation: factors of the weight changes.
-        activation: one of `ACTIVATIONS`.
-        save_probe: keep the probes for backward instead of computing them again.
-        steps: how the parts are computed; in plain torch if None.
+        weights: the MLP's own weights; those that require gradients get them.
+        factors: factors of the weight changes.
+        activation: a name of `ACTIVATIONS`.
+        save_probe: whether to save the probes for backward instead of recomputing them.
+        steps: how to compute the parts; None means plain torch.
 
     Returns:
         ``(T, D)``.
     """
-    steps = TORCH if steps is None else steps
-    tensors = (x, h, *base, *modulation[:-1])
+    steps = TORCH_STEPS if steps is None else steps
+    tensors = (x, h, *weights, *factors[:-1])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         result: Tensor = ModulatedMLPFunction.apply(
-            *tensors, modulation.num_ranks, activation, save_probe, steps
+            *tensors, factors.num_ranks, activation, save_probe, steps
         )
         return result
     with _without_autocast(x):
-        return _forward(x, h, base, modulation, activation, steps, save=False)[0]
+        return _forward(x, h, weights, factors, activation, steps, save=False)[0]
 
 
 class ModulatedMLPFunction(torch.autograd.Function):
-    """Saves and restores; the algebra is in `_forward` and `_backward`."""
+    """Saves and restores tensors around `_forward` and `_backward`, which hold the algebra."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, *arguments: Any) -> Tensor:
         *tensors, num_ranks, activation, save_probe, steps = arguments
-        base, modulation = Base._make(tensors[:6]), Modulation._make([*tensors[6:], num_ranks])
+        weights, factors = MLPWeights._make(tensors[:6]), Factors._make([*tensors[6:], num_ranks])
         with _without_autocast(x):
             y, saved = _forward(
-                x, h, base, modulation, activation, steps, save=True, save_probe=save_probe
+                x, h, weights, factors, activation, steps, save=True, save_probe=save_probe
             )
         assert saved is not None
         ctx.save_for_backward(x, h, *tensors, *saved)
@@ -169,23 +177,23 @@ class ModulatedMLPFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, *rest = ctx.saved_tensors
-        base, saved = Base._make(rest[:6]), _Saved._make(rest[12:])
-        modulation = Modulation._make([*rest[6:12], ctx.num_ranks])
+        weights, saved = MLPWeights._make(rest[:6]), _Saved._make(rest[12:])
+        factors = Factors._make([*rest[6:12], ctx.num_ranks])
         with _without_autocast(x):
             gradients = _backward(
-                grad, x, h, base, modulation, saved, ctx.activation, ctx.steps,
+                grad, x, h, weights, factors, saved, ctx.activation, ctx.steps,
                 ctx.needs_input_grad,
             )  # fmt: skip
         return (*gradients, None, None, None, None)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Dtypes were settled at the entry; there is no autocast for tensors without data."""
+    """Switch autocast off: the caller has chosen the dtype. Meta tensors have no autocast."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class _Saved(NamedTuple):
-    """What backward needs beside the inputs: u ``(T, c R)``, p ``(T, c R)``, s, gate, up."""
+    """What backward needs besides the inputs: u and p ``(T, c R)``, s, gate and up."""
 
     u: Tensor
     p_in: Tensor | None
@@ -199,28 +207,30 @@ class _Saved(NamedTuple):
 def _forward(
     x: Tensor,
     h: Tensor,
-    base: Base,
-    m: Modulation,
+    weights: MLPWeights,
+    factors: Factors,
     activation: str,
     steps: Steps,
     *,
     save: bool,
     save_probe: bool = False,
 ) -> tuple[Tensor, _Saved | None]:
-    k, rank = m.num_ranks, m.w_b_gate.shape[0]
-    inputs = m.w_a_in.shape[0] // rank
-    u = x @ m.w_down
+    k, rank = factors.num_ranks, factors.w_b_gate.shape[0]
+    inputs = factors.w_a_in.shape[0] // rank
+    u = x @ factors.w_down
     u_parts = _by_projection(u, rank)
-    s_in, z, *p_in = steps.probe(h, m.w_a_in, u_parts[:inputs], k, save_probe)
-    inner, *gate_up = steps.gate_up(h, base, z, m, activation, save)
-    left, right = [inner], [base.down.t()]
+    s_in, z, *p_in = steps.probe_and_scale(h, factors.w_a_in, u_parts[:inputs], k, save_probe)
+    inner, *gate_up = steps.modulated_gate_up(h, weights, z, factors, activation, save)
+    left, right = [inner], [weights.down.t()]
     s_mid, p_mid = None, None
-    if m.w_a_mid is not None and m.w_b_down is not None:
-        s_mid, z, *p_out = steps.probe(inner, m.w_a_mid, u_parts[inputs:], k, save_probe)
+    if factors.w_a_mid is not None and factors.w_b_down is not None:
+        s_mid, z, *p_out = steps.probe_and_scale(
+            inner, factors.w_a_mid, u_parts[inputs:], k, save_probe
+        )
         p_mid = p_out[0] if p_out else None
         left.append(z[0])
-        right.append(m.w_b_down)
-    y = steps.sum_of_products(left, right, base.down_bias)
+        right.append(factors.w_b_down)
+    y = steps.sum_of_products(left, right, weights.down_bias)
     saved_in = p_in[0] if p_in else None
     return y, _Saved(u, saved_in, p_mid, s_in, s_mid, *gate_up) if save else None
 
@@ -230,9 +240,9 @@ def _by_projection(joined: Tensor, rank: int) -> Tensor:
     return joined.unflatten(1, (-1, rank)).transpose(0, 1)
 
 
-def _stacked(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Products of one shape as one tensor, each written where it belongs."""
-    if torch.compiler.is_compiling():  # which does not like `out`, and needs no help
+def _stacked_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Products of equal shapes, stacked; each product is written in place, without a copy."""
+    if torch.compiler.is_compiling():  # handles `out=` poorly, and plans buffers itself
         return torch.stack([a @ b for a, b in zip(left, right, strict=True)])
     out = left[0].new_empty(len(left), left[0].shape[0], right[0].shape[1])
     for a, b, part in zip(left, right, out, strict=True):
@@ -244,37 +254,37 @@ def _backward(
     dy: Tensor,
     x: Tensor,
     h: Tensor,
-    base: Base,
-    m: Modulation,
+    weights: MLPWeights,
+    factors: Factors,
     saved: _Saved,
     activation: str,
     steps: Steps,
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Gradients of x, h, the six of `Base` and the six of `Modulation`; None where not needed."""
-    rank = m.w_b_gate.shape[0]
-    inputs = m.w_a_in.shape[0] // rank
+    """Gradients of x, h and the tensors of both tuples, in order; None where not needed."""
+    rank = factors.w_b_gate.shape[0]
+    inputs = factors.w_a_in.shape[0] // rank
     u = _by_projection(saved.u, rank)
     du_all = torch.empty_like(saved.u)
     du = _by_projection(du_all, rank)
-    wants = dict(zip(("x", "h", *Base._fields, *Modulation._fields), needed, strict=False))
+    wants = dict(zip(("x", "h", *MLPWeights._fields, *Factors._fields), needed, strict=False))
     grads: dict[str, Tensor] = {}
 
     dp_mid = None
-    left, right = [dy], [base.down]
-    if m.w_a_mid is not None and m.w_b_down is not None and saved.s_mid is not None:
+    left, right = [dy], [weights.down]
+    if factors.w_a_mid is not None and factors.w_b_down is not None and saved.s_mid is not None:
         p_mid = saved.p_mid
         if p_mid is None:
-            p_mid = steps.gated(saved.gate, saved.up, activation) @ m.w_a_mid.t()
-        dz = _stacked([dy], [m.w_b_down.t()])
+            p_mid = steps.gated_activation(saved.gate, saved.up, activation) @ factors.w_a_mid.t()
+        dz = _stacked_products([dy], [factors.w_b_down.t()])
         p_parts = _by_projection(p_mid, rank)
         dp_mid, z = steps.coefficients_backward(dz, u[inputs:], p_parts, saved.s_mid, du[inputs:])
         if wants["w_b_down"]:
             grads["w_b_down"] = z[0].t() @ dy
         left.append(dp_mid)
-        right.append(m.w_a_mid)
+        right.append(factors.w_a_mid)
     d_inner = steps.sum_of_products(left, right, None)
-    d_gate, d_up, inner = steps.gated_backward(d_inner, saved.gate, saved.up, activation)
+    d_gate, d_up, inner = steps.gated_activation_backward(d_inner, saved.gate, saved.up, activation)
     if dp_mid is not None and wants["w_a_mid"]:
         grads["w_a_mid"] = dp_mid.t() @ inner
     if wants["down"]:
@@ -287,10 +297,10 @@ def _backward(
             grads[name] = d_out.t() @ h
         if wants[f"{name}_bias"]:
             grads[f"{name}_bias"] = d_out.sum(0)
-    p_in = h @ m.w_a_in.t() if saved.p_in is None else saved.p_in
-    heads = [w for w in (m.w_b_gate, m.w_b_up) if w is not None]
+    p_in = h @ factors.w_a_in.t() if saved.p_in is None else saved.p_in
+    heads = [w for w in (factors.w_b_gate, factors.w_b_up) if w is not None]
     d_outs = [d_gate, d_up][:inputs]
-    dz = _stacked(d_outs, [w.t() for w in heads])
+    dz = _stacked_products(d_outs, [w.t() for w in heads])
     dp_in, z = steps.coefficients_backward(
         dz, u[:inputs], _by_projection(p_in, rank), saved.s_in, du[:inputs]
     )
@@ -301,17 +311,17 @@ def _backward(
         grads["w_a_in"] = dp_in.t() @ h
     if wants["h"]:
         grads["h"] = steps.sum_of_products(
-            (d_gate, d_up, dp_in), (base.gate, base.up, m.w_a_in), None
+            (d_gate, d_up, dp_in), (weights.gate, weights.up, factors.w_a_in), None
         )
     if wants["w_down"]:
         grads["w_down"] = x.t() @ du_all
     if wants["x"]:
-        grads["x"] = du_all @ m.w_down.t()
-    names = ("x", "h", *Base._fields, *Modulation._fields[:-1])
+        grads["x"] = du_all @ factors.w_down.t()
+    names = ("x", "h", *MLPWeights._fields, *Factors._fields[:-1])
     return [grads.get(name) for name in names]
 
 
-# The steps in plain torch.
+# The steps in plain torch; see `Steps`.
 
 
 def _components(tensor: Tensor, k: int) -> Tensor:
@@ -319,13 +329,13 @@ def _components(tensor: Tensor, k: int) -> Tensor:
     return tensor.unflatten(2, (k, -1)).to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _probe(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> Sequence[Tensor]:
+def _probe_and_scale(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> Sequence[Tensor]:
     p = a @ w_a.t()
     s = (_components(u, k) * _components(_by_projection(p, u.shape[2]), k)).sum(-1)
-    return (s, _scaled(u, s), p) if save else (s, _scaled(u, s))
+    return (s, _scaled_bottlenecks(u, s), p) if save else (s, _scaled_bottlenecks(u, s))
 
 
-def _scaled(u: Tensor, s: Tensor) -> Tensor:
+def _scaled_bottlenecks(u: Tensor, s: Tensor) -> Tensor:
     z: Tensor = (u.unflatten(2, (s.shape[2], -1)) * s.unsqueeze(-1)).to(u.dtype).flatten(2)
     return z
 
@@ -333,50 +343,54 @@ def _scaled(u: Tensor, s: Tensor) -> Tensor:
 def coefficients_backward(
     dz: Tensor, u: Tensor, p: Tensor, s: Tensor, du: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The step of that name."""
+    """`Steps.coefficients_backward` in plain torch."""
     k = s.shape[2]
     wide_dz, wide_u, scale = _components(dz, k), _components(u, k), s.unsqueeze(-1)
     ds = (wide_dz * wide_u).sum(-1, keepdim=True)
     du.copy_((scale * wide_dz + ds * _components(p, k)).flatten(2))
     dp = (ds * wide_u).to(u.dtype).flatten(2)
-    return dp.transpose(0, 1).flatten(1), _scaled(u, s)
+    return dp.transpose(0, 1).flatten(1), _scaled_bottlenecks(u, s)
 
 
-def gate_and_up(h: Tensor, base: Base, z: Tensor, m: Modulation) -> tuple[Tensor, Tensor]:
-    """Gate and up before the activation, by torch's GEMMs."""
-    gate = _plus_product(functional.linear(h, base.gate, base.gate_bias), z[0], m.w_b_gate)
-    up = functional.linear(h, base.up, base.up_bias)
-    return gate, up if m.w_b_up is None else _plus_product(up, z[1], m.w_b_up)
+def gate_up_before_activation(
+    h: Tensor, weights: MLPWeights, z: Tensor, factors: Factors
+) -> tuple[Tensor, Tensor]:
+    """Modulated gate and up before the activation, ``(T, F)`` each, by torch's GEMMs."""
+    gate = _add_product(
+        functional.linear(h, weights.gate, weights.gate_bias), z[0], factors.w_b_gate
+    )
+    up = functional.linear(h, weights.up, weights.up_bias)
+    return gate, up if factors.w_b_up is None else _add_product(up, z[1], factors.w_b_up)
 
 
-def _gate_up(
-    h: Tensor, base: Base, z: Tensor, m: Modulation, activation: str, save: bool
+def _modulated_gate_up(
+    h: Tensor, weights: MLPWeights, z: Tensor, factors: Factors, activation: str, save: bool
 ) -> Sequence[Tensor]:
-    gate, up = gate_and_up(h, base, z, m)
-    inner = _gated(gate, up, activation)
+    gate, up = gate_up_before_activation(h, weights, z, factors)
+    inner = _gated_activation(gate, up, activation)
     return (inner, gate, up) if save else (inner,)
 
 
 def sum_of_products(left: Sequence[Tensor], right: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """The step of that name, by torch's GEMMs."""
+    """`Steps.sum_of_products`, by torch's GEMMs."""
     y = left[0] @ right[0] if bias is None else torch.addmm(bias, left[0], right[0])
     for a, b in zip(left[1:], right[1:], strict=True):
-        y = _plus_product(y, a, b)
+        y = _add_product(y, a, b)
     return y
 
 
-def _plus_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``y + a @ b``, over y: to another output torch would copy y first (pytorch #153590)."""
+def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``y + a @ b``, written over y: for another output torch copies y first (pytorch #153590)."""
     if torch.compiler.is_compiling():
         return torch.addmm(y, a, b)
     return torch.addmm(y, a, b, out=y)  # FLOP counters do not know `addmm_`
 
 
-def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation][0](gate) * up
 
 
-def _gated_backward(
+def _gated_activation_backward(
     d_inner: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     act, act_backward = ACTIVATIONS[activation]
@@ -384,4 +398,11 @@ def _gated_backward(
     return act_backward(d_inner * up, gate), d_inner * activated, activated * up
 
 
-TORCH = Steps(_probe, _gate_up, sum_of_products, _gated, _gated_backward, coefficients_backward)
+TORCH_STEPS = Steps(
+    _probe_and_scale,
+    _modulated_gate_up,
+    sum_of_products,
+    _gated_activation,
+    _gated_activation_backward,
+    coefficients_backward,
+)

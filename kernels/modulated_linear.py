@@ -1,13 +1,13 @@
-"""Modulated linear maps in one kernel: base and low-rank products in one accumulator.
+"""Modulated linear maps in one kernel: base and low-rank products share an accumulator.
 
-`modulated_linear` is a sum of up to three products, ``y = sum_i a_i @ b_i + bias``: forward it is
-``a @ W' + z @ W_b_up`` (DESIGN 1); backward ``dy @ W + dp @ W_a_up``, and for the MLP's input
-``d_gate @ W_gate + d_up @ W_up + dp @ W_a_in``. `modulated_gate_up` is two such sums that share
-their first operand, and SwiGLU of them.
+`modulated_linear` computes a sum of up to three products, ``y = sum_i a_i @ b_i + bias``: forward
+``a @ W' + z @ W_b_up`` (design.md#coefficients), backward ``dy @ W + dp @ W_a_up``, and for the
+MLP's input ``d_gate @ W_gate + d_up @ W_up + dp @ W_a_in``. `modulated_gate_up` computes two such
+sums that share their first operand, and SwiGLU of them.
 
-The products are sequential loops over one float32 accumulator, which saves writing and reading
-``(T, out)`` for each and rounds once. Never two products into one accumulator in one loop: some
-Triton versions compile that wrongly for sm_100 (KERNELS 6.1).
+Each product is a loop of its own, one after the other, over one float32 accumulator. That saves
+writing and reading ``(T, out)`` for each product, and rounds once. Two products must not share a
+loop: some Triton versions compile that wrongly for sm_100 (design.md#triton-bugs).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npt_fast.kernels._launch import Target, Tiles, cdiv, launch, precision, rows
+from npt_fast.kernels._launch import Target, Tiles, cdiv, contiguous_rows, dot_precision, launch
 from npt_fast.kernels._ops import define
 from npt_fast.kernels._tiles import accumulate, dot, tile_indices
-from npt_fast.kernels._tuning import choose
+from npt_fast.kernels._tuning import choose_tiles
 from npt_fast.kernels.swiglu import silu
 
 GROUP_M = 8
@@ -113,9 +113,9 @@ def _modulated_gate_up_kernel(
 
 
 def linear_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
-    """Tiles of `modulated_linear`, the default first."""
+    """Candidate tiles of `modulated_linear`, the default first."""
     if dtype == torch.float32:
-        return [Tiles(64, 64, 16, 8, 3)]  # with 4 warps Triton 3.7 spills
+        return [Tiles(64, 64, 16, 8, 3)]  # Triton 3.7 spills with 4 warps
     stages = 2 if target.backend == "hip" else 3
     if tokens <= 64:
         return [Tiles(64, 64, 64, 4, stages)]
@@ -123,9 +123,9 @@ def linear_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]
 
 
 def gate_up_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
-    """Tiles of `modulated_gate_up`, the default first: two accumulators halve their width."""
+    """Candidate tiles of `modulated_gate_up`, default first; two accumulators halve the width."""
     if dtype == torch.float32:
-        # with a k of 32 Triton 3.6 and 3.7 spill the first
+        # Triton 3.6 and 3.7 spill the first with k = 32
         return [Tiles(64, 32, 16, 4, 3), Tiles(64, 64, 32, 8, 3)]
     stages = 2 if target.backend == "hip" else 4 if target.shared_bytes > 200_000 else 3
     small = Tiles(64, 64, 64, 8, stages)
@@ -137,12 +137,12 @@ def gate_up_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles
     lambda a, b, bias: a[0].new_empty(a[0].shape[0], b[0].shape[1]),
 )
 def modulated_linear(a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """A sum of up to three products.
+    """Sum of up to three products and a bias.
 
     Args:
-        a: ``(T, K_i)`` each, of any strides.
-        b: ``(K_i, N)`` each, of any strides.
-        bias: ``(N,)``, or None.
+        a: left operands, ``(T, K_i)`` each, of any strides.
+        b: right operands, ``(K_i, N)`` each, of any strides.
+        bias: bias, ``(N,)``, or None.
 
     Returns:
         ``(T, N)`` in the dtype of `a`.
@@ -161,10 +161,10 @@ def modulated_linear(a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | No
             _modulated_linear_kernel, (cdiv(tokens, tiles.m) * cdiv(width, tiles.n),),
             *operands, bias, y, tokens, width, *sizes, *strides, y.stride(0),
             BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=GROUP_M,
-            PRECISION=precision(y.dtype), warps=tiles.warps, stages=tiles.stages,
+            PRECISION=dot_precision(y.dtype), warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
 
-    run(choose("modulated_linear", linear_tiles, run, y, (width, *sizes)))
+    run(choose_tiles("modulated_linear", linear_tiles, run, y, (width, *sizes)))
     return y
 
 
@@ -191,27 +191,27 @@ def modulated_gate_up(
     up_bias: Tensor | None,
     save: bool,
 ) -> list[Tensor]:
-    """Gate and up, modulated, and SwiGLU of them.
+    """Modulated gate and up, and SwiGLU of them.
 
     Args:
         h: MLP input, ``(T, D)``.
-        gate_weight: ``(F, D)``.
-        up_weight: ``(F, D)``.
+        gate_weight: weight of gate, ``(F, D)``.
+        up_weight: weight of up, ``(F, D)``.
         z: scaled bottlenecks of gate, or of gate and up, ``(c, T, R)``.
-        w_b_gate: ``(R, F)``.
-        w_b_up: ``(R, F)``, or None where up is not modulated.
-        gate_bias: ``(F,)``, or None.
-        up_bias: ``(F,)``, or None.
-        save: give gate and up too.
+        w_b_gate: W_b_up of gate, ``(R, F)``.
+        w_b_up: W_b_up of up, ``(R, F)``, or None if up is not modulated.
+        gate_bias: bias of gate, ``(F,)``, or None.
+        up_bias: bias of up, ``(F,)``, or None.
+        save: whether to return gate and up too.
 
     Returns:
-        inner ``(T, F)``, and if `save` gate and up.
+        inner ``(T, F)``; if `save`, also gate and up before the activation, ``(T, F)`` each.
     """
     outputs = _gate_up_outputs(h, gate_weight, save)
     inner, gate, up = outputs if save else (outputs[0], None, None)
     (tokens, width), (hidden, rank) = inner.shape, (h.shape[1], w_b_gate.shape[0])
     z_up = None if w_b_up is None else z[1]
-    b_gate, b_up = rows(w_b_gate), None if w_b_up is None else rows(w_b_up)
+    b_gate, b_up = contiguous_rows(w_b_gate), None if w_b_up is None else contiguous_rows(w_b_up)
 
     def run(tiles: Tiles) -> None:
         launch(
@@ -221,8 +221,8 @@ def modulated_gate_up(
             *h.stride(), *gate_weight.stride()[::-1], *up_weight.stride()[::-1],
             z.stride(1), z.stride(1), b_gate.stride(0), 0 if b_up is None else b_up.stride(0),
             inner.stride(0), BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=GROUP_M,
-            PRECISION=precision(h.dtype), warps=tiles.warps, stages=tiles.stages,
+            PRECISION=dot_precision(h.dtype), warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
 
-    run(choose("modulated_gate_up", gate_up_tiles, run, inner, (width, hidden, rank)))
+    run(choose_tiles("modulated_gate_up", gate_up_tiles, run, inner, (width, hidden, rank)))
     return outputs

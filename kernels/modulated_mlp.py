@@ -1,15 +1,14 @@
 """The modulated MLP on a GPU: the algebra of `factored`, with Triton kernels for its steps.
 
-Three paths compute the same:
+Three paths compute the same (design.md#paths):
 
-- ``gemm``: torch's GEMMs (cuBLAS, hipBLASLt), and `coefficients` and `swiglu` between them.
-- ``fused``: `probe`, `modulated_gate_up` and `modulated_linear` instead, which keep what they can
-  in registers; the products that make gradients of weights, u and dz stay torch's.
-- ``decode``: up to 64 tokens without gradients, `decode`.
+- ``gemm``: torch's GEMMs (cuBLAS, hipBLASLt), with `coefficients` and `swiglu` between them.
+- ``fused``: `probe`, `modulated_gate_up` and `modulated_linear`, which keep intermediate results
+  in registers. Torch still computes the products for u, dz and the gradients of weights.
+- ``decode``: up to 64 tokens without gradients, by `decode`.
 
-Saved for backward: x, h, u, p, s, gate and up. z and inner are made again, by kernels that read
-what they are made of anyway. Without gradients nothing is kept, z takes the place of p and inner
-that of gate, and more than `CHUNK` tokens go through in turn.
+Without gradients nothing is saved, z overwrites p, inner overwrites gate, and more than `CHUNK`
+tokens are processed in chunks.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from npt_fast.kernels.coefficients import (
     coefficients_fwd_into,
 )
 from npt_fast.kernels.decode import MAX_TOKENS, decode_mlp
-from npt_fast.kernels.factored import Base, Modulation, Steps
+from npt_fast.kernels.factored import Factors, MLPWeights, Steps
 from npt_fast.kernels.modulated_linear import modulated_gate_up, modulated_linear
 from npt_fast.kernels.probe import MAX_RANK, probe
 from npt_fast.kernels.swiglu import swiglu_bwd, swiglu_fwd, swiglu_fwd_into
@@ -36,21 +35,23 @@ from npt_fast.kernels.swiglu import swiglu_bwd, swiglu_fwd, swiglu_fwd_into
 Path = Literal["gemm", "fused", "decode"]
 
 CHUNK = 16_384
-"""Tokens that go through at a time where no gradients are asked for."""
+"""Tokens per chunk if no gradients are needed; it bounds the memory of a long prefill."""
 
 
 def choose_path(target: Target, tokens: int, rank: int, *, gradients: bool) -> Path:
-    """Which path computes a call; a table, so that every process and every run does alike.
+    """The path for a call, by a table, so that every process and every run takes the same.
 
     ==================================  ======  ================================================
-    up to 64 tokens, no gradients       decode  bound by reading the weights
+    up to 64 tokens, no gradients       decode  time is that of reading the weights
     sm_86, sm_89, sm_12x; R up to 256   fused   little bandwidth for the FLOPs: a pass over (T, F)
                                                 costs as much as a product with R
-    all else                            gemm    bound by FLOPs, where vendors' GEMMs are best
+    all else                            gemm    time is that of the FLOPs, at which vendors' GEMMs
+                                                are best
     ==================================  ======  ================================================
 
-    Reasoned from FLOPs and bytes (KERNELS 2.2, 2.4) and from what others measured with SwiGLU in
-    the epilogue, 5 to 15 % on sm_120 and about nothing on sm_90 (KERNELS 1); not measured by us.
+    The table follows from FLOPs and bytes (design.md#counts), and from measurements by others of
+    SwiGLU in a GEMM's epilogue: 5 to 15 % faster on sm_120, about nothing on sm_90. We have not
+    measured it.
     """
     if tokens <= MAX_TOKENS and not gradients:
         return "decode"
@@ -59,7 +60,7 @@ def choose_path(target: Target, tokens: int, rank: int, *, gradients: bool) -> P
 
 
 def supports(tensor: Tensor, activation: str) -> bool:
-    """Whether the kernels take such a call: a GPU, or Triton's interpreter; SwiGLU; the dtype."""
+    """Whether the kernels can compute a call: on a GPU or interpreted, with SwiGLU, in `DTYPES`."""
     device = tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
     return device and activation == "silu" and tensor.dtype in DTYPES
 
@@ -67,30 +68,30 @@ def supports(tensor: Tensor, activation: str) -> bool:
 def modulated_mlp(
     x: Tensor,
     h: Tensor,
-    base: Base,
-    modulation: Modulation,
+    weights: MLPWeights,
+    factors: Factors,
     *,
     save_probe: bool = True,
     path: Path | None = None,
 ) -> Tensor:
-    """The modulated MLP with SwiGLU; all tensors of one dtype and device.
+    """The modulated MLP with SwiGLU, of tensors that share one dtype and device.
 
     Args:
         x: attention output, ``(T, D)``.
         h: MLP input, ``(T, D)``.
-        base: the MLP's weights; gradients for those that require them.
-        modulation: factors of the weight changes.
-        save_probe: keep the probes for backward instead of computing them again.
-        path: how; None leaves it to `choose_path`.
+        weights: the MLP's own weights; those that require gradients get them.
+        factors: factors of the weight changes.
+        save_probe: whether to save the probes for backward instead of recomputing them.
+        path: path to take; None leaves the choice to `choose_path`.
 
     Returns:
         ``(T, D)``.
 
     Raises:
-        ValueError: `path` is none, or is decode with gradients or too many tokens; a tensor is
-            one shard of several.
+        ValueError: there is no such path; decode is asked for with gradients or too many tokens; a
+            tensor is a shard (DTensor).
     """
-    tensors = (x, h, *base, *modulation[:-1])
+    tensors = (x, h, *weights, *factors[:-1])
     if any(type(tensor).__name__ == "DTensor" for tensor in tensors):
         raise ValueError(
             "Triton kernels take whole tensors, not shards (DTensor): FSDP2 gathers them for the "
@@ -98,27 +99,27 @@ def modulated_mlp(
         )
     gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if path is None:
-        path = choose_path(
-            target_of(h), h.shape[0], modulation.w_b_gate.shape[0], gradients=gradients
-        )
+        path = choose_path(target_of(h), h.shape[0], factors.w_b_gate.shape[0], gradients=gradients)
     if path not in get_args(Path):
         raise ValueError(f"path must be gemm, fused or decode, got {path!r}")
     if path == "decode":
         if gradients or h.shape[0] > MAX_TOKENS:
             raise ValueError(f"decode takes {MAX_TOKENS} tokens at most, and no gradients")
-        operands: tuple[Any, ...] = (*base, *modulation)
+        operands: tuple[Any, ...] = (*weights, *factors)
         return decode_mlp(x, h, *operands)
-    steps = GEMM if path == "gemm" else FUSED
+    steps = GEMM_STEPS if path == "gemm" else FUSED_STEPS
     if gradients or h.shape[0] <= CHUNK:
-        return factored.modulated_mlp(x, h, base, modulation, save_probe=save_probe, steps=steps)
+        return factored.modulated_mlp(x, h, weights, factors, save_probe=save_probe, steps=steps)
     y = torch.empty(h.shape, device=h.device, dtype=h.dtype)
     for start in range(0, h.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
-        y[part] = factored.modulated_mlp(x[part], h[part], base, modulation, steps=steps)
+        y[part] = factored.modulated_mlp(x[part], h[part], weights, factors, steps=steps)
     return y
 
 
-def _probe_gemm(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> Sequence[Tensor]:
+def _probe_and_scale_gemm(
+    a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool
+) -> Sequence[Tensor]:
     p = a @ w_a.t()
     parts = p.unflatten(1, (u.shape[0], -1)).transpose(0, 1)
     if save or torch.compiler.is_compiling():
@@ -128,46 +129,60 @@ def _probe_gemm(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> Sequen
     return s, parts
 
 
-def _gate_up_gemm(
-    h: Tensor, base: Base, z: Tensor, m: Modulation, activation: str, save: bool
+def _modulated_gate_up_gemm(
+    h: Tensor, weights: MLPWeights, z: Tensor, factors: Factors, activation: str, save: bool
 ) -> Sequence[Tensor]:
-    gate, up = factored.gate_and_up(h, base, z, m)
+    gate, up = factored.gate_up_before_activation(h, weights, z, factors)
     if save or torch.compiler.is_compiling():
         return (swiglu_fwd(gate, up), gate, up)[: 3 if save else 1]
     swiglu_fwd_into(gate, up, gate)
     return (gate,)
 
 
-def _probe_fused(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> Sequence[Tensor]:
+def _probe_and_scale_fused(
+    a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool
+) -> Sequence[Tensor]:
     if u.shape[2] > k * MAX_RANK:
-        return _probe_gemm(a, w_a, u, k, save)
+        return _probe_and_scale_gemm(a, w_a, u, k, save)
     return probe(a, w_a, u, k, save)
 
 
-def _gate_up_fused(
-    h: Tensor, base: Base, z: Tensor, m: Modulation, activation: str, save: bool
+def _modulated_gate_up_fused(
+    h: Tensor, weights: MLPWeights, z: Tensor, factors: Factors, activation: str, save: bool
 ) -> Sequence[Tensor]:
     return modulated_gate_up(
-        h, base.gate, base.up, z, m.w_b_gate, m.w_b_up, base.gate_bias, base.up_bias, save
+        h,
+        weights.gate,
+        weights.up,
+        z,
+        factors.w_b_gate,
+        factors.w_b_up,
+        weights.gate_bias,
+        weights.up_bias,
+        save,
     )
 
 
-def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return swiglu_fwd(gate, up)
 
 
-def _gated_backward(
+def _gated_activation_backward(
     d_inner: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return swiglu_bwd(d_inner, gate, up)
 
 
-GEMM = Steps(
-    _probe_gemm,
-    _gate_up_gemm,
+GEMM_STEPS = Steps(
+    _probe_and_scale_gemm,
+    _modulated_gate_up_gemm,
     factored.sum_of_products,
-    _gated,
-    _gated_backward,
+    _gated_activation,
+    _gated_activation_backward,
     coefficients_bwd,
 )
-FUSED = GEMM._replace(probe=_probe_fused, gate_up=_gate_up_fused, sum_of_products=modulated_linear)
+FUSED_STEPS = GEMM_STEPS._replace(
+    probe_and_scale=_probe_and_scale_fused,
+    modulated_gate_up=_modulated_gate_up_fused,
+    sum_of_products=modulated_linear,
+)

@@ -1,8 +1,8 @@
-"""Probes, coefficients and scaled bottlenecks: the GEMM with `coefficients` behind it, fused.
+"""Probes, coefficients and scaled bottlenecks in one kernel: a GEMM with `coefficients` behind it.
 
-``p = a @ W_a_up'``, ``s_i = sum_j u_ij p_ij``, ``z = s u`` for one projection or for gate and up
-together. A tile of the product holds whole components, padded to a power of two columns each, so
-that p need not be written, unless backward wants it, and never is read back. For r up to 128.
+It computes ``p = a @ W_a_up'``, ``s_i = sum_j u_ij p_ij`` and ``z = s u`` for one projection, or
+for gate and up together. A tile of the product holds whole components, each padded to a power of
+two columns. So p is never read back, and written only if backward needs it. r is at most 128.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npt_fast.kernels._launch import Target, Tiles, cdiv, launch, precision
+from npt_fast.kernels._launch import Target, Tiles, cdiv, dot_precision, launch
 from npt_fast.kernels._ops import define
 from npt_fast.kernels._tiles import dot, tile_indices
-from npt_fast.kernels._tuning import choose
+from npt_fast.kernels._tuning import choose_tiles
 from npt_fast.kernels.coefficients import coefficient_outputs
 
 GROUP_M = 8
@@ -77,18 +77,18 @@ def _probe_kernel(
 
 
 def probe_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
-    """Tiles of `probe`, the default first; as wide as the largest rank."""
+    """Candidate tiles of `probe`, the default first; each is as wide as the largest rank."""
     if dtype == torch.float32:
         return [Tiles(64, 128, 32, 8, 3)]
-    # u, p and their products are alive at once: 128 rows would take all registers
+    # u, p and their products are live at once: 128 rows would take all registers
     stages = 2 if target.backend == "hip" else 3
     first = Tiles(64, 128, 64, 8, stages)
-    if target.backend == "cuda" and int(target.arch) < 90:  # where Triton 3.7 spills it
+    if target.backend == "cuda" and int(target.arch) < 90:  # Triton 3.7 spills the other one there
         first = Tiles(64, 128, 32, 8, 4)
     return [first, Tiles(64, 128, 64, 4, stages)]
 
 
-def _outputs(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> list[Tensor]:
+def _probe_outputs(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> list[Tensor]:
     s, z = coefficient_outputs(u, k, u.dtype)
     if not save:
         return [s, z]
@@ -97,22 +97,22 @@ def _outputs(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> list[Tens
 
 @define(
     "probe(Tensor a, Tensor w_a, Tensor u, int k, bool save) -> Tensor[]",
-    _outputs,
+    _probe_outputs,
 )
 def probe(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> list[Tensor]:
-    """Coefficients and scaled bottlenecks from what the probes are made of.
+    """Probes ``p = a @ w_a'``, and coefficients and scaled bottlenecks from them.
 
     Args:
-        a: what is probed, ``(T, K)``.
-        w_a: ``(c R, K)``.
+        a: input of the projections, ``(T, K)``.
+        w_a: W_a_up of the projections, ``(c R, K)``.
         u: bottlenecks, ``(c, T, R)``, the last dimension contiguous; r at most 128.
-        k: components.
-        save: give p too.
+        k: number of components.
+        save: whether to return p too.
 
     Returns:
-        s ``(c, T, k)`` in float32, z ``(c, T, R)``, and if `save` p ``(T, c R)``.
+        s ``(c, T, k)`` in float32 and z ``(c, T, R)``; if `save`, also p ``(T, c R)``.
     """
-    s, z, *saved = outputs = _outputs(a, w_a, u, k, save)
+    s, z, *saved = outputs = _probe_outputs(a, w_a, u, k, save)
     p = saved[0] if saved else None
     tokens, components, rank = a.shape[0], u.shape[0] * k, u.shape[2] // k
     block_r = triton.next_power_of_2(rank)
@@ -125,8 +125,8 @@ def probe(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> list[Tensor]
             *a.stride(), *w_a.stride(), *u.stride()[:2], 0 if p is None else p.stride(0),
             *s.stride()[:2], *z.stride()[:2], RANK=rank, BLOCK_R=block_r,
             BLOCK_M=tiles.m, BLOCK_N=width, BLOCK_K=tiles.k, GROUP_M=GROUP_M,
-            PRECISION=precision(a.dtype), warps=tiles.warps, stages=tiles.stages,
+            PRECISION=dot_precision(a.dtype), warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
 
-    run(choose("probe", probe_tiles, run, z[0], (rank, rank * components, a.shape[1])))
+    run(choose_tiles("probe", probe_tiles, run, z[0], (rank, rank * components, a.shape[1])))
     return outputs

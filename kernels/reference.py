@@ -1,16 +1,16 @@
-"""The definition of the modulated MLP, written to be read; the truth in every test.
+"""The definition of the modulated MLP, written to be read; tests compare everything with it.
 
-Forms v_a and v_b for every token, which is what the other implementations avoid. Works in any
-dtype, float64 included; no Triton. Behind it, under the names of the kernels, what each of them
-computes; gradients are autograd's.
+It forms v_a and v_b for every token, which the other implementations avoid. It works in any dtype,
+float64 included, and needs no Triton. Below it are the definitions of what single kernels compute,
+under the kernels' names. Gradients come from autograd.
 
 Shapes: ``T`` tokens, ``D`` model width, ``F`` MLP width, ``k`` components, ``r`` rank of each.
 
-For a projection with base weight W, input ``a`` and attention output ``x`` (SPEC 1.1, 1.2)::
+For a projection with base weight W, input ``a`` and attention output ``x`` (design.md#definition)::
 
-    z   = x @ W_down[i]      bottleneck of component i
-    v_a = z @ W_a_up[i]      what the weight change reads
-    v_b = z @ W_b_up[i]      what it writes
+    u   = x @ W_down[i]      bottleneck of component i
+    v_a = u @ W_a_up[i]      the direction that the weight change reads
+    v_b = u @ W_b_up[i]      the direction that it writes
     y   = W a + sum_i v_b (v_a . a)
 """
 
@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 
-class Modulation(NamedTuple):
+class ProjectionFactors(NamedTuple):
     """Factors of one projection's weight change.
 
     Attributes:
-        w_down: ``(k, D, r)``.
-        w_a_up: ``(k, r, in)``.
-        w_b_up: ``(k, r, out)``.
+        w_down: one W_down per component, ``(k, D, r)``.
+        w_a_up: one W_a_up per component, ``(k, r, in)``.
+        w_b_up: one W_b_up per component, ``(k, r, out)``.
     """
 
     w_down: Tensor
@@ -39,17 +39,17 @@ class Modulation(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """One linear map of the MLP, and how it is modulated.
+    """One linear map of the MLP, and the factors of its weight change.
 
     Attributes:
-        weight: ``(out, in)``.
-        bias: ``(out,)`` or None.
-        modulation: None where the projection is not modulated.
+        weight: base weight, ``(out, in)``.
+        bias: base bias, ``(out,)``, or None.
+        factors: factors of the weight change; None if the projection is not modulated.
     """
 
     weight: Tensor
     bias: Tensor | None = None
-    modulation: Modulation | None = None
+    factors: ProjectionFactors | None = None
 
 
 def modulated_linear(a: Tensor, x: Tensor, projection: Projection) -> Tensor:
@@ -58,18 +58,18 @@ def modulated_linear(a: Tensor, x: Tensor, projection: Projection) -> Tensor:
     Args:
         a: input of the projection, ``(T, in)``.
         x: attention output, ``(T, D)``.
-        projection: weights.
+        projection: base weight and factors.
 
     Returns:
         ``(T, out)``.
     """
     y = linear(a, projection.weight, projection.bias)
-    if projection.modulation is None:
+    if projection.factors is None:
         return y
-    for w_down, w_a_up, w_b_up in zip(*projection.modulation, strict=True):
-        z = x @ w_down
-        v_a = z @ w_a_up
-        v_b = z @ w_b_up
+    for w_down, w_a_up, w_b_up in zip(*projection.factors, strict=True):
+        u = x @ w_down
+        v_a = u @ w_a_up
+        v_b = u @ w_b_up
         y = y + v_b * (v_a * a).sum(-1, keepdim=True)
     return y
 
@@ -87,10 +87,10 @@ def modulated_mlp(
     Args:
         x: attention output, ``(T, D)``.
         h: MLP input, ``(T, D)``.
-        gate: ``D -> F``.
-        up: ``D -> F``.
-        down: ``F -> D``.
-        activation: elementwise.
+        gate: projection from D to F.
+        up: projection from D to F.
+        down: projection from F to D.
+        activation: elementwise function.
 
     Returns:
         ``(T, D)``.
@@ -99,16 +99,16 @@ def modulated_mlp(
     return modulated_linear(inner, x, down)
 
 
-# What single kernels compute, named as in `factored`: u is the bottleneck, s = v_a . a, z = s u.
+# What single kernels compute. As in `factored`, u is the bottleneck, s = v_a . a and z = s u.
 
 
 def coefficients(u: Tensor, p: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
-    """What each component's bottleneck and probe say together.
+    """Coefficients s, the scalar product of each component's bottleneck and probe, and z = s u.
 
     Args:
         u: bottlenecks ``x @ W_down``, ``(c, T, R)``.
         p: probes ``a @ W_a_up'``, ``(c, T, R)``.
-        num_ranks: components k, of R / k columns each.
+        num_ranks: number of components k, of R / k columns each.
 
     Returns:
         s ``(c, T, k)``, in float32 at least, and z ``(c, T, R)`` in the dtype of `u`.
@@ -121,13 +121,13 @@ def coefficients(u: Tensor, p: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
 
 
 def probe(a: Tensor, w_a: Tensor, u: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`coefficients` from what the probes are made of.
+    """Probes ``p = a @ w_a'`` and the `coefficients` of them.
 
     Args:
-        a: what is probed, ``(T, in)``.
-        w_a: ``(c * R, in)``.
+        a: input of the projections, ``(T, in)``.
+        w_a: W_a_up of the projections, ``(c * R, in)``.
         u: bottlenecks, ``(c, T, R)``.
-        num_ranks: components k.
+        num_ranks: number of components k.
 
     Returns:
         s ``(c, T, k)``, z ``(c, T, R)``, p ``(T, c * R)``.
@@ -152,17 +152,17 @@ def modulated_gate_up(
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate and up, modulated, and `swiglu` of them.
+    """Modulated gate and up, and `swiglu` of them.
 
     Args:
         h: MLP input, ``(T, D)``.
-        gate_weight: ``(F, D)``.
-        up_weight: ``(F, D)``.
-        z: of gate, or of gate and up, ``(c, T, R)``.
-        w_b_gate: ``(R, F)``.
-        w_b_up: ``(R, F)``, or None where up is not modulated.
-        gate_bias: ``(F,)``.
-        up_bias: ``(F,)``.
+        gate_weight: weight of gate, ``(F, D)``.
+        up_weight: weight of up, ``(F, D)``.
+        z: scaled bottlenecks of gate, or of gate and up, ``(c, T, R)``.
+        w_b_gate: W_b_up of gate, ``(R, F)``.
+        w_b_up: W_b_up of up, ``(R, F)``, or None if up is not modulated.
+        gate_bias: bias of gate, ``(F,)``, or None.
+        up_bias: bias of up, ``(F,)``, or None.
 
     Returns:
         inner, gate and up, each ``(T, F)``.

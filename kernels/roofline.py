@@ -1,12 +1,12 @@
-"""What a modulated MLP costs at least: FLOPs, bytes and a GPU's peaks, by arithmetic alone.
+"""The least that a modulated MLP costs on a GPU: FLOPs, bytes, and their time at peak rates.
 
-Nothing here is measured, except that `tests/kernels/test_roofline.py` counts the bytes that our
-kernels and torch's operations move, and finds these formulas. They are per token, of one layer:
-``D`` model width, ``F`` MLP width, ``k`` components of rank ``r``, ``R = k r``. Assumed throughout:
-bfloat16 with float32 coefficients; gate, up and down modulated; no biases; the base frozen, so that
-backward gives gradients of x, h and the modulation; a launch reads what it needs once and writes
-its results once; nothing stays in a cache from one launch to the next. Needs neither torch nor
-Triton.
+Everything here is arithmetic; nothing is timed. `tests/kernels/test_roofline.py` counts the bytes
+that our kernels and torch's operations move, and finds these formulas (design.md#counts). They are
+per token and layer: ``D`` model width, ``F`` MLP width, ``k`` components of rank ``r``,
+``R = k r``. They assume bfloat16 with float32 coefficients; gate, up and down modulated; no biases;
+a frozen base model, so that backward gives gradients of x, h and the factors; that each launch
+reads its operands once and writes its results once; and that no cache keeps anything between
+launches. Needs neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 ELEMENT = 2
-"""Bytes of a bfloat16."""
+"""Bytes of one bfloat16 element."""
 FLOAT = 4
-"""Bytes of a coefficient, and of sums that decode has not finished."""
+"""Bytes of one coefficient, and of one partial sum of decode."""
 DECODE_TOKENS = 64
-"""`decode.MAX_TOKENS`."""
+"""`decode.MAX_TOKENS`, repeated here because decode needs torch and Triton to import."""
 PROBE_RANK = 128
-"""`probe.MAX_RANK`."""
+"""`probe.MAX_RANK`, for the same reason."""
 
 Phase = Literal["forward", "backward", "decode"]
 
@@ -32,10 +32,10 @@ class Shape:
     """Sizes of one modulated MLP.
 
     Attributes:
-        hidden: D.
-        intermediate: F.
-        num_ranks: k.
-        rank: r.
+        hidden: model width D.
+        intermediate: MLP width F.
+        num_ranks: number of components k.
+        rank: rank r of each component.
     """
 
     hidden: int
@@ -45,16 +45,16 @@ class Shape:
 
     @property
     def joined(self) -> int:
-        """R."""
+        """``R = k r``: columns of all components together."""
         return self.num_ranks * self.rank
 
-    def linear(self, d: int, r: int, f: int) -> int:
-        """``d D + r R + f F``."""
+    def elements(self, d: int, r: int, f: int) -> int:
+        """``d D + r R + f F``, a number of elements per token."""
         return d * self.hidden + r * self.joined + f * self.intermediate
 
 
 class GPU(NamedTuple):
-    """A vendor's peak numbers, which no program reaches.
+    """Peak rates of a GPU as the vendor states them; no program reaches them.
 
     Attributes:
         tflops: 10^12 FLOPs per second of dense bfloat16 products with float32 sums.
@@ -73,7 +73,7 @@ MODELS = {
     "qwen3-4b": Shape(2560, 9728),
     "smollm2-135m": Shape(576, 1536),
 }
-"""Widths, with k and r of KERNELS 2.2 for two of Llama's; the others have those of the second."""
+"""Widths by model name. R is 4096 for llama-3.2-1b, and 512 (8 components of rank 64) elsewhere."""
 
 GPUS = {
     "h100": GPU(990, 3.35),
@@ -83,15 +83,15 @@ GPUS = {
     "rtx4090": GPU(165, 1.01),
     "mi300x": GPU(1307, 5.3),
 }
-"""By name: SXM modules with the most memory, where there are several of that name."""
+"""Peak rates by GPU name; the SXM module with the most memory where several share a name."""
 
 
 class Traffic(NamedTuple):
     """Bytes of activations per token, read and written.
 
     Attributes:
-        all: of every launch.
-        exposed: of launches that multiply no matrices: time that no product hides.
+        all: bytes of every launch.
+        exposed: bytes of launches without a matrix product, whose time no product can hide.
     """
 
     all: int
@@ -100,16 +100,16 @@ class Traffic(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One pass of all tokens through one layer, in one form.
+    """Cost of passing all tokens through one layer once, in one form.
 
     Attributes:
-        phase: which pass.
-        form: how it is computed.
-        tokens: how many.
-        flops: of products of matrices.
-        activations: bytes that depend on the tokens.
-        weights: bytes of weights and of their gradients.
-        exposed: those of `activations` that launches without such a product move.
+        phase: forward, backward or decode.
+        form: how the layer is computed, such as ``"gemm"``.
+        tokens: number of tokens.
+        flops: FLOPs of all matrix products.
+        activations: bytes of activations, read and written.
+        weights: bytes of weights and of their gradients, read and written.
+        exposed: the part of `activations` that launches without a matrix product move.
     """
 
     phase: Phase
@@ -121,19 +121,19 @@ class Cost:
     exposed: int
 
     def compute_ms(self, gpu: GPU) -> float:
-        """Time of the FLOPs at the peak."""
+        """Milliseconds that the FLOPs take at the peak rate."""
         return self.flops / gpu.tflops / 1e9
 
     def memory_ms(self, gpu: GPU) -> float:
-        """Time of all bytes at the peak."""
+        """Milliseconds that all bytes take at the peak rate."""
         return (self.activations + self.weights) / gpu.bandwidth / 1e9
 
     def floor_ms(self, gpu: GPU) -> float:
-        """No schedule is quicker: the larger of both."""
+        """Milliseconds that no schedule can beat: the larger of both times."""
         return max(self.compute_ms(gpu), self.memory_ms(gpu))
 
-    def in_turn_ms(self, gpu: GPU) -> float:
-        """No quicker launch by launch: products at their larger time, then what is exposed."""
+    def launch_by_launch_ms(self, gpu: GPU) -> float:
+        """Least milliseconds of launches in sequence: the products, then the exposed bytes."""
         exposed = self.exposed / gpu.bandwidth / 1e9
         return max(self.compute_ms(gpu), self.memory_ms(gpu) - exposed) + exposed
 
@@ -145,10 +145,17 @@ def shape_of(
     num_ranks: int | None = None,
     rank: int | None = None,
 ) -> Shape:
-    """The shape of a model of `MODELS`, or of widths; with other k and r if given.
+    """The shape of a model of `MODELS`, or one with the given widths.
+
+    Args:
+        model: a name of `MODELS`, or None if widths are given.
+        hidden: D, or None if a model is given.
+        intermediate: F, or None if a model is given.
+        num_ranks: k; None takes the model's.
+        rank: r; None takes the model's.
 
     Raises:
-        ValueError: an unknown model, or not one model or two widths.
+        ValueError: the model is unknown, or neither exactly one model nor both widths are given.
     """
     if model is None:
         if hidden is None or intermediate is None:
@@ -164,17 +171,17 @@ def shape_of(
 
 
 def gpu_of(name: str) -> GPU:
-    """Peaks of a GPU of `GPUS`.
+    """Peak rates of a GPU of `GPUS`.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: the GPU is unknown.
     """
     if name not in GPUS:
         raise ValueError(f"unknown GPU {name!r}; known: {', '.join(GPUS)}")
     return GPUS[name]
 
 
-# FLOPs and weights (KERNELS 2.2), the same for all forms.
+# FLOPs and weights (design.md#counts), the same for all forms.
 
 
 def base_parameters(shape: Shape) -> int:
@@ -182,134 +189,134 @@ def base_parameters(shape: Shape) -> int:
     return 3 * shape.hidden * shape.intermediate
 
 
-def modulation_parameters(shape: Shape) -> int:
-    """``R (6 D + 3 F)``: per projection, R times D, its input's width and its output's."""
+def factor_parameters(shape: Shape) -> int:
+    """``R (6 D + 3 F)``: for each projection, R times (D + input width + output width)."""
     return shape.joined * (6 * shape.hidden + 3 * shape.intermediate)
 
 
 def forward_flops(shape: Shape) -> int:
     """``6 D F + R (12 D + 6 F)``: 2 for each parameter.
 
-    Elementwise work, which tensor cores do not do, is left out; v_a and v_b need
-    ``6 k (D + F)`` of it, which is little.
+    Elementwise FLOPs are left out. Forming v_a and v_b adds ``6 k (D + F)``,
+    which is little.
     """
-    return 2 * (base_parameters(shape) + modulation_parameters(shape))
+    return 2 * (base_parameters(shape) + factor_parameters(shape))
 
 
 def backward_flops(shape: Shape) -> int:
-    """2 for each parameter of the frozen base, 4 for each of the modulation, which is trained."""
-    return 2 * base_parameters(shape) + 4 * modulation_parameters(shape)
+    """2 for each parameter of the frozen base MLP, and 4 for each entry of the trained factors."""
+    return 2 * base_parameters(shape) + 4 * factor_parameters(shape)
 
 
 def forward_weights(shape: Shape) -> int:
     """Bytes: every weight is read once."""
-    return ELEMENT * (base_parameters(shape) + modulation_parameters(shape))
+    return ELEMENT * (base_parameters(shape) + factor_parameters(shape))
 
 
 def backward_weights(shape: Shape) -> int:
-    """Bytes: every weight is read once, and every gradient of the modulation written once."""
-    return ELEMENT * (base_parameters(shape) + 2 * modulation_parameters(shape))
+    """Bytes: every weight is read once, and every gradient of the factors is written once."""
+    return ELEMENT * (base_parameters(shape) + 2 * factor_parameters(shape))
 
 
 # Activations, by form. Bytes per token.
 
 
 def gemm_forward(shape: Shape) -> Traffic:
-    """``7 D + 18 R + 11 F`` elements, v1 of KERNELS 2.2, and ``3 k`` coefficients.
+    """``7 D + 18 R + 11 F`` elements and ``3 k`` coefficients (design.md#counts).
 
-    Exposed are the coefficients' launches, ``9 R``, and SwiGLU, ``3 F``.
+    The coefficients' launches, ``9 R``, and SwiGLU, ``3 F``, are exposed.
     """
     coefficients = 3 * shape.num_ranks * FLOAT
     return Traffic(
-        ELEMENT * shape.linear(7, 18, 11) + coefficients,
-        ELEMENT * shape.linear(0, 9, 3) + coefficients,
+        ELEMENT * shape.elements(7, 18, 11) + coefficients,
+        ELEMENT * shape.elements(0, 9, 3) + coefficients,
     )
 
 
 def gemm_backward(shape: Shape) -> Traffic:
-    """``11 D + 36 R + 16 F`` elements, and ``3 k`` coefficients.
+    """``11 D + 36 R + 16 F`` elements and ``3 k`` coefficients.
 
-    3 D less than v1 of KERNELS 2.2: the gradients of gate's and up's probes are one matrix, so that
-    the gradient of h is a sum of three products, not four, whose sum is read and written once less
-    often (2 D), and one product that reads h once gives both of their gradients of W_a_up (D).
+    The gradients of gate's and up's probes are one matrix. So the gradient of h is a sum of three
+    products instead of four, which saves one read and one write of the sum (2 D), and one product
+    that reads h once gives the gradients of W_a_up for both (D).
     """
     coefficients = 3 * shape.num_ranks * FLOAT
     return Traffic(
-        ELEMENT * shape.linear(11, 36, 16) + coefficients,
-        ELEMENT * shape.linear(0, 18, 6) + coefficients,
+        ELEMENT * shape.elements(11, 36, 16) + coefficients,
+        ELEMENT * shape.elements(0, 18, 6) + coefficients,
     )
 
 
 def fused_forward(shape: Shape) -> Traffic:
-    """``4 D + 15 R + 5 F`` elements, v2 of KERNELS 2.2, and ``3 k`` coefficients; nothing exposed.
+    """``4 D + 15 R + 5 F`` elements and ``3 k`` coefficients; nothing is exposed.
 
-    With r over 128, which no tile holds, probes come from torch's product and are read again: 3 R
-    more, and the coefficients' launches are exposed.
+    No tile holds a rank above 128. Then torch computes the probes, and reading them again adds 3 R
+    and exposes the coefficients' launches.
     """
     coefficients = 3 * shape.num_ranks * FLOAT
     if shape.rank <= PROBE_RANK:
-        return Traffic(ELEMENT * shape.linear(4, 15, 5) + coefficients, 0)
-    exposed = ELEMENT * shape.linear(0, 9, 0) + coefficients
-    return Traffic(ELEMENT * shape.linear(4, 18, 5) + coefficients, exposed)
+        return Traffic(ELEMENT * shape.elements(4, 15, 5) + coefficients, 0)
+    exposed = ELEMENT * shape.elements(0, 9, 0) + coefficients
+    return Traffic(ELEMENT * shape.elements(4, 18, 5) + coefficients, exposed)
 
 
 def fused_backward(shape: Shape) -> Traffic:
-    """``7 D + 36 R + 14 F`` elements, and ``3 k`` coefficients.
+    """``7 D + 36 R + 14 F`` elements and ``3 k`` coefficients.
 
-    v2 of KERNELS 2.2, ``8 D + 30 R + 12 F``, has everything fused. Ours fuses sums of products, and
-    leaves what would be the epilogue of one to a launch of its own: dz is written and read (6 R),
-    and so is the gradient of inner (2 F), whose product spills registers with SwiGLU's backward
-    behind it (KERNELS 3). D less: one product that reads h once gives both gradients of W_a_up of
-    gate and up.
+    Fusing everything would move ``8 D + 30 R + 12 F``. Ours fuses sums of products only, and leaves
+    the epilogues to launches of their own: dz is written and read (6 R), and so is the gradient of
+    inner (2 F), because SwiGLU's backward behind that product spills registers
+    (design.md#triton). It moves D less because one product that reads h once gives the gradients
+    of W_a_up for gate and up.
     """
     coefficients = 3 * shape.num_ranks * FLOAT
     return Traffic(
-        ELEMENT * shape.linear(7, 36, 14) + coefficients,
-        ELEMENT * shape.linear(0, 18, 6) + coefficients,
+        ELEMENT * shape.elements(7, 36, 14) + coefficients,
+        ELEMENT * shape.elements(0, 18, 6) + coefficients,
     )
 
 
 def vectors_forward(shape: Shape) -> Traffic:
-    """``7 D + 6 R + 11 F + 6 k (D + F)`` elements: v_a and v_b at their best, which nobody wrote.
+    """``7 D + 6 R + 11 F + 6 k (D + F)`` elements: the least that forming v_a and v_b can move.
 
-    KERNELS 2.2: all v_a and v_b are written once and read once. Beside that: the bottlenecks, one
-    product that gives both vectors from them, the base's products, and per modulated projection
-    (gate and up together) one launch that reads its input, v_a, v_b and the base's result, and
-    writes the latter. Those launches and SwiGLU are exposed.
+    No such code exists; it is a lower bound. Every v_a and v_b is written once and read once. The
+    rest: the bottlenecks, one product that gives both vectors from them, the base MLP's products,
+    and per modulated projection (gate and up together) one launch that reads its input, v_a, v_b
+    and the base result, and writes that result. Those launches and SwiGLU are exposed.
     """
     vectors = 3 * shape.num_ranks * (shape.hidden + shape.intermediate)
     return Traffic(
-        ELEMENT * (shape.linear(7, 6, 11) + 2 * vectors),
-        ELEMENT * (shape.linear(3, 0, 8) + vectors),
+        ELEMENT * (shape.elements(7, 6, 11) + 2 * vectors),
+        ELEMENT * (shape.elements(3, 0, 8) + vectors),
     )
 
 
 def vectors_backward(shape: Shape) -> Traffic:
-    """``10 D + 12 R + 14 F + 12 k (D + F)`` elements: v_a and v_b at their best.
+    """``10 D + 12 R + 14 F + 12 k (D + F)`` elements: the lower bound for v_a and v_b.
 
-    KERNELS 2.2: the saved vectors are read once; their gradients are written once, read for the
-    gradient of the bottlenecks, and read for those of W_a_up and W_b_up. The rest is as forward:
-    per projection one launch, which adds to the gradient of its input.
+    The saved vectors are read once. Their gradients are written once, read for the gradient of the
+    bottlenecks, and read for those of W_a_up and W_b_up. The rest is as in `vectors_forward`: one
+    launch per projection, which adds to the gradient of its input.
     """
     vectors = 3 * shape.num_ranks * (shape.hidden + shape.intermediate)
     return Traffic(
-        ELEMENT * (shape.linear(10, 12, 14) + 4 * vectors),
-        ELEMENT * (shape.linear(4, 0, 11) + 2 * vectors),
+        ELEMENT * (shape.elements(10, 12, 14) + 4 * vectors),
+        ELEMENT * (shape.elements(4, 0, 11) + 2 * vectors),
     )
 
 
 def reference_forward(shape: Shape) -> Traffic:
-    """``3 D + 9 R + 8 F + k (19 D + 17 F + 6)`` elements: `reference`, as eager torch runs it.
+    """``3 D + 9 R + 8 F + k (19 D + 17 F + 6)`` elements: `reference` in eager torch.
 
     Per component and projection of widths ``in`` and ``out``: the bottleneck ``D + r``, v_a
     ``r + in``, v_b ``r + out``; their use, ``v_a * a`` 3 in, its sum in + 1, ``v_b * s``
-    2 out + 1, adding it 3 out. The base's products 3 (D + F), SwiGLU 5 F.
+    2 out + 1, adding it 3 out. The base MLP's products 3 (D + F), SwiGLU 5 F.
     """
     k = shape.num_ranks
     d, f = k * shape.hidden, k * shape.intermediate
     return Traffic(
-        ELEMENT * (shape.linear(3, 9, 8) + 19 * d + 17 * f + 6 * k),
-        ELEMENT * (shape.linear(0, 0, 5) + 13 * d + 14 * f + 6 * k),
+        ELEMENT * (shape.elements(3, 9, 8) + 19 * d + 17 * f + 6 * k),
+        ELEMENT * (shape.elements(0, 0, 5) + 13 * d + 14 * f + 6 * k),
     )
 
 
@@ -318,75 +325,75 @@ def reference_backward(shape: Shape) -> Traffic:
 
     Per component and projection: the gradient of v_b 2 out + 1, of s 4 out + 1, of v_a and of the
     input 2 in + 1 each; of W_b_up and W_a_up and, from both, of the bottleneck
-    2 (out + r) + 2 (in + r) + 3 r; of W_down and x 2 (D + r). Adding up what comes to a tensor from
-    several uses is 3 of its width each time: 3 k - 1 times for x, 2 k + 1 for h, k for inner.
-    The base's products 3 (D + F), SwiGLU 9 F.
+    2 (out + r) + 2 (in + r) + 3 r; of W_down and x 2 (D + r). Where a tensor has several uses, each
+    addition of gradients moves 3 of its width: 3 k - 1 times for x, 2 k + 1 for h, k for inner.
+    The base MLP's products 3 (D + F), SwiGLU 9 F.
     """
     k = shape.num_ranks
     d, f = k * shape.hidden, k * shape.intermediate
     return Traffic(
-        ELEMENT * (shape.linear(3, 27, 12) + 41 * d + 25 * f + 12 * k),
-        ELEMENT * (shape.linear(0, 9, 9) + 29 * d + 19 * f + 12 * k),
+        ELEMENT * (shape.elements(3, 27, 12) + 41 * d + 25 * f + 12 * k),
+        ELEMENT * (shape.elements(0, 9, 9) + 29 * d + 19 * f + 12 * k),
     )
 
 
 def decode(shape: Shape, tokens: int) -> Traffic:
-    """The seven launches of `decode`, whose products are float32 until they are complete.
+    """The seven launches of `decode`; its products stay float32 until they are complete.
 
-    ``6 D + 52 R + 20 F + 12 k`` bytes, and 8 for every partial sum: of the down projection (D) and
-    its probe (R), which are split alike, and of its modulation (D). Exposed are the coefficients'
-    launches and the last, which adds up.
+    ``6 D + 52 R + 20 F + 12 k`` bytes, and 8 for each partial sum (4 written, 4 read): of the down
+    projection (D) and its probe (R), which are split alike, and of its low-rank product (D). The
+    coefficients' launches and the last launch, which adds the partial sums, are exposed.
     """
     down = partial_sums(shape.hidden + shape.joined, shape.intermediate)
     head = partial_sums(shape.hidden, shape.joined)
     sums = FLOAT * (down * (shape.hidden + shape.joined) + head * shape.hidden)
     coefficients = 3 * shape.num_ranks * FLOAT
     return Traffic(
-        shape.linear(6, 52, 20) + coefficients + 2 * sums,
-        shape.linear(2, 26, 0) + coefficients + sums,
+        shape.elements(6, 52, 20) + coefficients + 2 * sums,
+        shape.elements(2, 26, 0) + coefficients + sums,
     )
 
 
 def partial_sums(columns: int, depth: int) -> int:
-    """Into how many parts decode splits a product of that shape, as `decode.split` does."""
+    """The number of parts into which `decode.split_k` splits a product of that shape."""
     parts = max(1, min(16, 528 // -(-columns // 64), -(-depth // 128)))
     return -(-depth // (-(-depth // parts // 128) * 128))
 
 
-# What is kept for backward (KERNELS 2.3). Bytes per token.
+# What is saved for backward (design.md#saved-activations). Bytes per token.
 
 
-def kept(shape: Shape, *, probes: bool = True) -> int:
-    """x, h, u, gate and up, and p if `probes`: ``2 D + 6 R + 2 F`` elements, ``3 k`` coefficients.
+def saved_bytes(shape: Shape, *, probes: bool = True) -> int:
+    """x, h, u, gate, up and, if `probes`, p: ``2 D + 6 R + 2 F`` elements and ``3 k`` coefficients.
 
-    Without probes 3 R less, for ``2 R (2 D + F)`` more FLOPs.
+    Leaving out the probes saves 3 R elements and costs ``2 R (2 D + F)`` more FLOPs in backward.
     """
-    saved = shape.linear(2, 6 if probes else 3, 2)
+    saved = shape.elements(2, 6 if probes else 3, 2)
     return ELEMENT * saved + 3 * shape.num_ranks * FLOAT
 
 
-def kept_by_checkpoint(shape: Shape) -> int:
-    """x and h, ``2 D`` elements; forward is computed again."""
-    return ELEMENT * shape.linear(2, 0, 0)
+def checkpoint_saved_bytes(shape: Shape) -> int:
+    """x and h, ``2 D`` elements; backward computes forward again."""
+    return ELEMENT * shape.elements(2, 0, 0)
 
 
-def kept_by_reference(shape: Shape) -> int:
-    """``2 D + 3 R + 4 F + 3 k (D + F) + 3 k`` elements: all v_a and v_b, and what autograd keeps.
+def reference_saved_bytes(shape: Shape) -> int:
+    """``2 D + 3 R + 4 F + 3 k (D + F) + 3 k`` elements: all v_a and v_b, and what autograd saves.
 
-    6 R less than KERNELS 2.3 has for its naive form: this one forms neither probes nor z.
+    The reference forms neither probes nor z, so it saves neither.
     """
     k = shape.num_ranks
     vectors = 3 * k * (shape.hidden + shape.intermediate)
-    return ELEMENT * (shape.linear(2, 3, 4) + vectors + 3 * k)
+    return ELEMENT * (shape.elements(2, 3, 4) + vectors + 3 * k)
 
 
-def kept_for_backward(shape: Shape, tokens: int) -> dict[str, int]:
-    """Bytes of one layer, by form."""
+def saved_bytes_by_form(shape: Shape, tokens: int) -> dict[str, int]:
+    """Bytes that one layer saves for backward, by form."""
     return {
-        "ours": tokens * kept(shape),
-        "ours, save_probe=False": tokens * kept(shape, probes=False),
-        "checkpoint of the layer": tokens * kept_by_checkpoint(shape),
-        "v_a/v_b": tokens * kept_by_reference(shape),
+        "ours": tokens * saved_bytes(shape),
+        "ours, save_probe=False": tokens * saved_bytes(shape, probes=False),
+        "checkpoint of the layer": tokens * checkpoint_saved_bytes(shape),
+        "v_a/v_b": tokens * reference_saved_bytes(shape),
     }
 
 
@@ -395,7 +402,7 @@ EAGER_VECTORS = "v_a/v_b, eager"
 
 
 def costs(shape: Shape, tokens: int) -> Iterator[Cost]:
-    """All passes in all forms; decode with one token if there are too many for it."""
+    """All passes in all forms; decode is for one token if `tokens` are too many for it."""
     for form, traffic in {
         "gemm": gemm_forward(shape),
         "fused": fused_forward(shape),

@@ -5,8 +5,9 @@
     inner = silu(gate) up
     d_gate = d_inner up silu'(gate)        d_up = d_inner silu(gate)
 
-Backward returns inner too: it is not saved, and gradients of the down projection need it. 3 F
-elements per token forward, 6 F backward; float32 inside; nothing is overwritten unless asked.
+Backward returns inner too, because it is not saved and the gradients of down need it. Forward moves
+3 F elements per token, backward 6 F. Arithmetic is float32. Nothing is overwritten, except by
+`swiglu_fwd_into` on request.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npt_fast.kernels._launch import cdiv, launch, rows
+from npt_fast.kernels._launch import cdiv, contiguous_rows, launch
 from npt_fast.kernels._ops import define
 
 _BLOCK = 1024  # elements of a program: 8 for each thread of 4 warps
@@ -24,7 +25,7 @@ _BLOCK = 1024  # elements of a program: 8 for each thread of 4 warps
 
 @triton.jit
 def silu(x):
-    """x sigmoid(x), of a float32 tile."""
+    """``x sigmoid(x)`` of a float32 tile."""
     return x * tl.sigmoid(x)
 
 
@@ -67,43 +68,47 @@ def _swiglu_bwd_kernel(
     tl.store(inner_ptr + at, (activated * up).to(inner_ptr.dtype.element_ty), mask=mask)
 
 
-def _blocks(tokens: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+def _grid_and_blocks(tokens: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     block_f = min(_BLOCK, triton.next_power_of_2(max(1, width)))
     block_t = _BLOCK // block_f
     grid = cdiv(tokens, block_t), cdiv(width, block_f)
     return grid, {"BLOCK_T": block_t, "BLOCK_F": block_f, "warps": 4}
 
 
-def _empty(gate: Tensor) -> Tensor:
+def _empty_rows(gate: Tensor) -> Tensor:
     return torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
 
 
 def swiglu_fwd_into(gate: Tensor, up: Tensor, inner: Tensor) -> None:
-    """Write ``silu(gate) * up`` to `inner`, which may be `gate`; rows contiguous."""
-    grid, blocks = _blocks(*gate.shape)
+    """Write ``silu(gate) * up`` to `inner`, which may be `gate`; ``(T, F)``, rows contiguous."""
+    grid, blocks = _grid_and_blocks(*gate.shape)
     launch(
         _swiglu_fwd_kernel, grid, gate, up, inner, *gate.shape,
         gate.stride(0), up.stride(0), inner.stride(0), **blocks,
     )  # fmt: skip
 
 
-@define("swiglu_fwd(Tensor gate, Tensor up) -> Tensor", lambda gate, up: _empty(gate))
+@define("swiglu_fwd(Tensor gate, Tensor up) -> Tensor", lambda gate, up: _empty_rows(gate))
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``; all ``(T, F)`` of one dtype, any strides."""
-    inner = _empty(gate)
-    swiglu_fwd_into(rows(gate), rows(up), inner)
+    """``silu(gate) * up``, ``(T, F)``, of tensors of one dtype and any strides."""
+    inner = _empty_rows(gate)
+    swiglu_fwd_into(contiguous_rows(gate), contiguous_rows(up), inner)
     return inner
 
 
 @define(
     "swiglu_bwd(Tensor d_inner, Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor)",
-    lambda d_inner, gate, up: (_empty(gate), _empty(gate), _empty(gate)),
+    lambda d_inner, gate, up: (
+        _empty_rows(gate),
+        _empty_rows(gate),
+        _empty_rows(gate),
+    ),
 )
 def swiglu_bwd(d_inner: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """d_gate, d_up, and inner again; all ``(T, F)`` of one dtype, any strides."""
-    d_inner, gate, up = rows(d_inner), rows(gate), rows(up)
-    d_gate, d_up, inner = _empty(gate), _empty(gate), _empty(gate)
-    grid, blocks = _blocks(*gate.shape)
+    """d_gate, d_up and inner, ``(T, F)`` each, of tensors of one dtype and any strides."""
+    d_inner, gate, up = contiguous_rows(d_inner), contiguous_rows(gate), contiguous_rows(up)
+    d_gate, d_up, inner = _empty_rows(gate), _empty_rows(gate), _empty_rows(gate)
+    grid, blocks = _grid_and_blocks(*gate.shape)
     launch(
         _swiglu_bwd_kernel, grid, d_inner, gate, up, d_gate, d_up, inner, *gate.shape,
         d_inner.stride(0), gate.stride(0), up.stride(0), inner.stride(0), **blocks,

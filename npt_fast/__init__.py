@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from npt_fast.hf.checkpoint import load, save
     from npt_fast.hf.convert import LayerStatus, convert, disabled, status, unload
     from npt_fast.training.evaluation import Evaluation, evaluate
-    from npt_fast.training.train import TrainReport, train
+    from npt_fast.training.run import TrainReport
+    from npt_fast.training.train import train
     from npt_fast.transfer.bake import Baked, bake, export_lora
     from npt_fast.transfer.extract import extract
-    from npt_fast.transfer.files import load_modulation
     from npt_fast.transfer.inject import Hits, inject
-    from npt_fast.transfer.modulation import Modulation, mean
+    from npt_fast.transfer.modulation import Modulation, load_modulation, mean
     from npt_fast.transfer.positions import after, at
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it, so that a source tree has it too
@@ -60,7 +60,7 @@ _HOMES = {
     "NPTError": "npt_fast.errors",
     "StorageError": "npt_fast.errors",
     "TrainOptions": "npt_fast.config",
-    "TrainReport": "npt_fast.training.train",
+    "TrainReport": "npt_fast.training.run",
     "TrainingError": "npt_fast.errors",
     "TransferError": "npt_fast.errors",
     "VerificationError": "npt_fast.errors",
@@ -77,7 +77,7 @@ _HOMES = {
     "inject": "npt_fast.transfer.inject",
     "inspect": "npt_fast.checkpoint.inspect",
     "load": "npt_fast.hf.checkpoint",
-    "load_modulation": "npt_fast.transfer.files",
+    "load_modulation": "npt_fast.transfer.modulation",
     "mean": "npt_fast.transfer.modulation",
     "merge": "npt_fast.checkpoint.merge",
     "save": "npt_fast.hf.checkpoint",
@@ -136,11 +136,20 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "functional":
-        return import_module("npt_fast.functional")
-    if name not in _HOMES:
+    if name != "functional" and name not in _HOMES:
         raise AttributeError(f"module 'npt_fast' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    home = _HOMES.get(name, "npt_fast.functional")
+    try:
+        module = import_module(home)
+    except ModuleNotFoundError as error:
+        from npt_fast.errors import missing_package
+
+        trains = home.startswith("npt_fast.training.")
+        problem = missing_package(error, f"npt_fast.{name}", trains=trains)
+        if problem is None:
+            raise
+        raise ModuleNotFoundError(problem, name=error.name) from None
+    return module if name == "functional" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

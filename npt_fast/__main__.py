@@ -1,4 +1,4 @@
-"""``npt-fast``, and ``python -m npt_fast``: the program, with Ctrl-C answered from the start."""
+"""``npt-fast`` and ``python -m npt_fast``: the program, which answers Ctrl-C from the start."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def main() -> None:
             program()
         finally:
             let_signals_end_us()
-    except KeyboardInterrupt:  # before the program could answer it
+    except KeyboardInterrupt:  # before the program handles it
         os.write(2, b"Error: interrupted; nothing was left behind\n")
-        os._exit(130)  # an exit through Python could be interrupted too
+        os._exit(130)  # a normal exit could be interrupted too
 
 
 if __name__ == "__main__":

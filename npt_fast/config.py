@@ -1,4 +1,4 @@
-"""Options as frozen dataclasses, validated where they are made."""
+"""Options as frozen dataclasses that validate their values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ConflictPolicy = Literal["first", "last", "error", "identical", "concat", "mean"
 BadStatePolicy = Literal["error", "skip"]
 FileFormat = Literal["pt", "safetensors"]
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, bytes done and bytes in all."""
+"""Called with the name of the work, bytes done and total bytes."""
 WeightDType = Literal["float64", "float32", "float16", "bfloat16"]
 ModulationType = Literal["single", "dual", "triple"]
 Residual = Literal["removed", "kept"]
@@ -31,20 +31,63 @@ InjectionTime = Literal["prefill", "decode", "both"]
 SamplingStrategy = Literal["greedy", "top_k", "top_p", "sample"]
 
 
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The first place where a text occurs; `npt_fast.at` and `npt_fast.after` make one.
+
+    Attributes:
+        text: Text to look for.
+        after: Take the token that follows the text instead of the text's own tokens.
+    """
+
+    text: str
+    after: bool = False
+
+    def __str__(self) -> str:
+        return f"{'after' if self.after else 'at'}:{self.text}"
+
+
+Position = int | slice | Sequence[int] | str | Match
+"""Tokens of a text, counted without padding; `npt_fast.transfer.positions` has the notation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Injection:
+    """How a modulation is put into a model: the arguments of `npt_fast.inject`, as one value.
+
+    Attributes:
+        position: Tokens of the prompt that receive the modulation.
+        mode: How the modulation changes a token's weights. ``replace``: in place of the token's own
+            change; ``blend``, ``add``: the vectors v_a and v_b of both are mixed or added, as the
+            original does; ``exact-blend``, ``exact-add``: the weight changes of both are.
+        strength: Factor of the modulation; in a blend, its share.
+        when: Inject into the prompt (``prefill``), into generated tokens (``decode``), or both.
+    """
+
+    position: Position = "last"
+    mode: InjectionMode = "replace"
+    strength: float = 1.0
+    when: InjectionTime = "prefill"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NPTConfig:
-    """The NP layers of a model, all of one architecture.
+    """NP layers to convert, all of one architecture.
 
     Attributes:
         layers: indices of decoder layers; negative ones count from the end.
-        rank: bottleneck r of each component.
-        num_ranks: components k per projection.
-        modulation: projections whose weights change: gate; gate and up; gate, up and down.
-        residual: ``removed``: the layer adds its MLP alone, which stands for attention too;
-            ``kept``: it adds attention as well (SPEC 1.3).
-        init: how they start: ``zero`` changes nothing yet and learns at once; ``improved`` and
-            ``conservative`` are the original's (SPEC 1.4).
-        init_scale: scale of the original's; ``zero`` has none.
+        rank: bottleneck width r of each component.
+        num_ranks: number of components k per projection.
+        modulation: projections to modulate. ``single``: gate; ``dual``: gate and up; ``triple``:
+            gate, up and down.
+        residual: ``removed``: the layer adds only its MLP's output, so the MLP replaces
+            attention + MLP; ``kept``: it adds the attention output too (design.md#layer).
+        init: initialization. ``zero`` starts at the base MLP with gradients that are not 0;
+            ``improved`` and ``conservative`` are the original's (design.md#initialization).
+        init_scale: scale of ``improved`` and ``conservative``; ``zero`` ignores it.
+
+    Raises:
+        ValueError: an option has a value that is not allowed.
     """
 
     layers: Sequence[int]
@@ -75,23 +118,28 @@ class NPTConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeOptions:
-    """How to merge.
+    """How to merge checkpoints.
 
     Attributes:
         on_conflict: what to do when two inputs hold the same layer. ``first`` and ``last`` take the
             whole layer from one input, ``error`` refuses, ``identical`` accepts only equal bytes,
             ``concat`` joins the components so that the weight changes add up, ``mean`` joins them
-            so that they average (SPEC 6.5, MERGE.md 6).
-        uniform: give all layers one modulation type, num_ranks and rank by exact padding, which is
-            what the original needs.
-        dtype: convert all weights to this type; None keeps each as it is.
-        format: file format of the weights; None takes the first input's.
-        max_shard_size: bytes of tensors per safetensors file; more become shards with an index.
+            so that the weight changes average (design.md#merge-laws).
+        uniform: pad all layers to one modulation type, num_ranks and rank; padding is exact, and
+            the original loads only uniform checkpoints.
+        dtype: type to convert all weights to; None keeps the type of each tensor.
+        format: file format of the weights; None takes the format of the first input.
+        max_shard_size: bytes of tensors per safetensors file; larger outputs become shards with an
+            index.
         weights_only: leave out optimizer, scheduler, step and curriculum.
-        copy_multi_layer_state: take the curriculum from this ``multi_layer_state.pt``.
-        allow_different_base: merge although the configs name different base models.
+        copy_multi_layer_state: ``multi_layer_state.pt`` to take the curriculum from.
+        allow_different_base: merge even if the configs name different base models.
         on_bad_state: what to do when an input's training state cannot be used: ``error`` refuses,
             ``skip`` merges its weights and leaves its state out.
+
+    Raises:
+        ValueError: an option has a value that is not allowed.
+        PathError: a path cannot be expanded.
     """
 
     on_conflict: ConflictPolicy = "first"
@@ -122,67 +170,80 @@ class MergeOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
-    """How to train NP layers; the names and, where sane, the defaults of the original (SPEC 5.1).
+    """How to train NP layers.
+
+    Names are the original's, and so are the defaults except for a few (design.md#the-original).
 
     Attributes:
-        train_layers: layers to train: 11 or 11,13 or 11-15.
+        train_layers: layers to train: 11 or 11,13 or 11-15; negative indices count from the end.
         model_name: base model: Hub id, folder, .gguf file, or smollm2-135m.
-        resume_from: checkpoint to go on from: of this run, a merge, or one with other layers.
+        resume_from: checkpoint to resume from: one of this run, a merge, or one with other layers.
         data: training text: small, medium, large or xlarge (Hugging Face datasets, streamed);
-            python-docs (always there); or a file, folder or glob of .txt, .jsonl or .parquet.
-        eval_data: held-out text from elsewhere; without, the first windows of data are held out.
-        num_eval_samples: held-out windows.
+            python-docs (part of Python); or a file, folder or glob of .txt, .md, .jsonl, .json or
+            .parquet.
+        eval_data: held-out text; by default the first windows of data are held out.
+        num_eval_samples: number of held-out windows.
         max_length: tokens per window.
-        stride: tokens from one window to the next; max_length if not given.
-        num_workers: threads that tokenise.
-        np_rank: bottleneck of each component, of layers that start fresh.
-        num_ranks: components per projection, of layers that start fresh.
-        modulation: projections that change: gate; gate and up; gate, up and down.
-        residual: removed: the trained MLP stands for attention too; kept: attention is added.
-        init_strategy: zero starts as the base MLP; improved and conservative are the original's.
+        stride: tokens from the start of one window to the next; default max_length.
+        num_workers: tokenizer threads.
+        np_rank: bottleneck width of each component, for layers that start fresh.
+        num_ranks: components per projection, for layers that start fresh.
+        modulation: projections to modulate. single: gate; dual: gate and up; triple: gate, up and
+            down.
+        residual: removed: the trained MLP replaces attention + MLP; kept: the layer still adds its
+            attention output.
+        init_strategy: zero starts at the base MLP; improved and conservative are the original's.
         np_init_scale: scale of the original's initializations.
-        curriculum_stages: name:steps[:attention_ratio[:mlp_ratio]], comma separated; names are
+        curriculum_stages: comma-separated name:steps[:attention_ratio[:mlp_ratio]]; names are
             teacher, mixed, student.
-        layer_weights: uniform, linear (1.0 to 0.5), or one number per layer.
-        loss: relative: squared error over squared target per token, and KL for fidelity; mse: the
-            original's mean squared errors.
-        direct_mlp_weight: of each layer's own error.
-        sink_weight: of the error at the first token of every window, to which nearly all others
-            attend, relative to the layer's output; where loss is relative.
-        fidelity_weight: of the difference in logits; above 0, all layers of the model are run.
-        lambda_reg: of the mean squares of v_a and v_b.
+        layer_weights: weights of the layers in the loss: uniform, linear (from 1.0 down to 0.5), or
+            one number per layer.
+        loss: relative: squared error over squared target per token, and KL for the fidelity loss;
+            mse: the original's mean squared errors.
+        direct_mlp_weight: weight of each layer's direct loss.
+        sink_weight: weight of the error at the first token of each window, relative to the layer's
+            output; nearly all tokens attend to the first one. Needs loss relative.
+        fidelity_weight: weight of the fidelity loss, which compares logits; above 0, all layers of
+            the model are run.
+        lambda_reg: weight of the mean squares of v_a and v_b.
         batch_size: windows per process and micro-batch.
         gradient_accumulation_steps: micro-batches per optimizer step.
-        learning_rate: AdamW's, at its peak; wins over a checkpoint's.
-        lr_schedule: after warm-up: half a cosine down to 0 at max_steps, or constant.
-        warmup_steps: linear warm-up; the smaller of 1000 and a tenth of max_steps if not given.
-        weight_decay: AdamW's.
-        gradient_clip: largest norm of all gradients together; 0 is no limit.
-        max_steps: optimizer steps in all, those before resuming included.
+        learning_rate: peak learning rate of AdamW; overrides the checkpoint's.
+        lr_schedule: schedule after the warm-up: cosine (half a period, to 0 at max_steps) or
+            constant.
+        warmup_steps: steps of linear warm-up; default the smaller of 1000 and max_steps / 10.
+        weight_decay: weight decay of AdamW.
+        gradient_clip: largest norm of all gradients together; 0 turns clipping off.
+        max_steps: optimizer steps in total, including those before resuming.
         teacher_cache: memory for the base model's activations, e.g. 2GB. In the teacher stage with
-            small data, later epochs then need no base model.
+            small data, later epochs then skip the base model.
         mixed_precision: autocast in bfloat16.
         fp16: autocast in float16, with loss scaling.
-        base_dtype: of the base model's weights; auto is the checkpoint's on a GPU, else float32.
+        base_dtype: type of the base model's weights; auto is the checkpoint's type on a GPU and
+            float32 on a CPU.
         trust_remote_code: run code that comes with the base model or that it names, with all your
-            rights; never taken from a file, so say it again with resume_from.
-        cpu: train on the CPU although there is a GPU.
+            rights; never read from a file, so repeat it with resume_from.
+        cpu: train on the CPU even if there is a GPU.
         num_processes: processes, one per GPU.
-        parallel: ddp: every process a part of the batch; fsdp2: also the model in parts; layers:
-            every process its own layers, merged at the end.
-        output_dir: where to write; experiments/<wandb_name> if not given.
-        format: of weights; the original reads pt.
+        parallel: ddp: each process takes part of the batch; fsdp2: the model is sharded too;
+            layers: each process trains its own layers, and they are merged at the end.
+        output_dir: folder of the run; default experiments/<wandb_name>.
+        format: file format of the weights; the original reads pt.
         logging_steps: optimizer steps between lines of metrics.
-        eval_steps: between evaluations in student mode; 0 is never.
-        save_steps: between checkpoints; the last step is saved always.
-        keep_last: how many checkpoint-N to keep; all if not given.
-        generation_steps: between samples of text; 0 is never.
-        track: where metrics go beside training_log.jsonl.
+        eval_steps: optimizer steps between evaluations in student mode; 0 turns them off.
+        save_steps: optimizer steps between checkpoints; the last step is always saved.
+        keep_last: number of checkpoint-N to keep; default all.
+        generation_steps: optimizer steps between samples of text; 0 turns them off.
+        track: tracker that gets the metrics in addition to training_log.jsonl.
         wandb_name: name of the run.
         wandb_project: project of the run, for any tracker.
-        wandb_tags: of the run.
-        wandb_mode: online, offline or disabled; naming one turns wandb on.
-        seed: of initialization, order of data, samples.
+        wandb_tags: tags of the run.
+        wandb_mode: online, offline or disabled; naming one of the first two turns wandb on.
+        seed: seed of initialization, order of the data, and samples.
+
+    Raises:
+        ValueError: an option has a value that is not allowed, or two exclude each other.
+        PathError: a path cannot be expanded.
     """
 
     train_layers: str | Sequence[int]
@@ -264,7 +325,7 @@ class TrainOptions:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers to train, as given: sorted only later, since layer_weights follow this order."""
+        """Layers to train, in the order given, which is the order of `layer_weights`."""
         return parse_layers(self.train_layers)
 
 
@@ -319,10 +380,10 @@ _NOT_NEGATIVE = (
 
 
 def parse_layers(layers: str | Sequence[int]) -> tuple[int, ...]:
-    """``"11,13"``, ``"11-15"`` or a sequence -> layer indices, in the order given.
+    """Parse ``"11,13"``, ``"11-15"`` or a sequence into layer indices, in the order given.
 
     Raises:
-        ValueError: not layers, or one of them twice.
+        ValueError: `layers` is not a list of layers, or names one twice.
     """
     found = layer_indices(layers) if isinstance(layers, str) else list(layers)
     if not found or any(type(layer) is not int for layer in found):
@@ -332,14 +393,15 @@ def parse_layers(layers: str | Sequence[int]) -> tuple[int, ...]:
     return tuple(found)
 
 
-_MAX_LAYERS = 10_000
+_MAX_LAYERS = 10_000  # bounds the memory that a short text such as "0-99999,0-99999" can take
 
 
 def layer_indices(text: str) -> list[int]:
-    """``"11,13"`` or ``"5,11-13"`` -> layer indices, in the order given.
+    """Parse ``"11,13"`` or ``"5,11-13"`` into layer indices, in the order given.
 
     Raises:
-        ValueError: not layers, a range that runs backwards, or more layers than any model has.
+        ValueError: `text` is not a list of layers, has a range that runs backwards, or names more
+            layers than any model has.
     """
     found: list[int] = []
     for part in text.split(","):
@@ -359,10 +421,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_size(text: str) -> int:
-    """``"5GB"`` -> bytes.
+    """Parse ``"5GB"`` into bytes; units are powers of 1000.
 
     Raises:
-        ValueError: not a size.
+        ValueError: `text` is not a size.
     """
     match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?B)?", text.strip(), re.IGNORECASE)
     if match is None:

@@ -22,6 +22,43 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+EXTRAS = {
+    "accelerate": "hf",
+    "huggingface_hub": "hf",
+    "safetensors": "hf",
+    "torch": "hf",
+    "transformers": "hf",
+    "yaml": "hf",
+    "datasets": "train",
+    "pyarrow": "train",
+    "zstandard": "train",
+    "prompt_toolkit": "interact",
+    "triton": "kernels",
+    "matplotlib": "plot",
+    "gguf": "demo",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+"""Packages that only parts of npt_fast import, and the extra of pyproject.toml that has each."""
+
+
+def missing_package(error: ModuleNotFoundError, user: str, *, trains: bool = False) -> str | None:
+    """Which extra to install, in one line; None if `error` is about no package of an extra.
+
+    Args:
+        error: What importing has raised.
+        user: Who needs the package: a verb or a name.
+        trains: Whether it needs the extra ``train`` anyway, which includes ``hf``.
+    """
+    package = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(package)
+    if extra is None:
+        return None
+    extra = "train" if trains and extra == "hf" else extra
+    return f"{user} needs the package {package}; pip install 'npt_fast[{extra}]'"
+
+
 class NPTError(Exception):
     """Base of all errors that npt_fast raises on purpose."""
 

@@ -1,12 +1,12 @@
-"""How the tensors of an NP component start: one table, after SPEC 1.4.
+"""Initialization of the tensors of an NP component, as one table (design.md#initialization).
 
-``W_down`` is Xavier-uniform everywhere. For the others there are three families, e being the scale:
+``W_down`` is always Xavier-uniform. For the others there are three families; e is the scale:
 
-- ``zero``: what reads is Xavier-uniform and what writes is zero, so that nothing changes yet and
-  the gradients are full-sized; e is not used.
-- ``improved`` and ``conservative``: the original's, as its single-layer mode has them. With several
-  components (k > 1) they differ in the first one of single modulation only. The original's
-  reseeding of the global generator, which made layers equal, is left out.
+- ``zero``: ``W_a_up`` is Xavier-uniform and ``W_b_up`` is zero. The model starts as the base model,
+  with full-sized gradients for ``W_b_up``. e is not used.
+- ``improved`` and ``conservative``: the original's, as in its single-layer mode. With several
+  components (k > 1) they differ only in the first component of single modulation. The original
+  reseeds the global generator, which makes layers equal; we do not.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from npt_fast.config import Initialization
 
 _Fill = Callable[[Tensor], object]
 _Row = tuple[_Fill, _Fill]
-"""What fills ``W_a_up``, and what fills ``W_b_up``."""
+"""Functions that fill ``W_a_up`` and ``W_b_up``."""
 
 
 @torch.no_grad()
 def initialize(
     views: Mapping[str, Tensor], *, init: Initialization, scale: float, num_ranks: int
 ) -> None:
-    """Fill the tensors of one component, drawing from torch's global generator in their order.
+    """Fill the tensors of one layer in place, in order, from torch's global generator.
 
     Args:
-        views: by the original's names, without the layer: ``W_down_gate.0``. Filled in place.
-        init: the family.
+        views: original name without the layer, such as ``W_down_gate.0`` -> tensor to fill.
+        init: family of the table.
         scale: e of the table.
-        num_ranks: components k.
+        num_ranks: number of components k.
     """
     for name, view in views.items():
         key = parse_key(f"layer_0_np.{name}")
@@ -61,7 +61,7 @@ def _row(init: Initialization, projection: str, component: int, k: int, e: float
 def _single(improved: bool, component: int, k: int, e: float) -> _Row:
     if component == 0:
         return (_eye(1.0, 0.1), _xavier(0.1)) if improved else (_eye(0.3, 0.01), _uniform(e))
-    # QR of many components takes long
+    # orthogonal fills need a QR each, which is slow for more than 16 components
     return (_orthogonal(e), _orthogonal(0.1 * e)) if k <= 16 else (_normal(e), _normal(0.1 * e))
 
 
@@ -86,13 +86,13 @@ def _normal(std: float) -> _Fill:
 
 
 def _xavier(gain: float) -> _Fill:
-    """Normal, of standard deviation ``gain * sqrt(2 / (rows + columns))``."""
+    """Normal with standard deviation ``gain * sqrt(2 / (rows + columns))``."""
     return partial(nn.init.xavier_normal_, gain=gain)
 
 
 def _orthogonal(gain: float) -> _Fill:
     def fill(tensor: Tensor) -> None:
-        # QR exists from float32 on
+        # torch has no QR for 16-bit dtypes
         exact = torch.empty_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
         tensor.copy_(nn.init.orthogonal_(exact, gain))
 
@@ -100,7 +100,7 @@ def _orthogonal(gain: float) -> _Fill:
 
 
 def _eye(diagonal: float, std: float) -> _Fill:
-    """Normal noise on an identity, which starts again below itself where rows are left."""
+    """Normal noise plus an identity that repeats every ``columns`` rows."""
 
     def fill(tensor: Tensor) -> None:
         tensor.normal_(std=std)

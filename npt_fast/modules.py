@@ -1,4 +1,4 @@
-"""The NP component of one layer: parameters and their names; the arithmetic is in `functional`."""
+"""The NP component of one layer: its parameters and their names; `functional` computes."""
 
 from __future__ import annotations
 
@@ -9,31 +9,36 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from npt_fast.checkpoint.keys import PROJECTIONS
+from npt_fast.checkpoint.keys import PROJECTIONS_OF
+from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.config import Initialization
-from npt_fast.functional import Modulation, modulated_mlp
+from npt_fast.functional import Factors, modulated_mlp
 from npt_fast.initialization import initialize
 
 
 class NPComponent(nn.Module):
-    """Turns a layer's attention output into a low-rank change of that layer's MLP weights.
+    """Changes a layer's MLP weights by a low-rank product made from its attention output.
 
-    Parameters are stored joined, as the GEMMs want them (`Modulation`); the state dict has one
-    tensor per factor, projection and component, under the names of the original
-    (``W_down_gate.0``), so that checkpoints need no translation.
+    Parameters are joined as the GEMMs need them (`Factors`). The state dict has one tensor per
+    factor, projection and component under the original's names (``W_down_gate.0``), so that
+    checkpoints need no translation.
 
     Args:
         hidden_size: model width D.
         intermediate_size: MLP width F.
-        rank: bottleneck r of each component.
-        num_ranks: components k.
+        rank: rank r of each component.
+        num_ranks: number of components k.
         modulation: ``"single"`` (gate), ``"dual"`` (gate, up) or ``"triple"`` (gate, up, down).
-        residual: ``"removed"``: the MLP stands for attention too; ``"kept"``: attention is added.
-        activation: the MLP's, one of `npt_fast.functional.ACTIVATIONS`.
-        init: how the parameters start, see `npt_fast.initialization`.
-        init_scale: scale of the inits that are the original's.
-        device: where to put the parameters.
-        dtype: of the parameters.
+        residual: ``"removed"`` if the MLP replaces attention + MLP, ``"kept"`` if the attention
+            output is still added to the residual stream.
+        activation: the MLP's activation, a name of `npt_fast.functional.ACTIVATIONS`.
+        init: initialization of the parameters, see `npt_fast.initialization`.
+        init_scale: scale of the initializations that are the original's.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: an argument is not one of the allowed values.
     """
 
     def __init__(
@@ -52,7 +57,7 @@ class NPComponent(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if modulation not in PROJECTIONS:
+        if modulation not in PROJECTIONS_OF:
             raise ValueError(f"modulation must be single, dual or triple, got {modulation!r}")
         if residual not in ("removed", "kept"):
             raise ValueError(f"residual must be removed or kept, got {residual!r}")
@@ -73,7 +78,7 @@ class NPComponent(nn.Module):
         self.init_scale = init_scale
         self.enabled = True
         d, f, r = hidden_size, intermediate_size, rank * num_ranks
-        projections = len(PROJECTIONS[modulation])
+        projections = len(PROJECTIONS_OF[modulation])
         inputs = min(projections, 2)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -88,7 +93,7 @@ class NPComponent(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start afresh, as `init` says; the same seed gives the same parameters."""
+        """Initialize all parameters as `init` says; the same seed gives the same parameters."""
         initialize(
             self.split(dict(self.named_parameters())),
             init=self.init,
@@ -97,9 +102,20 @@ class NPComponent(nn.Module):
         )
 
     @property
-    def factors(self) -> Modulation:
-        """The parameters as the operator takes them."""
-        return Modulation(
+    def architecture(self) -> Architecture:
+        """What a checkpoint records of the component."""
+        return Architecture(
+            self.modulation_type,
+            self.num_ranks,
+            self.rank,
+            self.hidden_size,
+            self.intermediate_size,
+        )
+
+    @property
+    def factors(self) -> Factors:
+        """The parameters as `modulated_mlp` takes them."""
+        return Factors(
             self.w_down,
             self.w_a_in,
             self.w_a_mid,
@@ -110,12 +126,12 @@ class NPComponent(nn.Module):
         )
 
     def forward(self, attention: Tensor, h: Tensor, mlp: Any) -> Tensor:
-        """The output of `mlp`, its weights changed by the attention output.
+        """Output of `mlp` with weights changed by the attention output.
 
         Args:
             attention: attention output after its output projection, ``(..., D)``.
             h: MLP input, ``(..., D)``.
-            mlp: has gate_proj, up_proj and down_proj.
+            mlp: module with gate_proj, up_proj and down_proj.
 
         Returns:
             ``(..., D)``.
@@ -135,17 +151,18 @@ class NPComponent(nn.Module):
         )
 
     def split(self, joined: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take tensors of the parameters' shapes apart as the original stores them.
+        """Split tensors of the parameters' shapes into the original's tensors.
 
         Args:
-            joined: by parameter name: the parameters themselves, or AdamW's moments of them.
+            joined: parameter name -> the parameter itself, or AdamW's moment of it.
 
         Returns:
-            One view per tensor of the original, in its order: ``W_down_gate.0`` -> ``(D, r)``.
+            Name -> view for each tensor of the original, in its order, such as
+            ``W_down_gate.0`` -> ``(D, r)``.
         """
         r, size = self.rank, self.rank * self.num_ranks
         views: dict[str, Tensor] = {}
-        for index, projection in enumerate(PROJECTIONS[self.modulation_type]):
+        for index, projection in enumerate(PROJECTIONS_OF[self.modulation_type]):
             name = f"_{projection}" if projection else ""
             w_a, first = ("w_a_mid", 0) if index == 2 else ("w_a_in", index * size)
             stems = {
@@ -163,7 +180,7 @@ class NPComponent(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         for name, view in self.split(dict(self.named_parameters())).items():
-            # a copy of its own: a view would be saved with all that it is a view of
+            # a copy, because saving a view would save the whole joined tensor
             destination[prefix + name] = view if keep_vars else view.detach().clone()
 
     def _load_from_state_dict(

@@ -1,4 +1,4 @@
-"""Pictures by matplotlib, without a display."""
+"""Pictures drawn by matplotlib, without a display."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from npt_fast.paths import is_directory, path_errors, user_path
 
 
 def figure_class() -> Any:
-    """matplotlib's Figure.
+    """The class `matplotlib.figure.Figure`.
 
     Raises:
-        NPTError: it is not installed.
+        NPTError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -23,10 +23,13 @@ def figure_class() -> Any:
 
 
 def check(given: str | Path) -> None:
-    """Before minutes of work: whether a picture can be drawn and its file written.
+    """Check that a picture can be drawn and written, before minutes of work.
+
+    Args:
+        given: File of the picture; its suffix is the format.
 
     Raises:
-        NPTError: matplotlib or the folder is missing, or the file's name says no format.
+        NPTError: matplotlib or the folder is missing, or the suffix is no known format.
     """
     path = user_path(given)
     formats = figure_class()().canvas.get_supported_filetypes()
@@ -38,10 +41,14 @@ def check(given: str | Path) -> None:
 
 
 def save(figure: Any, path: str | Path) -> None:
-    """Write a figure, in the format that the file's name says.
+    """Write a figure in the format of the file's suffix.
+
+    Args:
+        figure: The matplotlib figure.
+        path: File to write.
 
     Raises:
-        NPTError: the folder is missing, or the format unknown.
+        NPTError: the file cannot be written, or the format is unknown.
     """
     path = user_path(path)
     try:

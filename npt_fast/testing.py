@@ -1,4 +1,4 @@
-"""Inputs and error budgets shared by tests and benchmarks of the operators."""
+"""Inputs and error budgets that tests and benchmarks of the operators share."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from npt_fast import modules
 from npt_fast.functional import modulated_mlp
-from npt_fast.kernels.factored import Base, Modulation
+from npt_fast.kernels.factored import Factors, MLPWeights
 
 PATHS = ("gemm", "fused", "decode")
-"""Of Triton's kernels, see `npt_fast.kernels.modulated_mlp`."""
+"""Paths of the Triton kernels, see `npt_fast.kernels.modulated_mlp`."""
 IMPLEMENTATIONS = ("auto", "factored", "reference", *PATHS)
-"""Every way to compute an NP layer."""
+"""All ways to compute an NP layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +32,9 @@ class Problem:
         tokens: T.
         hidden: D.
         intermediate: F.
-        num_ranks: components k.
-        rank: r of each.
-        projections: 1 gate; 2 gate and up; 3 gate, up and down.
+        num_ranks: number of components k.
+        rank: rank r of each component.
+        projections: number of modulated projections: 1 gate; 2 gate and up; 3 gate, up and down.
         bias: whether the base projections have biases.
     """
 
@@ -54,15 +54,15 @@ def make_inputs(
     device: str = "cpu",
     requires_grad: bool = True,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, Base, Modulation]:
-    """x, h, base weights and modulation, scaled so that every path contributes about equally.
+) -> tuple[Tensor, Tensor, MLPWeights, Factors]:
+    """x, h, weights and factors, scaled by fan-in so that every term contributes about equally.
 
     Args:
-        problem: sizes.
-        dtype: of all tensors.
-        device: where they are.
-        requires_grad: of all tensors.
-        generator: draws the numbers, on its own device; one on the CPU with seed 0 if None.
+        problem: sizes of the MLP.
+        dtype: dtype of all tensors.
+        device: device of all tensors.
+        requires_grad: whether all tensors require gradients.
+        generator: generator of the numbers, on its own device; None means one on the CPU, seed 0.
     """
     source = torch.Generator().manual_seed(0) if generator is None else generator
     p = problem
@@ -76,13 +76,13 @@ def make_inputs(
         return values
 
     inputs = min(p.projections, 2)
-    base = Base(
+    weights = MLPWeights(
         tensor(f, d, fan_in=d),
         tensor(f, d, fan_in=d),
         tensor(d, f, fan_in=f),
         *((tensor(f), tensor(f), tensor(d)) if p.bias else ()),
     )
-    modulation = Modulation(
+    factors = Factors(
         tensor(d, p.projections * r, fan_in=d),
         tensor(inputs * r, d, fan_in=d),
         tensor(r, f, fan_in=f) if p.projections == 3 else None,
@@ -91,17 +91,17 @@ def make_inputs(
         tensor(r, d, fan_in=r) if p.projections == 3 else None,
         p.num_ranks,
     )
-    return tensor(p.tokens, d), tensor(p.tokens, d), base, modulation
+    return tensor(p.tokens, d), tensor(p.tokens, d), weights, factors
 
 
-def leaves(x: Tensor, h: Tensor, base: Base, modulation: Modulation) -> dict[str, Tensor]:
-    """All tensors by name, without those that are None."""
-    named = {"x": x, "h": h, **base._asdict(), **modulation._asdict()}
+def named_tensors(x: Tensor, h: Tensor, weights: MLPWeights, factors: Factors) -> dict[str, Tensor]:
+    """All tensors by name, except those that are None."""
+    named = {"x": x, "h": h, **weights._asdict(), **factors._asdict()}
     return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 def longest_sum(arguments: Any) -> int:
-    """The most terms of a sum over a dimension of any tensor among nested `arguments`."""
+    """The largest dimension of any tensor in nested `arguments`: no sum over one has more terms."""
     if isinstance(arguments, Tensor):
         return max(arguments.shape, default=0)
     if isinstance(arguments, list | tuple):
@@ -112,26 +112,27 @@ def longest_sum(arguments: Any) -> int:
 def assert_within_budget(
     actual: Tensor, exact: Tensor, low_precision: Tensor, name: str = "result", *, terms: int = 0
 ) -> None:
-    """Fail unless `actual` is about as close to `exact` as torch's own result in that precision.
+    """Fail unless `actual` is about as close to `exact` as torch's own result in its dtype.
 
     The budget is twice the Frobenius error of `low_precision`, plus one rounding of the dtype, plus
-    the rounding of sums of `terms` terms. Sums are in float32 whatever the dtype is, and their
-    error grows with the square root of the number of terms, since roundings are independent. It
-    counts because `low_precision` may happen to be much better than that: on some CPUs it is.
+    the rounding error of float32 sums of `terms` terms, which grows with the root of their number
+    (design.md#error-budgets). The last part is needed because `low_precision` may be much more
+    exact than that; on some CPUs it is.
 
     Args:
-        actual: what is tested.
-        exact: float64.
-        low_precision: an eager computation in `actual`'s dtype.
-        name: for the message.
-        terms: of the sums, one after another, that `actual` may take in another order than
-            `low_precision`.
+        actual: tensor to test.
+        exact: the same in float64.
+        low_precision: the same, computed eagerly in the dtype of `actual`.
+        name: name for the message.
+        terms: number of terms of the sums that `actual` may add in another order.
 
     Raises:
-        AssertionError: not finite, of another shape or dtype, or over budget.
+        AssertionError: `actual` is not finite, has another shape or dtype, or is over budget.
     """
     if actual.shape != exact.shape or actual.dtype != low_precision.dtype:
-        raise AssertionError(f"{name}: {actual.dtype}{tuple(actual.shape)} is of the wrong form")
+        raise AssertionError(
+            f"{name}: {actual.dtype}{tuple(actual.shape)} has the wrong shape or dtype"
+        )
     if not torch.isfinite(actual).all():
         raise AssertionError(f"{name}: not finite")
     norm = exact.norm().item()
@@ -144,15 +145,15 @@ def assert_within_budget(
 
 @contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """Every NP layer that is called within the context, in any thread, is computed in one way.
+    """Compute every NP layer that is called inside the context, in any thread, in one way.
 
-    Backward goes the way of its forward, also after the context has ended.
+    Backward follows its forward, even after the context has ended.
 
     Args:
-        name: one of `IMPLEMENTATIONS`.
+        name: a name of `IMPLEMENTATIONS`.
 
     Raises:
-        ValueError: an unknown name; and from the call of a layer, where that way cannot compute it.
+        ValueError: the name is unknown. A layer's call raises it if that way cannot compute it.
     """
     if name not in IMPLEMENTATIONS:
         raise ValueError(
@@ -169,7 +170,7 @@ def implementation(name: str) -> Iterator[None]:
         if find_spec("triton"):
             from npt_fast.kernels import modulated_mlp as kernels
 
-            # the rule itself, also where a context around this one has put something in its place
+            # the original rule, even if an outer context has replaced it
             rule = inspect.unwrap(kernels.choose_path)
             forced = wraps(rule)(lambda *_, **__: name)
             put(kernels, "choose_path", forced if path else rule)

@@ -1,6 +1,6 @@
 """Make checkpoints as the original writes them, with torch, for tests and benchmarks.
 
-Independent of the code under test: keys and shapes are written out here once more (SPEC 1.1, 2),
+Independent of the code under test: keys and shapes are written out here once more (design.md#keys),
 and what a merge wrote is read back with torch and safetensors alone.
 """
 
@@ -103,7 +103,7 @@ def write_checkpoint(
 
 
 def multi_layer_state(layers: Sequence[int], **changes: Any) -> dict[str, Any]:
-    """A ``multi_layer_state.pt`` as the multi-layer trainer writes it (SPEC 2.4)."""
+    """A ``multi_layer_state.pt`` as the original's multi-layer trainer writes it."""
     state: dict[str, Any] = {
         "layers_to_train": sorted(layers),
         "curriculum_schedule": [{"name": "teacher", "until_step": 50, "mixing_ratio": 0.0}],

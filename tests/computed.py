@@ -27,7 +27,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def steps(options: dict[str, Any]) -> str:
         taken = options.get("steps")
-        return "factored" if taken is None else "gemm" if taken is kernels.GEMM else "fused"
+        return "factored" if taken is None else "gemm" if taken is kernels.GEMM_STEPS else "fused"
 
     assert functional.factored is kernels.factored is factored
     watch(factored, "modulated_mlp", steps)

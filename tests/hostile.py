@@ -837,7 +837,7 @@ TEXT = json.dumps(HEADER)
 _DOWN_TEXT = json.dumps({W_DOWN: HEADER[W_DOWN]})[1:-1]
 _META = '"__metadata__": '
 
-# rejected by safetensors 0.8 (MERGE.md, 3d)
+# rejected by safetensors 0.8 (design.md#file-readers)
 st("hole-in-the-middle", moved(0, 64, 64, 128, 132, 228), DATA + b"\0" * 4)
 st("hole-at-the-start", moved(8, 72, 72, 136, 136, 232), b"\0" * 8 + DATA)
 st("overlap", moved(0, 64, 60, 124, 124, 220), DATA[:220])

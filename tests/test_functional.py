@@ -1,4 +1,4 @@
-"""modulated_mlp: the factored form against the definition, and the definition against SPEC 1.2."""
+"""The factored MLP against the definition, and the definition against the original's names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from npt_fast.functional import modulated_mlp, vector_norms
-from npt_fast.kernels.factored import ACTIVATIONS, Base, Modulation
-from npt_fast.testing import Problem, assert_within_budget, leaves, longest_sum, make_inputs
+from npt_fast.kernels.factored import ACTIVATIONS, Factors, MLPWeights
+from npt_fast.testing import Problem, assert_within_budget, longest_sum, make_inputs, named_tensors
 from tests.checkpoints import layer_weights
 from tests.reference import Situation
 from tests.reference import modulated_mlp as spelled_out
@@ -25,19 +25,19 @@ SIZES = [
     for k, r in ((1, 1), (1, 16), (3, 3), (8, 5))
     for bias, b in ((False, ""), (True, "-bias"))
 ]
-Inputs = tuple[Tensor, Tensor, Base, Modulation]
+Inputs = tuple[Tensor, Tensor, MLPWeights, Factors]
 
 
 def run(inputs: Inputs, **options: Any) -> Tensor:
-    x, h, base, modulation = inputs
-    gate, up, down, *biases = base
+    x, h, weights, factors = inputs
+    gate, up, down, *biases = weights
     names = ("gate_bias", "up_bias", "down_bias")
     options |= dict(zip(names, biases, strict=True))
-    return modulated_mlp(x, h, gate, up, down, modulation, **options)
+    return modulated_mlp(x, h, gate, up, down, factors, **options)
 
 
 def gradients(inputs: Inputs, y: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    tensors = leaves(*inputs)
+    tensors = named_tensors(*inputs)
     found = torch.autograd.grad(y, list(tensors.values()), dy, retain_graph=True)
     return dict(zip(tensors, found, strict=True))
 
@@ -47,21 +47,21 @@ def output_gradient(y: Tensor) -> Tensor:
 
 
 def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    x, h, base, modulation = inputs
+    x, h, weights, factors = inputs
 
     def cast(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.detach().to(dtype).requires_grad_()
 
-    return cast(x), cast(h), Base(*map(cast, base)), Modulation(*map(cast, modulation))
+    return cast(x), cast(h), MLPWeights(*map(cast, weights)), Factors(*map(cast, factors))
 
 
 @pytest.mark.parametrize("modulation", ["single", "dual", "triple"])
 @pytest.mark.parametrize("num_ranks", [1, 3])
 @pytest.mark.parametrize("impl", ["factored", "reference"])
 def test_the_definition(modulation: str, num_ranks: int, impl: str) -> None:
-    """Weights under their names in a checkpoint, evaluated name by name, say the same."""
+    """Tensors under their names in a checkpoint, evaluated name by name, give the same result."""
     weights = {
         name: tensor.double()
         for name, tensor in layer_weights(5, modulation=modulation, num_ranks=num_ranks).items()
@@ -76,7 +76,7 @@ def test_the_definition(modulation: str, num_ranks: int, impl: str) -> None:
         names = [f"{name}.{i}" for i in range(num_ranks)] if num_ranks > 1 else [name]
         return torch.cat([weights[n] for n in names], dim)
 
-    joined = Modulation(
+    joined = Factors(
         torch.cat([factor("W_down", part, 1) for part in range(count)], 1),
         torch.cat([factor("W_a_up", part, 0) for part in range(inputs)]),
         factor("W_a_up", 2, 0) if count == 3 else None,
@@ -115,17 +115,17 @@ def test_activations(activation: str) -> None:
 
 
 def test_gradcheck() -> None:
-    """Against finite differences, which know nothing of either form."""
-    x, h, base, modulation = make_inputs(
+    """Gradients equal finite differences, which are independent of both forms."""
+    x, h, weights, factors = make_inputs(
         Problem(tokens=2, hidden=3, intermediate=4, num_ranks=2, rank=2)
     )
-    *factors, num_ranks = modulation
+    *tensors, num_ranks = factors
 
-    def function(*tensors: Tensor) -> Tensor:
-        joined = Modulation(*tensors[5:], num_ranks)  # type: ignore[arg-type]
-        return modulated_mlp(*tensors[:5], joined)
+    def function(*arguments: Tensor) -> Tensor:
+        joined = Factors(*arguments[5:], num_ranks)  # type: ignore[arg-type]
+        return modulated_mlp(*arguments[:5], joined)
 
-    assert torch.autograd.gradcheck(function, (x, h, *base[:3], *factors))
+    assert torch.autograd.gradcheck(function, (x, h, *weights[:3], *tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -166,7 +166,7 @@ def a_product(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_budget_allows_another_order_of_a_sum(dtype: torch.dtype) -> None:
-    """Even where torch happens to round once alone: terms are added one by one in float32."""
+    """Adding terms one by one in float32 is allowed, even if torch itself rounds only once."""
     a, b, exact = a_product(dtype)
     found = torch.zeros(exact.shape)
     for column, row in zip(a.float().t(), b.float(), strict=True):
@@ -179,7 +179,7 @@ def without_a_term(a: Tensor, b: Tensor) -> Tensor:
 
 
 def a_wrong_scale(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b * (1 + 64 / LONG)  # as of a mean over whole tiles
+    return a @ b * (1 + 64 / LONG)  # as if padding of the last tile counted in a mean
 
 
 def without_an_element(a: Tensor, b: Tensor) -> Tensor:
@@ -215,18 +215,18 @@ def test_faults_exceed_the_budget(
 
 
 def test_no_modulation_is_the_base_mlp() -> None:
-    """W_b = 0 gives the plain MLP, and live gradients for what can change it."""
-    x, h, base, modulation = make_inputs(Problem(), dtype=torch.float32)
-    zero = modulation._replace(
+    """W_b = 0 gives the unmodulated MLP, and nonzero gradients of W_b."""
+    x, h, weights, factors = make_inputs(Problem(), dtype=torch.float32)
+    zero = factors._replace(
         **{
-            name: torch.zeros_like(getattr(modulation, name)).requires_grad_()
+            name: torch.zeros_like(getattr(factors, name)).requires_grad_()
             for name in ("w_b_gate", "w_b_up", "w_b_down")
         }
     )
-    y = run((x, h, base, zero))
-    plain = (torch.nn.functional.silu(h @ base.gate.T) * (h @ base.up.T)) @ base.down.T
+    y = run((x, h, weights, zero))
+    plain = (torch.nn.functional.silu(h @ weights.gate.T) * (h @ weights.up.T)) @ weights.down.T
     torch.testing.assert_close(y, plain)
-    found = gradients((x, h, base, zero), y, output_gradient(y))
+    found = gradients((x, h, weights, zero), y, output_gradient(y))
     assert all(found[name].abs().max() > 0 for name in ("w_b_gate", "w_b_up", "w_b_down"))
 
 
@@ -239,16 +239,16 @@ def test_no_tokens() -> None:
 
 
 def test_leading_dimensions_and_strides() -> None:
-    x, h, base, modulation = make_inputs(Problem(tokens=6))
-    expected = run((x, h, base, modulation))
-    batched = run((x.view(2, 3, -1), h.view(2, 3, -1), base, modulation))
+    x, h, weights, factors = make_inputs(Problem(tokens=6))
+    expected = run((x, h, weights, factors))
+    batched = run((x.view(2, 3, -1), h.view(2, 3, -1), weights, factors))
     assert torch.equal(batched.view(6, -1), expected)
-    columns = (x.t().contiguous().t(), h.repeat(1, 2)[:, :24], base, modulation)
+    columns = (x.t().contiguous().t(), h.repeat(1, 2)[:, :24], weights, factors)
     torch.testing.assert_close(run(columns), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_with_odd_strides() -> None:
-    """``sum()`` sends back an expanded scalar: every stride 0."""
+    """The backward of ``sum()`` gives an expanded scalar, with every stride 0."""
     inputs = make_inputs(Problem())
     y = run(inputs)
     ones = torch.ones_like(y)
@@ -262,12 +262,12 @@ def test_gradients_with_odd_strides() -> None:
 
 def test_backward_twice_and_inputs_unchanged() -> None:
     inputs = make_inputs(Problem())
-    before = {name: tensor.detach().clone() for name, tensor in leaves(*inputs).items()}
+    before = {name: tensor.detach().clone() for name, tensor in named_tensors(*inputs).items()}
     y = run(inputs)
     dy = output_gradient(y)
     first, second = gradients(inputs, y, dy), gradients(inputs, y, dy)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in leaves(*inputs).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(*inputs).items())
 
 
 @pytest.mark.parametrize(
@@ -283,10 +283,10 @@ def test_only_what_is_trained_gets_gradients(trained: set[str]) -> None:
     inputs = make_inputs(Problem())
     y = run(inputs)
     wanted = gradients(inputs, y, torch.ones_like(y))
-    for name, tensor in leaves(*inputs).items():
+    for name, tensor in named_tensors(*inputs).items():
         tensor.requires_grad_(name in trained)
     run(inputs).sum().backward()
-    for name, tensor in leaves(*inputs).items():
+    for name, tensor in named_tensors(*inputs).items():
         assert (tensor.grad is not None) == (name in trained), name
         if tensor.grad is not None:
             torch.testing.assert_close(tensor.grad, wanted[name], rtol=1e-12, atol=1e-12)
@@ -300,10 +300,10 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def test_nothing_of_the_size_of_v_is_saved() -> None:
-    """The point of the factored form: no (T, k, D) or (T, k, F) anywhere."""
+    """The factored form saves nothing of size (T, k, D) or (T, k, F)."""
     problem = Problem(tokens=8, hidden=64, intermediate=128, num_ranks=16, rank=1)
     inputs = make_inputs(problem)
-    parameters = {id(t) for t in leaves(*inputs).values()}
+    parameters = {id(t) for t in named_tensors(*inputs).values()}
     sizes: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ def test_nothing_of_the_size_of_v_is_saved() -> None:
 
 
 def test_autocast() -> None:
-    """float32 parameters, bfloat16 arithmetic, float32 gradients."""
+    """float32 parameters give bfloat16 arithmetic and float32 gradients."""
     inputs = make_inputs(Problem(tokens=32, hidden=64, intermediate=96), dtype=torch.float32)
     exact = as_dtype(inputs, torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -326,16 +326,16 @@ def test_autocast() -> None:
     truth = run(exact, impl="reference")
     assert_within_budget(y, truth, eager, terms=longest_sum(inputs))
     y.float().sum().backward()
-    assert all(tensor.grad.dtype == torch.float32 for tensor in leaves(*inputs).values())
+    assert all(tensor.grad.dtype == torch.float32 for tensor in named_tensors(*inputs).values())
 
 
 def test_float32_modulation_of_a_bfloat16_model() -> None:
-    x, h, base, _ = make_inputs(Problem(), dtype=torch.bfloat16)
-    modulation = make_inputs(Problem(), dtype=torch.float32)[3]
-    y = run((x, h, base, modulation))
+    x, h, weights, _ = make_inputs(Problem(), dtype=torch.bfloat16)
+    factors = make_inputs(Problem(), dtype=torch.float32)[3]
+    y = run((x, h, weights, factors))
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
-    assert modulation.w_down.grad is not None and modulation.w_down.grad.dtype == torch.float32
+    assert factors.w_down.grad is not None and factors.w_down.grad.dtype == torch.float32
 
 
 def test_gradient_checkpointing() -> None:
@@ -375,17 +375,17 @@ def test_compile_without_graph_breaks() -> None:
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
-    x, h, base, modulation = make_inputs(Problem())
+    x, h, weights, factors = make_inputs(Problem())
     arguments: dict[str, Any] = {"x": x, "h": h}
-    arguments |= dict(zip(("gate_weight", "up_weight", "down_weight"), base, strict=False))
+    arguments |= dict(zip(("gate_weight", "up_weight", "down_weight"), weights, strict=False))
     for name, value in change.items():
         new = torch.zeros(value) if isinstance(value, tuple) else value
-        if name in Modulation._fields:
-            modulation = modulation._replace(**{name: new})
+        if name in Factors._fields:
+            factors = factors._replace(**{name: new})
         else:
             arguments[name] = new
     with pytest.raises(ValueError, match=message):
-        modulated_mlp(**arguments, modulation=modulation)
+        modulated_mlp(**arguments, factors=factors)
 
 
 def test_importing_it_needs_no_triton() -> None:
@@ -393,13 +393,13 @@ def test_importing_it_needs_no_triton() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def formed_vectors(x: Tensor, modulation: Modulation) -> tuple[list[Tensor], list[Tensor]]:
-    """v_a and v_b of gate, up and down, each ``(..., k, width)`` (SPEC 1.1)."""
-    m, k = modulation, modulation.num_ranks
-    size = m.w_b_gate.shape[0]
+def formed_vectors(x: Tensor, factors: Factors) -> tuple[list[Tensor], list[Tensor]]:
+    """v_a and v_b of gate, up and down, each ``(..., k, width)`` (design.md#definition)."""
+    k = factors.num_ranks
+    size = factors.w_b_gate.shape[0]
     r = size // k
-    reads = [m.w_a_in[:size], m.w_a_in[size:], m.w_a_mid]
-    writes = [m.w_b_gate, m.w_b_up, m.w_b_down]
+    reads = [factors.w_a_in[:size], factors.w_a_in[size:], factors.w_a_mid]
+    writes = [factors.w_b_gate, factors.w_b_up, factors.w_b_down]
 
     def vectors(heads: list[Tensor | None]) -> list[Tensor]:
         found = []
@@ -408,7 +408,7 @@ def formed_vectors(x: Tensor, modulation: Modulation) -> tuple[list[Tensor], lis
                 continue
             components = []
             for at in range(0, size, r):
-                z = x @ m.w_down[:, index * size + at : index * size + at + r]
+                z = x @ factors.w_down[:, index * size + at : index * size + at + r]
                 components.append(z @ head[at : at + r])
             found.append(torch.stack(components, -2))
         return found
@@ -419,10 +419,10 @@ def formed_vectors(x: Tensor, modulation: Modulation) -> tuple[list[Tensor], lis
 @pytest.mark.parametrize("projections", [1, 2, 3])
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_norms_of_vectors_that_are_not_formed(projections: int, num_ranks: int) -> None:
-    x, _, _, modulation = make_inputs(Problem(projections=projections, num_ranks=num_ranks))
+    x, _, _, factors = make_inputs(Problem(projections=projections, num_ranks=num_ranks))
     x = x.detach().view(7, 1, -1).expand(7, 2, -1).clone().requires_grad_()  # leading dimensions
-    found = vector_norms(x, modulation)
-    v_a, v_b = formed_vectors(x, modulation)
+    found = vector_norms(x, factors)
+    v_a, v_b = formed_vectors(x, factors)
     assert len(v_a) == len(v_b) == projections
     for squares, vectors in ((found.v_a, v_a), (found.v_b, v_b)):
         expected = torch.stack([v.square().sum(-1) for v in vectors], -2)
@@ -430,32 +430,32 @@ def test_norms_of_vectors_that_are_not_formed(projections: int, num_ranks: int) 
         torch.testing.assert_close(squares, expected, rtol=1e-12, atol=1e-12)
     cosine = torch.nn.functional.cosine_similarity(v_a[0], x.unsqueeze(-2), dim=-1).mean(-1)
     torch.testing.assert_close(found.similarity, cosine, rtol=1e-10, atol=1e-12)
-    # the mean over components and entries of each vector, and the sum over the vectors (SPEC 5.4)
+    # mean over components and entries of each vector, summed over vectors (design.md#losses)
     mean_square = sum((v.square().mean((-1, -2)) for v in (*v_a, *v_b)), torch.zeros(()))
     torch.testing.assert_close(found.mean_square, mean_square, rtol=1e-12, atol=1e-12)
-    factors = [x, *(t for t in modulation if isinstance(t, Tensor))]
-    wanted = torch.autograd.grad(mean_square.sum(), factors)
+    leaf_tensors = [x, *(t for t in factors if isinstance(t, Tensor))]
+    wanted = torch.autograd.grad(mean_square.sum(), leaf_tensors)
     for gradient, expected in zip(
-        torch.autograd.grad(found.mean_square.sum(), factors), wanted, strict=True
+        torch.autograd.grad(found.mean_square.sum(), leaf_tensors), wanted, strict=True
     ):
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_norms_are_measured_in_float32_at_least() -> None:
-    """Squares of small numbers would vanish in the precision of an attention output."""
-    x, _, _, modulation = make_inputs(Problem(num_ranks=3), dtype=torch.float32)
+    """Squares of small numbers would underflow in the dtype of an attention output."""
+    x, _, _, factors = make_inputs(Problem(num_ranks=3), dtype=torch.float32)
     low = (x * 1e-2).to(torch.float16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = vector_norms(low, modulation)
+        found = vector_norms(low, factors)
     assert all(value.dtype == torch.float32 for value in found)
-    exact = Modulation(*(t.double() if isinstance(t, Tensor) else t for t in modulation))
+    exact = Factors(*(t.double() if isinstance(t, Tensor) else t for t in factors))
     v_a, _ = formed_vectors(low.double(), exact)
     expected = torch.stack([v.square().sum(-1) for v in v_a], -2)
     torch.testing.assert_close(found.v_a.double(), expected, rtol=1e-4, atol=1e-12)
 
 
 def test_no_vectors_have_no_norm_and_no_direction() -> None:
-    """At the start W_b is zero: 0, not NaN."""
-    x, _, _, modulation = make_inputs(Problem(), dtype=torch.float32)
-    zero = Modulation(*(t * 0 if isinstance(t, Tensor) else t for t in modulation))
+    """With W_b zero, norms and similarity are 0, not NaN."""
+    x, _, _, factors = make_inputs(Problem(), dtype=torch.float32)
+    zero = Factors(*(t * 0 if isinstance(t, Tensor) else t for t in factors))
     assert all(not value.any() for value in vector_norms(x, zero))

@@ -1,4 +1,4 @@
-"""How components start: every row of SPEC 1.4's table, by facts of the distributions."""
+"""Every row of the table of initializations (design.md#initialization), by its distributions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports go one way (DESIGN.md, section 2), and nothing is in the way of other packages."""
+"""Imports go one way (design.md#layering), and nothing is in the way of other packages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,10 @@ FOREIGN = {
 
 
 def sources() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts) + [
-        path
+    return sorted(PACKAGE.rglob("*.py")) + [
+        PACKAGE / path.relative_to(ROOT)
         for link in ("benchmarks", "cli", "kernels")  # Path.rglob does not follow links
-        for path in sorted((PACKAGE / link).glob("*.py"))
+        for path in sorted((ROOT / link).rglob("*.py"))
     ]
 
 
@@ -78,6 +79,7 @@ CASES = sorted(set(sources()))
 
 def test_sources_are_found_through_the_links() -> None:
     assert {"checkpoint", "cli", "config", "errors"} <= {part_of(path) for path in CASES}
+    assert PACKAGE / "cli" / "shell" / "commands" / "tokens.py" in CASES
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -95,6 +97,43 @@ def test_imports_go_one_way(path: Path) -> None:
             continue
         assert part in ALLOWED, f"{path}: say in tests/test_layering.py what {part} may import"
         assert target in ALLOWED[part], f"{path} imports {name}"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(["npt_fast", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(
+        ".__init__"
+    )
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A circle of imports, empty if there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_imports_have_no_circle() -> None:
+    """Those within functions and for type checkers count: a reader meets them all the same."""
+    modules = {module_of(path): path for path in CASES}
+    graph = {
+        name: {
+            target
+            for found in imports(path)
+            for target in (found, found.rpartition(".")[0])
+            if target in modules and target not in (name, "npt_fast")
+        }
+        for name, path in modules.items()
+        if name != "npt_fast"  # loads everything on first use, and is what a user imports
+    }
+    assert circle(graph) == []
+    assert circle({**graph, "npt_fast.errors": {"npt_fast.cli.main"}}) != []
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_readable_at_one_sitting(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 450
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: str(path.relative_to(PACKAGE)))

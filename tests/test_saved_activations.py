@@ -1,4 +1,4 @@
-"""What the modulated MLP keeps for backward, counted, is what KERNELS 2.3 says."""
+"""Bytes that backward needs, counted, equal the formula (design.md#saved-activations)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _8b = partial(Problem, hidden=4096, intermediate=14336)
         pytest.param(_8b(tokens=2048, num_ranks=128, rank=64), 355, 255, id="8B-R8192"),
     ],
 )
-def test_the_formula_gives_the_table_of_kernels(
+def test_the_formula_gives_the_table_of_the_design(
     problem: Problem, saved: int, recomputed: int
 ) -> None:
     """Megabytes per layer in bfloat16."""
@@ -46,7 +46,7 @@ def test_the_formula_gives_the_table_of_kernels(
 
 
 def test_the_reference_keeps_v_and_the_factored_form_does_not() -> None:
-    """Ten times the components, of a tenth of the rank: the same factors, ten times v_a and v_b."""
+    """Ten times the components with a tenth of the rank: equal factors, ten times v_a and v_b."""
     few, many = (
         Problem(tokens=5, hidden=64, intermediate=96, num_ranks=k, rank=r)
         for k, r in ((2, 20), (20, 2))

@@ -82,8 +82,8 @@ def test_backward_goes_the_way_of_its_forward(
         seen.append("fused")
         return kernels.swiglu_bwd(*tensors)
 
-    steps = kernels.FUSED._replace(gated_backward=lambda *a: swiglu_bwd(*a[:-1]))
-    monkeypatch.setattr(kernels, "FUSED", steps)
+    steps = kernels.FUSED_STEPS._replace(gated_activation_backward=lambda *a: swiglu_bwd(*a[:-1]))
+    monkeypatch.setattr(kernels, "FUSED_STEPS", steps)
     with implementation("fused"):
         y = compute(component, mlp)
     y.sum().backward()

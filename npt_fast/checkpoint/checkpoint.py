@@ -12,14 +12,9 @@ from typing import Any, TypeVar
 from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.digests import DIGESTS, TensorDigest, read_digests
+from npt_fast.checkpoint.merge_summary import MergeSummary, Provenance
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
-from npt_fast.checkpoint.records import (
-    Description,
-    LaterVersionError,
-    LayerDescription,
-    MergeSummary,
-    Provenance,
-)
+from npt_fast.checkpoint.npt_config import Description, LaterVersionError, LayerDescription
 from npt_fast.checkpoint.tensor_source import (
     WEIGHTS,
     TensorSource,
@@ -58,7 +53,7 @@ class LayerRecord:
     """What a checkpoint says about where a layer comes from.
 
     Attributes:
-        residual: ``"removed"``, ``"kept"``, or None where nothing tells (SPEC 1.3).
+        residual: ``"removed"``, ``"kept"``, or None where nothing tells (design.md#layer).
         step: optimizer steps the layer was trained for.
         fidelity: measured quality, as training recorded it.
         source: the checkpoint that this one got the layer from; None when it trained it itself.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from npt_fast.checkpoint.np_module import NPModule
+from npt_fast.checkpoint.np_module import Architecture, NPModule, flat
 from npt_fast.checkpoint.numbers import count_non_finite, read_number, sum_of_squares
 from npt_fast.checkpoint.plan import plan_merge
 from npt_fast.checkpoint.recipe import Recipe
@@ -54,9 +54,7 @@ class LayerInfo:
 
     Attributes:
         layer: index.
-        modulation: ``"single"``, ``"dual"`` or ``"triple"``.
-        num_ranks: components per projection.
-        rank: bottleneck of each.
+        architecture: modulation type, num_ranks, rank and widths.
         dtypes: element types.
         tensors: number of tensors.
         parameters: number of weights.
@@ -70,9 +68,7 @@ class LayerInfo:
     """
 
     layer: int
-    modulation: str
-    num_ranks: int
-    rank: int
+    architecture: Architecture
     dtypes: list[str]
     tensors: int
     parameters: int
@@ -131,7 +127,9 @@ class CheckpointReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, which has no NaN or infinity: None instead."""
-        plain: dict[str, Any] = _finite(asdict(self))
+        plain: dict[str, Any] = _finite(
+            {**asdict(self), "layers": [flat(layer) for layer in self.layers]}
+        )
         return plain
 
 
@@ -185,9 +183,9 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
         except CheckpointError as error:
             problems.append(f"{error}; its files cannot be listed")
     layers = [_layer(checkpoint, module, values) for module in checkpoint.modules.values()]
-    modulations = {info.modulation for info in layers}
-    num_ranks = {info.num_ranks for info in layers}
-    ranks = {info.rank for info in layers}
+    modulations = {info.architecture.modulation for info in layers}
+    num_ranks = {info.architecture.num_ranks for info in layers}
+    ranks = {info.architecture.rank for info in layers}
     architecture = next(iter(checkpoint.modules.values())).architecture
     merge = None
     if checkpoint.summary is not None:
@@ -232,9 +230,7 @@ def _layer(checkpoint: Checkpoint, module: NPModule, values: bool) -> LayerInfo:
     reader = NearbyReader() if values else None
     return LayerInfo(
         layer=module.layer,
-        modulation=module.architecture.modulation,
-        num_ranks=module.architecture.num_ranks,
-        rank=module.architecture.rank,
+        architecture=module.architecture,
         dtypes=module.dtypes,
         tensors=len(module.tensors),
         parameters=module.numel,

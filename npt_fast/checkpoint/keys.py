@@ -1,4 +1,4 @@
-"""The names of NPT tensors: ``layer_11_np.W_down_gate.0`` (SPEC 2.1).
+"""The names of NPT tensors: ``layer_11_np.W_down_gate.0`` (design.md#keys).
 
 ``W_down_up`` is the bottleneck of the *up* projection and ``W_a_up_down`` the a-head of the *down*
 projection: the stem is matched whole, and what follows it is the projection.
@@ -10,12 +10,13 @@ import re
 from dataclasses import dataclass
 
 STEMS = ("W_down", "W_a_up", "W_b_up")
-PROJECTIONS = {
+PROJECTIONS = ("gate", "up", "down")
+PROJECTIONS_OF = {
     "single": ("",),
     "dual": ("gate", "up"),
     "triple": ("gate", "up", "down"),
 }
-"""Modulation type -> its projections; single modulation has only gate and does not name it."""
+"""Projections by modulation type, as names of tensors have them: single has gate without a name."""
 
 _KEY = re.compile(
     r"(?:layer_(?P<layer>0|[1-9][0-9]{0,4})_np\."

@@ -26,8 +26,8 @@ from npt_fast.checkpoint.safetensors_file import build_header
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.tensor_source import SAFETENSORS_INDEX, SAFETENSORS_WEIGHTS
-from npt_fast.checkpoint.torch_pickle import StorageRef, TensorRef
 from npt_fast.checkpoint.torch_pickle_writer import encode
+from npt_fast.checkpoint.torch_symbols import StorageRef, TensorRef
 from npt_fast.checkpoint.torch_zip import (
     CENTRAL,
     END,

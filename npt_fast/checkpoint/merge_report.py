@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
 from npt_fast.checkpoint.merged_layer import MergedLayer
+from npt_fast.checkpoint.np_module import Architecture, flat
 from npt_fast.checkpoint.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -25,11 +26,9 @@ class LayerReport:
 
     Attributes:
         layer: index.
-        source: input it came from; several joined by `` + ``.
+        source: input it came from; several are joined by ``+``.
         step: optimizer steps it was trained for, where known.
-        modulation: ``"single"``, ``"dual"`` or ``"triple"``.
-        num_ranks: components per projection.
-        rank: bottleneck of each.
+        architecture: modulation type, num_ranks, rank and widths.
         parameters: number of weights.
         changed: tensors that are not plain copies.
         optimizer: ``"kept"``, ``"fresh"``, ``"partly fresh"``, or ``"left out"``.
@@ -38,9 +37,7 @@ class LayerReport:
     layer: int
     source: str
     step: int | None
-    modulation: str
-    num_ranks: int
-    rank: int
+    architecture: Architecture
     parameters: int
     changed: int
     optimizer: str
@@ -86,7 +83,8 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         verification = self.verification.to_dict() if self.verification else None
-        return {**asdict(self), "verification": verification}
+        layers = [flat(layer) for layer in self.layers]
+        return {**asdict(self), "layers": layers, "verification": verification}
 
 
 def report_of(
@@ -109,9 +107,7 @@ def report_of(
                 layer=merged.layer,
                 source=merged.source,
                 step=merged.step,
-                modulation=merged.architecture.modulation,
-                num_ranks=merged.architecture.num_ranks,
-                rank=merged.architecture.rank,
+                architecture=merged.architecture,
                 parameters=sum(recipe.numel for recipe in recipes),
                 changed=sum(not recipe.is_copy for recipe in recipes),
                 optimizer="left out" if plan.options.weights_only else merged.optimizer(),
@@ -122,7 +118,7 @@ def report_of(
         layers=layers,
         total_parameters=sum(recipe.numel for recipe in plan.weights),
         checkpoint_keys=len(plan.weights),
-        global_step=plan.base.global_step if plan.base else None,
+        global_step=plan.scalars_from.global_step if plan.scalars_from else None,
         files={file.name: file.size for file in plan.files},
         ways={way: count for way, count in ways.items() if count},
         free_bytes=free,
@@ -136,7 +132,7 @@ def report_of(
 
 
 def summary_of(plan: MergePlan, target: Path, digests: DigestWriter) -> dict[str, Any]:
-    """The content of ``merge_summary.json``: the original's keys first, then ours (SPEC 2.6)."""
+    """The content of ``merge_summary.json`` (design.md#checkpoint-files)."""
     files = plan.small_digests()
     if digests.sha256:
         files[DIGESTS] = digests.sha256

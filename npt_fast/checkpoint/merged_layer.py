@@ -9,7 +9,7 @@ from typing import Any
 
 from npt_fast.checkpoint.checkpoint import Checkpoint
 from npt_fast.checkpoint.dtypes import DType
-from npt_fast.checkpoint.keys import PROJECTIONS
+from npt_fast.checkpoint.keys import PROJECTIONS_OF
 from npt_fast.checkpoint.np_module import Architecture, NPModule, Slot
 from npt_fast.checkpoint.recipe import Recipe, check_castable
 from npt_fast.checkpoint.training_state import SlotState, TrainingState
@@ -220,8 +220,8 @@ def _residuals(layer: int, parts: Sequence[Part]) -> set[str]:
 
 
 def _common(architectures: Sequence[Architecture]) -> Architecture:
-    """The smallest architecture that all can be padded to without changing them (SPEC 1.6)."""
-    kinds = list(PROJECTIONS)
+    """The smallest architecture that all can be padded to unchanged (design.md#padding)."""
+    kinds = list(PROJECTIONS_OF)
     return replace(
         architectures[0],
         modulation=max((a.modulation for a in architectures), key=kinds.index),
@@ -231,6 +231,6 @@ def _common(architectures: Sequence[Architecture]) -> Architecture:
 
 
 def make_uniform(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
-    """All layers padded to one architecture (SPEC 1.6)."""
+    """Pad all layers to one architecture (design.md#padding)."""
     common = _common([merged.architecture for merged in layers])
     return [replace(merged, architecture=common) for merged in layers]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from npt_fast.checkpoint.keys import PROJECTIONS, STEMS, NPTKey, parse_key
+from npt_fast.checkpoint.keys import PROJECTIONS_OF, STEMS, NPTKey, parse_key
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.errors import CheckpointError
 
@@ -31,15 +32,18 @@ class Architecture:
     hidden_size: int
     intermediate_size: int
 
+    def __str__(self) -> str:
+        return f"{self.modulation}, num_ranks {self.num_ranks}, rank {self.rank}"
+
     def slots(self) -> Iterator[Slot]:
-        """All places in the order in which parameters are saved and optimized (SPEC 2.1, 2.3)."""
-        for projection in PROJECTIONS[self.modulation]:
+        """All places, in the order in which parameters are saved and optimized (design.md#keys)."""
+        for projection in PROJECTIONS_OF[self.modulation]:
             for stem in STEMS:
                 for component in range(self.num_ranks):
                     yield projection, stem, component
 
     def shape(self, slot: Slot) -> tuple[int, int]:
-        """Rows and columns of the tensor in a slot (SPEC 1.1; [in, out] convention)."""
+        """Rows and columns of the tensor in a slot, as [in, out] (design.md#definition)."""
         d, f, r = self.hidden_size, self.intermediate_size, self.rank
         projection, stem, _ = slot
         if stem == "W_down":
@@ -56,6 +60,17 @@ class Architecture:
 
     def names(self, layer: int) -> list[str]:
         return [str(self.key(layer, slot)) for slot in self.slots()]
+
+
+def flat(report: Any) -> dict[str, Any]:
+    """A layer's report for JSON: modulation, num_ranks and rank in place of its `Architecture`."""
+    content: dict[str, Any] = {}
+    for name, value in asdict(report).items():
+        if name == "architecture":
+            content |= {key: value[key] for key in ("modulation", "num_ranks", "rank")}
+        else:
+            content[name] = value
+    return content
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +125,7 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
         return CheckpointError(f"{where}: layer {layer} {problem}")
 
     projections = {key.projection for key in found}
-    modulation = next((m for m, names in PROJECTIONS.items() if set(names) == projections), None)
+    modulation = next((m for m, names in PROJECTIONS_OF.items() if set(names) == projections), None)
     if modulation is None:
         present = ", ".join(sorted(name or "single" for name in projections))
         raise fail(f"is incomplete: it has tensors for {present} only")
@@ -119,7 +134,7 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
         raise fail(f"is incomplete: component {num_ranks - 1} is there, earlier ones are not")
     tensors: dict[Slot, TensorEntry] = {}
     numbered = any(key.component is not None for key in found)
-    for projection in PROJECTIONS[modulation]:
+    for projection in PROJECTIONS_OF[modulation]:
         for stem in STEMS:
             for component in range(num_ranks):
                 key = NPTKey(layer, projection, stem, component if numbered else None)
@@ -134,7 +149,7 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
             raise fail(f"is not made of numbers to train: {entry.name} is {entry.dtype.name}")
         if len(entry.shape) != 2 or not entry.numel:
             raise fail(f"has a tensor of the wrong shape: {entry.name} is {list(entry.shape)}")
-    first = PROJECTIONS[modulation][0]
+    first = PROJECTIONS_OF[modulation][0]
     d, r = tensors[first, "W_down", 0].shape
     f = tensors[first, "W_b_up", 0].shape[1]
     architecture = Architecture(modulation, num_ranks, r, d, f)

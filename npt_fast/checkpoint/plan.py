@@ -37,15 +37,15 @@ from npt_fast.checkpoint.merged_layer import (
     make_uniform,
     resolve_conflicts,
 )
+from npt_fast.checkpoint.npt_config import Description, LayerDescription
 from npt_fast.checkpoint.recipe import Recipe, check_castable
-from npt_fast.checkpoint.records import FORMAT_VERSION
 from npt_fast.checkpoint.tensor_source import PT_WEIGHTS
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,
     SlotState,
     TrainingState,
-    base_state,
+    furthest_trained,
     join_multi_layer_states,
     read_multi_layer_state,
     read_training_state,
@@ -67,7 +67,8 @@ class MergePlan:
         layers: merged layers, ascending.
         weights: recipes of all weights, in parameter order.
         files: output files.
-        base: training state whose scalars are kept; None when no training state is written.
+        scalars_from: the training state whose scalars the merge keeps; None when no training state
+            is written.
         warnings: lines for the user.
         notes: lines for the user that need no attention.
     """
@@ -77,7 +78,7 @@ class MergePlan:
     layers: tuple[MergedLayer, ...]
     weights: tuple[Recipe, ...]
     files: tuple[OutputFile, ...]
-    base: TrainingState | None
+    scalars_from: TrainingState | None
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -159,20 +160,22 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
         "merged_from": [item.checkpoint.given for item in inputs],
         "merged_layers": [merged.layer for merged in layers],
     }
-    base = None if options.weights_only else base_state([i.state for i in inputs if i.state])
-    npt_config = _npt_config(inputs, layers)
+    scalars_from = (
+        None if options.weights_only else furthest_trained([i.state for i in inputs if i.state])
+    )
+    npt_config = _description(inputs, layers).to_dict()
     files = _weight_files(inputs, options, weights, npt_config)
-    if base is not None:
-        files.append(_training_state_file(base, inputs, layers, merge_info))
+    if scalars_from is not None:
+        files.append(_training_state_file(scalars_from, inputs, layers, merge_info))
     elif not options.weights_only:
         warnings.append("No valid training states found; training starts with a fresh optimizer")
-    files += _multi_layer_state_file(inputs, options, layers, base)
+    files += _multi_layer_state_file(inputs, options, layers, scalars_from)
     sources = {str(merged.layer): merged.source for merged in layers}
     files += _config_file(inputs, {**merge_info, "layer_sources": sources}, warnings)
     files.append(BytesFile(NPT_CONFIG, strict_json.dump(npt_config)))
     notes = tuple(note for item in inputs for note in item.checkpoint.notes)
     return MergePlan(
-        inputs, options, tuple(layers), weights, tuple(files), base, tuple(warnings), notes
+        inputs, options, tuple(layers), weights, tuple(files), scalars_from, tuple(warnings), notes
     )
 
 
@@ -237,7 +240,7 @@ def _without_unlike_moments(
 def _group(inputs: Sequence[MergeInput]) -> TrainingState | None:
     """The state that the merged optimizer has its hyperparameters from."""
     states = [item.state for item in inputs if item.state is not None]
-    return base_state([state for state in states if state.group is not None])
+    return furthest_trained([state for state in states if state.group is not None])
 
 
 def _check_same_base(inputs: Sequence[MergeInput], options: MergeOptions) -> None:
@@ -275,37 +278,31 @@ def _refuse_difference(name: str, known: Mapping[str, object], remedy: str) -> N
         )
 
 
-def _npt_config(inputs: Sequence[MergeInput], layers: Sequence[MergedLayer]) -> dict[str, Any]:
-    """The content of ``npt_config.json`` (DESIGN 5)."""
+def _description(inputs: Sequence[MergeInput], layers: Sequence[MergedLayer]) -> Description:
+    """The merged checkpoint's ``npt_config.json``."""
     checkpoints = [item.checkpoint for item in inputs]
     architecture = layers[0].architecture
 
     def first_known(values: Iterator[Any]) -> Any:
         return next((value for value in values if value is not None), None)
 
+    sizes = {
+        "hidden_size": architecture.hidden_size,
+        "intermediate_size": architecture.intermediate_size,
+        "num_hidden_layers": first_known(c.base_size("num_hidden_layers") for c in checkpoints),
+        "vocab_size": first_known(c.base_size("vocab_size") for c in checkpoints),
+    }
     described = {}
     for merged in layers:
         record = merged.parts[0].origin.checkpoint.record(merged.layer)
-        described[str(merged.layer)] = {
-            "modulation": merged.architecture.modulation,
-            "num_ranks": merged.architecture.num_ranks,
-            "rank": merged.architecture.rank,
-            "residual": merged.residual,
-            "step": merged.step,
-            "source": merged.source,
-            "fidelity": record.fidelity if len(merged.parts) == 1 else None,
-        }
-    return {
-        "format_version": FORMAT_VERSION,
-        "base_model": {
-            "name": first_known(c.model_name for c in checkpoints),
-            "hidden_size": architecture.hidden_size,
-            "intermediate_size": architecture.intermediate_size,
-            "num_hidden_layers": first_known(c.base_size("num_hidden_layers") for c in checkpoints),
-            "vocab_size": first_known(c.base_size("vocab_size") for c in checkpoints),
-        },
-        "layers": described,
-    }
+        described[merged.layer] = LayerDescription.of(
+            merged.architecture,
+            merged.residual,
+            step=merged.step,
+            source=merged.source,
+            fidelity=record.fidelity if len(merged.parts) == 1 else None,
+        )
+    return Description(first_known(c.model_name for c in checkpoints), sizes, described)
 
 
 def _weight_files(
@@ -324,13 +321,13 @@ def _weight_files(
 
 
 def _training_state_file(
-    base: TrainingState,
+    scalars_from: TrainingState,
     inputs: Sequence[MergeInput],
     layers: Sequence[MergedLayer],
     merge_info: Mapping[str, Any],
 ) -> OutputFile:
-    """The base's scalars with the moments of all layers, in the merged parameter order."""
-    content = dict(base.content)
+    """One state's scalars with the moments of all layers, in the merged parameter order."""
+    content = dict(scalars_from.content)
     group = _group(inputs)
     if group is not None and group.group is not None:
         moments: dict[int, dict[str, Any]] = {}
@@ -385,7 +382,7 @@ def _multi_layer_state_file(
     inputs: Sequence[MergeInput],
     options: MergeOptions,
     layers: Sequence[MergedLayer],
-    base: TrainingState | None,
+    scalars_from: TrainingState | None,
 ) -> list[OutputFile]:
     template: Mapping[str, Any] | None
     if options.copy_multi_layer_state is not None:
@@ -395,7 +392,7 @@ def _multi_layer_state_file(
                 raise CheckpointError(f"{path}: no such file; --copy-multi-layer-state needs one")
         template = read_multi_layer_state(path)
     else:
-        preferred = [i for i in inputs if i.state is base and base is not None]
+        preferred = [i for i in inputs if i.state is scalars_from is not None]
         template = next(
             (i.multi_layer_state for i in [*preferred, *inputs] if i.multi_layer_state), None
         )

@@ -16,7 +16,7 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.safetensors_file import read_safetensors
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
-from npt_fast.checkpoint.torch_pickle import TensorRef
+from npt_fast.checkpoint.torch_symbols import TensorRef
 from npt_fast.checkpoint.torch_zip import TorchZip, read_torch_zip
 from npt_fast.checkpoint.training_run import BEST, CHECKPOINTS, FINAL, checkpoints_in
 from npt_fast.errors import CheckpointError
@@ -181,7 +181,7 @@ def _open_shards(index: Path) -> TensorSource:
         metadata = metadata or content.metadata
         for name, entry in content.entries.items():
             if weight_map.get(name) != shard:
-                # other readers would take either copy (MERGE.md, 3c)
+                # other readers would take either copy (design.md#file-readers)
                 says = f"says it is in {weight_map[name]}" if name in weight_map else "lacks it"
                 raise CheckpointError(f"{index}: {name:.80} is in {shard}, but the index {says}")
             tensors[name] = entry

@@ -13,76 +13,37 @@ whoever walks through them.
 
 The opcodes accepted are those that ``torch.load(weights_only=True)`` accepts (protocol 2, what
 ``torch.save`` writes), so that whatever is readable here is readable there. The one addition is
-the numpy scalar that a cosine schedule leaves in optimizer and scheduler state (SPEC 2.3).
+the numpy scalar that a cosine schedule leaves in optimizer and scheduler state
+(design.md#training-state).
 """
 
 from __future__ import annotations
 
-import re
 import struct
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, pairwise
+from collections.abc import Callable
 from typing import Any
 
-from npt_fast.checkpoint.dtypes import BY_STORAGE, BY_TORCH_NAME, DType
-from npt_fast.errors import CheckpointError, printable
+from npt_fast.checkpoint.pickle_content import at, check_content
+from npt_fast.checkpoint.torch_symbols import (
+    KNOWN,
+    REDUCERS,
+    Builder,
+    NumpyDType,
+    OrderedDict,
+    StorageRef,
+    Symbol,
+    is_plain_dtype_state,
+)
+from npt_fast.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 1 << 30
 """Of reader and writer: 13 million tensors, at the 80 bytes that torch.save takes for one."""
 MAX_STRING = 1 << 20
 """Bytes of a string, likewise."""
-MAX_DEPTH = 64
-"""Containers inside each other, likewise."""
 
 _SMALL_MEMORY = 64 << 20
 _MEMORY_PER_BYTE = 24  # AdamW's state as torch.save writes it is charged 9
-_MAX_RANK = 64
 _MAX_KEY = 1 << 63  # integers beyond it can be chosen so that all have the same hash
-_MAX_PATH = 160  # characters of keys in a message
-_NUMPY_SCALARS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "b1": "?"}
-
-
-@dataclass(frozen=True, slots=True)
-class StorageRef:
-    """A record ``data/<key>`` of `numel` elements; `dtype` is None for an untyped storage."""
-
-    dtype: DType | None
-    key: str
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A strided view of a storage; `offset` and `strides` count elements."""
-
-    storage: StorageRef
-    dtype: DType
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _Global:
-    """A symbol that the table knows, not the object of that name."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class _OrderedDict(dict[Any, Any]):
-    """A dict that BUILD may give attributes to; half the size of `collections.OrderedDict`."""
-
-    __slots__ = ()
-
-
-@dataclass(slots=True)
-class _NumpyDType:
-    code: str
-    ready: bool = False
 
 
 class _Marker:
@@ -90,25 +51,6 @@ class _Marker:
 
 
 _MARK = _Marker()
-_DEVICE = re.compile(r"[a-z]{1,16}(:[0-9]{1,4})?")
-_KNOWN = {
-    name: _Global(name)
-    for name in (
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_tensor_v3",
-        "torch._utils._rebuild_parameter",
-        "collections.Counter",
-        "collections.OrderedDict",
-        "torch.Size",
-        "torch.storage.UntypedStorage",
-        "numpy._core.multiarray.scalar",
-        "numpy.core.multiarray.scalar",
-        "numpy.dtype",
-        "_codecs.encode",
-        *(f"torch.{storage}" for storage in BY_STORAGE),
-        *(f"torch.{name}" for name in BY_TORCH_NAME),
-    )
-}
 
 
 def decode(
@@ -128,7 +70,7 @@ def decode(
     machine = _Machine(data, where, check_storage)
     try:
         value = machine.run()
-        _check_content(value, machine)
+        check_content(value, machine.max_memory, machine.fail)
         return value
     except (IndexError, ValueError, struct.error, RecursionError):
         at = machine.position
@@ -136,21 +78,19 @@ def decode(
         raise CheckpointError(f"{where}: the pickle is {cut}") from None
 
 
-class _Machine:
+class _Machine(Builder):
     """The pickle stack machine, reduced to data."""
 
     def __init__(
         self, data: bytes, where: str, check_storage: Callable[[StorageRef], None]
     ) -> None:
+        super().__init__(check_storage)
         self.data = data
         self.where = where
-        self.check_storage = check_storage
         self.position = 0
         self.stack: list[Any] = []
         self.memo: list[Any] = []  # picklers count from zero, and a list takes a tenth of a dict
         self.far_memo: dict[int, Any] = {}
-        self.storages: dict[str, StorageRef] = {}
-        self.sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # shapes repeat; each is kept once
         self.memory = 0
         self.max_memory = _SMALL_MEMORY + _MEMORY_PER_BYTE * len(data)
 
@@ -158,7 +98,6 @@ class _Machine:
         return CheckpointError(f"{self.where}: {problem}")
 
     def refuse(self, problem: str) -> CheckpointError:
-        """As `fail`, with the keys that lead to the value which is being read."""
         keys: list[str] = []
         candidate: str | None = None
         in_list = False
@@ -169,9 +108,9 @@ class _Machine:
                 in_list = type(before) is list
             elif type(item) is str and not in_list:
                 candidate = item
-            elif not isinstance(item, (dict, list, _Global)):
+            elif not isinstance(item, (dict, list, Symbol)):
                 candidate = None
-        return self.fail(_at(keys, problem))
+        return self.fail(at(keys, problem))
 
     def run(self) -> Any:
         """Execute up to STOP and return the one value left."""
@@ -296,7 +235,7 @@ class _Machine:
 
     def set_items(self, items: list[Any]) -> None:
         target = self.top()
-        if type(target) not in (dict, _OrderedDict) or len(items) % 2:
+        if type(target) not in (dict, OrderedDict) or len(items) % 2:
             raise self.fail("malformed pickle: SETITEM on something that is not a dict")
         self.charge(50 * len(items))
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -314,7 +253,7 @@ class _Machine:
 
     def find_global(self) -> None:
         module, name = self.line(), self.line()
-        symbol = _KNOWN.get(f"{module}.{name}")
+        symbol = KNOWN.get(f"{module}.{name}")
         if symbol is None:
             raise self.refuse(
                 f"refers to {module:.40}.{name:.40}, but only plain data and tensors are read; "
@@ -327,19 +266,19 @@ class _Machine:
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
-        if isinstance(target, _OrderedDict) and type(state) is dict:
+        if isinstance(target, OrderedDict) and type(state) is dict:
             return  # attributes of a state dict (`_metadata`): nothing that we keep
-        if isinstance(target, _NumpyDType) and _is_plain_dtype_state(state):
+        if isinstance(target, NumpyDType) and is_plain_dtype_state(state):
             target.ready = True
             return
         raise self.refuse("BUILD on something that takes no state; refused")
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
-        if not isinstance(function, _Global) or type(arguments) is not tuple:
+        if not isinstance(function, Symbol) or type(arguments) is not tuple:
             raise self.refuse("REDUCE of something that is not a known function; refused")
         try:
-            build = _REDUCERS[function.name]
+            build = REDUCERS[function.name]
         except KeyError:
             raise self.refuse(f"calls {function.name}; refused") from None
         try:
@@ -347,236 +286,6 @@ class _Machine:
         except TypeError:
             raise self.refuse(f"calls {function.name} with the wrong arguments") from None
 
-    # what the known functions build ------------------------------------------------------------
-
-    def storage(self, pid: Any) -> StorageRef:
-        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
-            raise self.fail("a persistent id that is not a storage; refused")
-        _, kind, key, location, numel = pid
-        name = kind.name.removeprefix("torch.") if isinstance(kind, _Global) else ""
-        if name not in BY_STORAGE and name != "storage.UntypedStorage":
-            raise self.fail("a storage of an unknown type; refused")
-        plain = type(key) is str and type(location) is str and _is_count(numel)
-        if not plain or not _DEVICE.fullmatch(location):
-            raise self.fail("a malformed storage id; refused")
-        dtype = BY_STORAGE.get(name)
-        known = self.storages.get(key)
-        if known is None:
-            self.charge(150)
-            known = self.storages[key] = StorageRef(dtype, key, numel)
-            self.check_storage(known)
-        elif known.dtype is not dtype or known.numel != numel:
-            raise self.fail(f"storage {key!r:.40} is described in two different ways; refused")
-        return known
-
-    def tensor_v2(
-        self, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any
-    ) -> TensorRef:
-        if not isinstance(storage, StorageRef) or storage.dtype is None:
-            raise self.fail("a tensor without a typed storage; refused")
-        return self.tensor(storage, storage.dtype, offset, shape, strides, requires_grad, hooks)
-
-    def tensor_v3(
-        self,
-        storage: Any,
-        offset: Any,
-        shape: Any,
-        strides: Any,
-        requires_grad: Any,
-        hooks: Any,
-        dtype: Any,
-    ) -> TensorRef:
-        name = dtype.name.removeprefix("torch.") if isinstance(dtype, _Global) else ""
-        if not isinstance(storage, StorageRef) or storage.dtype or name not in BY_TORCH_NAME:
-            raise self.fail("a tensor of an unknown type; refused")
-        element = BY_TORCH_NAME[name]
-        return self.tensor(storage, element, offset, shape, strides, requires_grad, hooks)
-
-    def tensor(
-        self,
-        storage: StorageRef,
-        dtype: DType,
-        offset: Any,
-        shape: Any,
-        strides: Any,
-        requires_grad: Any,
-        hooks: Any,
-    ) -> TensorRef:
-        sizes_are_plain = (
-            type(shape) is tuple
-            and type(strides) is tuple
-            and len(shape) == len(strides) <= _MAX_RANK
-            and all(map(_is_count, (offset, *shape, *strides)))
-        )
-        if not sizes_are_plain or type(requires_grad) is not bool or _has_hooks(hooks):
-            raise self.fail("a tensor with malformed sizes, or with hooks; refused")
-        if requires_grad and not dtype.is_differentiable:
-            raise self.fail(f"a tensor of type {dtype.name} that requires a gradient; refused")
-        return TensorRef(storage, dtype, offset, self.once(shape), self.once(strides))
-
-    def once(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """The same sizes, kept once; longer ones can be chosen so that all have the same hash."""
-        if len(sizes) > 2 or any(size >= 1 << 32 for size in sizes):
-            return sizes
-        return self.sizes.setdefault(sizes, sizes)
-
-    def parameter(self, tensor: Any, requires_grad: Any, hooks: Any) -> TensorRef:
-        if (
-            not isinstance(tensor, TensorRef)
-            or type(requires_grad) is not bool
-            or (requires_grad and not tensor.dtype.is_differentiable)
-            or _has_hooks(hooks)
-        ):
-            raise self.fail("a malformed Parameter; refused")
-        return tensor
-
-    def counter(self, counts: Any) -> Counter[Any]:
-        if type(counts) is not dict or not all(type(count) is int for count in counts.values()):
-            raise self.refuse("a Counter of something that is not counts; refused")
-        self.charge(100 * len(counts))
-        return Counter(counts)
-
-    def ordered_dict(self) -> _OrderedDict:
-        return _OrderedDict()
-
-    def size(self, sizes: Any) -> tuple[int, ...]:
-        if type(sizes) is not tuple or not all(map(_is_count, sizes)):
-            raise self.fail("a malformed torch.Size; refused")
-        return sizes
-
-    def numpy_dtype(self, code: Any, align: Any, copy: Any) -> _NumpyDType:
-        if type(code) is not str or code not in _NUMPY_SCALARS:
-            raise self.refuse("a numpy value of an unknown type; refused")
-        return _NumpyDType(code)
-
-    def numpy_scalar(self, dtype: Any, raw: Any) -> float | int | bool:
-        if not isinstance(dtype, _NumpyDType) or not dtype.ready or type(raw) is not bytes:
-            raise self.fail("a malformed numpy scalar; refused")
-        value: float | int | bool = struct.unpack("<" + _NUMPY_SCALARS[dtype.code], raw)[0]
-        return value
-
-    def latin1(self, text: Any, encoding: Any) -> bytes:
-        if type(text) is not str or encoding != "latin1" or len(text) > 16:
-            raise self.fail("bytes that are not a numpy scalar's; refused")
-        try:
-            return text.encode("latin1")
-        except UnicodeEncodeError:
-            raise self.fail("bytes that are not a numpy scalar's; refused") from None
-
-
-_LEAVES = frozenset((str, int, float, bool, type(None), TensorRef))
-_CONTAINERS = frozenset((dict, Counter, _OrderedDict, list, tuple))
-
-
-class _Level:
-    """A container that is being looked through.
-
-    Attributes:
-        container: it.
-        items: what of it has not been looked at.
-        size: bytes of what has been, as if nothing were shared.
-        height: containers inside each other below it.
-    """
-
-    __slots__ = ("container", "height", "items", "size")
-
-    def __init__(self, container: Any) -> None:
-        self.container = container
-        self.items: Iterator[Any] = iter(container)
-        if isinstance(container, dict):
-            self.items = chain(container, container.values())
-        self.size = 64
-        self.height = 0
-
-
-def _check_content(value: Any, machine: _Machine) -> None:
-    """Raise CheckpointError unless `value` is what `decode` promises."""
-
-    def fail(problem: str, *found: Any) -> CheckpointError:
-        keys = []
-        for outer, inner in pairwise([*(level.container for level in levels), *found]):
-            items = outer.items() if isinstance(outer, dict) else ()
-            keys += [key for key, item in items if item is inner][:1]
-        return machine.fail(_at(keys, problem))
-
-    measured: dict[int, tuple[int, int]] = {}  # of a container that was looked through
-    unfinished: set[int] = set()
-    levels = [_Level((value,))]
-    while True:
-        level = levels[-1]
-        for item in level.items:
-            kind = type(item)
-            if kind in _LEAVES:
-                level.size += 16 + len(item) if kind is str else 16
-                continue
-            if kind not in _CONTAINERS:
-                name = item.name if kind is _Global else f"a value of type {kind.__name__}"
-                raise fail(f"{name} is neither plain data nor a tensor; refused", item)
-            if id(item) not in measured:
-                if id(item) in unfinished:
-                    raise fail("a container that holds itself; refused")
-                unfinished.add(id(item))
-                levels.append(_Level(item))
-                break
-            size, height = measured[id(item)]
-            level.size += size
-            level.height = max(level.height, height + 1)
-        else:
-            levels.pop()
-            if not levels:
-                return
-            above = levels[-1]
-            above.size += level.size
-            above.height = max(above.height, level.height + 1)
-            unfinished.discard(id(level.container))
-            measured[id(level.container)] = level.size, level.height
-        if len(levels) + level.height > MAX_DEPTH + 1:
-            raise fail(f"nested more than {MAX_DEPTH} deep; refused")
-        if level.size > machine.max_memory:
-            raise fail(
-                f"stands for more than {machine.max_memory:,} bytes, with what is shared counted "
-                "wherever it stands; refused"
-            )
-
-
-def _at(keys: Sequence[str | int], problem: str) -> str:
-    """A problem with the first keys that lead to it, which are anybody's."""
-    path = printable(".".join(f"{key!s:.80}" for key in keys[:5]))[:_MAX_PATH]
-    return f"{path}: {problem}" if path else problem
-
-
-def _has_hooks(hooks: Any) -> bool:
-    return type(hooks) not in (dict, _OrderedDict) or len(hooks) > 0
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
-
-
-def _is_plain_dtype_state(state: Any) -> bool:
-    # (version, byte order, subtype, names, fields, itemsize, alignment, flags)
-    return (
-        type(state) is tuple
-        and len(state) == 8
-        and state[0] == 3
-        and state[1] in ("<", "|")
-        and state[2:5] == (None, None, None)
-        and state[7] == 0
-    )
-
-
-_REDUCERS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor_v2": _Machine.tensor_v2,
-    "torch._utils._rebuild_tensor_v3": _Machine.tensor_v3,
-    "torch._utils._rebuild_parameter": _Machine.parameter,
-    "collections.Counter": _Machine.counter,
-    "collections.OrderedDict": _Machine.ordered_dict,
-    "torch.Size": _Machine.size,
-    "numpy.dtype": _Machine.numpy_dtype,
-    "numpy._core.multiarray.scalar": _Machine.numpy_scalar,
-    "numpy.core.multiarray.scalar": _Machine.numpy_scalar,
-    "_codecs.encode": _Machine.latin1,
-}
 
 _STOP = ord(".")
 _OPCODES: dict[bytes, Callable[[_Machine], None]] = {

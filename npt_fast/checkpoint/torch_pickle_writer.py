@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from npt_fast.checkpoint.torch_pickle import MAX_DEPTH, MAX_PICKLE_BYTES, MAX_STRING, TensorRef
+from npt_fast.checkpoint.pickle_content import MAX_DEPTH
+from npt_fast.checkpoint.torch_pickle import MAX_PICKLE_BYTES, MAX_STRING
+from npt_fast.checkpoint.torch_symbols import TensorRef
 from npt_fast.errors import CheckpointError
 
 

@@ -21,12 +21,8 @@ from typing import Any
 from npt_fast.checkpoint import file_kind
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
-from npt_fast.checkpoint.torch_pickle import (
-    MAX_PICKLE_BYTES,
-    StorageRef,
-    TensorRef,
-    decode,
-)
+from npt_fast.checkpoint.torch_pickle import MAX_PICKLE_BYTES, decode
+from npt_fast.checkpoint.torch_symbols import StorageRef, TensorRef
 from npt_fast.errors import CheckpointError
 
 LOCAL = struct.Struct("<4sHHHHHIIIHH")

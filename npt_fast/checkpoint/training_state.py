@@ -1,8 +1,8 @@
 """Optimizer, scheduler and step: read, taken apart by layer, joined for another set of layers.
 
 The original saves one AdamW group over all NP parameters, layers ascending, then in parameter order
-(SPEC 2.3). AdamW keeps every parameter's own step and moments, so states of runs that trained
-different layers join exactly by re-indexing.
+(design.md#training-state). AdamW keeps every parameter's own step and moments, so states of runs
+that trained different layers join exactly by re-indexing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from npt_fast.checkpoint.np_module import NPModule, Slot
 from npt_fast.checkpoint.numbers import read_number
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
-from npt_fast.checkpoint.torch_pickle import TensorRef
+from npt_fast.checkpoint.torch_symbols import TensorRef
 from npt_fast.checkpoint.torch_zip import TorchZip, read_torch_zip
 from npt_fast.errors import CheckpointError, printable
 from npt_fast.schema import is_count, shown
@@ -87,7 +87,7 @@ def read_training_state(path: Path, modules: Mapping[int, NPModule]) -> Training
 
 
 def read_multi_layer_state(path: Path) -> dict[str, Any] | None:
-    """The curriculum and layer weights in ``multi_layer_state.pt`` (SPEC 2.4), None if absent.
+    """Read ``multi_layer_state.pt`` (design.md#checkpoint-files); None if there is none.
 
     Layers are integers in what comes out, also where the file has gone through JSON, which has text
     for keys.
@@ -289,6 +289,6 @@ def join_multi_layer_states(
     return joined
 
 
-def base_state(states: Sequence[TrainingState]) -> TrainingState | None:
+def furthest_trained(states: Sequence[TrainingState]) -> TrainingState | None:
     """The state whose scalars a merge keeps: the highest global_step, the first on a tie."""
     return max(states, key=lambda state: state.global_step, default=None)

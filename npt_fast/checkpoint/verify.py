@@ -19,8 +19,8 @@ from npt_fast.checkpoint.checkpoint import (
 )
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
 from npt_fast.checkpoint.examination import Examination, VerifyReport, file_sha256
+from npt_fast.checkpoint.merge_summary import MergeSummary
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
-from npt_fast.checkpoint.records import MergeSummary
 from npt_fast.checkpoint.tensor_source import locate_checkpoint
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import CheckpointError, NPTError

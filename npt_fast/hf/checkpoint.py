@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.byte_mover import PAGE
 from npt_fast.checkpoint.checkpoint import NPT_CONFIG, Checkpoint, open_checkpoint
-from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
+from npt_fast.checkpoint.npt_config import Description, LayerDescription
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
-from npt_fast.checkpoint.recipe import Recipe
-from npt_fast.checkpoint.records import FORMAT_VERSION
-from npt_fast.checkpoint.safetensors_file import build_header
 from npt_fast.checkpoint.source_file import NearbyReader
-from npt_fast.checkpoint.tensor_entry import TensorEntry
-from npt_fast.checkpoint.tensor_source import PT_WEIGHTS, SAFETENSORS_WEIGHTS
 from npt_fast.config import FileFormat, NPTConfig
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import Model, components, convert, decoder_layers
+from npt_fast.hf.weights_file import read_tensor, write_weights
 from npt_fast.paths import exists, path_errors, user_path
 
 
-def load(model: Model, path: str | Path, *, layers: Sequence[int] | None = None) -> Model:
+def load(
+    model: Model, source: str | Path | Checkpoint, *, layers: Sequence[int] | None = None
+) -> Model:
     """Put a checkpoint's layers into a model; what is not converted yet is converted.
 
     The architecture of every layer is read from the checkpoint; no option has to be repeated.
 
     Args:
         model: a Hugging Face causal language model.
-        path: checkpoint directory or weights file.
+        source: checkpoint directory or weights file, or an opened checkpoint.
         layers: only these; all if not given.
 
     Returns:
@@ -46,21 +41,24 @@ def load(model: Model, path: str | Path, *, layers: Sequence[int] | None = None)
         ModelError: it was trained on another base model, lacks one of `layers`, or a layer is
             converted differently.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     check_base(model, checkpoint)
     chosen = list(checkpoint.modules) if layers is None else list(layers)
     for layer in chosen:
         if layer not in checkpoint.modules:
-            raise ModelError(f"{path}: has no layer {layer}, only {list(checkpoint.modules)}")
+            raise ModelError(
+                f"{checkpoint.given}: has no layer {layer}, only {list(checkpoint.modules)}"
+            )
     present = components(model)
     configs = {layer: _config(checkpoint, layer) for layer in chosen}
     for layer, config in configs.items():
         if layer in present:
-            part = present[layer]
-            wanted = (config.modulation, config.num_ranks, config.rank, config.residual)
-            found = (part.modulation_type, part.num_ranks, part.rank, part.residual)
+            wanted = f"{checkpoint.modules[layer].architecture}, residual {config.residual}"
+            found = f"{present[layer].architecture}, residual {present[layer].residual}"
             if found != wanted:
-                raise ModelError(f"{path}: layer {layer} is {wanted}, the model's is {found}")
+                raise ModelError(
+                    f"{checkpoint.given}: layer {layer} is {wanted}; the model's is {found}"
+                )
     reader = NearbyReader()
     for layer in chosen:
         module = checkpoint.modules[layer]
@@ -111,51 +109,6 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
     return target
 
 
-def write_weights(
-    staged: StagedDirectory, weights: Mapping[str, Tensor], format: FileFormat
-) -> None:
-    """The weights file of a checkpoint: CPU tensors by full name, written and synced."""
-    with staged.file(PT_WEIGHTS if format == "pt" else SAFETENSORS_WEIGHTS) as file:
-        if format == "pt":
-            save_pt(dict(weights), file)
-        else:
-            _write_safetensors(weights, file)
-
-
-def save_pt(value: object, file: BinaryIO) -> None:
-    """`torch.save`, except that a full disk is the OSError that it was."""
-    try:
-        torch.save(value, file)
-    except RuntimeError as error:  # its archive, closed too early, says only "unexpected pos"
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-
-
-def read_tensor(entry: TensorEntry, reader: NearbyReader) -> Tensor:
-    """One tensor of a checkpoint, through windows; nothing is unpickled."""
-    dtype = getattr(torch, entry.dtype.torch_name)
-    data = bytearray(entry.nbytes)
-    position = 0
-    for window in Recipe.unchanged(entry).windows(reader):
-        data[position : position + len(window)] = window
-        position += len(window)
-    return torch.frombuffer(data, dtype=dtype).view(entry.shape)
-
-
-def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
-    """Data begins on a page, so that a merge of this file can clone it."""
-    placed = []
-    end = 0
-    for name, tensor in weights.items():
-        dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]
-        placed.append((name, dtype, tuple(tensor.shape), end, end + tensor.nbytes))
-        end += tensor.nbytes
-    file.write(build_header(placed, {"format": "pt"}, PAGE, 0))
-    for tensor in weights.values():
-        file.write(tensor.contiguous().view(torch.uint8).numpy().data)
-
-
 def _config(checkpoint: Checkpoint, layer: int) -> NPTConfig:
     architecture = checkpoint.modules[layer].architecture
     return NPTConfig(
@@ -195,39 +148,30 @@ def describe(
     base_name: str | None = None,
     steps: Mapping[int, int] | None = None,
     fidelity: Mapping[int, float] | None = None,
-) -> dict[str, object]:
-    """The content of ``npt_config.json`` (DESIGN 5).
+) -> dict[str, Any]:
+    """The content of ``npt_config.json`` for a model.
 
     Args:
         model: with converted layers.
-        base_name: of the base model; the name the model was loaded under if not given.
+        base_name: the base model's name; the name the model was loaded under if not given.
         steps: optimizer steps that each layer was trained for, where known.
-        fidelity: error that was measured of each layer, where known.
+        fidelity: each layer's measured error, where known.
     """
     config = model.config
-    return {
-        "format_version": FORMAT_VERSION,
-        "base_model": {
-            "name": base_name or getattr(config, "_name_or_path", "") or None,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "vocab_size": config.vocab_size,
-        },
-        "layers": {
-            str(layer): {
-                "modulation": component.modulation_type,
-                "num_ranks": component.num_ranks,
-                "rank": component.rank,
-                "residual": component.residual,
-                "step": (steps or {}).get(layer),
-                "source": None,
-                "fidelity": _finite((fidelity or {}).get(layer)),
-            }
-            for layer, component in components(model).items()
-        },
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
     }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else None  # JSON has no others
+    layers = {
+        layer: LayerDescription.of(
+            component.architecture,
+            component.residual,
+            step=(steps or {}).get(layer),
+            fidelity=(fidelity or {}).get(layer),
+        )
+        for layer, component in components(model).items()
+    }
+    name = base_name or getattr(config, "_name_or_path", "") or None
+    return Description(name, sizes, layers).to_dict()

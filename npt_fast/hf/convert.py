@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.config import NPTConfig
 from npt_fast.errors import ModelError
 from npt_fast.functional import ACTIVATIONS, VectorNorms, vector_norms
@@ -39,18 +40,14 @@ class LayerStatus:
 
     Attributes:
         layer: index.
-        modulation: ``"single"``, ``"dual"`` or ``"triple"``.
-        num_ranks: components per projection.
-        rank: bottleneck of each.
+        architecture: modulation type, num_ranks, rank and widths.
         residual: ``"removed"`` or ``"kept"``.
         parameters: number of weights.
         enabled: whether the layer runs as an NP layer now.
     """
 
     layer: int
-    modulation: str
-    num_ranks: int
-    rank: int
+    architecture: Architecture
     residual: str
     parameters: int
     enabled: bool
@@ -170,9 +167,7 @@ def status(model: nn.Module) -> list[LayerStatus]:
     return [
         LayerStatus(
             layer=layer,
-            modulation=component.modulation_type,
-            num_ranks=component.num_ranks,
-            rank=component.rank,
+            architecture=component.architecture,
             residual=component.residual,
             parameters=sum(parameter.numel() for parameter in component.parameters()),
             enabled=component.enabled,
@@ -226,7 +221,7 @@ def _attach(layer: nn.Module, component: NPComponent) -> None:
 def _forward(
     layer: Any, hidden_states: Tensor, *, scaffold: Scaffold | None = None, **options: Any
 ) -> Tensor | Parts:
-    """A decoder layer whose MLP is modulated by its own attention output (SPEC 1.3)."""
+    """A decoder layer whose MLP is modulated by its own attention output (design.md#layer)."""
     component: NPComponent = layer.np_component
     if not component.enabled:
         base: Tensor = layer._base_forward(hidden_states, **options)

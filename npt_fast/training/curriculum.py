@@ -1,4 +1,4 @@
-"""Stages of training: what the trained layers get as input (SPEC 5.3, 5.6)."""
+"""Stages of training, which decide the input of the trained layers (design.md#curriculum)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Stage:
     """One stage.
 
     Attributes:
-        name: ``teacher``: trained layers get the base model's hidden states; ``student``: those of
-            the model being trained; ``mixed``: a weighted mean of both.
-        until_step: first optimizer step that is no longer in it.
-        attention_ratio: weight of the student's hidden states as attention's input, 0 to 1.
-        mlp_ratio: the same for the input of the MLP.
+        name: ``teacher``: trained layers read the teacher's hidden states; ``student``: the
+            student's own; ``mixed``: a weighted mean of both.
+        until_step: first optimizer step after the stage.
+        attention_ratio: weight of the student's hidden states in the input of attention, 0 to 1.
+        mlp_ratio: weight of the student's hidden states in the input of the MLP, 0 to 1.
     """
 
     name: str
@@ -29,10 +29,10 @@ class Stage:
 
 
 def parse_curriculum(text: str) -> tuple[Stage, ...]:
-    """``name:steps[:attention_ratio[:mlp_ratio]]``, comma separated.
+    """Parse comma-separated stages ``name:steps[:attention_ratio[:mlp_ratio]]``.
 
     Raises:
-        TrainingError: it is not of that form.
+        TrainingError: `text` does not have this form.
     """
     stages: list[Stage] = []
     end = 0
@@ -46,7 +46,7 @@ def parse_curriculum(text: str) -> tuple[Stage, ...]:
         if name not in _NAMES:
             raise _bad(part, f"stages are {', '.join(_NAMES)}")
         if steps < 1 or len(ratios) > 2 or not all(0 <= ratio <= 1 for ratio in ratios):
-            raise _bad(part, "steps must be positive, ratios from 0 to 1, two at most")
+            raise _bad(part, "steps must be positive, and ratios at most two numbers from 0 to 1")
         if ratios and name != "mixed":
             raise _bad(part, f"{name} takes no ratios")
         if not ratios:
@@ -64,6 +64,6 @@ def _bad(part: str, why: str) -> TrainingError:
 
 
 def stage_index(stages: Sequence[Stage], step: int) -> int:
-    """The stage of an optimizer step, counted from 0; past the end it is the last one."""
+    """Index of the stage of an optimizer step, counted from 0; after the last stage, the last."""
     found = (index for index, stage in enumerate(stages) if step < stage.until_step)
     return next(found, len(stages) - 1)

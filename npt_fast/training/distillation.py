@@ -1,14 +1,13 @@
-"""One pass of training: what the base model computes, what the trained layers make of it, losses.
+"""One training step up to its losses: the teacher's pass, the student's pass, and their errors.
 
-A module whose forward returns the losses, so that DDP and FSDP wrap it like any model. It runs no
-layer that no loss needs (DESIGN 8): with the layers' own errors alone, the base model up to the
-last trained layer, and of the trained layers only their MLPs once more.
+It is a module whose forward returns the losses, so that DDP and FSDP wrap it like any model. It
+skips layers no loss depends on (design.md#training-step): with direct losses alone, it runs the
+base model up to the last trained layer, and the MLPs of the trained layers once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from npt_fast.config import LossKind
 from npt_fast.functional import VectorNorms
-from npt_fast.hf.convert import Parts, Scaffold, components, decoder_layers, disabled
-from npt_fast.modules import NPComponent
+from npt_fast.hf.convert import Parts, Scaffold, components, decoder_layers
 from npt_fast.training.curriculum import Stage
 from npt_fast.training.losses import (
     Agreement,
@@ -26,39 +24,29 @@ from npt_fast.training.losses import (
     fidelity_sum,
     sink_errors,
 )
+from npt_fast.training.teacher_pass import (
+    Activations,
+    TeacherCache,
+    TeacherPass,
+    run_teacher,
+    trained_layers,
+)
 
 STUDENT = Stage("student", 0, 1.0, 1.0)
 
 
-class Activations(NamedTuple):
-    """What the base model computes in one trained layer, each ``(B, S, D)``.
-
-    Attributes:
-        hidden: the layer's input.
-        attention: the output of its attention.
-        mlp: the output of its MLP.
-    """
-
-    hidden: Tensor
-    attention: Tensor
-    mlp: Tensor
-
-    @property
-    def output(self) -> Tensor:
-        """The layer's output."""
-        return self.hidden + self.attention + self.mlp
-
-
 class Losses(NamedTuple):
-    """Sums over the real tokens of a batch.
+    """Losses, summed over the real tokens of a batch; padding does not count.
 
     Attributes:
-        total: what is minimised: weighted sum of the following; divide it by the tokens.
-        direct: error of every trained layer.
-        fidelity: difference in logits, None if not asked for.
-        regularization: of every trained layer, mean squares of its v_a and v_b; None likewise.
-        norms: of every trained layer, measures of its vectors, None if not asked for.
-        agreement: how predictions compare, when evaluating.
+        total: the weighted sum to minimise; divide it by the number of tokens.
+        direct: direct loss of each trained layer, without its weight and without sink errors.
+        fidelity: fidelity loss, None if its weight is 0.
+        regularization: mean squares of v_a and v_b of each trained layer, None if their weight
+            is 0.
+        norms: norms of v_a and of v_b and their similarity to attention, ``(3,)``, for each trained
+            layer; None if not measured.
+        agreement: comparison of predictions, None unless evaluating.
     """
 
     total: Tensor
@@ -69,31 +57,23 @@ class Losses(NamedTuple):
     agreement: Agreement | None = None
 
 
-class _Base(NamedTuple):
-    """The base model's pass: trained layers, how every layer was called, final hidden states."""
-
-    activations: dict[int, Activations]
-    options: dict[int, dict[str, Any]]
-    final: Tensor
-
-
 class Distillation(nn.Module):
-    """Trained layers against the base model, both in one model.
+    """A training step: a model with NP layers off is the teacher, with them on the student.
 
     Args:
-        model: with converted layers, all of which are trained.
-        layer_weights: by layer.
-        loss: how errors are measured.
-        direct_weight: of the layers' own errors.
-        sink_weight: of `sink_errors`, which are added to them where `loss` is relative; what is
-            reported as the layers' errors is without.
-        fidelity_weight: of the difference in logits; 0 leaves it out.
-        reg_weight: of the mean squares of v_a and v_b; 0 leaves them out.
-        cache_bytes: memory for the base model's activations of windows seen before; used where they
-            are all that is needed.
+        model: model with NP layers, all of which are trained.
+        layer_weights: weight of each layer in the loss; 1 for layers that are missing.
+        loss: how errors are measured (design.md#losses).
+        direct_weight: weight of the direct losses.
+        sink_weight: weight of `sink_errors` relative to the direct loss, which they are added to if
+            `loss` is relative; `Losses.direct` does not include them.
+        fidelity_weight: weight of the fidelity loss; 0 skips it.
+        reg_weight: weight of the mean squares of v_a and v_b; 0 skips them.
+        cache_bytes: memory for the teacher's activations of windows seen before, used in steps that
+            need nothing else of the teacher.
     """
 
-    accepts_loss_kwargs = True  # the trainer counts tokens over the whole optimizer step
+    accepts_loss_kwargs = True  # Trainer counts tokens over the whole optimizer step
     model: Any
 
     def __init__(
@@ -121,11 +101,12 @@ class Distillation(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The model's, where a trainer looks for it."""
+        """The model's config, where Trainer looks for it."""
         return self.model.config
 
     def train(self, mode: bool = True) -> Distillation:
-        """A trainer asks for training mode; the model stays out of it: no target is random."""
+        """Keep the model in eval mode when Trainer asks for training mode: dropout would make
+        targets random."""
         super().train(mode)
         self.model.eval()
         return self
@@ -137,7 +118,7 @@ class Distillation(nn.Module):
         *,
         stage: Stage = STUDENT,
         windows: Tensor | None = None,
-        norms: bool = False,
+        measure_norms: bool = False,
         evaluate: bool = False,
     ) -> Losses:
         """Losses of one batch.
@@ -145,32 +126,40 @@ class Distillation(nn.Module):
         Args:
             input_ids: ``(B, S)``.
             attention_mask: ``(B, S)``, 1 for tokens, 0 for padding; None without padding.
-            stage: what the trained layers get as input.
-            windows: numbers of the rows' texts, ``(B,)``: equal numbers, equal texts.
-            norms: measure v_a and v_b.
-            evaluate: compare predictions too.
+            stage: decides the input of the trained layers.
+            windows: numbers of the rows' windows, ``(B,)``; equal numbers mean equal texts.
+            measure_norms: whether to measure v_a and v_b.
+            evaluate: whether to compare predictions too.
         """
-        trained = self._trained()
-        first, last = min(trained), max(trained)
-        to_the_end = evaluate or self.fidelity_weight > 0
-        # before the first trained layer both models are one, so a lone one needs no student pass
-        student_pass = to_the_end or (stage.name != "teacher" and len(trained) > 1)
+        trained = trained_layers(self.model)
+        all_layers = evaluate or self.fidelity_weight > 0
+        # teacher and student differ from the first trained layer on, so a single trained layer
+        # reads the same in all stages and needs no student pass
+        runs_student = all_layers or (stage.name != "teacher" and len(trained) > 1)
         present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         weights = present.to(torch.float32)
-        want_norms = norms or self.reg_weight > 0
+        norms_needed = measure_norms or self.reg_weight > 0
 
-        if not student_pass and windows is not None and self.cache.limit:
-            activations = self.cache.get(windows, input_ids, attention_mask, self._base)
+        if not runs_student and windows is not None and self.cache.limit:
+            activations = self.cache.get(windows, input_ids, attention_mask, self._activations)
         else:
-            base = self._base(input_ids, attention_mask, student_pass, to_the_end)
-            activations = base.activations
+            teacher = run_teacher(
+                self.model,
+                input_ids,
+                attention_mask,
+                record_calls=runs_student,
+                all_layers=all_layers,
+            )
+            activations = teacher.activations
 
         parts: dict[int, Parts] = {}
-        if student_pass:
-            final = self._student(base, stage, first, last, to_the_end, want_norms, parts)
+        if runs_student:
+            final = self._student(
+                teacher, stage, parts, all_layers=all_layers, measure_norms=norms_needed
+            )
         else:
             for index, seen in activations.items():
-                scaffold = Scaffold(attention=seen.attention, norms=want_norms)
+                scaffold = Scaffold(attention=seen.attention, norms=norms_needed)
                 parts[index] = decoder_layers(self.model)[index](seen.hidden, scaffold=scaffold)
 
         direct, minimised = {}, {}
@@ -191,216 +180,98 @@ class Distillation(nn.Module):
                 total=losses.total + self._weighted(squares) * self.reg_weight,
                 regularization=squares,
             )
-        if norms:
+        if measure_norms:
             losses = losses._replace(
                 norms={n: _norm_sums(m, weights).detach() for n, m in measured.items()}
             )
-        if student_pass and to_the_end:
+        if all_layers:
             head = self.model.get_output_embeddings()
             if self.fidelity_weight:
-                fidelity = fidelity_sum(final, base.final, head, weights, self.loss)
+                fidelity = fidelity_sum(final, teacher.final, head, weights, self.loss)
                 losses = losses._replace(
                     total=losses.total + fidelity * self.fidelity_weight, fidelity=fidelity
                 )
             if evaluate:
-                compared = agreement(final, base.final, head, input_ids, weights)
+                compared = agreement(final, teacher.final, head, input_ids, weights)
                 losses = losses._replace(agreement=compared)
         return losses
 
     @torch.no_grad()
     def calibrate(self, input_ids: Tensor, layers: Sequence[int]) -> None:
-        """Scale W_down of fresh layers so that the bottleneck's entries are of size 1 on a text.
+        """Scale W_down of fresh layers so that the bottleneck's median RMS on a text is 1.
 
-        A change of weights grows with the square of the attention output, whose size differs
-        tenfold from layer to layer; without this, the learning rate that a layer can bear differs
-        a hundredfold.
+        The weight change grows with the square of the attention output, whose size differs by a
+        factor of 10 between layers. Without calibration, the largest stable learning rate would
+        differ by a factor of 100.
 
         Args:
             input_ids: the text, ``(B, S)``.
-            layers: which.
+            layers: fresh layers.
         """
-        activations = self._base(input_ids, None).activations
+        activations = self._activations(input_ids, None)
         for layer in layers:
-            w_down = self._trained()[layer].w_down
+            w_down = trained_layers(self.model)[layer].w_down
             u = activations[layer].attention.to(w_down.dtype) @ w_down
             w_down.div_(u.square().mean(-1).sqrt().median())
-
-    def _trained(self) -> dict[int, NPComponent]:
-        """NP layers by index; one that is off is a base layer."""
-        return {n: part for n, part in components(self.model).items() if part.enabled}
 
     def _weighted(self, by_layer: Mapping[int, Tensor]) -> Tensor:
         return torch.stack([self.layer_weights[n] * value for n, value in by_layer.items()]).sum()
 
-    @torch.no_grad()
-    def _base(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        student_pass: bool = False,
-        to_the_end: bool = False,
-    ) -> _Base:
-        """The base model, up to the last layer that is needed."""
-        trained = self._trained()
-        end = len(decoder_layers(self.model)) if to_the_end else max(trained) + 1
-        decoder = self.model.get_decoder()
-        with ExitStack() as stack:
-            stack.enter_context(disabled(self.model))
-            record = stack.enter_context(
-                _recorded(self.model, trained, range(min(trained), end) if student_pass else ())
-            )
-            stack.enter_context(_truncated(decoder, end))
-            final = decoder(
-                input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
-        activations = {
-            n: Activations(record.hidden[n], record.attention[n], record.mlp[n]) for n in trained
-        }
-        return _Base(activations, record.options, final)
+    def _activations(
+        self, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> dict[int, Activations]:
+        return run_teacher(self.model, input_ids, attention_mask).activations
 
     def _student(
         self,
-        base: _Base,
+        teacher: TeacherPass,
         stage: Stage,
-        first: int,
-        last: int,
-        to_the_end: bool,
-        norms: bool,
         parts: dict[int, Parts],
+        *,
+        all_layers: bool,
+        measure_norms: bool,
     ) -> Tensor:
-        """The trained model from its first trained layer on; fills `parts`, returns hidden states.
+        """Run the student from the first trained layer on (design.md#training-step).
 
-        Trained layers add what they compute from their scaffold to the running state; other layers
-        run as they are (SPEC 5.3).
+        Trained layers compute from their scaffold and add the result to the student's state; other
+        layers run unchanged.
+
+        Args:
+            teacher: pass over the same batch, with calls.
+            stage: decides the input of the trained layers.
+            parts: filled with the output of each trained layer.
+            all_layers: whether to run the layers after the last trained one too.
+            measure_norms: whether to measure v_a and v_b.
+
+        Returns:
+            Hidden states, normed if `all_layers`, ``(B, S, D)``.
         """
         layers = decoder_layers(self.model)
-        trained = self._trained()
-        state = base.activations[first].hidden
-        for index in range(first, len(layers) if to_the_end else last + 1):
-            options = base.options[index]
+        trained = trained_layers(self.model)
+        first = min(trained)
+        state = teacher.activations[first].hidden
+        for index in range(first, len(layers) if all_layers else max(trained) + 1):
+            call = teacher.calls[index]
             if index not in trained:
-                state = layers[index](state, **options)
+                state = layers[index](state, **call)
                 continue
-            teacher = base.activations[index]
+            seen = teacher.activations[index]
+            # the same input gives the attention output that the teacher computed
             same = index == first or not stage.attention_ratio
             scaffold = Scaffold(
-                attention_input=_mixed(teacher.hidden, state, stage.attention_ratio),
-                attention=teacher.attention if same else None,
-                norms=norms,
+                attention_input=_mixed(seen.hidden, state, stage.attention_ratio),
+                attention=seen.attention if same else None,
+                norms=measure_norms,
             )
-            residual = _mixed(teacher.hidden, state, stage.mlp_ratio)
-            parts[index] = layers[index](residual, scaffold=scaffold, **options)
+            residual = _mixed(seen.hidden, state, stage.mlp_ratio)
+            parts[index] = layers[index](residual, scaffold=scaffold, **call)
             state = state + parts[index].mlp
             if trained[index].residual == "kept":
                 state = state + parts[index].attention
-        if not to_the_end:
+        if not all_layers:
             return state
         normed: Tensor = self.model.get_decoder().norm(state)
         return normed
-
-
-class TeacherCache:
-    """Activations of windows seen before, in main memory.
-
-    Every window is computed by itself, so that its activations do not depend on which others were
-    in its batch: training goes on bit for bit after a restart with an empty cache.
-
-    Args:
-        limit: bytes that may be held.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.size = 0
-        self.hits = 0
-        self.misses = 0
-        self._held: dict[int, dict[int, Activations]] = {}
-
-    def get(
-        self, windows: Tensor, input_ids: Tensor, attention_mask: Tensor | None, compute: Any
-    ) -> dict[int, Activations]:
-        """Activations of a batch by layer; `compute` is `Distillation._base`."""
-        rows = []
-        for row, window in enumerate(windows.tolist()):
-            found = self._held.get(window)
-            if found is None:
-                self.misses += 1
-                one = slice(row, row + 1)
-                mask = None if attention_mask is None else attention_mask[one]
-                found = compute(input_ids[one], mask).activations
-                size = sum(t.nbytes for seen in found.values() for t in seen)
-                if self.size + size <= self.limit:
-                    self.size += size
-                    self._held[window] = {
-                        n: Activations(*(t.cpu() for t in s)) for n, s in found.items()
-                    }
-            else:
-                self.hits += 1
-            rows.append(found)
-        device = input_ids.device
-        return {
-            n: Activations(
-                *(
-                    torch.cat([t.to(device) for t in ts])
-                    for ts in zip(*(row[n] for row in rows), strict=True)
-                )
-            )
-            for n in rows[0]
-        }
-
-
-class _Record(NamedTuple):
-    hidden: dict[int, Tensor]
-    attention: dict[int, Tensor]
-    mlp: dict[int, Tensor]
-    options: dict[int, dict[str, Any]]
-
-
-@contextmanager
-def _recorded(model: nn.Module, trained: Mapping[int, Any], called: Any) -> Iterator[_Record]:
-    """Keep what trained layers compute, and how the layers `called` were called.
-
-    How depends on the model: positions, and masks that may differ from layer to layer.
-    """
-    record = _Record({}, {}, {}, {})
-    layers = decoder_layers(model)
-    with ExitStack() as stack:
-
-        def on(handle: Any) -> None:
-            stack.callback(handle.remove)
-
-        for index in {*trained, *called}:
-
-            def before(_: Any, args: Any, kwargs: Any, index: int = index) -> None:
-                options = dict(kwargs)
-                hidden = args[0] if args else options.pop("hidden_states")
-                if index in trained:
-                    record.hidden[index] = hidden
-                record.options[index] = options
-
-            on(layers[index].register_forward_pre_hook(before, with_kwargs=True))
-        for index in trained:
-
-            def attention(_: Any, args: Any, output: Any, index: int = index) -> None:
-                record.attention[index] = output[0]
-
-            def mlp(_: Any, args: Any, output: Tensor, index: int = index) -> None:
-                record.mlp[index] = output
-
-            on(layers[index].get_submodule("self_attn").register_forward_hook(attention))
-            on(layers[index].get_submodule("mlp").register_forward_hook(mlp))
-        yield record
-
-
-@contextmanager
-def _truncated(decoder: Any, end: int) -> Iterator[None]:
-    """The decoder ends after layer ``end - 1``."""
-    layers = decoder.layers
-    decoder.layers = layers[:end]
-    try:
-        yield
-    finally:
-        decoder.layers = layers
 
 
 def _mixed(teacher: Tensor, student: Tensor, ratio: float) -> Tensor:

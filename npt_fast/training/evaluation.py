@@ -1,4 +1,4 @@
-"""How well a model with NP layers stands for its base model, on text that it was not trained on."""
+"""Measure how close a model with NP layers comes to its base model on held-out text."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import components
 from npt_fast.hf.tokenizer import encode
-from npt_fast.training.data import TokenWindows
 from npt_fast.training.distillation import Distillation, Losses
+from npt_fast.training.token_windows import TokenWindows
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Figures in student mode: every layer on what the trained model itself computes.
+    """Results in student mode: each layer reads what the NPT model itself computes.
 
     Attributes:
-        tokens: positions that count, all of them, the first of every window too.
-        perplexity: of the model with its NP layers.
-        base_perplexity: of the base model on the same text.
-        kl: mean KL(base, model) over all positions, nats.
-        top1_agreement: share of positions where both find the same next token likeliest.
-        loss: what training minimises.
-        direct: error of every layer.
+        tokens: number of positions measured, including the first of each window.
+        perplexity: perplexity of the NPT model.
+        base_perplexity: perplexity of the base model on the same text.
+        kl: mean KL(base model, NPT model) over all positions, in nats.
+        top1_agreement: share of positions where both models rank the same next token first.
+        loss: the loss that training minimises, mean over tokens.
+        direct: direct loss of each layer, mean over tokens.
     """
 
     tokens: int
@@ -41,10 +41,15 @@ class Evaluation:
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Windows to a batch: ``input_ids (B, S)``, ``windows (B,)``, a mask where there is padding."""
+    """Stack windows into a batch.
+
+    Returns:
+        ``input_ids (B, S)``, ``windows (B,)``, ``labels (B, S)`` with -100 on padding, and
+        ``attention_mask (B, S)`` if there is padding.
+    """
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     mask = batch.pop("attention_mask")
-    # the trainer counts labels to weigh tokens equally over a whole optimizer step
+    # Trainer counts labels, so that each token of an optimizer step has the same weight
     labels = batch["input_ids"].masked_fill(mask == 0, -100)
     padded = {} if bool(mask.all()) else {"attention_mask": mask}
     return {**padded, "input_ids": batch["input_ids"], "windows": batch["window"], "labels": labels}
@@ -57,16 +62,16 @@ def evaluate_windows(
     *,
     batch_size: int,
     device: torch.device,
-    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Evaluation:
     """Evaluate on windows.
 
     Args:
-        distillation: a `Distillation`, wrapped for several processes or not.
-        windows: as `TokenWindows.held_out_windows` gives them.
-        batch_size: windows at a time.
-        device: of the model.
-        total: sums over processes, each with windows of its own.
+        distillation: a `Distillation`, or one wrapped for several processes.
+        windows: windows as `TokenWindows.held_out_windows` returns them.
+        batch_size: windows per batch.
+        device: device of the model.
+        sum_over_processes: adds up a tensor of sums over processes that evaluate other windows.
     """
     sums: Tensor | None = None
     layers: list[int] = []
@@ -85,7 +90,9 @@ def evaluate_windows(
         )
         sums = row if sums is None else sums + row
     assert sums is not None
-    loss, base_loss, predicted, kl, agreed, tokens, whole, *direct = total(sums).tolist()
+    loss, base_loss, predicted, kl, agreed, tokens, whole, *direct = sum_over_processes(
+        sums
+    ).tolist()
     return Evaluation(
         tokens=int(tokens),
         perplexity=_exp(loss / predicted),
@@ -98,7 +105,7 @@ def evaluate_windows(
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.exp(value) if value < 700 else math.inf  # exp(710) overflows a float
 
 
 def evaluate(
@@ -110,18 +117,18 @@ def evaluate(
     max_length: int = 512,
     batch_size: int = 4,
 ) -> Evaluation:
-    """Evaluate a model with NP layers on held-out text: what training with these options holds out.
+    """Evaluate a model with NP layers on the text that training with these options holds out.
 
     Args:
-        model: with converted layers; those that are off count as the base model's.
-        tokenizer: of the model.
-        data: as `TrainOptions.data`.
-        windows: how many.
+        model: model with NP layers; layers that are off count as part of the base model.
+        tokenizer: the model's tokenizer.
+        data: text, as for `TrainOptions.data`.
+        windows: number of windows.
         max_length: tokens per window.
-        batch_size: windows at a time.
+        batch_size: windows per batch.
 
     Raises:
-        DataError: the text cannot be read, or is too little.
+        DataError: the text cannot be read, or there is too little of it.
         ModelError: the model has no NP layers, or all are off.
     """
     if not any(part.enabled for part in components(model).values()):
@@ -135,15 +142,10 @@ def evaluate(
 
 @torch.no_grad()
 def continue_text(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """What the model finds likeliest to follow a text."""
+    """Continue a text greedily by `tokens` tokens; return what follows the prompt."""
     inputs = encode(tokenizer, prompt, return_tensors="pt").to(model.device)
     found = model.generate(
         **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
     )
     text: str = tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
-
-
-def default_device() -> str:
-    """A GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Several processes for one training: all on the same layers, or each on its own."""
+"""Train in several processes: all on the same layers, or each on its own layers."""
 
 from __future__ import annotations
 
@@ -16,27 +16,31 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
 from npt_fast.checkpoint.merge import merge
+from npt_fast.checkpoint.training_run import FINAL
 from npt_fast.config import TrainOptions
 from npt_fast.errors import NPTError, TrainingError
 from npt_fast.paths import user_path
+from npt_fast.training.run_directory import RunDirectory, checkpoints
 
+# A spawned process imports this file before it knows its GPU. Whatever may start CUDA, which reads
+# CUDA_VISIBLE_DEVICES once, is imported after that: in `_train_one`.
 if TYPE_CHECKING:
-    from npt_fast.training.train import TrainReport
+    from npt_fast.training.run import TrainReport
 
-_GRACE = 60.0  # seconds in which processes may save after one of them failed
+_GRACE = 60.0  # seconds that processes have to save after one of them failed
 
 
 def launch(options: TrainOptions) -> TrainReport:
     """Train in ``options.num_processes`` processes, one per GPU.
 
     Raises:
-        NPTError: what went wrong in the first process that failed.
+        NPTError: the error of the first process that failed.
     """
     if options.parallel == "layers":
         return _layer_parallel(options)
     count = 0 if options.cpu else torch.cuda.device_count()
     if 0 < count < options.num_processes:
-        raise TrainingError(f"num_processes {options.num_processes}: there are only {count} GPUs")
+        raise TrainingError(f"num_processes {options.num_processes}: only {count} GPUs are visible")
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -51,26 +55,26 @@ def launch(options: TrainOptions) -> TrainReport:
         }
         for rank in range(options.num_processes)
     ]
-    return _run([options] * options.num_processes, environment)[0]
+    return _run_processes([options] * options.num_processes, environment)[0]
 
 
 def _layer_parallel(options: TrainOptions) -> TrainReport:
-    """Every process trains its own layers, without a word to the others; then they are merged.
+    """Each process trains its own layers independently; then their checkpoints are merged.
 
-    A run that was stopped leaves every process at a step of its own; resumed from the run's folder,
-    each goes on from there.
+    A stopped run leaves each process at its own step. Resumed from the run's folder, each process
+    continues from its own last checkpoint.
     """
-    from npt_fast.checkpoint.training_run import FINAL
-    from npt_fast.training.run_directory import RunDirectory, checkpoints
-    from npt_fast.training.train import TrainReport, output_directory
+    from npt_fast.training.run import TrainReport, output_directory
 
     begun = time.monotonic()
     if options.layer_weights not in ("uniform", "linear"):
-        raise TrainingError("layer_weights mean nothing where every layer is trained by itself")
+        raise TrainingError(
+            "layer_weights have no effect where each layer is trained independently; leave them out"
+        )
     output = output_directory(options)
     count = min(options.num_processes, len(options.layers))
     tasks = []
-    done = []  # by a process that was not stopped
+    done = []  # last checkpoints of processes that had finished
     for share in (options.layers[n::count] for n in range(count)):
         name = "layers_" + "-".join(map(str, share))
         start = options.resume_from
@@ -90,7 +94,7 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
     run = RunDirectory(output, resuming=options.resume_from is not None)
     try:
         environment = [{"CUDA_VISIBLE_DEVICES": device} for device in _devices(len(tasks))]
-        reports = _run(tasks, environment) if tasks else []
+        reports = _run_processes(tasks, environment) if tasks else []
         step = min((report.global_step for report in reports), default=options.max_steps)
         stopped_by = next((report.stopped_by for report in reports if report.stopped_by), 0)
         layers = sorted(layer for report in reports for layer in report.layers)
@@ -120,13 +124,18 @@ def _devices(count: int) -> list[str]:
     return [names[n % len(names)] if names else "" for n in range(count)]
 
 
-def _run(tasks: list[TrainOptions], environment: list[dict[str, str]]) -> list[TrainReport]:
-    """One process per task; the reports in order. A signal to this process goes to all of them."""
+def _run_processes(
+    tasks: list[TrainOptions], environment: list[dict[str, str]]
+) -> list[TrainReport]:
+    """Run one process per task and return their reports in order.
+
+    SIGTERM and Ctrl-C are forwarded to all processes.
+    """
     results = multiprocessing.get_context("spawn").SimpleQueue()
     threads = max(1, (os.cpu_count() or 1) // len(tasks))
     received = 0
     context: Any = multiprocessing.spawn(  # type: ignore[no-untyped-call, attr-defined]
-        _work, (tasks, environment, threads, results), nprocs=len(tasks), join=False
+        _train_one, (tasks, environment, threads, results), nprocs=len(tasks), join=False
     )
 
     def forward(number: int, frame: Any = None) -> None:
@@ -139,12 +148,12 @@ def _run(tasks: list[TrainOptions], environment: list[dict[str, str]]) -> list[T
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     failure: Exception | None = None
     try:
-        if not _all_well(context.processes):
+        if not _all_succeeded(context.processes):
             for process in context.processes:
                 process.terminate()  # save and end
         while not context.join(grace_period=_GRACE):
             pass
-    except ProcessException as error:  # how a process ended; why it did is in the queue
+    except ProcessException as error:  # how a process ended; its error is in the queue
         failure = error
     finally:
         for number, handler in before.items():
@@ -157,17 +166,17 @@ def _run(tasks: list[TrainOptions], environment: list[dict[str, str]]) -> list[T
         found[index] = result
     if failure is None and len(found) == len(tasks):
         return [found[index] for index in range(len(tasks))]
-    if received:  # before training began
+    if received:  # a signal before training began: there is nothing to save
         raise KeyboardInterrupt if received == signal.SIGINT else SystemExit(128 + received)
     if isinstance(failure, ProcessRaisedException):
         raise failure  # a bug of ours, with its traceback
     raise TrainingError(f"a training process ended unexpectedly: {failure}")
 
 
-def _all_well(processes: Sequence[Any]) -> bool:
-    """Wait for processes to end; False as soon as one of them failed."""
+def _all_succeeded(processes: Sequence[Any]) -> bool:
+    """Wait until all processes have ended; return False as soon as one has failed."""
     while True:
-        codes = [process.exitcode for process in processes]  # None: it runs
+        codes = [process.exitcode for process in processes]  # None: still running
         if any(codes):
             return False
         running = [p.sentinel for p, code in zip(processes, codes, strict=True) if code is None]
@@ -176,19 +185,20 @@ def _all_well(processes: Sequence[Any]) -> bool:
         connection.wait(running)
 
 
-def _work(
+def _train_one(
     index: int,
     tasks: list[TrainOptions],
     environment: list[dict[str, str]],
     threads: int,
     results: Any,
 ) -> None:
-    # until training defers it, Ctrl-C ends a process even where it waits for another in C++
+    # Until training defers signals, Ctrl-C ends the process at once. Python's own handler would
+    # wait for C++ code, which may be waiting for another process.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(environment[index])
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate sets torch's threads by it
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate sets torch's threads from it
     torch.set_num_threads(threads)
-    from npt_fast.training.train import train_here
+    from npt_fast.training.run import train_here
 
     try:
         results.put((index, train_here(tasks[index])))

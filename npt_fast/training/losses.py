@@ -1,6 +1,6 @@
-"""Distances between what the base model and the trained model compute, per token.
+"""Losses per token: how far the student is from the teacher (design.md#losses).
 
-Low precision is widened to float32; float64 stays, so that the formulas can be checked exactly.
+Low precision is widened to float32; float64 stays, so that tests can check the formulas exactly.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.nn import functional
 from npt_fast.config import LossKind
 
 _TINY = torch.finfo(torch.float32).tiny
-_CHUNK = 2048  # tokens whose logits exist at one time
+_CHUNK = 2048  # tokens whose logits exist at once; with 49,152 words in float32 that is 400 MB
 
 
 def direct_errors(output: Tensor, target: Tensor, kind: LossKind) -> Tensor:
-    """Error of a layer's output.
+    """Error of the output of a layer's modulated MLP against its target, per token.
 
-    Tokens that serve as attention sinks are thousands of times longer than the rest and drown it in
-    a plain mean; relative to its target every token counts the same.
+    Attention sinks are thousands of times longer than other tokens and dominate a plain mean.
+    Relative to its target, each token counts the same.
 
     Args:
         output: ``(B, S, D)``.
@@ -43,9 +43,10 @@ def direct_errors(output: Tensor, target: Tensor, kind: LossKind) -> Tensor:
 def sink_errors(output: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
     """Error at the first token, relative to the hidden state that leaves the layer.
 
-    Nearly every token attends to the first one, so an error there is an error everywhere; in a mean
-    over tokens it is one of many. What comes after a layer normalizes its output: an error matters
-    by its share of that, much where a layer writes an attention sink, not at all where one stands.
+    Nearly every token attends to the first one, so an error there reaches all tokens, yet in a mean
+    over tokens it counts once. The next norm rescales the layer's output, so the error is measured
+    relative to it: it is large in a layer that writes an attention sink, and close to 0 in layers
+    whose input holds the sink already.
 
     Args:
         output: ``(B, S, D)``.
@@ -66,17 +67,18 @@ def fidelity_sum(
     weights: Tensor,
     kind: LossKind,
 ) -> Tensor:
-    """Difference in next-token predictions, summed over tokens; differentiable in `student`.
+    """Fidelity loss, summed over tokens; differentiable in `student`.
 
-    Logits exist for 2048 tokens at a time and are made once: the gradient is taken with the value.
+    Logits exist for 2048 tokens at a time and are computed once: the forward pass takes the
+    gradient too.
 
     Args:
-        student: final hidden states of the trained model, ``(B, S, D)``.
-        teacher: those of the base model, ``(B, S, D)``.
-        head: hidden states to logits.
-        weights: of the tokens, ``(B, S)``.
+        student: final hidden states of the student, ``(B, S, D)``.
+        teacher: final hidden states of the teacher, ``(B, S, D)``.
+        head: maps hidden states to logits.
+        weights: weights of the tokens, ``(B, S)``.
         kind: ``"relative"``: KL(teacher, student) in nats; ``"mse"``: mean squared difference of
-            logits (SPEC 5.4).
+            logits.
     """
     result: Tensor = _Fidelity.apply(  # type: ignore[no-untyped-call]
         student, teacher, weights, head, kind
@@ -122,15 +124,15 @@ def _fidelity(ours: Tensor, theirs: Tensor, kind: LossKind) -> Tensor:
 
 
 class Agreement(NamedTuple):
-    """Sums over tokens: how a model predicts, and how much as the base model does.
+    """Comparison of the student's predictions with the teacher's, summed over tokens.
 
     Attributes:
-        loss: of the trained model predicting the text, nats.
-        base_loss: of the base model.
-        predicted: tokens that were to be predicted.
-        kl: KL(base, trained), nats.
-        agreed: where both find the same token likeliest.
-        tokens: number of tokens, for `kl` and `agreed`.
+        loss: cross-entropy of the student on the text, in nats.
+        base_loss: cross-entropy of the teacher, which is the base model, in nats.
+        predicted: number of tokens predicted: all but the first of each row.
+        kl: KL(teacher, student) in nats.
+        agreed: number of positions where both rank the same token first.
+        tokens: number of positions that `kl` and `agreed` sum over.
     """
 
     loss: Tensor
@@ -148,7 +150,15 @@ def agreement(
     input_ids: Tensor,
     weights: Tensor,
 ) -> Agreement:
-    """Compare predictions at all positions; shapes as in `fidelity_sum`, ``input_ids (B, S)``."""
+    """Compare predictions at all positions.
+
+    Args:
+        student: final hidden states of the student, ``(B, S, D)``.
+        teacher: final hidden states of the teacher, ``(B, S, D)``.
+        head: maps hidden states to logits.
+        input_ids: the text, ``(B, S)``.
+        weights: 1 for tokens, 0 for padding, ``(B, S)``.
+    """
     targets = functional.pad(input_ids[:, 1:], (0, 1))
     predicted = functional.pad(weights[:, 1:], (0, 1)) * weights
     sums = []
@@ -173,7 +183,7 @@ def agreement(
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Widen to float32 or more."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

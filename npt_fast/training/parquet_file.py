@@ -1,8 +1,7 @@
-"""A column of strings in a Parquet file, in memory that does not grow with the file.
+"""Read a column of strings from a Parquet file in bounded memory.
 
-What a file says of its row groups may be wrong. What a page takes when it is decompressed stands in
-front of it, and the reader goes by that; so every page's header is looked at before its row group
-is read.
+The metadata of row groups may be wrong. The size of a decompressed page is in the page's header,
+and pyarrow allocates by that; so all headers of a row group are checked before it is read.
 """
 
 from __future__ import annotations
@@ -14,36 +13,37 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute, parquet
 
 LARGEST = 1 << 26
-"""Bytes of a page when it is decompressed, which is done at once."""
+"""Largest size of a decompressed page in bytes; a page is decompressed at once."""
 
-_AT_ONCE = 1 << 24  # bytes of text decoded at once, or one text
+_AT_ONCE = 1 << 24  # bytes of text decoded at once, unless one text has more
 _PIECE = 1 << 20  # bytes read at once
-_MOST_ROWS = 256  # decoded at once
-_FEW_ROWS = 1_000_000
-_ROWS_PER_BYTE = 10  # of the file; an empty text repeated takes a hundredth of that
+_MOST_ROWS = 256  # rows decoded at once
+_FEW_ROWS = 1_000_000  # rows that any file may have
+_ROWS_PER_BYTE = 10  # further rows per byte of the file; 5 million empty texts have 400
 _CONTAINER = 100_000  # columns, or row groups, that a file may say it has
 
 
 def parquet_values(
     stream: BinaryIO, column: str, longest: int
 ) -> tuple[dict[str, str], Iterator[str | None] | None]:
-    """The names of the columns with their types, and the values of one of them.
+    """Open a column of strings.
 
     Args:
         stream: the file.
-        column: its name.
+        column: name of the column.
         longest: characters that a value may have.
 
     Returns:
-        None for the values if there is no such column of strings.
+        The types of all columns by name, and the values of the column: None if there is no such
+        column of strings.
 
     Raises:
         ValueError: a page or a value is too large; also while iterating.
-        Exception: pyarrow's, of many kinds, for a broken file; also while iterating.
+        Exception: errors of pyarrow, of many types, for a broken file; also while iterating.
     """
     file = parquet.ParquetFile(
         stream,
-        buffer_size=_PIECE,  # or all of a row group is read at once
+        buffer_size=_PIECE,  # otherwise a row group is read at once
         pre_buffer=False,
         thrift_container_size_limit=_CONTAINER,
         thrift_string_size_limit=_PIECE,
@@ -59,7 +59,7 @@ def parquet_values(
 
 
 def _kind(type: Any) -> str:
-    """The type of values in Python, where it has one of that name."""
+    """Return the Python type of a column's values, or else the name of the Arrow type."""
     if pa.types.is_dictionary(type):
         type = type.value_type
     strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -79,19 +79,19 @@ def _values(
         raise ValueError(f"{rows:,} rows in {size:,} bytes; no texts are as short as that")
     for group, chunk in enumerate(chunks):
         pages = list(_pages(stream, chunk))
-        # of a column that was a dictionary when it was written, all texts are kept
+        # a column written as a dictionary keeps the texts of all its pages
         held = sum(pages) if shared else max(pages, default=0)
         if held > LARGEST:
             raise ValueError(
                 f"the column {column} of row group {group} needs {held:,} bytes at once, over "
                 f"{LARGEST:,} are refused; write it with fewer rows to a page and row group"
             )
-        # many rows may have a text that stands in the page once
+        # a text that is in the page once may belong to many rows
         rows = max(1, min(_MOST_ROWS, _AT_ONCE // max(held, 1)))
         for batch in file.iter_batches(rows, [group], [column], use_threads=False):
             values = batch.column(0)
             values = values.dictionary_decode() if shared else values
-            if pa.types.is_string_view(values.type):  # which has no utf8_length
+            if pa.types.is_string_view(values.type):  # utf8_length does not support it
                 values = values.cast(pa.large_string())
             if (compute.max(compute.utf8_length(values)).as_py() or 0) > longest:
                 raise ValueError(f"a text in row group {group} has over {longest:,} characters")
@@ -99,9 +99,9 @@ def _values(
 
 
 def _chunks(stream: BinaryIO, index: int) -> list[_Struct]:
-    """What the footer says of a column, for each row group; empty where it has no rows.
+    """Read a column's metadata in each row group; empty for groups without rows.
 
-    Not asked of pyarrow, which ends the process where the statistics beside it are damaged.
+    pyarrow is not asked for it: damaged statistics there end the process.
     """
     stream.seek(-8, 2)
     length = int.from_bytes(stream.read(4), "little")
@@ -112,15 +112,15 @@ def _chunks(stream: BinaryIO, index: int) -> list[_Struct]:
         chunk = columns[index].get((3, _STRUCT), {}) if index < len(columns) else {}
         rows = group.get((3, _I64), 0)
         if rows and not chunk.keys() >= {(7, _I64), (9, _I64)}:
-            raise ValueError(f"row group {len(chunks)} says nothing of its pages")
+            raise ValueError(f"row group {len(chunks)} does not say where its pages are")
         chunks.append(chunk if rows else {})
     return chunks
 
 
 def _pages(stream: BinaryIO, chunk: _Struct) -> Iterator[int]:
-    """Bytes of each page of a column in a row group when it is decompressed."""
+    """Yield the decompressed size in bytes of each page of a column in a row group."""
     if not chunk:
-        return  # there may be nothing where its pages would begin
+        return  # no rows: its offsets may lead nowhere
     begin = chunk[9, _I64]
     if 0 < chunk.get((11, _I64), 0) < begin:  # a dictionary comes before the data
         begin = chunk[11, _I64]
@@ -130,35 +130,35 @@ def _pages(stream: BinaryIO, chunk: _Struct) -> Iterator[int]:
         header = _struct(stream)
         size, stored = header.get((2, _I32), -1), header.get((3, _I32), -1)
         if size < 0 or stored < 0:
-            raise ValueError(f"the page at byte {begin} says nothing of its size")
+            raise ValueError(f"the page at byte {begin} does not say its size")
         yield size
         begin = stream.tell() + stored
 
 
-# The footer and the pages' headers are written in Thrift's compact protocol.
+# The footer and the headers of pages are in Thrift's compact protocol.
 
 _I32, _I64, _LIST, _STRUCT = 5, 6, 9, 12
 _Struct = dict[tuple[int, int], Any]
-"""Numbers, structs and lists of structs, by number and type of their field."""
+"""Fields that are numbers, structs or lists of structs, by field number and type."""
 
 
 def _struct(stream: BinaryIO, depth: int = 0) -> _Struct:
-    """What stands at this place; what is neither a number nor holds one is passed over."""
+    """Read a struct; fields that neither are nor hold numbers are skipped."""
     found: _Struct = {}
     field = 0
     while head := _byte(stream):
         kind = head & 15
         field = field + (head >> 4) if head >> 4 else _number(stream)
-        if kind not in (1, 2):  # true and false, which are all in the head
+        if kind not in (1, 2):  # true and false have no bytes after the head
             found[field, kind] = _value(stream, kind, depth + 1)
     return found
 
 
 def _value(stream: BinaryIO, kind: int, depth: int) -> Any:
     if depth > 20:
-        raise ValueError("what describes its pages is nested too deep")
+        raise ValueError("the description of its pages is nested too deep")
     match kind:
-        case 1 | 2 | 3:  # in a list, truth takes a byte too
+        case 1 | 2 | 3:  # in a list, a truth value takes a byte
             _byte(stream)
         case 4 | 5 | 6:
             return _number(stream)
@@ -175,7 +175,7 @@ def _value(stream: BinaryIO, kind: int, depth: int) -> Any:
         case 12:
             return _struct(stream, depth)
         case _:
-            raise ValueError("what describes its pages is of an unknown kind")
+            raise ValueError("the description of its pages has a field of unknown type")
     return None
 
 

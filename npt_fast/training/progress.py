@@ -1,4 +1,4 @@
-"""What a run goes on with besides weights and moments: numbers that are checked once, when read."""
+"""How far a run had come: the values besides weights and moments, checked when read."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from npt_fast.schema import Kind
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run had come; a run that begins has the defaults.
+    """How far a run had come; the defaults are the beginning of a run.
 
     Attributes:
-        micro_batches: batches that it had trained on.
-        best: its lowest KL on the held-out text, None if there is none.
-        scaler: state of the gradient scaler of float16, None without one.
-        data: where in the text it was, as `TokenWindows.state_after` gave it, None if unknown.
+        micro_batches: micro-batches trained on.
+        best_kl: lowest KL on the held-out text, in nats, None before the first evaluation.
+        scaler: state of float16's gradient scaler, None without one.
+        data: position in the text, from `TokenWindows.state_after`, None if unknown.
     """
 
     micro_batches: int = 0
-    best: float | None = None
+    best_kl: float | None = None
     scaler: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
 
 
 def _is_position(value: Any) -> bool:
-    return schema.is_count(value) and value < schema.LARGEST // 2  # it will grow
+    return schema.is_count(value) and value < schema.LARGEST // 2  # leaves room to grow
 
 
 def _is_measure(value: Any) -> bool:
-    """A loss may be infinite or NaN, and somebody may have kept it as a tensor."""
+    """A loss may be infinite or NaN, and other tools may save it as a tensor."""
     if isinstance(value, TensorEntry):
         return read_number(value) is not None
     return type(value) is float or schema.is_number(value)
@@ -59,7 +59,7 @@ def _is_json_object(value: Any) -> bool:
 
 
 _POSITION = Kind("a whole number from 0 to 2^62", _is_position)
-_PATH = Kind("a text", lambda value: isinstance(value, str))  # which need not be Unicode
+_PATH = Kind("a text", lambda value: isinstance(value, str))  # a path need not be valid Unicode
 _SEED = Kind("a whole number", lambda value: type(value) is int and schema.is_number(value))
 _POSITIVE = Kind("a positive number", lambda value: schema.is_number(value) and value > 0)
 _NUMBER = _is_tensor_or(Kind("a number from 0 on", lambda v: schema.is_number(v) and v >= 0))
@@ -119,10 +119,11 @@ _DATA = {
 
 
 def read_progress(saved: TrainingState | None) -> Progress:
-    """What a training state says of the run, or the beginning of one.
+    """Read the progress from a training state; None gives the beginning of a run.
 
     Raises:
-        CheckpointError: a value that training goes on with, or once went by, is of a wrong type.
+        CheckpointError: a value that the run continues with, or that it was trained with, has a
+            wrong type.
     """
     if saved is None:
         return Progress()
@@ -137,7 +138,7 @@ def read_progress(saved: TrainingState | None) -> Progress:
     checked(saved.group or {}, _GROUP, "optimizer_state_dict")
     checked(content.get("scheduler_state_dict") or {}, _SCHEDULER, "scheduler_state_dict")
     scaler, data = content.get("scaler_state_dict"), content.get("data_state")
-    if scaler:  # one that is turned off has an empty state
+    if scaler:  # a scaler that is turned off has an empty state
         scaler = checked(scaler, _SCALER, "scaler_state_dict", complete=True)
     if data is not None:
         data = checked(data, _DATA, "data_state", complete=True)
@@ -150,7 +151,7 @@ def read_progress(saved: TrainingState | None) -> Progress:
         best = read_number(best)
     return Progress(
         micro_batches=content.get("batch_count") or 0,
-        best=float(best) if best is not None and math.isfinite(best) else None,
+        best_kl=float(best) if best is not None and math.isfinite(best) else None,
         scaler=scaler or None,
         data=data,
     )

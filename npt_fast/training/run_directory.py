@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, complete checkpoints, the newest and the best."""
+"""The folder of a run: one run at a time, complete checkpoints, ``best`` and ``final``."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ _REMOVED = ".removed"
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """Checkpoints of the run in `folder` by step, ascending."""
+    """Return the checkpoints of the run in `folder` by step, ascending."""
     return checkpoints_in(folder / CHECKPOINTS)
 
 
 class RunDirectory:
-    """``<path>/checkpoints/checkpoint-N``, ``best``, ``final``, and the run's other files.
+    """Folder of a run, locked; its ``checkpoints`` holds ``checkpoint-N``, ``best``, ``final``.
 
     Args:
-        path: folder of the run; made if needed.
-        resuming: whether the run goes on from a checkpoint; a new run wants no checkpoints there.
+        path: folder of the run, created if needed.
+        resuming: whether the run resumes from a checkpoint; a new run refuses a folder that has
+            checkpoints.
 
     Raises:
-        TrainingError: another process trains into it, or it holds another run's checkpoints.
+        TrainingError: another process trains into the folder, or it has another run's checkpoints.
     """
 
     def __init__(self, path: Path, *, resuming: bool) -> None:
@@ -46,20 +47,20 @@ class RunDirectory:
         if not resuming and checkpoints(path):
             os.close(self._lock)
             raise TrainingError(
-                f"{path}: holds checkpoints of another run; go on with --resume_from, "
+                f"{path}: holds checkpoints of another run; continue it with --resume_from, "
                 "or choose another --wandb_name"
             )
 
     def checkpoint(self, name: int | str) -> Path:
-        """Where a checkpoint is: of a step, ``best`` or ``final``."""
+        """Return the path of a checkpoint: that of a step, ``best`` or ``final``."""
         return self.path / CHECKPOINTS / (f"checkpoint-{name}" if type(name) is int else str(name))
 
-    def checkpoints(self) -> Iterator[int]:
-        """Steps of which there is a checkpoint, ascending."""
+    def checkpoint_steps(self) -> Iterator[int]:
+        """Yield the steps that have a checkpoint, ascending."""
         yield from checkpoints(self.path)
 
     def link(self, step: int, name: str) -> None:
-        """Give the checkpoint of `step` a second name; takes no space where links are possible."""
+        """Give the checkpoint of `step` a second name, by hard links where the disk has them."""
         source = self.checkpoint(step)
         target = self.checkpoint(name)
         with disk_errors(target, TrainingError), StagedDirectory(target, replace=True) as staged:
@@ -75,18 +76,19 @@ class RunDirectory:
         """Remove all but the newest `count` checkpoints; ``best`` and ``final`` stay.
 
         Args:
-            count: how many stay.
-            newest: step of the one just written; what an earlier, longer run left beyond it stays,
-                and does not count.
+            count: number of checkpoints to keep.
+            newest: step of the checkpoint just written. Later ones, which an earlier run left, stay
+                and do not count.
         """
-        steps = [step for step in self.checkpoints() if newest is None or step <= newest]
+        steps = [step for step in self.checkpoint_steps() if newest is None or step <= newest]
         for step in steps[:-count]:
             path = self.checkpoint(step)
-            path.rename(path.with_name(f".{path.name}{_REMOVED}"))  # never there in part
+            # renamed first, so that no checkpoint is ever there in part
+            path.rename(path.with_name(f".{path.name}{_REMOVED}"))
         for path in self.path.glob(f"{CHECKPOINTS}/.checkpoint-*{_REMOVED}"):
             shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
-        """Let other runs in."""
+        """Unlock the folder for other runs."""
         with contextlib.suppress(OSError):
             os.close(self._lock)

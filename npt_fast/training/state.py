@@ -1,13 +1,13 @@
-"""Everything a run needs to go on: out of the optimizer into a checkpoint, and back.
+"""Weights and AdamW's moments: out of model and optimizer into a checkpoint, and back.
 
-Parameters are stored joined; a checkpoint has one AdamW state per tensor of the original, in its
-order (SPEC 2.3), so that merges and the original can read it.
+A component's parameters join several tensors of the original. A checkpoint has one AdamW state per
+tensor, in the original's order (design.md#training-state), so that merges and the original can read
+it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,53 +15,53 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from npt_fast import schema
-from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.checkpoint import CONFIG, NPT_CONFIG, Checkpoint
+from npt_fast.checkpoint.checkpoint import Checkpoint
 from npt_fast.checkpoint.numbers import read_number
-from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
-from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.training_state import (
-    MULTI_LAYER_STATE,
     TRAINING_STATE,
     TrainingState,
     read_training_state,
 )
-from npt_fast.config import FileFormat
 from npt_fast.errors import TrainingError
-from npt_fast.hf.checkpoint import read_tensor, save_pt, write_weights
+from npt_fast.hf.weights_file import read_tensor
 from npt_fast.modules import NPComponent
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def gather_weights(parts: Mapping[int, NPComponent]) -> dict[str, Tensor]:
-    """Weights of all layers by full name, on the CPU. Under FSDP every process must call it."""
+def gather_weights(components: Mapping[int, NPComponent]) -> dict[str, Tensor]:
+    """Return all weights by full name, on the CPU. Under FSDP every process must call it."""
     return {
         f"layer_{layer}_np.{name}": view.clone()
-        for layer, part in parts.items()
-        for name, view in part.split(
-            {name: _whole(parameter) for name, parameter in part.named_parameters()}
+        for layer, component in components.items()
+        for name, view in component.split(
+            {name: _whole(parameter) for name, parameter in component.named_parameters()}
         ).items()
     }
 
 
 def gather_optimizer(
-    optimizer: torch.optim.Optimizer, parts: Mapping[int, NPComponent]
+    optimizer: torch.optim.Optimizer, components: Mapping[int, NPComponent]
 ) -> dict[str, Any]:
-    """AdamW's state in the original's form, on the CPU. Under FSDP every process must call it."""
+    """Return AdamW's state in the original's form, on the CPU.
+
+    Under FSDP every process must call it.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     index = 0
-    for part in parts.values():
-        own = dict(part.named_parameters())
+    for component in components.values():
+        own = dict(component.named_parameters())
         names = list(
-            part.split({name: torch.empty(p.shape, device="meta") for name, p in own.items()})
+            component.split({name: torch.empty(p.shape, device="meta") for name, p in own.items()})
         )
         held = {name: optimizer.state[p] for name, p in own.items() if p in optimizer.state}
         if held:
             split = {
-                moment: part.split({name: _whole(values[moment]) for name, values in held.items()})
+                moment: component.split(
+                    {name: _whole(values[moment]) for name, values in held.items()}
+                )
                 for moment in _MOMENTS
             }
             step = _whole(next(iter(held.values()))["step"]).to(torch.float32)
@@ -81,26 +81,26 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
-    parts: Mapping[int, NPComponent],
+    components: Mapping[int, NPComponent],
     saved: TrainingState,
     checkpoint: Checkpoint,
 ) -> list[int]:
-    """Give AdamW its moments back, by name; layers the checkpoint has none of start fresh.
+    """Restore AdamW's moments by name; layers without moments in the checkpoint start fresh.
 
-    Where the tensors that are joined in one parameter differ in step, as after a merge that joined
-    two modules of one layer, the moments are brought to the highest step so that what AdamW divides
-    by ``1 - beta^step`` stays the same.
+    Tensors that are joined in one parameter may differ in step, for example after a merge that
+    joined two modules of one layer. Then all moments are scaled to the highest step such that
+    ``moment / (1 - beta^step)``, which AdamW uses, stays the same.
 
     Returns:
         Layers that start fresh.
 
     Raises:
-        TrainingError: its steps or moments are none that AdamW leaves.
+        TrainingError: AdamW cannot have left these steps or moments.
     """
     reader = NearbyReader()
     betas = optimizer.param_groups[0]["betas"]
     fresh = []
-    for layer, part in parts.items():
+    for layer, component in components.items():
         slots = saved.optimizer.get(layer)
         if not slots:
             fresh.append(layer)
@@ -121,13 +121,13 @@ def restore_optimizer(
                 f"{saved.path}: the AdamW state of layer {layer} has tensors at step 0 and others "
                 f"at step {top}; leave out {TRAINING_STATE} to start the optimizer fresh"
             )
-        own = dict(part.named_parameters())
+        own = dict(component.named_parameters())
         joined = {
             moment: {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in own.items()}
             for moment in _MOMENTS
         }
         for moment, beta in zip(_MOMENTS, betas, strict=True):
-            views = part.split(joined[moment])
+            views = component.split(joined[moment])
             for name, values in states.items():
                 entry = values[moment]
                 assert isinstance(entry, TensorEntry)
@@ -164,39 +164,7 @@ def _steps(value: TensorEntry | float | None, where: str) -> int:
 
 
 def read_state(checkpoint: Checkpoint) -> TrainingState | None:
-    """The training state of a checkpoint, None if it has none."""
+    """Read the training state of a checkpoint, None if it has none."""
     if checkpoint.directory is None:
         return None
     return read_training_state(checkpoint.directory / TRAINING_STATE, checkpoint.modules)
-
-
-def write_checkpoint(
-    target: Path,
-    *,
-    weights: Mapping[str, Tensor],
-    format: FileFormat,
-    training_state: Mapping[str, Any],
-    multi_layer_state: Mapping[str, Any],
-    config: Mapping[str, Any],
-    npt_config: Mapping[str, Any],
-) -> None:
-    """Write a checkpoint in the guide's layout: complete or not at all.
-
-    Raises:
-        CheckpointError: what would be written could not be read.
-        StorageError: the disk is full.
-        TrainingError: it cannot be written.
-    """
-    with disk_errors(target, TrainingError), StagedDirectory(target, replace=True) as staged:
-        write_weights(staged, weights, format)
-        for name, state in (
-            (TRAINING_STATE, training_state),
-            (MULTI_LAYER_STATE, multi_layer_state),
-        ):
-            with staged.file(name) as file:
-                save_pt(dict(state), file)
-        for name, content in ((CONFIG, config), (NPT_CONFIG, npt_config)):
-            with staged.file(name) as file:
-                file.write(strict_json.dump(dict(content)))
-        read_back(staged.path, target)
-        staged.publish()

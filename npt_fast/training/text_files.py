@@ -1,8 +1,7 @@
-"""The documents in a file of text, JSON or Parquet, whoever wrote it.
+"""Read the documents in a file of text, JSON or Parquet that anybody may have written.
 
-A file is read a piece at a time: what is in memory does not grow with the file, only with its
-largest document, which is bounded. What an object, page or paragraph takes is known before it is
-decoded.
+A file is read in pieces, so memory grows only with its largest document, which is bounded. The size
+of an object, page or paragraph is checked before it is decoded.
 """
 
 from __future__ import annotations
@@ -20,33 +19,33 @@ from npt_fast.errors import DataError
 from npt_fast.training.parquet_file import parquet_values
 
 LONGEST = 1 << 23
-"""Characters of a document; tokenising one takes a hundred bytes for each."""
+"""Largest number of characters in a document; tokenising takes a hundred bytes per character."""
 
 _PIECE = 1 << 20  # characters read at once
-_LONGEST_OBJECT = 2 * LONGEST  # characters of JSON: an escaped one takes six
-_DEEPEST = 100  # of JSON in JSON, as in a checkpoint's files
-_MOST_VALUES = 1_000_000  # of a JSON object: an empty list takes 3 bytes in a file, 64 in memory
+_LONGEST_OBJECT = 2 * LONGEST  # characters of JSON; an escaped character takes six
+_DEEPEST = 100  # levels of nesting, as in the JSON files of a checkpoint
+_MOST_VALUES = 1_000_000  # in an object; an empty list takes 3 bytes in a file, 64 in memory
 _SPACE = re.compile(r"[ \t\r\n]*+")
-# a string, which may be cut short by the end of what has been read, or what gives JSON its shape
+# a string, which the end of the piece may cut short, or a bracket or comma
 _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(")?|[][{},]', re.DOTALL)
 
 _Read = Callable[[int], str]
 
 
-def texts(file: SourceFile) -> Iterator[str]:
-    """The documents of a file, in its order; its suffix is one of `KINDS`.
+def read_documents(file: SourceFile) -> Iterator[str]:
+    """Yield the documents of a file in order; its suffix must be one of `READERS`.
 
     Raises:
         DataError: a row has no text.
-        ValueError: the content is not of that kind, or of a size that is refused.
-        OSError: the system refuses to read it.
+        ValueError: the content does not fit the suffix, or exceeds a limit.
+        OSError: the file cannot be read.
         CheckpointError: the file changed while it was being read.
     """
-    yield from KINDS[file.path.suffix.lower()](file)
+    yield from READERS[file.path.suffix.lower()](file)
 
 
 def _paragraphs(file: SourceFile) -> Iterator[str]:
-    """What blank lines keep apart."""
+    """Yield paragraphs, which blank lines separate."""
     with _opened(file) as read:
         begun = ""
         while piece := read(_PIECE):
@@ -61,9 +60,9 @@ def _paragraphs(file: SourceFile) -> Iterator[str]:
 
 
 def _json_texts(file: SourceFile) -> Iterator[str]:
-    """The column ``text`` of JSON objects."""
+    """Yield the value of ``text`` in each JSON object."""
     with _opened(file) as read:
-        for number, row in enumerate(_Json(read).rows()):
+        for number, row in enumerate(_JsonReader(read).rows()):
             text = row.get("text")
             if not isinstance(text, str):
                 types = {name: type(value).__name__ for name, value in row.items()}
@@ -81,7 +80,7 @@ def _json_texts(file: SourceFile) -> Iterator[str]:
 
 
 def _parquet_texts(file: SourceFile) -> Iterator[str]:
-    """The column ``text``."""
+    """Yield the column ``text``."""
     with file.open() as fd, open(fd, "rb", closefd=False) as stream:
         columns, values = parquet_values(stream, "text", LONGEST)
         if values is None:
@@ -92,14 +91,14 @@ def _parquet_texts(file: SourceFile) -> Iterator[str]:
             yield value
 
 
-KINDS: Mapping[str, Callable[[SourceFile], Iterator[str]]] = {
+READERS: Mapping[str, Callable[[SourceFile], Iterator[str]]] = {
     ".txt": _paragraphs,
     ".md": _paragraphs,
     ".jsonl": _json_texts,
     ".json": _json_texts,
     ".parquet": _parquet_texts,
 }
-"""Suffixes of files that hold text, and how each is read."""
+"""Reader of each suffix that a text file may have."""
 
 
 def _no_text(file: SourceFile, number: int, columns: Mapping[str, str]) -> DataError:
@@ -111,7 +110,7 @@ def _no_text(file: SourceFile, number: int, columns: Mapping[str, str]) -> DataE
 
 @contextmanager
 def _opened(file: SourceFile) -> Iterator[_Read]:
-    """How to read the next so many characters; fewer come at the end of the file."""
+    """Open a file; yield a function that reads up to `count` characters."""
     with file.open() as fd, open(fd, encoding="utf-8", closefd=False) as text:
 
         def read(count: int) -> str:
@@ -132,18 +131,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-class _Json:
-    """JSON in pieces: finds where a value ends before it is parsed, in one pass over its text."""
+class _JsonReader:
+    """Reads JSON in pieces: finds the end of a value, in one pass, before parsing it."""
 
     def __init__(self, read: _Read) -> None:
         self._read = read
         self._decode = json.JSONDecoder(object_pairs_hook=_unique).raw_decode
-        self._text = read(1).removeprefix("\ufeff")  # the codec utf-8-sig takes a part of a mark
+        self._text = read(1).removeprefix("\ufeff")  # the codec utf-8-sig accepts half a mark
         self._at = 0
         self._number = 0
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Objects that follow one another, or those in an array; a string in one is a text."""
+        """Yield objects that follow one another or stand in an array, where a string is a text."""
         array = self._next() == "["
         end = "]" if array else ""
         self._at += array
@@ -154,7 +153,7 @@ class _Json:
                 self._at += 1
                 begin = self._next()
             if begin != "{" and not (array and begin == '"'):
-                raise self._bad("is no JSON object")
+                raise self._bad("not a JSON object")
             value = self._value()
             yield {"text": value} if isinstance(value, str) else value
             self._number += 1
@@ -166,7 +165,7 @@ class _Json:
         return ValueError(f"row {self._number}: {problem}")
 
     def _next(self) -> str:
-        """The next character that is no white space, which is not read yet; "" at the end."""
+        """Skip white space and return the next character without reading it; "" at the end."""
         while True:
             found = _SPACE.match(self._text, self._at)
             assert found
@@ -175,7 +174,7 @@ class _Json:
                 return self._text[self._at : self._at + 1]
 
     def _more(self) -> bool:
-        """Read on, so that what is not parsed yet becomes twice as long at least."""
+        """Read on; return False at the end. The unparsed text at least doubles: linear time."""
         left = self._text[self._at :]
         piece = self._read(max(_PIECE, len(left)))
         self._text, self._at = left + piece, 0
@@ -187,20 +186,20 @@ class _Json:
             value, end = self._decode(self._text, self._at)
         except json.JSONDecodeError as error:
             raise self._bad(f"not valid JSON: {error.msg}") from None
-        except ValueError as error:  # a key that occurs twice, a number of thousands of digits
+        except ValueError as error:  # a duplicate key, or a number of thousands of digits
             raise self._bad(str(error)) from None
         assert end == self._at + length
         self._at = end
         return value
 
     def _length(self) -> int:
-        """Characters of the value that begins here; or of all that is left, if it does not end."""
+        """Return the length of the value that starts here, or of the rest if it has no end."""
         depth = values = done = 0
         while True:
             for token in _TOKEN.finditer(self._text, self._at + done):
                 first = self._text[token.start()]
                 if first == '"' and not token[1]:
-                    break  # it goes on in the next piece
+                    break  # the string continues in the next piece
                 done = token.end() - self._at
                 values += 1
                 depth += (first in "{[") - (first in "}]")

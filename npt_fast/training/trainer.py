@@ -1,7 +1,7 @@
 """The training loop: transformers' Trainer around a `Distillation`.
 
-Trainer accumulates, clips, scales, autocasts and spreads over processes; what a step means, what is
-measured, what is written and where a run goes on is here.
+Trainer accumulates and clips gradients, scales, autocasts and distributes. This file decides when
+to evaluate, save, sample and stop, and restores a run that is resumed.
 """
 
 from __future__ import annotations
@@ -24,27 +24,22 @@ from transformers import (
 
 from npt_fast.checkpoint.checkpoint import Checkpoint
 from npt_fast.checkpoint.publish import disk_errors
-from npt_fast.checkpoint.training_run import BEST
 from npt_fast.checkpoint.training_state import TrainingState
 from npt_fast.config import TrainOptions
 from npt_fast.errors import TrainingError
-from npt_fast.hf.checkpoint import describe
 from npt_fast.hf.convert import components
 from npt_fast.hf.tokenizer import encode
 from npt_fast.modules import NPComponent
+from npt_fast.training.checkpoint_writer import CheckpointWriter
 from npt_fast.training.curriculum import Stage, stage_index
-from npt_fast.training.data import TokenWindows
-from npt_fast.training.distillation import Distillation, Losses
+from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate, evaluate_windows
-from npt_fast.training.metrics import Metrics
+from npt_fast.training.metrics_log import MetricsLog
 from npt_fast.training.progress import Progress
 from npt_fast.training.run_directory import RunDirectory
-from npt_fast.training.state import (
-    gather_optimizer,
-    gather_weights,
-    restore_optimizer,
-    write_checkpoint,
-)
+from npt_fast.training.state import restore_optimizer
+from npt_fast.training.step_metrics import StepMetrics
+from npt_fast.training.token_windows import TokenWindows
 
 PROMPTS = ("The future of artificial intelligence", "Hi")
 
@@ -53,20 +48,20 @@ class NPTTrainer(Trainer):
     """Trains the NP layers of a model.
 
     Args:
-        distillation: the step.
-        options: how to train.
-        arguments: the same for transformers.
-        tokenizer: of the model.
+        distillation: computes the losses of a batch.
+        options: options of the run.
+        arguments: the same options for Trainer.
+        tokenizer: the model's tokenizer.
         stages: the curriculum.
         windows: training text, at the position where the run begins.
         held_out: windows for evaluation.
-        run: where to write; every process knows it, the first one writes.
-        metrics: of the first process, None in the others.
-        checkpoint: what the run goes on from.
-        saved: its training state.
-        progress: how far the run has come.
-        stop: gives the number of a signal that asks to stop, 0 as long as there is none.
-        say: prints a line for people.
+        run: folder of the run, None in all processes but the main one.
+        metrics: log of the run, None in all processes but the main one.
+        resumed: checkpoint that the run was resumed from.
+        training_state: training state of that checkpoint.
+        progress: how far the run had come.
+        stop_signal: returns the number of a signal that asks to stop, 0 if there is none.
+        say: prints a line on stderr.
     """
 
     def __init__(
@@ -80,11 +75,11 @@ class NPTTrainer(Trainer):
         windows: TokenWindows,
         held_out: Sequence[Mapping[str, Tensor]],
         run: RunDirectory | None,
-        metrics: Metrics | None,
-        checkpoint: Checkpoint | None,
-        saved: TrainingState | None,
+        metrics: MetricsLog | None,
+        resumed: Checkpoint | None,
+        training_state: TrainingState | None,
         progress: Progress,
-        stop: Callable[[], int],
+        stop_signal: Callable[[], int],
         say: Callable[[str], None],
     ) -> None:
         super().__init__(
@@ -92,7 +87,7 @@ class NPTTrainer(Trainer):
             arguments,
             data_collator=collate,
             train_dataset=windows,
-            callbacks=[_Steps(self)],
+            callbacks=[_TrainerHooks(self)],
         )
         for printer in ("PrinterCallback", "ProgressCallback"):
             for callback in list(self.callback_handler.callbacks):
@@ -104,23 +99,29 @@ class NPTTrainer(Trainer):
         self.stages = stages
         self.windows = windows
         self.held_out = held_out
-        self.run = run
         self.metrics = metrics
-        self.checkpoint = checkpoint
-        self.saved = saved
-        self.stop = stop
+        self.resumed = resumed
+        self.training_state = training_state
+        self.stop_signal = stop_signal
         self.say = say
-        self.start = saved.global_step if saved else 0
-        self.best = progress.best
+        self.first_step = training_state.global_step if training_state else 0
+        self.best_kl = progress.best_kl
         self.micro_batches = progress.micro_batches
         self.scaler_state = progress.scaler
         self.evaluation: Evaluation | None = None
         self.stopped_by = 0
         self._stage = -1
         self._first_window = windows.position
-        self._sums: dict[str, Tensor] = {}
-        self._step_total: Tensor | None = None
-        self._since = time.monotonic()
+        self._step_metrics = StepMetrics()
+        self._writer = CheckpointWriter(
+            run,
+            distillation,
+            options,
+            stages=stages,
+            resumed=resumed,
+            first_step=self.first_step,
+            say=say,
+        )
 
     # ---- what Trainer asks for ----
 
@@ -128,7 +129,7 @@ class NPTTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate knows FSDP on accelerators only; torch has it on CPUs too, for tests
+            # accelerate supports FSDP on GPUs only; tests use torch's FSDP on CPUs
             from accelerate.utils import FullyShardedDataParallelPlugin
 
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
@@ -136,7 +137,7 @@ class NPTTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One AdamW group over all NP parameters."""
+        """Create AdamW with one group over all NP parameters."""
         if self.optimizer is None:
             options = self.options
             parameters = [p for p in self.distillation.parameters() if p.requires_grad]
@@ -144,16 +145,16 @@ class NPTTrainer(Trainer):
                 parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
             )
             for group in self.optimizer.param_groups:
-                # for a schedule that begins in the middle
+                # a schedule that resumes in the middle needs it
                 group["initial_lr"] = options.learning_rate
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Warm-up, then half a cosine or constant, from the step where the run begins."""
+        """Create the schedule, at the step where the run begins (design.md#curriculum)."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             warmup = self.args.get_warmup_steps(num_training_steps)
-            last = self.start - 1
+            last = self.first_step - 1
             self.lr_scheduler = (
                 get_cosine_schedule_with_warmup(
                     optimizer, warmup, num_training_steps, last_epoch=last
@@ -171,33 +172,30 @@ class NPTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean over all tokens of the optimizer step, in all processes together."""
+        """Return the mean loss over all tokens of the optimizer step, in all processes."""
         step = self.state.global_step
         tokens = inputs.pop("labels").ne(-100).sum()
-        losses = model(**inputs, stage=self._current_stage(step), norms=self._logs(step + 1))
-        self._add(losses, tokens)
+        losses = model(
+            **inputs, stage=self._current_stage(step), measure_norms=self._logs_after(step + 1)
+        )
+        self._step_metrics.add(losses, tokens)
         self.micro_batches += 1
         assert num_items_in_batch is not None
-        # DDP and FSDP take the mean over processes, each of which has a part of the tokens
+        # DDP and FSDP average over processes, but each process has only part of the tokens
         return losses.total * self.accelerator.num_processes / num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Metrics under the names of SPEC 5.10, since the last call."""
+        """Write the metrics since the last call (design.md#metrics) and say a summary."""
         if "learning_rate" not in logs:
-            return  # Trainer's own summary at the end
+            return  # Trainer's summary at the end
         self._check_finite()
         step = self.state.global_step
         stage = self._current_stage(step - 1)
-        names = sorted(self._sums)
-        sums = self.accelerator.reduce(torch.stack([self._sums[n].double() for n in names]), "sum")
-        found = dict(zip(names, sums.tolist(), strict=True))
-        tokens, measured = found.pop("tokens"), found.pop("measured", 0.0)
-        seconds = time.monotonic() - self._since
+        means, tokens, seconds = self._step_metrics.take(
+            lambda sums: self.accelerator.reduce(sums, "sum")
+        )
         values: dict[str, float | str] = {
-            name: value / (measured if name.startswith("v_") else tokens)
-            for name, value in found.items()
-        }
-        values |= {
+            **means,
             "curriculum/stage": stage.name,
             "curriculum/stage_index": self._stage,
             "curriculum/mixing_ratio": stage.attention_ratio,
@@ -205,14 +203,16 @@ class NPTTrainer(Trainer):
             "training/grad_norm": logs["grad_norm"],
             "training/tokens_per_second": tokens / seconds,
         }
-        self._sums = {}
-        self._since = time.monotonic()
         self._record(step, values)
-        left = (self.options.max_steps - step) * seconds / max(step - self._logged_before(step), 1)
+        left = (
+            (self.options.max_steps - step)
+            * seconds
+            / max(step - self._last_logged_before(step), 1)
+        )
         self.say(
-            f"step {step}/{self.options.max_steps}  {stage.name}  loss {values['loss/total']:.4f}  "
+            f"step {step}/{self.options.max_steps}  {stage.name}  loss {means['loss/total']:.4f}  "
             + "".join(
-                f"layer {n} {values[f'mlp_direct_loss/layer_{n}']:.4f}  " for n in self._parts()
+                f"layer {n} {means[f'mlp_direct_loss/layer_{n}']:.4f}  " for n in self._components()
             )
             + f"lr {logs['learning_rate']:.2e}  {tokens / seconds:,.0f} tokens/s  "
             f"{_duration(left)} left"
@@ -220,8 +220,8 @@ class NPTTrainer(Trainer):
 
     # ---- measuring ----
 
-    def _adamw(self) -> torch.optim.Optimizer:
-        """Ours, in accelerate's wrapping or not."""
+    def _unwrapped_optimizer(self) -> torch.optim.Optimizer:
+        """Return AdamW without the wrapper that accelerate puts around it."""
         optimizer: Any = self.optimizer
         found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         return found
@@ -231,71 +231,47 @@ class NPTTrainer(Trainer):
             with disk_errors(self.metrics.path, TrainingError):
                 self.metrics.write(step, values)
 
-    def _parts(self) -> dict[int, NPComponent]:
+    def _components(self) -> dict[int, NPComponent]:
         return components(self.distillation.model)
 
-    def _logs(self, step: int) -> bool:
-        """Whether Trainer logs after this optimizer step."""
+    def _logs_after(self, step: int) -> bool:
+        """Whether metrics are logged after this optimizer step."""
         every = self.options.logging_steps
-        return step % every == 0 or step in (1, self.start + 1, self.options.max_steps)
+        return step % every == 0 or step in (1, self.first_step + 1, self.options.max_steps)
 
-    def _logged_before(self, step: int) -> int:
-        return max(self.start, next((s for s in range(step - 1, 0, -1) if self._logs(s)), 0))
+    def _last_logged_before(self, step: int) -> int:
+        return max(
+            self.first_step, next((s for s in range(step - 1, 0, -1) if self._logs_after(s)), 0)
+        )
 
     def _current_stage(self, step: int) -> Stage:
         return self.stages[stage_index(self.stages, step)]
 
-    def _add(self, losses: Losses, tokens: Tensor) -> None:
-        values = {"loss/total": losses.total, "tokens": tokens}
-        if losses.fidelity is not None:
-            values["loss/fidelity"] = losses.fidelity
-        for layer, value in losses.direct.items():
-            values[f"mlp_direct_loss/layer_{layer}"] = value
-        for layer, value in (losses.regularization or {}).items():
-            values[f"regularization/layer_{layer}"] = value
-        if losses.norms is not None:
-            values["measured"] = tokens
-            for layer, (v_a, v_b, similarity) in losses.norms.items():
-                values[f"v_a_norm/layer_{layer}"] = v_a
-                values[f"v_b_norm/layer_{layer}"] = v_b
-                values[f"v_a_attention_similarity/layer_{layer}"] = similarity
-        for name, value in values.items():
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._last = losses
-
     def _check_finite(self) -> None:
-        losses = self._last
-        if bool(torch.isfinite(losses.total)):
-            return
-        bad = [layer for layer, value in losses.direct.items() if not bool(torch.isfinite(value))]
-        where = f"of layer {', '.join(map(str, bad))}" if bad else "in all"
-        raise TrainingError(
-            f"the loss {where} is not finite at step {self.state.global_step}; "
-            f"{self._last_good()}; a lower --learning_rate may help"
-        )
-
-    def _last_good(self) -> str:
-        steps = list(self.run.checkpoints()) if self.run else []
-        if not steps or self.run is None:
-            return "no checkpoint had been saved"
-        return f"the last good checkpoint is {self.run.checkpoint(steps[-1])}"
+        bad = self._step_metrics.not_finite()
+        if bad is not None:
+            raise TrainingError(
+                f"the loss {bad} is not finite at step {self.state.global_step}; "
+                f"{self._writer.last_good()}; a lower --learning_rate may help"
+            )
 
     # ---- the run ----
 
     def begin(self) -> None:
-        """Go on where the checkpoint ended; called when model and optimizer are in place."""
-        self.state.global_step = self._globalstep_last_logged = self.start
-        if self.saved is not None and self.checkpoint is not None:
-            fresh = restore_optimizer(self._adamw(), self._parts(), self.saved, self.checkpoint)
+        """Restore the run from the checkpoint, once Trainer has created model and optimizer."""
+        self.state.global_step = self._globalstep_last_logged = self.first_step
+        if self.training_state is not None and self.resumed is not None:
+            fresh = restore_optimizer(
+                self._unwrapped_optimizer(), self._components(), self.training_state, self.resumed
+            )
             if fresh:
                 self.say(f"Optimizer starts fresh for layers {fresh}")
             if self.scaler_state and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(self.scaler_state)
-        self._since = time.monotonic()
+        self._step_metrics.start_clock()
 
     def enter_step(self) -> None:
-        """Before an optimizer step."""
+        """Note a change of stage before an optimizer step."""
         step = self.state.global_step
         index = stage_index(self.stages, step)
         if index == self._stage:
@@ -312,10 +288,10 @@ class NPTTrainer(Trainer):
         self._stage = index
 
     def leave_step(self, control: Any) -> None:
-        """After an optimizer step: evaluate, save, sample, stop, as is due."""
+        """Evaluate, save, sample and stop after an optimizer step, as due."""
         options, step = self.options, self.state.global_step
         if self.accelerator.device.type == "cpu":
-            self._check_finite()  # elsewhere it would wait for the device: when logging, saving
+            self._check_finite()  # a GPU would have to wait; there, only before logging and saving
         begun = time.monotonic()
         last = step >= options.max_steps
         self.stopped_by = 0 if last else self._agreed_stop()
@@ -323,15 +299,15 @@ class NPTTrainer(Trainer):
         better = self._evaluate_now() if evaluates else False
         saves = step % options.save_steps == 0 or last or self.stopped_by
         if saves or better:
-            self._write(step, saves=bool(saves), better=better)
+            self._write(step, numbered=bool(saves), best=better)
         if options.generation_steps and step % options.generation_steps == 0:
             self._sample()
-        self._since += time.monotonic() - begun  # not part of the training's speed
+        self._step_metrics.exclude(time.monotonic() - begun)
         if self.stopped_by:
             control.should_training_stop = True
 
     def _agreed_stop(self) -> int:
-        number = self.stop()
+        number = self.stop_signal()
         if self.accelerator.num_processes == 1:
             return number
         flag = torch.tensor(number, device=self.accelerator.device)
@@ -339,24 +315,25 @@ class NPTTrainer(Trainer):
         return int(flag)
 
     def _evaluate_now(self) -> bool:
-        """Evaluate on the held-out windows; whether this is the best so far."""
+        """Evaluate on the held-out windows; return whether the KL is the lowest so far."""
         self._check_finite()
         step = self.state.global_step
         processes = self.accelerator.num_processes
         distillation: Any = self.distillation
         windows = self.held_out
-        reduce: Callable[[Tensor], Tensor] = lambda sums: sums  # noqa: E731
+        sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums  # noqa: E731
         if self.is_fsdp_enabled:
-            distillation = self.model_wrapped  # all processes take part in every layer
+            # each process holds a part of each layer, so all of them evaluate all windows
+            distillation = self.model_wrapped
         elif processes > 1 and len(windows) >= processes:
             windows = windows[self.accelerator.process_index :: processes]
-            reduce = lambda sums: self.accelerator.reduce(sums, "sum")  # noqa: E731
+            sum_over_processes = lambda sums: self.accelerator.reduce(sums, "sum")  # noqa: E731
         found = evaluate_windows(
             distillation,
             windows,
             batch_size=self.options.batch_size,
             device=self.accelerator.device,
-            total=reduce,
+            sum_over_processes=sum_over_processes,
         )
         self.evaluation = found
         values: dict[str, float | str] = {
@@ -369,105 +346,44 @@ class NPTTrainer(Trainer):
         values |= {f"eval_mlp_direct_loss/layer_{n}": v for n, v in found.direct.items()}
         self._record(step, values)
         self.say(
-            f"step {step}  evaluation  perplexity {found.perplexity:.3f} (base "
+            f"step {step}  evaluation  perplexity {found.perplexity:.3f} (base model "
             f"{found.base_perplexity:.3f})  KL {found.kl:.4f}  top-1 {found.top1_agreement:.4f}"
         )
-        better = self.best is None or found.kl < self.best
+        better = self.best_kl is None or found.kl < self.best_kl
         if better:
-            self.best = found.kl
+            self.best_kl = found.kl
         return better
 
-    def _write(self, step: int, *, saves: bool, better: bool) -> None:
-        """Write ``checkpoint-N``, ``best`` or both; under FSDP all processes take part."""
+    def _write(self, step: int, *, numbered: bool, best: bool) -> None:
+        """Write ``checkpoint-N``, ``best`` or both; under FSDP every process must call it."""
         self._check_finite()
-        parts = self._parts()
-        if not self.is_fsdp_enabled and self.run is None:
+        if not (self.is_world_process_zero() or self.is_fsdp_enabled):
             return
-        weights, optimizer_state = gather_weights(parts), gather_optimizer(self._adamw(), parts)
-        if self.run is None:
-            return
-        bad = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
-        if bad:
-            raise TrainingError(f"{bad[0]} is not finite at step {step}; {self._last_good()}")
-        options, scaler = self.options, self.accelerator.scaler
-        target = self.run.checkpoint(step if saves else BEST)
-        write_checkpoint(
-            target,
-            weights=weights,
-            format=options.format,
-            training_state={
-                "global_step": step,
-                "batch_count": self.micro_batches,
-                "optimizer_state_dict": optimizer_state,
-                "scheduler_state_dict": self.lr_scheduler.state_dict()
-                if self.lr_scheduler
-                else None,
-                "scaler_state_dict": scaler.state_dict() if scaler is not None else None,
-                "best_val_loss": self.best,
-                "data_state": self._data_state(step),
-            },
-            multi_layer_state=self._multi_layer_state(step),
-            config={
-                "model_name": options.model_name,
-                "batch_size": options.batch_size,
-                "learning_rate": options.learning_rate,
-                "max_steps": options.max_steps,
-                "gradient_accumulation_steps": options.gradient_accumulation_steps,
-                "mixed_precision": options.mixed_precision or options.fp16,
-                "gradient_clip_value": options.gradient_clip,
-                "data": options.data,
-                "max_length": options.max_length,
-                "loss": options.loss,
-                "seed": options.seed,
-            },
-            npt_config=describe(
-                self.distillation.model,
-                base_name=options.model_name,
-                steps={layer: self._layer_steps(layer) for layer in parts},
-                fidelity=self.evaluation.direct if self.evaluation else None,
+        scaler = self.accelerator.scaler
+        self._writer.write(
+            step,
+            self._unwrapped_optimizer(),
+            self.lr_scheduler,
+            Progress(
+                micro_batches=self.micro_batches,
+                best_kl=self.best_kl,
+                scaler=scaler.state_dict() if scaler is not None else None,
+                data=self._data_state(step),
             ),
+            direct=self.evaluation.direct if self.evaluation else None,
+            numbered=numbered,
+            best=best,
         )
-        if saves and better:
-            self.run.link(step, BEST)
-        if saves and options.keep_last is not None:
-            self.run.keep_last(options.keep_last, newest=step)
-        self.say(f"Saved {target}" + (", the best so far" if better else ""))
-
-    def _layer_steps(self, layer: int) -> int:
-        """Optimizer steps that a layer was trained for, in earlier runs too."""
-        own = self.state.global_step - self.start
-        if self.checkpoint is None or layer not in self.checkpoint.modules:
-            return own
-        return own + (self.checkpoint.record(layer).step or self.start)
 
     def _data_state(self, step: int) -> dict[str, Any]:
         options = self.options
         per_step = options.batch_size * options.gradient_accumulation_steps
-        taken = (step - self.start) * per_step * self.accelerator.num_processes
+        taken = (step - self.first_step) * per_step * self.accelerator.num_processes
         return self.windows.state_after(self._first_window + taken)
 
-    def _multi_layer_state(self, step: int) -> dict[str, Any]:
-        cache = self.distillation.cache
-        return {
-            "layers_to_train": list(self._parts()),
-            "curriculum_schedule": [
-                {
-                    "name": stage.name,
-                    "until_step": stage.until_step,
-                    "mixing_ratio": stage.attention_ratio,
-                    "mlp_mixing_ratio": stage.mlp_ratio,
-                }
-                for stage in self.stages
-            ],
-            "current_stage_index": stage_index(self.stages, step),
-            "layer_weights": dict(self.distillation.layer_weights),
-            "teacher_cache_hits": cache.hits,
-            "teacher_cache_misses": cache.misses,
-        }
-
     def _sample(self) -> None:
-        """Texts as the trained model goes on with them; the training's random numbers stay put."""
-        if self.run is None or self.is_fsdp_enabled:
+        """Say how the NPT model continues the prompts; training's random numbers are untouched."""
+        if not self.is_world_process_zero() or self.is_fsdp_enabled:
             return
         model = self.distillation.model
         device = self.accelerator.device
@@ -487,8 +403,8 @@ class NPTTrainer(Trainer):
             self.say(f"step {self.state.global_step}  sample  {' '.join(text.split())}")
 
 
-class _Steps(TrainerCallback):
-    """Trainer's hooks, handed to the trainer."""
+class _TrainerHooks(TrainerCallback):
+    """Passes Trainer's hooks to `NPTTrainer`."""
 
     def __init__(self, trainer: NPTTrainer) -> None:
         self.trainer = trainer
@@ -500,7 +416,7 @@ class _Steps(TrainerCallback):
         self.trainer.enter_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._logs(state.global_step):
+        if self.trainer._logs_after(state.global_step):
             control.should_log = True
         self.trainer.leave_step(control)
 

@@ -1,4 +1,4 @@
-"""Keep a modulation: in the base weights, or as a LoRA adapter for what does not know of NPT."""
+"""Make a modulation permanent: in the base weights, or as a LoRA adapter that needs no NPT code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import decoder_layers
 from npt_fast.paths import exists, path_errors, user_path
-from npt_fast.transfer.modulation import Base, Modulation
+from npt_fast.transfer.base_model import BaseModel
+from npt_fast.transfer.modulation import Modulation
 
 
 class Baked:
-    """A modulation that has become part of a model's base weights; `undo` takes it out again."""
+    """A modulation that was added to a model's base weights; `undo` restores them."""
 
     def __init__(self, originals: Mapping[tuple[int, str], Tensor], weights: Any) -> None:
         self._originals = originals
@@ -29,15 +30,15 @@ class Baked:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """The weights as they were, bit for bit.
+        """Restore the weights bit for bit, from the copy that `bake` made.
 
         Raises:
-            TransferError: they were changed since: undo what was baked later first.
+            TransferError: the weights have changed since; undo what was baked later first.
         """
         for (layer, name), weight in self._weights.items():
             if _digest(weight) != self._digests[layer, name]:
                 raise TransferError(
-                    f"layer {layer}, {name}_proj was changed since; undo what came later first"
+                    f"layer {layer}, {name}_proj has changed since; undo what was baked later first"
                 )
         for key, weight in self._weights.items():
             weight.copy_(self._originals[key])
@@ -46,20 +47,20 @@ class Baked:
 
 @torch.no_grad()
 def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Baked:
-    """Add ``strength`` times dW to the base weights, for every token from now on.
+    """Add ``strength * dW`` to the base weights, so that it acts on every token.
 
     Args:
-        model: the base model, with NP layers or without.
-        modulation: what to add.
-        strength: how much.
+        model: Base model, with or without NP layers.
+        modulation: Modulation to add.
+        strength: Factor of its dW.
 
     Returns:
-        What can undo it; it keeps a copy of the weights that were changed.
+        A handle that can undo it; it keeps a copy of the changed weights.
 
     Raises:
-        ModelError: the modulation is of another base model.
+        ModelError: the modulation belongs to another base model.
     """
-    modulation.check_base(model)
+    modulation.check_base_model(model)
     layers = decoder_layers(model)
     weights: dict[tuple[int, str], Any] = {
         (layer, name): layers[layer].get_submodule(f"mlp.{name}_proj").weight
@@ -70,31 +71,34 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
     originals = {key: weight.clone() for key, weight in weights.items()}
     for layer, name, terms in modulation.walk():
         weight = weights[layer, name]
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = torch.promote_types(weight.dtype, torch.float32)  # bfloat16 weights round once
         v_a, v_b = (v.to(weight.device, wide) for v in terms)
         weight.copy_(torch.addmm(weight.to(wide), v_b.t(), v_a, alpha=strength))
     return Baked(originals, weights)
 
 
 def _digest(weight: Tensor) -> bytes:
-    """Of the contents: they are the same again when what came later has been undone."""
+    """SHA-256 of the contents; a version counter would grow even when a change is undone."""
     data = weight.detach().cpu().contiguous().view(torch.uint8)
     return hashlib.sha256(data.numpy().data).digest()
 
 
 def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) -> Path:
-    """Write the modulation as a PEFT adapter: a LoRA of rank n is exactly n rank-1 terms.
+    """Write a modulation as a PEFT adapter: n rank-1 terms are exactly a LoRA of rank n.
 
     Args:
-        modulation: what to write.
-        model: its base model, whose name goes into the adapter.
-        output: folder; must not exist.
+        modulation: Modulation to write.
+        model: Base model; its name goes into the adapter.
+        output: Folder to create.
+
+    Returns:
+        The folder.
 
     Raises:
-        ModelError: the modulation is of another base model.
-        TransferError: the folder exists.
+        ModelError: the modulation belongs to another base model.
+        TransferError: the folder exists already or cannot be written.
     """
-    modulation.check_base(model)
+    modulation.check_base_model(model)
     target = user_path(output)
     with path_errors(target, TransferError):
         if exists(target):
@@ -102,7 +106,7 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
     rank = modulation.terms
     tensors = {}
     for layer, name, (v_a, v_b) in modulation.walk():
-        missing = rank - len(v_a)  # of terms; PEFT wants one rank for all
+        missing = rank - len(v_a)  # zero terms to add: the adapter has one rank for all modules
         prefix = f"base_model.model.model.layers.{layer}.mlp.{name}_proj"
         padded = (torch.cat([v, v.new_zeros(missing, v.shape[1])]).cpu() for v in (v_a, v_b))
         lora_a, lora_b = padded
@@ -111,9 +115,9 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": Base.of(model).name or None,
+        "base_model_name_or_path": BaseModel.of(model).name or None,
         "r": rank,
-        "lora_alpha": rank,
+        "lora_alpha": rank,  # PEFT scales by alpha / r, which must be 1
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

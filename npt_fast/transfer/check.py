@@ -1,107 +1,34 @@
-"""What injections are expected to do, written in YAML and scored by what the model goes on to say.
-
-facts:
-  - name: Paris for Germany           # optional: the prompt, if it is not there
-    prompt: The capital of Germany is
-    inject:
-      from: The capital of France is
-      sequence: false                 # true: mean over the text's tokens, as extract-seq
-      position: last                  # where it is put, as `positions.parse` reads it
-      mode: replace
-      strength: 1.0
-      when: prefill
-    expect: Paris                     # the same as {contains: Paris}; or {begins: Paris}
-    must_not_change:                  # the same injection has no effect here
-      - Two plus two is
-    tokens: 10                        # of each continuation
-"""
+"""Score facts: generate text with an injection and compare it with what is expected."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from xml.etree import ElementTree
 
-import yaml  # type: ignore[import-untyped]
-
 from npt_fast.checkpoint.publish import disk_errors
-from npt_fast.checkpoint.source_file import read_file
-from npt_fast.config import InjectionMode, InjectionTime
-from npt_fast.errors import CheckpointError, DataError, NPTError, TransferError, printable
+from npt_fast.errors import NPTError, TransferError, printable
 from npt_fast.paths import user_path
-from npt_fast.schema import (
-    FLAG,
-    MAPPING,
-    NUMBER,
-    POSITIVE,
-    WHOLE,
-    Kind,
-    is_text,
-    list_of,
-    mistakes,
-    one_of,
-    shown,
-)
 from npt_fast.transfer.extract import extract, tokenize
-from npt_fast.transfer.generate import MOST_TOKENS, Sampling, continue_ids
-from npt_fast.transfer.inject import inject
-from npt_fast.transfer.positions import Position, parse
-
-_MAX_BYTES = 1_000_000
-_MOST = 30_000  # keys and values: what the parser reads in two seconds
-_DEEPEST = 10
-_LONGEST_NUMBER = 40
-_ENOUGH = 100  # mistakes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fact:
-    """An injection and what it is to do.
-
-    Attributes:
-        name: of the fact.
-        prompt: that is continued.
-        source: text whose modulation is injected.
-        sequence: whether it is the mean over the text's tokens, instead of the last one.
-        position: see `inject`, likewise `mode`, `strength` and `when`.
-        mode: see `inject`.
-        strength: see `inject`.
-        when: see `inject`.
-        begins: how the continuation must begin, or None; leading space does not count.
-        contains: what must be in it, or None.
-        must_not_change: prompts that go on as they do with nothing injected.
-        tokens: of each continuation.
-    """
-
-    name: str
-    prompt: str
-    source: str
-    sequence: bool = False
-    position: Position = "last"
-    mode: InjectionMode = "replace"
-    strength: float = 1.0
-    when: InjectionTime = "prefill"
-    begins: str | None = None
-    contains: str | None = None
-    must_not_change: Sequence[str] = ()
-    tokens: int = 10
+from npt_fast.transfer.facts import Fact
+from npt_fast.transfer.generate import Sampling, continue_ids
+from npt_fast.transfer.inject import injecting
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a fact fared.
+    """The result of checking one fact.
 
     Attributes:
-        name: of the fact.
-        prompt: of the fact.
-        before: how the prompt goes on, nothing injected.
-        after: how it goes on, injected.
-        problems: one line per expectation that was not met.
-        seconds: that it took.
+        name: Name of the fact.
+        prompt: Prompt of the fact.
+        before: Continuation without injection.
+        after: Continuation with the injection.
+        problems: One line per expectation that was not met.
+        seconds: Duration of the check.
     """
 
     name: str
@@ -112,29 +39,16 @@ class Outcome:
     seconds: float
 
 
-class FactsError(DataError):
-    """A file of facts is wrong.
-
-    Attributes:
-        problems: one line per mistake, each with the file and the fact.
-    """
-
-    def __init__(self, problems: list[str]) -> None:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        super().__init__(problems[0] + more)
-        self.problems = [printable(problem) for problem in problems]
-
-
 def check(model: Any, tokenizer: Any, fact: Fact) -> Outcome:
     """Score one fact by greedy generation.
 
     Args:
-        model: with NP layers that are on; all of them are extracted from and injected into.
-        tokenizer: of the model.
-        fact: what is expected.
+        model: Model with NP layers; those that are on are extracted from and injected into.
+        tokenizer: Tokenizer of the model.
+        fact: Injection and expectations.
 
     Raises:
-        TransferError: the injection cannot be made as asked; the message has the fact's name.
+        TransferError: the injection is not possible; the message names the fact.
     """
     begun = time.perf_counter()
     sampling = Sampling(tokens=fact.tokens)
@@ -147,10 +61,7 @@ def check(model: Any, tokenizer: Any, fact: Fact) -> Outcome:
             ids, _ = tokenize(tokenizer, prompt)
             if not injected:
                 return str(tokenizer.decode(continue_ids(model, ids, sampling)[0]))
-            with inject(
-                model, modulation, position=fact.position, mode=fact.mode, when=fact.when,
-                strength=fact.strength, tokenizer=tokenizer,
-            ):  # fmt: skip
+            with injecting(model, modulation, fact.injection, tokenizer):
                 return str(tokenizer.decode(continue_ids(model, ids, sampling)[0]))
 
         before, after = (continued(fact.prompt, injected) for injected in (False, True))
@@ -162,14 +73,14 @@ def check(model: Any, tokenizer: Any, fact: Fact) -> Outcome:
         for prompt in fact.must_not_change:
             expected, found = (continued(prompt, injected) for injected in (False, True))
             if found != expected:
-                problems.append(f"{prompt!r} must go on {expected!r}, got {found!r}")
+                problems.append(f"{prompt!r} must continue with {expected!r}, got {found!r}")
     except NPTError as error:
         raise TransferError(f"fact {fact.name!r}: {error}") from error
     return Outcome(fact.name, fact.prompt, before, after, problems, time.perf_counter() - begun)
 
 
 def write_junit(outcomes: Sequence[Outcome], path: str | Path, suite: str) -> None:
-    """Outcomes as the JUnit XML that CI systems read: a test case per fact.
+    """Write outcomes as JUnit XML for CI systems, one test case per fact.
 
     Raises:
         TransferError: the file cannot be written.
@@ -186,163 +97,10 @@ def write_junit(outcomes: Sequence[Outcome], path: str | Path, suite: str) -> No
             cases, "testcase",
             classname=printable(suite), name=printable(outcome.name), time=f"{outcome.seconds:.3f}",
         )  # fmt: skip
-        if outcome.problems:  # XML has no way to write most control characters: printable
+        if outcome.problems:  # escaped: XML cannot represent most control characters
             lines = [printable(problem) for problem in outcome.problems]
             ElementTree.SubElement(case, "failure", message=lines[0]).text = "\n".join(lines)
     ElementTree.indent(root)
     target = user_path(path)
     with disk_errors(target, TransferError):
         ElementTree.ElementTree(root).write(target, encoding="utf-8", xml_declaration=True)
-
-
-def read_facts(path: str | Path) -> list[Fact]:
-    """Read a file of facts; the module's docstring has its form.
-
-    Raises:
-        FactsError: it cannot be read, or has mistakes, with all of them.
-    """
-    path = user_path(path)
-    try:
-        text = read_file(path, _MAX_BYTES, follow_links=True).decode("utf-8")
-        document = yaml.load(text, Loader=_Loader)
-    except CheckpointError as error:
-        raise FactsError([str(error)]) from None
-    except (yaml.YAMLError, ValueError) as error:
-        problem = " ".join(str(error).split())
-        raise FactsError([f"{path}: is no YAML: {problem:.300}"]) from error
-    problems: list[str] = []
-    top = _fields(document, _FILE, ["facts"], str(path), problems)
-    facts: dict[str | int, Fact] = {}
-    for number, given in enumerate(top.get("facts", ()), 1):
-        named = given if isinstance(given, dict) else {}
-        name = next((n for n in map(named.get, ("name", "prompt")) if isinstance(n, str)), number)
-        where = f"{path}: fact {shown(name)}"
-        known = len(problems)
-        fact = _fact(given, str(name), where, problems)
-        if name in facts:
-            problems.append(f"{where}: there are two of that name")
-        if fact is not None:
-            facts[name] = fact
-        if len(problems) > max(known, _ENOUGH):
-            break
-    if not problems and not facts:
-        problems.append(f"{path}: has no facts")
-    if problems:
-        raise FactsError(problems)
-    return list(facts.values())
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """`yaml.safe_load` of what its text says once: bounded by the length of the text.
-
-    An alias or a merge key lets a few bytes stand for gigabytes, the first of two equal keys would
-    be lost, and a number may take longer to convert than to read.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = self._nodes = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        self._nodes += 1
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"*{event.anchor:.40}: write it out again{event.start_mark}")
-        if event.tag is not None:
-            raise yaml.YAMLError(f"{event.tag:.40}: leave tags out{event.start_mark}")
-        if self._depth == _DEEPEST:
-            raise yaml.YAMLError(f"nested more than {_DEEPEST} deep{event.start_mark}")
-        if self._nodes > _MOST:
-            raise yaml.YAMLError(f"more than {_MOST:,} values; make two files of it")
-        self._depth += 1
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-        if number and len(node.value) > _LONGEST_NUMBER:
-            raise yaml.YAMLError(f"a number of {len(node.value):,} characters{node.start_mark}")
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                what = (
-                    f"{key.value!r:.40}"
-                    if isinstance(key, yaml.ScalarNode)
-                    else "a list or mapping"
-                )
-                raise yaml.YAMLError(
-                    f"{what}: a key must be a text; put it in quotes{key.start_mark}"
-                )
-            if key.value in seen:
-                raise yaml.YAMLError(f"{key.value!r:.40} is there twice{key.start_mark}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _is_position(value: Any) -> bool:
-    if isinstance(value, str):
-        try:
-            parse(value)
-        except TransferError:
-            return False
-        return is_text(value)
-    return WHOLE.fits(value)
-
-
-_WORDS = Kind("a text", lambda value: is_text(value) and bool(value))
-_FILE = {"facts": Kind("a list", lambda value: isinstance(value, list))}
-_FACT = {
-    "name": _WORDS,
-    "prompt": _WORDS,
-    "inject": Kind("a mapping with from", MAPPING.fits),
-    "expect": Kind("a text or a mapping", lambda v: _WORDS.fits(v) or MAPPING.fits(v)),
-    "must_not_change": Kind("a list of prompts", list_of(_WORDS).fits),
-    "tokens": Kind(
-        f"a whole number from 1 to {MOST_TOKENS:,}",
-        lambda value: POSITIVE.fits(value) and value <= MOST_TOKENS,
-    ),
-}
-_INJECT = {
-    "from": _WORDS,
-    "sequence": FLAG,
-    "position": Kind("a number, 2:5, first, last, all, at:WORD or after:WORD", _is_position),
-    "mode": one_of(get_args(InjectionMode)),
-    "strength": NUMBER,
-    "when": one_of(get_args(InjectionTime)),
-}
-_EXPECT = {"begins": _WORDS, "contains": _WORDS}
-
-
-def _fields(
-    given: Any, kinds: Mapping[str, Kind], required: Sequence[str], where: str, problems: list[str]
-) -> dict[str, Any]:
-    """What of a mapping is right; the rest becomes problems."""
-    if not isinstance(given, dict):
-        problems.append(f"{where}: must be a mapping with {', '.join(required or kinds)}")
-        return {}
-    found = islice(mistakes(given, kinds, required, closed=True), _ENOUGH)
-    problems.extend(f"{where}: {line}" for line in found)
-    return {
-        key: given[key] for key, kind in kinds.items() if key in given and kind.fits(given[key])
-    }
-
-
-def _fact(given: Any, name: str, where: str, problems: list[str]) -> Fact | None:
-    """A fact, or None if it is too wrong to be one; mistakes go into `problems`."""
-    known = len(problems)
-    found = _fields(given, _FACT, ["prompt", "inject"], where, problems)
-    injection = expected = {}
-    if "inject" in found:
-        injection = _fields(found["inject"], _INJECT, ["from"], f"{where}: inject", problems)
-    if "expect" in found:
-        wanted = found["expect"]
-        wanted = {"contains": wanted} if isinstance(wanted, str) else wanted
-        expected = _fields(wanted, _EXPECT, [], f"{where}: expect", problems)
-    if len(problems) == known and not expected and not found.get("must_not_change"):
-        problems.append(f"{where}: expects nothing; give expect or must_not_change")
-    if len(problems) > known:
-        return None
-    renamed = {"source" if key == "from" else key: value for key, value in injection.items()}
-    rest = {key: found[key] for key in ("prompt", "must_not_change", "tokens") if key in found}
-    return Fact(name=name, **rest, **renamed, **expected)

@@ -1,123 +1,47 @@
-"""What an interactive session knows: modulations by name, what is followed, what can be undone."""
+"""The operations of an interactive session, each of which can be undone."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
-from npt_fast.checkpoint.source_file import SourceFile, read_file
-from npt_fast.config import InjectionMode, InjectionTime, SamplingStrategy
-from npt_fast.errors import (
-    CheckpointError,
-    ModelError,
-    NPTError,
-    TransferError,
-    printable,
-    suggestion,
-)
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.config import Injection, Position
+from npt_fast.errors import CheckpointError, ModelError, TransferError, printable, suggestion
 from npt_fast.hf.convert import components
-from npt_fast.paths import exists, is_directory, path_errors, user_path
-from npt_fast.schema import (
-    COUNT,
-    MAPPING,
-    NUMBER,
-    POSITIVE,
-    TEXT,
-    WHOLE,
-    Kind,
-    checked,
-    is_text,
-    list_of,
-    one_of,
-    shown,
-)
+from npt_fast.paths import is_directory, path_errors, user_path
+from npt_fast.schema import shown
 from npt_fast.transfer import bake as baking
+from npt_fast.transfer.base_model import BaseModel
 from npt_fast.transfer.compare import Comparison, Sweep, compare, sweep
 from npt_fast.transfer.expression import evaluate
 from npt_fast.transfer.extract import digest, extract, tokenize
-from npt_fast.transfer.files import open_modulation, packed, read_back
 from npt_fast.transfer.generate import Sampling, continue_ids
-from npt_fast.transfer.modulation import Base, Modulation
-from npt_fast.transfer.positions import Position
+from npt_fast.transfer.modulation import Modulation
+from npt_fast.transfer.session_state import Item, State, read_modulation, read_state, write_state
 
-FORMAT = "npt_shelf"
-VERSION = 1
-_INDEX = "session.json"
-_MAX_INDEX = 4 << 20
-_NO_EFFECT = 1e-9  # nats
-_FILE_NAME = Kind(
-    "the name of a .safetensors file in this folder",
-    lambda value: is_text(value) and re.fullmatch(r"[\w-]+\.safetensors", value) is not None,
-)
-_INDEX_KINDS = {
-    "modulations": list_of(MAPPING),
-    "tracked": list_of(TEXT),
-    "layers": list_of(COUNT),
-    "settings": MAPPING,
-}
-_MODULATION = {"name": TEXT, "file": _FILE_NAME, "created": TEXT}
-_SETTINGS = {
-    "tokens": POSITIVE,
-    "strategy": one_of(get_args(SamplingStrategy)),
-    "temperature": NUMBER,
-    "top_k": POSITIVE,
-    "top_p": NUMBER,
-    "seed": WHOLE,
-}
-
-
-@dataclass(frozen=True)
-class Item:
-    """A modulation on the shelf.
-
-    Attributes:
-        modulation: the thing itself.
-        created: when, as ISO 8601.
-    """
-
-    modulation: Modulation
-    created: str
-
-
-@dataclass(frozen=True)
-class State:
-    """All of a session that commands change, besides base weights; never changed in place.
-
-    Attributes:
-        shelf: modulations by name.
-        tracked: texts whose first token's probability is followed.
-        layers: NP layers that are on.
-        settings: how text is continued, where a command does not say.
-    """
-
-    shelf: Mapping[str, Item]
-    tracked: tuple[str, ...]
-    layers: tuple[int, ...]
-    settings: Sampling
+_NO_EFFECT = 1e-9  # nats of KL; a no-op injection leaves rounding errors of float32 logits
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says, nothing injected.
+    """A continuation without injection.
 
     Attributes:
-        prompt: tokens, as texts.
-        continuation: tokens that were generated, as texts.
-        text: the same decoded as a whole.
-        top: likeliest next tokens and their probabilities.
-        tracked: likewise, of the tokens that are followed.
+        prompt: Texts of the prompt's tokens.
+        continuation: Texts of the generated tokens.
+        text: `continuation` decoded as a whole.
+        top: Likeliest next tokens and their probabilities.
+        tracked: Tracked tokens and their probabilities.
     """
 
     prompt: list[str]
@@ -128,13 +52,13 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Injection:
-    """One injection and what it did.
+class InjectionResult:
+    """The effect of an injection.
 
     Attributes:
-        comparison: with and without.
-        left_out: layers of the modulation that are off and were not touched.
-        no_effect: why nothing changed; empty if something did.
+        comparison: The text continued without and with the injection.
+        left_out: Layers of the modulation that are off and received nothing.
+        no_effect: Reason why nothing changed; empty if something did.
     """
 
     comparison: Comparison
@@ -143,11 +67,15 @@ class Injection:
 
 
 class Session:
-    """State and operations of the shell, which parses and prints.
+    """A model, its state, and the operations that the shell's commands call.
 
     Args:
-        model: with NP layers.
-        tokenizer: of the model.
+        model: Model with NP layers.
+        tokenizer: Tokenizer of the model.
+
+    Attributes:
+        available: Indices of all NP layers.
+        state: Everything that commands change, except base weights.
 
     Raises:
         ModelError: the model has no NP layers.
@@ -166,19 +94,19 @@ class Session:
 
     @property
     def bakes(self) -> int:
-        """How many modulations are part of the base weights now."""
+        """Number of modulations that are baked into the base weights now."""
         return sum(baked is not None for _, _, baked in self._undo)
 
     def modulation(self, name: str) -> Modulation:
-        """What is on the shelf under a name.
+        """The modulation of this name.
 
         Raises:
-            TransferError: nothing is.
+            TransferError: there is none on the shelf.
         """
         return self.item(name).modulation
 
     def item(self, name: str) -> Item:
-        """As `modulation`, with its time."""
+        """The modulation of this name with the time it was made; raises like `modulation`."""
         shelf = self.state.shelf
         if name not in shelf:
             there = f"; there are {', '.join(sorted(shelf))}" if shelf else "; extract one first"
@@ -190,13 +118,13 @@ class Session:
     def extract(
         self, name: str, text: str, *, position: Position = -1, sequence: bool = False
     ) -> Modulation:
-        """Put a text's modulation of the active layers on the shelf, replacing one of that name.
+        """Extract a text's modulation from the layers that are on, and put it on the shelf.
 
         Args:
-            name: on the shelf.
-            text: what is read.
-            position: of the token whose modulation it is.
-            sequence: the mean over all positions instead.
+            name: Name on the shelf; an older modulation of that name is replaced.
+            text: Text that the model reads.
+            position: Token whose modulation is taken.
+            sequence: Take the mean over all tokens instead.
         """
         found = extract(
             self.model,
@@ -213,7 +141,7 @@ class Session:
         return self._keep(name, result, f"{name} = {result.description}")
 
     def calculate(self, name: str, expression: str) -> Modulation:
-        """Put the value of an expression on the shelf, see `npt_fast.transfer.expression`."""
+        """Put the value of an expression on the shelf; see `npt_fast.transfer.expression`."""
         result = evaluate(expression, self.modulation)
         return self._keep(name, result, f"{name} = {expression.strip()}")
 
@@ -229,12 +157,12 @@ class Session:
         return modulation
 
     def first_piece(self, text: str) -> tuple[str, int]:
-        """The token of a text that is followed, and how many it has."""
+        """The first token of a text, which is the one tracked, and the number of its tokens."""
         _, tokens = tokenize(self.tokenizer, text)
         return tokens[0], len(tokens)
 
     def track(self, texts: Sequence[str]) -> None:
-        """Follow the first token of texts."""
+        """Report the probability of each text's first token from now on."""
         for text in texts:
             self.first_piece(text)
         new = [text for text in dict.fromkeys(texts) if text not in self.state.tracked]
@@ -242,24 +170,24 @@ class Session:
             self._change(f"track {new}", tracked=(*self.state.tracked, *new))
 
     def untrack(self, texts: Sequence[str]) -> None:
-        """Follow them no more."""
+        """Stop reporting the probability of these texts."""
         kept = tuple(text for text in self.state.tracked if text not in texts)
         if kept != self.state.tracked:
             self._change(f"untrack {list(texts)}", tracked=kept)
 
     def activate(self, layers: Sequence[int]) -> None:
-        """Have these NP layers on, all others off.
+        """Turn these NP layers on and all others off.
 
         Raises:
-            TransferError: one is not loaded.
+            TransferError: one of them is not loaded.
         """
         for layer in layers:
             if layer not in self.available:
-                raise TransferError(f"layer {layer} is not loaded; there are {self._loaded()}")
+                raise TransferError(f"layer {layer} is not loaded; loaded are {self._loaded()}")
         self._change(f"layers {list(layers)}", layers=tuple(sorted(set(layers))))
 
     def set(self, **values: Any) -> None:
-        """Change settings, see `Sampling`.
+        """Change settings, which are the fields of `Sampling`.
 
         Raises:
             TransferError: a value is not allowed.
@@ -271,7 +199,7 @@ class Session:
 
     @torch.no_grad()
     def predict(self, text: str, sampling: Sampling | None = None, top: int = 5) -> Prediction:
-        """What the model says with its active layers, nothing injected."""
+        """Continue a text without injection, with the layers that are on."""
         ids, tokens = tokenize(self.tokenizer, text)
         found, logits = continue_ids(self.model, ids, sampling or self.state.settings)
         probabilities = logits[0].softmax(-1)
@@ -291,17 +219,14 @@ class Session:
         self,
         name: str,
         text: str,
-        *,
-        position: Position = -1,
-        mode: InjectionMode = "replace",
-        strength: float = 1.0,
-        when: InjectionTime = "prefill",
+        injection: Injection,
         sampling: Sampling | None = None,
-    ) -> Injection:
-        """Continue a text with and without a modulation, in those of its layers that are on.
+    ) -> InjectionResult:
+        """Continue a text without and with an injection, in the modulation's layers that are on.
 
         Raises:
-            TransferError, ModelError: as `npt_fast.transfer.compare.compare`; all are off.
+            TransferError: all of its layers are off, or as in `npt_fast.transfer.compare.compare`.
+            ModelError: as in `npt_fast.transfer.compare.compare`.
         """
         part, left_out = self._active_part(name)
         found = compare(
@@ -309,39 +234,33 @@ class Session:
             self.tokenizer,
             part,
             text,
-            position=position,
-            mode=mode,
-            strength=strength,
-            when=when,
+            injection,
             sampling=sampling or self.state.settings,
             tracked=self.state.tracked,
         )
-        return Injection(found, left_out, _no_effect(part, found, mode, strength))
+        return InjectionResult(found, left_out, _no_effect(part, found, injection))
 
     def sweep(
         self,
         name: str,
         text: str,
-        *,
+        injection: Injection,
         strengths: Sequence[float],
-        position: Position = -1,
-        mode: InjectionMode = "replace",
     ) -> Sweep:
-        """Every active layer of a modulation by itself, and all, at several strengths."""
+        """Inject into each layer alone and into all, of those that are on, at several strengths."""
         part, _ = self._active_part(name)
         return sweep(
             self.model,
             self.tokenizer,
             part,
             text,
+            injection,
             strengths=strengths,
-            position=position,
-            mode=mode,
             tracked=self.state.tracked,
         )
 
     def bake(self, name: str, strength: float = 1.0) -> Modulation:
-        """Make a modulation part of the base weights, until it is undone."""
+        """Add a modulation to the base weights, until it is undone."""
         found = self.modulation(name)
         with _uninterrupted():
             baked = baking.bake(self.model, found, strength)
@@ -358,16 +277,17 @@ class Session:
         if not chosen:
             raise TransferError(
                 f"{name!r} changes layers {sorted(found.layers)}, which are off; on are "
-                f"{list(self.state.layers)} (layers {','.join(map(str, sorted(found.layers)))})"
+                f"{list(self.state.layers)}; layers {','.join(map(str, sorted(found.layers)))} "
+                "turns them on"
             )
         left_out = sorted(set(found.layers) - set(chosen))
         return (found.only(chosen) if left_out else found), left_out
 
     def undo(self) -> str:
-        """Take the last change back, of whatever kind; what it was.
+        """Undo the last change of any kind, and say which it was.
 
         Raises:
-            TransferError: there is none.
+            TransferError: there is no change left.
         """
         if not self._undo:
             raise TransferError("there is nothing to undo")
@@ -381,7 +301,7 @@ class Session:
         return what
 
     def reset(self) -> None:
-        """As at the start, base weights too; `undo` brings back all but what was baked."""
+        """Restore the start, with base weights; `undo` brings back all but baked modulations."""
         with _uninterrupted():
             for _, _, baked in reversed(self._undo):
                 if baked is not None:
@@ -391,9 +311,11 @@ class Session:
             self._activate()
 
     def _change(self, what: str, **changes: Any) -> None:
-        after = replace(self.state, **changes)
+        self._become(what, replace(self.state, **changes))
+
+    def _become(self, what: str, state: State) -> None:
         self._undo.append((what, self.state, None))
-        self.state = after
+        self.state = state
         self._activate()
 
     def _activate(self) -> None:
@@ -401,91 +323,49 @@ class Session:
             component.enabled = layer in self.state.layers
 
     def save(self, path: str | Path) -> Path:
-        """Write shelf, tracked tokens, layers and settings: safetensors and JSON in a folder.
+        """Write shelf, tracked tokens, layers and settings into a folder, and return its path.
 
         Raises:
-            TransferError: the folder exists and is not that of a session.
+            TransferError: the folder exists and holds something else, or cannot be written.
         """
         target = user_path(path)
-        with path_errors(target, TransferError):
-            if exists(target) and not _is_session(target):
-                raise TransferError(
-                    f"{target}: exists and is no saved session; choose another folder"
-                )
-        files = {name: f"{number}.safetensors" for number, name in enumerate(self.state.shelf)}
-        index = {
-            FORMAT: VERSION,
-            "base": asdict(Base.of(self.model)),
-            "modulations": [
-                {"name": name, "file": files[name], "created": item.created}
-                for name, item in self.state.shelf.items()
-            ],
-            "tracked": list(self.state.tracked),
-            "layers": list(self.state.layers),
-            "settings": asdict(self.state.settings),
-        }
-        with disk_errors(target, TransferError), StagedDirectory(target, replace=True) as staged:
-            try:
-                for name, item in self.state.shelf.items():
-                    with staged.file(files[name]) as file:
-                        file.write(packed(item.modulation, staged.path / files[name]))
-                    read_back(staged.path / files[name])
-                with staged.file(_INDEX) as file:
-                    file.write(strict_json.dump(index))
-                _read_index(staged.path)
-            except NPTError as error:
-                problem = str(error).replace(f"{staged.path}/", "")
-                raise TransferError(f"{target}: cannot be written: {problem}") from None
-            staged.publish()
+        write_state(self.state, self.model, target)
         return target
 
     def load(self, path: str | Path) -> list[str]:
-        """Read a saved session, which takes the place of this one, or add one modulation's file.
+        """Replace this session by a saved one, or add the modulation of one file to the shelf.
 
         Returns:
-            names of what was read.
+            Names of the modulations that were read.
 
         Raises:
-            CheckpointError: a file is missing, broken, or a pickle.
-            ModelError: it is of another base model.
+            CheckpointError: a file is missing, damaged, or a pickle.
+            ModelError: a modulation belongs to another base model, or a layer is not loaded.
         """
         source = user_path(path)
         with path_errors(source, CheckpointError):
             folder = is_directory(source)
         if not folder:
             name = printable(source.name.removesuffix(".safetensors"))
-            self._keep(name, self._read(SourceFile.of(source, follow_links=True)), f"load {path}")
+            file = SourceFile.of(source, follow_links=True)
+            self._keep(name, read_modulation(file, self.model), f"load {path}")
             return [name]
-        index = _read_index(source)
-        items = {
-            entry["name"]: Item(self._read(SourceFile.of(source / entry["file"])), entry["created"])
-            for entry in index["modulations"]
-        }
-        for text in index["tracked"]:
+        state = read_state(source, self.model)
+        for text in state.tracked:
             self.first_piece(text)
-        for layer in index["layers"]:
+        for layer in state.layers:
             if layer not in self.available:
-                raise ModelError(f"{source}: layer {layer} is not loaded, only {self._loaded()}")
-        self._change(
-            f"load {path}",
-            shelf=MappingProxyType(items),
-            tracked=tuple(index["tracked"]),
-            layers=tuple(sorted(index["layers"])),
-            settings=index["settings"],
-        )
-        return list(items)
-
-    def _read(self, file: SourceFile) -> Modulation:
-        """Into memory: the file may be replaced while the session goes on."""
-        found = open_modulation(file)
-        found.check_base(self.model)
-        return found.to(self.model.device)
+                raise ModelError(
+                    f"{source}: layer {layer} is not loaded; loaded are {self._loaded()}"
+                )
+        self._become(f"load {path}", state)
+        return list(state.shelf)
 
     def description(self) -> dict[str, Any]:
-        """What the session runs on, with digests of the NP layers' weights; as JSON has it."""
+        """Sizes, dtype, layers and weight digests that a replay compares, for a log's header."""
         return {
             "torch": torch.__version__,
-            "base": asdict(Base.of(self.model)),
+            "base": asdict(BaseModel.of(self.model)),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "layers": list(self.available),
@@ -493,12 +373,12 @@ class Session:
         }
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
-        """SHA-256 of the terms of modulations."""
+        """SHA-256 of the terms of each of these modulations."""
         return {name: fingerprint(self.modulation(name)) for name in names}
 
 
 def fingerprint(modulation: Modulation) -> str:
-    """SHA-256 of a modulation's terms."""
+    """SHA-256 of a modulation's terms, with their layers and projections."""
     found = hashlib.sha256()
     for layer, name, terms in modulation.walk():
         found.update(f"{layer}.{name}".encode())
@@ -507,62 +387,25 @@ def fingerprint(modulation: Modulation) -> str:
     return found.hexdigest()
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    """What the index of a saved session holds, of the types that it has."""
-    where = folder / _INDEX
-    given = strict_json.parse_object(read_file(where, _MAX_INDEX), str(where))
-    if given.get(FORMAT) != VERSION:
-        raise CheckpointError(f"{where}: is no saved session of version {VERSION}")
-
-    def part(
-        given: Any, kinds: Mapping[str, Kind], name: str = "", *, closed: bool = False
-    ) -> dict[str, Any]:
-        about = f"{where}: does not hold{name}"
-        return checked(given, kinds, list(kinds), about, CheckpointError, closed=closed)
-
-    index = part(given, _INDEX_KINDS)
-    index["modulations"] = [part(m, _MODULATION, ": modulations") for m in index["modulations"]]
-    for key in ("name", "file"):
-        if len({entry[key] for entry in index["modulations"]}) < len(index["modulations"]):
-            raise CheckpointError(f"{where}: does not hold: two modulations of one {key}")
-    try:
-        index["settings"] = Sampling(
-            **part(index["settings"], _SETTINGS, ": settings", closed=True)
-        )
-    except TransferError as error:
-        raise CheckpointError(f"{where}: does not hold: settings: {error}") from None
-    return index
-
-
-def _is_session(folder: Path) -> bool:
-    """Whether it holds what `save` writes and nothing else, so that it may be replaced."""
-    if not is_directory(folder):
-        return False
-    names = {file.name for file in folder.iterdir()}
-    return _INDEX in names and all(n.endswith(".safetensors") for n in names - {_INDEX})
-
-
-def _no_effect(
-    modulation: Modulation, found: Comparison, mode: InjectionMode, strength: float
-) -> str:
-    """Why the next tokens are what they were."""
-    if max(found.kls) > _NO_EFFECT or found.base != found.injected:
+def _no_effect(modulation: Modulation, found: Comparison, injection: Injection) -> str:
+    """The reason why an injection changed nothing; empty if it changed something."""
+    if max(found.kls) > _NO_EFFECT or found.no_injection != found.injected:
         return ""
-    if strength == 0 and mode != "replace":
+    if injection.strength == 0 and injection.mode != "replace":
         return "the strength is 0"
     origin = modulation.origin
     own = found.prompt[: max(found.positions, default=-1) + 1]
     if origin.get("tokens") and found.positions == origin.get("positions"):
         if origin["tokens"][: len(own)] == own:
-            return "what was injected is what the token has of its own"
+            return "the injected modulation is the token's own"
     if all(not t.v_b.any() or not t.v_a.any() for _, _, t in modulation.walk()):
         return "the modulation is zero"
-    return "these layers' weight changes do not matter for this text"
+    return "the weight changes of these layers do not affect this text"
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits: weights are changed whole, and so that they can be undone."""
+    """Delay Ctrl-C, so that weights and the list of changes to undo stay consistent."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,4 +1,4 @@
-"""Programs end at their deadline with all they have started; tests are heard of one by one."""
+"""Programs and their children end at the deadline; tests are reported one by one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _status(pid: str) -> str:
 
 @pytest.fixture
 def tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file with a test of each result."""
+    """A test file with one test for each outcome."""
     monkeypatch.setattr(programs, "find_spec", lambda name: name == "pytest")
     file = tmp_path / "test_some.py"
     file.write_text(

@@ -30,8 +30,9 @@ def test_k_r_and_type(tmp_path: Path, modulation: str, num_ranks: int) -> None:
     report = npt.inspect(write_checkpoint(tmp_path / "a", weights))
     assert (report.modulation, report.num_ranks, report.rank) == (modulation, num_ranks, 5)
     (info,) = report.layers
-    assert (info.modulation, info.num_ranks, info.rank) == (modulation, num_ranks, 5)
-    # SPEC 1.1: c k r (2d + f)
+    found = info.architecture
+    assert (found.modulation, found.num_ranks, found.rank) == (modulation, num_ranks, 5)
+    # design.md#definition: c k r (2 D + F)
     projections = ["single", "dual", "triple"].index(modulation) + 1
     assert info.parameters == projections * num_ranks * 5 * (2 * 16 + 24)
     assert info.tensors == report.total_keys == 3 * projections * num_ranks
@@ -46,7 +47,16 @@ def test_layers_that_differ(tmp_path: Path) -> None:
     }
     report = npt.inspect(write_checkpoint(tmp_path / "a", weights))
     assert (report.modulation, report.num_ranks, report.rank) == ("mixed", None, None)
-    found = [(i.layer, i.modulation, i.num_ranks, i.rank, i.dtypes) for i in report.layers]
+    found = [
+        (
+            i.layer,
+            i.architecture.modulation,
+            i.architecture.num_ranks,
+            i.architecture.rank,
+            i.dtypes,
+        )
+        for i in report.layers
+    ]
     assert found == [(2, "single", 1, 3, ["F32"]), (9, "triple", 2, 4, ["BF16"])]
 
 
@@ -54,7 +64,7 @@ def test_the_older_spelling(tmp_path: Path) -> None:
     """The original finds no layers in it, and takes the layer's index for a number of ranks."""
     weights = layer_weights(11, num_ranks=2, prefix="model.layers.{}.np_component.")
     report = npt.inspect(write_checkpoint(tmp_path / "a", weights))
-    assert [(info.layer, info.num_ranks) for info in report.layers] == [(11, 2)]
+    assert [(info.layer, info.architecture.num_ranks) for info in report.layers] == [(11, 2)]
     assert report.layers[0].details[0].name == "model.layers.11.np_component.W_down_gate.0"
 
 

@@ -1,4 +1,4 @@
-"""Merging: the guide's rules, the laws of MERGE.md 6, and what is refused."""
+"""Merging: the guide's rules, the laws of design.md#merge-laws, and what is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.checkpoints import (
 )
 from tests.reference import Situation, delta, modulated_mlp, relative_error
 
-EXACT = 4e-15  # float64, another order of summation (MERGE.md, fact 9)
+EXACT = 4e-15  # float64, another order of summation (design.md#merge-laws)
 
 
 def one_layer(root: Path, layer: int, **architecture: Any) -> Path:

@@ -276,7 +276,7 @@ def test_an_index_that_lies(tmp_path: Path, case: str) -> None:
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
-    """Other readers take either copy (MERGE.md, 3c)."""
+    """Other readers take either copy (design.md#file-readers)."""
     path = write_shards(tmp_path / "c", [WEIGHTS, {NAMES[3]: torch.zeros(16, 4)}])
     with pytest.raises(npt.CheckpointError, match="the index says"):
         npt.inspect(path)

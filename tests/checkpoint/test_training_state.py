@@ -44,7 +44,7 @@ def pair(tmp_path: Path) -> list[Path]:
 def loaded_state(path: Path) -> dict[str, Any]:
     """A source's training state, numpy scalars and all."""
     scalar = np.float64().__reduce__()[0]  # NumPy 2 has it in another place than 1
-    numpy_scalar = [scalar, np.dtype, type(np.dtype("float64"))]  # SPEC 2.3
+    numpy_scalar = [scalar, np.dtype, type(np.dtype("float64"))]  # design.md#training-state
     with torch.serialization.safe_globals(numpy_scalar):
         state = torch.load(path / "training_state.pt", weights_only=True)
     assert isinstance(state, dict)
@@ -210,7 +210,7 @@ def test_a_state_without_optimizer(tmp_path: Path) -> None:
 
 
 def test_other_fields_and_tensors_are_kept(tmp_path: Path) -> None:
-    """The base trainer's state, with an epoch, a config, and a random state (SPEC 2.3)."""
+    """The state of the original's base trainer, with an epoch, a config, and a random state."""
     weights = layer_weights(1)
     extra = {
         "current_epoch": 2,

@@ -53,6 +53,9 @@ def test_sections_and_labels(capsys: Any, tmp_path: Path) -> None:
         "  Total elements: 1,344",
         "global_step: 13",
         "batch_count: 52",
+        "optimizer:",
+        "  num_param_groups: 1",
+        "  layers_with_moments: 11, 13",
         "has_scheduler: True",
         "mixed_precision: False",
         "model_name: test/model",
@@ -64,6 +67,7 @@ def test_sections_and_labels(capsys: Any, tmp_path: Path) -> None:
     ):
         assert line in lines, line
     assert any(line.startswith("  npt_weights.pt: ") for line in lines)
+    assert "{" not in out  # nothing is shown as Python writes it
 
 
 @pytest.mark.parametrize("modulation", ["single", "dual", "triple"])

@@ -1,4 +1,4 @@
-"""What is no path is wrong usage, in every verb and before anything is loaded."""
+"""Text that is not a path is wrong usage, in every verb and before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from tests.checkpoints import run
 
 TEXTS = ["--from", "a", "--prompt", "b"]
-MERGE = ["merge", "--checkpoints", "a", "--output", "o"]
 USES = {
     "merge-checkpoints": ["merge", "--output", "o", "--checkpoints", "a"],
     "merge-output": ["merge", "--force", "--checkpoints", "a", "--output"],

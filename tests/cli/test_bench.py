@@ -22,7 +22,7 @@ SMALL = ("--model", "64,96", "--num_ranks", "2", "--np_rank", "8", "--tokens", "
 
 
 def bench(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, which alone knows whether Triton interprets."""
+    """Run it in its own process: Triton reads TRITON_INTERPRET when it is imported."""
     chosen = {"TRITON_INTERPRET": "1" if interpreted else "0", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, "-m", "npt_fast", "bench", *arguments],
@@ -32,7 +32,7 @@ def bench(*arguments: str, interpreted: bool = False) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """What it prints as JSON, and the picture."""
+    """Its JSON and its picture."""
     picture = tmp_path_factory.mktemp("bench") / "bench.svg"
     result = bench(*SMALL, "--json", "--plot", str(picture))
     assert result.returncode == 0, result.stderr
@@ -103,7 +103,7 @@ def test_the_interpreter_runs_our_kernels_and_claims_nothing() -> None:
 
 
 def test_what_is_not_begun_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on by a second whenever it is read."""
+    """With a clock that advances by a second at every reading."""
     clock = count()
     stand_in = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
     monkeypatch.setattr(kernel_timing, "time", stand_in)
@@ -129,7 +129,7 @@ def test_a_budget_too_small_for_anything(capsys: pytest.CaptureFixture[str]) -> 
     [
         ("--op decod", 1, "no op 'decod'; did you mean 'decode'?"),
         ("--against lige", 1, "no provider 'lige'; did you mean 'liger'?"),
-        ("--against liger", 1, "liger cannot be had for these ops, or without a GPU; there are"),
+        ("--against liger", 1, "liger is unavailable for these ops, or without a GPU; available:"),
         ("--model llama", 1, "unknown model 'llama'"),
         ("--model 0,8", 1, "unknown model '0,8'"),
         ("--op decode --tokens 128", 1, "decode takes 64 tokens at most"),
@@ -140,10 +140,10 @@ def test_a_budget_too_small_for_anything(capsys: pytest.CaptureFixture[str]) -> 
         ("--dtype int8", 2, "dtype"),
         ("--budget 1", 1, "nothing can be timed in less than 5 s"),
         ("--budget nan", 1, "nothing can be timed"),
-        ("--plot a.png", 1, "there is nothing to draw, for the interpreter: times mean nothing"),
+        ("--plot a.png", 1, "nothing to draw: interpreter: times mean nothing"),
         ("--tokens 99999999999999999999", 2, "positive numbers separated by commas"),
         ("--host", 1, "TRITON_INTERPRET"),
-        ("--host --plot a.png", 1, "it goes with --json alone"),
+        ("--host --plot a.png", 1, "combine it with --json only"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -158,7 +158,7 @@ def test_kernels_that_cannot_run_here_are_named() -> None:
     result = bench("--against", "gemm")
     (line,) = result.stderr.splitlines()
     assert result.returncode == 1
-    assert "gemm cannot be had for these ops, or without a GPU; there are factored," in line
+    assert "gemm is unavailable for these ops, or without a GPU; available: factored," in line
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_one_fails(place: Place, checkpoint: Path, capsys: Any, tmp_path: Path) 
 def test_what_is_wrong_is_one_line_each(
     place: Place, checkpoint: Path, capsys: Any, tmp_path: Path
 ) -> None:
-    """Mistakes in the file are told before a model is loaded, all at once."""
+    """All mistakes in the file are reported at once, before a model is loaded."""
     path = facts(tmp_path, {**HOLDS, "expects": "x", "tokens": 0})
     code, out, err = run(capsys, "check", path, "--checkpoint", "none", "--model_name", "/none")
     assert (code, out) == (1, "")

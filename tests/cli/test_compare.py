@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 import npt_fast as npt
-from npt_fast.cli import compare as verb
+from npt_fast.config import Injection
 from npt_fast.hf.base_model import load_base_model
-from npt_fast.transfer import inject as library
 from npt_fast.transfer.compare import compare
 from npt_fast.transfer.generate import Sampling
 from tests.checkpoints import run
@@ -25,12 +24,6 @@ def arguments(place: Place, checkpoint: Path, *more: object) -> list[object]:
     ]  # fmt: skip
 
 
-def test_modes_are_the_librarys() -> None:
-    """They are written twice, since --help must not import torch."""
-    assert get_args(verb.Mode) == get_args(library.Mode)
-    assert get_args(verb.When) == get_args(library.When)
-
-
 def test_json_is_the_librarys(place: Place, checkpoint: Path, capsys: Any) -> None:
     more = [
         "--layers", "2", "--sequence", "--position", "-2", "--mode", "exact-add",
@@ -42,18 +35,19 @@ def test_json_is_the_librarys(place: Place, checkpoint: Path, capsys: Any) -> No
     npt.load(model, checkpoint, layers=[2])
     source = npt.extract(model, tokenizer, "abc", position="all", reduce="mean")
     expected = compare(
-        model, tokenizer, source, "dead", position=-2, mode="exact-add", strength=-1.5,
-        when="both", sampling=Sampling(tokens=4), tracked=["a", " b"],
+        model, tokenizer, source, "dead",
+        Injection(position=-2, mode="exact-add", strength=-1.5, when="both"),
+        sampling=Sampling(tokens=4), tracked=["a", " b"],
     )  # fmt: skip
     found = json.loads(out)
     assert found["layers"] == [2] and found["positions"] == [2]
-    assert (found["base"], found["injected"]) == (expected.base, expected.injected)
+    assert (found["no_injection"], found["injected"]) == (expected.no_injection, expected.injected)
     assert found["kls"] == pytest.approx(expected.kls)
     assert [t["after"] for t in found["tracked"]] == pytest.approx(
         [token.after for token in expected.tracked]
     )
     assert found["mode"] == "exact-add, strength -1.5, both"
-    assert found["injected"] != found["base"]
+    assert found["injected"] != found["no_injection"]
 
 
 def test_lines_and_a_report(place: Place, checkpoint: Path, capsys: Any, tmp_path: Path) -> None:
@@ -65,7 +59,7 @@ def test_lines_and_a_report(place: Place, checkpoint: Path, capsys: Any, tmp_pat
     lines = out.splitlines()
     assert lines[0] == f"Checkpoint: {checkpoint}"
     assert "Hit: layers [1, 2], tokens 3 'd'" in lines and "Prompt: dead" in lines
-    assert any(line.startswith("  base: ") for line in lines)
+    assert any(line.startswith("  no injection: ") for line in lines)
     assert any(line.startswith("  injected: ") for line in lines)
     assert any(line.startswith("| 'a' ") for line in lines)
     html = report.read_text()

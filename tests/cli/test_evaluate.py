@@ -1,4 +1,4 @@
-"""``npt-fast evaluate``: figures and texts of checkpoints, each by itself."""
+"""``npt-fast evaluate``: figures and texts of checkpoints, each on its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def arguments(place: Place, *more: object) -> list[object]:
 
 
 def test_each_checkpoint_by_itself(place: Place, capsys: Any, tmp_path: Path) -> None:
-    """The second one is measured in the base model, not in what the first one has left."""
+    """The second checkpoint is measured in a clean base model: the first leaves nothing behind."""
     paths = [runs.start(tmp_path / "a", 1, 2), runs.start(tmp_path / "b", 2, num_ranks=4)]
     code, out, err = run(capsys, *arguments(place, "--checkpoint", *paths, "--json"))
     assert (code, err) == (0, "")
@@ -44,7 +44,7 @@ def test_each_checkpoint_by_itself(place: Place, capsys: Any, tmp_path: Path) ->
 
 
 def test_the_figures_are_those_of_training(place: Place, capsys: Any, tmp_path: Path) -> None:
-    """The windows that train holds out, in student mode whatever the stage was."""
+    """evaluate uses the windows that train holds out, and student mode in any stage."""
     path = place.train(tmp_path / "out", max_steps=3, eval_steps=3)
     (line,) = (line for line in runs.log(tmp_path / "out") if "eval/kl" in line)
     _, out, _ = run(capsys, *arguments(place, "--checkpoint", path, "--json"))
@@ -72,7 +72,7 @@ def test_lines_for_people(place: Place, capsys: Any, tmp_path: Path) -> None:
 
 
 def test_a_broken_model_is_still_json(place: Place, capsys: Any, tmp_path: Path) -> None:
-    """What has diverged has figures that JSON cannot hold: null."""
+    """A diverged model has figures that JSON cannot hold; they become null."""
     weights = read_weights(runs.start(tmp_path / "a", 1))
     weights["layer_1_np.W_b_up_up.1"][0, 0] = float("nan")
     path = write_checkpoint(tmp_path / "b", weights)

@@ -1,4 +1,4 @@
-"""``npt-fast kernels``; roofline beside numbers that KERNELS 2.2 and 2.3 give."""
+"""``npt-fast kernels``; roofline against an independent table of numbers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ ROOFLINE = ("kernels", "roofline")
 
 
 class Known(NamedTuple):
-    """A column of the tables of KERNELS 2.2 and 2.3, for an H100 and 8192 tokens.
+    """Known numbers of one shape (design.md#counts), for an H100 and 8192 tokens.
 
     Attributes:
-        options: the model, k and r.
-        mflop: per token, forward and backward.
-        product_ms: of the products, forward and backward.
-        exposed_ms: of v1's elementwise launches, forward and backward.
-        vectors_ms: of what v_a and v_b alone move, forward and backward.
-        decode: weights in MB, and how long they take to read in microseconds.
-        kept: MB for ours, without probes, and for a checkpoint; where the table has them.
+        options: The model, k and r.
+        mflop: MFLOP per token, forward and backward.
+        product_ms: Time of the products, forward and backward.
+        exposed_ms: Time of the elementwise launches, forward and backward.
+        vectors_ms: Time to move v_a and v_b alone, forward and backward.
+        decode: Weights in MB, and the microseconds that reading them takes.
+        kept: MB kept by our backward, without probes, and by a checkpoint; None if unknown.
     """
 
     options: str
@@ -75,7 +75,7 @@ def passes(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 
 @pytest.mark.parametrize("known", TABLE.values(), ids=TABLE)
 def test_numbers_of_the_table(capsys: Any, known: Known) -> None:
-    """All to the digits that it has; exposed counts coefficients too, which it leaves out."""
+    """All figures agree to their digits; `exposed` counts coefficients too, which they omit."""
     found = document(capsys, *known.options.split(), "--tokens", 8192, "--gpu", "h100")
     rows, shape = passes(found), found["shape"]
     d, f, r = shape["hidden"], shape["intermediate"], shape["joined"]
@@ -130,7 +130,7 @@ def test_tokens_of_decode(capsys: Any) -> None:
 
 
 def test_another_gpu(capsys: Any) -> None:
-    """It changes times only, in proportion to its peaks."""
+    """The GPU changes only the times, in proportion to its peaks."""
     first, second = (
         document(capsys, "--model", "llama-3.1-8b", "--gpu", gpu) for gpu in ("h100", "mi300x")
     )
@@ -211,11 +211,11 @@ except SystemExit:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[aot.Compiled]:
-    """What the compiler says, without compiling; for every arch that is asked for."""
+    """Stand in for the compiler: one result for every architecture that is asked for."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     fine = aot.Compiled("swiglu_fwd", "bf16", "", 32, 0, 0, 64, 0, "", "load 128:2", ())
     results = [fine]
-    monkeypatch.setattr(aot, "count", lambda name: len(results))
+    monkeypatch.setattr(aot, "case_count", lambda name: len(results))
     monkeypatch.setattr(
         aot,
         "compile_all",

@@ -1,4 +1,4 @@
-"""What cannot be printed does not stop the work, and is told with an exit code."""
+"""Failing output does not stop the work; the exit code reports it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-FULL = "Error: not all could be printed: No space left on device; the work itself is done"
+FULL = "Error: not all output could be printed: No space left on device; the work itself is done"
 
 
 @pytest.mark.parametrize("verb", [
@@ -141,7 +141,7 @@ def test_an_interrupt_while_it_starts(folder: Path, module: str) -> None:
 
 
 def test_little_is_imported_before_an_interrupt_is_answered() -> None:
-    """Until then Ctrl-C gives a traceback; what Python has imported by itself does not count."""
+    """Few modules load before Ctrl-C is handled; those that Python itself loads do not count."""
     code = (
         "import os, sys; a = {*sys.modules}; import npt_fast.__main__; print(*({*sys.modules} - a))"
     )
@@ -169,7 +169,7 @@ print(list(streams.stdin()))
 
 
 def test_stdin_is_nobodys_but_ours(tmp_path: Path) -> None:
-    """Python's own ways to it, and those of child processes, find its end."""
+    """Python's own ways to read it, and child processes, find it empty."""
     result = subprocess.run(
         [sys.executable, "-c", ASK], input="y\nn\n", capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import npt_fast as npt
+from npt_fast.config import Injection
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.transfer.compare import compare
 from tests.checkpoints import run
@@ -35,13 +36,13 @@ def test_every_cell_is_a_comparison(place: Place, checkpoint: Path, capsys: Any)
         for column, strength in enumerate(found["strengths"]):
             expected = compare(
                 model, tokenizer, source.only(layers), "dead",
-                position=0, mode="blend", strength=strength, tracked=["a", "b"],
+                Injection(position=0, mode="blend", strength=strength), tracked=["a", "b"],
             )  # fmt: skip
             assert found["kl"][row][column] == pytest.approx(expected.kl)
             for token in expected.tracked:
                 values = found["tracked"][token.text]
                 assert values[row][column] == pytest.approx(token.after)
-                assert found["base"][token.text] == pytest.approx(token.before)
+                assert found["no_injection"][token.text] == pytest.approx(token.before)
 
 
 def test_tables_and_a_report(place: Place, checkpoint: Path, capsys: Any, tmp_path: Path) -> None:

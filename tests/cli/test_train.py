@@ -43,7 +43,7 @@ def test_stdout_is_the_result(place: Place, capsys: Any, tmp_path: Path) -> None
 
 
 def test_everything_on(place: Place, capsys: Any, tmp_path: Path) -> None:
-    """Evaluation, samples and progress are for stderr; stdout has their last figures."""
+    """Evaluations, samples and progress go to stderr; stdout has the last figures."""
     often = {"eval_steps": 1, "generation_steps": 1, "logging_steps": 1}
     code, out, _ = run(capsys, *place.arguments(tmp_path / "out", max_steps=2, **often))
     assert code == 0
@@ -351,7 +351,7 @@ def uninterrupted(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_a_signal_saves(
     place: Place, tmp_path: Path, uninterrupted: Path, number: int, processes: int, start: Start
 ) -> None:
-    """The step is finished and saved; resumed, nothing tells that there was a break.
+    """The step is finished and saved; a resumed run equals one without a break.
 
     Two processes start as they do in use.
     """
@@ -363,7 +363,7 @@ def test_a_signal_saves(
     path = Path(last.removeprefix("Final checkpoint: "))
     step = load_state(path)["global_step"]
     assert 3 <= step < 60
-    assert stopped == f"Stopped at step {step}; go on with --resume_from:"
+    assert stopped == f"Stopped at step {step}; continue with --resume_from:"
     assert path == tmp_path / "run" / "checkpoints" / f"checkpoint-{step}"
     assert npt.verify(path).passed
     assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -1,4 +1,4 @@
-"""No verb runs the code of a model without --trust-remote-code, whoever says yes on stdin."""
+"""No verb runs a model's code without --trust-remote-code, even if stdin says yes."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_every_verb_refuses_every_model(program: Program) -> None:
 
 
 def test_every_verb_uses_the_class_that_transformers_has(program: Program) -> None:
-    """The code beside it does not run, and lines on stdin are those of the shell."""
+    """The model's code does not run, and the lines on stdin reach the shell."""
     model = program.plant("base", lambda folder, canary: None)
     for spoil in hostile_models.HARMLESS.values():
         spoil(Path(model), program.canary)
@@ -110,7 +110,7 @@ def test_every_verb_uses_the_class_that_transformers_has(program: Program) -> No
 
 
 def test_every_verb_has_the_flag(program: Program) -> None:
-    """So the first test can fail."""
+    """The planted code works: the first test can fail."""
     spoil = hostile_models.REFUSED["config"][0]
     runs = []
     for verb in VERBS:
@@ -147,7 +147,7 @@ def own_model(program: Program) -> str:
 
 
 def test_no_file_remembers_the_flag(program: Program) -> None:
-    """A run that was trusted is not trusted again because it is gone on with."""
+    """Resuming a trusted run does not trust its model again."""
     train = program.arguments("train", own_model(program))
     output = Path(train[train.index("--output_dir") + 1])
     more = [*train, "--resume_from", str(output / "checkpoints" / "checkpoint-1")]

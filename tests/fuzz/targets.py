@@ -35,18 +35,17 @@ from npt_fast.checkpoint.training_state import (
     read_multi_layer_state,
     read_training_state,
 )
-from npt_fast.cli import shell_commands
 from npt_fast.cli.analyze import analyze
-from npt_fast.cli.shell import bare
+from npt_fast.cli.shell.commands import find, scripts
+from npt_fast.cli.shell.loop import bare
 from npt_fast.cli.verify import verify
 from npt_fast.errors import CheckpointError, NPTError, VerificationError
 from npt_fast.hf.base_model import load_base_model
-from npt_fast.training.data import open_documents
+from npt_fast.training.documents import open_documents
 from npt_fast.training.progress import read_progress
 from npt_fast.transfer import journal
-from npt_fast.transfer.check import read_facts
-from npt_fast.transfer.files import load_modulation, save_modulation
-from npt_fast.transfer.modulation import Modulation
+from npt_fast.transfer.facts import read_facts
+from npt_fast.transfer.modulation import Modulation, load_modulation
 from npt_fast.transfer.session import Session
 from tests import checkpoints
 from tests.fuzz import mutations
@@ -395,7 +394,7 @@ def _modulations(folder: Path) -> list[bytes]:
     found = []
     for layers, projections in (((1, 2), models.PROJECTIONS), ((2,), ("down",))):
         modulation = models.random_modulation(layers=layers, projections=projections)
-        save_modulation(modulation, folder / "seed.safetensors")
+        modulation.save(folder / "seed.safetensors")
         found.append((folder / "seed.safetensors").read_bytes())
     return found
 
@@ -508,14 +507,15 @@ def _same_facts(path: Path, found: Sequence[Any]) -> None:
         injection, expected = other["inject"], other.get("expect") or {}
         expected = {"contains": expected} if isinstance(expected, str) else expected
         _same_values(
-            (fact.prompt, fact.source, fact.tokens, list(fact.must_not_change), fact.strength),
+            (fact.prompt, fact.source, fact.tokens, list(fact.must_not_change),
+             fact.injection.strength),
             (
                 other["prompt"], injection["from"], other.get("tokens", 10),
                 other.get("must_not_change", []), injection.get("strength", 1.0),
             ),
         )  # fmt: skip
         _same_values(
-            (fact.contains, fact.begins, fact.position),
+            (fact.contains, fact.begins, fact.injection.position),
             (
                 expected.get("contains"), expected.get("begins"),
                 injection.get("position", "last"),
@@ -536,11 +536,11 @@ compare a "x"
 
 def _script(path: Path) -> list[str]:
     """Lines, each taken apart as the shell does, and not run."""
-    lines = shell_commands.read_script(str(path))
+    lines = scripts.read_script(str(path))
     for line in map(bare, lines):
         name, _, rest = line.partition(" ")
         try:
-            shell_commands.find(name).parse(rest)
+            find(name).parse(rest)
         except NPTError as error:
             _check_line(str(error))
     return lines

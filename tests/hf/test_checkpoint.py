@@ -82,9 +82,9 @@ def test_architecture_per_layer(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "b", layer_weights(2, rank=5, num_ranks=3, **SIZES))
     npt.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged", verify=True)
     model = npt.load(tiny(), tmp_path / "merged")
-    assert [(s.layer, s.modulation, s.num_ranks, s.rank) for s in npt.status(model)] == [
-        (0, "dual", 1, 3),
-        (2, "triple", 3, 5),
+    assert [(s.layer, str(s.architecture)) for s in npt.status(model)] == [
+        (0, "dual, num_ranks 1, rank 3"),
+        (2, "triple, num_ranks 3, rank 5"),
     ]
     expected = layer_weights(2, rank=5, num_ranks=3, prefix="", **SIZES)
     for name, tensor in components(model)[2].state_dict().items():
@@ -109,7 +109,7 @@ def test_uniform_padding_does_not_change_the_model(tmp_path: Path) -> None:
         [tmp_path / "a", tmp_path / "b"], tmp_path / "m", options=npt.MergeOptions(uniform=True)
     )
     uniform = npt.load(tiny(), tmp_path / "m")
-    assert len({(s.num_ranks, s.rank) for s in npt.status(uniform)}) == 1
+    assert len({s.architecture for s in npt.status(uniform)}) == 1
     torch.testing.assert_close(logits(uniform), logits(plain), rtol=1e-4, atol=1e-4)
 
 

@@ -86,7 +86,7 @@ def one_pass(model: Any, layer: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("residual", ["removed", "kept"])
 def test_a_converted_layer_is_the_definition(family: str, residual: str) -> None:
-    """SPEC 1.3, written out with the layer's own parts and the definition's v_a and v_b."""
+    """The layer (design.md#layer) from the layer's own parts and the definition's v_a and v_b."""
     model = converted(family, layers=(1,), residual=residual)
     layer = decoder_layers(model)[1]
     seen = one_pass(model, layer)
@@ -101,7 +101,9 @@ def test_a_converted_layer_is_the_definition(family: str, residual: str) -> None
                 for stem in ("W_down", "W_a_up", "W_b_up")
             )
             base = getattr(mlp, f"{name}_proj")
-            return reference.Projection(base.weight, base.bias, reference.Modulation(*stacks))
+            return reference.Projection(
+                base.weight, base.bias, reference.ProjectionFactors(*stacks)
+            )
 
         y = reference.modulated_mlp(
             attention[0],
@@ -265,9 +267,9 @@ def test_a_deep_copy_is_independent() -> None:
 
 def test_status() -> None:
     model = converted(layers=(-1, 1), modulation="dual")
-    assert [(s.layer, s.modulation, s.num_ranks, s.rank) for s in npt.status(model)] == [
-        (1, "dual", 2, 4),
-        (3, "dual", 2, 4),
+    assert [(s.layer, str(s.architecture)) for s in npt.status(model)] == [
+        (1, "dual, num_ranks 2, rank 4"),
+        (3, "dual, num_ranks 2, rank 4"),
     ]
     assert npt.status(model)[0].parameters == 2 * 2 * 4 * (2 * 32 + 48)
 

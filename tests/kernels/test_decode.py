@@ -1,4 +1,4 @@
-"""The modulated MLP of a few tokens."""
+"""The modulated MLP of up to 64 tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from npt_fast.kernels import decode
-from npt_fast.testing import Problem, assert_within_budget, leaves, longest_sum
+from npt_fast.testing import Problem, assert_within_budget, longest_sum, named_tensors
 from tests.kernels.cases import (
     DTYPES,
     Inputs,
@@ -39,8 +39,8 @@ problems = pytest.mark.parametrize(
 
 
 def run(inputs: Inputs) -> Tensor:
-    x, h, base, modulation = inputs
-    return decode.decode_mlp(x, h, *base, *modulation)
+    x, h, weights, factors = inputs
+    return decode.decode_mlp(x, h, *weights, *factors)
 
 
 def make(problem: Problem, dtype: torch.dtype) -> Inputs:
@@ -49,16 +49,16 @@ def make(problem: Problem, dtype: torch.dtype) -> Inputs:
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Into how many parts each product was split."""
+    """Number of parts that each product was split into."""
     found: list[int] = []
-    split = decode.split
+    split = decode.split_k
 
     def noting(*arguments: Any) -> tuple[int, int]:
         count, chunk = split(*arguments)
         found.append(count)
         return count, chunk
 
-    monkeypatch.setattr(decode, "split", noting)
+    monkeypatch.setattr(decode, "split_k", noting)
     return found
 
 
@@ -66,7 +66,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @problems
 def test_values(problem: Problem, dtype: torch.dtype) -> None:
     inputs = make(problem, dtype)
-    with unchanged(*leaves(*inputs).values()):
+    with unchanged(*named_tensors(*inputs).values()):
         y = run(inputs)
     exact = reference_mlp(cast(inputs, torch.float64))
     assert_within_budget(y, exact, reference_mlp(inputs), terms=longest_sum(inputs))
@@ -74,7 +74,7 @@ def test_values(problem: Problem, dtype: torch.dtype) -> None:
 
 @dtypes
 def test_products_in_parts(dtype: torch.dtype, parts: list[int]) -> None:
-    """Their sum is the same every time."""
+    """The sum of partial products is the same every time."""
     inputs = make(Problem(tokens=5, hidden=24, intermediate=300, num_ranks=2, rank=66), dtype)
     y = run(inputs)
     assert parts == [3, 2]  # of intermediate and of R
@@ -90,12 +90,12 @@ def test_a_token_does_not_depend_on_others(dtype: torch.dtype) -> None:
 
 
 def test_parts_cover_k() -> None:
-    """In steps of every tile, whatever the dtype and the number of tokens."""
+    """The parts cover K, and each is a multiple of every tile's k."""
     for columns in (1, 64, 5000, 10**6):
         for depth in (1, 63, 64, 257, 4096, 14336, 10**5):
-            count, chunk = decode.split(columns, depth)
+            count, chunk = decode.split_k(columns, depth)
             assert (count - 1) * chunk < depth <= count * chunk
-            assert chunk % decode._SPAN == 0 and 1 <= count <= 16
+            assert chunk % decode._CHUNK_MULTIPLE == 0 and 1 <= count <= 16
 
 
 @pytest.mark.parametrize("layout", [padded, transposed])

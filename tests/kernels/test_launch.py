@@ -1,4 +1,4 @@
-"""How kernels are launched: on which device, with which precision; and launches on record."""
+"""Launches of kernels: their device and precision, and their record."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ import pytest
 import torch
 
 from npt_fast.kernels import decode, modulated_linear, probe
-from npt_fast.kernels._launch import Target, launch, precision, recorded, rows
+from npt_fast.kernels._launch import (
+    Target,
+    contiguous_rows,
+    dot_precision,
+    launch,
+    recorded_launches,
+)
 from npt_fast.kernels.coefficients import coefficient_outputs
 from npt_fast.kernels.modulated_mlp import Path, modulated_mlp
 from npt_fast.testing import Problem, make_inputs
 
 
 class Kernel:
-    """Notes how it is launched."""
+    """A kernel that records its launches."""
 
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
@@ -28,7 +34,7 @@ class Kernel:
 
 
 def test_new_memory_is_nan() -> None:
-    """The fixture that shows what no kernel wrote does its work, for every way to get memory."""
+    """The NaN fixture works for every way to allocate memory."""
     some = torch.ones(1, 2, 3)
     made = [
         torch.empty(3),
@@ -41,7 +47,7 @@ def test_new_memory_is_nan() -> None:
 
 
 def test_the_device_of_the_tensors_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a model is on several, as with device_map="auto"."""
+    """A model may be on several devices, as with device_map="auto"."""
     current: list[torch.device] = []
 
     @contextmanager
@@ -62,7 +68,7 @@ def test_the_device_of_the_tensors_is_current(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_options_are_said() -> None:
-    """Contraction above all, whose default changes."""
+    """Launch options are explicit; the default of fp fusion changes in Triton 3.10."""
     kernel, tensor = Kernel(), torch.ones(1)
     launch(kernel, (2, 3), tensor, 7, warps=8, stages=3, BLOCK=16)
     options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True, "BLOCK": 16}
@@ -77,7 +83,7 @@ def test_an_empty_grid_is_not_launched() -> None:
 
 @pytest.fixture
 def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Torch is told that TF32 will do, in one of the ways to say so."""
+    """Torch allows TF32, by one of the ways to say so."""
     where, name, value = request.param
     if callable(where):
         where(value)
@@ -100,22 +106,22 @@ def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
     indirect=True,
 )
 def test_tf32_as_torch_is_told(tf32: None) -> None:
-    assert precision(torch.float32) == "tf32"
-    assert precision(torch.float16) == precision(torch.bfloat16) == "ieee"
+    assert dot_precision(torch.float32) == "tf32"
+    assert dot_precision(torch.float16) == dot_precision(torch.bfloat16) == "ieee"
 
 
 def test_no_tf32_unless_torch_is_told() -> None:
-    assert precision(torch.float32) == "ieee"
+    assert dot_precision(torch.float32) == "ieee"
 
 
 @pytest.mark.parametrize("path", ["gemm", "fused", "decode"])
 def test_every_product_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (decode, modulated_linear, probe):
-        monkeypatch.setattr(module, "precision", "as told for {}".format)
+        monkeypatch.setattr(module, "dot_precision", "as told for {}".format)
     inputs = make_inputs(
         Problem(), dtype=torch.float32, device="meta", requires_grad=path != "decode"
     )
-    with recorded(Target("cuda", 90)) as launches:
+    with recorded_launches(Target("cuda", 90)) as launches:
         y = modulated_mlp(*inputs, path=path)
         if path != "decode":
             y.sum().backward()
@@ -125,10 +131,10 @@ def test_every_product_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_launches_on_record() -> None:
-    """By name, in their order; nothing is run, and afterwards everything is again."""
-    x, h, base, modulation = make_inputs(Problem(), device="meta", dtype=torch.bfloat16)
-    with torch.no_grad(), recorded(Target("cuda", 90)) as launches:
-        modulated_mlp(x, h, base, modulation)
+    """Launches are recorded in order and not run; after the context they run again."""
+    x, h, weights, factors = make_inputs(Problem(), device="meta", dtype=torch.bfloat16)
+    with torch.no_grad(), recorded_launches(Target("cuda", 90)) as launches:
+        modulated_mlp(x, h, weights, factors)
     names = [launch.kernel.__name__ for launch in launches]
     products, coefficients = "_decode_products_kernel", "_coefficients_fwd_kernel"
     assert names == [
@@ -166,5 +172,5 @@ def test_no_such_target(name: str) -> None:
 
 def test_rows_are_copied_only_where_they_are_not_contiguous() -> None:
     tensor = torch.ones(4, 6)
-    assert rows(tensor[:, 1:4]).data_ptr() == tensor[:, 1:4].data_ptr()
-    assert rows(tensor.t()).is_contiguous()
+    assert contiguous_rows(tensor[:, 1:4]).data_ptr() == tensor[:, 1:4].data_ptr()
+    assert contiguous_rows(tensor.t()).is_contiguous()

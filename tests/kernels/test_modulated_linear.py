@@ -10,7 +10,7 @@ from torch import Tensor
 
 from npt_fast.kernels import reference
 from npt_fast.kernels._launch import Tiles
-from npt_fast.kernels._tuning import candidate, forced
+from npt_fast.kernels._tuning import forced_tiles, nth_candidate
 from npt_fast.kernels.modulated_linear import modulated_gate_up, modulated_linear
 from tests.kernels.cases import (
     DTYPES,
@@ -54,14 +54,14 @@ def test_sums(
     a = [normal(tokens, depth, dtype=dtype) for depth in depths]
     b = [normal(depth, width, dtype=dtype, fan_in=depth) for depth in depths]
     bias = normal(width, dtype=dtype) if has_bias else None
-    with forced(SMALL), unchanged(*a, *b):
+    with forced_tiles(SMALL), unchanged(*a, *b):
         y = modulated_linear(a, b, bias)
     assert_like(sum_of_products, (a, b, bias), y)
 
 
 @dtypes
 def test_a_modulated_projection(normal: Normal, dtype: torch.dtype) -> None:
-    """What it is for: W a + sum_i v_b (v_a . a), with one product more."""
+    """One more product in the accumulator gives W a + sum_i v_b (v_a . a)."""
     tokens, inputs, outputs, hidden, k, rank = 37, 40, 35, 24, 3, 5
     a, x = normal(tokens, inputs, dtype=dtype), normal(tokens, hidden, dtype=dtype)
     weight, bias = normal(outputs, inputs, dtype=dtype, fan_in=inputs), normal(outputs, dtype=dtype)
@@ -71,7 +71,7 @@ def test_a_modulated_projection(normal: Normal, dtype: torch.dtype) -> None:
 
     def definition(a: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
         weight, bias, *factors = weights
-        projection = reference.Projection(weight, bias, reference.Modulation(*factors))
+        projection = reference.Projection(weight, bias, reference.ProjectionFactors(*factors))
         return reference.modulated_linear(a, x, projection)
 
     u = (x @ w_down.movedim(0, 1).flatten(1)).unsqueeze(0)
@@ -84,7 +84,7 @@ def test_a_modulated_projection(normal: Normal, dtype: torch.dtype) -> None:
 def test_any_strides(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None:
     a = [layout(normal(21, depth, dtype=DTYPES[0])) for depth in (33, 6)]
     b = [layout(normal(depth, 19, dtype=DTYPES[0], fan_in=depth)) for depth in (33, 6)]
-    with forced(SMALL):
+    with forced_tiles(SMALL):
         y = modulated_linear(a, b, None)
         expected = modulated_linear(
             *([t.contiguous() for t in operands] for operands in (a, b)), None
@@ -96,7 +96,7 @@ def test_any_strides(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None
 def test_tiles_of_the_rule(normal: Normal, dtype: torch.dtype, tokens: int, number: int) -> None:
     a = [normal(tokens, depth, dtype=dtype) for depth in (72, 8)]
     b = [normal(depth, 136, dtype=dtype, fan_in=depth) for depth in (72, 8)]
-    with candidate(number):
+    with nth_candidate(number):
         y = modulated_linear(a, b, None)
     assert_like(sum_of_products, (a, b, None), y)
 
@@ -120,7 +120,7 @@ def gate_up_arguments(
     bias: bool = False,
     layout: Callable[[Tensor], Tensor] = Tensor.contiguous,
 ) -> list[Tensor | None]:
-    """Of `modulated_gate_up` but the last, in `layout`, but for z, whose rows are contiguous."""
+    """Arguments of `modulated_gate_up` except `save`, in `layout`; rows of z are contiguous."""
     (tokens, width), hidden = size, 40
     arguments: list[Tensor | None] = [layout(normal(tokens, hidden, dtype=dtype))]
     arguments += (layout(normal(width, hidden, dtype=dtype, fan_in=hidden)) for _ in range(2))
@@ -144,7 +144,7 @@ def test_gate_up(
     normal: Normal, dtype: torch.dtype, size: tuple[int, int], projections: int, bias: bool
 ) -> None:
     arguments = gate_up_arguments(normal, dtype, size, projections=projections, bias=bias)
-    with forced(SMALL), unchanged(*(t for t in arguments if t is not None)):
+    with forced_tiles(SMALL), unchanged(*(t for t in arguments if t is not None)):
         found = modulated_gate_up(*arguments, True)
     assert_like(reference.modulated_gate_up, arguments, found)
 
@@ -159,7 +159,7 @@ def test_gate_and_up_need_not_be_written(normal: Normal) -> None:
 def test_gate_up_of_any_strides(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None:
     arguments = gate_up_arguments(normal, DTYPES[0], layout=layout)
     dense = [t if t is None else t.contiguous() for t in arguments]
-    with forced(SMALL):
+    with forced_tiles(SMALL):
         found, expected = (modulated_gate_up(*a, True) for a in (arguments, dense))
     assert all(map(torch.equal, found, expected))
 
@@ -169,7 +169,7 @@ def test_gate_up_tiles_of_the_rule(
     normal: Normal, dtype: torch.dtype, tokens: int, number: int
 ) -> None:
     arguments = gate_up_arguments(normal, dtype, (tokens, 136), rank=16)
-    with candidate(number):
+    with nth_candidate(number):
         found = modulated_gate_up(*arguments, True)
     assert_like(reference.modulated_gate_up, arguments, found)
 

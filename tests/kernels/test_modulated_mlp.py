@@ -1,4 +1,4 @@
-"""The modulated MLP with kernels for its steps: forward, backward, prefill, and which path."""
+"""The modulated MLP with kernels: forward, backward, prefill, and the choice of path."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from npt_fast.kernels import factored
 from npt_fast.kernels import modulated_mlp as kernels
-from npt_fast.kernels._launch import Target, Tiles, recorded
-from npt_fast.kernels._tuning import forced
-from npt_fast.testing import Problem, assert_within_budget, leaves, longest_sum, make_inputs
+from npt_fast.kernels._launch import Target, Tiles, recorded_launches
+from npt_fast.kernels._tuning import forced_tiles
+from npt_fast.testing import Problem, assert_within_budget, longest_sum, make_inputs, named_tensors
 from tests.kernels.cases import (
     DTYPES,
     Inputs,
@@ -40,8 +40,8 @@ paths = pytest.mark.parametrize("path", ["gemm", "fused"])
 
 @pytest.fixture(autouse=True)
 def small_tiles() -> Iterator[None]:
-    """Small problems have several."""
-    with forced(Tiles(32, 32, 32, 4, 2)):
+    """Small tiles, so that small problems have several."""
+    with forced_tiles(Tiles(32, 32, 32, 4, 2)):
         yield
 
 
@@ -98,7 +98,7 @@ def test_probes_computed_again(path: kernels.Path, projections: int) -> None:
 
 
 def test_a_rank_that_no_tile_holds() -> None:
-    """The fused path takes torch's GEMM for its probe."""
+    """The fused path uses torch's GEMM for probes of such a rank."""
     inputs = inputs_of(Problem(tokens=5, num_ranks=2, rank=130), DTYPES[0])
     dy = output_gradient(inputs)
     assert_mlp_within_budget(results(kernel_mlp("fused"), inputs, dy), inputs, dy)
@@ -135,13 +135,13 @@ def test_no_tokens(path: kernels.Path) -> None:
 @paths
 @pytest.mark.parametrize("save_probe", [True, False], ids=["saved", "recomputed"])
 def test_backward_twice(path: kernels.Path, save_probe: bool) -> None:
-    """Nothing that backward reads is overwritten: neither what is saved nor what others saved."""
+    """Backward overwrites neither its own saved tensors nor those of other operations."""
     leaf_inputs = inputs_of(RAGGED, DTYPES[0])
     x, h, *weights = leaf_inputs
     saved_by_exp = h.exp()
     inputs = (x, saved_by_exp, *weights)
     dy = output_gradient(inputs)
-    with unchanged(dy, *leaves(*inputs).values()):
+    with unchanged(dy, *named_tensors(*inputs).values()):
         y = kernel_mlp(path, save_probe=save_probe)(inputs)
         first, second = (gradients(leaf_inputs, y, dy) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -164,10 +164,10 @@ def test_only_what_is_trained_gets_gradients(path: kernels.Path, trained: set[st
     inputs = inputs_of(RAGGED, DTYPES[0])
     function, dy = kernel_mlp(path), output_gradient(inputs)
     wanted = gradients(inputs, function(inputs), dy)
-    for name, tensor in leaves(*inputs).items():
+    for name, tensor in named_tensors(*inputs).items():
         tensor.requires_grad_(name in trained)
     function(inputs).backward(dy)
-    for name, tensor in leaves(*inputs).items():
+    for name, tensor in named_tensors(*inputs).items():
         assert (tensor.grad is not None) == (name in trained), name
         if tensor.grad is not None:
             assert torch.equal(tensor.grad, wanted[name]), name
@@ -176,12 +176,12 @@ def test_only_what_is_trained_gets_gradients(path: kernels.Path, trained: set[st
 @pytest.mark.ttsem
 @paths
 def test_prefill(path: kernels.Path) -> None:
-    """Without gradients buffers are used again, nothing is kept, and the result is the same."""
+    """Without gradients buffers are reused, nothing is saved, and the result is the same."""
     inputs = inputs_of(RAGGED, DTYPES[0])
     expected = kernel_mlp(path)(inputs)
     kept: list[Tensor] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda kept: kept)
-    with torch.no_grad(), hooks, unchanged(*leaves(*inputs).values()):
+    with torch.no_grad(), hooks, unchanged(*named_tensors(*inputs).values()):
         y = kernel_mlp(path)(inputs)
     assert torch.equal(y, expected.detach())
     assert not y.requires_grad and not kept
@@ -198,14 +198,14 @@ def test_prefill_in_turn(path: kernels.Path, chunk: int, monkeypatch: pytest.Mon
 
 
 def test_buffers_of_prefill() -> None:
-    """z is where p was and inner where gate was, or else what is not needed is not written."""
+    """gemm writes z over p and inner over gate; fused writes neither p, gate nor up."""
     inputs = make_inputs(RAGGED, dtype=torch.float16, device="meta", requires_grad=False)
-    with recorded(Target("cuda", 90)) as launches:
+    with recorded_launches(Target("cuda", 90)) as launches:
         kernel_mlp("gemm")(inputs)
     coefficients, swiglu, _ = (launch.arguments for launch in launches)
     assert coefficients["z_ptr"] is coefficients["p_ptr"]
     assert swiglu["inner_ptr"] is swiglu["gate_ptr"]
-    with recorded(Target("cuda", 90)) as launches:
+    with recorded_launches(Target("cuda", 90)) as launches:
         kernel_mlp("fused")(inputs)
     probe, gate_up, *_ = (launch.arguments for launch in launches)
     assert probe["p_ptr"] is None

@@ -1,4 +1,4 @@
-"""Probes with their coefficients, in one kernel."""
+"""Probes and coefficients in one kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from npt_fast.kernels import reference
 from npt_fast.kernels._launch import Tiles
-from npt_fast.kernels._tuning import candidate, forced
+from npt_fast.kernels._tuning import forced_tiles, nth_candidate
 from npt_fast.kernels.probe import MAX_RANK, probe
 from tests.kernels.cases import (
     DTYPES,
@@ -32,7 +32,7 @@ SMALL = Tiles(16, 32, 16, 4, 2)
 def arguments_of(
     normal: Normal, dtype: torch.dtype, c: int, tokens: int, k: int, rank: int, depth: int = 35
 ) -> list[Tensor]:
-    """a, w_a and u, as the MLP has them."""
+    """a, w_a and u with the MLP's layout."""
     return [
         normal(tokens, depth, dtype=dtype),
         normal(c * k * rank, depth, dtype=dtype, fan_in=depth),
@@ -57,7 +57,7 @@ def arguments_of(
 )
 def test_forward(normal: Normal, dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
     arguments = arguments_of(normal, dtype, *size)
-    with forced(SMALL), unchanged(*arguments):
+    with forced_tiles(SMALL), unchanged(*arguments):
         found = probe(*arguments, size[2], True)
     assert found[0].dtype == torch.float32
     assert_like(reference.probe, (*arguments, size[2]), found)
@@ -75,7 +75,7 @@ def test_p_need_not_be_written(normal: Normal) -> None:
 def test_any_strides(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None:
     a, w_a, u = arguments_of(normal, DTYPES[0], 2, 21, 3, 5)
     a, w_a, u = layout(a), layout(w_a), padded(u)
-    with forced(SMALL):
+    with forced_tiles(SMALL):
         found = probe(a, w_a, u, 3, True)
         expected = probe(a.contiguous(), w_a.contiguous(), u.contiguous(), 3, True)
     assert all(map(torch.equal, found, expected))
@@ -84,7 +84,7 @@ def test_any_strides(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None
 @tiles_of_the_rule
 def test_tiles_of_the_rule(normal: Normal, dtype: torch.dtype, tokens: int, number: int) -> None:
     arguments = arguments_of(normal, dtype, 2, tokens, 5, 24, depth=72)
-    with candidate(number):
+    with nth_candidate(number):
         found = probe(*arguments, 5, True)
     assert_like(reference.probe, (*arguments, 5), found)
 

@@ -1,7 +1,7 @@
-"""Bytes that calls move, counted in the interpreter, are what `npt_fast.kernels.roofline` says.
+"""Bytes that calls move, counted in the interpreter, equal the formulas of `roofline`.
 
 ``pytest -s tests/kernels/test_roofline.py`` prints them beside the formulas. Shapes have the
-proportions of Llama's 1B with R=4096 and 8B with R=512 (KERNELS 2.2), at 1/32 of the width.
+proportions of Llama's 1B with R=4096 and 8B with R=512 (design.md#counts), at 1/32 of the width.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from npt_fast.kernels import decode, probe, reference, roofline
 from npt_fast.kernels._launch import INTERPRETED, Tiles
-from npt_fast.kernels._tuning import forced
-from npt_fast.kernels.factored import Base
+from npt_fast.kernels._tuning import forced_tiles
+from npt_fast.kernels.factored import MLPWeights
 from npt_fast.kernels.modulated_mlp import modulated_mlp
 from npt_fast.kernels.roofline import Shape
 from npt_fast.kernels.swiglu import swiglu_bwd, swiglu_fwd
@@ -33,11 +33,11 @@ if not INTERPRETED:
 TOKENS = 48
 SHAPES = {"1B R=4096, /32": Shape(64, 256, 8, 16), "8B R=512, /32": Shape(128, 448, 8, 2)}
 WIDE = Shape(64, 96, 2, 136)
-"""With a rank that no tile of `probe` holds."""
+"""A shape with a rank that no tile of `probe` holds."""
 TILES = Tiles(32, 64, 64, 4, 1)
 
-# elements per token of KERNELS 2.2, as (D, R, F); v1 and v2
-KERNELS = {
+# elements per token, as (D, R, F), planned before the kernels were written (design.md#counts)
+PLANNED = {
     ("gemm", "forward"): (7, 18, 11),
     ("gemm", "backward"): (14, 36, 16),
     ("fused", "forward"): (4, 15, 5),
@@ -56,7 +56,7 @@ FORMULAS: dict[tuple[str, str], Callable[[Shape], roofline.Traffic]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """More threads wait for each other in the reference's many small operations."""
+    """One thread; more would wait for each other in the reference's many small operations."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,7 +67,7 @@ class Call(NamedTuple):
     """A form of the modulated MLP with its inputs.
 
     Attributes:
-        run: computes it.
+        run: function that computes it.
         inputs: x and h.
         trained: weights that have gradients.
         frozen: weights that have none.
@@ -83,10 +83,10 @@ class Counted(NamedTuple):
     """Bytes that one pass moves.
 
     Attributes:
-        activations: of x, h and all that is computed from them.
-        exposed: of those, by launches without a product of matrices.
-        weights: of weights and their gradients.
-        requested: of weights, as often as programs of kernels load them.
+        activations: bytes of x, h and everything computed from them.
+        exposed: part of `activations` that launches without a matrix product move.
+        weights: bytes of weights and their gradients.
+        requested: bytes of weights, counted as often as programs load them.
     """
 
     activations: int
@@ -104,21 +104,21 @@ def _ours(form: str, shape: Shape, save_probe: bool) -> Call:
         tokens=TOKENS, hidden=shape.hidden, intermediate=shape.intermediate,
         num_ranks=shape.num_ranks, rank=shape.rank,
     )  # fmt: skip
-    x, h, base, modulation = make_inputs(
+    x, h, weights, factors = make_inputs(
         problem, dtype=torch.bfloat16, requires_grad=form != "decode"
     )
-    base = Base._make(None if w is None else w.detach() for w in base)
+    weights = MLPWeights._make(None if w is None else w.detach() for w in weights)
 
     def run() -> Tensor:
-        with forced(TILES):
-            return modulated_mlp(x, h, base, modulation, path=form, save_probe=save_probe)
+        with forced_tiles(TILES):
+            return modulated_mlp(x, h, weights, factors, path=form, save_probe=save_probe)
 
-    frozen = [w for w in base if w is not None]
-    return Call(run, [x, h], [w for w in modulation if isinstance(w, Tensor)], frozen)
+    frozen = [w for w in weights if w is not None]
+    return Call(run, [x, h], [w for w in factors if isinstance(w, Tensor)], frozen)
 
 
 def _reference(shape: Shape) -> Call:
-    """Each component's factors are tensors of their own: to take joined ones apart costs more."""
+    """The reference with separate tensors per component, since splitting joined ones moves more."""
     generator = torch.Generator().manual_seed(0)
 
     def tensor(*sizes: int, trained: bool = True) -> Tensor:
@@ -129,12 +129,12 @@ def _reference(shape: Shape) -> Call:
         sizes = (shape.hidden, shape.rank), (shape.rank, width), (shape.rank, out)
         factors: Any = ([tensor(*s) for _ in range(shape.num_ranks)] for s in sizes)
         weight = tensor(out, width, trained=False)
-        return reference.Projection(weight, None, reference.Modulation(*factors))
+        return reference.Projection(weight, None, reference.ProjectionFactors(*factors))
 
     d, f = shape.hidden, shape.intermediate
     x, h = tensor(TOKENS, d), tensor(TOKENS, d)
     projections = projection(d, f), projection(d, f), projection(f, d)
-    trained = [w for p in projections for factors in p.modulation or () for w in factors]
+    trained = [w for p in projections for factors in p.factors or () for w in factors]
     frozen = [p.weight for p in projections]
     return Call(lambda: reference.modulated_mlp(x, h, *projections, silu), [x, h], trained, frozen)
 
@@ -147,7 +147,7 @@ def count(form: str, phase: str, shape: Shape) -> Counted:
         y = call.run()
     if phase == "backward":
         dy = torch.ones_like(y)
-        with forced(TILES), Traffic() as traffic:
+        with forced_tiles(TILES), Traffic() as traffic:
             gradients = torch.autograd.grad(y, call.inputs + call.trained, dy)
         weights += gradients[len(call.inputs) :]
     addresses = addresses_of(weights)
@@ -164,25 +164,25 @@ def count(form: str, phase: str, shape: Shape) -> Counted:
 
 
 class Row(NamedTuple):
-    """A form's pass: elements of activations per token, counted and by formulas."""
+    """One pass of a form: elements of activations per token, counted and by formulas."""
 
     shape: str
     form: str
     phase: str
     counted: float
     formula: float
-    kernels: int | None
+    planned: int | None
 
 
 def rows() -> Iterable[Row]:
-    """All forms of both shapes; `kernels` is what KERNELS 2.2 says, without coefficients."""
+    """All forms of both shapes; `planned` leaves out coefficients."""
     for (form, phase), formula in FORMULAS.items():
         for name, shape in SHAPES.items():
             found = count(form, phase, shape).activations / TOKENS / roofline.ELEMENT
-            said = KERNELS.get((form, phase))
+            said = PLANNED.get((form, phase))
             yield Row(
                 name, form, phase, found, formula(shape).all / roofline.ELEMENT,
-                None if said is None else shape.linear(*said),
+                None if said is None else shape.elements(*said),
             )  # fmt: skip
 
 
@@ -205,28 +205,28 @@ def _assert_equal(form: str, phase: str, shape: Shape) -> None:
     assert found.weights == weights(shape)
 
 
-def test_the_formulas_beside_those_of_kernels() -> None:
-    """Within 5 %, but for what our fused backward leaves unfused; see `roofline.fused_backward`."""
-    print("\n| shape | form | pass | counted | formula | KERNELS 2.2 | counted / KERNELS |")
+def test_the_formulas_are_near_the_planned_counts() -> None:
+    """Counts are within 5 % of the plan, except fused backward; see `roofline.fused_backward`."""
+    print("\n| shape | form | pass | counted | formula | planned | counted / planned |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
     for row in rows():
         said = ratio = "-"
-        if row.kernels is not None:
-            said, ratio = str(row.kernels), f"{row.counted / row.kernels:.3f}"
+        if row.planned is not None:
+            said, ratio = str(row.planned), f"{row.counted / row.planned:.3f}"
             if (row.form, row.phase) != ("fused", "backward"):
-                assert row.counted == pytest.approx(row.kernels, rel=0.05)
+                assert row.counted == pytest.approx(row.planned, rel=0.05)
         print(f"| {row.shape} | {row.form} | {row.phase} | {row.counted:.0f} | "
               f"{row.formula:.0f} | {said} | {ratio} |")  # fmt: skip
     for shape in SHAPES.values():
         coefficients = 3 * shape.num_ranks * roofline.FLOAT
         more = roofline.fused_backward(shape).all - coefficients
-        more -= roofline.ELEMENT * shape.linear(*KERNELS["fused", "backward"])
-        assert more == roofline.ELEMENT * shape.linear(-1, 6, 2)
+        more -= roofline.ELEMENT * shape.elements(*PLANNED["fused", "backward"])
+        assert more == roofline.ELEMENT * shape.elements(-1, 6, 2)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_decode_reads_every_weight_once(shape: Shape) -> None:
-    """No program loads what another has loaded: not even a cache is asked twice."""
+    """No two programs load the same weight, so not even a cache hit is needed."""
     found = count("decode", "forward", shape)
     assert found.requested == found.weights == roofline.forward_weights(shape)
 
@@ -244,7 +244,7 @@ def test_vectors_at_best_are_less_than_any_code_of_theirs_moves(phase: str, shap
 @pytest.mark.parametrize("form", ["gemm", "reference"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_flops(form: str, shape: Shape) -> None:
-    """As torch counts them; it does not see into kernels."""
+    """FLOPs as torch counts them; it does not see inside kernels."""
     call = call_of(form, shape)
     with FlopCounterMode(display=False) as forward:
         y = call.run()
@@ -255,17 +255,17 @@ def test_flops(form: str, shape: Shape) -> None:
 
 
 KEPT = {
-    "gemm": ("gemm", True, roofline.kept),
-    "fused": ("fused", True, roofline.kept),
-    "gemm, no probes": ("gemm", False, lambda shape: roofline.kept(shape, probes=False)),
-    "fused, no probes": ("fused", False, lambda shape: roofline.kept(shape, probes=False)),
-    "reference": ("reference", True, roofline.kept_by_reference),
+    "gemm": ("gemm", True, roofline.saved_bytes),
+    "fused": ("fused", True, roofline.saved_bytes),
+    "gemm, no probes": ("gemm", False, lambda shape: roofline.saved_bytes(shape, probes=False)),
+    "fused, no probes": ("fused", False, lambda shape: roofline.saved_bytes(shape, probes=False)),
+    "reference": ("reference", True, roofline.reference_saved_bytes),
 }
 
 
 @pytest.mark.parametrize("case", KEPT)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_bytes_kept_for_backward(case: str, shape: Shape) -> None:
+def test_bytes_saved_bytes_by_form(case: str, shape: Shape) -> None:
     form, save_probe, formula = KEPT[case]
     call = call_of(form, shape, save_probe=save_probe)
     weights = addresses_of([*call.trained, *call.frozen])
@@ -286,7 +286,7 @@ def test_bytes_kept_for_backward(case: str, shape: Shape) -> None:
     ("columns", "depth"), [(2048, 4096), (6144, 8192), (4608, 14336), (4096, 512), (576, 40)]
 )
 def test_partial_sums_are_those_of_decode(columns: int, depth: int) -> None:
-    assert roofline.partial_sums(columns, depth) == decode.split(columns, depth)[0]
+    assert roofline.partial_sums(columns, depth) == decode.split_k(columns, depth)[0]
 
 
 def test_limits_are_those_of_the_kernels() -> None:
@@ -294,7 +294,7 @@ def test_limits_are_those_of_the_kernels() -> None:
     assert roofline.PROBE_RANK == probe.MAX_RANK
 
 
-# The counter itself.
+# Tests of the counter itself.
 
 
 def bytes_of(function: Callable[[], object]) -> int:
@@ -304,7 +304,7 @@ def bytes_of(function: Callable[[], object]) -> int:
 
 
 def test_kernels_are_counted_by_element() -> None:
-    """Of wider rows, which start on no round address, only what is touched."""
+    """Only touched elements count, even inside wider, unaligned rows."""
     gate, up, d_inner = torch.zeros(3, 5, 100, dtype=torch.bfloat16)[:, :, 3:74]
     assert bytes_of(lambda: swiglu_fwd(gate, up)) == 3 * 5 * 71 * 2
     assert bytes_of(lambda: swiglu_bwd(d_inner, gate, up)) == 6 * 5 * 71 * 2

@@ -1,11 +1,11 @@
-"""Training runs on the tiny model, and what they wrote, read back with torch alone."""
+"""Training runs on the tiny model, and readers of their files that use torch alone."""
 
 from __future__ import annotations
 
 import json
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import npt_fast as npt
+from npt_fast.training.checkpoint_writer import write_checkpoint as write_files
 from tests.checkpoints import (
     assert_same_tensors,
     layer_weights,
@@ -26,7 +27,7 @@ from tests.training import tiny
 LENGTH = 24
 """Tokens per window: fewer than 32, so that the last window of an epoch may be short."""
 SIZES: dict[str, Any] = {"d": 32, "f": 48, "rank": 3, "num_ranks": 2}
-"""Of the layers, for `tests.checkpoints.layer_weights`."""
+"""Sizes of the layers, for `tests.checkpoints.layer_weights`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Place:
     short: Path
 
     def settings(self, output: Path, **changes: Any) -> dict[str, Any]:
-        """Options of a quick run, with steps so large that any difference shows."""
+        """Return options of a quick run; its steps are so large that any difference shows."""
         settings = {
             "train_layers": "1,2",
             "model_name": str(self.base),
@@ -68,11 +69,11 @@ class Place:
         return {**settings, **changes}
 
     def train(self, output: Path, **changes: Any) -> Path:
-        """Train; the last checkpoint."""
+        """Train and return the last checkpoint."""
         return npt.train(npt.TrainOptions(**self.settings(output, **changes))).checkpoint
 
     def arguments(self, output: Path, **changes: Any) -> list[str]:
-        """The same for the command line."""
+        """Return the arguments of `npt-fast` for the same run."""
         arguments = ["train"]
         for name, value in self.settings(output, **changes).items():
             if value is not False:
@@ -82,7 +83,7 @@ class Place:
 
 @contextmanager
 def place(folder: Path) -> Iterator[Place]:
-    """Make one. Within, torch uses one thread: on a busy machine two wait for each other."""
+    """Make a place. Within, torch uses one thread: on a busy machine two wait for each other."""
     tiny.save(folder / "base", initializer_range=0.2)
     generator = random.Random(0)
     texts = {}
@@ -97,21 +98,38 @@ def place(folder: Path) -> Iterator[Place]:
 
 
 def start(folder: Path, *layers: int, **changes: Any) -> Path:
-    """A checkpoint of random layers without training state: every gradient is alive from there."""
+    """Write a checkpoint of random layers without training state, where no gradient is 0."""
     weights: dict[str, torch.Tensor] = {}
     for layer in layers:
         weights |= layer_weights(layer, **{**SIZES, **changes})
     return write_checkpoint(folder, {name: tensor * 0.15 for name, tensor in weights.items()})
 
 
+def write(target: Path, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of these weights and this AdamW state."""
+    write_files(
+        target,
+        weights=weights,
+        format="pt",
+        training_state={
+            "global_step": 1,
+            **({"optimizer_state_dict": optimizer} if optimizer else {}),
+        },
+        multi_layer_state={"layers_to_train": []},
+        config={},
+        npt_config={"format_version": 1},
+    )
+    return target
+
+
 def moments(checkpoint: Path) -> list[dict[str, torch.Tensor]]:
-    """AdamW's state of every parameter, in order."""
+    """Return AdamW's state of each parameter, in order."""
     optimizer = load_state(checkpoint)["optimizer_state_dict"]
     return [optimizer["state"][index] for index in optimizer["param_groups"][0]["params"]]
 
 
 def gradient(checkpoint: Path) -> torch.Tensor:
-    """All gradients of the first step, from the first moments: a tenth of them."""
+    """Return all gradients of the first step; AdamW's first moments are a tenth of them."""
     states = moments(checkpoint)
     assert {state["step"].item() for state in states} == {1}
     found = 10 * torch.cat([state["exp_avg"].double().ravel() for state in states])
@@ -120,31 +138,31 @@ def gradient(checkpoint: Path) -> torch.Tensor:
 
 
 def by_name(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """AdamW's state of every weight."""
+    """Return AdamW's state by name of the weight."""
     return dict(zip(read_weights(checkpoint), moments(checkpoint), strict=True))
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Weights, optimizer, schedule and data position, bit for bit."""
+    """Compare weights, optimizer, schedule and data position bit for bit."""
     assert_same_tensors(read_weights(one), read_weights(other))
     for ours, theirs in zip(moments(one), moments(other), strict=True):
         assert_same_tensors(ours, theirs)
     states = [load_state(path) for path in (one, other)]
     for state in states:
-        del state["scheduler_state_dict"]["_step_count"]  # calls in this process
+        del state["scheduler_state_dict"]["_step_count"]  # counts calls in this process
     for name in ("global_step", "batch_count", "scheduler_state_dict"):
         assert states[0][name] == states[1][name], name
     assert states[0]["data_state"]["windows"] == states[1]["data_state"]["windows"]
 
 
 def log(run: Path) -> list[dict[str, Any]]:
-    """The lines of ``training_log.jsonl``."""
+    """Return the lines of ``training_log.jsonl``."""
     return [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
 
 
 @contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
-    """Files cannot grow beyond it: to a program, the disk is full."""
+    """Let no file grow beyond a size: to a program, the disk is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

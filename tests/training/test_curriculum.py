@@ -1,4 +1,4 @@
-"""The curriculum's grammar, and which stage a step is in."""
+"""The grammar of the curriculum, and the stage of a step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_grammar(text: str, stages: list[Stage]) -> None:
 
 def test_every_step_has_a_stage() -> None:
     stages = parse_curriculum("teacher:2,mixed:1,student:3")
-    # past the end it is the last one: the original went back to the first when resuming there
+    # after the end the last stage continues; the original went back to the first on resuming
     assert [stage_index(stages, step) for step in range(9)] == [0, 0, 1, 2, 2, 2, 2, 2, 2]
     assert stage_index(stages, 10**9) == 2
 
@@ -61,7 +61,7 @@ def test_every_step_has_a_stage() -> None:
         pytest.param("mixed:10:-0.1", "'mixed:10:-0.1'", "from 0 to 1", id="ratio below 0"),
         pytest.param("mixed:10:0.5:nan", "'mixed:10:0.5:nan'", "from 0 to 1", id="not a number"),
         pytest.param("mixed:10:inf", "'mixed:10:inf'", "from 0 to 1", id="infinite ratio"),
-        pytest.param("mixed:10:0:0:0", "'mixed:10:0:0:0'", "two at most", id="three ratios"),
+        pytest.param("mixed:10:0:0:0", "'mixed:10:0:0:0'", "at most two", id="three ratios"),
         pytest.param("teacher:10:0.5", "'teacher:10:0.5'", "takes no ratios", id="teacher's ratio"),
         pytest.param("student:10:1", "'student:10:1'", "takes no ratios", id="student's ratio"),
         pytest.param("pupil:10", "'pupil:10'", "teacher, mixed, student", id="no such stage"),

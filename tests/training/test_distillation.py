@@ -1,14 +1,14 @@
-"""One pass of training, against the same written out layer by layer in float64 (SPEC 5.3, 5.4).
+"""A training step against the same step written out layer by layer in float64.
 
-The truth below shares nothing with the code under test, nor with transformers: attention, rotary
-positions and masks are spelled out, v_a and v_b are formed, logits exist all at one time.
+The truth below (design.md#training-step) shares nothing with the code under test or with
+transformers: attention, rotary positions and masks are spelled out, v_a and v_b are formed, and all
+logits exist at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,7 +21,8 @@ import npt_fast as npt
 from npt_fast.config import LossKind, Residual
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.training.curriculum import Stage
-from npt_fast.training.distillation import Activations, Distillation, Losses, TeacherCache
+from npt_fast.training.distillation import Distillation, Losses
+from npt_fast.training.teacher_pass import run_teacher
 from tests.reference import delta, vectors
 from tests.training import tiny
 
@@ -30,14 +31,14 @@ MIXED = Stage("mixed", 20, 0.3, 0.8)
 STUDENT = Stage("student", 30, 1.0, 1.0)
 STAGES = [pytest.param(stage, id=stage.name) for stage in (TEACHER, MIXED, STUDENT)]
 LAYERS, LENGTH = 5, 10
-# numbers that matter: attention and MLPs as large as what they are added to
+# weights for which attention and MLPs are as large as what they are added to
 LARGE: dict[str, Any] = {"initializer_range": 0.25}
 MILD: dict[str, Any] = {"initializer_range": 0.1}
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The tensors are so small that a second thread does nothing but wait."""
+    """Use one thread: the tensors are so small that a second one would only wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +50,7 @@ def llama(**changes: Any) -> Any:
 
 
 def other_family(family: str) -> Any:
-    """Qwen3 normalises queries and keys, and only some layers slide; in Mistral all do."""
+    """Qwen3 normalises queries and keys and has some sliding windows; Mistral has only those."""
     options: dict[str, Any] = {
         "vocab_size": 257,
         "hidden_size": 32,
@@ -74,7 +75,7 @@ def other_family(family: str) -> Any:
 def converted(
     model: Any, layers: Sequence[int], residual: Residual = "removed", dtype: Any = torch.float64
 ) -> Any:
-    """NP layers that have an effect, of different architectures, as a merge may give them."""
+    """Convert layers to unlike architectures, as after a merge, so that they have an effect."""
     kinds: list[Any] = ["triple", "dual", "single"]
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -102,7 +103,7 @@ def converted(
 
 
 def _exact_norms(model: nn.Module) -> None:
-    """Transformers' norms round to float32 whatever the model's dtype; torch's do not."""
+    """Replace transformers' norms, which round to float32 in any dtype, by torch's."""
     for module in list(model.modules()):
         child: Any
         for name, child in module.named_children():
@@ -113,7 +114,7 @@ def _exact_norms(model: nn.Module) -> None:
 
 
 def batch(rows: int = 3, padded: bool = True) -> dict[str, Tensor]:
-    """Texts of 10, 7 and 4 tokens, padded on the right, or all of 10."""
+    """Return texts of 10, 7 and 4 tokens padded on the right, or all of 10 tokens."""
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(1, 257, (rows, LENGTH), generator=generator)
     if not padded:
@@ -126,7 +127,7 @@ def batch(rows: int = 3, padded: bool = True) -> dict[str, Tensor]:
 
 
 class Teacher(NamedTuple):
-    """What a layer of the base model computes."""
+    """Activations of a layer of the base model."""
 
     before: Tensor
     attention: Tensor
@@ -134,7 +135,7 @@ class Teacher(NamedTuple):
 
 
 class Truth:
-    """The base model, and the trained one on top of its weights.
+    """The base model, and the NPT model on top of its weights.
 
     Attributes:
         weights: of the NP layers, under the names of a checkpoint; leaves of the graph.
@@ -163,10 +164,10 @@ class Truth:
         return x @ self.base[f"{name}.weight"].T
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotary positions 0, 1, ...: pairs (i, i + half) turn by position * theta ** (-i/half)."""
+        """Rotate pairs (i, i + half) by position * theta ** (-i / half), for positions 0, 1, ..."""
         half = x.shape[-1] // 2
         theta = self.config.rope_parameters["rope_theta"]
-        # angles in float32, where transformers has them
+        # angles in float32, as in transformers
         frequencies = 1 / theta ** (torch.arange(half, dtype=torch.float32) * 2 / (2 * half))
         angles = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * frequencies
         cos, sin = angles.cos().double(), angles.sin().double()
@@ -174,7 +175,7 @@ class Truth:
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
     def attention(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Of the layer's input: norm, attention, output projection."""
+        """Norm, attention and output projection of a layer, on its input."""
         stem = f"model.layers.{layer}.self_attn"
         x = self.norm(f"model.layers.{layer}.input_layernorm", hidden)
 
@@ -190,7 +191,7 @@ class Truth:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         positions = torch.arange(hidden.shape[1])
         distance = positions[:, None] - positions
-        # padding sees itself, where a window has nothing else: a mean of nothing is no number
+        # padding attends to itself where a window holds nothing else: a mean of nothing is NaN
         seen = (distance >= 0) & (mask[:, None, None, :] == 1) | (distance == 0)
         types = getattr(self.config, "layer_types", None)
         if types[layer] == "sliding_attention" if types else self._window():
@@ -203,7 +204,7 @@ class Truth:
         return getattr(self.config, "sliding_window", None) or 0
 
     def mlp(self, layer: int, hidden: Tensor, attention: Tensor | None = None) -> Tensor:
-        """Of the state before it; changed by the attention output, if one is given (SPEC 1.2)."""
+        """Output of the MLP on `hidden`, with weights that `attention` changes if it is given."""
         stem = f"model.layers.{layer}.mlp"
         x = self.norm(f"model.layers.{layer}.post_attention_layernorm", hidden)
 
@@ -217,7 +218,7 @@ class Truth:
         return projection("down", m)
 
     def teacher(self, ids: Tensor, mask: Tensor) -> tuple[list[Teacher], Tensor]:
-        """Every layer of the base model, and its logits."""
+        """Return the activations of each layer of the base model, and its logits."""
         state = self.base["model.embed_tokens.weight"][ids]
         seen = []
         for layer in range(self.config.num_hidden_layers):
@@ -243,7 +244,7 @@ class Truth:
         reg_weight: float,
         sink_weight: float = 0.0,
     ) -> dict[str, Tensor]:
-        """Sums over the real tokens; all layers of both models are run, needed or not."""
+        """Sum losses over the real tokens, running all layers of both models, needed or not."""
         teacher, teacher_logits = self.teacher(ids, mask)
         q, q_mlp = stage.attention_ratio, stage.mlp_ratio
         state = teacher[0].before
@@ -292,7 +293,7 @@ class Truth:
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    """Of the NP parameters, under the names of a checkpoint."""
+    """Return the gradients of the NP parameters under their names in a checkpoint."""
     found: dict[str, Tensor] = {}
     for layer, part in components(model).items():
         joined = {name: p.grad for name, p in part.named_parameters() if p.grad is not None}
@@ -318,9 +319,9 @@ def check(
     reg_weight: float = 0.0,
     sink_weight: float = 0.0,
 ) -> None:
-    """Losses and gradients are those of the truth."""
+    """Assert that losses and gradients equal those of the truth."""
     options: dict[str, Any] = {
-        "layer_weights": {layers[0]: 0.5},  # the others count 1
+        "layer_weights": {layers[0]: 0.5},  # the others have weight 1
         "direct_weight": 3.0,
         "fidelity_weight": fidelity_weight,
         "reg_weight": reg_weight,
@@ -356,7 +357,7 @@ def check(
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_the_truth_is_the_base_model(family: str, padded: bool) -> None:
-    """Before it judges others: its logits are those of transformers."""
+    """Before the truth judges others: its logits are those of transformers."""
     model = llama() if family == "llama" else other_family(family)
     model = converted(model, [2])
     inputs = batch(padded=padded)
@@ -395,7 +396,7 @@ def test_losses_and_gradients(
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("residual", ["removed", "kept"])
 def test_the_originals_losses(stage: Stage, residual: Residual) -> None:
-    """``mse``, for the layers' own errors and for logits."""
+    """``mse``, in the direct losses and the fidelity loss."""
     check(
         converted(llama(), [1, 3], residual),
         [1, 3],
@@ -412,7 +413,7 @@ def test_the_originals_losses(stage: Stage, residual: Residual) -> None:
 @pytest.mark.parametrize("residual", ["removed", "kept"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_weight_of_first_tokens(stage: Stage, residual: Residual, kind: LossKind) -> None:
-    """In what is minimised, not in what is reported; the original's loss does not know it."""
+    """Sink errors are in the total, not in the reported losses; the original's loss has none."""
     check(
         converted(llama(), [1, 3], residual),
         [1, 3],
@@ -427,7 +428,7 @@ def test_the_weight_of_first_tokens(stage: Stage, residual: Residual, kind: Loss
 
 @pytest.mark.parametrize(("attention_ratio", "mlp_ratio"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.4)])
 def test_ratios_at_their_ends(attention_ratio: float, mlp_ratio: float) -> None:
-    """Attention as in one stage, the MLP as in another: what may be left out is another matter."""
+    """Attention reads as in one stage and the MLP as in another, so other work can be skipped."""
     stage = Stage("mixed", 20, attention_ratio, mlp_ratio)
     check(converted(llama(), [1, 3]), [1, 3], stage, inputs=batch(), reg_weight=0.2)
 
@@ -437,7 +438,7 @@ def test_ratios_at_their_ends(attention_ratio: float, mlp_ratio: float) -> None:
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_other_families(stage: Stage, family: str, fidelity_weight: float, padded: bool) -> None:
-    """Masks that differ from layer to layer, and windows shorter than the text."""
+    """Masks differ between layers, and windows are shorter than the text."""
     check(
         converted(other_family(family), [1, 3]),
         [1, 3],
@@ -449,7 +450,7 @@ def test_other_families(stage: Stage, family: str, fidelity_weight: float, padde
 
 
 def test_padding_changes_nothing() -> None:
-    """A text by itself, and the same text in a batch of longer ones."""
+    """A text gives the same alone and in a batch of longer ones."""
     model = converted(llama(), [1, 3])
     step = Distillation(model, fidelity_weight=0.7, reg_weight=0.2)
     together = batch()
@@ -460,7 +461,7 @@ def test_padding_changes_nothing() -> None:
 
 
 def evaluation(model: Any, layers: Sequence[int]) -> None:
-    """In student mode, whatever the losses need; predictions against torch's cross-entropy."""
+    """Evaluation is in student mode, whatever the losses; torch's cross-entropy is the truth."""
     inputs = batch()
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
@@ -504,8 +505,8 @@ def test_a_layer_that_is_off_is_a_base_layer(off: int, left: int) -> None:
 
 
 def test_measures_of_the_vectors() -> None:
-    """|v_a|, |v_b| of gate and the cosine of v_a with attention: means over components (5.4)."""
-    model = converted(llama(), [2])  # triple, of two components
+    """|v_a|, |v_b| of gate and the cosine of v_a with attention are means over components."""
+    model = converted(llama(), [2])  # triple, with two components
     inputs = batch()
     truth = Truth(model, [2], "removed")
     seen = truth.teacher(inputs["input_ids"], inputs["attention_mask"])[0][2]
@@ -520,7 +521,7 @@ def test_measures_of_the_vectors() -> None:
             ).mean(0),
         ]
     )
-    found = Distillation(model)(**inputs, stage=TEACHER, norms=True).norms
+    found = Distillation(model)(**inputs, stage=TEACHER, measure_norms=True).norms
     assert found is not None and list(found) == [2] and not found[2].requires_grad
     same(found[2], (per_token * inputs["attention_mask"]).sum((-1, -2)))
 
@@ -530,7 +531,7 @@ def test_measures_of_the_vectors() -> None:
 
 @contextmanager
 def watched(model: Any) -> Iterator[dict[str, list[Any]]]:
-    """Which layers are called, as base layers and as trained ones, and how often what is in them.
+    """Record the calls of layers, as base layers and as trained ones, and of what is in them.
 
     ``layers`` has their indices in the order of the calls, a trained one with an asterisk.
     """
@@ -558,12 +559,12 @@ def watched(model: Any) -> Iterator[dict[str, list[Any]]]:
 @pytest.mark.parametrize(
     ("layers", "stage", "layer_calls", "attention_calls"),
     [
-        # a lone layer needs no student pass, and its attention is known, whatever the stage
+        # a single layer needs no student pass in any stage, and its attention is known
         pytest.param([2], TEACHER, "0 1 2 2*", "0 1 2", id="lone-teacher"),
         pytest.param([2], MIXED, "0 1 2 2*", "0 1 2", id="lone-mixed"),
         pytest.param([2], STUDENT, "0 1 2 2*", "0 1 2", id="lone-student"),
         pytest.param([0], STUDENT, "0 0*", "0", id="first-student"),
-        # in the teacher stage no layer gets what another one makes
+        # in the teacher stage no trained layer reads the output of another one
         pytest.param([1, 3], TEACHER, "0 1 2 3 1* 3*", "0 1 2 3", id="teacher"),
         pytest.param([0, 2, 4], TEACHER, "0 1 2 3 4 0* 2* 4*", "0 1 2 3 4", id="three-teacher"),
         # the student starts at the first trained layer, whose attention is the teacher's
@@ -577,7 +578,7 @@ def test_no_layer_is_run_that_no_loss_needs(
     model = converted(llama(), layers)
     step = Distillation(model, reg_weight=0.2)
     with watched(model) as calls:
-        step(**batch(), stage=stage, norms=True).total.backward()
+        step(**batch(), stage=stage, measure_norms=True).total.backward()
     assert calls["layers"] == layer_calls.split()
     assert calls["attention"] == [int(index) for index in attention_calls.split()]
     assert calls["lm_head"] == []
@@ -586,7 +587,9 @@ def test_no_layer_is_run_that_no_loss_needs(
 @pytest.mark.parametrize(
     ("stage", "attention_calls"),
     [
-        pytest.param(TEACHER, "0 1 2 3 4 2 4", id="teacher"),  # all known but of untrained layers
+        pytest.param(
+            TEACHER, "0 1 2 3 4 2 4", id="teacher"
+        ),  # attention is known in trained layers only
         pytest.param(STUDENT, "0 1 2 3 4 2 3 4", id="student"),
     ],
 )
@@ -613,11 +616,11 @@ def test_no_more_logits_than_needed_when_evaluating() -> None:
     assert calls["lm_head"] == ["head"] * 2
 
 
-# ---- memory of the base model's activations ----
+# ---- cache of the teacher's activations ----
 
 
 def outcome(step: Distillation, stage: Stage = TEACHER, **inputs: Tensor) -> list[Tensor]:
-    """Losses and gradients of one batch."""
+    """Return losses and gradients of one batch."""
     step.zero_grad()
     losses: Losses = step(**inputs, stage=stage)
     losses.total.backward()
@@ -627,7 +630,7 @@ def outcome(step: Distillation, stage: Stage = TEACHER, **inputs: Tensor) -> lis
 @pytest.mark.parametrize(
     ("layers", "stage"),
     [
-        pytest.param([2], STUDENT, id="lone layer"),  # in any stage
+        pytest.param([2], STUDENT, id="single layer"),  # in any stage
         pytest.param([1, 3], TEACHER, id="teacher"),
     ],
 )
@@ -649,7 +652,7 @@ def test_the_cache_changes_nothing(layers: list[int], stage: Stage) -> None:
 
 
 def test_a_stop_empties_the_cache_and_shows_in_no_bit() -> None:
-    """Windows that come back in another order, some of them known and some not."""
+    """Windows come back in another order; some are in the cache and some are not."""
     model = converted(llama(), [1, 3], dtype=torch.float32)
     kept = Distillation(model, cache_bytes=10**9)
     fresh = Distillation(model, cache_bytes=10**9)
@@ -663,7 +666,7 @@ def test_a_stop_empties_the_cache_and_shows_in_no_bit() -> None:
         pairs = zip(outcome(kept, **epoch), outcome(fresh, **epoch), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), rows
     assert (kept.cache.hits, kept.cache.misses) == (2 + 1 + 3, 3)
-    # after a restart the second one had to compute 2, 0 and then 1, once each
+    # after its restart the second one computed 2, 0 and then 1, once each
     assert (fresh.cache.hits, fresh.cache.misses) == (0 + 1 + 2, 3)
 
 
@@ -677,55 +680,11 @@ def test_the_cache_is_not_used_where_the_student_is_run() -> None:
     assert step.cache.hits == step.cache.misses == step.cache.size == 0
 
 
-class Computed(NamedTuple):
-    """Stands for a pass of the base model."""
-
-    activations: dict[int, Activations]
-
-
-def test_every_window_is_computed_by_itself() -> None:
-    """In a batch its last bits may depend on its neighbours, which a stop does not bring back."""
-    calls: list[tuple[list[list[int]], list[list[int]] | None]] = []
-
-    def compute(ids: Tensor, mask: Tensor | None) -> Computed:
-        calls.append((ids.tolist(), None if mask is None else mask.tolist()))
-        rows = ids[..., None].double()
-        return Computed({5: Activations(rows, 2 * rows, 3 * rows)})
-
-    cache = TeacherCache(10**6)
-    ids, mask = torch.tensor([[1, 2], [3, 0], [5, 6]]), torch.tensor([[1, 1], [1, 0], [1, 1]])
-    found = cache.get(torch.tensor([8, 9, 7]), ids, mask, compute)
-    assert calls == [([[1, 2]], [[1, 1]]), ([[3, 0]], [[1, 0]]), ([[5, 6]], [[1, 1]])]
-    assert torch.equal(found[5].attention, 2 * ids[..., None].double())
-    found = cache.get(torch.tensor([7, 4, 8]), ids[[2, 1, 0]], None, compute)
-    assert calls[3:] == [([[3, 0]], None)]
-    assert torch.equal(found[5].mlp, 3 * ids[[2, 1, 0]][..., None].double())
-
-
-def test_the_cache_keeps_to_its_limit() -> None:
-    """Two windows fit and stay; the others are computed every time."""
-    runs = count()
-    tensors = Activations(*(torch.ones(1, 2, 3) for _ in range(3)))  # 72 bytes
-
-    def compute(ids: Tensor, mask: Tensor | None) -> Computed:
-        next(runs)
-        return Computed({5: Activations(*(t * ids for t in tensors))})
-
-    cache = TeacherCache(2 * 72 + 71)
-    for epoch in range(2):
-        for window in range(4):
-            found = cache.get(torch.tensor([window]), torch.full((1, 1), window), None, compute)
-            assert all(torch.equal(t, torch.full((1, 2, 3), float(window))) for t in found[5])
-            assert cache.size <= cache.limit
-        assert (cache.hits, cache.misses) == ((0, 4), (2, 6))[epoch]
-    assert cache.size == 144 and next(runs) == 6
-
-
-# ---- precision, and what is left behind ----
+# ---- precision, and the model after a step ----
 
 
 def close(low: list[Tensor], exact: list[Tensor]) -> None:
-    """As low precision allows: losses are means of many numbers, entries of gradients are not."""
+    """Compare in low precision: losses are means of many numbers, entries of gradients are not."""
     for actual, expected in zip(low, exact, strict=True):
         assert actual.isfinite().all()
         allowed = 0.1 if expected.ndim else 0.02
@@ -747,7 +706,7 @@ def test_autocast(stage: Stage, dtype: torch.dtype) -> None:
 
 
 def test_a_bfloat16_base_model() -> None:
-    """Its NP layers are float32, and so are errors and gradients."""
+    """NP layers, errors and gradients are float32."""
     exact = outcome(
         Distillation(converted(llama(**MILD), [1, 3], dtype=torch.float32)), MIXED, **batch()
     )
@@ -760,7 +719,7 @@ def test_a_bfloat16_base_model() -> None:
 
 
 def test_targets_are_not_random() -> None:
-    """A trainer puts modules in training mode, where a base model may drop attention at random."""
+    """Trainer puts modules in training mode, where a base model may have dropout in attention."""
     model = converted(llama(attention_dropout=0.5), [1, 3])
     step = Distillation(model, fidelity_weight=0.7)
     expected = outcome(step.eval(), STUDENT, **batch())
@@ -800,7 +759,7 @@ def test_the_model_is_as_before(raises: bool, where: str) -> None:
         assert torch.equal(model(**batch()).logits, before)
 
 
-# ---- where a layer starts ----
+# ---- calibration ----
 
 
 def test_a_fresh_layer_starts_at_a_scale_that_is_the_models() -> None:
@@ -808,11 +767,10 @@ def test_a_fresh_layer_starts_at_a_scale_that_is_the_models() -> None:
     npt.convert(model, npt.NPTConfig(layers=[1, 3], rank=4, num_ranks=2))
     before = {n: part.w_down.detach().clone() for n, part in components(model).items()}
     inputs = batch(padded=False)
-    distillation = Distillation(model)
-    distillation.calibrate(inputs["input_ids"], [3])
-    attention = distillation._base(inputs["input_ids"], None).activations[3].attention
+    Distillation(model).calibrate(inputs["input_ids"], [3])
+    attention = run_teacher(model, inputs["input_ids"], None).activations[3].attention
     u = attention @ components(model)[3].w_down
     assert (u**2).mean(-1).sqrt().median().item() == pytest.approx(1, rel=1e-5)
-    assert torch.equal(components(model)[1].w_down, before[1])  # not asked for
+    assert torch.equal(components(model)[1].w_down, before[1])  # was not to be calibrated
     ratio = components(model)[3].w_down / before[3]
     torch.testing.assert_close(ratio, torch.full_like(ratio, ratio.mean().item()))

@@ -1,4 +1,4 @@
-"""Several processes: together they take the steps of one, or each those of its own layers."""
+"""Several processes take the steps of one together, or each trains its own layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,14 @@ from tests.training import runs
 from tests.training.runs import Place
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with runs.place(tmp_path_factory.mktemp("place")) as found:
-        yield found
-
-
 @pytest.fixture(autouse=True)
 def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one thread; imports, most of a short run's time, are done once for all of them.
+    """Processes have one thread and share imports, which are most of a short run's time.
 
-    `tests/cli/test_train.py` has two processes that start as they do in use.
+    A case of `tests/cli/test_train.py` starts processes as in use.
     """
     monkeypatch.setattr("npt_fast.training.launch.os.cpu_count", lambda: 1)
-    multiprocessing.set_forkserver_preload(["npt_fast.training.train"])
+    multiprocessing.set_forkserver_preload(["npt_fast.training.run"])
     start = partial(start_processes, start_method="forkserver")
     monkeypatch.setattr(torch.multiprocessing, "spawn", start)
 
@@ -46,8 +40,8 @@ def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_processes_take_the_steps_of_one(place: Place, tmp_path: Path, parallel: str) -> None:
-    """The gradient of the first step, over a window with five tokens too; weights and figures
-    after four."""
+    """Compare the gradient of the first step, which has a window of five tokens, and weights and
+    metrics after four steps."""
     begin = runs.start(tmp_path / "start", 1, 2)
     settings = {
         "resume_from": str(begin),
@@ -86,7 +80,7 @@ def test_two_processes_take_the_steps_of_one(place: Place, tmp_path: Path, paral
 
 @pytest.mark.slow
 def test_layers_apart(place: Place, tmp_path: Path) -> None:
-    """A process per layer gives what each layer gives alone, merged and proven."""
+    """A process per layer gives the layers that single runs give, merged and verified."""
     settings = {"train_layers": "1,-1", "num_processes": 2, "parallel": "layers", "max_steps": 3}
     options = npt.TrainOptions(**place.settings(tmp_path / "both", **settings))
     report = npt.train(options)
@@ -101,11 +95,11 @@ def test_layers_apart(place: Place, tmp_path: Path) -> None:
             assert_same_tensors(states[name], state)
     summary = json.loads((report.checkpoint / "merge_summary.json").read_text())
     assert summary["merged_layers"] == [1, 3]
-    assert "merge_digests.txt" in summary["files"]  # it was proven
+    assert "merge_digests.txt" in summary["files"]  # the merge was verified
     assert npt.verify(report.checkpoint.with_name("final")).passed
     described = json.loads((report.checkpoint / "npt_config.json").read_text())["layers"]
     assert [described[layer]["step"] for layer in ("1", "3")] == [3, 3]
-    # it is a checkpoint to go on from like any other
+    # a run can resume from it
     after = place.train(
         tmp_path / "after", train_layers="1,3", resume_from=str(report.checkpoint), max_steps=4
     )
@@ -114,7 +108,7 @@ def test_layers_apart(place: Place, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_layers_apart_go_on_where_each_was(place: Place, tmp_path: Path) -> None:
-    """As after a stop: one process had done 2 of 3 steps, the other all."""
+    """After a stop one process had taken 2 of 3 steps, the other all."""
     settings = {"parallel": "layers", "num_processes": 2, "max_steps": 3, "save_steps": 2}
     for layer in (1, 2):
         place.train(
@@ -131,7 +125,7 @@ def test_layers_apart_go_on_where_each_was(place: Place, tmp_path: Path) -> None
         shutil.rmtree(tmp_path / "run" / "layers_1" / "checkpoints" / name)
     path = place.train(tmp_path / "run", resume_from=str(tmp_path / "run"), **settings)
     assert_same_tensors(read_weights(path), expected[0] | expected[1])
-    # and where all was done but the merge
+    # and again, where only the merge is left to do
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     path = place.train(tmp_path / "run", resume_from=str(tmp_path / "run"), **settings)
     assert_same_tensors(read_weights(path), expected[0] | expected[1])
@@ -140,7 +134,7 @@ def test_layers_apart_go_on_where_each_was(place: Place, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "layers"])
 def test_what_goes_wrong_in_a_process(place: Place, tmp_path: Path, parallel: str) -> None:
-    """One error, at once: the other process does not wait for the one that is gone."""
+    """The error shows at once: the other process does not wait for the one that failed."""
     settings: dict[str, Any] = {"num_processes": 2, "parallel": parallel}
     begun = time.monotonic()
     if parallel == "ddp":  # only the first process looks at the folder
@@ -156,21 +150,21 @@ def test_what_goes_wrong_in_a_process(place: Place, tmp_path: Path, parallel: st
 
 
 def at_the_start(monkeypatch: pytest.MonkeyPatch, happens: Callable[[list[Any]], None]) -> None:
-    """Something happens as soon as the processes exist."""
-    wait = launch._all_well
+    """Call `happens` as soon as the processes exist."""
+    wait = launch._all_succeeded
 
     def instead(processes: list[Any]) -> bool:
         happens(processes)
         return wait(processes)
 
-    monkeypatch.setattr(launch, "_all_well", instead)
+    monkeypatch.setattr(launch, "_all_succeeded", instead)
 
 
 @pytest.mark.parametrize("pause", [0, 1])
 def test_a_process_that_is_killed(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause: float
 ) -> None:
-    """As when memory runs out; be it that it is gone before anybody looks."""
+    """A process is killed, as when memory runs out, before or after the launcher looks."""
 
     def happens(processes: list[Any]) -> None:
         processes[0].kill()
@@ -193,7 +187,7 @@ def test_a_signal_before_training_begins(
     number: int,
     error: type[BaseException],
 ) -> None:
-    """There is nothing to save: the end that the program would have had by itself."""
+    """There is nothing to save, so the program ends as it would without our handler."""
     at_the_start(monkeypatch, lambda processes: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
     with pytest.raises(error) as caught:
@@ -209,14 +203,14 @@ def _crash(index: int, *arguments: object) -> None:
 def test_our_own_bugs_are_not_hidden(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_work", _crash)
+    monkeypatch.setattr(launch, "_train_one", _crash)
     with pytest.raises(ProcessRaisedException, match=r"in _crash\n.*raise ZeroDivisionError"):
         place.train(tmp_path / "out", num_processes=2)
 
 
 def test_layer_weights_mean_nothing_apart(place: Place, tmp_path: Path) -> None:
     settings = {"num_processes": 2, "parallel": "layers", "layer_weights": "1,2"}
-    with pytest.raises(npt.TrainingError, match="layer_weights mean nothing"):
+    with pytest.raises(npt.TrainingError, match="layer_weights have no effect"):
         place.train(tmp_path / "out", **settings)
 
 
@@ -224,7 +218,7 @@ def test_more_processes_than_gpus(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(npt.TrainingError, match="num_processes 2: there are only 1 GPUs"):
+    with pytest.raises(npt.TrainingError, match="num_processes 2: only 1 GPUs are visible"):
         place.train(tmp_path / "out", num_processes=2, cpu=False)
 
 
@@ -240,7 +234,7 @@ def test_more_processes_than_gpus(
 def test_gpus_are_shared_out(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: int, expected: list[str]
 ) -> None:
-    """Of those that this process may use."""
+    """Processes share the GPUs that this process may use."""
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:

@@ -1,4 +1,4 @@
-"""Losses against their formulas in float64, and against torch's own."""
+"""Losses against their formulas in float64 and against torch's losses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def head() -> nn.Linear:
 
 
 def hidden_states() -> tuple[Tensor, Tensor]:
-    """Of the trained model, which asks for gradients, and of the base model."""
+    """Return hidden states of the student, with gradients, and of the teacher."""
     student, teacher = (2 * normal(BATCH, LENGTH, WIDTH, seed=seed) for seed in (1, 2))
     return student.requires_grad_(), teacher
 
@@ -60,7 +60,7 @@ def test_the_error_of_each_token(kind: LossKind) -> None:
 
 
 def test_relative_errors_do_not_depend_on_the_length_of_the_target() -> None:
-    """An attention sink counts as much as any other token; in a plain mean it is all that counts.
+    """An attention sink counts as much as any other token; it would dominate a plain mean.
 
     In the base model's float16 its square is infinite.
     """
@@ -83,7 +83,7 @@ def test_no_target_is_no_division_by_zero() -> None:
 
 
 def spelled_out(student: Tensor, teacher: Tensor, weights: Tensor, kind: LossKind) -> Tensor:
-    """All logits at one time (SPEC 5.4)."""
+    """Compute the loss with all logits at once (design.md#losses)."""
     matrix = head().weight
     ours, theirs = student @ matrix.T, teacher @ matrix.T
     if kind == "mse":
@@ -98,7 +98,7 @@ def spelled_out(student: Tensor, teacher: Tensor, weights: Tensor, kind: LossKin
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [1, 4, 5, 14, 15, 2048])
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, kind: LossKind, chunk: int) -> None:
-    """Value and gradient, with chunks that end within rows, at their ends, and past the last."""
+    """Value and gradient are the same for chunks that end inside a row, at its end, or past it."""
     monkeypatch.setattr(losses, "_CHUNK", chunk)
     student, teacher = hidden_states()
     matrix = head()
@@ -127,9 +127,9 @@ def test_logits_exist_for_one_chunk_at_a_time(
     student, teacher = hidden_states()
     found = fidelity_sum(student, teacher, counted, padding(), kind)
     node: Any = found.grad_fn
-    assert [saved.shape for saved in node.saved_tensors] == [student.shape]  # no logits wait
+    assert [saved.shape for saved in node.saved_tensors] == [student.shape]  # no logits are kept
     found.backward()
-    assert max(tokens) == 4 and sum(tokens) == 2 * BATCH * LENGTH  # each is made once
+    assert max(tokens) == 4 and sum(tokens) == 2 * BATCH * LENGTH  # each is computed once
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +162,7 @@ def test_agreement(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     weights, matrix = padding(), head()
     found = agreement(student, teacher, matrix, ids, weights)
     ours, theirs = matrix(student), matrix(teacher)
-    # as transformers has it: a label per token, logits shifted by one, padding is -100
+    # as in transformers: a label per token, logits shifted by one, padding is -100
     labels = ids.masked_fill(weights == 0, -100)[:, 1:].flatten()
 
     def cross_entropy(logits: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def test_agreement(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
 
     torch.testing.assert_close(found.loss, cross_entropy(ours), rtol=1e-12, atol=0)
     torch.testing.assert_close(found.base_loss, cross_entropy(theirs), rtol=1e-12, atol=0)
-    assert found.predicted.item() == 4 + 2 + 0  # a row's first token is predicted by nothing
+    assert found.predicted.item() == 4 + 2 + 0  # nothing predicts the first token of a row
     assert found.tokens.item() == 5 + 3 + 1
     torch.testing.assert_close(
         found.kl, spelled_out(student, teacher, weights, "relative"), rtol=1e-12, atol=0

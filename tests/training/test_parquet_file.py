@@ -1,4 +1,4 @@
-"""The strings of a Parquet file, with every encoding that pyarrow writes; and damaged files."""
+"""Strings of Parquet files in every encoding that pyarrow writes, and damaged files."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"column text of row group 0 needs .* bytes at once"):
         values(written(pa.array(many)))
     assert values(written(pa.array(many), row_group_size=4)) == many
-    # the same text is in a page once
+    # the page holds the repeated text once
     assert values(written(pa.array(few * 10))) == few * 10
 
 
@@ -100,7 +100,7 @@ def test_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_damaged_file_is_an_error_at_most(
     content: bytes, changes: list[tuple[int, bool, int]]
 ) -> None:
-    """pyarrow dies of none, and no file has more texts than it says."""
+    """No damaged file ends the process, and none yields more texts than it claims to have."""
     damaged = bytearray(content)
     for at, from_the_end, byte in changes:
         damaged[(len(damaged) - 1 - at if from_the_end else at) % len(damaged)] = byte

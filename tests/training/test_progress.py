@@ -1,11 +1,11 @@
-"""What a training state says of its run: any value of a wrong type is one line with its key."""
+"""The progress in a training state: a value of a wrong type gives one line with its key."""
 
 from __future__ import annotations
 
 import copy
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -22,19 +22,12 @@ from npt_fast.checkpoint.training_state import TrainingState
 from npt_fast.training.progress import Progress, read_progress
 from npt_fast.training.state import read_state
 from tests.checkpoints import load_state
-from tests.training import runs
 from tests.training.runs import Place
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with runs.place(tmp_path_factory.mktemp("place")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def saved(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint at step 2."""
+    """Train a checkpoint at step 2."""
     return place.train(tmp_path_factory.mktemp("run"), max_steps=2)
 
 
@@ -57,7 +50,7 @@ def state(saved: Path) -> TrainingState:
 
 
 def changed(state: TrainingState, path: str, value: Any) -> TrainingState:
-    """With one value changed."""
+    """Copy the checkpoint with one value changed."""
     whole = copy.deepcopy({"group": dict(state.group or {}), **state.content})
     put(whole, path, value)
     return replace(state, group=whole.pop("group"), content=whole)
@@ -166,16 +159,16 @@ def test_what_is_missing_is_named(state: TrainingState, part: str) -> None:
 def test_what_training_wrote(state: TrainingState) -> None:
     assert read_progress(None) == Progress()
     found = read_progress(state)
-    assert found.micro_batches == 4 and found.best is None and found.scaler == SCALER
+    assert found.micro_batches == 4 and found.best_kl is None and found.scaler == SCALER
     assert found.data == state.content["data_state"]
 
 
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("best_val_loss", math.inf, Progress(best=None)),  # as the original has it at first
-        ("best_val_loss", math.nan, Progress(best=None)),
-        ("best_val_loss", 2, Progress(best=2.0)),
+        ("best_val_loss", math.inf, Progress(best_kl=None)),  # the original's first value
+        ("best_val_loss", math.nan, Progress(best_kl=None)),
+        ("best_val_loss", 2, Progress(best_kl=2.0)),
         ("batch_count", None, Progress()),
         ("batch_count", 7, Progress(micro_batches=7)),
         ("scaler_state_dict", {}, Progress()),
@@ -190,7 +183,7 @@ def test_what_other_runs_wrote(
     assert read_progress(changed(bare, path, value)) == expected
 
 
-# ---- through the door that a user takes
+# ---- through `train`
 
 
 def resave(saved: Path, target: Path, change: Callable[[Any], None]) -> Path:
@@ -202,7 +195,7 @@ def resave(saved: Path, target: Path, change: Callable[[Any], None]) -> Path:
 
 
 def adamw(**values: Any) -> Callable[[Any], None]:
-    """Changes AdamW's state of the first tensor of the first layer."""
+    """Change AdamW's state of the first tensor of the first layer."""
     return lambda state: state["optimizer_state_dict"]["state"][0].update(values)
 
 
@@ -213,7 +206,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "tokens beyond the vocabulary": (
         lambda state: state["data_state"].update(tokens=[257]),
-        "data_state: its tokens are not of the vocabulary",
+        "data_state: its tokens are not in the vocabulary",
     ),
     "tokens of text": (
         lambda state: state["data_state"].update(tokens=["a"]),
@@ -221,7 +214,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "a position in other data": (
         lambda state: state["data_state"].update(documents='{"epoch": 0}'),
-        "data_state: cannot go on with this data: documents is no position in it",
+        "data_state: cannot resume with this data: documents is not a position in it",
     ),
     "betas": (
         lambda state: state["optimizer_state_dict"]["param_groups"][0].update(betas="text"),
@@ -261,6 +254,6 @@ def test_resuming_from_it_is_one_line(place: Place, saved: Path, tmp_path: Path,
 
 
 def test_a_state_that_was_saved_again_goes_on(place: Place, saved: Path, tmp_path: Path) -> None:
-    """What the tests above change is what stops the run."""
+    """The run resumes without the changes of the tests above, so these are what stops it."""
     again = resave(saved, tmp_path / "again", lambda state: None)
     place.train(tmp_path / "out", resume_from=str(again), max_steps=3)

@@ -47,7 +47,7 @@ def said(process: subprocess.Popen[str]) -> str:
 
 
 def write(run: RunDirectory, *steps: int) -> None:
-    """Checkpoints as far as a folder is concerned: files that tell their step."""
+    """Write files that stand for checkpoints and tell their step."""
     for step in steps:
         run.checkpoint(step).mkdir(parents=True)
         (run.checkpoint(step) / "npt_weights.pt").write_bytes(b"%d" % step)
@@ -94,7 +94,7 @@ def test_one_run_at_a_time_in_this_process(tmp_path: Path) -> None:
 
 
 def test_one_run_at_a_time_in_all_processes(tmp_path: Path) -> None:
-    """Until the other one is gone, however it ends."""
+    """The lock holds until the other process is gone, however it ends."""
     run = RunDirectory(tmp_path, resuming=False)
     with other_process(tmp_path) as process:
         message = said(process)
@@ -137,8 +137,8 @@ def test_another_runs_checkpoints_are_not_mixed_with_new_ones(tmp_path: Path) ->
     message = refusal(tmp_path, resuming=False)
     assert "checkpoints of another run" in message and "--resume_from" in message
     assert contents(run.checkpoint(100))["npt_weights.pt"] == b"100"
-    run = RunDirectory(tmp_path, resuming=True)  # and the refused one holds no lock
-    assert list(run.checkpoints()) == [100]
+    run = RunDirectory(tmp_path, resuming=True)  # the refused run holds no lock
+    assert list(run.checkpoint_steps()) == [100]
     run.close()
 
 
@@ -163,7 +163,7 @@ JUNK = [
     "checkpoint-5.0",
     "checkpoint-1_000",
     "checkpoint-007",  # 7 would be another folder
-    "checkpoint-٣",  # a digit, but not one of ours
+    "checkpoint-٣",  # a digit, but not ASCII
     "checkpoint-5-old",
     ".checkpoint-5.npt-fast-0123456789ab",  # left by a killed run
     "Checkpoint-5",
@@ -177,10 +177,10 @@ def test_junk_is_ignored_and_left(tmp_path: Path) -> None:
     for name in JUNK:
         (folder / name).mkdir(parents=True)
     (folder / "checkpoint-12").write_text("a file")
-    run = RunDirectory(tmp_path, resuming=False)  # none of it is a run's
-    assert list(run.checkpoints()) == []
+    run = RunDirectory(tmp_path, resuming=False)  # none of these belongs to a run
+    assert list(run.checkpoint_steps()) == []
     write(run, 3, 4)
-    assert list(run.checkpoints()) == [3, 4]
+    assert list(run.checkpoint_steps()) == [3, 4]
     run.keep_last(1)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [*JUNK, "checkpoint-12", "checkpoint-4"]
@@ -194,13 +194,13 @@ def test_junk_is_ignored_and_left(tmp_path: Path) -> None:
 def test_the_newest_stay_by_number_not_by_name(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, resuming=False)
     write(run, 10000, 9000, 0, 8000)
-    assert list(run.checkpoints()) == [0, 8000, 9000, 10000]
+    assert list(run.checkpoint_steps()) == [0, 8000, 9000, 10000]
     run.keep_last(4)
-    assert list(run.checkpoints()) == [0, 8000, 9000, 10000]
+    assert list(run.checkpoint_steps()) == [0, 8000, 9000, 10000]
     run.keep_last(2)
-    assert list(run.checkpoints()) == [9000, 10000]
+    assert list(run.checkpoint_steps()) == [9000, 10000]
     run.keep_last(9)
-    assert list(run.checkpoints()) == [9000, 10000]
+    assert list(run.checkpoint_steps()) == [9000, 10000]
     assert not run.checkpoint(8000).exists()
     run.close()
 
@@ -210,7 +210,7 @@ def test_what_a_longer_run_left_beyond_this_step_stays(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, resuming=True)
     write(run, 100, 200, 300, 900, 1000)
     run.keep_last(2, newest=300)
-    assert list(run.checkpoints()) == [200, 300, 900, 1000]
+    assert list(run.checkpoint_steps()) == [200, 300, 900, 1000]
     run.close()
 
 
@@ -220,7 +220,7 @@ def test_best_and_final_outlive_what_they_name(tmp_path: Path) -> None:
     run.link(1, BEST)
     run.link(3, FINAL)
     run.keep_last(1)
-    assert list(run.checkpoints()) == [3]
+    assert list(run.checkpoint_steps()) == [3]
     assert contents(run.checkpoint(BEST)) == {"config.json": b"{}", "npt_weights.pt": b"1"}
     assert contents(run.checkpoint(FINAL))["npt_weights.pt"] == b"3"
     run.close()
@@ -242,7 +242,7 @@ def test_a_second_name_takes_no_space(tmp_path: Path) -> None:
 
 
 def test_a_second_name_is_replaced_at_once(tmp_path: Path) -> None:
-    """A reader finds the old one or the new one, whole; nothing else remains."""
+    """A reader finds the old or the new checkpoint, complete; nothing else remains."""
     run = RunDirectory(tmp_path, resuming=False)
     write(run, 1, 2)
     (run.checkpoint(1) / "training_state.pt").write_bytes(b"only in the first")

@@ -1,14 +1,12 @@
-"""What training saves is what the original would have saved, and nothing is lost on the way back.
+"""Training saves what the original would have saved, and restores all of it.
 
-The original keeps one parameter per tensor of the checkpoint; its optimizer is built here as it
-builds it, over separate tensors, and must go the same way.
+The original keeps one parameter per tensor of the checkpoint. Its optimizer, built here over
+separate tensors, must take the same steps.
 """
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,19 +21,17 @@ from transformers import LlamaForCausalLM
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.modules import NPComponent
-from npt_fast.training.data import TokenWindows
 from npt_fast.training.state import (
     gather_optimizer,
     gather_weights,
     read_state,
     restore_optimizer,
-    write_checkpoint,
 )
+from npt_fast.training.token_windows import TokenWindows
 from tests import reference
 from tests.checkpoints import (
     adamw_state,
     assert_same_tensors,
-    contents,
     layer_weights,
     load_state,
     read_weights,
@@ -46,17 +42,11 @@ from tests.training.runs import LENGTH, Place
 WIDTHS: dict[str, Any] = {"d": 32, "f": 48}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with runs.place(tmp_path_factory.mktemp("place")) as found:
-        yield found
-
-
-# --- as the original sees it
+# --- read by the original
 
 
 class Original(nn.Module):
-    """The original's component: a parameter per tensor, lists of them where k > 1 (SPEC 2.1)."""
+    """The original's component (design.md#keys): a parameter per tensor, lists where k > 1."""
 
     def __init__(self, rank: int, num_ranks: int, projections: list[str]) -> None:
         super().__init__()
@@ -84,7 +74,7 @@ class Original(nn.Module):
 def test_the_original_loads_it(
     place: Place, tmp_path: Path, modulation: str, projections: list[str], num_ranks: int
 ) -> None:
-    """Weights strictly, optimizer and schedule, all with torch's safe loading."""
+    """The original loads weights strictly, optimizer and schedule, with torch's safe loading."""
     path = place.train(
         tmp_path / "out",
         train_layers="2,0",
@@ -102,7 +92,7 @@ def test_the_original_loads_it(
         own = {name.removeprefix(prefix): t for name, t in weights.items() if prefix in name}
         model.load_state_dict(own, strict=True)
         names += [prefix + name for name, _ in model.named_parameters()]
-    assert list(weights) == names  # its order, too
+    assert list(weights) == names  # in its order, too
     for tensor in weights.values():
         assert tensor.dtype == torch.float32 and tensor.is_contiguous()
         assert tensor.untyped_storage().nbytes() == tensor.nbytes  # not a view of a joined one
@@ -121,7 +111,7 @@ def test_the_original_loads_it(
     optimizer.step()
 
 
-# --- separate tensors go the same way
+# --- separate tensors take the same steps
 
 JOINED = {
     "w_down": ("W_down", ("_gate", "_up", "_down"), 1),
@@ -131,11 +121,11 @@ JOINED = {
     "w_b_up": ("W_b_up", ("_up",), 0),
     "w_b_down": ("W_b_up", ("_down",), 0),
 }
-"""Our parameters: of which of the original's they are joined, and along which axis."""
+"""The original's tensors that each of our parameters joins, and the axis."""
 
 
 def apart(layer: int, name: str, joined: Tensor, num_ranks: int) -> dict[str, Tensor]:
-    """A tensor of a parameter's shape as the original's tensors."""
+    """Split a tensor of a parameter's shape into the original's tensors."""
     stem, projections, axis = JOINED[name]
     suffixes = [f".{n}" for n in range(num_ranks)] if num_ranks > 1 else [""]
     names = [f"layer_{layer}_np.{stem}{p}{suffix}" for p in projections for suffix in suffixes]
@@ -144,7 +134,7 @@ def apart(layer: int, name: str, joined: Tensor, num_ranks: int) -> dict[str, Te
 
 @contextmanager
 def recorded_gradients(num_ranks: Mapping[int, int]) -> Iterator[list[dict[str, Tensor]]]:
-    """What AdamW gets, step by step, under the original's names; by layer its number of ranks."""
+    """Record AdamW's gradients of each step under the original's names."""
     steps: list[dict[str, Tensor]] = []
 
     def record(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -166,14 +156,14 @@ def recorded_gradients(num_ranks: Mapping[int, int]) -> Iterator[list[dict[str, 
 
 
 def cosine(step: int, warmup: int, end: int) -> float:
-    """The factor of a step, counted from 0 (SPEC 5.5)."""
+    """Factor of the learning rate at a step, counted from 0 (design.md#curriculum)."""
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
 
 
 def test_joined_parameters_are_optimized_as_separate_ones(place: Place, tmp_path: Path) -> None:
-    """The optimizer is elementwise, so joining changes nothing; its file says what theirs would."""
+    """AdamW is elementwise, so joining changes nothing; the saved state is the original's."""
     begin = runs.start(tmp_path / "start", 1, 2)
     with recorded_gradients({1: 2, 2: 2}) as gradients:
         path = place.train(
@@ -198,11 +188,11 @@ def test_joined_parameters_are_optimized_as_separate_ones(place: Place, tmp_path
 
 
 SINK = 3.0
-"""Weight of what is wrong at the first token of every window."""
+"""Weight of the error at the first token of each window."""
 
 
 class Independent:
-    """The original's loop in the teacher stage, with our loss: definition, AdamW and all in torch.
+    """The original's loop in the teacher stage with our loss, written in plain torch.
 
     Args:
         base: folder of the base model.
@@ -265,7 +255,7 @@ class Independent:
 def test_the_originals_loop_gets_the_same_weights_and_goes_on_from_ours(
     place: Place, tmp_path: Path
 ) -> None:
-    """Three steps from our start, then three from what we saved: file and training are both right.
+    """It takes three steps from our start and three from our checkpoint, so both must be right.
 
     Float64 against float32, so not bit for bit: AdamW divides by small numbers.
     """
@@ -292,7 +282,7 @@ def test_the_originals_loop_gets_the_same_weights_and_goes_on_from_ours(
 
 
 def test_a_merges_layers_have_their_own_moments(place: Place, tmp_path: Path) -> None:
-    """One step after a merge of runs of 3 and 5 steps, tensor by tensor, from the source files."""
+    """One step after a merge of runs of 3 and 5 steps equals AdamW on each source's tensors."""
     sources = [
         place.train(tmp_path / "a", train_layers="1", np_rank=4, num_ranks=1, max_steps=3),
         place.train(tmp_path / "b", train_layers="2", np_rank=2, num_ranks=3, max_steps=5),
@@ -325,7 +315,7 @@ def test_a_merges_layers_have_their_own_moments(place: Place, tmp_path: Path) ->
     assert load_state(path)["global_step"] == 6
 
 
-# --- in and out
+# --- saved and restored
 
 
 def parts_of(modulation: str, num_ranks: int) -> dict[int, NPComponent]:
@@ -338,19 +328,6 @@ def parts_of(modulation: str, num_ranks: int) -> dict[int, NPComponent]:
 
 def optimizer_of(parts: Mapping[int, NPComponent]) -> torch.optim.AdamW:
     return torch.optim.AdamW([p for part in parts.values() for p in part.parameters()], fused=True)
-
-
-def write(target: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    write_checkpoint(
-        target,
-        weights=weights,
-        format="pt",
-        training_state={"global_step": 1, **({"optimizer_state_dict": state} if state else {})},
-        multi_layer_state={"layers_to_train": []},
-        config={},
-        npt_config={"format_version": 1},
-    )
-    return target
 
 
 def restored(
@@ -371,7 +348,7 @@ def test_there_and_back(tmp_path: Path, modulation: str, ranks: int) -> None:
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    path = write(tmp_path / "a", gather_weights(parts), gather_optimizer(optimizer, parts))
+    path = runs.write(tmp_path / "a", gather_weights(parts), gather_optimizer(optimizer, parts))
     again, fresh = restored(path, parts)
     assert fresh == []
     assert again.state.keys() == optimizer.state.keys()
@@ -384,7 +361,7 @@ def test_there_and_back(tmp_path: Path, modulation: str, ranks: int) -> None:
 
 
 def test_a_layer_without_moments_starts_fresh(tmp_path: Path) -> None:
-    """As after a merge with weights alone."""
+    """The merge took weights alone from one input."""
     parts = parts_of("dual", 2)
     optimizer = optimizer_of(parts)
     for parameter in parts[7].parameters():
@@ -392,7 +369,7 @@ def test_a_layer_without_moments_starts_fresh(tmp_path: Path) -> None:
     optimizer.step()
     saved = gather_optimizer(optimizer, parts)
     assert sorted(saved["state"]) == list(range(12, 24))
-    again, fresh = restored(write(tmp_path / "a", gather_weights(parts), saved), parts)
+    again, fresh = restored(runs.write(tmp_path / "a", gather_weights(parts), saved), parts)
     assert fresh == [3]
     assert set(again.state) == set(parts[7].parameters())
     for held, state in optimizer.state.items():
@@ -400,7 +377,7 @@ def test_a_layer_without_moments_starts_fresh(tmp_path: Path) -> None:
 
 
 def test_tensors_of_one_layer_at_different_steps(tmp_path: Path) -> None:
-    """A joined parameter has one step; what AdamW makes of the moments stays the same."""
+    """A joined parameter has one step; the corrected moments stay the same."""
     weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
     state = adamw_state(weights, steps=3)["optimizer_state_dict"]
     for index, name in enumerate(weights):
@@ -408,7 +385,7 @@ def test_tensors_of_one_layer_at_different_steps(tmp_path: Path) -> None:
             state["state"][index]["step"] = torch.tensor(9.0)
     del state["state"][0]  # never stepped
     part = parts_of("triple", 2)[3]
-    optimizer, fresh = restored(write(tmp_path / "a", weights, state), {3: part})
+    optimizer, fresh = restored(runs.write(tmp_path / "a", weights, state), {3: part})
     assert fresh == []
     own = dict(part.named_parameters())
     for moment, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)):
@@ -424,60 +401,3 @@ def test_tensors_of_one_layer_at_different_steps(tmp_path: Path) -> None:
                 continue
             corrected = old[moment] / (1 - beta ** old["step"].item())
             torch.testing.assert_close(found[name], corrected, rtol=1e-5, atol=1e-12)
-
-
-# --- complete or not at all
-
-
-@pytest.mark.parametrize("limit", [0, 300, 9_000, 50_000, 400_000, 900_000, 1_190_000])
-def test_a_full_disk(tmp_path: Path, limit: int) -> None:
-    """Wherever it shows first: tensors of 32 kB are written past all buffers, other parts not."""
-    weights = layer_weights(3, rank=32, num_ranks=2, d=256, f=256)
-    state = adamw_state(weights)["optimizer_state_dict"]
-    old = contents(write(tmp_path / "a", weights, {}))
-    with runs.file_size_limit(limit), pytest.raises(npt.StorageError, match="nothing was written"):
-        write(tmp_path / "a", weights, state)
-    assert contents(tmp_path / "a") == old
-    assert os.listdir(tmp_path) == ["a"]
-    with runs.file_size_limit(limit), pytest.raises(npt.StorageError):
-        write(tmp_path / "new" / "a", weights, state)
-    assert os.listdir(tmp_path) == ["a"]
-
-
-@pytest.mark.parametrize("call", ["fsync", "mkdir"])
-def test_a_broken_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
-    monkeypatch.setattr(os, call, refuse)
-    with pytest.raises(npt.TrainingError, match="Input/output error; nothing was written"):
-        write(tmp_path / "a", weights, {})
-    monkeypatch.undo()
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
-    weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
-    path = write(tmp_path / "a", weights, {})
-    (path / "npt_weights.safetensors").write_bytes(b"of an earlier run")
-    write(tmp_path / "a", weights, {})
-    assert not (path / "npt_weights.safetensors").exists()
-    assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o666 & ~umask()}
-
-
-def test_what_could_not_be_read_again_does_not_take_the_place_of_what_can(tmp_path: Path) -> None:
-    weights = layer_weights(3, rank=4, num_ranks=2, **WIDTHS)
-    state = adamw_state(weights)["optimizer_state_dict"]
-    old = contents(write(tmp_path / "a", weights, state))
-    state["param_groups"][0]["betas"] = torch.float32
-    told = r"a/training_state\.pt: data\.pkl: .*betas: torch\.float32 is .* nothing was written"
-    with pytest.raises(npt.CheckpointError, match=told):
-        write(tmp_path / "a", weights, state)
-    assert contents(tmp_path / "a") == old and os.listdir(tmp_path) == ["a"]
-
-
-def umask() -> int:
-    before = os.umask(0)
-    os.umask(before)
-    return before

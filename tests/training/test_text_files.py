@@ -1,4 +1,4 @@
-"""Files of text, whoever wrote them: what is in them, against other readers; and hostile ones."""
+"""Files of text against other readers, and hostile files."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from hypothesis import strategies as st
 import npt_fast as npt
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.training import text_files
-from npt_fast.training.data import open_documents
+from npt_fast.training.documents import open_documents
 from npt_fast.training.text_files import LONGEST
 
 ALPHABET = 'ab \n\t"\\{}[],:é語😀\u2028\x7f'
 
 
 def texts(path: Path) -> list[str]:
-    return list(text_files.texts(SourceFile.of(path)))
+    return list(text_files.read_documents(SourceFile.of(path)))
 
 
 def read(path: Path) -> list[str]:
     return [row["text"] for row in open_documents(str(path), seed=0)]
 
 
-# ---- what is in them
+# ---- their documents
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every place where a piece can end is one that a text of some bytes has."""
+    """Read 7 characters at a time, so that short texts have pieces that end at any place."""
     monkeypatch.setattr(text_files, "_PIECE", 7)
 
 
@@ -145,11 +145,11 @@ def test_strings_in_an_array_are_texts(tmp_path: Path) -> None:
 
 BAD_JSON = {
     '{"text": "a"}\n{"text": "b"\n{"text": "c"}\n': "row 1: not valid JSON",
-    '{"text": "a"}\n"b"\n': "row 1: is no JSON object",
-    '{"text": "a"}\n[1]\n': "row 1: is no JSON object",
-    "5": "row 0: is no JSON object",
-    "]": "row 0: is no JSON object",
-    '[{"text": "a"},]': "row 1: is no JSON object",
+    '{"text": "a"}\n"b"\n': "row 1: not a JSON object",
+    '{"text": "a"}\n[1]\n': "row 1: not a JSON object",
+    "5": "row 0: not a JSON object",
+    "]": "row 0: not a JSON object",
+    '[{"text": "a"},]': "row 1: not a JSON object",
     '[{"text": "a"} {"text": "b"}]': "row 1: a comma is missing before it, or the array ends",
     '[{"text": "a"}': "row 1: a comma is missing before it, or the array ends",
     '[{"text": "a"}]\n{"text": "b"}': "row 1: the array has ended before it",
@@ -208,12 +208,13 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, kind: str, change:
         list(documents)
 
 
-# ---- hostile files: in a process of its own, whose memory and time are measured
+# ---- hostile files, each in a process whose memory and time are measured
 
 PROGRAM = """
 import os, resource, sys, time
+import torch  # which datasets would load at the first file
 from npt_fast.errors import DataError
-from npt_fast.training.data import open_documents
+from npt_fast.training.documents import open_documents
 
 for path in sys.stdin:
     if os.fork():
@@ -233,7 +234,7 @@ for path in sys.stdin:
 
 @pytest.fixture(scope="module")
 def reader() -> Iterator[subprocess.Popen[str]]:
-    """Reads each file that it is told to in a process of its own, the libraries loaded already."""
+    """Start a reader that forks for each file it is told to read, after loading the libraries."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM], stdin=pipe, stdout=pipe, text=True
@@ -242,7 +243,7 @@ def reader() -> Iterator[subprocess.Popen[str]]:
 
 
 def attack(reader: subprocess.Popen[str], path: Path) -> str:
-    """What is said of a file; within 5 s and 256 MB."""
+    """Return what the reader says of a file, within 5 s and 256 MB."""
     assert reader.stdin and reader.stdout
     reader.stdin.write(f"{path}\n")
     reader.stdin.flush()
@@ -259,7 +260,7 @@ def parquet(path: Path, texts: Any, **options: Any) -> None:
 
 
 def lying_parquet(path: Path) -> None:
-    """Its footer says that a page of 100 MB is one of 0 bytes."""
+    """Write a file whose footer says that a page of 100 MB has 0 bytes."""
     parquet(path, ["x" * 100_000_000], use_dictionary=False)
     content = path.read_bytes()
     from pyarrow import parquet as pq
@@ -276,7 +277,7 @@ def lying_parquet(path: Path) -> None:
 
 
 def contradicting_parquet(path: Path) -> None:
-    """Its schema says that no text is missing, and the statistics of a column that some may be."""
+    """Write a file whose schema forbids missing texts, while a column's statistics allow them."""
     parquet(path, ["a", None, "b"])
     optional, required = b"\x15\x0c\x25\x02\x18\x04text", b"\x15\x0c\x25\x00\x18\x04text"
     content = path.read_bytes()
@@ -285,7 +286,7 @@ def contradicting_parquet(path: Path) -> None:
 
 
 def sparse(path: Path) -> None:
-    """1 GiB of zero bytes that takes no room."""
+    """Write 1 GiB of zero bytes that takes no space."""
     with path.open("wb") as file:
         file.truncate(1 << 30)
 
@@ -304,7 +305,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a deep array": (
         "a.json",
         lambda path: path.write_text("[" * 3_000_000),
-        "row 0: is no JSON object",
+        "row 0: not a JSON object",
     ),
     "empty lists": (
         "a.json",
@@ -316,7 +317,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda path: path.write_text('{"text": "a", "n": [' + '"āb",' * 2_600_000 + "1]}"),
         "row 0: an object of more than 1,000,000 values",
     ),
-    "quotes": ("a.jsonl", lambda path: path.write_text('"' * 16_000_000), "row 0: is no JSON"),
+    "quotes": ("a.jsonl", lambda path: path.write_text('"' * 16_000_000), "row 0: not a JSON"),
     "backslashes": (
         "a.jsonl",
         lambda path: path.write_text('{"text": "' + "\\" * 40_000_000),
@@ -350,7 +351,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "a paragraph of more than 8,388,608 characters",
     ),
     "white space": ("a.jsonl", lambda path: path.write_text(" " * 50_000_000), "0 rows"),
-    "zero bytes": ("a.jsonl", sparse, "row 0: is no JSON object"),
+    "zero bytes": ("a.jsonl", sparse, "row 0: not a JSON object"),
     "zero bytes for parquet": ("a.parquet", sparse, "a.parquet: cannot be read"),
     "one text of many rows": (
         "a.parquet",
@@ -454,7 +455,7 @@ def test_devices_that_are_named() -> None:
 
 
 def test_links_to_folders_in_circles(tmp_path: Path) -> None:
-    """Two of them would be followed 2^40 ways."""
+    """Two links to folders would be followed 2^40 ways."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.txt").write_text("text")
     for name in ("c", "d"):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte."""
+    """Return a tokenizer with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<eos>": 0, **{letter: n + 1 for n, letter in enumerate(alphabet)}}
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -21,7 +21,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(layers: int = 4, **changes: Any) -> LlamaForCausalLM:
-    """A random Llama, width 32; the same every time."""
+    """Return a random Llama of width 32, the same every time."""
     config = LlamaConfig(
         **{
             "vocab_size": 257,
@@ -42,7 +42,7 @@ def model(layers: int = 4, **changes: Any) -> LlamaForCausalLM:
 
 
 def save(folder: Path, **changes: Any) -> Path:
-    """The model and its tokenizer as `TrainOptions.model_name` takes them."""
+    """Save model and tokenizer in a folder for `TrainOptions.model_name`."""
     model(**changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

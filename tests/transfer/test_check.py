@@ -1,31 +1,24 @@
-"""Facts: what YAML may say, and how a fact is scored."""
+"""How a fact is scored, and how scores are written for CI."""
 
 from __future__ import annotations
 
-import json
-import os
-import tracemalloc
-from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
-import yaml  # type: ignore[import-untyped]
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import npt_fast as npt
+from npt_fast.config import Injection
 from npt_fast.errors import TransferError
-from npt_fast.transfer.check import Fact, FactsError, Outcome, check, read_facts, write_junit
+from npt_fast.transfer.check import Outcome, check, write_junit
+from npt_fast.transfer.facts import Fact
 from tests.transfer import models
 
 
 class Tokenizer:
-    """One letter per token, none of which are lost when they are read as text."""
+    """One letter per token, without loss when ids are decoded."""
 
     def __call__(self, text: str, **options: Any) -> Any:
         return models.tokenizer(text, **options)
@@ -46,7 +39,7 @@ def model() -> Any:
 
 
 def said(model: Any, prompt: str, source: str = "", tokens: int = 6, **how: Any) -> str:
-    """What `generate` goes on with, injected from a source if there is one."""
+    """The continuation of `generate`, with an injection if there is a source."""
     inputs = models.left_padded([prompt])
     if not source:
         found, _ = models.greedy(model, inputs, tokens)
@@ -72,7 +65,15 @@ HOW: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_the_continuation_is_that_of_generate(model: Any, how: dict[str, Any]) -> None:
-    fact = Fact(name="x", prompt=models.TEXT, source=models.SOURCE, tokens=6, contains="", **how)
+    fact = Fact(
+        name="x",
+        prompt=models.TEXT,
+        source=models.SOURCE,
+        tokens=6,
+        contains="",
+        sequence=how.get("sequence", False),
+        injection=Injection(**{k: v for k, v in how.items() if k != "sequence"}),
+    )
     outcome = check(model, tokenizer, fact)
     assert outcome.before == said(model, models.TEXT)
     assert outcome.after == said(model, models.TEXT, models.SOURCE, **how)
@@ -92,198 +93,22 @@ def test_expectations(model: Any) -> None:
     assert problems(begins=after[1:]) == [f"expected to begin with {after[1:]!r}, got {after!r}"]
     assert problems(contains="nowhere") == [f"expected to contain 'nowhere', got {after!r}"]
     assert len(problems(begins="nowhere", contains="nowhere")) == 2
-    # the prompt itself changes; a modulation put in its own place does not
+    # the prompt changes; the source does not, as the modulation is its own
     before = said(model, models.TEXT)
     assert problems(must_not_change=[models.SOURCE]) == []
     assert problems(must_not_change=[models.SOURCE, models.TEXT]) == [
-        f"{models.TEXT!r} must go on {before!r}, got {after!r}"
+        f"{models.TEXT!r} must continue with {before!r}, got {after!r}"
     ]
 
 
 def test_an_injection_that_cannot_be_made_names_the_fact(model: Any) -> None:
-    fact = Fact(name="mine", prompt="abc", source="x", position="at:q", contains="")
+    there = Injection(position="at:q")
+    fact = Fact(name="mine", prompt="abc", source="x", injection=there, contains="")
     with pytest.raises(TransferError, match="fact 'mine': 'q' does not occur in 'abc'"):
         check(model, tokenizer, fact)
-    fact = Fact(name="mine", prompt="abq", source="x", position="at:q", must_not_change=["abc"])
+    fact = Fact(name="mine", prompt="abq", source="x", injection=there, must_not_change=["abc"])
     with pytest.raises(TransferError, match="fact 'mine': 'q' does not occur in 'abc'"):
         check(model, tokenizer, fact)
-
-
-def test_a_file_of_facts(tmp_path: Path) -> None:
-    path = tmp_path / "facts.yaml"
-    path.write_text(
-        """
-facts:
-  - prompt: The capital of Germany is
-    inject: {from: The capital of France is}
-    expect: Paris
-  - name: all
-    prompt: p
-    inject: {from: s, sequence: true, position: -2, mode: add, strength: 2, when: both}
-    expect: {begins: a, contains: b}
-    must_not_change: [c, d]
-    tokens: 3
-"""
-    )
-    assert read_facts(path) == [
-        Fact(
-            name="The capital of Germany is",
-            prompt="The capital of Germany is",
-            source="The capital of France is",
-            contains="Paris",
-        ),
-        Fact(
-            name="all", prompt="p", source="s", sequence=True, position=-2, mode="add", strength=2,
-            when="both", begins="a", contains="b", must_not_change=["c", "d"], tokens=3,
-        ),
-    ]  # fmt: skip
-
-
-RIGHT: dict[str, Any] = {"name": "n", "prompt": "p", "inject": {"from": "s"}, "expect": "e"}
-
-
-def wrong(**changes: Any) -> str:
-    fact = {key: value for key, value in {**RIGHT, **changes}.items() if value is not None}
-    return str(yaml.safe_dump({"facts": [fact]}))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (wrong(expects="e"), ": fact 'n': unknown key 'expects'; did you mean 'expect'?"),
-        (wrong(zzz=1), ": fact 'n': unknown key 'zzz'; there are name, prompt"),
-        (wrong(inject={"from": "s", "mod": "add"}), ": fact 'n': inject: unknown key 'mod'"),
-        (wrong(expect={"ends": "x"}), ": fact 'n': expect: unknown key 'ends'"),
-        (wrong(inject={}), ": fact 'n': inject: from is missing"),
-        (wrong(inject="s"), ": fact 'n': inject must be a mapping with from, not 's'"),
-        (wrong(prompt=None), ": fact 'n': prompt is missing"),
-        (wrong(prompt=""), ": fact 'n': prompt must be a text, not ''"),
-        (wrong(expect=True), ": fact 'n': expect must be a text or a mapping, not True"),
-        (wrong(expect=None), ": fact 'n': expects nothing; give expect or must_not_change"),
-        (wrong(expect={}), ": fact 'n': expects nothing"),
-        (wrong(must_not_change="x"), ": fact 'n': must_not_change must be a list of prompts"),
-        (wrong(tokens=0), ": fact 'n': tokens must be a whole number from 1 to 10,000, not 0"),
-        (wrong(tokens=True), ": fact 'n': tokens must be"),
-        (wrong(inject={"from": "s", "mode": "ad"}), "mode must be one of replace, blend, add"),
-        (wrong(inject={"from": "s", "when": "now"}), "when must be one of prefill"),
-        (wrong(inject={"from": "s", "strength": "2"}), "strength must be a number, not '2'"),
-        (wrong(inject={"from": "s", "strength": float("nan")}), "strength must be a number"),
-        (wrong(inject={"from": "s", "position": "there"}), "position must be a number, 2:5"),
-        (wrong(inject={"from": "s", "position": 1.5}), "position must be a number, 2:5"),
-        (wrong(inject={"from": "s", "sequence": 1}), "sequence must be true or false, not 1"),
-        ("facts: [3]", ": fact 1: must be a mapping with prompt, inject"),
-        ("facts: []", ": has no facts"),
-        ("facts: {}", ": facts must be a list"),
-        ("", ": must be a mapping with facts"),
-        ("- a", ": must be a mapping with facts"),
-        ("fact: []", ": unknown key 'fact'; did you mean 'facts'?"),
-        ("facts: [", ": is no YAML: "),
-        ("facts: []\nfacts: []", ": is no YAML: 'facts' is there twice"),
-        ("? [a]\n: 1", ": is no YAML: "),
-        ("facts: !!python/object/apply:os.system [true]", ": is no YAML: "),
-        ("facts: &a [*a]", ": is no YAML: *a: write it out again"),
-        ("facts: [{<<: {prompt: a}}]", ": is no YAML: '<<': a key must be a text"),
-        ("facts: [<<]", ": is no YAML: "),
-        ("yes: 1", ": is no YAML: 'yes': a key must be a text; put it in quotes"),
-        ("5: 1", ": is no YAML: '5': a key must be a text"),
-        ("{[a]: 1}", ": is no YAML: a list or mapping: a key must be a text"),
-        ("facts: !!timestamp x", ": is no YAML: tag:yaml.org,2002:timestamp: leave tags out"),
-        ("facts: !!bool x", "leave tags out"),
-        ("facts: ! x", "leave tags out"),
-        ("facts: " + "9" * 41, ": is no YAML: a number of 41 characters"),
-        ("facts: " + "9" * 900_000, ": is no YAML: a number of 900,000 characters"),
-        ("facts: 0x" + "f" * 900_000, ": is no YAML: a number of 900,002 characters"),
-        ("facts: 1" + ":00" * 300_000, ": is no YAML: a number of 900,001 characters"),
-        ("facts: 1." + "0" * 900_000, ": is no YAML: a number of 900,002 characters"),
-        ("facts: [" + "a," * 400_000 + "]", ": is no YAML: more than 30,000 values"),
-        ("facts: [" + "{q: 1}," * 9_000 + "]", ": fact 1: unknown key 'q'"),
-        ("- a\n" * 200_000, ": is no YAML: more than 30,000 values"),
-        ("".join(" " * n + "a:\n" for n in range(1000)), ": is no YAML: nested more than 10 deep"),
-        ("- " * 400_000, ": is no YAML: nested more than 10 deep"),
-        ("{a: " * 200_000, ": is no YAML: nested more than 10 deep"),
-        (" " * 1_000_001, ": 1,000,001 bytes; more than 1,000,000 are refused"),
-        (wrong(tokens=10_001), "tokens must be a whole number from 1 to 10,000"),
-        (wrong(tokens=True), "tokens must be a whole number from 1 to 10,000"),
-        (wrong(inject={"from": "s", "strength": 1e999}), "strength must be a number"),
-        (wrong(inject={"from": "s", "strength": 10**30}), "strength must be a number"),
-        (wrong(inject={"from": "s", "mode": ["replace"]}), "mode must be one of"),
-        ('facts: [{prompt: "\\ud800"}]', "prompt must be a text"),
-        ('facts: [{"\\ud800": a}]', "unknown key"),
-        ("facts: 2026-13-45", ": "),
-        ("[" * 5000, ": is no YAML: "),
-        ("a: \x00", ": is no YAML: "),
-    ],
-    ids=lambda value: value[:40],
-)
-def test_a_mistake_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
-    path = tmp_path / "facts.yaml"
-    path.write_text(text)
-    with pytest.raises(FactsError) as caught:
-        read_facts(path)
-    assert caught.value.problems[0].startswith(str(path)) and "\n" not in str(caught.value)
-    assert any(expected in problem for problem in caught.value.problems), caught.value.problems
-
-
-def test_all_mistakes_are_told(tmp_path: Path) -> None:
-    path = tmp_path / "facts.yaml"
-    second = {**RIGHT, "prompt": 3, "inject": {"from": "", "mode": "x"}}
-    third = {**RIGHT, "name": "other", "tokens": "many"}
-    path.write_text(json.dumps({"facts": [RIGHT, second, third]}))
-    with pytest.raises(FactsError, match=r"\(and 4 more\)") as caught:
-        read_facts(path)
-    assert len(caught.value.problems) == 5  # three, a name twice, and the third's
-    assert sum("fact 'n'" in problem for problem in caught.value.problems) == 4
-    path.write_bytes(b"facts: \xff")
-    with pytest.raises(FactsError, match="is no YAML"):
-        read_facts(path)
-    with pytest.raises(FactsError, match="No such file"):
-        read_facts(tmp_path / "none.yaml")
-    path.write_text("facts: [" + "{q: 1}," * 9_000 + "]")
-    with pytest.raises(FactsError) as caught:
-        read_facts(path)
-    assert 100 < len(caught.value.problems) < 110  # enough for a day
-
-
-def test_facts_that_are_no_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
-        with pytest.raises(FactsError, match=r"not a regular file|is a directory"):
-            read_facts(path)
-
-
-def bombs() -> Iterator[str]:
-    """Few bytes that an ordinary loader makes gigabytes of."""
-    letters = "abcdefghijkl"
-    for alias, value in (("[{}]", "[x]"), ("{{<<: [{}]}}", "{x: 1}")):
-        lines = [f"a: &a {value}"]
-        for before, letter in pairwise(letters):
-            many = ", ".join([f"*{before}"] * 9)
-            lines.append(f"{letter}: &{letter} " + alias.format(many))
-        yield "\n".join(lines)
-
-
-@pytest.mark.parametrize("text", [*bombs()], ids=["aliases", "merges"])
-def test_a_bomb_takes_no_memory(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "facts.yaml"
-    path.write_text(text)
-    tracemalloc.start()
-    try:
-        with pytest.raises(FactsError, match=r"\*a: write it out again"):
-            read_facts(path)
-        assert tracemalloc.get_traced_memory()[1] < 10_000_000
-    finally:
-        tracemalloc.stop()
-
-
-@given(st.text(st.sampled_from("ab:-[]{}&*!?|>%@'\"#, \n<~.0x")))
-@settings(deadline=None, derandomize=True, max_examples=300)
-def test_any_text_is_facts_or_one_line(text: str) -> None:
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "facts.yaml")
-        path.write_text(text)
-        with pytest.raises(FactsError, match=r"^[^\n]*$") as caught:
-            read_facts(path)
-        assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_junit(tmp_path: Path) -> None:

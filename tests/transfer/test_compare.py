@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 import npt_fast as npt
+from npt_fast.config import Injection
 from npt_fast.transfer.compare import Comparison, Sweep, compare, divergences, sweep
 from npt_fast.transfer.generate import Sampling
 from npt_fast.transfer.modulation import Modulation
@@ -28,7 +29,7 @@ def modulation(model: Any) -> Modulation:
 
 
 def next_token(model: Any, text: str, m: Modulation | None, **options: Any) -> Tensor:
-    """Its probabilities."""
+    """Probabilities of the next token."""
     if m is None:
         return logits(model, ids_of(text))[0, -1].softmax(-1)
     with npt.inject(model, m, **options):
@@ -40,38 +41,48 @@ def kl(p: Tensor, q: Tensor) -> float:
 
 
 def test_the_next_token(model: Any, modulation: Modulation) -> None:
-    found = compare(model, tokenizer, modulation, TEXT, tracked=["a", "bee", " "], top=3)
+    found = compare(
+        model, tokenizer, modulation, TEXT, Injection(), tracked=["a", "bee", " "], top=3
+    )
     before, after = next_token(model, TEXT, None), next_token(model, TEXT, modulation)
     assert found.prompt == list(TEXT)
     assert (found.positions, found.layers) == ([12], [1, 2])
-    assert found.base == [LETTERS[before.argmax()]] and found.injected == [LETTERS[after.argmax()]]
-    for shown, order in ((found.top, after), (found.top_base, before)):
+    assert found.no_injection == [LETTERS[before.argmax()]] and found.injected == [
+        LETTERS[after.argmax()]
+    ]
+    for shown, order in ((found.top, after), (found.no_injection_top, before)):
         places = order.topk(3).indices.tolist()
         assert [token.text for token in shown] == [LETTERS[i] for i in places]
         assert [token.before for token in shown] == pytest.approx(before[places].tolist(), rel=1e-4)
         assert [token.after for token in shown] == pytest.approx(after[places].tolist(), rel=1e-4)
-    assert [token.text for token in found.tracked] == ["a", "b", " "]  # of a text, the first token
+    assert [token.text for token in found.tracked] == [
+        "a",
+        "b",
+        " ",
+    ]  # the first token of each text
     for token in found.tracked:
         place = ids_of(token.text)[0, 0]
         assert token.before == pytest.approx(before[place].item(), rel=1e-4)
         assert token.after == pytest.approx(after[place].item(), rel=1e-4)
     assert found.kls == [found.kl] and found.kl == pytest.approx(kl(before, after), rel=1e-4)
-    assert found.seconds > 0 and found.base_seconds > 0 and not hooks(model)
+    assert found.seconds > 0 and found.no_injection_seconds > 0 and not hooks(model)
 
 
 @pytest.mark.parametrize("when", ["prefill", "decode", "both"])
 def test_every_generated_token(model: Any, modulation: Modulation, when: Any) -> None:
-    found = compare(model, tokenizer, modulation, TEXT, sampling=Sampling(tokens=5), when=when)
+    found = compare(
+        model, tokenizer, modulation, TEXT, Injection(when=when), sampling=Sampling(tokens=5)
+    )
     ids = ids_of(TEXT)
     options = {"max_new_tokens": 5, "do_sample": False}
     base = model.generate(ids, **options)[0, 13:].tolist()
     with npt.inject(model, modulation, when=when):
         injected = model.generate(ids, **options)[0, 13:].tolist()
-    assert found.base == [LETTERS[i] for i in base]
+    assert found.no_injection == [LETTERS[i] for i in base]
     assert found.injected == [LETTERS[i] for i in injected]
     assert injected != base
     expected = []
-    for n in range(5):  # both read what was generated with the injection
+    for n in range(5):  # both passes read the injected continuation
         read = torch.tensor([[*ids[0].tolist(), *injected[:n]]])
         p = logits(model, read)[0, -1].softmax(-1)
         places = {"prefill": [12], "decode": [], "both": [12]}[when]
@@ -87,7 +98,7 @@ def test_every_generated_token(model: Any, modulation: Modulation, when: Any) ->
 
 def test_options_reach_the_injection(model: Any, modulation: Modulation) -> None:
     options: dict[str, Any] = {"position": "at:red", "mode": "blend", "strength": 0.4}
-    found = compare(model, tokenizer, modulation, TEXT, **options)
+    found = compare(model, tokenizer, modulation, TEXT, Injection(**options))
     expected = next_token(model, TEXT, modulation, **options, tokenizer=tokenizer)
     assert found.positions == [4, 5, 6]
     assert found.top[0].after == pytest.approx(expected.max().item(), rel=1e-4)
@@ -96,10 +107,14 @@ def test_options_reach_the_injection(model: Any, modulation: Modulation) -> None
 def test_the_same_seed_gives_the_same_text(model: Any, modulation: Modulation) -> None:
     def run(seed: int) -> Comparison:
         sampling = Sampling(tokens=8, strategy="top_p", seed=seed)
-        return compare(model, tokenizer, modulation, TEXT, sampling=sampling)
+        return compare(model, tokenizer, modulation, TEXT, Injection(), sampling=sampling)
 
     first, again, other = run(1), run(1), run(2)
-    assert (first.base, first.injected, first.kls) == (again.base, again.injected, again.kls)
+    assert (first.no_injection, first.injected, first.kls) == (
+        again.no_injection,
+        again.injected,
+        again.kls,
+    )
     assert first.injected != other.injected
 
 
@@ -117,16 +132,19 @@ def test_divergences_of_equal_and_of_far_logits() -> None:
     [
         ({"prompt": ""}, "the text is empty"),
         ({"tracked": [""]}, "the text is empty"),
-        ({"position": 13}, "position 13 is outside the text, which has 13 tokens"),
-        ({"position": "at:blue"}, "'blue' does not occur in 'the red house'"),
-        ({"mode": "subtract"}, "mode must be one of"),
-        ({"when": "decode"}, "nothing was injected"),
+        (
+            {"injection": Injection(position=13)},
+            "position 13 is outside the text, which has 13 tokens",
+        ),
+        ({"injection": Injection(position="at:blue")}, "'blue' does not occur in 'the red house'"),
+        ({"injection": Injection(mode=cast("Any", "subtract"))}, "mode must be one of"),
+        ({"injection": Injection(when="decode")}, "nothing was injected"),
     ],
 )
 def test_bad_input(
     model: Any, modulation: Modulation, changes: dict[str, Any], message: str
 ) -> None:
-    options = {"prompt": TEXT, **changes}
+    options = {"prompt": TEXT, "injection": Injection(), **changes}
     with pytest.raises(npt.TransferError, match=message):
         compare(model, tokenizer, modulation, **options)
     assert not hooks(model)
@@ -139,14 +157,16 @@ def test_sweep(model: Any, modulation: Modulation) -> None:
         tokenizer,
         modulation,
         TEXT,
+        Injection(mode="exact-add"),
         strengths=strengths,
-        mode="exact-add",
         tracked=["a", "b"],
     )
     assert found.layers == [[1], [2], [1, 2]] and found.strengths == strengths
     before = next_token(model, TEXT, None)
     for letter in "ab":
-        assert found.base[letter] == pytest.approx(before[ids_of(letter)[0, 0]].item(), rel=1e-4)
+        assert found.no_injection[letter] == pytest.approx(
+            before[ids_of(letter)[0, 0]].item(), rel=1e-4
+        )
     for row, layers in enumerate(found.layers):
         for column, strength in enumerate(strengths):
             part = modulation.only(layers)
@@ -158,12 +178,14 @@ def test_sweep(model: Any, modulation: Modulation) -> None:
 
 
 def test_sweep_of_one_layer_has_one_row(model: Any, modulation: Modulation) -> None:
-    found = sweep(model, tokenizer, modulation.only([2]), TEXT, strengths=[1.0])
-    assert found.layers == [[2]] and len(found.kl) == 1 and found.tracked == {} == found.base
+    found = sweep(model, tokenizer, modulation.only([2]), TEXT, Injection(), strengths=[1.0])
+    assert (
+        found.layers == [[2]] and len(found.kl) == 1 and found.tracked == {} == found.no_injection
+    )
 
 
 def test_sweep_over_the_tokens_of_a_prompt(model: Any, modulation: Modulation) -> None:
-    found = sweep(model, tokenizer, modulation, TEXT, position=[0, -1], each_token=True)
+    found = sweep(model, tokenizer, modulation, TEXT, Injection(position=[0, -1]), each_token=True)
     last = len(ids_of(TEXT)[0]) - 1
     assert found.strengths == [0.25] and [c.split()[0] for c in found.columns] == ["0", str(last)]
     before = next_token(model, TEXT, None)

@@ -1,4 +1,4 @@
-"""Generation token by token: that of transformers, and sampling as it is described."""
+"""Generation equals that of transformers; sampling equals its definition."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from npt_fast.hf.convert import decoder_layers
 from npt_fast.transfer.generate import Sampling, continue_ids
 from tests.transfer.models import FAMILIES, SOURCE, TEXT, converted, greedy, ids_of, tokenizer
 
-# probabilities 0.4, 0.3, 0.2, 0.1 at places 2, 0, 3, 1
+# probabilities 0.4, 0.3, 0.2, 0.1 of tokens 2, 0, 3, 1
 LOGITS = torch.tensor([0.3, 0.1, 0.4, 0.2]).log()
 
 
 def lengths_of_passes(model: Any) -> list[int]:
-    """Filled with the number of tokens that each pass of the model reads."""
+    """A list that is filled with the number of tokens each pass reads."""
     found: list[int] = []
 
     def note(_: Any, args: Any, kwargs: Any) -> None:
@@ -88,7 +88,7 @@ def drawn(sampling: Sampling, count: int = 4000) -> dict[int, float]:
         (Sampling(strategy="top_k"), {0: 0.3, 1: 0.1, 2: 0.4, 3: 0.2}),
         (Sampling(strategy="sample", top_k=2), {0: 3 / 7, 2: 4 / 7}),
         (Sampling(strategy="top_k", top_k=1), {2: 1.0}),
-        # the fewest tokens that reach it, not one more (SPEC 6.4), and 1.0 is all (6.6)
+        # the fewest tokens that reach it, not one more, and 1.0 is all (design.md#sampling)
         (Sampling(strategy="top_p", top_p=0.3), {2: 1.0}),
         (Sampling(strategy="top_p", top_p=0.6), {0: 3 / 7, 2: 4 / 7}),
         (Sampling(strategy="top_p", top_p=0.85), {0: 1 / 3, 2: 4 / 9, 3: 2 / 9}),

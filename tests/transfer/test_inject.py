@@ -1,10 +1,8 @@
-"""Injecting, against layers that multiply every token by its own dense weights."""
+"""Injection, compared with layers that use dense weights for each token."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +11,13 @@ import torch
 from torch import Tensor
 
 import npt_fast as npt
-from npt_fast.config import InjectionMode, InjectionTime
+from npt_fast.config import InjectionMode, Position
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
-from npt_fast.hf.convert import components, decoder_layers
-from npt_fast.testing import assert_within_budget
+from npt_fast.hf.convert import decoder_layers
 from npt_fast.transfer.modulation import Modulation
-from npt_fast.transfer.positions import Position, resolve
+from npt_fast.transfer.positions import resolve
 from tests.conftest import DATA
+from tests.transfer.injected import IDS, MODES, close, truth
 from tests.transfer.models import (
     FAMILIES,
     PROJECTIONS,
@@ -31,17 +29,12 @@ from tests.transfer.models import (
     greedy,
     hooks,
     ids_of,
-    left_padded,
     logits,
-    mixed,
     random_modulation,
     spelled_out,
-    terms,
     tokenizer,
 )
 
-IDS = ids_of(TEXT)  # "the red house", 13 tokens
-MODES: tuple[InjectionMode, ...] = ("replace", "blend", "add", "exact-blend", "exact-add")
 POSITIONS: list[tuple[Position, list[int]]] = [
     (4, [4]),
     (-2, [11]),
@@ -55,32 +48,6 @@ POSITIONS: list[tuple[Position, list[int]]] = [
     ("after:red", [7]),
     (npt.after("the"), [3]),
 ]
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    """Equal but for rounding: 1e-9 in float64, and where `generate` has made it float32, 1e-5."""
-    tolerance = 1e-9 if actual.dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=tolerance, atol=tolerance)
-
-
-@contextmanager
-def truth(
-    model: Any,
-    modulations: Modulation | list[Modulation | None],
-    places: list[list[int]],
-    mode: InjectionMode = "replace",
-    strength: float = 1.0,
-) -> Iterator[None]:
-    """What `inject` is to do, spelled out; `places` are columns, by row."""
-
-    def rule(layer: int, row: int, t: int, name: str, own: Vectors | None) -> Tensor | None:
-        m = modulations if isinstance(modulations, Modulation) else modulations[row]
-        if m is None or t not in places[row] or name not in m.layers.get(layer, {}):
-            return None
-        return mixed(mode, strength, m.layers[layer][name], own)
-
-    with spelled_out(model, rule):
-        yield
 
 
 def test_the_truth_is_the_model_where_nothing_is_injected() -> None:
@@ -102,7 +69,9 @@ def test_modes(mode: InjectionMode, strength: float) -> None:
         expected = logits(model, IDS)
     close(found, expected)
     assert torch.equal(found[:, :3], plain[:, :3])
-    assert (found[:, 3:] - plain[:, 3:]).abs().amax(-1).min() > 1e-3  # later ones, by attention
+    assert (found[:, 3:] - plain[:, 3:]).abs().amax(
+        -1
+    ).min() > 1e-3  # later tokens change through attention
 
 
 @pytest.mark.parametrize(("position", "places"), POSITIONS, ids=str)
@@ -131,14 +100,14 @@ def test_families(family: str, residual: str) -> None:
 
 
 def test_its_own_modulation_changes_nothing() -> None:
-    """Of the same text at the same token, where the layers before are the same too."""
+    """Injecting a text's modulation into the same token of the same text has no effect."""
     model = converted(layers=(1,))
     plain = logits(model, IDS)
     m = npt.extract(model, tokenizer, TEXT)
     for mode, strength in (("replace", 1.0), ("blend", 0.3), ("exact-blend", 0.3), ("add", 0.0)):
         with npt.inject(model, m, mode=mode, strength=strength):  # type: ignore[arg-type]
             close(logits(model, IDS), plain)
-    with npt.inject(model, m, mode="exact-add", strength=-1.0):  # no change at all is left
+    with npt.inject(model, m, mode="exact-add", strength=-1.0):  # the token's own dW minus itself
         found = logits(model, IDS)
     with npt.inject(model, 0 * m):
         close(found, logits(model, IDS))
@@ -148,14 +117,14 @@ def test_its_own_modulation_changes_nothing() -> None:
 @pytest.mark.parametrize("target", ["single", "dual", "triple"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_layer_may_have_other_projections(source: str, target: str, mode: InjectionMode) -> None:
-    """What the source does not change keeps the token's own change; one that the layer lacks
-    is changed all the same, but has no vectors to mix with."""
+    """A projection that the source lacks keeps the token's own change. One that the layer lacks
+    is changed too, but has no vectors to mix with."""
     m = npt.extract(converted(modulation=source), tokenizer, SOURCE)
     model = converted(modulation=target)
     order = ["single", "dual", "triple"]
     if order.index(source) > order.index(target) and mode in ("blend", "add"):
         missing = PROJECTIONS[order.index(target) + 1]
-        message = f"layer 1 does not change {missing}: {mode} has nothing .* take exact-{mode}"
+        message = f"layer 1 does not change {missing}: {mode} has nothing .* use exact-{mode}"
         with pytest.raises(npt.TransferError, match=message), npt.inject(model, m, mode=mode):
             pass
         return
@@ -195,222 +164,6 @@ def test_more_tokens_than_are_formed_at_a_time() -> None:
         found = logits(model, ids)
     with truth(model, m, [list(range(ids.shape[1]))], "blend", 0.5):
         close(found, logits(model, ids))
-
-
-# --- batches
-
-
-def padded_logits(model: Any, texts: list[str]) -> list[Tensor]:
-    """Of every row, without padding."""
-    batch = left_padded(texts)
-    mask = batch["attention_mask"]
-    found = logits(model, **_ids(batch), position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    return [row[kept.bool()] for row, kept in zip(found, mask, strict=True)]
-
-
-def _ids(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-
-
-TEXTS = ["the red house", "a red sky", "red"]
-
-
-@pytest.mark.parametrize(
-    "position", ["last", "first", "all", -3, slice(0, 2), "at:red", [0, 2]], ids=str
-)
-def test_padding_is_not_counted(position: Position) -> None:
-    model = converted()
-    m = npt.extract(model, tokenizer, SOURCE)
-    with npt.inject(model, m, position=position, tokenizer=tokenizer) as hits:
-        together = padded_logits(model, TEXTS)
-    assert hits.positions == [resolve(position, list(text)) for text in TEXTS]
-    for text, row, places in zip(TEXTS, together, hits.positions, strict=True):
-        with npt.inject(model, m, position=places):
-            close(row, logits(model, ids_of(text))[0])
-
-
-def test_padding_on_the_right() -> None:
-    model = converted()
-    m = npt.extract(model, tokenizer, SOURCE)
-    ids = torch.cat([IDS, IDS.new_zeros(1, 4)], 1)
-    mask = (torch.arange(17) < 13).long()[None]
-    with npt.inject(model, m) as hits:
-        found = logits(model, ids, attention_mask=mask)[:, :13]
-        assert hits.positions == [[12]]
-    with npt.inject(model, m):
-        close(found, logits(model, IDS))
-
-
-def test_a_modulation_for_every_row() -> None:
-    model = converted()
-    ms: list[Modulation | None] = [
-        npt.extract(model, tokenizer, SOURCE),
-        None,
-        random_modulation(layers=(2,), projections=("up",)),
-    ]
-    with npt.inject(model, ms) as hits:
-        together = padded_logits(model, TEXTS)
-    assert hits.count == 2 + 0 + 1 and hits.layers == [1, 2]
-    for text, m, row in zip(TEXTS, ms, together, strict=True):
-        if m is None:
-            close(row, logits(model, ids_of(text))[0])
-            continue
-        with npt.inject(model, m):
-            close(row, logits(model, ids_of(text))[0])
-    # and by the definition, without padding
-    ids = IDS.expand(3, -1)
-    with npt.inject(model, ms, position=5):
-        found = logits(model, ids)
-    with truth(model, ms, [[5]] * 3):
-        close(found, logits(model, ids))
-
-
-@pytest.mark.parametrize("sampling", [{"num_return_sequences": 2}, {"num_beams": 2}], ids=str)
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_rows_that_generate_repeats(sampling: dict[str, int], use_cache: bool) -> None:
-    """Every row's repetitions get that row's modulation."""
-    model = converted()
-    model.generation_config.pad_token_id = 0
-    ms = [npt.extract(model, tokenizer, SOURCE), None]
-    options: dict[str, Any] = {"max_new_tokens": 5, "use_cache": use_cache, **sampling}
-    if "num_return_sequences" in sampling:  # sampling of one token each is greedy
-        options |= {"do_sample": True, "top_k": 1}
-    with npt.inject(model, ms):
-        together = model.generate(IDS.repeat(2, 1), **options)
-    n = sampling.get("num_return_sequences", 1)
-    with npt.inject(model, ms[:1]):
-        assert torch.equal(together[:n], model.generate(IDS, **options))
-    assert torch.equal(together[n:], model.generate(IDS, **options))
-    assert not torch.equal(together[:n], together[n:])
-
-
-def test_a_batch_that_the_modulations_do_not_divide() -> None:
-    model = converted()
-    m = random_modulation()
-    with pytest.raises(npt.TransferError, match="2 modulations for a batch of 3"):
-        with npt.inject(model, [m, None]):
-            logits(model, IDS.expand(3, -1))
-    assert not hooks(model)
-
-
-# --- generation
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("when", ["prefill", "decode", "both"])
-def test_the_cache_changes_nothing(family: str, when: InjectionTime) -> None:
-    model = converted(family)
-    m = npt.extract(model, tokenizer, SOURCE)
-    inputs = {"input_ids": IDS}
-    plain = greedy(model, inputs)[1]
-    with npt.inject(model, m, when=when, position=[3, -1]) as hits:
-        cached, rows = greedy(model, inputs)
-    assert hits.count == 2 * {"prefill": 2, "decode": 7, "both": 9}[when]
-    assert hits.positions == [[3, 12]]
-    with npt.inject(model, m, when=when, position=[3, -1]):
-        again, all_anew = greedy(model, inputs, use_cache=False)
-    assert torch.equal(cached, again) and (rows[:, 1:] - plain[:, 1:]).abs().max() > 1e-2
-    close(rows, all_anew)
-    # the whole text at once, by the definition: position 20 is not read to choose any of 8 tokens
-    prompt = [] if when == "decode" else [3, 12]
-    generated = [] if when == "prefill" else list(range(13, 20))
-    whole = torch.cat([IDS, cached], 1)
-    with truth(model, m, [prompt + generated]):
-        close(rows[0], logits(model, whole)[0, 12:20])
-
-
-@pytest.mark.parametrize("when", ["prefill", "decode", "both"])
-def test_float32_keeps_the_budget(when: InjectionTime) -> None:
-    """With cache and in a padded batch, all as close to float64 as texts alone without a cache."""
-    model = converted()
-    m = npt.extract(model, tokenizer, SOURCE)
-    low_model, low_m = copy.deepcopy(model).float(), m.to("cpu", torch.float32)
-    rows: dict[str, list[Tensor]] = {"exact": [], "low": [], "cached": [], "batch": []}
-    for mode in MODES:
-
-        def run(inputs: dict[str, Tensor], mode: InjectionMode = mode, **options: Any) -> Any:
-            with npt.inject(low_model, low_m, when=when, mode=mode, strength=0.5):
-                return greedy(low_model, inputs, 6, **options)
-
-        together, batch = run(left_padded(TEXTS))
-        for row, text in enumerate(TEXTS):
-            ids = ids_of(text)
-            n = ids.shape[1]
-            tokens, low = run({"input_ids": ids}, use_cache=False)
-            same, cached = run({"input_ids": ids})
-            assert torch.equal(tokens, same) and torch.equal(tokens[0], together[row])
-            prompt = [] if when == "decode" else [n - 1]
-            places = prompt + ([] if when == "prefill" else list(range(n, n + 5)))
-            with npt.inject(model, m, position=places, mode=mode, strength=0.5):
-                exact = logits(model, torch.cat([ids, tokens[:, :-1]], 1))[0, n - 1 :]
-            for name, found in zip(rows, (exact, low[0], cached[0], batch[row]), strict=True):
-                rows[name].append(found)
-    exact, low, cached, batch = (torch.cat(found) for found in rows.values())
-    assert torch.equal(low.argmax(-1), exact.argmax(-1))
-    assert_within_budget(cached, exact, low, "cached", terms=terms(model))
-    assert_within_budget(batch, exact, low, "in a batch", terms=terms(model))
-
-
-def test_a_bfloat16_base_keeps_the_budget() -> None:
-    """NP components in float32, as `load` leaves them; the truth in both precisions."""
-    model = converted(layers=(1,)).bfloat16()
-    components(model)[1].float()
-    exact_model = copy.deepcopy(model).double()
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    for mode in MODES:
-        for text in ("a boat", "on the lake", "blue"):
-            m = npt.extract(model, tokenizer, text)
-            with npt.inject(model, m, mode=mode, strength=0.5):
-                found = logits(model, IDS)
-            with truth(model, m, [[12]], mode, 0.5):
-                low = logits(model, IDS)
-            m = m.to("cpu", torch.float64)
-            with truth(exact_model, m, [[12]], mode, 0.5):
-                rows.append((found, logits(exact_model, IDS), low))
-    found, exact, low = (torch.cat(each) for each in zip(*rows, strict=True))
-    assert found.dtype == torch.bfloat16
-    assert_within_budget(found, exact, low)
-
-
-def test_generation_in_a_padded_batch_with_a_modulation_for_every_row() -> None:
-    model = converted()
-    ms = [npt.extract(model, tokenizer, SOURCE), None, random_modulation()]
-    with npt.inject(model, ms, when="both"):
-        together, rows = greedy(model, left_padded(TEXTS))
-    for row, (text, m) in enumerate(zip(TEXTS, ms, strict=True)):
-        inputs = {"input_ids": ids_of(text)}
-        if m is None:
-            tokens, expected = greedy(model, inputs)
-        else:
-            with npt.inject(model, m, when="both"):
-                tokens, expected = greedy(model, inputs)
-        assert torch.equal(together[row], tokens[0])
-        close(rows[row], expected[0])
-
-
-def test_another_prompt_begins_anew() -> None:
-    """One after the other in a context, though one begins with the other."""
-    model = converted()
-    m = npt.extract(model, tokenizer, SOURCE)
-    long = ids_of(TEXT + " and")
-    with npt.inject(model, m, when="prefill"):
-        expected = greedy(model, {"input_ids": long}, 4)
-    with npt.inject(model, m, when="prefill") as hits:
-        for ids, last in ((IDS, 12), (long, 16), (IDS[:, :5], 4), (long, 16)):
-            found = greedy(model, {"input_ids": ids}, 4)
-            assert hits.positions == [[last]]
-    close(found[1], expected[1])
-    with npt.inject(model, m) as hits:
-        logits(model, IDS)
-        logits(model, long)
-        assert hits.positions == [[16]]
-    with npt.inject(model, m) as hits:  # with a cache, a token more is another prompt too
-        for text in (TEXT, TEXT + "s"):
-            greedy(model, {"input_ids": ids_of(text)}, 1)
-            assert hits.positions == [[len(text) - 1]]
-
-
-# --- several at once, and the end
 
 
 def test_injections_nest() -> None:
@@ -469,7 +222,7 @@ def test_nothing_hit_is_an_error() -> None:
         with npt.inject(model, m):
             pass
     with pytest.raises(npt.TransferError, match="no token was at -1 when the model ran"):
-        with npt.inject(model, m, when="decode"):  # one token is chosen, and none read
+        with npt.inject(model, m, when="decode"):  # one token is generated and never read
             greedy(model, {"input_ids": IDS}, 1)
     with pytest.raises(npt.TransferError, match="nothing was injected"):
         with npt.inject(model, m), npt.disabled(model):
@@ -521,22 +274,22 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[npt.NPTError
         lambda m: random_modulation(layers=(0, 1)),
         {},
         npt.ModelError,
-        r"layer 0 of the modulation is no NP layer that is on; there are \[1, 2\]",
+        r"layer 0 of the modulation is not an NP layer that is on; on are \[1, 2\]",
     ),
-    "nothing": (lambda m: [], {}, npt.TransferError, "there is nothing to inject"),
-    "only None": (lambda m: [None], {}, npt.TransferError, "there is nothing to inject"),
+    "nothing": (lambda m: [], {}, npt.TransferError, "the modulations change no layer"),
+    "only None": (lambda m: [None], {}, npt.TransferError, "the modulations change no layer"),
     "sum to blend": (
         lambda m: m + m,
         {"mode": "blend"},
         npt.TransferError,
-        "blend mixes vectors, and this modulation is a sum of others; take exact-blend",
+        "blend mixes vectors, which a combined modulation does not have; use exact-blend",
     ),
-    "scaled to add": (lambda m: 2 * m, {"mode": "add"}, npt.TransferError, "take exact-add"),
+    "scaled to add": (lambda m: 2 * m, {"mode": "add"}, npt.TransferError, "use exact-add"),
     "k": (
         lambda m: replace(random_modulation(terms=3), vectors=True),
         {"mode": "add"},
         npt.TransferError,
-        "layer 1, gate: 3 vectors for a layer with 2; take exact-add",
+        "layer 1, gate: 3 vectors for a layer with 2; use exact-add",
     ),
     "mode": (lambda m: m, {"mode": "ad"}, npt.TransferError, "mode must be one of .* got 'ad'"),
     "when": (lambda m: m, {"when": "now"}, npt.TransferError, "when one of .* 'now'"),
@@ -571,7 +324,7 @@ def test_what_positions_cannot_be_counted_in() -> None:
     with pytest.raises(npt.TransferError, match=r"an attention mask of \(batch, tokens\)"):
         with npt.inject(model, m):
             logits(model, IDS, attention_mask=torch.ones(1, 1, 13, 13, dtype=torch.bool))
-    with pytest.raises(npt.TransferError, match="the position at:red needs the tokenizer"):
+    with pytest.raises(npt.TransferError, match="the position at:red needs a tokenizer"):
         with npt.inject(model, m, position="at:red"):
             logits(model, IDS)
     for options in ({"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 2}):
@@ -598,7 +351,7 @@ def test_a_static_cache() -> None:
 
 @pytest.mark.slow
 def test_smollm2() -> None:
-    """A trained layer: cache on and off, one text and a padded batch, in float32."""
+    """A trained layer in float32: with and without a cache, alone and in a padded batch."""
     model, tokenizer = load_base_model(SMOLLM2)
     npt.load(model, DATA / "layer13" / "checkpoint-600")
     tokenizer.padding_side = "left"

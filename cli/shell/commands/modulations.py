@@ -1,0 +1,161 @@
+"""Commands that make modulations, from a text or from others by arithmetic, and show them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from npt_fast.cli.shell import views
+from npt_fast.cli.shell.command import Commands, Context, Reply, number
+from npt_fast.cli.shell.line import Arguments
+from npt_fast.errors import TransferError
+
+if TYPE_CHECKING:
+    from npt_fast.transfer.modulation import Modulation
+
+COMMANDS = Commands()
+
+
+@COMMANDS.command("extract", "NAME TEXT", options=("-pos",))
+def _extract(c: Context, a: Arguments) -> Reply:
+    """Put the modulation of a text's token (default: the last) on the shelf."""
+    position = a.options.get("pos", "-1")
+    found = c.session.extract(a["NAME"], a["TEXT"], position=position)
+    (place,) = found.origin["positions"]
+    lines = [
+        f"✓ Extracted modulation '{a['NAME']}'",
+        *views.magnitudes(found),
+        f"  Token {place} of {len(found.origin['tokens'])}: {found.origin['tokens'][place]!r}",
+    ]
+    return _kept(a["NAME"], found, lines)
+
+
+@COMMANDS.command("extract-seq", "NAME TEXT")
+def _extract_seq(c: Context, a: Arguments) -> Reply:
+    """Put the mean of each vector over all of a text's tokens on the shelf."""
+    found = c.session.extract(a["NAME"], a["TEXT"], sequence=True)
+    count = len(found.origin["tokens"])
+    lines = [
+        f"Processing {count} token positions...",
+        f"✓ Extracted sequence modulation '{a['NAME']}' ({count} tokens averaged)",
+        *views.magnitudes(found),
+    ]
+    return _kept(a["NAME"], found, lines)
+
+
+@COMMANDS.command("list")
+def _list(c: Context, a: Arguments) -> Reply:
+    """List the modulations on the shelf."""
+    shelf = dict(c.session.state.shelf)
+    data = [
+        {
+            "name": name,
+            "layers": sorted(item.modulation.layers),
+            "type": views.kind(item.modulation),
+            "ranks": item.modulation.terms,
+            "source": item.modulation.description,
+        }
+        for name, item in shelf.items()
+    ]
+    lines = views.shelf_table(shelf) if shelf else ["No saved modulations"]
+    return Reply({"modulations": data}, lines)
+
+
+@COMMANDS.command("info", "NAME")
+def _info(c: Context, a: Arguments) -> Reply:
+    """Show everything known about a modulation."""
+    item = c.session.item(a["NAME"])
+    data = {**_described(a["NAME"], item.modulation), "created": item.created}
+    return Reply(data, views.details(a["NAME"], item))
+
+
+@COMMANDS.command("delete", "NAME")
+def _delete(c: Context, a: Arguments) -> Reply:
+    """Take a modulation off the shelf."""
+    c.session.delete(a["NAME"])
+    return Reply({"deleted": a["NAME"]}, [f"✓ Deleted modulation '{a['NAME']}'"])
+
+
+@COMMANDS.command("calc", "REST")
+def _calc(c: Context, a: Arguments) -> Reply:
+    """Compute exactly on dW: calc new = 0.7*a - b, mean(a, b); names, numbers, + - * ( )."""
+    name, equals, expression = a["REST"].partition("=")
+    name = name.strip()
+    if not equals or not name or len(name.split()) > 1 or not expression.strip():
+        raise TransferError("write it like calc new = 0.7*a - b")
+    return _made(name, c.session.calculate(name, expression), expression.strip())
+
+
+@COMMANDS.command("add", "A B NEW")
+def _add(c: Context, a: Arguments) -> Reply:
+    """NEW = A + B, exact on dW."""
+    found = c.session.modulation(a["A"]) + c.session.modulation(a["B"])
+    return _made(a["NEW"], c.session.combine(a["NEW"], found), f"{a['A']} + {a['B']}")
+
+
+@COMMANDS.command("subtract", "A B NEW")
+def _subtract(c: Context, a: Arguments) -> Reply:
+    """NEW = A - B, exact on dW."""
+    found = c.session.modulation(a["A"]) - c.session.modulation(a["B"])
+    return _made(a["NEW"], c.session.combine(a["NEW"], found), f"{a['A']} - {a['B']}")
+
+
+@COMMANDS.command("average", "A... NEW")
+def _average(c: Context, a: Arguments) -> Reply:
+    """NEW = the mean of two or more modulations, exact on dW."""
+    from npt_fast.transfer.modulation import mean
+
+    names = a.values["A"]
+    if len(names) < 2:
+        raise TransferError(f"average takes two modulations or more: {COMMANDS['average'].usage}")
+    found = mean([c.session.modulation(name) for name in names])
+    return _made(a["NEW"], c.session.combine(a["NEW"], found), f"mean({', '.join(names)})")
+
+
+@COMMANDS.command("scale", "A FACTOR NEW")
+def _scale(c: Context, a: Arguments) -> Reply:
+    """NEW = FACTOR * A, exact on dW."""
+    factor = number("FACTOR", a["FACTOR"])
+    found = factor * c.session.modulation(a["A"])
+    return _made(a["NEW"], c.session.combine(a["NEW"], found), f"{factor:g} * {a['A']}")
+
+
+@COMMANDS.command("negate", "A NEW")
+def _negate(c: Context, a: Arguments) -> Reply:
+    """NEW = -A, exact on dW."""
+    found = -c.session.modulation(a["A"])
+    return _made(a["NEW"], c.session.combine(a["NEW"], found), f"-{a['A']}")
+
+
+def _described(name: str, found: Modulation) -> dict[str, Any]:
+    return {
+        "name": name,
+        "layers": {str(n): {"magnitude": found.magnitude(n)} for n in sorted(found.layers)},
+        "type": views.kind(found),
+        "ranks": found.terms,
+        "origin": dict(found.origin),
+        "shapes": {
+            f"{layer}.{projection}": [list(terms.v_a.shape), list(terms.v_b.shape)]
+            for layer, projection, terms in found.walk()
+        },
+    }
+
+
+def _kept(name: str, found: Modulation, lines: list[str]) -> Reply:
+    data = {
+        "name": name,
+        "tokens": found.origin["tokens"],
+        "positions": found.origin["positions"],
+        "magnitudes": {str(n): found.magnitude(n) for n in sorted(found.layers)},
+    }
+    return Reply(data, lines, changed=[name])
+
+
+def _made(name: str, found: Modulation, formula: str) -> Reply:
+    data = {
+        "name": name,
+        "formula": formula,
+        "ranks": found.terms,
+        "magnitudes": {str(n): found.magnitude(n) for n in sorted(found.layers)},
+    }
+    lines = [f"✓ Created modulation '{name}' = {formula} (exact, on dW)", *views.magnitudes(found)]
+    return Reply(data, lines, changed=[name])

@@ -1,0 +1,154 @@
+"""``npt_config.json``: what it holds, written and read here.
+
+It describes the layers of a checkpoint and their base model. A safetensors file carries the same in
+its metadata. The file may be anybody's: what is in it is checked against its types once, here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from npt_fast.checkpoint.np_module import Architecture
+from npt_fast.errors import CheckpointError
+from npt_fast.schema import (
+    COUNT,
+    INDEX,
+    MAPPING,
+    PATH,
+    TEXT,
+    Kind,
+    checked,
+    mapping_of,
+    one_of,
+    or_none,
+)
+
+FORMAT_VERSION = 1
+_DESCRIPTION = {"base_model": or_none(MAPPING), "layers": or_none(mapping_of(INDEX, MAPPING))}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+_BASE_MODEL = {"name": or_none(PATH), **dict.fromkeys(_SIZES, or_none(COUNT))}
+_LAYER = {
+    "modulation": or_none(TEXT),
+    "num_ranks": or_none(COUNT),
+    "rank": or_none(COUNT),
+    "residual": or_none(one_of(["removed", "kept"])),
+    "step": or_none(COUNT),
+    "source": or_none(PATH),
+    # JSON of other programs has NaN and Infinity, which say as little as null
+    "fidelity": or_none(Kind("a number", lambda value: type(value) in (int, float))),
+}
+
+
+class LaterVersionError(CheckpointError):
+    """A file was written by a later npt_fast; it is not damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDescription:
+    """What ``npt_config.json`` says of a layer; what it leaves out is None.
+
+    Attributes:
+        modulation: ``"single"``, ``"dual"`` or ``"triple"``.
+        num_ranks: components k per projection.
+        rank: bottleneck r of each component.
+        residual: ``"removed"`` or ``"kept"`` (design.md#layer).
+        step: optimizer steps that the layer was trained for.
+        source: the checkpoint that a merge took the layer from.
+        fidelity: the layer's measured error.
+    """
+
+    modulation: str | None = None
+    num_ranks: int | None = None
+    rank: int | None = None
+    residual: str | None = None
+    step: int | None = None
+    source: str | None = None
+    fidelity: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        architecture: Architecture,
+        residual: str | None,
+        *,
+        step: int | None,
+        source: str | None = None,
+        fidelity: float | None,
+    ) -> LayerDescription:
+        """Describe a layer; a fidelity that is not finite is left out, since JSON has no others."""
+        if fidelity is not None and not math.isfinite(fidelity):
+            fidelity = None
+        modulation, num_ranks, rank = (
+            architecture.modulation,
+            architecture.num_ranks,
+            architecture.rank,
+        )
+        return cls(modulation, num_ranks, rank, residual, step, source, fidelity)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The content of ``npt_config.json`` (design.md#checkpoint-files).
+
+    Attributes:
+        base_name: the base model that the layers were trained on.
+        base_sizes: its ``hidden_size``, ``intermediate_size``, ``num_hidden_layers`` and
+            ``vocab_size``, as far as they are recorded.
+        layers: by index; None where the file has no list of layers.
+    """
+
+    base_name: str | None
+    base_sizes: Mapping[str, int]
+    layers: Mapping[int, LayerDescription] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the file holds; `parse` gives the same description back."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": {
+                "name": self.base_name,
+                **{name: self.base_sizes.get(name) for name in _SIZES},
+            },
+            "layers": {str(layer): asdict(about) for layer, about in (self.layers or {}).items()},
+        }
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any], where: str) -> Description:
+        """Check what is used against its types.
+
+        Raises:
+            LaterVersionError: the file is of another version.
+            CheckpointError: something has another type.
+        """
+        version = content.get("format_version")
+        if "format_version" not in content:
+            raise CheckpointError(f"{where}: has no format_version")
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            raise LaterVersionError(
+                f"{where}: this npt_fast knows format_version {FORMAT_VERSION}, "
+                "the file has another; update npt_fast"
+            )
+        top = checked(content, _DESCRIPTION, (), where, CheckpointError)
+        base = checked(
+            top.get("base_model") or {}, _BASE_MODEL, (), f"{where}: base_model", CheckpointError
+        )
+        layers = top.get("layers")
+        return cls(
+            base.get("name"),
+            {name: base[name] for name in _SIZES if base.get(name) is not None},
+            layers
+            and {
+                int(key): _layer(facts, f"{where}: layers: {key}") for key, facts in layers.items()
+            },
+        )
+
+
+def _layer(facts: Any, where: str) -> LayerDescription:
+    known = checked(facts, _LAYER, (), where, CheckpointError)
+    fidelity = known.get("fidelity")
+    if fidelity is not None:
+        known["fidelity"] = float(fidelity) if math.isfinite(fidelity) else None
+    return LayerDescription(**known)

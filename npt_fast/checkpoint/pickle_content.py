@@ -1,0 +1,101 @@
+"""What a pickle may hold: plain data and tensors, in a tree of bounded depth and size."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, pairwise
+from typing import Any
+
+from npt_fast.checkpoint.torch_symbols import OrderedDict, Symbol, TensorRef
+from npt_fast.errors import CheckpointError, printable
+
+MAX_DEPTH = 64
+"""Containers inside each other, for reader and writer."""
+
+_MAX_PATH = 160  # characters of keys in a message
+_LEAVES = frozenset((str, int, float, bool, type(None), TensorRef))
+_CONTAINERS = frozenset((dict, Counter, OrderedDict, list, tuple))
+
+
+class _Level:
+    """A container that is being looked through.
+
+    Attributes:
+        container: it.
+        items: what of it has not been looked at.
+        size: bytes of what has been, as if nothing were shared.
+        height: containers inside each other below it.
+    """
+
+    __slots__ = ("container", "height", "items", "size")
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+        self.items: Iterator[Any] = iter(container)
+        if isinstance(container, dict):
+            self.items = chain(container, container.values())
+        self.size = 64
+        self.height = 0
+
+
+def check_content(value: Any, max_memory: int, error: Callable[[str], CheckpointError]) -> None:
+    """Raise what `error` gives unless `value` is what `torch_pickle.decode` promises.
+
+    Args:
+        value: what the pickle holds.
+        max_memory: bytes that it may stand for, as if nothing were shared.
+        error: gives the exception for a problem.
+    """
+
+    def fail(problem: str, *found: Any) -> CheckpointError:
+        keys = []
+        for outer, inner in pairwise([*(level.container for level in levels), *found]):
+            items = outer.items() if isinstance(outer, dict) else ()
+            keys += [key for key, item in items if item is inner][:1]
+        return error(at(keys, problem))
+
+    measured: dict[int, tuple[int, int]] = {}  # of a container that was looked through
+    unfinished: set[int] = set()
+    levels = [_Level((value,))]
+    while True:
+        level = levels[-1]
+        for item in level.items:
+            kind = type(item)
+            if kind in _LEAVES:
+                level.size += 16 + len(item) if kind is str else 16
+                continue
+            if kind not in _CONTAINERS:
+                name = item.name if kind is Symbol else f"a value of type {kind.__name__}"
+                raise fail(f"{name} is neither plain data nor a tensor; refused", item)
+            if id(item) not in measured:
+                if id(item) in unfinished:
+                    raise fail("a container that holds itself; refused")
+                unfinished.add(id(item))
+                levels.append(_Level(item))
+                break
+            size, height = measured[id(item)]
+            level.size += size
+            level.height = max(level.height, height + 1)
+        else:
+            levels.pop()
+            if not levels:
+                return
+            above = levels[-1]
+            above.size += level.size
+            above.height = max(above.height, level.height + 1)
+            unfinished.discard(id(level.container))
+            measured[id(level.container)] = level.size, level.height
+        if len(levels) + level.height > MAX_DEPTH + 1:
+            raise fail(f"nested more than {MAX_DEPTH} deep; refused")
+        if level.size > max_memory:
+            raise fail(
+                f"stands for more than {max_memory:,} bytes, with what is shared counted "
+                "wherever it stands; refused"
+            )
+
+
+def at(keys: Sequence[str | int], problem: str) -> str:
+    """A problem with the first keys that lead to it, which are anybody's."""
+    path = printable(".".join(f"{key!s:.80}" for key in keys[:5]))[:_MAX_PATH]
+    return f"{path}: {problem}" if path else problem

@@ -1,0 +1,152 @@
+"""Streams of documents: Hugging Face datasets, local files, or Python's own help texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import NamedTuple
+
+import datasets  # type: ignore[import-untyped]
+
+from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.errors import CheckpointError, DataError
+from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
+from npt_fast.training import text_files
+
+
+class _HubDataset(NamedTuple):
+    path: str
+    name: str | None = None
+    revision: str | None = None
+
+
+_BOOKCORPUS = _HubDataset(
+    "bookcorpus/bookcorpus",
+    # the main branch has a loading script, which `datasets` no longer runs
+    revision="refs/convert/parquet",
+)
+_LARGE = (
+    _HubDataset("wikimedia/wikipedia", "20231101.en"),
+    _BOOKCORPUS,
+    _HubDataset("Skylion007/openwebtext"),
+)
+_PRESETS = {
+    "small": (_HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1"),),
+    "medium": (_HubDataset("Salesforce/wikitext", "wikitext-103-raw-v1"), _BOOKCORPUS),
+    "large": _LARGE,
+    "xlarge": (
+        *_LARGE,
+        _HubDataset("vblagoje/cc_news"),
+        _HubDataset("monology/pile-uncopyrighted"),
+    ),
+}
+
+
+def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
+    """Open a stream of documents: rows ``{"text": str}``, in the same order every time.
+
+    Args:
+        source: ``python-docs``: Python's own help texts, always available; ``small``, ``medium``,
+            ``large`` or ``xlarge``: presets of Hugging Face datasets; or a file, folder or glob of
+            .txt and .md (a paragraph is a document), .jsonl, .json and .parquet (with a column
+            ``text``).
+        seed: seed of the order in which the datasets of a preset are drawn, each equally likely.
+
+    Raises:
+        DataError: the source does not exist, or cannot be read.
+    """
+    if source == "python-docs":
+        texts = [text for _, text in sorted(topics.items())]
+        return datasets.IterableDataset.from_dict({"text": texts})
+    if source in _PRESETS:
+        streams = [_open_on_hub(source, dataset) for dataset in _PRESETS[source]]
+        return datasets.interleave_datasets(
+            streams,
+            probabilities=[1 / len(streams)] * len(streams),
+            seed=seed,
+            # each document once: held-out text must not come again
+            stopping_strategy="all_exhausted_without_replacement",
+        )
+    files = _find_files(source)
+    for file in files:
+        next(_read_rows([file]), None)  # a file of the wrong kind must fail now, not after hours
+    return datasets.IterableDataset.from_generator(_read_rows, gen_kwargs={"files": files})
+
+
+def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
+    try:
+        stream = datasets.load_dataset(
+            dataset.path, dataset.name, revision=dataset.revision, split="train", streaming=True
+        )
+        return stream.select_columns(["text"])
+    except Exception as error:  # the network, the Hub and every loader fail in their own way
+        remedy = "install zstandard" if "zstd" in str(error) else "check the network"
+        raise DataError(
+            f"{preset}: cannot open {dataset.path} of the Hugging Face Hub: {reason(error)}; "
+            f"{remedy}, or give a file or folder of text, or python-docs"
+        ) from error
+
+
+def _find_files(source: str) -> list[str]:
+    """List the text files of a source by name, including unreadable ones, which fail later."""
+    path = user_path(source)
+    with path_errors(path, DataError):
+        folder = is_directory(path)
+        found = _files_in(path) if folder else [path] if exists(path) else _matches(path)
+        files = sorted(
+            str(path)
+            for path in found
+            if path.suffix.lower() in text_files.READERS and not is_directory(path)
+        )
+        if not files and not folder and any(not is_file(path) for path in found):
+            raise DataError(f"{source}: not a regular file; give a file or folder of text")
+    if not files and not found and not folder:
+        raise DataError(
+            f"{source}: no such file or folder, and no file matches; give one, or one of "
+            f"python-docs, {', '.join(_PRESETS)}"
+        )
+    if not files:
+        raise DataError(f"{source}: has no text files; they end in {', '.join(text_files.READERS)}")
+    return files
+
+
+def _files_in(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(folder, onerror=refuse)
+    return [Path(parent, name) for parent, _, names in walk for name in names]
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """Like `glob.glob`, except that ``**`` does not follow links to folders: they may be cyclic."""
+    try:
+        found = list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    except ValueError as error:
+        raise DataError(f"{pattern}: {error}") from None
+    named = set(pattern.parts)
+    return [p for p in found if not any(n.startswith(".") and n not in named for n in p.parts)]
+
+
+def _read_rows(files: list[str]) -> Iterator[dict[str, str]]:
+    """Yield the rows of local files, opening each file when its turn comes."""
+    for name in files:
+        try:
+            file = SourceFile.of(Path(name), follow_links=True)
+            for text in text_files.read_documents(file) if file.size else ():
+                yield {"text": text}
+        except CheckpointError as error:
+            raise DataError(str(error)) from None
+        except DataError:
+            raise
+        except Exception as error:  # pyarrow fails in its own ways
+            raise DataError(
+                f"{name}: cannot be read: {reason(error)}; repair or remove it"
+            ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if the message is empty."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,411 @@
+"""One training run in this process: from options to checkpoints."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from npt_fast.checkpoint.publish import disk_errors
+from npt_fast.checkpoint.training_run import FINAL
+from npt_fast.checkpoint.training_state import TrainingState
+from npt_fast.config import NPTConfig, TrainOptions, parse_size
+from npt_fast.errors import TrainingError, printable
+from npt_fast.hf.base_model import load_base_model
+from npt_fast.hf.checkpoint import load
+from npt_fast.hf.convert import components, convert, decoder_layers
+from npt_fast.paths import user_path
+from npt_fast.training.curriculum import parse_curriculum
+from npt_fast.training.distillation import Distillation
+from npt_fast.training.evaluation import Evaluation, collate
+from npt_fast.training.metrics_log import MetricsLog
+from npt_fast.training.progress import Progress, read_progress
+from npt_fast.training.run_directory import RunDirectory
+from npt_fast.training.state import read_state
+from npt_fast.training.token_windows import TokenWindows
+from npt_fast.training.trainer import NPTTrainer
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a training run did.
+
+    Attributes:
+        output: folder of the run.
+        checkpoint: the last checkpoint.
+        global_step: optimizer steps taken, including those before resuming.
+        layers: trained layers, ascending.
+        seconds: duration of the run, including evaluation and saving.
+        evaluation: the last evaluation, None if there was none.
+        stopped_by: number of the signal that stopped the run early, 0 if none did.
+    """
+
+    output: Path
+    checkpoint: Path
+    global_step: int
+    layers: tuple[int, ...]
+    seconds: float
+    evaluation: Evaluation | None
+    stopped_by: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def train_here(options: TrainOptions) -> TrainReport:
+    """Train in this process, which may be one of several.
+
+    Raises:
+        NPTError: as `npt_fast.train`.
+    """
+    begun = time.monotonic()
+    is_main_process = int(os.environ.get("RANK", "0")) == 0
+
+    def say(line: str) -> None:
+        if is_main_process:
+            print(printable(line), file=sys.stderr, flush=True)
+
+    stages = parse_curriculum(options.curriculum_stages)
+    checkpoint, training_state = _open_resumed(options)
+    progress = read_progress(training_state)
+    first_step = training_state.global_step if training_state else 0
+    if first_step >= options.max_steps:
+        raise TrainingError(
+            f"{options.resume_from}: is at step {first_step}, so --max_steps {options.max_steps} "
+            "leaves nothing to do; max_steps includes the steps before resuming"
+        )
+    output = output_directory(options)
+    run = RunDirectory(output, resuming=checkpoint is not None) if is_main_process else None
+    metrics = None
+    try:
+        arguments = _training_arguments(options, output)
+        model, tokenizer = load_base_model(
+            options.model_name,
+            dtype=options.base_dtype,
+            device=arguments.device,
+            keep_on_cpu=bool(arguments.fsdp),  # the whole model may not fit on one device
+            trust_remote_code=options.trust_remote_code,
+        )
+        layers = _add_layers(model, options, checkpoint, say)
+        windows, held_out = _open_data(options, model, tokenizer, checkpoint, progress, say)
+        distillation = Distillation(
+            model,
+            layer_weights=_layer_weights(options, model),
+            loss=options.loss,
+            direct_weight=options.direct_mlp_weight,
+            sink_weight=options.sink_weight,
+            fidelity_weight=options.fidelity_weight,
+            reg_weight=options.lambda_reg,
+            cache_bytes=parse_size(options.teacher_cache),
+        )
+        if options.init_strategy == "zero":
+            known = checkpoint.modules if checkpoint else {}
+            fresh = [layer for layer in layers if layer not in known]
+            text = collate(held_out[:4])["input_ids"].to(model.device)
+            distillation.calibrate(text, fresh)
+        config = {name: _plain(value) for name, value in asdict(options).items()}
+        del config["trust_remote_code"]  # must be repeated for every run, never read from a file
+        if run is not None:
+            with disk_errors(output, TrainingError):
+                metrics = MetricsLog(output, options, first_step, config)
+                (output / CONFIG).write_bytes(strict_json.dump(config))
+        _say_setup(say, options, model, layers, output, first_step)
+        with _deferred_signals() as stop_signal:
+            trainer = NPTTrainer(
+                distillation,
+                options,
+                arguments,
+                tokenizer=tokenizer,
+                stages=stages,
+                windows=windows,
+                held_out=held_out,
+                run=run,
+                metrics=metrics,
+                resumed=checkpoint,
+                training_state=training_state,
+                progress=progress,
+                stop_signal=stop_signal,
+                say=say,
+            )
+            trainer.train()
+        step = trainer.state.global_step
+        if run is not None and not trainer.stopped_by:
+            run.link(step, FINAL)
+        trainer.accelerator.wait_for_everyone()
+        return TrainReport(
+            output=output,
+            checkpoint=output / "checkpoints" / f"checkpoint-{step}",
+            global_step=step,
+            layers=tuple(layers),
+            seconds=time.monotonic() - begun,
+            evaluation=trainer.evaluation,
+            stopped_by=trainer.stopped_by,
+        )
+    finally:
+        if metrics is not None:
+            metrics.close()
+        if run is not None:
+            run.close()
+
+
+def output_directory(options: TrainOptions) -> Path:
+    """The folder a run writes to: `output_dir`, else ``experiments/<wandb_name>``."""
+    if options.output_dir is not None:
+        return user_path(options.output_dir)
+    name = options.wandb_name
+    if name is None:
+        base = re.sub(r"[^A-Za-z0-9._-]", "_", options.model_name.rstrip("/").split("/")[-1])
+        layers = "-".join(str(layer) for layer in options.layers)
+        name = f"npt_layers_{layers}_{base}_{time.strftime('%Y%m%d_%H%M%S')}"
+    if name in (".", "..") or "/" in name:
+        raise TrainingError(f"wandb_name {name!r} is not a folder name; use --output_dir")
+    return Path("experiments") / name
+
+
+def _open_resumed(options: TrainOptions) -> tuple[Checkpoint | None, TrainingState | None]:
+    if options.resume_from is None:
+        return None, None
+    checkpoint = open_checkpoint(options.resume_from)
+    return checkpoint, read_state(checkpoint)
+
+
+def _training_arguments(options: TrainOptions, output: Path) -> TrainingArguments:
+    warmup = options.warmup_steps
+    if warmup is None:
+        warmup = min(1000, options.max_steps // 10)
+    cpu = options.cpu or not torch.cuda.is_available()
+    fsdp: dict[str, Any] = {}
+    if options.parallel == "fsdp2" and "LOCAL_RANK" in os.environ:
+        fsdp = {"fsdp": True, "fsdp_config": {"version": 2}}
+    return TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        learning_rate=options.learning_rate,
+        warmup_steps=warmup,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.gradient_clip,
+        max_steps=options.max_steps,
+        bf16=options.mixed_precision,
+        fp16=options.fp16,
+        use_cpu=cpu,
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if cpu and "LOCAL_RANK" in os.environ else None,
+        dataloader_pin_memory=not cpu,
+        accelerator_config={"dispatch_batches": False, "split_batches": False},
+        remove_unused_columns=False,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=options.seed,
+        log_level="error",
+        **fsdp,
+    )
+
+
+def _add_layers(
+    model: Any, options: TrainOptions, checkpoint: Checkpoint | None, say: Callable[[str], None]
+) -> list[int]:
+    """Add NP layers: those in the checkpoint as they are there, the others fresh.
+
+    Returns:
+        The layers, ascending.
+    """
+    layers = sorted(_layer_indices(options, model))
+    known = [layer for layer in layers if checkpoint and layer in checkpoint.modules]
+    if checkpoint is not None:
+        for line in (*checkpoint.notes, *checkpoint.unread.values()):
+            say(f"Note: {line}")
+        if not known:
+            raise TrainingError(
+                f"{checkpoint.given}: has layers {list(checkpoint.modules)}, none of "
+                f"--train_layers {layers}; leave out --resume_from"
+            )
+        name = checkpoint.model_name
+        if name is not None and name != options.model_name:
+            say(f"Note: {checkpoint.given} was trained on {name}, this is {options.model_name}")
+        load(model, checkpoint, layers=known)
+        left = [layer for layer in checkpoint.modules if layer not in layers]
+        if left:
+            say(
+                f"Note: layers {left} of {checkpoint.given} are not trained and will not be in the "
+                "new checkpoints; merge them in afterwards"
+            )
+    for layer in layers:
+        if layer in known:
+            continue
+        # a seed per layer: a layer starts the same whichever layers are trained beside it
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed * 1_000_003 + layer)
+            convert(model, _npt_config(options, layer))
+    return layers
+
+
+def _layer_indices(options: TrainOptions, model: Any) -> list[int]:
+    """Indices of the layers from 0, in the order in which `train_layers` names them."""
+    count = len(decoder_layers(model))
+    for layer in options.layers:
+        if not -count <= layer < count:
+            raise TrainingError(
+                f"train_layers: there is no layer {layer}, the model has {count} layers"
+            )
+    layers = [layer % count for layer in options.layers]
+    if len(set(layers)) < len(layers):
+        raise TrainingError(f"train_layers names a layer twice: {layers}")
+    return layers
+
+
+def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
+    return NPTConfig(
+        layers=[layer],
+        rank=options.np_rank,
+        num_ranks=options.num_ranks,
+        modulation=options.modulation,
+        residual=options.residual,
+        init=options.init_strategy,
+        init_scale=options.np_init_scale,
+    )
+
+
+def _layer_weights(options: TrainOptions, model: Any) -> dict[int, float]:
+    """Loss weights by layer; `layer_weights` gives them in the order of `train_layers`."""
+    layers = _layer_indices(options, model)
+    text = options.layer_weights
+    if text == "uniform":
+        values = [1.0] * len(layers)
+    elif text == "linear":
+        values = [1 - 0.5 * n / max(len(layers) - 1, 1) for n in range(len(layers))]
+    else:
+        try:
+            values = [float(value) for value in text.split(",")]
+        except ValueError:
+            values = []
+        if len(values) != len(layers) or not all(0 < value < float("inf") for value in values):
+            raise TrainingError(
+                f"layer_weights {text!r} is not uniform, linear or {len(layers)} positive numbers"
+            )
+    return dict(zip(layers, values, strict=True))
+
+
+def _open_data(
+    options: TrainOptions,
+    model: Any,
+    tokenizer: Any,
+    checkpoint: Checkpoint | None,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> tuple[TokenWindows, list[Any]]:
+    """Open the training text where the run resumes, and return the held-out windows with it."""
+    os.environ.setdefault("RAYON_NUM_THREADS", str(options.num_workers))
+
+    def open_windows(start: Any) -> TokenWindows:
+        return TokenWindows(
+            options.data,
+            tokenizer,
+            max_length=options.max_length,
+            stride=options.stride,
+            seed=options.seed,
+            held_out=0 if options.eval_data else options.num_eval_samples,
+            start=start,
+        )
+
+    windows = open_windows(None)
+    state = progress.data
+    if state is not None and checkpoint is not None:
+        if not windows.accepts(state):
+            say("Note: the data or the windows are not those of before, so the text starts over")
+        elif max(state["tokens"], default=0) >= model.get_input_embeddings().num_embeddings:
+            raise TrainingError(
+                f"{checkpoint.given}: data_state: its tokens are not in the vocabulary of "
+                f"{options.model_name}"
+            )
+        else:
+            try:
+                windows = open_windows(state)
+            except ValueError as error:
+                raise TrainingError(f"{checkpoint.given}: data_state: {error}") from None
+    if options.eval_data is None:
+        return windows, windows.held_out_windows()
+    other = TokenWindows(
+        options.eval_data,
+        tokenizer,
+        max_length=options.max_length,
+        held_out=options.num_eval_samples,
+    )
+    return windows, other.held_out_windows()
+
+
+def _say_setup(
+    say: Callable[[str], None],
+    options: TrainOptions,
+    model: Any,
+    layers: list[int],
+    output: Path,
+    first_step: int,
+) -> None:
+    say(f"Base model: {options.model_name}")
+    for layer in layers:
+        component = components(model)[layer]
+        count = sum(parameter.numel() for parameter in component.parameters())
+        say(
+            f"Layer {layer}: {component.modulation_type}, num_ranks {component.num_ranks}, "
+            f"rank {component.rank}, residual {component.residual}, {count:,} parameters"
+        )
+    say(f"Steps: {first_step} to {options.max_steps}, curriculum {options.curriculum_stages}")
+    say(
+        f"Losses: {options.loss}, direct {options.direct_mlp_weight}, fidelity "
+        f"{options.fidelity_weight}, regularization {options.lambda_reg}"
+    )
+    say(f"Output: {output}")
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[Callable[[], int]]:
+    """Defer SIGTERM and Ctrl-C to the end of the step, which is then saved; a second one exits.
+
+    Yields:
+        A function that returns the number of the deferred signal, 0 if there is none.
+    """
+    received, since = 0, 0.0
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0  # Python handles signals in the main thread only
+        return
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal received, since
+        if not received:
+            received, since = number, time.monotonic()
+        elif time.monotonic() - since > 1:
+            # within 1 s it is the same Ctrl-C: the terminal sends it to all processes, and
+            # `launch` forwards it
+            raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

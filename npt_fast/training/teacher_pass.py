@@ -1,0 +1,196 @@
+"""The teacher's pass of a training step: the base model's activations in the trained layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from npt_fast.hf.convert import components, decoder_layers, disabled
+from npt_fast.modules import NPComponent
+
+
+class Activations(NamedTuple):
+    """Activations of the base model in one trained layer, each ``(B, S, D)``.
+
+    Attributes:
+        hidden: input of the layer.
+        attention: output of its attention.
+        mlp: output of its MLP.
+    """
+
+    hidden: Tensor
+    attention: Tensor
+    mlp: Tensor
+
+    @property
+    def output(self) -> Tensor:
+        """Output of the layer, ``(B, S, D)``."""
+        return self.hidden + self.attention + self.mlp
+
+
+class TeacherPass(NamedTuple):
+    """Results of the teacher's pass.
+
+    Attributes:
+        activations: activations by trained layer.
+        calls: keyword arguments each layer was called with, by layer: positions and masks, which
+            may differ between layers.
+        final: hidden states after the last layer that was run, ``(B, S, D)``.
+    """
+
+    activations: dict[int, Activations]
+    calls: dict[int, dict[str, Any]]
+    final: Tensor
+
+
+def trained_layers(model: nn.Module) -> dict[int, NPComponent]:
+    """NP components that are on, by layer index, ascending."""
+    return {n: part for n, part in components(model).items() if part.enabled}
+
+
+@torch.no_grad()
+def run_teacher(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    record_calls: bool = False,
+    all_layers: bool = False,
+) -> TeacherPass:
+    """Run the base model, up to the last trained layer.
+
+    Args:
+        model: model with NP layers, which are off during the pass.
+        input_ids: ``(B, S)``.
+        attention_mask: ``(B, S)``, 1 for tokens, 0 for padding; None without padding.
+        record_calls: whether to record how each layer from the first trained one on is called.
+        all_layers: whether to run the layers after the last trained one too.
+    """
+    trained = trained_layers(model)
+    end = len(decoder_layers(model)) if all_layers else max(trained) + 1
+    decoder = model.get_decoder()
+    called = range(min(trained), end) if record_calls else ()
+    with disabled(model), _recorded(model, trained, called) as record, _truncated(decoder, end):
+        final = decoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    activations = {
+        n: Activations(record.hidden[n], record.attention[n], record.mlp[n]) for n in trained
+    }
+    return TeacherPass(activations, record.calls, final)
+
+
+class TeacherCache:
+    """Cache of the teacher's activations by window, in main memory.
+
+    Each window is computed alone, because its last bits may depend on the batch it is in. So a run
+    that resumes with an empty cache ends with the same bits.
+
+    Args:
+        limit: bytes that the cache may hold.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
+        self.hits = 0
+        self.misses = 0
+        self._held: dict[int, dict[int, Activations]] = {}
+
+    def get(
+        self,
+        windows: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        compute: Callable[[Tensor, Tensor | None], dict[int, Activations]],
+    ) -> dict[int, Activations]:
+        """Activations of a batch by layer.
+
+        Args:
+            windows: numbers of the rows' windows, ``(B,)``; equal numbers mean equal texts.
+            input_ids: ``(B, S)``.
+            attention_mask: ``(B, S)``, or None without padding.
+            compute: computes the activations of one window, by layer.
+        """
+        rows = []
+        for row, window in enumerate(windows.tolist()):
+            found = self._held.get(window)
+            if found is None:
+                self.misses += 1
+                one = slice(row, row + 1)
+                mask = None if attention_mask is None else attention_mask[one]
+                found = compute(input_ids[one], mask)
+                size = sum(t.nbytes for seen in found.values() for t in seen)
+                if self.size + size <= self.limit:
+                    self.size += size
+                    self._held[window] = {
+                        n: Activations(*(t.cpu() for t in s)) for n, s in found.items()
+                    }
+            else:
+                self.hits += 1
+            rows.append(found)
+        device = input_ids.device
+        return {
+            n: Activations(
+                *(
+                    torch.cat([t.to(device) for t in ts])
+                    for ts in zip(*(row[n] for row in rows), strict=True)
+                )
+            )
+            for n in rows[0]
+        }
+
+
+class _Record(NamedTuple):
+    hidden: dict[int, Tensor]
+    attention: dict[int, Tensor]
+    mlp: dict[int, Tensor]
+    calls: dict[int, dict[str, Any]]
+
+
+@contextmanager
+def _recorded(
+    model: nn.Module, trained: Collection[int], called: Collection[int]
+) -> Iterator[_Record]:
+    """Record what the layers `trained` compute, and how the layers `called` are called."""
+    record = _Record({}, {}, {}, {})
+    layers = decoder_layers(model)
+    with ExitStack() as stack:
+
+        def on(handle: Any) -> None:
+            stack.callback(handle.remove)
+
+        for index in {*trained, *called}:
+
+            def before(_: Any, args: Any, kwargs: Any, index: int = index) -> None:
+                call = dict(kwargs)
+                hidden = args[0] if args else call.pop("hidden_states")
+                if index in trained:
+                    record.hidden[index] = hidden
+                record.calls[index] = call
+
+            on(layers[index].register_forward_pre_hook(before, with_kwargs=True))
+        for index in trained:
+
+            def attention(_: Any, args: Any, output: Any, index: int = index) -> None:
+                record.attention[index] = output[0]
+
+            def mlp(_: Any, args: Any, output: Tensor, index: int = index) -> None:
+                record.mlp[index] = output
+
+            on(layers[index].get_submodule("self_attn").register_forward_hook(attention))
+            on(layers[index].get_submodule("mlp").register_forward_hook(mlp))
+        yield record
+
+
+@contextmanager
+def _truncated(decoder: Any, end: int) -> Iterator[None]:
+    """Cut the decoder after layer ``end - 1`` for the time being."""
+    layers = decoder.layers
+    decoder.layers = layers[:end]
+    try:
+        yield
+    finally:
+        decoder.layers = layers

@@ -1,0 +1,37 @@
+"""Fixtures that several training tests share."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import pytest
+
+from tests.training import runs
+from tests.training.runs import Place
+
+
+@pytest.fixture
+def offline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Fail a test that tries to reach the network; libraries would hide the refusal itself."""
+    tried = []
+
+    def refuse(*args: Any, **options: Any) -> None:
+        tried.append(args)
+        raise OSError("offline")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf")))
+    yield
+    assert not tried
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with runs.place(tmp_path_factory.mktemp("place")) as found:
+        yield found
