@@ -17,6 +17,10 @@ from tests.fork_server import ForkServer
 if "ttsem" not in sys.modules and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two workers would wait for each other
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
 DATA = Path(__file__).parent / "data" / "smollm2_135m"
 
 
