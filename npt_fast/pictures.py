@@ -1,4 +1,4 @@
-"""Pictures by matplotlib, without a display."""
+"""Draw pictures with matplotlib, without a display."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from npt_fast.paths import is_directory, path_errors, user_path
 
 
 def figure_class() -> Any:
-    """matplotlib's Figure.
+    """The class Figure of matplotlib.
 
     Raises:
-        NPTError: it is not installed.
+        NPTError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -23,10 +23,10 @@ def figure_class() -> Any:
 
 
 def check(given: str | Path) -> None:
-    """Before minutes of work: whether a picture can be drawn and its file written.
+    """Check that a picture can be drawn and written, before minutes of work are spent on it.
 
     Raises:
-        NPTError: matplotlib or the folder is missing, or the file's name says no format.
+        NPTError: matplotlib or the folder is missing, or the file's name has no known ending.
     """
     path = user_path(given)
     formats = figure_class()().canvas.get_supported_filetypes()
@@ -38,10 +38,10 @@ def check(given: str | Path) -> None:
 
 
 def save(figure: Any, path: str | Path) -> None:
-    """Write a figure, in the format that the file's name says.
+    """Write a figure; the ending of the file's name selects the format.
 
     Raises:
-        NPTError: the folder is missing, or the format unknown.
+        NPTError: the file cannot be written, or the format is unknown.
     """
     path = user_path(path)
     try:

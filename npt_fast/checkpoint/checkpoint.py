@@ -144,7 +144,7 @@ def is_checkpoint_file(name: str) -> bool:
 
 
 def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
-    """Split ``"A:5,11-13"`` into path and layers; an existing path of the whole name is no split.
+    """Split ``"A:5,11-13"`` into path and layers, unless a path of that whole name exists.
 
     Raises:
         MergeError: the text after the colon looks like layers but is no valid list of them.
