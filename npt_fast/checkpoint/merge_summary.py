@@ -1,7 +1,7 @@
-"""``merge_summary.json`` as a typed object: where a merge's layers came from, and its digests.
+"""``merge_summary.json`` as a typed object: the sources of a merge's layers, and its digests.
 
-The file may be anybody's: what is in it is checked against its types once, here. A merge writes it
-in `merge_report.summary_of`.
+The file is untrusted: the types of its fields are checked once, here. `merge_report.summary_of`
+makes its content.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What ``merge_summary.json`` says of a layer.
+    """What ``merge_summary.json`` says about one layer.
 
     Attributes:
-        source: the checkpoint that the merge got it from.
-        step: optimizer steps that it was trained for.
-        chain: where that checkpoint had it from, and so on, nearest first.
+        source: checkpoint that the merge took the layer from.
+        step: optimizer steps that the layer was trained for.
+        chain: checkpoints that `source` got the layer from in earlier merges, newest first.
     """
 
     source: str | None = None
@@ -64,18 +64,20 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class MergeSummary:
-    """The content of ``merge_summary.json``; what it leaves out is None, or empty.
+    """The content of ``merge_summary.json``; fields that the file leaves out are None or empty.
 
     Attributes:
-        merged_layers: layers of the output.
-        layers: where each came from; all that a merge by the original says are the sources.
-        total_parameters: weights.
-        checkpoint_keys: weight tensors.
-        inputs: path and selected layers of each; None for all of its layers.
-        working_directory: what relative paths of inputs are relative to, seen from the output.
+        merged_layers: layers of the merged checkpoint.
+        layers: origin of each layer, by index; the original records only the sources.
+        total_parameters: number of weights.
+        checkpoint_keys: number of weight tensors.
+        inputs: path and selected layers of each input; None stands for all of its layers.
+        working_directory: directory that relative paths of inputs are relative to, itself relative
+            to the merged checkpoint.
         options: keywords of `MergeOptions`, perhaps of another version.
-        files: SHA-256 of files, or of what describes their tensors, by name.
-        tensors: digests by file and tensor, where they were before they had a file of their own.
+        files: SHA-256 of each file, or of its header if it has tensors, by name.
+        tensors: digests by file and tensor; files of early versions have them here instead of in
+            ``merge_digests.txt``.
     """
 
     merged_layers: tuple[int, ...] | None
@@ -90,10 +92,14 @@ class MergeSummary:
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], where: str) -> MergeSummary:
-        """Check what is used against its types.
+        """Build a summary from the file's content; the type of every used field is checked.
+
+        Args:
+            content: JSON object of the file.
+            where: name of the file, for messages.
 
         Raises:
-            CheckpointError: something has another type.
+            CheckpointError: a field has the wrong type.
         """
         top = checked(content, _SUMMARY, (), where, CheckpointError)
         layers = {
