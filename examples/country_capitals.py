@@ -1,9 +1,9 @@
-"""What injections do to right and injected answers: 24 countries, paraphrases, and controls.
+"""Measure how injections change answers, with 24 countries, paraphrases and control prompts.
 
     python examples/country_capitals.py experiments/merged_11_13_23 > tables.md
 
-Every country's prompts get the modulation of the next country in the list, at their last token.
-docs/transfer_report.md says what came out.
+The modulation of the next country in the list is injected into each country's prompts, at their
+last token. docs/transfer_report.md discusses the results.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ STRENGTHS = (0.5, 1.0, 2.0, 3.0)
 
 
 class Batch:
-    """All prompts but their last tokens, which are read once: an injection there needs no more."""
+    """A batch of prompts; all tokens but the last, where injections are, are run only once."""
 
     def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[str]) -> None:
         self.model = model
@@ -71,7 +71,7 @@ class Batch:
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """Of the next token, ``(prompts, vocab)``, with whatever is injected now."""
+        """Logits of the next token, ``(prompts, vocab)``, with the current injection."""
         out = self.model(
             input_ids=self.last, attention_mask=self.mask, position_ids=self.places[:, -1:],
             past_key_values=self.cache, use_cache=True,
@@ -82,7 +82,7 @@ class Batch:
 
 
 class Row(NamedTuple):
-    """A prompt with the first tokens of the right answer and of the injected one."""
+    """A prompt, with the first token of the right answer and of the injected answer."""
 
     group: str
     prompt: str
@@ -136,7 +136,7 @@ def main() -> None:
             ]
             for kind, mode, strength in settings():
                 found = [modulation(model, tokenizer, source, kind) for source in sources]
-                # the last token comes by itself, behind a cache: to inject, it is a new one
+                # the last token is run alone, behind a cache, so that it counts as decoding
                 with npt.inject(
                     model, found * (len(rows) // len(found)), mode=mode, strength=strength,
                     when="decode",
@@ -154,7 +154,11 @@ def settings() -> Iterator[tuple[str, Any, float]]:
 
 
 def modulation(model: Any, tokenizer: Any, country: str, kind: str) -> npt.Modulation:
-    """`last`: of the prompt's last token; `sequence`: mean over prompt and answer."""
+    """Modulation of a country's prompt: at its last token, or the mean over prompt and answer.
+
+    Args:
+        kind: ``"last"`` or ``"sequence"``.
+    """
     text = PROMPT.format(country)
     if kind == "last":
         return npt.extract(model, tokenizer, text)
@@ -163,7 +167,7 @@ def modulation(model: Any, tokenizer: Any, country: str, kind: str) -> npt.Modul
 
 
 def figures(rows: Sequence[Row], before: Tensor, after: Tensor) -> list[str]:
-    """Mean probabilities and shares of each group of prompts."""
+    """Cells of one table row: mean probabilities and shares of each group of prompts."""
     probabilities = after.softmax(-1)
     right = torch.tensor([row.right for row in rows])
     injected = torch.tensor([row.injected for row in rows])
@@ -194,11 +198,11 @@ def figures(rows: Sequence[Row], before: Tensor, after: Tensor) -> list[str]:
 def trace_pairs(
     model: Any, tokenizer: Any, countries: Sequence[str], sources: Sequence[str]
 ) -> None:
-    """What could be had at best: the attention output itself, in the plain base model."""
+    """Print the best possible effect: patching attention outputs in the base model itself."""
     strongest: list[int] = []
-    flips: list[int] = []  # to the injected answer
-    others: list[int] = []  # to another one
-    tracked = torch.zeros(len(decoder_layers(model)), 2)  # right, injected
+    flips: list[int] = []  # layers whose patch puts the injected answer on top
+    others: list[int] = []  # layers whose patch puts another answer on top
+    tracked = torch.zeros(len(decoder_layers(model)), 2)  # mean probability: right, injected
     for country, source in zip(countries, sources, strict=True):
         answers = [f" {CAPITALS[name]}" for name in (country, source)]
         found = trace(
