@@ -1,4 +1,4 @@
-"""Whatever stands in the small files, what comes out has the types that it declares."""
+"""Whatever the small files contain, the parsed objects have the types that they declare."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def spoilt(document: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type, all the way down."""
+    """Whether a value has an annotated type, and its items too."""
     if is_dataclass(hint):
         assert isinstance(hint, type)
         hints = get_type_hints(hint)
