@@ -67,11 +67,11 @@ class PartProvenance:
     """Where one part of a joined layer comes from.
 
     Attributes:
-        source: the checkpoint that the merge took it from.
-        step: optimizer steps that it was trained for.
-        chain: where that checkpoint had it from, and so on, nearest first.
-        num_ranks: its components in the joined layer.
-        divisor: what its ``W_b_up`` were divided by.
+        source: checkpoint that the merge took the part from.
+        step: optimizer steps that the part was trained for.
+        chain: checkpoints that `source` got the part from in earlier merges, newest first.
+        num_ranks: number of its components in the joined layer.
+        divisor: number that its ``W_b_up`` were divided by.
     """
 
     source: str
@@ -86,11 +86,11 @@ class Provenance:
     """Where a layer comes from.
 
     Attributes:
-        source: the checkpoint that the merge took it from; several joined by `` + ``.
-        step: optimizer steps that it was trained for.
-        chain: where that checkpoint had it from, and so on, nearest first.
-        digest: SHA-256 over the digests of its tensors; None unless all are known.
-        parts: of a layer that ``concat`` or ``mean`` joined.
+        source: checkpoint that the merge took the layer from; several are joined by ``+``.
+        step: optimizer steps that the layer was trained for.
+        chain: checkpoints that `source` got the layer from in earlier merges, newest first.
+        digest: SHA-256 over the names and digests of its tensors; None unless all are known.
+        parts: origin of each part of a layer that ``concat`` or ``mean`` joined, else empty.
     """
 
     source: str | None = None
@@ -100,6 +100,7 @@ class Provenance:
     parts: tuple[PartProvenance, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
+        """The layer's entry in the file; ``parts`` is left out unless there are several."""
         facts = {
             "step": self.step,
             "source": self.source,
@@ -111,18 +112,20 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class MergeSummary:
-    """The content of ``merge_summary.json``; what it leaves out is None, or empty.
+    """The content of ``merge_summary.json``; fields that the file leaves out are None or empty.
 
     Attributes:
-        merged_layers: layers of the output.
-        layers: where each came from; a merge by the original records only the sources.
+        merged_layers: layers of the merged checkpoint.
+        layers: origin of each layer, by index; the original records only the sources.
         total_parameters: number of weights.
         checkpoint_keys: number of weight tensors.
-        inputs: path and selected layers of each; None for all of its layers.
-        working_directory: what relative paths of inputs are relative to, seen from the output.
+        inputs: path and selected layers of each input; None stands for all of its layers.
+        working_directory: directory that relative paths of inputs are relative to, itself relative
+            to the merged checkpoint.
         options: keywords of `MergeOptions`, perhaps of another version.
-        files: SHA-256 of files, or of what describes their tensors, by name.
-        tensors: digests by file and tensor, where they were before they had a file of their own.
+        files: SHA-256 of each file, or of its header if it has tensors, by name.
+        tensors: digests by file and tensor; files of early versions have them here instead of in
+            ``merge_digests.txt``.
     """
 
     merged_layers: tuple[int, ...] | None
@@ -136,7 +139,7 @@ class MergeSummary:
     tensors: Mapping[str, Mapping[str, str]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The file's content, in the order in which its keys are written."""
+        """The content of the file; `parse` turns it back into the same summary."""
         return {
             "merged_layers": self.merged_layers,
             "layer_sources": {str(layer): facts.source for layer, facts in self.layers.items()},
@@ -151,14 +154,14 @@ class MergeSummary:
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], where: str) -> MergeSummary:
-        """Check the types of a file's content.
+        """Build a summary from the file's content; the type of every used field is checked.
 
         Args:
-            content: the JSON object.
-            where: file, for messages.
+            content: JSON object of the file.
+            where: name of the file, for messages.
 
         Raises:
-            CheckpointError: a value has the wrong type.
+            CheckpointError: a field has the wrong type.
         """
         top = checked(content, _TOP, (), where, CheckpointError)
         sources = top.get("layer_sources") or {}
