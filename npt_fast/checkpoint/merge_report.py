@@ -1,4 +1,4 @@
-"""What a merge tells: a typed report for the caller, ``merge_summary.json`` for everyone later."""
+"""What a merge reports: `MergeReport` for the caller, ``merge_summary.json`` for later readers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class LayerReport:
     """One layer of a merged checkpoint.
 
     Attributes:
-        layer: index.
-        source: input it came from; several are joined by ``+``.
-        step: optimizer steps it was trained for, where known.
+        layer: index of the layer.
+        source: input that the layer came from; several inputs are joined by ``+``.
+        step: optimizer steps that the layer was trained for; None if unknown.
         architecture: modulation type, num_ranks, rank and widths.
         parameters: number of weights.
-        changed: tensors that are not plain copies.
-        optimizer: ``"kept"``, ``"fresh"``, ``"partly fresh"``, or ``"left out"``.
+        changed: number of tensors that are not plain copies.
+        optimizer: what became of the optimizer state: ``"kept"``, ``"fresh"``, ``"partly fresh"``
+            or ``"left out"``.
     """
 
     layer: int
@@ -47,24 +48,24 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did, or, for a dry run, would do.
+    """What a merge did, or what a dry run would do.
 
     Attributes:
-        output: the merged checkpoint.
-        layers: its layers.
+        output: path of the merged checkpoint.
+        layers: report of each layer, ascending.
         total_parameters: number of weights.
         checkpoint_keys: number of weight tensors.
         global_step: step that training continues from; None without training state.
-        files: bytes of each written file.
-        ways: bytes by the way they took (`byte_mover.WAYS`, ``computed``, ``headers``); for a dry
-            run by the way they are expected to take.
-        free_bytes: space on the target's file system before the merge.
-        needed_bytes: space the output takes there; cloned blocks take none.
-        seconds: wall time.
-        warnings: lines for the user.
-        notes: lines for the user that need no attention.
-        dry_run: whether nothing was written.
-        verification: the proof, if one was asked for.
+        files: size in bytes of each written file, by name.
+        ways: bytes moved by each way (`byte_mover.WAYS`, ``computed``, ``headers``); for a dry run,
+            the expected bytes.
+        free_bytes: free space in bytes on the target's file system before the merge.
+        needed_bytes: space in bytes that the output takes there; cloned blocks take none.
+        seconds: wall time in seconds.
+        warnings: lines that the user should read.
+        notes: lines that need no attention.
+        dry_run: whether this was a dry run, which writes nothing.
+        verification: outcome of the verification; None if none was asked for.
     """
 
     output: str
@@ -162,10 +163,11 @@ def summary_of(plan: MergePlan, target: Path, digests: DigestWriter) -> MergeSum
 
 
 def _working_directory(plan: MergePlan, target: Path) -> str | None:
-    """What relative paths of inputs are relative to, seen from the output; None without any.
+    """The current directory relative to the output; None if all inputs have absolute paths.
 
-    Nothing absolute is recorded, so that a tree which is moved or copied whole stays true, and who
-    publishes a checkpoint does not tell the names of the folders above it.
+    Relative paths of inputs are relative to this directory. No absolute path is recorded, so that
+    the paths stay valid when the whole tree is moved, and a published checkpoint does not reveal
+    the names of its publisher's folders.
     """
     if all(os.path.isabs(item.checkpoint.given) for item in plan.inputs):
         return None
@@ -197,7 +199,7 @@ def _chain(record: LayerRecord) -> tuple[str, ...]:
 
 
 def layer_digest(names: Sequence[str], digests: Mapping[str, str]) -> str | None:
-    """One digest for a layer, from those of its tensors; None unless all are known."""
+    """SHA-256 over the names and digests of a layer's tensors; None unless all are known."""
     if not all(name in digests for name in names):
         return None
     lines = "".join(f"{name} {digests[name]}\n" for name in names)
