@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
-from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint, is_checkpoint_file
+from npt_fast.checkpoint.checkpoint import Checkpoint, is_checkpoint_file
 from npt_fast.checkpoint.digests import DigestWriter
 from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
+from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back, read_back_records
@@ -94,7 +95,7 @@ def merge(
             else:
                 for digest in plan.known_digests():
                     digests.add(*digest)
-        summary = strict_json.dump(summary_of(plan, target, digests))
+        summary = strict_json.dump(summary_of(plan, target, digests).to_dict())
         _write_file(BytesFile(MERGE_SUMMARY, summary), staged, mover, lambda count: None)
         read_back_records(staged.path, target)
         if force and paths.exists(target):

@@ -12,14 +12,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from npt_fast.checkpoint.checkpoint import (
-    MERGE_SUMMARY,
-    Checkpoint,
-    open_checkpoint,
-)
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
 from npt_fast.checkpoint.examination import Examination, VerifyReport, file_sha256
-from npt_fast.checkpoint.merge_summary import MergeSummary
+from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.tensor_source import locate_checkpoint
 from npt_fast.config import MergeOptions, Progress
