@@ -48,6 +48,7 @@ _FILES = {
 }
 T = TypeVar("T")
 _OWN_SHARD = re.compile(r"npt_weights-[0-9]+-of-[0-9]+\.safetensors")
+# DOTALL: a file's name may hold a line break
 _SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9][0-9, -]*)", re.DOTALL)
 
 
@@ -204,6 +205,7 @@ def _open(given: str) -> Checkpoint:
     description = read(NPT_CONFIG, Description.parse)
     if description is None and "npt_config" in weights.metadata:
         where = f"{weights.path}: metadata npt_config"
+        # the same reader as for the file: a header's metadata is anybody's, too
         raw = weights.metadata["npt_config"].encode()
         description = Description.parse(strict_json.parse_foreign(raw, where), where)
     summary = read(MERGE_SUMMARY, MergeSummary.parse)

@@ -98,6 +98,7 @@ def merge(
         summary = strict_json.dump(summary_of(plan, target, digests).to_dict())
         _write_file(BytesFile(MERGE_SUMMARY, summary), staged, mover, lambda count: None)
         read_back_records(staged.path, target)
+        # looked at again: a long merge leaves time for other files to come there
         if force and paths.exists(target):
             check_replaced(target)  # it may have changed since `check_target`
         staged.publish()
@@ -211,10 +212,12 @@ def _write_file(
     try:
         mover.start_file(fd, file.size)
         crcs = _write_pieces(file.pieces, fd, mover, advance)
+        # last, since the headers of a zip hold the CRCs of tensors that were computed just now
         for offset, data in file.frame(crcs):
             write_all(fd, data, offset)
             mover.moved["headers"] += len(data)
             advance(len(data))
+        # before the rename that publishes it, or a crash could leave a name without the data
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -38,6 +38,7 @@ def verify_plan(
         CheckpointError: the written checkpoint cannot be read, or a source changed.
     """
     for path in written.path.iterdir():
+        # else verification would read the pages that the merge left in memory, not the disk
         _forget_cached(path)
     expected = [merged.layer for merged in plan.layers]
     examination = Examination(written, expected, plan, plan.known_digests(), fresh=True)
@@ -144,6 +145,7 @@ def _forget_cached(path: Path) -> None:
     if hasattr(os, "posix_fadvise"):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            # only pages that are on the disk are dropped: the files have been synced
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
