@@ -1,4 +1,4 @@
-"""Time one layer of a model by all ways to compute it: what ``npt-fast bench`` runs."""
+"""Time one layer of a model by all ways to compute it; the library behind ``npt-fast bench``."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from npt_fast.kernels.roofline import DECODE_TOKENS
 from npt_fast.pictures import figure_class, save
 
 DEFAULT_OPS = ("modulated_mlp", "decode") if ON_GPU else ("modulated_mlp",)
-"""What is timed if nobody says; on a CPU, decoding differs from the rest in nothing."""
+"""Default ops; on a CPU decoding is computed like everything else."""
 TOKENS = (1, 64, 2048) if ON_GPU else (1, 16, 128)
-"""How many tokens if nobody says; a CPU would take minutes for 2048."""
+"""Default numbers of tokens; a CPU would take minutes for 2048."""
 LEAST = 5.0
-"""Seconds without which nothing can be timed."""
+"""Least budget in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What is to be timed.
+    """The ops, sizes and providers to time.
 
     Attributes:
-        ops: of `kernel_cases.OPS`.
-        model: one of `roofline.MODELS`, or ``D,F``.
+        ops: names of `kernel_cases.OPS`.
+        model: a name of `roofline.MODELS`, or widths as ``D,F``.
         tokens: numbers of tokens; decode is timed for those up to 64.
-        num_ranks: components k; those of the model if None.
-        rank: r; that of the model if None.
-        dtype: of all tensors, by name; bfloat16 on a GPU and else float32 if None.
-        against: names of `kernel_cases.PROVIDERS`, beside our own, that are timed too; eager is
-            the op's own form in plain torch. None: reference and base, where an op has them.
+        num_ranks: number of components k; None takes the model's.
+        rank: rank r; None takes the model's.
+        dtype: name of the dtype of all tensors; None means bfloat16 on a GPU, float32 otherwise.
+        against: names of `kernel_cases.PROVIDERS` to time besides our own; eager is the op in plain
+            torch. None means reference and base, for ops that have them.
 
     Raises:
-        BenchmarkError: there is no such op, model or provider, or it cannot be had here.
+        BenchmarkError: an op, model or provider is unknown, or unavailable here.
     """
 
     ops: Sequence[str] = DEFAULT_OPS
@@ -60,20 +60,18 @@ class Bench:
                     hint = suggestion(word, known)
                     raise BenchmarkError(f"no {what} {word!r}{hint} ({', '.join(known)})")
         if INTERPRETED and self.dtype == "bfloat16":
-            raise BenchmarkError(
-                "Triton's interpreter has no arithmetic for bfloat16: take float32"
-            )
+            raise BenchmarkError("Triton's interpreter computes bfloat16 wrongly: use float32")
         try:
             self._shapes()
         except ValueError as error:
             raise BenchmarkError(str(error)) from None
         found = {name for case in self.cases() for name in case.providers}
         if not found:
-            raise BenchmarkError(f"decode takes {DECODE_TOKENS} tokens at most: nothing is left")
+            raise BenchmarkError(f"decode takes {DECODE_TOKENS} tokens at most: nothing to time")
         if missing := [name for name in self.against or () if name not in (*found, "eager")]:
             names = ", ".join(name for name in PROVIDERS if name in found)
             why = "for these ops" if ON_GPU else "for these ops, or without a GPU"
-            raise BenchmarkError(f"{', '.join(missing)} cannot be had {why}; there are {names}")
+            raise BenchmarkError(f"{', '.join(missing)} is unavailable {why}; available: {names}")
 
     def _shapes(self) -> Shapes:
         layers = [
@@ -84,11 +82,11 @@ class Bench:
         return Shapes(dict(layers), few)
 
     def cases(self) -> list[Case]:
-        """All of it; nothing is on the device yet."""
+        """All cases; nothing is on the device yet."""
         return [case for op in self.ops for case in cases(op, self._shapes())]
 
     def ceilings(self) -> Ceilings | None:
-        """What the device can do; None in the interpreter."""
+        """The best rates of the device; None in the interpreter."""
         return ceilings(self._dtype)
 
     @property
@@ -101,7 +99,7 @@ class Bench:
         """A row for each provider of each case, as they are timed.
 
         Args:
-            deadline: of `time.monotonic`; what is not begun by then says so.
+            deadline: time of `time.monotonic` after which rows are reported as not run.
         """
         limits = self.ceilings()
         names = (*OURS, *(("reference", "base") if self.against is None else self.against))
@@ -114,7 +112,7 @@ class Bench:
 
 
 def title(bench: Bench, facts: dict[str, str]) -> str:
-    """What a picture or a table is about, on one line."""
+    """One line that describes a picture or a table."""
     _, layer = workload(bench.model, 1, bench.num_ranks, bench.rank)
     device = facts["device"] if ON_GPU or INTERPRETED else facts["cpu"]
     dtype = bench.dtype or str(DTYPE).removeprefix("torch.")
@@ -129,11 +127,11 @@ _COLOURS = {
     "decode": "#cc79a7", "triton": "#009e73", "reference": "#d55e00", "base": "#555555",
     "compile": "#e69f00", "liger": "#8c6d31",
 }  # fmt: skip
-"""That people with any vision of colours can tell apart."""
+"""Colours by provider; people with any colour vision can tell them apart."""
 
 
 def plot(bench: Bench, rows: Sequence[Row], facts: dict[str, str], path: str | Path) -> None:
-    """Time against tokens, with the least time that the device's ceilings leave.
+    """Draw time against tokens, and the least time by the device's ceilings.
 
     Raises:
         BenchmarkError: nothing was timed.

@@ -1,4 +1,4 @@
-"""The modulated MLP of 1 to 64 tokens without gradients, by every path, and the bare MLP."""
+"""The modulated MLP of 1 to 64 tokens without gradients, by every path, and unmodulated."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Speed of generating text with an injection, beside the same without, on this machine.
+"""Speed of generating text with an injection, compared with no injection, on this machine.
 
-SmolLM2-135M with the two trained layers of tests/data, greedy, the injection into both.
-``python -m benchmarks.bench_inject`` prints a table and keeps it in ``benchmarks/results``;
-``pytest benchmarks/bench_inject.py`` gives the same generations to pytest-benchmark. Every
-generation comes right after one without an injection, to which its ratio is, so that a busy minute
-hits both alike.
+It uses SmolLM2-135M with the two trained layers of tests/data, greedy decoding, and an injection
+into both layers. ``python -m benchmarks.bench_inject`` prints a table and saves it in
+``benchmarks/results``; ``pytest benchmarks/bench_inject.py`` runs the same under pytest-benchmark.
+Every generation directly follows one with no injection, and the ratio is to that one, so that a
+busy minute slows both alike.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Setup(NamedTuple):
-    """A model with trained layers, what is injected, and the prompt's ids."""
+    """A model with trained layers, the modulation to inject, and the prompt's ids."""
 
     model: Any
     modulation: npt.Modulation
@@ -60,7 +60,7 @@ class Setup(NamedTuple):
 
 @cache
 def setup() -> Setup:
-    """Loaded once, float32."""
+    """The setup in float32, loaded once."""
     model, tokenizer = load_base_model(SMOLLM2)
     for checkpoint in CHECKPOINTS:
         npt.load(model, ROOT / "tests/data/smollm2_135m" / checkpoint)
@@ -69,10 +69,10 @@ def setup() -> Setup:
 
 
 def generation(options: dict[str, Any] | None) -> Callable[[], list[int]]:
-    """Generates `TOKENS` tokens; gives how many tokens each pass of the model read.
+    """A function that generates `TOKENS` tokens, and returns how many tokens each pass read.
 
     Args:
-        options: of the injection; None for none.
+        options: options of the injection; None means no injection.
     """
     model, modulation, ids = setup()
 
@@ -101,7 +101,7 @@ def generation(options: dict[str, Any] | None) -> Callable[[], list[int]]:
 
 
 class Row(NamedTuple):
-    """Seconds of every round and of the baseline before it; tokens that each pass read."""
+    """Seconds of each round, those of the baseline before it, and tokens that each pass read."""
 
     seconds: list[float]
     baseline: list[float]
@@ -109,7 +109,7 @@ class Row(NamedTuple):
 
 
 def run_rounds(rounds: int) -> dict[str, Row]:
-    """All ways in turn, after a round that warms up."""
+    """Run all ways in turn, after a warm-up round."""
     baseline = generation(None)
     generate = {way: generation(options) for way, options in WAYS.items()}
     found = {way: Row([], [], []) for way in WAYS}
@@ -149,7 +149,7 @@ def passes(lengths: list[int]) -> str:
 
 
 def save_results(found: dict[str, Row], rounds: int) -> Path:
-    """Write the table and the raw numbers; gives the path of the table."""
+    """Write the table and the raw numbers; return the path of the table."""
     facts = machine_facts("torch", "transformers") | {
         "threads": str(torch.get_num_threads()),
         "model": "SmolLM2-135M, float32, NP layers 11 and 13 (tests/data), KV cache",

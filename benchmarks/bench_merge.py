@@ -1,11 +1,10 @@
-"""How fast a merge is, and how much memory it takes, beside ``cp`` and the usual ways.
+"""Time and memory of a merge, compared with ``cp`` and the usual ways.
 
-``python -m benchmarks.bench_merge`` (``make bench-merge``) prints one table and keeps it in
-``benchmarks/results``; ``pytest benchmarks/bench_merge.py`` gives the same runs to
-pytest-benchmark. Every run is a process of its own, from start to exit; the rounds are
-interleaved, so that a busy minute of the machine hits all rows alike. The bar is ``cp`` of the
-input files followed by fsync of the copies, which a merge does as well; the torch and safetensors
-rows do what users do, which does not include fsync.
+``python -m benchmarks.bench_merge`` (``make bench-merge``) prints one table and saves it in
+``benchmarks/results``; ``pytest benchmarks/bench_merge.py`` runs the same under pytest-benchmark.
+Every run is a separate process, measured from start to exit. Rounds are interleaved, so that a busy
+minute slows all rows alike. The baseline is ``cp`` of the input files and fsync of the copies,
+because a merge syncs as well. The torch and safetensors rows do what users do, without fsync.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Measurement:
 def measure(command: Sequence[str | Path], cwd: Path | None = None) -> Measurement:
     """Run a command (with the full path of its program) and measure that process alone."""
     reader, writer = os.pipe()
-    # descriptor 3 by way of the shell, since subprocess cannot renumber descriptors
+    # the shell opens descriptor 3, because subprocess cannot renumber descriptors
     script = f'exec "$@" 3>&{writer}'
     launcher = [sys.executable, "-S", "-E", "-c", _LAUNCHER, *map(str, command)]
     with open(reader, "rb") as result:
@@ -127,13 +126,13 @@ save_file(merged, sys.argv[1], metadata={"format": "pt"})
 
 @dataclass(slots=True)
 class Row:
-    """One way to merge, and what was measured of it.
+    """One way to merge, and its measurements.
 
     Attributes:
-        size: which inputs.
-        format: ``"pt"`` or ``"safetensors"``.
-        way: what is run.
-        command: the process.
+        size: name of the inputs.
+        format: format of the inputs, ``"pt"`` or ``"safetensors"``.
+        way: name of the way.
+        command: command line of the process.
         seconds: wall time of each round.
         peak: largest resident memory of any round, in bytes.
     """
@@ -151,7 +150,7 @@ class Row:
 
 
 def make_inputs(size: Size, directory: Path) -> None:
-    """Write the checkpoints, in both formats; in another process, so that this one stays small."""
+    """Write the checkpoints in both formats, in another process so that this one stays small."""
     command = [sys.executable, "-c", _MAKE, str(directory), str(size.checkpoints)]
     command += [str(size.layers_each), json.dumps(size.layer)]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -159,7 +158,7 @@ def make_inputs(size: Size, directory: Path) -> None:
 
 
 def rows_of(size: Size, inputs: Path, output: Path) -> list[Row]:
-    """Everything to compare for one set of inputs; each command makes `output`, a directory."""
+    """All ways to compare for one set of inputs; each command creates the directory `output`."""
     rows = []
     for form, library, script in (
         ("pt", "torch.load + torch.save", _TORCH),
@@ -183,7 +182,7 @@ def rows_of(size: Size, inputs: Path, output: Path) -> list[Row]:
 
 
 def run_once(row: Row, output: Path) -> Measurement:
-    """One run from a quiet start: nothing dirty in memory, no output there; gone afterwards."""
+    """One run after a sync and without an output, which is removed afterwards."""
     os.sync()
     result = measure(row.command)
     try:
@@ -200,7 +199,7 @@ def run_once(row: Row, output: Path) -> Measurement:
 
 
 def run_rounds(rows: Sequence[Row], output: Path, rounds: int) -> None:
-    """All rows, `rounds` times, in a new order each time: what one leaves to the disk is shared."""
+    """Run all rows `rounds` times, each round in a new order, so that all share disk effects."""
     for number in range(rounds):
         for row in random.Random(number).sample(rows, len(rows)):
             run_once(row, output)
@@ -208,7 +207,7 @@ def run_rounds(rows: Sequence[Row], output: Path, rounds: int) -> None:
 
 
 def ratio_to_copy(row: Row, rows: Sequence[Row]) -> float:
-    """Median time over the median of ``cp`` of the same files."""
+    """Median time divided by the median of ``cp`` of the same files."""
     (copy,) = (r for r in rows if (r.size, r.format, r.way) == (row.size, row.format, _COPY))
     return row.median / copy.median
 
@@ -227,7 +226,7 @@ def rows_table(rows: Sequence[Row]) -> str:
 
 
 def save_results(rows: Sequence[Row], facts: dict[str, str], rounds: int) -> Path:
-    """Write the table and the raw numbers; gives the path of the table."""
+    """Write the table and the raw numbers; return the path of the table."""
     command = f"`make bench-merge`; medians of {rounds} interleaved rounds, warm page cache"
     lines = [
         rows_table(rows), "",
@@ -242,7 +241,7 @@ def save_results(rows: Sequence[Row], facts: dict[str, str], rounds: int) -> Pat
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: size.name)
 def inputs(request: pytest.FixtureRequest) -> Iterator[tuple[Size, Path]]:
-    """The checkpoints of one size, on a disk rather than in memory where /tmp is a tmpfs."""
+    """The checkpoints of one size; on a disk, even if /tmp is a tmpfs."""
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="npt-bench-") as folder:
         make_inputs(request.param, Path(folder) / "in")
         yield request.param, Path(folder)

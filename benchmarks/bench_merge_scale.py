@@ -1,9 +1,9 @@
-"""How merging grows with the number of parameters: seconds and memory, from 2,000 to 200,000.
+"""Seconds and memory of merging by number of parameters, from 2,000 to 200,000.
 
-``python -m benchmarks.bench_merge_scale`` (``make bench-merge-scale``) prints one table and keeps
+``python -m benchmarks.bench_merge_scale`` (``make bench-merge-scale``) prints one table and saves
 it in ``benchmarks/results``. 80 layers with num_ranks 128 have 92,160 parameters, each with three
-tensors of AdamW's state. The tensors are tiny here, since the cost of their number is measured.
-Every step is a process of its own, from start to exit.
+tensors of AdamW's state. The tensors are tiny, because this measures the cost of their number.
+Every step is a separate process, measured from start to exit.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ assert not fresh and len(parts) == len(checkpoint.modules)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One step at one size: seconds of wall time, bytes of resident memory at the peak."""
+    """One step at one size: wall seconds, and peak bytes of resident memory."""
 
     parameters: int
     step: str
@@ -89,7 +89,7 @@ class Row:
 
 
 def steps(folder: Path) -> dict[str, list[str]]:
-    """What is measured, in the order in which it has to run."""
+    """The steps to measure, in the order in which they must run."""
     program = str(Path(sys.executable).with_name("npt-fast"))
     inputs = ["--checkpoints", str(folder / "a"), str(folder / "b")]
     out = str(folder / "out")
@@ -105,7 +105,7 @@ def steps(folder: Path) -> dict[str, list[str]]:
 
 
 def run(layers: int, num_ranks: int, directory: str) -> Iterator[Row]:
-    """All steps at one size."""
+    """Run all steps at one size."""
     with tempfile.TemporaryDirectory(dir=directory, prefix="npt-scale-") as name:
         folder = Path(name)
         make = [sys.executable, "-c", _MAKE, name, str(layers), str(num_ranks)]

@@ -1,16 +1,16 @@
-"""How much memory and time a modulated MLP takes, beside its definition and its bare GEMMs.
+"""Memory and time of a modulated MLP, compared with its definition and its GEMMs alone.
 
-``pytest benchmarks/bench_modulation.py`` times a training step (forward and backward; the base
-weights frozen) against ``impl="reference"``, which forms v_a and v_b, and a forward against the
-matrix products that it contains. The baseline runs before every round, so that a busy minute of
-the machine hits both alike; the ratio, a median over the rounds, is in the row's name and fails
-nothing. What autograd keeps for backward is counted and must equal the formula.
+``pytest benchmarks/bench_modulation.py`` times a training step (forward and backward, with frozen
+MLP weights) against ``impl="reference"``, which forms v_a and v_b, and a forward pass against its
+matrix products alone. The baseline runs before every round, so that a busy minute slows both alike.
+The ratio, a median over the rounds, is in the row's name and fails nothing. The bytes that autograd
+saves for backward are counted and must equal the formula.
 
-One thread, unless OMP_NUM_THREADS says more: with several, each of the reference's many small
-operations waits for the slowest thread, and on a machine that also does something else the ratio
-comes out several times too good.
+It runs one thread unless OMP_NUM_THREADS is set. With more threads, each of the reference's many
+small operations waits for the slowest thread, and on a busy machine the ratio comes out several
+times too good.
 
-``python -m benchmarks.bench_modulation`` runs all that and keeps the tables in
+``python -m benchmarks.bench_modulation`` runs all of this and saves the tables in
 ``benchmarks/results``.
 """
 
@@ -69,20 +69,20 @@ def run(inputs: Inputs, form: Form = FACTORED) -> Tensor:
 
 
 def training_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
-    """Everything requires gradients except the base weights, as when modulation is trained."""
+    """Inputs of which all but the MLP's weights require gradients, as in training."""
     x, h, weights, factors = make_inputs(problem, dtype=dtype)
     return x, h, MLPWeights._make(w if w is None else w.detach() for w in weights), factors
 
 
 def step(inputs: Inputs, form: Form = FACTORED) -> None:
-    """Forward and backward, to the gradients of x, h and the modulation."""
+    """Forward and backward, with gradients of x, h and the factors."""
     trained = [tensor for tensor in named_tensors(*inputs).values() if tensor.requires_grad]
     y = run(inputs, form)
     torch.autograd.grad(y, trained, torch.ones_like(y))
 
 
 def bare_gemms(inputs: Inputs) -> Callable[[], None]:
-    """The matrix products of a triple's forward and nothing else: not even outputs to allocate."""
+    """Only the matrix products of a forward with triple modulation; outputs are preallocated."""
     x, h, weights, m = inputs
     assert m.w_a_mid is not None and m.w_b_up is not None and m.w_b_down is not None
     z, inner = torch.randn(len(h), len(m.w_b_gate)), torch.randn(len(h), len(weights.gate))
@@ -102,20 +102,20 @@ def bare_gemms(inputs: Inputs) -> Callable[[], None]:
 
 
 def flops(function: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products in a call."""
+    """FLOPs of the matrix products in a call."""
     with FlopCounterMode(display=False) as counter:
         function()
     return int(counter.get_total_flops())
 
 
 def saved_bytes(inputs: Inputs, form: Form) -> int:
-    """What autograd keeps for backward of the modulated MLP."""
+    """Bytes that autograd saves for backward of the modulated MLP."""
     return kept_bytes(inputs, lambda: run(inputs, form))
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """Bytes kept for backward by one form of one problem, counted and by formula."""
+    """Bytes that one form of one problem saves for backward, counted and by formula."""
 
     problem: Problem
     form: str
@@ -137,7 +137,7 @@ def measure_saved(problem: Problem, inputs: Inputs) -> list[Saved]:
 
 
 def label(problem: Problem) -> str:
-    """The part of a problem in which ours differ."""
+    """The sizes in which our problems differ, as text."""
     return f"k={problem.num_ranks} r={problem.rank} T={problem.tokens}"
 
 
@@ -162,7 +162,7 @@ def compare(
     baseline: Callable[[], None],
     name: str,
 ) -> None:
-    """Time `target`, each round right after a round of `baseline`, and report the ratio."""
+    """Time `target`, each round directly after one of `baseline`, and report the ratio."""
     seconds: list[float] = []
 
     def time_baseline() -> None:
@@ -197,7 +197,7 @@ def test_step(benchmark: Any, case: tuple[Problem, Inputs]) -> None:
 
 @pytest.mark.benchmark(group="forward")
 def test_forward(benchmark: Any, case: tuple[Problem, Inputs]) -> None:
-    """In training: what backward needs is kept."""
+    """A forward in training, which saves what backward needs."""
     problem, inputs = case
     gemms = bare_gemms(inputs)
     assert flops(gemms) == flops(lambda: run(inputs))

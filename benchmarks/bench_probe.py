@@ -1,4 +1,4 @@
-"""Probes with coefficients in one kernel, beside torch's product and what follows it."""
+"""Probes with coefficients in one kernel, compared with torch's product and a second kernel."""
 
 from __future__ import annotations
 

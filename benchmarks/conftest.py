@@ -1,4 +1,4 @@
-"""Without a GPU, benchmarks of kernels try themselves out on a tiny problem."""
+"""Without a GPU, benchmarks of kernels run a tiny problem in the interpreter."""
 
 from __future__ import annotations
 

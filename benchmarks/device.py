@@ -1,4 +1,4 @@
-"""The device that everything is timed on: a GPU, a CPU, or Triton's interpreter on a CPU."""
+"""The device that benchmarks run on: a GPU, a CPU, or Triton's interpreter on a CPU."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-"""What is timed if nobody says; the interpreter has no arithmetic for bfloat16."""
+"""Default dtype; the interpreter computes bfloat16 wrongly."""
 
 _TRITON = find_spec("triton") is not None
 INTERPRETED = _TRITON and not ON_GPU and os.environ.get("TRITON_INTERPRET", "0") != "0"
-"""Whether kernels run in Triton's interpreter: all of it works, and its times mean nothing."""
+"""Whether kernels run in Triton's interpreter; they work there, but times mean nothing."""
 RUNS_TRITON = _TRITON and (ON_GPU or INTERPRETED)
 
 COMPILER = "aot_eager" if INTERPRETED else "inductor"
-"""Backend of torch.compile; in the interpreter, one that does not take minutes."""
+"""Backend of torch.compile; under the interpreter a quick one, since Inductor takes minutes."""
 INTERPRETER = "interpreter: times mean nothing"
 _QUERY = (
     "uuid,name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,"
@@ -31,7 +31,7 @@ _QUERY = (
 
 
 def device_facts() -> dict[str, str]:
-    """What a reader needs to judge times on this device."""
+    """Facts that a reader needs to judge times on this device."""
     facts = {"torch.compile": COMPILER}
     if not ON_GPU:
         named = {"device": INTERPRETER} if INTERPRETED else {"device": "cpu"}
@@ -52,7 +52,7 @@ def device_facts() -> dict[str, str]:
 
 
 def device_state() -> list[str]:
-    """Driver, clocks, power and temperature of all NVIDIA devices now; empty without nvidia-smi."""
+    """Driver, clocks, power and temperature of all NVIDIA GPUs now; empty without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return []
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv"]
@@ -61,13 +61,13 @@ def device_state() -> list[str]:
 
 
 def synchronize() -> None:
-    """Wait for what was launched."""
+    """Wait for all launched work."""
     if ON_GPU:
         torch.cuda.synchronize()
 
 
 def device_error() -> str:
-    """What is wrong with the device, after which this process can no longer use it; or nothing."""
+    """The error that makes the device unusable for this process, or an empty string."""
     try:
         synchronize()
     except RuntimeError as error:
@@ -76,7 +76,7 @@ def device_error() -> str:
 
 
 def milliseconds(function: Callable[[], object]) -> float:
-    """How long the device takes for a call; on a GPU by its own clock."""
+    """Milliseconds that a call takes; on a GPU by the device's own clock."""
     if not ON_GPU:
         begin = time.perf_counter()
         function()
@@ -90,7 +90,7 @@ def milliseconds(function: Callable[[], object]) -> float:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """Memory that a call needs at most beside what was there before; 0 where nobody counts."""
+    """Peak bytes that a call allocates beyond what was there before; 0 without a GPU."""
     if not ON_GPU:
         function()
         return 0

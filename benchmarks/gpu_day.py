@@ -1,11 +1,11 @@
-"""Everything about the kernels that only a GPU can tell, in one command and one report.
+"""Measure everything about the kernels that needs a GPU, with one command and one report.
 
-``python -m npt_fast.benchmarks.gpu_day --budget 540`` does the most valuable first and ends in
-time; whatever happens there is a report, which says of every part what was done and what was not.
+``python -m npt_fast.benchmarks.gpu_day --budget 540`` runs the most valuable parts first and ends
+in time. Whatever happens, it writes a report that says for every part what ran and what did not.
 See docs/gpu.md.
 
-``TRITON_INTERPRET=1 python -m npt_fast.benchmarks.gpu_day --tiny`` runs all of it on small problems
-where there is no GPU: to try the command, not to measure.
+``TRITON_INTERPRET=1 python -m npt_fast.benchmarks.gpu_day --tiny`` runs all parts on small problems
+without a GPU, to try the command and not to measure.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from npt_fast.benchmarks.rows import NOT_RUN, SKIPPED, STOPPED, Row
 from npt_fast.errors import BenchmarkError, suggestion
 
 LEAST = 30.0
-"""Seconds without which nothing can be done: Python, torch and a context on the device take 20."""
+"""Least budget in seconds: Python, torch and a context on the device take 20 of them."""
 _END = 10.0
-"""Seconds of the budget that are kept for the end: a job that does not answer, the report."""
+"""Seconds of the budget reserved for a job that does not answer, and for the report."""
 _SHORTEST = 2.0
-"""Seconds that must be left for a job to be begun."""
+"""Least seconds that must be left for a job to start."""
 _LONGEST = 3600.0
-"""Seconds after which a job counts as hung where there is no budget."""
+"""Seconds after which a job counts as hung if there is no budget."""
 _PATIENCE = 1.2
-"""What a part may take of its time where there is a budget, since others wait behind it."""
+"""Multiple of its estimate that a part may take if there is a budget, since others wait."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Call:
     """One call of the command.
 
     Attributes:
-        worker: does the jobs.
-        report: has the facts about this call.
-        end: of `time.monotonic`; nothing is begun behind it.
-        output: a folder for the report, which is written after every job, and when something stops
-            all; None: nothing is written.
-        whole: whether jobs do all they can: with some providers or ops left out, a later call
-            must not take them for done.
+        worker: process that does the jobs.
+        report: report of this call.
+        end: time of `time.monotonic` after which nothing starts.
+        output: folder for the report, which is written after every job and when the run is
+            stopped; None writes nothing.
+        whole: whether jobs do everything. With some providers or ops left out, a later call must
+            not take them for done.
     """
 
     worker: Worker
@@ -65,7 +65,7 @@ class Call:
     whole: bool = True
 
     def run(self, parts: Sequence[str]) -> None:
-        """Do what the report has not of these parts."""
+        """Run the jobs of these parts that the report lacks."""
         left = list(parts)
         try:
             while left:
@@ -92,7 +92,7 @@ class Call:
                 if not self.report.has(name, job):
                     self._job(name, job, index, deadline)
                     self._write()
-        except Late:  # the list itself
+        except Late:  # listing the jobs itself was late
             self.report.add(name, ALL_OF_IT, {"what": ALL_OF_IT, "status": NOT_RUN})
         except RuntimeError as error:
             failed = {"what": ALL_OF_IT, "status": "failed", "detail": str(error)}
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 facts["nvidia-smi"] = "; ".join(state)
             if options.tiny:
                 facts["problems"] = "tiny: times mean nothing"
-                if ON_GPU:  # no report of a real run takes these numbers over
+                if ON_GPU:  # keep these numbers out of reports of real runs
                     facts["device"] += ", tiny problems"
             facts["command"] = f"`{' '.join(['python -m npt_fast.benchmarks.gpu_day', *given])}`"
             report.runs.append(facts)

@@ -1,7 +1,7 @@
-"""The parts of a GPU day, most valuable first: what each looks at, job by job.
+"""The parts of a GPU day, most valuable first, as lists of jobs.
 
-A part is a function that lists its jobs without using the device much; its docstring stands in the
-report. `PARTS` has their order, and how long each takes.
+A part is a function that lists its jobs and hardly uses the device. Its docstring appears in the
+report. `PARTS` holds their order and estimated seconds.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ MLP_OPS = ("decode", "modulated_mlp")
 
 @dataclass(frozen=True, slots=True)
 class Day:
-    """What of everything is wanted.
+    """The selection of a GPU day.
 
     Attributes:
-        tiny: small problems.
-        ops: what is timed.
-        providers: what of it; baselines come along.
-        shapes: a regular expression; names of problems in which it is found are timed.
+        tiny: whether to use small problems.
+        ops: names of the ops to time.
+        providers: names of the providers to time; baselines are always timed.
+        shapes: regular expression; problems whose names match are timed.
     """
 
     tiny: bool
@@ -66,14 +66,14 @@ class Day:
     shapes: str = ""
 
     def cases(self, *ops: str) -> list[Case]:
-        """Those of the named ops that are wanted."""
+        """The selected cases of the named ops."""
         shapes: Shapes = TINY if self.tiny else REAL
         found = (case for op in ops if op in self.ops for case in cases(op, shapes))
         return [case for case in found if re.search(self.shapes, case.shape)]
 
 
 def row_job(what: str, function: Callable[[], Row | None], **more: object) -> Job:
-    """A job of one row: what a function says, or how it failed."""
+    """A job with one row: the result of a function, or how it failed."""
 
     def run(deadline: float) -> Iterator[Row]:
         result, status, detail = outcome_of(function)
@@ -83,7 +83,7 @@ def row_job(what: str, function: Callable[[], Row | None], **more: object) -> Jo
 
 
 def environment(day: Day) -> list[Job]:
-    """Versions, the device, and which programs there are."""
+    """Versions, the device, and the programs that are installed."""
     packages = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-kernel", "pytest")
 
     def run(deadline: float) -> Iterator[Row]:
@@ -97,54 +97,54 @@ def environment(day: Day) -> list[Job]:
 
 
 def values(day: Day) -> list[Job]:
-    """Every kernel in every dtype of the device against its definition: tests/kernels.
+    """Values of every kernel in every dtype against its definition, by tests/kernels.
 
-    Without those that simulate a GPU, compile for other GPUs, or need a model.
+    Tests that simulate a GPU, compile for other GPUs or need a model are left out.
     """
     left_out = ("ttsem", "aot", "smollm2", "gpu_only", "offsets")
     files = [f"--ignore=tests/kernels/test_{name}.py" for name in left_out]
-    # where there is no GPU all of them run elsewhere, and take minutes
+    # without a GPU CI runs all of them anyway, and they take minutes
     chosen = ["tests/kernels/test_tuning.py"] if day.tiny else ["tests/kernels", *files]
     return [Job("tests/kernels", partial(run_tests, chosen))]
 
 
 def graphs(day: Day) -> list[Job]:
-    """CUDA graphs, second devices, offsets beyond 2^31: tests that want a GPU for themselves."""
+    """Tests of CUDA graphs, second devices and offsets beyond 2^31, which need an idle GPU."""
     chosen = ["tests/kernels/test_gpu_only.py"]
     chosen += [] if day.tiny else ["tests/kernels/test_offsets.py"]
     return [Job("tests of graphs and offsets", partial(run_tests, chosen, processes=1))]
 
 
 def timings(day: Day) -> list[Job]:
-    """Decode and the MLP by all paths, beside plain torch, the reference form and the bare MLP.
+    """Decode and the MLP by all paths, plain torch, the reference form and the unmodulated MLP.
 
-    Medians, interleaved; what gives wrong values is refused, and not timed. Ratios are to the time
-    of the factored form in plain torch: smaller is faster. GB/s counts inputs and outputs once. The
-    ceiling is what copying or reading these bytes, or the vendor's product of as many FLOPs, takes
-    on this device at best, whichever is longer; the roofline, the same launch by launch, as
-    kernels/roofline.py counts a path's bytes.
+    Times are medians of interleaved rounds. Providers with wrong values are not timed. Ratios are
+    to the time of the factored form in plain torch: smaller is faster. GB/s counts inputs and
+    outputs once. The ceiling is the least time on this device: that of copying or reading these
+    bytes, or of a vendor's product with as many FLOPs, whichever is longer. The roofline is the
+    same per launch, with a path's bytes as kernels/roofline.py counts them.
     """
     return [Job("ceilings", _ceilings), *_timing_jobs(day, day.cases(*MLP_OPS), _is_quick)]
 
 
 def compilers(day: Day) -> list[Job]:
-    """The same by `torch.compile`, and with Liger's SwiGLU; those of the first shapes first."""
+    """The same under `torch.compile`, and with Liger's SwiGLU, beginning with the first shapes."""
     found = day.cases(*MLP_OPS)
     first = next(iter(REAL.training)).partition(" T=")[0]
-    found.sort(key=lambda case: not case.shape.startswith(first))  # compiling takes the budget
+    found.sort(key=lambda case: not case.shape.startswith(first))  # compiling may use up the budget
     return _timing_jobs(day, found, lambda name: not _is_quick(name))
 
 
 def small_ops(day: Day) -> list[Job]:
-    """What the MLP consists of, op by op, beside plain torch, `torch.compile` and Liger."""
+    """The ops of the MLP, one by one, and plain torch, `torch.compile` and Liger for comparison."""
     others = [op for op in day.ops if op not in MLP_OPS]
     return _timing_jobs(day, day.cases(*others), lambda name: True)
 
 
 def tiles(day: Day) -> list[Job]:
-    """The fused path again with tiles that were measured, and which these are.
+    """The fused path with the tiles that measured fastest, and these tiles.
 
-    The rules' defaults are in the part timings.
+    Times with the default tiles are in the part timings.
     """
     if not ON_GPU:
         return [row_job("fused, tiles measured", lambda: _skipped("needs a GPU"))]
@@ -192,7 +192,7 @@ def _timing_rows(case: Case, names: Sequence[str], deadline: float) -> Iterator[
 
 
 def _path_row(what: str, chosen: str, group: Sequence[Timing]) -> Row:
-    """What `choose_path` takes, and the fastest of the paths."""
+    """The path that `choose_path` takes, and the fastest path."""
     times = {
         timing.provider: statistics.median(timing.milliseconds)
         for timing in group
@@ -220,16 +220,16 @@ def _with_measured_tiles(case: Case, day: Day, deadline: float) -> Iterator[Row]
 
 
 def model(day: Day) -> list[Job]:
-    """A Llama of the widths of Llama-3.2-1B with random weights: decoding, one layer, training."""
-    from npt_fast.benchmarks import whole_model  # which takes a while to import
+    """A Llama with Llama-3.2-1B's widths and random weights: decoding, one layer, training."""
+    from npt_fast.benchmarks import whole_model  # takes a while to import
 
     return [row_job(*found) for found in whole_model.measurements(tiny=day.tiny)]
 
 
 def host(day: Day) -> list[Job]:
-    """Microseconds of the host for a call of every path, and its launches.
+    """Host microseconds and launches per call of every path.
 
-    The device has next to nothing to do.
+    Tensors are so small that the device has almost nothing to do.
     """
 
     def run(deadline: float) -> Iterator[Row]:
@@ -246,7 +246,7 @@ def host(day: Day) -> list[Job]:
 
 
 def memory(day: Day) -> list[Job]:
-    """A training step's bytes: kept between forward and backward, by formula too; at the peak."""
+    """Bytes that a training step saves for backward, counted and by formula, and its peak."""
     factored, again, reference = FORMS
     forms = {
         "factored": factored,
@@ -268,7 +268,7 @@ def _memory_row(case: Case, name: str, form: object) -> Row:
     expected = formula_bytes(case.workload, form, case.workload.dtype)  # type: ignore[arg-type]
     inputs = prepare(case).inputs
     run = partial(case.providers[name].run, *inputs)
-    kept = kept_bytes(inputs[:4], run)  # a step's backward keeps nothing more
+    kept = kept_bytes(inputs[:4], run)  # backward saves nothing more
     found: Row = {"kept MB": kept / MB, "formula MB": expected / MB}
     found["kept / formula"] = kept / expected
     if ON_GPU:
@@ -277,9 +277,9 @@ def _memory_row(case: Case, name: str, form: object) -> Row:
 
 
 def large(day: Day) -> list[Job]:
-    """Tensors of more than 2^31 elements, by comparing some rows with calls for these rows alone.
+    """Tensors of more than 2^31 elements: some rows compared with calls for these rows alone.
 
-    Rows are the first, the last, and those around element 2^31.
+    The rows are the first, the last, and those around element 2^31.
     """
     return [
         row_job(
@@ -302,7 +302,7 @@ def _large_row(case: LargeCase) -> Row | None:
 
 
 def determinism(day: Day) -> list[Job]:
-    """Bits of two runs, values and gradients; and of a token decoded alone and among others."""
+    """Whether two runs give the same bits, and a token decoded alone those it gets among others."""
     jobs = []
     for case in day.cases(*MLP_OPS):
         for name in case.providers:
@@ -321,7 +321,7 @@ def _two_runs_row(case: Case, name: str) -> Row:
 
 
 def _token_alone_row(case: Case) -> Row:
-    """Reported, and no failure: tiles of more tokens may add up in another order."""
+    """A difference is reported but no failure: tiles for more tokens may sum in another order."""
     x, h, weights, m = prepare(case).inputs
     alone = mlp.modulated_mlp(x[:1], h[:1], weights, m, path="decode")
     among = mlp.modulated_mlp(x, h, weights, m, path="decode")[:1]
@@ -332,9 +332,9 @@ def _token_alone_row(case: Case) -> Row:
 
 
 def sanitizer(day: Day) -> list[Job]:
-    """Accesses out of bounds and races, as NVIDIA's compute-sanitizer sees them.
+    """Accesses out of bounds and races that NVIDIA's compute-sanitizer finds.
 
-    On two small problems, one of odd sizes.
+    It runs two small problems, one of odd sizes.
     """
     tool = shutil.which("compute-sanitizer") if ON_GPU else None
     if not tool:
@@ -344,7 +344,7 @@ def sanitizer(day: Day) -> list[Job]:
             row_job("compute-sanitizer", lambda: _skipped(reason)),
             Job("script", script),
         ]
-    # room between allocations, of which torch must make one for every tensor
+    # padding helps only if torch allocates each tensor on its own, see _check_script_rows
     memcheck = (tool, "--tool=memcheck", "--padding=4096")
     racecheck = (tool, "--tool=racecheck")
     return [
@@ -356,7 +356,7 @@ def sanitizer(day: Day) -> list[Job]:
 def _check_script_rows(
     what: str, tool: Sequence[str], ops: Sequence[str], seconds: float, deadline: float
 ) -> Iterator[Row]:
-    # PyTorch probes for peers and attributes with calls that fail on purpose
+    # torch probes for peers and attributes with calls that are meant to fail
     options = ["--report-api-errors=no", "--error-exitcode=1"] if tool else []
     command = [*tool, *options, sys.executable, "-m", "npt_fast.benchmarks.kernel_checks", *ops]
     variables = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -371,14 +371,14 @@ def _check_script_rows(
 
 
 def prepare_process() -> None:
-    """For the process that does the jobs."""
-    if not ON_GPU:  # on a busy machine, small operations wait for the slowest thread
+    """Prepare the process that does the jobs."""
+    if not ON_GPU:  # on a busy machine small operations wait for the slowest thread
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
 
 
 def free_memory() -> None:
-    """Forget inputs and models that jobs of one part share, before another part begins."""
+    """Free inputs and models that the jobs of a part share, before another part starts."""
     prepare.cache_clear()
     layer_inputs.cache_clear()
     if whole_model := sys.modules.get("npt_fast.benchmarks.whole_model"):
@@ -389,12 +389,12 @@ def free_memory() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of the day.
+    """A part of a GPU day.
 
     Attributes:
-        jobs: lists its jobs.
-        seconds: about what it takes on an H100, reckoned and not yet measured; with a budget, a
-            part that takes half as much again is cut off, so that those behind it get their turn.
+        jobs: function that lists its jobs.
+        seconds: estimate for an H100, not yet measured. With a budget a part is cut off at 1.2
+            times its estimate, so that the parts after it get their turn.
     """
 
     jobs: Callable[[Day], list[Job]]
@@ -419,4 +419,4 @@ PARTS = {
         Part(sanitizer, 270),
     )
 }
-"""By name, most valuable first."""
+"""Name -> part, most valuable first."""

@@ -1,4 +1,4 @@
-"""The report of a GPU day: rows of one or several calls, as JSON and as tables."""
+"""The report of a GPU day: rows of one or more calls, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from npt_fast.errors import BenchmarkError
 from npt_fast.tables import markdown_table
 
 _KEY = ("op", "what", "provider", "launch")
-"""What a row is about; a later row about the same takes its place."""
+"""Keys that identify a row; a later row with the same values replaces it."""
 ALL_OF_IT = "all of it"
-"""What the row of a part is about that was not begun."""
+"""Name of the row that replaces all rows of a part that did not start."""
 _UNDONE = (NOT_RUN, STOPPED, SKIPPED)
 
 
 class Report:
-    """Rows by part, of calls on one kind of device.
+    """Rows by part, from calls on one kind of device.
 
     Args:
-        docs: what each part is about, in the order of the report.
+        docs: part -> description, in the order of the report.
 
     Attributes:
-        runs: facts about each call, the own one first; rows say by number which one they are of.
+        runs: facts about each call, the current one first; a row has the index of its call.
     """
 
     def __init__(self, docs: Mapping[str, str]) -> None:
@@ -39,7 +39,7 @@ class Report:
         self._done: dict[str, set[str]] = {}
 
     def add(self, part: str, job: str, row: Row) -> None:
-        """A row of the own call."""
+        """Add a row of the current call."""
         self._put(part, {**row, "job": job, "run": 0})
 
     def _put(self, part: str, row: Row) -> None:
@@ -50,11 +50,11 @@ class Report:
         rows[key] = row
 
     def took(self, part: str, seconds: float) -> None:
-        """Add to what a part took."""
+        """Add to the seconds of a part."""
         self._seconds[part] += seconds
 
     def finish(self, part: str, job: str) -> None:
-        """Nothing of the job is missing, and not all of the part."""
+        """Record that a job is complete, and drop rows that said it was not."""
         self._done.setdefault(part, set()).add(job)
         rows = self._rows.get(part, {})
         for key, row in list(rows.items()):
@@ -62,7 +62,7 @@ class Report:
                 del rows[key]
 
     def has(self, part: str, job: str) -> bool:
-        """Whether nothing of the job is missing."""
+        """Whether a job is complete."""
         return job in self._done.get(part, ())
 
     def rows(self, part: str) -> list[Row]:
@@ -71,11 +71,11 @@ class Report:
 
     @property
     def bad(self) -> bool:
-        """Whether anything is wrong."""
+        """Whether any row failed."""
         return any(row["status"] in BAD for part in self._rows for row in self.rows(part))
 
     def document(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """The content of the JSON file."""
         parts = {
             name: {
                 "seconds": self._seconds[name],
@@ -88,10 +88,10 @@ class Report:
         return {"device": self.runs[0]["device"], "runs": self.runs, "parts": parts}
 
     def merge(self, file: Path) -> None:
-        """Take over what an earlier call has written.
+        """Add the rows of an earlier report.
 
         Raises:
-            BenchmarkError: no such report, or one of another device.
+            BenchmarkError: the file is no report, or one of another device.
         """
         before = len(self.runs)
         try:
@@ -115,7 +115,7 @@ class Report:
             raise BenchmarkError(f"{file} is no report of benchmarks.gpu_day") from None
 
     def markdown(self) -> str:
-        """A table of parts, and each part's tables."""
+        """A table of all parts, and the tables of each part."""
         summary = [
             (name, f"{self._seconds[name]:.0f}", _counts(self.rows(name)))
             for name in self._docs
@@ -127,7 +127,7 @@ class Report:
             parts.append(table([{"run": i, **facts} for i, facts in enumerate(self.runs)]))
         for name, *_ in summary:
             parts.append(f"## {name}\n\n{inspect.cleandoc(self._docs[name])}")
-            by_op: dict[str, list[Row]] = {}  # jobs have rows of several, such as paths
+            by_op: dict[str, list[Row]] = {}  # one job may have rows of several ops, such as paths
             for row in self.rows(name):
                 by_op.setdefault(row.get("op", ""), []).append(self._shown(row))
             for op, rows in by_op.items():
@@ -140,11 +140,11 @@ class Report:
         return {key: value for key, value in row.items() if key not in hidden}
 
     def file(self, directory: Path) -> Path:
-        """Where `write` puts the JSON file."""
+        """Path of the JSON file that `write` writes."""
         return result_path("gpu-day", self.runs[0]["device"], directory).with_suffix(".json")
 
     def write(self, directory: Path) -> Path:
-        """Both files, complete or as they were; gives the path of the tables."""
+        """Replace both files atomically; return the path of the tables."""
         return save(
             "gpu-day", "GPU day", self.runs[0], self.markdown(), self.document(),
             machine="device", directory=directory,

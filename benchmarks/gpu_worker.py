@@ -1,5 +1,5 @@
-"""A process of its own that does jobs: a device that failed, or no longer answers, is lost for all
-later work of the process that used it."""
+"""A separate process for jobs, because a device that failed or hangs is lost for the process that
+used it."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from typing import Any
 from npt_fast.benchmarks.rows import Row
 
 _GRACE = 5.0
-"""Seconds that a job may go on behind its deadline, which it looks at now and then."""
+"""Seconds that a job may exceed its deadline, which it checks only now and then."""
 
 
 class Late(RuntimeError):
-    """A job did not end in time, and its process was ended."""
+    """A job exceeded its deadline, and its process was killed."""
 
 
 class Worker:
-    """Lists and does jobs in a process, which is started again when it has ended.
+    """Lists and runs jobs in a process, which is restarted whenever it has ended.
 
     Args:
-        day: a `gpu_parts.Day`.
+        day: selection, a `gpu_parts.Day`.
     """
 
     def __init__(self, day: Any) -> None:
         self._day = day
         self._process: Any = None
         self._connection: Any = None
-        self._start()  # it loads torch while the parent does other things
+        self._start()  # it loads torch while the parent goes on
 
     def facts(self, deadline: float) -> dict[str, str]:
-        """About the device.
+        """Facts about the device.
 
         Raises:
             RuntimeError: the process ended.
-            Late: it has no answer some time after the deadline, of `time.monotonic`.
+            Late: there is no answer shortly after the deadline of `time.monotonic`.
         """
         return dict(self._ask(("facts",), deadline))
 
     def jobs(self, part: str, deadline: float) -> list[str]:
-        """What the jobs of a part are about; errors as for `facts`."""
+        """Names of the jobs of a part; raises as `facts` does."""
         return list(self._ask(("list", part), deadline))
 
     def run(self, part: str, index: int, deadline: float) -> Iterator[Row]:
-        """Rows of a job, as they come; errors as for `facts`."""
+        """Rows of a job as they arrive; raises as `facts` does."""
         return self._ask(("run", part, index, deadline), deadline)
 
     def _start(self) -> None:
@@ -85,10 +85,10 @@ class Worker:
             raise RuntimeError(f"its process ended with {name}") from None
 
     def stop(self) -> None:
-        """End the process, and what it has started."""
+        """End the process and its children."""
         if self._process is None:
             return
-        self._process.terminate()  # on which it ends its programs
+        self._process.terminate()  # its handler ends its programs
         self._process.join(2)
         if self._process.is_alive():
             self._process.kill()
@@ -98,15 +98,15 @@ class Worker:
 
 
 def _serve(connection: Connection, day: Any) -> None:
-    """What the process does: it answers requests until the connection ends."""
-    os.setpgrp()  # signals to the group are the parent's
+    """Main function of the process: answer requests until the connection closes."""
+    os.setpgrp()  # so that signals to the parent's group do not reach it
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     from npt_fast.benchmarks.device import device_error, device_facts
     from npt_fast.benchmarks.gpu_parts import PARTS, free_memory, prepare_process
 
     prepare_process()
     logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("npt_fast.benchmarks").setLevel(logging.DEBUG)  # errors with their traces
+    logging.getLogger("npt_fast.benchmarks").setLevel(logging.DEBUG)  # shows errors with tracebacks
     listed: dict[str, Any] = {}
 
     def answer(what: str, part: str = "", index: int = 0, deadline: float = 0.0) -> Iterator[Any]:
@@ -130,9 +130,9 @@ def _serve(connection: Connection, day: Any) -> None:
         try:
             for value in answer(*request):
                 connection.send(("value", value))
-        except Exception as error:  # of a job; the others still count
+        except Exception as error:  # a job's error must not stop the others
             outcome = ("error", f"{type(error).__name__}: {error}")
-        if lost := device_error():  # before the answer, so that it is this job that has failed
+        if lost := device_error():  # before the answer, so that this job is the one that fails
             print(f"The device failed: {lost}", file=sys.stderr, flush=True)
             sys.exit(1)
         connection.send(outcome)

@@ -1,4 +1,4 @@
-"""What every benchmark's results say about the machine, and how they are written."""
+"""Facts about the machine, and files of results, that all benchmarks share."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Any
 import npt_fast
 
 ROOT = Path(__file__).resolve().parent.parent
-"""Of the checkout; of the installed package where there is none."""
+"""Root of the checkout, or of the installed package if there is none."""
 CHECKOUT = (ROOT / "pyproject.toml").exists()
 RESULTS = ROOT / "benchmarks" / "results" if CHECKOUT else Path("benchmark-results")
 MB = 1_000_000
 
 
 def machine_facts(*packages: str) -> dict[str, str]:
-    """What a reader needs to judge the numbers, with the versions of `packages`."""
+    """Facts that a reader needs to judge the numbers, with the versions of `packages`."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     model = re.search(r"model name\s*:\s*(.+)", text)
@@ -46,7 +46,7 @@ def machine_facts(*packages: str) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Of the checkout; NPT_COMMIT says it where there is no git."""
+    """Commit of the checkout; NPT_COMMIT overrides it, for machines without git."""
     told = os.environ.get("NPT_COMMIT", "")
     if told or not (ROOT / ".git").exists() or shutil.which("git") is None:
         return told or "unknown"
@@ -64,16 +64,19 @@ def save(
     machine: str = "cpu",
     directory: Path = RESULTS,
 ) -> Path:
-    """Write ``<name>-<machine>.md`` and the raw numbers beside it; gives the path of the former.
+    """Write ``<name>-<machine>.md``, and the raw numbers as JSON next to it.
 
     Args:
-        name: of the benchmark.
-        title: first line.
-        facts: about the machine and the run.
-        text: tables.
-        document: what goes to the JSON file.
-        machine: the fact that names what was measured.
-        directory: where to.
+        name: name of the benchmark.
+        title: first line of the tables' file.
+        facts: facts about the machine and the run.
+        text: tables in Markdown.
+        document: content of the JSON file.
+        machine: key of the fact that names the measured device.
+        directory: folder to write to.
+
+    Returns:
+        The path of the tables.
     """
     path = result_path(name, facts[machine], directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -84,13 +87,13 @@ def save(
 
 
 def result_path(name: str, machine: str, directory: Path) -> Path:
-    """Where the tables of a benchmark are kept for a machine of that name."""
+    """Path of a benchmark's tables for a machine of that name."""
     slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     return directory / f"{name}-{slug}.md"
 
 
 def _replace(path: Path, text: str) -> None:
-    """In one step: whoever is ended in between leaves the file as it was."""
+    """Replace the file in one step, so that an interrupted run leaves the old one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text + "\n")
     temporary.replace(path)

@@ -1,9 +1,9 @@
-"""What a call of every path costs on the host: launches, torch operations, microseconds.
+"""Cost of a call of every path on the host: launches, torch operations and microseconds.
 
-Tensors are so small that the device, if there is one, waits for the host. On a GPU the clock is
-that on the wall, between synchronisations. Without one, launches go to `stub_driver` and the clock
-counts the process's own time, in which tiny products on the CPU stand for launches of the vendor's
-GEMMs; the driver's share of a launch is missing.
+Tensors are so small that a GPU waits for the host. On a GPU this measures wall time between
+synchronisations. Without one, launches go to `stub_driver` and this measures process time; tiny
+products on the CPU then replace launches of the vendor's GEMMs, and the driver's own share
+of a launch is missing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from npt_fast.kernels.factored import Factors, MLPWeights
 from npt_fast.testing import Problem, make_inputs
 
 PROBLEM = Problem(tokens=16, hidden=16, intermediate=16, num_ranks=2, rank=8)
-"""The smallest with whole tiles, so that compiling takes no longer than it must."""
+"""The smallest problem with whole tiles, which compiles fastest."""
 
 _now = time.perf_counter if ON_GPU else time.process_time
 
@@ -45,9 +45,9 @@ class Call(NamedTuple):
     """One path in one direction.
 
     Attributes:
-        path: its name.
+        path: name of the path.
         gradients: whether backward follows.
-        run: calls it.
+        run: function that makes the call.
     """
 
     path: str
@@ -56,13 +56,13 @@ class Call(NamedTuple):
 
 
 def calls(dtype: torch.dtype) -> list[Call]:
-    """All that is measured, the MLP that is not modulated first, for comparison.
+    """All calls to measure; the unmodulated MLP comes first, for comparison.
 
-    Those called layer are `npt_fast.functional.modulated_mlp` as an NP layer calls it: a batch,
-    the path chosen by `choose_path`, and factors in float32 or in the activations' dtype.
+    Calls named layer run `npt_fast.functional.modulated_mlp` as an NP layer does: with a batch, the
+    path of `choose_path`, and factors in float32 or in the activations' dtype.
 
     Args:
-        dtype: of activations and base weights.
+        dtype: dtype of activations and MLP weights.
     """
     x, h, weights, factors = make_inputs(PROBLEM, dtype=dtype, device=str(DEVICE))
     weights = MLPWeights._make(None if w is None else w.detach() for w in weights)
@@ -114,18 +114,18 @@ def measure(
     rounds: int = 15,
     number: int = 20,
 ) -> list[Row]:
-    """Launches, operations and host time of every path, on the GPU or, without one, on a stub.
+    """Launches, torch operations and host time of every path, on a GPU or else on a stub.
 
-    Times are medians over rounds, in each of which all paths come in turn. What launching takes is
-    the difference to a call whose launches return at once. What torch takes is that of the same
-    calls of torch again, one after the other. The rest is Python around both, and what autograd
-    does by itself: all of backward, where it is not ours.
+    Times are medians over rounds in which all paths take turns. The time of launching is the
+    difference to a call whose launches return at once. The time of torch is that of the same torch
+    calls, repeated one after the other. The rest is Python around both, and autograd's own work:
+    all of backward where it is not ours.
 
     Args:
-        dtype: of activations and base weights.
-        target: which GPU the stub stands for.
-        rounds: times that every path is timed; at least two.
-        number: calls for each of those.
+        dtype: dtype of activations and MLP weights.
+        target: GPU that the stub pretends to be.
+        rounds: number of rounds, at least two.
+        number: calls per round.
 
     Returns:
         For each path and direction: ``path``; ``what``, the direction; ``launches`` of Triton
@@ -135,7 +135,7 @@ def measure(
 
     Raises:
         NPTError: Triton's interpreter is on.
-        ValueError: no such target.
+        ValueError: the target is unknown.
     """
     if INTERPRETED:
         raise NPTError("TRITON_INTERPRET is set, and the interpreter launches nothing: unset it")
@@ -149,7 +149,7 @@ def measure(
 
 
 class _Measured:
-    """A call, what it consists of, and how long all of it took so far."""
+    """A call, its launches and torch operations, and its times so far."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -160,7 +160,7 @@ class _Measured:
             call.run()  # compiles
             with launched() as self.kernels, _Operations() as operations:
                 call.run()
-            # autograd would be one call, and what is called in it not noted
+            # autograd would count as one call and hide the calls inside it
             with patch.object(torch.autograd, "has_torch_function", lambda _: False):
                 with _CallsOfTorch() as of_torch:
                     call.run()
@@ -173,7 +173,7 @@ class _Measured:
             if self.kernels:
                 with patch.object(JITFunction, "run", lambda *_, **__: None):
                     self.without_launches.append(_seconds(self.call.run, number))
-        with torch.no_grad():  # as within our forward and backward
+        with torch.no_grad():  # as inside our forward and backward
             self.torch_alone.append(_seconds(self._again, number))
 
     def _again(self) -> None:
@@ -202,7 +202,7 @@ class _Measured:
 
 @contextmanager
 def launched() -> Iterator[list[str]]:
-    """Names of the kernels that are launched, in their order."""
+    """Names of the launched kernels, in order."""
     names: list[str] = []
     run = JITFunction.run
 
@@ -229,7 +229,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _CallsOfTorch(TorchFunctionMode):
-    """Notes what Python calls of torch, with the arguments."""
+    """Records Python's calls of torch with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ class _CallsOfTorch(TorchFunctionMode):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Time of the process is that of all its threads."""
+    """One thread, because process time adds up the time of all threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -254,8 +254,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _seconds(function: Callable[[], object], number: int) -> float:
-    """Of one call."""
-    for _ in range(3):  # what ran before left the caches to itself
+    """Microseconds of one call."""
+    for _ in range(3):  # warm the caches after the call before
         function()
     synchronize()
     begin = _now()

@@ -1,8 +1,8 @@
-"""What is checked and timed: for every op its inputs, and all the ways to compute it.
+"""The cases that are checked and timed: each op's inputs, and all the ways to compute it.
 
-One table for `bench`, `gpu_day` and ``bench_<op>.py``. The first provider of a case is its
-baseline, plain torch: cuBLAS and eager operations; in float64 it is the truth for all that compute
-the same. Triton's providers are there where its kernels run: on a GPU, or in its interpreter.
+`bench`, `gpu_day` and ``bench_<op>.py`` share this table. The first provider of a case is its
+baseline in plain torch: cuBLAS and eager operations. In float64 it is the truth for providers that
+compute the same. Triton's providers exist where its kernels run: on a GPU, or in its interpreter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if RUNS_TRITON:
 Inputs = tuple[Any, ...]
 Compute = Callable[..., Any]
 
-# its kernels do not run in Triton's interpreter (0.8.5 with 3.9)
+# Liger 0.8.5's kernels do not run in the interpreter of Triton 3.9
 LIGER = ON_GPU and find_spec("liger_kernel") is not None
 OPS = ("coefficients", "swiglu", "modulated_linear", "probe", "decode", "modulated_mlp")
 
@@ -42,9 +42,9 @@ PROVIDERS = (
     "eager", "factored", "gemm", "fused", "decode", "gemm-again", "triton", "reference", "base",
     "compile", "compile-gemm", "compile-reference", "compile-base", "liger",
 )  # fmt: skip
-"""Names of all ways to compute something; docs/benchmarks.md says what each is."""
+"""Names of all providers; docs/benchmarks.md explains each."""
 OURS = ("gemm", "fused", "decode", "gemm-again", "triton")
-"""Those that launch Triton kernels of ours in eager mode."""
+"""Providers that launch our Triton kernels in eager mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class Provider:
     """A way to compute a case.
 
     Attributes:
-        run: takes the case's inputs and gives tensors, nested in any way.
-        truth: computes the same in plain torch, where the baseline does not.
-        budget: what may be twice as wrong, where that is neither truth nor baseline.
-        overwrites: whether inputs are other ones after a call.
-        unread: positions of inputs that it has no use for.
+        run: function from the case's inputs to tensors, nested in any way.
+        truth: function that computes the same in plain torch; None means the baseline.
+        budget: function whose error sets the error budget; None means the truth.
+        overwrites: whether a call changes its inputs.
+        unread: positions of inputs that it does not read.
     """
 
     run: Compute
@@ -71,14 +71,14 @@ class Case:
     """One op, one direction, one problem.
 
     Attributes:
-        op: one of `OPS`.
-        what: which part or direction of it.
+        op: a name of `OPS`.
+        what: part or direction of the op.
         shape: name of the problem.
-        workload: its sizes and dtype.
-        inputs: makes them.
-        providers: by name, the baseline first.
-        chosen: what `choose_path` takes for it, where there are paths.
-        graphs: whether it is also timed as a CUDA graph.
+        workload: sizes and dtype of the problem.
+        inputs: function that makes the inputs.
+        providers: name -> provider, the baseline first.
+        chosen: path that `choose_path` takes; None if the op has no paths.
+        graphs: whether to time it as a CUDA graph too.
     """
 
     op: str
@@ -99,7 +99,7 @@ class Case:
 
 
 def cases(op: str, shapes: Shapes) -> list[Case]:
-    """All cases of an op, without having made any inputs."""
+    """All cases of an op; this makes no inputs."""
     if op == "decode":
         return [_mlp(op, "forward", *item) for item in shapes.decode.items()]
     if op == "modulated_mlp":
@@ -109,7 +109,7 @@ def cases(op: str, shapes: Shapes) -> list[Case]:
             for what, build in (("forward", _mlp), ("forward + backward", _training))
         ]
     problems = dict(shapes.training)
-    if op in ("coefficients", "swiglu"):  # a few tokens too, whose tensors stay in the cache
+    if op in ("coefficients", "swiglu"):  # a few tokens as well: their tensors stay in the cache
         problems |= dict([list(shapes.decode.items())[-1]])
     builds = {
         "coefficients": (_coefficients_fwd, _coefficients_bwd),
@@ -125,7 +125,7 @@ def _compiled(function: Compute) -> Compute:
 
 
 def _torch_providers(function: Compute) -> dict[str, Provider]:
-    """In eager torch, and by `torch.compile`."""
+    """Providers in eager torch and under `torch.compile`."""
     return {"eager": Provider(function), "compile": Provider(_compiled(function))}
 
 
@@ -134,7 +134,7 @@ def _randn(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _by_projection(problem: Workload, projections: int) -> Tensor:
-    """``(c, T, R)`` as a GEMM for all projections leaves it."""
+    """Random ``(c, T, R)`` with the strides that one GEMM for all projections gives."""
     width = problem.num_ranks * problem.rank
     joined = _randn(problem.tokens, projections * width, dtype=problem.dtype)
     parts: Tensor = joined.unflatten(1, (projections, width))
@@ -143,7 +143,7 @@ def _by_projection(problem: Workload, projections: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def layer_inputs(problem: Workload) -> tuple[Tensor, Tensor, MLPWeights, Factors]:
-    """Drawn on the device: on a host, 200 million numbers take minutes."""
+    """Inputs of one layer, drawn on the device; a host takes minutes for 200 million numbers."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     return make_inputs(
         problem, dtype=problem.dtype, device=str(DEVICE), requires_grad=False, generator=generator
@@ -223,7 +223,7 @@ def _swiglu_bwd(shape: str, problem: Workload) -> Case:
         def liger(d_inner: Tensor, gate: Tensor, up: Tensor) -> Any:
             return swiglu_backward(gate, up, d_inner)
 
-        # gives d_gate and d_up, but not inner
+        # computes d_gate and d_up, but not inner
         providers["liger"] = Provider(liger, truth=lambda *a: eager(*a)[:2], overwrites=True)
     return Case("swiglu", "backward", shape, problem, inputs, providers)
 
@@ -313,7 +313,7 @@ def _unmodulated(x: Tensor, h: Tensor, weights: MLPWeights, factors: Factors) ->
 
 
 def _forwards(tokens: int | None) -> dict[str, Provider]:
-    """All ways to compute the MLP; those without gradients where tokens are given."""
+    """All ways to compute the MLP; with `tokens`, those that need no gradients."""
     providers = {
         "factored": Provider(factored.modulated_mlp),
         "compile": Provider(_compiled(factored.modulated_mlp)),
@@ -332,7 +332,7 @@ def _forwards(tokens: int | None) -> dict[str, Provider]:
             providers["gemm-again"] = by("gemm", save_probe=False)
         elif tokens <= DECODE_TOKENS:
             providers["decode"] = by("decode")
-    # adds k times to what it rounds: four times as wrong in bfloat16, with 128 components
+    # rounds after each of k additions: with 128 components four times the error in bfloat16
     definition = partial(Provider, budget=_reference)
     unmodulated = partial(Provider, truth=_unmodulated, unread=(0, 3))
     providers |= {
@@ -368,7 +368,7 @@ def _mlp(op: str, what: str, shape: str, problem: Workload) -> Case:
 
 
 def _training(op: str, what: str, shape: str, problem: Workload) -> Case:
-    """Gradients of x, h and the modulation; the base is frozen."""
+    """Gradients of x, h and the factors; the MLP's weights are frozen."""
 
     def inputs() -> Inputs:
         x, h, weights, factors = layer_inputs(problem)
@@ -377,7 +377,7 @@ def _training(op: str, what: str, shape: str, problem: Workload) -> Case:
         )
         return x, h, weights, factors, _randn(*h.shape, dtype=h.dtype)
 
-    @cache  # providers that share a truth share its step
+    @cache  # providers with the same truth share its step
     def step_of(forward: Compute) -> Compute:
         def step(x: Tensor, h: Tensor, weights: MLPWeights, factors: Factors, dy: Tensor) -> Any:
             y = forward(x, h, weights, factors)

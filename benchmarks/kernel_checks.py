@@ -1,7 +1,7 @@
-"""Whether a provider of a case gives right values: compared with float64, within an error budget.
+"""Check the values of a case's providers against float64, within an error budget.
 
 ``python -m npt_fast.benchmarks.kernel_checks [op ...]`` checks every Triton provider on two small
-problems, one of them of odd sizes, and nothing else: a short script for compute-sanitizer.
+problems, one of them of odd sizes. It is short so that compute-sanitizer can run it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 def copied(inputs: Inputs) -> Inputs:
-    """The same values in other memory."""
+    """Copies of all tensors; those that require gradients still do."""
 
     def copy(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
@@ -37,18 +37,18 @@ def copied(inputs: Inputs) -> Inputs:
 
 
 class Prepared:
-    """A case with its inputs, and what comes out of them."""
+    """A case with its inputs and the expected results."""
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
-        torch.compiler.reset()  # which gives up on a function after some shapes
+        torch.compiler.reset()  # it gives up on a function after several shapes
         self.case = case
         self.inputs = case.inputs()
         self._exact: dict[Compute, tuple[list[Tensor], int]] = {}
         self._eager: dict[Compute, list[Tensor]] = {}
 
     def exact(self, name: str) -> tuple[list[Tensor], int]:
-        """What a provider should give, in float64, and FLOPs of the products."""
+        """Expected results of a provider in float64, and FLOPs of the matrix products."""
         truth = self._truth(name)
         if truth not in self._exact:
 
@@ -62,7 +62,7 @@ class Prepared:
         return self._exact[truth]
 
     def eager(self, name: str) -> list[Tensor]:
-        """What plain torch gives in the provider's place."""
+        """Results of plain torch in the case's dtype, whose error sets the provider's budget."""
         budget = self.case.providers[name].budget or self._truth(name)
         if budget not in self._eager:
             self._eager[budget] = tensors(budget(*self.inputs))
@@ -72,26 +72,29 @@ class Prepared:
         return self.case.providers[name].truth or self.case.providers[self.case.baseline].run
 
     def forget(self) -> None:
-        """Free what was to compare with."""
+        """Free the expected results."""
         self._exact.clear()
         self._eager.clear()
 
     def bytes_moved(self, name: str) -> int:
-        """Inputs and outputs, each once: no way to compute it moves less."""
+        """Bytes of inputs and outputs, each counted once; no provider can move less."""
         unread = self.case.providers[name].unread
         read = [value for index, value in enumerate(self.inputs) if index not in unread]
         return sum(tensor.nbytes for tensor in tensors(read) + self.eager(name))
 
     def check(self, name: str) -> int:
-        """Compare a provider's values with the truth; gives the bytes that it needs at its peak.
+        """Compare a provider's values with the truth.
+
+        Returns:
+            Peak bytes that the provider allocates.
 
         Raises:
-            AssertionError: over budget.
+            AssertionError: a value is over its error budget.
         """
         provider = self.case.providers[name]
         exact, _ = self.exact(name)
         inputs = copied(self.inputs) if provider.overwrites else self.inputs
-        provider.run(*copied(inputs))  # compiles, and makes what libraries keep
+        provider.run(*copied(inputs))  # compiles, and lets libraries allocate their workspaces
         actual: list[Tensor] = []
         peak = peak_bytes(lambda: actual.extend(tensors(provider.run(*inputs))))
         if len(actual) != len(exact):
@@ -102,7 +105,7 @@ class Prepared:
 
 
 def main(ops: Sequence[str]) -> None:
-    """Every Triton provider on the small problems."""
+    """Check every Triton provider on the small problems."""
     for case in (case for shapes in (TINY, ODD) for op in ops for case in cases(op, shapes)):
         prepared = Prepared(case)
         for name in case.providers:

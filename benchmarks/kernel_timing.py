@@ -1,8 +1,8 @@
-"""Times of all providers of a case, interleaved; each is first checked, and refused when wrong.
+"""Times of all providers of a case, interleaved. Wrong providers are not timed.
 
-Every round times every provider, in an order that turns, so that clocks and temperatures hit all
-alike. Calls go through copies of the inputs that exceed the L2 cache together, as in a model,
-where other layers come in between; where the inputs fit the cache they are timed in there too.
+Every round times every provider, in a rotating order, so that clocks and temperatures affect all
+alike. Calls cycle through copies of the inputs that together exceed the L2 cache, because in a
+model other layers run in between. If the inputs fit the cache, they are timed inside it as well.
 """
 
 from __future__ import annotations
@@ -38,29 +38,31 @@ _log = logging.getLogger(__name__)
 
 _ROOFLINES = {path: path for path in ("gemm", "fused", "decode")}
 _ROOFLINES["reference"] = roofline.EAGER_VECTORS
-"""Providers by the forms that `roofline` counts."""
+"""Provider -> the form that `roofline` counts."""
 ROUNDS = 15 if ON_GPU else 1 if INTERPRETED else 5
 _BATCH_MS = 0.0 if INTERPRETED else 20.0
-"""About how long one timing takes; many calls of what is short, with one start and end."""
+"""Approximate milliseconds of one timing, which covers many calls if they are short."""
 _WARM_SECONDS = 1.0 if ON_GPU else 0.0
-"""Work before the rounds of a case: the device cooled down while others were compiled."""
+"""Seconds of work before the rounds of a case, since the device cools while others compile."""
 _MAX_COPIES = 16
-"""Of inputs: small ones would be copied thousands of times to exceed a cache."""
+"""Most copies of the inputs; small ones would need thousands to exceed the cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One provider of one case, in one way of launching.
+    """Times of one provider of one case, in one way of launching.
 
     Attributes:
-        status: ok; wrong, and hence not timed; out of memory; failed; not run.
-        detail: the error.
-        launch: to a stream or as a graph; inputs come from memory, or from the L2 cache.
-        milliseconds: of a call, by round.
-        ratios: to the baseline's in the same round.
-        peak: bytes that a call needs at most beside its inputs.
-        flops: of its matrix products.
-        bytes: of inputs and outputs, each once.
+        case: case that was timed.
+        provider: name of the provider.
+        status: ok, wrong (hence not timed), out of memory, failed, or not run.
+        detail: error message.
+        launch: whether launched to a stream or as a graph, and whether inputs are in the L2 cache.
+        milliseconds: milliseconds of a call, one per round.
+        ratios: ratios to the baseline's time in the same round.
+        peak: peak bytes of a call beyond its inputs.
+        flops: FLOPs of its matrix products.
+        bytes: bytes of inputs and outputs, each counted once.
     """
 
     case: Case
@@ -77,11 +79,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """The best that torch gets out of the device.
+    """The best rates that torch reaches on the device.
 
     Attributes:
-        bytes_per_second: of a large copy or a matrix times a vector, whichever is faster.
-        flops_per_second: of a large matrix product, by the vendor's library.
+        bytes_per_second: rate of a large copy or of a matrix times a vector, the faster of both.
+        flops_per_second: rate of a large matrix product by the vendor's library.
     """
 
     bytes_per_second: float
@@ -89,21 +91,21 @@ class Ceilings:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Both in the units of a row."""
+        """Both rates in the units of a row."""
         return {"GB/s": self.bytes_per_second / 1e9, "TFLOP/s": self.flops_per_second / 1e12}
 
     def floor_ms(self, flops: float, moved: float) -> float:
-        """The least time of so many FLOPs and bytes: the larger of both."""
+        """Least milliseconds for so many FLOPs and bytes: the larger of both times."""
         return 1e3 * max(moved / self.bytes_per_second, flops / self.flops_per_second)
 
     def share(self, timing: Timing) -> float:
-        """The least time, by that taken."""
+        """Least time divided by measured time."""
         return self.floor_ms(timing.flops, timing.bytes) / statistics.median(timing.milliseconds)
 
 
 @cache
 def ceilings(dtype: torch.dtype) -> Ceilings | None:
-    """The best the device does in a dtype, after 3 seconds of work, so that it is warm.
+    """The best rates of the device in a dtype, measured after 3 seconds of work to warm it up.
 
     None in the interpreter, whose times mean nothing.
     """
@@ -127,14 +129,14 @@ def ceilings(dtype: torch.dtype) -> Ceilings | None:
     def best(function: Callable[[], object]) -> float:
         return min(milliseconds(function) for _ in range(20)) / 1e3
 
-    # a CPU reads faster than it copies, since it also reads what it writes to
+    # a CPU reads faster than it copies, because a write first reads the cache line
     copied = 2 * source.nbytes / best(lambda: target.copy_(source))
     read = source.nbytes / best(lambda: torch.mv(matrix, column, out=sums))
     return Ceilings(max(copied, read), 2 * n**3 / best(multiply))
 
 
 class _Calls:
-    """A provider's calls, one after the other through copies of the inputs."""
+    """A provider's calls, which cycle through copies of the inputs."""
 
     def __init__(
         self, prepared: Prepared, name: str, copies: Sequence[Inputs], graph: bool
@@ -183,8 +185,8 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def _copies(prepared: Prepared) -> tuple[list[Inputs], bool]:
-    """Inputs several times over, together more than the L2 cache, as far as there is memory; and
-    whether they fit the cache once."""
+    """Copies of the inputs, together larger than the L2 cache if memory allows, and whether one
+    copy fits the cache."""
     if not ON_GPU:
         return [prepared.inputs, copied(prepared.inputs)], False
     size = sum(tensor.nbytes for tensor in tensors(prepared.inputs))
@@ -195,7 +197,7 @@ def _copies(prepared: Prepared) -> tuple[list[Inputs], bool]:
 
 
 def as_row(timing: Timing, limits: Ceilings | None) -> Row:
-    """A timing as a row of a table; no times that mean nothing."""
+    """A timing as a row of a table; the interpreter's times are left out."""
     case, ms = timing.case, timing.milliseconds
     found: Row = {
         "op": case.op, "what": f"{case.what}, {case.shape}", "provider": timing.provider,
@@ -218,7 +220,7 @@ def as_row(timing: Timing, limits: Ceilings | None) -> Row:
 
 
 def _roofline_ms(timing: Timing, limits: Ceilings) -> float:
-    """The least time of a path of the MLP; 0 for all else, as for dtypes it does not count."""
+    """Least milliseconds of a path of the MLP; 0 for other ops and for dtypes it does not count."""
     form, case = _ROOFLINES.get(timing.provider), timing.case
     p = case.workload
     if case.chosen is None or form is None or p.dtype.itemsize != roofline.ELEMENT:
@@ -232,38 +234,38 @@ def _roofline_ms(timing: Timing, limits: Ceilings) -> float:
 
 @lru_cache(maxsize=1)
 def prepare(case: Case) -> Prepared:
-    """A case's inputs, kept until those of another are asked for."""
+    """A case with its inputs, cached until another case is prepared."""
     return Prepared(case)
 
 
 def outcome_of(function: Callable[[], Result]) -> tuple[Result | None, str, str]:
-    """What a function gives, a status, and what an error says."""
+    """Result of a function or None, a status, and the error message."""
     try:
         return function(), "ok", ""
     except AssertionError as error:
         return None, "wrong", str(error)
     except torch.OutOfMemoryError as error:
         message = str(error).partition(". ")[0]
-    except Exception as error:  # nothing that goes wrong in one may stop the others
+    except Exception as error:  # one failure must not stop the others
         _log.debug("%s", error, exc_info=True)
         return None, "failed", "".join(traceback.format_exception_only(error)).strip()
-    torch.cuda.empty_cache()  # no longer held by the error
+    torch.cuda.empty_cache()  # the error no longer holds the tensors
     return None, "out of memory", message
 
 
 def time_case(
     case: Case, names: Collection[str], deadline: float = math.inf, rounds: int = ROUNDS
 ) -> Iterator[Timing]:
-    """Providers of a case, those that give the right values in every way to launch them.
+    """Time the providers of a case; those with right values in every way of launching.
 
     Args:
-        case: what to time.
-        names: which providers; the baseline comes along.
-        deadline: of `time.monotonic`; what is not begun by then is not run, and rounds end.
-        rounds: of timings.
+        case: case to time.
+        names: names of providers; the baseline is always timed too.
+        deadline: time of `time.monotonic` after which nothing starts, and rounds end.
+        rounds: number of rounds.
     """
     wanted = [name for name in case.providers if name in names or name == case.baseline]
-    if time.monotonic() > deadline:  # before inputs are drawn
+    if time.monotonic() > deadline:  # check before drawing inputs
         yield from (Timing(case, name, NOT_RUN) for name in wanted)
         return
     prepared, status, detail = outcome_of(lambda: Prepared(case))
@@ -312,7 +314,7 @@ def time_case(
 def _interleaved(
     calls: Mapping[str, _Calls], rounds: int, deadline: float
 ) -> dict[str, list[float]]:
-    """Of every round all, so that ratios have both sides; one round at least."""
+    """Run complete rounds, at least one, so that every ratio has both sides."""
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + _WARM_SECONDS
@@ -329,7 +331,7 @@ def _interleaved(
 
 
 def ratio_to_baseline(prepared: Prepared, name: str) -> Callable[[], tuple[float, float]]:
-    """A function that times the baseline, then a provider: its milliseconds, and their ratio."""
+    """A function that times the baseline and then a provider; returns milliseconds and ratio."""
     copies, _ = _copies(prepared)
     own, baseline = (
         _Calls(prepared, n, copies, graph=False) for n in (name, prepared.case.baseline)

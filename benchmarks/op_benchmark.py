@@ -1,4 +1,4 @@
-"""Ops under pytest-benchmark: the cases and providers of `kernel_cases`, for ``bench_<op>.py``."""
+"""The cases and providers of `kernel_cases` under pytest-benchmark, for ``bench_<op>.py``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from npt_fast.benchmarks.workloads import REAL, TINY
 
 
 class _DeviceClock:
-    """Stands still but for what `compare` measured: pytest-benchmark then reports device time."""
+    """A clock that advances only by what `compare` measured, so that device time is reported."""
 
     seconds = 0.0
 
@@ -27,7 +27,7 @@ _clock = _DeviceClock()
 
 
 def entries(op: str) -> list[Any]:
-    """Parameters for `compare`: all cases of an op with each of their providers."""
+    """Parameters for `compare`: every case of an op with each of its providers."""
     label = f" ({INTERPRETER})" if INTERPRETED else ""
     return [
         pytest.param(
@@ -40,7 +40,7 @@ def entries(op: str) -> list[Any]:
 
 
 def compare(benchmark: Any, case: Case, name: str) -> None:
-    """Check a provider and time it, each round after a round of the baseline."""
+    """Check a provider and time it, each round after one of the baseline."""
     prepared = prepare(case)
     try:
         prepared.check(name)

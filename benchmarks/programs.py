@@ -1,4 +1,4 @@
-"""Programs that a part runs: tests, and scripts under a tool. All of them end at a deadline."""
+"""Programs that a part runs, such as tests. All of them end at a deadline."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from npt_fast.benchmarks.pytest_rows import MARK
 from npt_fast.benchmarks.rows import NOT_RUN, Row
 
 _EVERY = 2.0
-"""Seconds between rows of a file of tests that is still running."""
+"""Seconds between rows of a test file that is still running."""
 
 
 class Program:
-    """A program and what it starts, in the root of the checkout.
+    """A program and its children, run in the root of the checkout.
 
     Attributes:
         code: exit status after the last line; None if it was ended at the deadline.
@@ -34,7 +34,7 @@ class Program:
         self.code: int | None = None
 
     def lines(self) -> Iterator[str]:
-        """Of stdout and stderr, as they come; the program ends with the iterator."""
+        """Lines of stdout and stderr as they arrive; the program ends with the iterator."""
         late = threading.Event()
         with subprocess.Popen(
             self._command, cwd=ROOT, env=self._variables, text=True, errors="replace",
@@ -62,12 +62,12 @@ class Program:
 
 
 def run_tests(arguments: Sequence[str], deadline: float, *, processes: int = 10) -> Iterator[Row]:
-    """Run tests of the checkout: a row for each file, again and again while it has more to say.
+    """Run tests of the checkout; yield a row for each file, again whenever it has new results.
 
     Args:
-        arguments: for pytest.
-        deadline: of `time.monotonic`.
-        processes: at most, where there is pytest-xdist.
+        arguments: arguments of pytest.
+        deadline: time of `time.monotonic` at which the tests end.
+        processes: most processes, if pytest-xdist is installed.
     """
     missing = "needs a checkout" if not CHECKOUT else None if find_spec("pytest") else "no pytest"
     if missing:
@@ -102,7 +102,7 @@ def run_tests(arguments: Sequence[str], deadline: float, *, processes: int = 10)
 
 
 class _File:
-    """What has come of a file's tests so far."""
+    """Results of a file's tests so far."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -121,7 +121,7 @@ class _File:
 
     @property
     def row(self) -> Row:
-        """Counts; names of what failed, and reasons of what was skipped."""
+        """Counts, names of failed tests, and reasons of skipped ones."""
         status = "failed" if self.failed else "ok" if self._passed else "skipped"
         details = [*self.failed[:20], *sorted(set(self._skipped))]
         counts = {"passed": self._passed, "failed": len(self.failed)}

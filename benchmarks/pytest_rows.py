@@ -1,7 +1,7 @@
-"""A plugin of pytest: the result of each test as a line of JSON on stdout, as soon as it is known.
+"""A pytest plugin that prints each test's result at once, as a line of JSON on stdout.
 
-``pytest -s -p npt_fast.benchmarks.pytest_rows``. Unlike a report at the end, nothing is lost when
-the time is over.
+Run ``pytest -s -p npt_fast.benchmarks.pytest_rows``. Unlike a report at the end, this loses nothing
+if the time runs out.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import json
 from typing import Any
 
 MARK = "pytest-row "
-"""What a line begins with."""
+"""Prefix of each line."""
 
 
 def pytest_configure(config: Any) -> None:
-    """Only the process that hears of all tests reports, not those of pytest-xdist."""
+    """Register in the main process only, not in workers of pytest-xdist."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Reporter())
 
@@ -31,12 +31,12 @@ class _Reporter:
     def _print(self, report: Any) -> None:
         file, _, test = report.nodeid.partition("::")
         reason = report.longrepr
-        if isinstance(reason, tuple):  # of a skip: file, line, words
+        if isinstance(reason, tuple):  # a skip has (file, line, reason)
             reason = reason[2].removeprefix("Skipped: ")
         elif crash := getattr(reason, "reprcrash", None):
             reason = crash.message.splitlines()[0]
-        else:  # of a file that cannot be collected: the error is at the end
+        else:  # a file that cannot be collected ends with its error
             reason = next(iter(str(reason or "").splitlines()[::-1]), "")
         found = {"file": file, "test": test, "outcome": report.outcome}
-        # on a line of its own, whatever a test has printed before
+        # start a new line, because a test may have printed something
         print(f"\n{MARK}{json.dumps(found | {'reason': str(reason)[:300]})}", flush=True)

@@ -1,4 +1,4 @@
-"""What a measurement is, as data: rows, the jobs that give them, and how tables show them."""
+"""Measurements as data: rows, the jobs that yield them, and tables of them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any, NamedTuple
 from npt_fast.tables import markdown_table
 
 Row = dict[str, Any]
-"""What was looked at, a status, details; numbers. Lists go to the JSON file only."""
+"""What was measured, a status, details and numbers. Lists go to the JSON file only."""
 
 BAD = ("failed", "wrong", "differs")
 NOT_RUN = "not run: budget"
-"""Status of what the budget had no time for."""
+"""Status of work that the budget left no time for."""
 SKIPPED = "skipped"
-"""Status of what lacks something: memory, a tool, a GPU."""
+"""Status of work that lacks memory, a tool or a GPU."""
 STOPPED = "not run: stopped"
-"""Status of what was not reached before somebody stopped it all."""
+"""Status of work that was not reached before the run was stopped."""
 
 
 class Job(NamedTuple):
-    """A part of a part: what it is about, and a function that gives its rows.
+    """A unit of work in a part: what it measures, and a function that yields its rows.
 
-    The function takes the deadline, of `time.monotonic`, after which it begins nothing more.
+    The function takes a deadline of `time.monotonic`, after which it starts nothing new.
     """
 
     what: str
@@ -30,13 +30,13 @@ class Job(NamedTuple):
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Columns are what any of the rows has something for."""
+    """A Markdown table with one column for each key that any row has a value for."""
     heads = dict.fromkeys(key for r in rows for key, value in r.items() if cell(value) != "-")
     return markdown_table(list(heads), [[cell(r.get(head)) for head in heads] for r in rows])
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it; ``"-"`` for what is not there, and for lists."""
+    """A value as a table shows it; ``"-"`` for a missing value and for a list."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     if value is None or value == "" or isinstance(value, list):

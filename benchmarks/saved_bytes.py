@@ -1,4 +1,4 @@
-"""What a modulated MLP keeps between forward and backward: counted, and by formula."""
+"""Bytes that a modulated MLP saves for backward, counted and by formula."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Inputs = tuple[Tensor, Tensor, MLPWeights, Factors]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A way to compute the modulated MLP, by the options of `modulated_mlp`."""
+    """A way to compute the modulated MLP, as options of `modulated_mlp`."""
 
     name: str
     impl: str
@@ -30,15 +30,15 @@ FORMS = (FACTORED, Form("factored, save_probe=False", "factored", save_probe=Fal
 
 
 def kept_bytes(inputs: Inputs, forward: Callable[[], Tensor]) -> int:
-    """What autograd keeps for backward: x, h and all in between, not the weights.
+    """Bytes that autograd saves for backward: x, h and intermediate results, but no weights.
 
-    Every storage counts once and as a whole, since a view keeps all of it.
+    Every storage counts once and as a whole, because a view keeps all of it alive.
     """
     _, _, weights, factors = inputs
     parameters = {
         t.untyped_storage().data_ptr() for t in (*weights, *factors) if isinstance(t, Tensor)
     }
-    storages: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
+    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address repeats
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -52,13 +52,12 @@ def kept_bytes(inputs: Inputs, forward: Callable[[], Tensor]) -> int:
 
 
 def formula_bytes(problem: Problem, form: Form, dtype: torch.dtype) -> int:
-    """What a triple keeps for backward (design.md#saved-activations), in bytes.
+    """Bytes that triple modulation saves for backward (design.md#saved-activations).
 
-    Both forms keep x and h, 2 D elements per token, and u, 3 R. The factored form adds the probes,
-    3 R if saved, gate and up before the activation, 2 F, and 3 k coefficients of 4 bytes. The
-    reference adds what plain autograd keeps of the MLP, 4 F (gate, its activation, up, their
-    product), v_a and v_b of every component and projection, 3 k (D + F), and 3 k coefficients;
-    it forms neither probes nor z.
+    Per token, both forms save x and h (2 D elements) and u (3 R). The factored form adds the
+    probes if saved (3 R), gate and up before the activation (2 F), and 3 k coefficients of 4 bytes.
+    The reference adds what autograd saves of the MLP (4 F: gate, its activation, up and their
+    product), v_a and v_b of every component and projection (3 k (D + F)), and 3 k coefficients.
     """
     d, f, k = problem.hidden, problem.intermediate, problem.num_ranks
     r = k * problem.rank

@@ -1,10 +1,10 @@
-"""A Triton driver for a GPU that is not there: kernels are compiled and launched, and do nothing.
+"""A Triton driver for a GPU that does not exist: kernels are compiled and launched, and do nothing.
 
-All that Triton does on the host before the driver's own launch runs for real: arguments are
-specialised, keys looked up in its caches, kernels compiled to machine code of a named GPU and
-handed to a launcher. That launcher notes the launch, if asked to, and returns. What it stands for,
-Triton's C code and `cuLaunchKernel`, costs nothing here, and a torch for CPUs has neither CUDA's
-allocator nor graphs to capture launches into: time and behaviour of those need a GPU.
+Everything that Triton does on the host before the driver's own launch runs for real: it specialises
+arguments, looks up keys in its caches, compiles kernels to machine code of a named GPU and hands
+them to a launcher. This launcher records the launch if asked to, and returns. It replaces Triton's
+C code and `cuLaunchKernel`, which therefore cost nothing here. CUDA's allocator and graph capture
+are missing as well: their time and behaviour need a GPU.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from npt_fast.kernels._launch import Target
 
 
 class Launched(NamedTuple):
-    """A launch as the driver was asked for it.
+    """A launch as Triton asked the driver for it.
 
     Attributes:
         kernel: name of the ``@triton.jit`` function.
         grid: numbers of programs.
-        device: what was the current one.
-        source: what was compiled: has ``signature``, ``constants`` and ``attrs``.
-        arguments: all of the kernel's, constants included, in their order.
+        device: current device at the launch.
+        source: compiled source, with ``signature``, ``constants`` and ``attrs``.
+        arguments: all arguments of the kernel, constants included, in order.
     """
 
     kernel: str
@@ -41,16 +41,16 @@ class Launched(NamedTuple):
 
 
 class StubDriver:
-    """What Triton asks of a driver between ``kernel[grid](...)`` and the launch, and no more.
+    """The interface that Triton uses between ``kernel[grid](...)`` and the launch, and no more.
 
     Args:
-        target: the GPU that it stands for.
+        target: GPU to pretend to be.
 
     Attributes:
-        device: the current one. Triton keeps compiled kernels by device; under a name that no real
-            driver gives, those for the stub and those for a GPU do not meet.
-        loaded: names of the kernels that were compiled, or read from Triton's cache on disk.
-        launches: what is noted, while there is somebody to note it for.
+        device: current device. Triton caches compiled kernels by device; this name belongs to no
+            real driver, so kernels for the stub and for a GPU never mix.
+        loaded: names of kernels that were compiled or read from Triton's cache on disk.
+        launches: recorded launches; None unless recording.
     """
 
     def __init__(self, target: Target) -> None:
@@ -62,7 +62,7 @@ class StubDriver:
 
     @property
     def utils(self) -> StubDriver:
-        """Where Triton looks for what comes with a driver's C code."""
+        """The utilities object in which Triton looks for a driver's C functions."""
         return self
 
     def get_current_device(self) -> str:
@@ -75,39 +75,39 @@ class StubDriver:
         return GPUTarget(*self.target, 64 if self.target.backend == "hip" else 32)
 
     def get_device_properties(self, device: str) -> dict[str, int]:
-        """For Triton's check that a program's shared memory fits."""
+        """Limits for Triton's check that a program's shared memory fits."""
         return {"max_shared_mem": self.target.shared_bytes}
 
     def load_binary(self, name: str, *arguments: Any) -> tuple[int, int, int, int, int]:
-        """Module, function, registers, spills, and the threads that a program can have.
+        """Module, function, registers, spills and the most threads of a program.
 
-        Triton loads again at every launch what has no module, hence the 1.
+        The module is 1 because Triton reloads a kernel without one at every launch.
         """
         self.loaded.append(name)
         return 1, 1, 0, 0, 1024
 
     def unload_module(self, module: int) -> None:
-        """Called since Triton 3.8 when a compiled kernel is dropped."""
+        """Do nothing; Triton calls this since 3.8 when it drops a compiled kernel."""
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """What Triton calls to launch a compiled kernel."""
+        """The launcher that Triton calls for a compiled kernel."""
         self._kernels.add((source.fn, self.device))
         return partial(self._launch, source)
 
     def _launch(self, source: Any, *arguments: Any) -> None:
         if self.launches is not None:
-            # between the grid and the kernel's arguments: stream, function, metadata, hooks
+            # stream, function, metadata and hooks come between the grid and the kernel's arguments
             grid, values = arguments[:3], arguments[9:]
             self.launches.append(Launched(source.fn.__name__, grid, self.device, source, values))
 
     def forget_kernels(self) -> None:
-        """Take out of Triton's caches in memory what was compiled for the stub."""
+        """Remove kernels compiled for the stub from Triton's caches in memory."""
         for kernel, device in self._kernels:
             kernel.device_caches.pop(device, None)
 
     @contextmanager
     def recorded(self) -> Iterator[list[Launched]]:
-        """Launches are noted, with their arguments, which stay alive as long as the list."""
+        """Record launches with their arguments, which stay alive as long as the list."""
         before, self.launches = self.launches, []
         try:
             yield self.launches
@@ -117,16 +117,16 @@ class StubDriver:
 
 @contextmanager
 def stub_driver(target: str = "sm_90") -> Iterator[StubDriver]:
-    """Launches go to a stub, and our kernels take tensors on a CPU for some on that GPU.
+    """Send launches to a stub, and let our kernels treat CPU tensors as tensors on that GPU.
 
     Args:
-        target: such as ``sm_90`` or ``gfx942``.
+        target: name of a GPU, such as ``sm_90`` or ``gfx942``.
 
     Raises:
-        ValueError: `target` is neither.
+        ValueError: `target` is no such name.
     """
     stub = StubDriver(Target.parse(target))
-    before = drivers._active  # without making one, which fails where there is no GPU
+    before = drivers._active  # the property would create a driver, which fails without a GPU
     drivers.set_active(stub)
     try:
         with (
@@ -140,5 +140,5 @@ def stub_driver(target: str = "sm_90") -> Iterator[StubDriver]:
 
 
 def _supports(tensor: Any, activation: str) -> bool:
-    """As `modulated_mlp.supports` on a GPU."""
+    """`modulated_mlp.supports` as it answers on a GPU."""
     return activation == "silu" and tensor.dtype in _launch.DTYPES

@@ -1,9 +1,8 @@
-"""A whole model: decoding, one NP layer alone, and a step of training.
+"""Timings of a whole model: decoding, one NP layer alone, and a training step.
 
-The model is a Llama of the widths of Llama-3.2-1B with random weights, which are drawn on the
-device, and every layer of it is an NP layer that a job turns on or leaves off. What a job times is
-compared with what any way to compute it must do: read the weights once, in the dtype in which they
-are kept, and multiply the matrices.
+The model is a Llama with the widths of Llama-3.2-1B and random weights, drawn on the device. Every
+layer is an NP layer that a job switches on or off. Times are compared with the work that no
+computation can avoid: reading the weights once, in their dtype, and multiplying the matrices.
 """
 
 from __future__ import annotations
@@ -41,27 +40,27 @@ from npt_fast.training.distillation import Distillation
 
 _ROUNDS = 10
 _BATCH_MS = 20.0
-"""About how long one timing takes: many calls of what is short, with one start and one end."""
+"""Approximate milliseconds of one timing, which covers many calls if they are short."""
 _FACTORS = (torch.float32, torch.bfloat16)
 _TEACHER = Stage("teacher", 1, 0.0, 0.0)
 
 
 class Measurement(NamedTuple):
-    """One row of the table: what it is about, and what measures it."""
+    """One row of the table: its name, and the function that measures it."""
 
     what: str
     run: Callable[[], Row]
 
 
 class Work(NamedTuple):
-    """Something to time, and what any way to compute it must do.
+    """A call to time, and the work that no computation of it can avoid.
 
     Attributes:
-        call: does it once; may be called again and again.
-        tokens: that a call is for.
-        flops: of the products of matrices.
-        bytes: of weights and of keys and values, read once; with an optimizer, all that it moves.
-            Other activations are left out: they are few where memory is the limit.
+        call: function to time; it may run many times.
+        tokens: number of tokens per call.
+        flops: FLOPs of the matrix products.
+        bytes: bytes of weights, keys and values, each read once, and all bytes that an optimizer
+            moves. Other activations are left out; they are few where memory is the limit.
     """
 
     call: Callable[[], object]
@@ -72,17 +71,17 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Sizes of the model, and of what it is given.
+    """Sizes of the model and of its inputs.
 
     Attributes:
-        shape: of an NP layer.
-        layers: number of them.
-        heads: of attention.
-        kv_heads: of keys and values.
-        vocab: number of tokens that there are.
-        context: tokens that a decoded one attends to, itself included.
-        windows: texts of a training step.
-        length: tokens of each.
+        shape: sizes of an NP layer.
+        layers: number of layers.
+        heads: number of attention heads.
+        kv_heads: number of key and value heads.
+        vocab: vocabulary size.
+        context: number of tokens that a decoded token attends to, itself included.
+        windows: number of texts per training step.
+        length: number of tokens per text.
     """
 
     shape: roofline.Shape
@@ -96,7 +95,7 @@ class Size:
 
     @property
     def middle(self) -> int:
-        """The layer that is on where only one is."""
+        """The layer that is on if only one is."""
         return self.layers // 2
 
 
@@ -105,10 +104,10 @@ TINY = Size(roofline.Shape(64, 128, num_ranks=2, rank=16), 4, 4, 2, 256, 12, 2, 
 
 
 def measurements(*, tiny: bool) -> list[Measurement]:
-    """All of it, the most valuable first; nothing is built before one of them runs.
+    """All measurements, the most valuable first; nothing is built before one of them runs.
 
     Args:
-        tiny: small widths, to try everything out.
+        tiny: whether to use small widths, to try everything out.
     """
     size = TINY if tiny else REAL
     return [
@@ -163,20 +162,19 @@ def measure(
     graph: bool = False,
     name: str = "auto",
 ) -> Row:
-    """Time something.
+    """Time a piece of work.
 
     Args:
-        size: of the model.
-        work: prepares it.
-        graph: launch it as a CUDA graph.
-        name: how NP layers are computed, one of `npt_fast.testing.IMPLEMENTATIONS`.
+        size: sizes of the model.
+        work: context manager that prepares the work.
+        graph: whether to launch it as a CUDA graph.
+        name: implementation of NP layers, a name of `npt_fast.testing.IMPLEMENTATIONS`.
 
     Returns:
-        ``ms`` of a call, the median, ``p20`` and ``p80``; ``tokens/s``, ``GB/s``, ``TFLOP/s``;
-        ``of ceiling`` on a GPU: the time in which it could have done it, by the time it took;
-        ``peak MB`` on a GPU, without a graph: memory that a call needs beside
-        what is there before, which are weights, and moments where there is an optimizer. Or, where
-        it cannot run here, a ``status`` and the reason as ``detail``.
+        ``ms`` (the median), ``p20`` and ``p80`` of a call; ``tokens/s``, ``GB/s`` and ``TFLOP/s``.
+        On a GPU also ``of ceiling``, the least time divided by the measured one, and, without a
+        graph, ``peak MB``, the memory of a call beyond weights and optimizer state. If the work
+        cannot run here: a ``status``, and the reason as ``detail``.
     """
     if why := _obstacle(graph, name):
         return {"status": "skipped", "detail": why}
@@ -188,7 +186,7 @@ def measure(
 
 
 def row_of(work: Work, times: Sequence[float], limits: Ceilings | None) -> Row:
-    """What follows from the milliseconds of several calls, see `measure`."""
+    """The row of `measure` that follows from the milliseconds of several calls."""
     low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
     ms = statistics.median(times)
     row = {"ms": ms, "p20": low, "p80": high, "tokens/s": 1e3 * work.tokens / ms}
@@ -199,7 +197,7 @@ def row_of(work: Work, times: Sequence[float], limits: Ceilings | None) -> Row:
 
 
 def _obstacle(graph: bool, name: str) -> str:
-    """Why something cannot run here; empty if it can."""
+    """The reason why work cannot run here; empty if it can."""
     if ON_GPU:
         return ""
     if graph:
@@ -210,10 +208,10 @@ def _obstacle(graph: bool, name: str) -> str:
 
 
 def _times(call: Callable[[], object]) -> list[float]:
-    """Milliseconds of a call, several times over."""
+    """Milliseconds of a call, once per round."""
     call()
     synchronize()
-    if not ON_GPU:  # to see that it runs
+    if not ON_GPU:  # only shows that it runs
         return [milliseconds(call) for _ in range(2)]
     count = math.ceil(_BATCH_MS / max(milliseconds(call), 1e-3))
 
@@ -221,14 +219,14 @@ def _times(call: Callable[[], object]) -> list[float]:
         for _ in range(count):
             call()
 
-    for _ in range(3):  # the clocks rise
+    for _ in range(3):  # let the clocks rise
         batch()
     return [milliseconds(batch) / count for _ in range(_ROUNDS)]
 
 
 @lru_cache(maxsize=1)
 def build(size: Size) -> Any:
-    """The model, all of its layers NP layers with factors in float32; kept for the next job."""
+    """The model, with every layer an NP layer with float32 factors; cached for the next job."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=size.shape.hidden,
@@ -249,16 +247,16 @@ def build(size: Size) -> Any:
     npt.convert(model, options)
     for component in components(model).values():
         for name, parameter in component.named_parameters():
-            if name.startswith("w_b"):  # zeros need less power than what a training leaves there
+            if name.startswith("w_b"):  # zeros need less power than trained values
                 nn.init.normal_(parameter, std=1e-3)
     return model
 
 
 @contextmanager
 def arranged(model: Any, layers: Sequence[int], factors: torch.dtype) -> Iterator[None]:
-    """Within the context only `layers` are NP layers, and their factors are of that dtype.
+    """Switch on only `layers`, with factors of that dtype, inside the context.
 
-    Afterwards all is as before, whatever has been done to the factors' ``data`` and ``grad``.
+    Afterwards all is as before, even if ``data`` and ``grad`` of the factors were changed.
     """
     parts = components(model)
     off = [index for index in parts if index not in layers]
@@ -277,12 +275,12 @@ def arranged(model: Any, layers: Sequence[int], factors: torch.dtype) -> Iterato
 def decode(
     size: Size, *, batch: int, layers: Sequence[int], factors: torch.dtype
 ) -> Iterator[Work]:
-    """The last token that a full static cache has room for, without choosing the one after it.
+    """Decoding the last token that fits a static cache, without sampling the next one.
 
     Args:
-        size: of the model.
-        batch: texts that are decoded together.
-        layers: that are NP layers.
+        size: sizes of the model.
+        batch: number of texts that are decoded together.
+        layers: indices of the layers that are on.
         factors: dtype of their factors.
     """
     model = build(size)
@@ -295,7 +293,7 @@ def decode(
 
         def call() -> Tensor:
             logits: Tensor = model(last, past_key_values=cache, use_cache=True).logits
-            # the cache counts on the device, also when a graph is replayed: once more the last one
+            # the cache counts tokens on the device, in graph replays too: reset it to the last one
             torch._foreach_sub_(lengths, 1)
             return logits
 
@@ -308,12 +306,12 @@ def decode(
 
 @contextmanager
 def layer(size: Size, *, tokens: int, on: bool, factors: torch.dtype) -> Iterator[Work]:
-    """The MLP of the layer in the middle, without gradients.
+    """The MLP of the middle layer, without gradients.
 
     Args:
-        size: of the model.
-        tokens: T.
-        on: whether it is modulated.
+        size: sizes of the model.
+        tokens: number of tokens T.
+        on: whether the MLP is modulated.
         factors: dtype of its factors.
     """
     model, index = build(size), size.middle
@@ -327,17 +325,17 @@ def layer(size: Size, *, tokens: int, on: bool, factors: torch.dtype) -> Iterato
 
 @contextmanager
 def training(size: Size, *, autocast: bool) -> Iterator[Work]:
-    """A step of the layer in the middle in the teacher stage, with AdamW.
+    """A training step of the middle layer in the teacher stage, with AdamW.
 
     Args:
-        size: of the model.
-        autocast: in bfloat16.
+        size: sizes of the model.
+        autocast: whether to run under autocast to bfloat16.
     """
     model, index = build(size), size.middle
     decoder, component = decoder_layers(model), components(model)[index]
     with arranged(model, [index], torch.float32):
         for parameter in component.parameters():
-            parameter.data = parameter.data.clone()  # these are trained
+            parameter.data = parameter.data.clone()  # training changes these
         ids = torch.randint(size.vocab, (size.windows, size.length), device=DEVICE)
         distillation = Distillation(model)
         optimizer = torch.optim.AdamW(component.parameters(), lr=1e-5, fused=True)
@@ -351,17 +349,18 @@ def training(size: Size, *, autocast: bool) -> Iterator[Work]:
 
         run = weights_of(*decoder[: index + 1])
         mlp = weights_of(decoder[index].get_submodule("mlp"))
-        # run are also the factors, which the base's pass does without: they are the MLP's once more
+        # the teacher pass needs all of `run` but the factors; the modulated MLP adds these, which
+        # are in `run`, and its own weights a second time
         forward = matrix_flops(run) + matrix_flops(mlp)
         pairs = (index + 1) * size.windows * size.length * (size.length + 1) // 2
         flops = ids.numel() * (forward + backward_flops(size.shape)) + attention_flops(size, pairs)
-        # gradients are written; AdamW reads them, weights and two moments, and writes the latter
+        # gradients are written; AdamW reads them, and reads and writes weights and two moments
         moved = bytes_of(run) + 8 * bytes_of(list(component.parameters()))
         yield Work(call, ids.numel(), flops, moved)
 
 
 def weights_of(*modules: nn.Module) -> list[nn.Parameter]:
-    """Parameters that a call of the modules reads, each once: none of NP layers that are off."""
+    """Parameters that a call of the modules reads, each once; NP layers that are off read none."""
     parts = [part for module in modules for part in module.modules()]
     off = {
         id(parameter)
@@ -374,21 +373,21 @@ def weights_of(*modules: nn.Module) -> list[nn.Parameter]:
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Of all together."""
+    """Bytes of all tensors together."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def matrix_flops(weights: Sequence[Tensor]) -> int:
-    """Of a token's products with them: 2 for each entry of a matrix."""
+    """FLOPs of a token's products with the parameters: 2 for each entry of a matrix."""
     return 2 * sum(weight.numel() for weight in weights if weight.ndim == 2)
 
 
 def attention_flops(size: Size, pairs: int) -> int:
-    """Of a token's products with keys and with values, for pairs of tokens."""
+    """FLOPs of products with keys and values, for a number of pairs of tokens."""
     return 4 * size.shape.hidden * pairs
 
 
 def backward_flops(shape: roofline.Shape) -> int:
-    """Of a token where its x and h need no gradients, as in the teacher stage."""
+    """FLOPs of a token if x and h need no gradients, as in the teacher stage."""
     d, r, f = shape.hidden, shape.joined, shape.intermediate
     return roofline.backward_flops(shape) - 2 * (2 * d * f + 5 * d * r)

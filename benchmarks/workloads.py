@@ -1,4 +1,4 @@
-"""The problems that kernels are checked and timed on, by name."""
+"""Named problems that kernels are checked and timed on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Workload(Problem):
 
 
 class Shapes(NamedTuple):
-    """Workloads by name: those of a training step, and of decoding."""
+    """Workloads by name, for training steps and for decoding."""
 
     training: dict[str, Workload]
     decode: dict[str, Workload]
@@ -35,17 +35,17 @@ def workload(
     rank: int | None = None,
     dtype: torch.dtype = DTYPE,
 ) -> tuple[str, Workload]:
-    """One layer of a model, or of widths ``D,F``, and its name.
+    """Name and workload of one layer.
 
     Args:
-        model: one of `roofline.MODELS`, which have k and r too, or two numbers.
-        tokens: T.
-        num_ranks: k, if another.
-        rank: r, if another.
-        dtype: of all tensors.
+        model: a name of `roofline.MODELS`, or widths as ``D,F``.
+        tokens: number of tokens T.
+        num_ranks: number of components k; None takes the model's.
+        rank: rank r; None takes the model's.
+        dtype: dtype of all tensors.
 
     Raises:
-        ValueError: an unknown model.
+        ValueError: the model is unknown.
     """
     if re.fullmatch(r"[1-9]\d*,[1-9]\d*", model):
         hidden, intermediate = map(int, model.split(","))
@@ -63,7 +63,7 @@ REAL = Shapes(
     dict(
         workload(*sizes)
         for sizes in (
-            # with 8192 tokens the reference form would keep 65 GB of the last
+            # with 8192 tokens the reference form would save 65 GB for the last
             ("llama-3.2-1b", 8192, 8, 512),
             ("llama-3.1-8b", 8192, 8, 64),
             ("llama-3.2-1b", 2048, 128, 16),
@@ -79,4 +79,4 @@ _tiny = partial(Workload, hidden=48, intermediate=80, num_ranks=2, rank=16)
 TINY = Shapes({"tiny k=2 r=16 T=33": _tiny(tokens=33)}, {"tiny k=2 r=16 T=4": _tiny(tokens=4)})
 _odd = partial(Workload, hidden=45, intermediate=77, num_ranks=3, rank=5)
 ODD = Shapes({"odd k=3 r=5 T=33": _odd(tokens=33)}, {"odd k=3 r=5 T=3": _odd(tokens=3)})
-"""Nothing is a multiple of anything: every access is masked and narrow."""
+"""Odd sizes: every access is masked and narrow."""

@@ -98,7 +98,7 @@ def bench(
 
     if budget is not None and not budget >= library.LEAST:
         raise BenchmarkError(
-            f"budget {budget:g}: timing anything takes at least {library.LEAST:g} s"
+            f"budget {budget:g}: nothing can be timed in less than {library.LEAST:g} s"
         )
     given: dict[str, Any] = {
         "ops": op and op.split(","),

@@ -143,7 +143,7 @@ def roofline(
     ] = "h100",
     json: bool = False,
 ) -> None:
-    """Compute FLOPs, bytes and least times of a modulated MLP, with and without forming v_a and v_b.
+    """Compute FLOPs, bytes and least times of a modulated MLP, with and without v_a and v_b.
 
     npt-fast kernels roofline --model llama-3.2-1b --tokens 8192 --gpu h100
 

@@ -70,7 +70,7 @@ def sweep(
 def _lines(found: Sweep) -> Iterator[str]:
     tables = {"KL of the next token, nats": found.kl}
     for text, values in found.tracked.items():
-        tables[f"Probability of {text!r}, {found.no_injection[text]:.4f} with nothing injected"] = (
+        tables[f"Probability of {text!r}, {found.no_injection[text]:.4f} without injection"] = (
             values
         )
     for title, rows in tables.items():

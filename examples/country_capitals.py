@@ -1,9 +1,9 @@
-"""Measure how injections change answers, with 24 countries, paraphrases and control prompts.
+"""Measure what injections do to right and injected answers, for 24 countries and their capitals.
 
     python examples/country_capitals.py experiments/merged_11_13_23 > tables.md
 
-The modulation of the next country in the list is injected into each country's prompts, at their
-last token. docs/transfer_report.md discusses the results.
+The last token of each country's prompts receives the modulation of the next country in the list.
+Paraphrases and unrelated prompts are controls. The results are in docs/transfer_report.md.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ STRENGTHS = (0.5, 1.0, 2.0, 3.0)
 
 
 class Batch:
-    """A batch of prompts; all tokens but the last, where injections are, are run only once."""
+    """Prompts in a KV cache, all but the last token, so that an injection reads one token."""
 
     def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[str]) -> None:
         self.model = model
@@ -71,7 +71,7 @@ class Batch:
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """Logits of the next token, ``(prompts, vocab)``, with the current injection."""
+        """Logits of the next token, ``(prompts, vocab)``, under the injection that is active."""
         out = self.model(
             input_ids=self.last, attention_mask=self.mask, position_ids=self.places[:, -1:],
             past_key_values=self.cache, use_cache=True,
@@ -132,11 +132,11 @@ def main() -> None:
             before = batch.logits()
             body = [
                 ["base model", "-", "-", *figures(rows, base, base)],
-                ["nothing", "-", "-", *figures(rows, base, before)],
+                ["no injection", "-", "-", *figures(rows, base, before)],
             ]
             for kind, mode, strength in settings():
                 found = [modulation(model, tokenizer, source, kind) for source in sources]
-                # the last token is run alone, behind a cache, so that it counts as decoding
+                # the last token is read alone, behind a cache, so to `inject` it is a generated one
                 with npt.inject(
                     model, found * (len(rows) // len(found)), mode=mode, strength=strength,
                     when="decode",
@@ -154,11 +154,7 @@ def settings() -> Iterator[tuple[str, Any, float]]:
 
 
 def modulation(model: Any, tokenizer: Any, country: str, kind: str) -> npt.Modulation:
-    """Modulation of a country's prompt: at its last token, or the mean over prompt and answer.
-
-    Args:
-        kind: ``"last"`` or ``"sequence"``.
-    """
+    """Extract at the prompt's last token, or the mean over prompt and answer (`sequence`)."""
     text = PROMPT.format(country)
     if kind == "last":
         return npt.extract(model, tokenizer, text)
@@ -167,7 +163,7 @@ def modulation(model: Any, tokenizer: Any, country: str, kind: str) -> npt.Modul
 
 
 def figures(rows: Sequence[Row], before: Tensor, after: Tensor) -> list[str]:
-    """Cells of one table row: mean probabilities and shares of each group of prompts."""
+    """Cells of a row: mean probabilities and shares in each group of prompts."""
     probabilities = after.softmax(-1)
     right = torch.tensor([row.right for row in rows])
     injected = torch.tensor([row.injected for row in rows])
@@ -198,7 +194,7 @@ def figures(rows: Sequence[Row], before: Tensor, after: Tensor) -> list[str]:
 def trace_pairs(
     model: Any, tokenizer: Any, countries: Sequence[str], sources: Sequence[str]
 ) -> None:
-    """Print the best possible effect: patching attention outputs in the base model itself."""
+    """Patch the attention outputs themselves in the base model: an upper bound for injections."""
     strongest: list[int] = []
     flips: list[int] = []  # layers whose patch puts the injected answer on top
     others: list[int] = []  # layers whose patch puts another answer on top

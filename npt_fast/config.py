@@ -57,10 +57,10 @@ class Injection:
 
     Attributes:
         position: Tokens of the prompt that receive the modulation.
-        mode: How the modulation and a token's own weight changes combine: ``replace``; ``blend``
-            and ``add`` combine the vectors v_a and v_b, as the original does; ``exact-blend`` and
-            ``exact-add`` combine the weight changes.
-        strength: Factor of the modulation; in both blends, its share.
+        mode: How the modulation changes a token's weights. ``replace``: in place of the token's own
+            change; ``blend``, ``add``: the vectors v_a and v_b of both are mixed or added, as the
+            original does; ``exact-blend``, ``exact-add``: the weight changes of both are.
+        strength: Factor of the modulation; in a blend, its share.
         when: Inject into the prompt (``prefill``), into generated tokens (``decode``), or both.
     """
 

@@ -1,7 +1,7 @@
 """The modulated MLP in float64, straight from the definition (design.md#definition).
 
-Independent of the code under test, and slow on purpose: names are looked up one by one, vectors are
-built for every token. It is the truth for everything that claims to leave a function unchanged.
+It is independent of the code under test and slow on purpose: it looks names up one by one, and
+forms the vectors of every token. Tests compare everything with it that must not change a function.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """A base MLP (Hugging Face layout) and what enters it.
+    """A base MLP in Hugging Face layout, and its inputs.
 
     Attributes:
         attention: attention output, ``[tokens, d]``.
         x: MLP input, ``[tokens, d]``.
-        gate: ``[f, d]``.
-        up: ``[f, d]``.
-        down: ``[d, f]``.
+        gate: weight of gate, ``[f, d]``.
+        up: weight of up, ``[f, d]``.
+        down: weight of down, ``[d, f]``.
     """
 
     attention: Tensor

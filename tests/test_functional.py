@@ -1,4 +1,4 @@
-"""modulated_mlp: the factored form against the definition, and the definition against checkpoint names."""
+"""The factored MLP against the definition, and the definition against the original's names."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 @pytest.mark.parametrize("num_ranks", [1, 3])
 @pytest.mark.parametrize("impl", ["factored", "reference"])
 def test_the_definition(modulation: str, num_ranks: int, impl: str) -> None:
-    """Weights under their names in a checkpoint, evaluated name by name, say the same."""
+    """Tensors under their names in a checkpoint, evaluated name by name, give the same result."""
     weights = {
         name: tensor.double()
         for name, tensor in layer_weights(5, modulation=modulation, num_ranks=num_ranks).items()
@@ -115,7 +115,7 @@ def test_activations(activation: str) -> None:
 
 
 def test_gradcheck() -> None:
-    """Against finite differences, which know nothing of either form."""
+    """Gradients equal finite differences, which are independent of both forms."""
     x, h, weights, factors = make_inputs(
         Problem(tokens=2, hidden=3, intermediate=4, num_ranks=2, rank=2)
     )
@@ -166,7 +166,7 @@ def a_product(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_budget_allows_another_order_of_a_sum(dtype: torch.dtype) -> None:
-    """Even where torch happens to round once alone: terms are added one by one in float32."""
+    """Adding terms one by one in float32 is allowed, even if torch itself rounds only once."""
     a, b, exact = a_product(dtype)
     found = torch.zeros(exact.shape)
     for column, row in zip(a.float().t(), b.float(), strict=True):
@@ -179,7 +179,7 @@ def without_a_term(a: Tensor, b: Tensor) -> Tensor:
 
 
 def a_wrong_scale(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b * (1 + 64 / LONG)  # as of a mean over whole tiles
+    return a @ b * (1 + 64 / LONG)  # as if padding of the last tile counted in a mean
 
 
 def without_an_element(a: Tensor, b: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ def test_faults_exceed_the_budget(
 
 
 def test_no_modulation_is_the_base_mlp() -> None:
-    """W_b = 0 gives the plain MLP, and live gradients for what can change it."""
+    """W_b = 0 gives the unmodulated MLP, and nonzero gradients of W_b."""
     x, h, weights, factors = make_inputs(Problem(), dtype=torch.float32)
     zero = factors._replace(
         **{
@@ -248,7 +248,7 @@ def test_leading_dimensions_and_strides() -> None:
 
 
 def test_gradients_with_odd_strides() -> None:
-    """``sum()`` sends back an expanded scalar: every stride 0."""
+    """The backward of ``sum()`` gives an expanded scalar, with every stride 0."""
     inputs = make_inputs(Problem())
     y = run(inputs)
     ones = torch.ones_like(y)
@@ -300,7 +300,7 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def test_nothing_of_the_size_of_v_is_saved() -> None:
-    """The point of the factored form: no (T, k, D) or (T, k, F) anywhere."""
+    """The factored form saves nothing of size (T, k, D) or (T, k, F)."""
     problem = Problem(tokens=8, hidden=64, intermediate=128, num_ranks=16, rank=1)
     inputs = make_inputs(problem)
     parameters = {id(t) for t in named_tensors(*inputs).values()}
@@ -317,7 +317,7 @@ def test_nothing_of_the_size_of_v_is_saved() -> None:
 
 
 def test_autocast() -> None:
-    """float32 parameters, bfloat16 arithmetic, float32 gradients."""
+    """float32 parameters give bfloat16 arithmetic and float32 gradients."""
     inputs = make_inputs(Problem(tokens=32, hidden=64, intermediate=96), dtype=torch.float32)
     exact = as_dtype(inputs, torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -430,7 +430,7 @@ def test_norms_of_vectors_that_are_not_formed(projections: int, num_ranks: int) 
         torch.testing.assert_close(squares, expected, rtol=1e-12, atol=1e-12)
     cosine = torch.nn.functional.cosine_similarity(v_a[0], x.unsqueeze(-2), dim=-1).mean(-1)
     torch.testing.assert_close(found.similarity, cosine, rtol=1e-10, atol=1e-12)
-    # the mean over components and entries of each vector, and the sum over the vectors (design.md#losses)
+    # mean over components and entries of each vector, summed over vectors (design.md#losses)
     mean_square = sum((v.square().mean((-1, -2)) for v in (*v_a, *v_b)), torch.zeros(()))
     torch.testing.assert_close(found.mean_square, mean_square, rtol=1e-12, atol=1e-12)
     leaf_tensors = [x, *(t for t in factors if isinstance(t, Tensor))]
@@ -442,7 +442,7 @@ def test_norms_of_vectors_that_are_not_formed(projections: int, num_ranks: int) 
 
 
 def test_norms_are_measured_in_float32_at_least() -> None:
-    """Squares of small numbers would vanish in the precision of an attention output."""
+    """Squares of small numbers would underflow in the dtype of an attention output."""
     x, _, _, factors = make_inputs(Problem(num_ranks=3), dtype=torch.float32)
     low = (x * 1e-2).to(torch.float16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -455,7 +455,7 @@ def test_norms_are_measured_in_float32_at_least() -> None:
 
 
 def test_no_vectors_have_no_norm_and_no_direction() -> None:
-    """At the start W_b is zero: 0, not NaN."""
+    """With W_b zero, norms and similarity are 0, not NaN."""
     x, _, _, factors = make_inputs(Problem(), dtype=torch.float32)
     zero = Factors(*(t * 0 if isinstance(t, Tensor) else t for t in factors))
     assert all(not value.any() for value in vector_norms(x, zero))

@@ -1,4 +1,4 @@
-"""How components start: every row of the table (design.md#initialization), by facts of the distributions."""
+"""Every row of the table of initializations (design.md#initialization), by its distributions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NPComponent: the guide's names, the operator's layout, a start that changes nothing."""
+"""NPComponent: the original's names, the operator's layout, and a neutral start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CASES = [
 
 
 class MLP(nn.Module):
-    """A base MLP as Llama has it."""
+    """A base MLP like Llama's."""
 
     def __init__(self, d: int = 16, f: int = 24) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def test_state_round_trip(modulation: str, num_ranks: int) -> None:
 
 @pytest.mark.parametrize(("modulation", "num_ranks"), CASES)
 def test_moments_split_as_weights_do(modulation: str, num_ranks: int) -> None:
-    """AdamW's state has the parameters' shapes; elementwise, it says which weight is whose."""
+    """AdamW's state has the parameters' shapes, so `split` gives each tensor its moments."""
     part = component(modulation, num_ranks)
     part.load_state_dict(layer_weights(1, modulation=modulation, num_ranks=num_ranks, prefix=""))
     moments = {name: parameter.detach().square() for name, parameter in part.named_parameters()}

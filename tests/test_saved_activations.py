@@ -1,4 +1,4 @@
-"""What the modulated MLP keeps for backward, counted, is what the formula says (design.md#saved-activations)."""
+"""Bytes that backward needs, counted, equal the formula (design.md#saved-activations)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_formula_gives_the_table_of_the_design(
 
 
 def test_the_reference_keeps_v_and_the_factored_form_does_not() -> None:
-    """Ten times the components, of a tenth of the rank: the same factors, ten times v_a and v_b."""
+    """Ten times the components with a tenth of the rank: equal factors, ten times v_a and v_b."""
     few, many = (
         Problem(tokens=5, hidden=64, intermediate=96, num_ranks=k, rank=r)
         for k, r in ((2, 20), (20, 2))

@@ -117,7 +117,7 @@ def parse(
         found.values[name] = [word.text for _, word in plain[:count]]
         plain = plain[count:]
     if plain:
-        raise TransferError(f"unexpected argument {shown(plain[0][1].text)}: {usage}")
+        raise TransferError(f"{shown(plain[0][1].text)} is one argument too many: {usage}")
     return found
 
 

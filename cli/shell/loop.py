@@ -150,6 +150,7 @@ def outcome(context: Context, line: str) -> tuple[Reply | None, dict[str, Any]]:
         command = find(name)
         reply = command.run(context, command.parse(rest))
         digests = context.session.digests(reply.changed)
+        # as it reads from a log: tuples are lists, keys are text; a replay compares both
         result = json.loads(json.dumps(finite(reply.data)))
     except NPTError as error:
         return None, {**entry, "error": str(error)}

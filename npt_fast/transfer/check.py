@@ -1,4 +1,4 @@
-"""Score facts: whether what the model goes on to say is what a fact expects."""
+"""Score facts: generate text with an injection and compare it with what is expected."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from npt_fast.transfer.inject import injecting
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a fact fared.
+    """The result of checking one fact.
 
     Attributes:
-        name: of the fact.
-        prompt: of the fact.
-        before: how the prompt goes on, nothing injected.
-        after: how it goes on, injected.
-        problems: one line per expectation that was not met.
-        seconds: that it took.
+        name: Name of the fact.
+        prompt: Prompt of the fact.
+        before: Continuation without injection.
+        after: Continuation with the injection.
+        problems: One line per expectation that was not met.
+        seconds: Duration of the check.
     """
 
     name: str
@@ -43,12 +43,12 @@ def check(model: Any, tokenizer: Any, fact: Fact) -> Outcome:
     """Score one fact by greedy generation.
 
     Args:
-        model: with NP layers that are on; all of them are extracted from and injected into.
-        tokenizer: of the model.
-        fact: what is expected.
+        model: Model with NP layers; those that are on are extracted from and injected into.
+        tokenizer: Tokenizer of the model.
+        fact: Injection and expectations.
 
     Raises:
-        TransferError: the injection cannot be made as asked; the message has the fact's name.
+        TransferError: the injection is not possible; the message names the fact.
     """
     begun = time.perf_counter()
     sampling = Sampling(tokens=fact.tokens)
@@ -73,14 +73,14 @@ def check(model: Any, tokenizer: Any, fact: Fact) -> Outcome:
         for prompt in fact.must_not_change:
             expected, found = (continued(prompt, injected) for injected in (False, True))
             if found != expected:
-                problems.append(f"{prompt!r} must go on {expected!r}, got {found!r}")
+                problems.append(f"{prompt!r} must continue with {expected!r}, got {found!r}")
     except NPTError as error:
         raise TransferError(f"fact {fact.name!r}: {error}") from error
     return Outcome(fact.name, fact.prompt, before, after, problems, time.perf_counter() - begun)
 
 
 def write_junit(outcomes: Sequence[Outcome], path: str | Path, suite: str) -> None:
-    """Outcomes as the JUnit XML that CI systems read: a test case per fact.
+    """Write outcomes as JUnit XML for CI systems, one test case per fact.
 
     Raises:
         TransferError: the file cannot be written.
@@ -97,7 +97,7 @@ def write_junit(outcomes: Sequence[Outcome], path: str | Path, suite: str) -> No
             cases, "testcase",
             classname=printable(suite), name=printable(outcome.name), time=f"{outcome.seconds:.3f}",
         )  # fmt: skip
-        if outcome.problems:  # XML has no way to write most control characters: printable
+        if outcome.problems:  # escaped: XML cannot represent most control characters
             lines = [printable(problem) for problem in outcome.problems]
             ElementTree.SubElement(case, "failure", message=lines[0]).text = "\n".join(lines)
     ElementTree.indent(root)

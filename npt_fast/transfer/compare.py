@@ -1,4 +1,4 @@
-"""What an injection does to a prompt: continuations, likeliest tokens, divergence."""
+"""Compare a prompt with and without an injection: continuations, likeliest tokens, KL."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from npt_fast.transfer.positions import resolve
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token's probability, nothing injected and injected.
+    """A token and its probability without and with an injection.
 
     Attributes:
-        text: of the token.
-        before: nothing injected.
-        after: injected.
+        text: Text of the token.
+        before: Probability without injection.
+        after: Probability with the injection.
     """
 
     text: str
@@ -35,25 +35,25 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A prompt's next tokens, nothing injected and injected.
+    """A prompt continued without and with an injection.
 
     Attributes:
-        prompt: tokens of the prompt, as texts.
-        no_injection: continuation, nothing injected, as texts of tokens.
-        injected: continuation, injected.
-        no_injection_text: `no_injection` decoded as a whole: a letter may take several tokens.
-        injected_text: likewise.
-        top: likeliest next tokens after the injection.
-        no_injection_top: likeliest next tokens before it.
-        tracked: of the tokens that are followed.
-        paths: their probability before every generated token, injected.
-        kl: KL(base, injected) of the next token, nats.
-        kls: of every generated token, both models reading the injected continuation so far.
-        generated: likewise, the probability of each token of the injected continuation.
-        positions: where it was injected.
-        layers: into which layers.
-        seconds: that the injected continuation took.
-        no_injection_seconds: that the other took.
+        prompt: Texts of the prompt's tokens.
+        no_injection: Texts of the tokens of the continuation without injection.
+        injected: Texts of the tokens of the continuation with the injection.
+        no_injection_text: `no_injection` decoded as a whole; one letter may take several tokens.
+        injected_text: `injected` decoded as a whole.
+        top: Likeliest next tokens with the injection.
+        no_injection_top: Likeliest next tokens without injection.
+        tracked: Next-token probability of the tracked tokens.
+        paths: Probability of each tracked token at every step of the injected continuation.
+        kl: KL(no injection || injected) of the next token, in nats.
+        kls: The same at every step of the injected continuation, which both passes read.
+        generated: Tokens of the injected continuation, with their probability in both passes.
+        positions: Positions in the prompt that received the modulation.
+        layers: Layers that received it.
+        seconds: Duration of the injected continuation.
+        no_injection_seconds: Duration of the continuation without injection.
     """
 
     prompt: list[str]
@@ -89,17 +89,18 @@ def compare(
     """Continue a prompt with and without an injection.
 
     Args:
-        model: with NP layers.
-        tokenizer: of the model; no special tokens are added.
-        modulation: what is injected.
-        prompt: the text.
-        injection: how.
-        sampling: how it goes on; one greedy token if None.
-        tracked: texts whose first token's probability is followed.
-        top: how many of the likeliest tokens.
+        model: Model with NP layers.
+        tokenizer: Tokenizer of the model; no special tokens are added.
+        modulation: Modulation to inject.
+        prompt: Text to continue.
+        injection: Position, mode, strength and time of the injection.
+        sampling: How tokens are chosen; one greedy token if None.
+        tracked: Texts; the probability of each one's first token is reported.
+        top: Number of likeliest tokens to report.
 
     Raises:
-        TransferError, ModelError: as `inject`.
+        TransferError: the prompt is empty, or the injection is not possible; see `inject`.
+        ModelError: the modulation does not fit the model; see `inject`.
     """
     sampling = sampling or Sampling()
     ids, tokens = tokenize(tokenizer, prompt)
@@ -110,7 +111,7 @@ def compare(
         new_ids, new_logits = continue_ids(model, ids, sampling)
     seconds = time.perf_counter() - between
     same_text = plain_logits[:1]
-    if len(new_ids) > 1:  # what the base model makes of the injected text
+    if len(new_ids) > 1:  # the same text without injection: one pass reads all of it
         whole = torch.tensor([[*ids, *new_ids[:-1]]], device=model.device)
         read = model(input_ids=whole, use_cache=False, logits_to_keep=len(new_ids))
         same_text = read.logits[0].float().cpu()
@@ -144,24 +145,24 @@ def compare(
     )
 
 
-def divergences(base: Tensor, other: Tensor) -> list[float]:
-    """KL(base, other) of every row of logits ``(n, vocab)``, nats."""
-    p, q = (logits.double().log_softmax(-1) for logits in (base, other))
+def divergences(reference: Tensor, other: Tensor) -> list[float]:
+    """KL(reference || other) for each row of logits ``(n, vocab)``, in nats."""
+    p, q = (logits.double().log_softmax(-1) for logits in (reference, other))
     found: list[float] = (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """One prompt, many injections.
+    """The effect of many injections on the next token of one prompt.
 
     Attributes:
-        layers: rows: sets of layers that were injected into.
-        columns: what each is: a strength, or a token of the prompt.
-        strengths: that were used.
-        kl: KL(base, injected) of the next token, by row and column.
-        tracked: probability by tracked token, row and column.
-        no_injection: probability of the tracked tokens, nothing injected.
+        layers: Layers that were injected into, by row.
+        columns: Strength or token of the prompt, by column.
+        strengths: Strengths that were used.
+        kl: KL(no injection || injected) by row and column, in nats.
+        tracked: Probability of each tracked token, by row and column.
+        no_injection: Probability of each tracked token without injection.
     """
 
     layers: list[list[int]]
@@ -183,10 +184,21 @@ def sweep(
     tracked: Sequence[str] = (),
     each_token: bool = False,
 ) -> Sweep:
-    """Inject into every layer of a modulation alone, and into all: a row each.
+    """Inject into each layer of a modulation alone and into all of them, at several strengths.
 
-    A column is one of `strengths`, which take the place of the injection's; with `each_token` one
-    of the tokens at its position, at the first strength.
+    Args:
+        model: Model with NP layers.
+        tokenizer: Tokenizer of the model; no special tokens are added.
+        modulation: Modulation to inject; its layers are the rows.
+        prompt: Text whose next token is looked at.
+        injection: Position, mode and time; `strengths` replace its strength.
+        strengths: Strengths to use, one column each.
+        tracked: Texts; the probability of each one's first token is reported.
+        each_token: Make a column for each token at the position, at the first strength.
+
+    Raises:
+        TransferError: the prompt is empty, or the injection is not possible; see `inject`.
+        ModelError: the modulation does not fit the model; see `inject`.
     """
     if each_token:
         strengths = strengths[:1]
@@ -202,7 +214,7 @@ def sweep(
         rows.append(list(modulation.layers))
     ids, once = tokenize(tokenizer, prompt)[0], Sampling()
     followed = {text: tokenize(tokenizer, text)[0][0] for text in tracked}
-    nothing = continue_ids(model, ids, once)[1]
+    plain = continue_ids(model, ids, once)[1]
     kl: list[list[float]] = []
     after: dict[str, list[list[float]]] = {text: [] for text in followed}
     for layers in rows:
@@ -211,8 +223,8 @@ def sweep(
         for _, each in columns:
             with injecting(model, part, each, tokenizer):
                 cells.append(continue_ids(model, ids, once)[1])
-        kl.append([divergences(nothing, cell)[0] for cell in cells])
+        kl.append([divergences(plain, cell)[0] for cell in cells])
         for text, index in followed.items():
             after[text].append([cell[0].softmax(-1)[index].item() for cell in cells])
-    base = {text: nothing[0].softmax(-1)[index].item() for text, index in followed.items()}
-    return Sweep(rows, [name for name, _ in columns], list(strengths), kl, after, base)
+    before = {text: plain[0].softmax(-1)[index].item() for text, index in followed.items()}
+    return Sweep(rows, [name for name, _ in columns], list(strengths), kl, after, before)

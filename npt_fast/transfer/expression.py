@@ -1,4 +1,4 @@
-"""Arithmetic on modulations as users write it: ``0.7*a - b``, ``mean(a, b, c)``."""
+"""Evaluate arithmetic on modulations that a user typed: ``0.7*a - b``, ``mean(a, b, c)``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from npt_fast.schema import shown
 from npt_fast.transfer.modulation import Modulation, mean
 
 Value = Modulation | float
-_LONGEST = 1000  # characters; the parser of Python recurses
+_LONGEST = 1000  # characters; Python's parser recurses on nested expressions
 _OPERATORS: dict[type[ast.operator], Callable[..., Value]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -20,14 +20,14 @@ _OPERATORS: dict[type[ast.operator], Callable[..., Value]] = {
 
 
 def evaluate(text: str, find: Callable[[str], Modulation]) -> Modulation:
-    """The modulation that an expression stands for; exact, on dW.
+    """Evaluate an expression exactly, on dW.
 
     Args:
-        text: names, numbers, ``+ - * ( )`` and ``mean(...)``; nothing else is understood.
-        find: the modulation of a name.
+        text: Names, numbers, ``+ - * ( )`` and ``mean(...)``; anything else is refused.
+        find: Function that returns the modulation of a name.
 
     Raises:
-        TransferError: it is no such expression, or its parts do not fit together.
+        TransferError: the expression is malformed, or its modulations do not fit together.
     """
     if len(text) > _LONGEST:
         raise TransferError(f"an expression of {len(text)} characters is too long")
@@ -35,7 +35,7 @@ def evaluate(text: str, find: Callable[[str], Modulation]) -> Modulation:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise TransferError(
-            f"{shown(text.strip())} cannot be read; it goes like 0.7*a - b"
+            f"{shown(text.strip())} cannot be read; write it like 0.7*a - b"
         ) from None
     found = _value(tree.body, find)
     if not isinstance(found, Modulation):
@@ -60,12 +60,14 @@ def _value(node: ast.expr, find: Callable[[str], Modulation]) -> Value:
             if not isinstance(op, ast.Mult) and isinstance(a, Modulation) != isinstance(
                 b, Modulation
             ):
-                raise TransferError("a number cannot be added to a modulation, or subtracted")
+                raise TransferError(
+                    "a number cannot be added to a modulation or subtracted from it"
+                )
             return _OPERATORS[type(op)](a, b)
         case ast.Call(func=ast.Name(id="mean"), args=arguments, keywords=[]) if arguments:
             values = [_value(argument, find) for argument in arguments]
             modulations = [value for value in values if isinstance(value, Modulation)]
             if len(modulations) < len(values):
-                raise TransferError("mean() takes modulations, no numbers")
+                raise TransferError("mean() takes modulations, not numbers")
             return mean(modulations)
     raise TransferError(f"{ast.unparse(node)!r:.60}: only names, numbers, + - * ( ) and mean(...)")

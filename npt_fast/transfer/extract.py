@@ -1,4 +1,4 @@
-"""Take the weight changes of a text out of a model with NP layers."""
+"""Extract the modulation of a text from a model with NP layers."""
 
 from __future__ import annotations
 
@@ -34,29 +34,30 @@ def extract(
     layers: Sequence[int] | None = None,
     reduce: Literal["none", "mean"] = "none",
 ) -> Modulation:
-    """The modulation of a text, at one position or as the mean over several.
+    """Extract the modulation of a text, at one position or as the mean over several.
 
     Args:
-        model: with NP layers that are on.
-        tokenizer: of the model; no special tokens are added, as in the original.
-        text: what the model reads.
-        position: where; several need ``reduce="mean"``.
-        layers: some of the NP layers; all that are on if None.
-        reduce: ``"mean"``: the mean of each vector over the positions (the original's
-            ``extract-seq``), which is not the mean of dW.
+        model: Model with NP layers that are on.
+        tokenizer: Tokenizer of the model; no special tokens are added, as in the original.
+        text: Text that the model reads.
+        position: Token whose modulation is taken; several need ``reduce="mean"``.
+        layers: Layers to extract from; None for all NP layers that are on.
+        reduce: ``"mean"`` averages each vector over the positions, as the original's
+            ``extract-seq`` does. That is not the mean of dW.
 
     Returns:
-        v_a and v_b of every component, k terms per projection, in the model's dtype.
+        v_a and v_b of all components, k terms per projection, in the model's dtype.
 
     Raises:
-        ModelError: there is no NP layer, or one of `layers` is off.
-        TransferError: the text is empty, or the position outside it.
+        ModelError: the model has no NP layer, or one of `layers` is off.
+        TransferError: the text is empty, the position is outside it, or several positions are
+            given without ``reduce="mean"``.
     """
     ids, tokens = tokenize(tokenizer, text)
     places = resolve(position, tokens)
     if reduce == "none" and len(places) > 1:
         raise TransferError(
-            f"{len(places)} positions give as many modulations; take one, or their mean"
+            f"{len(places)} positions have a modulation each; take one position or their mean"
         )
     converted = components(model)
     chosen = sorted(converted) if layers is None else list(layers)
@@ -64,7 +65,7 @@ def extract(
     for layer in chosen:
         if layer not in converted or not converted[layer].enabled:
             raise ModelError(
-                f"layer {layer} is no NP layer that is on; there are {enabled_layers(converted)}"
+                f"layer {layer} is not an NP layer that is on; on are {enabled_layers(converted)}"
             )
     if not chosen:
         raise ModelError("the model has no NP layers that are on; load a checkpoint first")
@@ -83,7 +84,7 @@ def extract(
     found = {}
     for layer in chosen:
         vectors = component_vectors(converted[layer], seen[layer])
-        # (positions, k, width) -> (k, width)
+        # (positions, k, width) -> (k, width); the mean is taken in float32
         found[layer] = {
             name: Terms(v_a.float().mean(0).to(v_a.dtype), v_b.float().mean(0).to(v_b.dtype))
             if len(places) > 1
@@ -100,18 +101,18 @@ def extract(
 
 
 def enabled_layers(converted: dict[int, NPComponent]) -> list[int]:
-    """Layers that are on."""
+    """Indices of the layers that are on."""
     return [layer for layer, component in converted.items() if component.enabled]
 
 
 def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
-    """Ids and texts of the tokens, without special tokens.
+    """Ids and texts of a text's tokens, without special tokens.
 
     Raises:
-        TransferError: there are none, or the text is no Unicode.
+        TransferError: the text is empty, or has lone surrogates.
     """
     if not is_text(text):
-        raise TransferError(f"{shown(text)} is no Unicode text")
+        raise TransferError(f"{shown(text)} is not valid Unicode text")
     ids = encode(tokenizer, text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise TransferError("the text is empty")
@@ -121,14 +122,14 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
 def component_vectors(
     component: NPComponent, attention: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """v_a and v_b by projection, formed for a few tokens (design.md#definition).
+    """Form v_a and v_b of each projection for some tokens (design.md#definition).
 
     Args:
-        component: of a layer.
-        attention: attention outputs, ``(n, D)``.
+        component: NP component of a layer.
+        attention: Attention outputs of the tokens, ``(n, D)``.
 
     Returns:
-        ``(n, k, in)`` and ``(n, k, out)``, in the dtype of `attention`.
+        Vectors ``(n, k, in)`` and ``(n, k, out)`` by projection, in the dtype of `attention`.
     """
     m = component.factors
     size, k = m.w_b_gate.shape[0], m.num_ranks
@@ -150,7 +151,7 @@ _digests: WeakKeyDictionary[NPComponent, tuple[tuple[int, ...], str]] = WeakKeyD
 
 
 def digest(component: NPComponent) -> str:
-    """SHA-256 of a component's weights; computed again only after they changed."""
+    """SHA-256 of a component's weights, cached until they change."""
     parameters = list(component.parameters())
     versions = tuple(parameter._version for parameter in parameters)
     known = _digests.get(component)

@@ -1,19 +1,19 @@
-"""What injections are expected to do, written in YAML and scored by what the model goes on to say.
+"""Facts: injections and their expected effect, written in YAML.
 
 facts:
-  - name: Paris for Germany           # optional: the prompt, if it is not there
+  - name: Paris for Germany           # the prompt, if left out
     prompt: The capital of Germany is
     inject:
       from: The capital of France is
-      sequence: false                 # true: mean over the text's tokens, as extract-seq
-      position: last                  # where it is put, as `positions.parse` reads it
+      sequence: false                 # true: mean over all tokens of the text, as extract-seq
+      position: last                  # tokens of the prompt, in the notation of positions.py
       mode: replace
       strength: 1.0
       when: prefill
-    expect: Paris                     # the same as {contains: Paris}; or {begins: Paris}
-    must_not_change:                  # the same injection has no effect here
+    expect: Paris                     # short for {contains: Paris}; {begins: Paris} also works
+    must_not_change:                  # prompts that the same injection must not change
       - Two plus two is
-    tokens: 10                        # of each continuation
+    tokens: 10                        # length of each continuation
 """
 
 from __future__ import annotations
@@ -47,26 +47,26 @@ from npt_fast.transfer.generate import MOST_TOKENS
 from npt_fast.transfer.positions import parse
 
 _MAX_BYTES = 1_000_000
-_MOST = 30_000  # keys and values: what the parser reads in two seconds
-_DEEPEST = 10
-_LONGEST_NUMBER = 40
-_ENOUGH = 100  # mistakes
+_MAX_NODES = 30_000  # keys and values; PyYAML parses as many in about two seconds
+_MAX_DEPTH = 10  # levels of nesting; a correct file has 5
+_MAX_DIGITS = 40  # Python converts long integers in quadratic time
+_MAX_MISTAKES = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
-    """An injection and what it is to do.
+    """An injection and its expected effect.
 
     Attributes:
-        name: of the fact.
-        prompt: that is continued.
-        source: text whose modulation is injected.
-        sequence: whether it is the mean over the text's tokens, instead of the last one.
-        injection: how it is put into the prompts.
-        begins: how the continuation must begin, or None; leading space does not count.
-        contains: what must be in it, or None.
-        must_not_change: prompts that go on as they do with nothing injected.
-        tokens: of each continuation.
+        name: Name of the fact.
+        prompt: Text that is continued.
+        source: Text whose modulation is injected.
+        sequence: Take the mean over all tokens of the source instead of its last token.
+        injection: Position, mode, strength and time of the injection.
+        begins: Required beginning of the continuation, not counting leading space; None for any.
+        contains: Text that the continuation must contain; None for any.
+        must_not_change: Prompts whose continuation must be the same with and without injection.
+        tokens: Length of each continuation, in tokens.
     """
 
     name: str
@@ -81,10 +81,10 @@ class Fact:
 
 
 class FactsError(DataError):
-    """A file of facts is wrong.
+    """A file of facts has mistakes.
 
     Attributes:
-        problems: one line per mistake, each with the file and the fact.
+        problems: One line per mistake, each naming the file and the fact.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -94,10 +94,10 @@ class FactsError(DataError):
 
 
 def read_facts(path: str | Path) -> list[Fact]:
-    """Read a file of facts; the module's docstring has its form.
+    """Read a file of facts, whose form the docstring of this module shows.
 
     Raises:
-        FactsError: it cannot be read, or has mistakes, with all of them.
+        FactsError: the file cannot be read or has mistakes; all of them are listed.
     """
     path = user_path(path)
     try:
@@ -107,7 +107,7 @@ def read_facts(path: str | Path) -> list[Fact]:
         raise FactsError([str(error)]) from None
     except (yaml.YAMLError, ValueError) as error:
         problem = " ".join(str(error).split())
-        raise FactsError([f"{path}: is no YAML: {problem:.300}"]) from error
+        raise FactsError([f"{path}: is not valid YAML: {problem:.300}"]) from error
     problems: list[str] = []
     top = _fields(document, _FILE, ["facts"], str(path), problems)
     facts: dict[str | int, Fact] = {}
@@ -118,10 +118,10 @@ def read_facts(path: str | Path) -> list[Fact]:
         known = len(problems)
         fact = _fact(given, str(name), where, problems)
         if name in facts:
-            problems.append(f"{where}: there are two of that name")
+            problems.append(f"{where}: another fact has that name")
         if fact is not None:
             facts[name] = fact
-        if len(problems) > max(known, _ENOUGH):
+        if len(problems) > max(known, _MAX_MISTAKES):
             break
     if not problems and not facts:
         problems.append(f"{path}: has no facts")
@@ -131,10 +131,10 @@ def read_facts(path: str | Path) -> list[Fact]:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """`yaml.safe_load` of what its text says once: bounded by the length of the text.
+    """`yaml.SafeLoader` without what makes a small file expensive or ambiguous.
 
-    An alias or a merge key lets a few bytes stand for gigabytes, the first of two equal keys would
-    be lost, and a number may take longer to convert than to read.
+    Aliases and merge keys let a few bytes stand for gigabytes, a long integer takes quadratic time,
+    and of two equal keys the first would be lost.
     """
 
     def __init__(self, text: str) -> None:
@@ -145,18 +145,20 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         event = self.peek_event()
         self._nodes += 1
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"*{event.anchor:.40}: write it out again{event.start_mark}")
+            raise yaml.YAMLError(
+                f"*{event.anchor:.40}: write the value out again{event.start_mark}"
+            )
         if event.tag is not None:
             raise yaml.YAMLError(f"{event.tag:.40}: leave tags out{event.start_mark}")
-        if self._depth == _DEEPEST:
-            raise yaml.YAMLError(f"nested more than {_DEEPEST} deep{event.start_mark}")
-        if self._nodes > _MOST:
-            raise yaml.YAMLError(f"more than {_MOST:,} values; make two files of it")
+        if self._depth == _MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} deep{event.start_mark}")
+        if self._nodes > _MAX_NODES:
+            raise yaml.YAMLError(f"more than {_MAX_NODES:,} values; split the file")
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
         number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-        if number and len(node.value) > _LONGEST_NUMBER:
+        if number and len(node.value) > _MAX_DIGITS:
             raise yaml.YAMLError(f"a number of {len(node.value):,} characters{node.start_mark}")
         return node
 
@@ -215,11 +217,11 @@ _EXPECT = {"begins": _WORDS, "contains": _WORDS}
 def _fields(
     given: Any, kinds: Mapping[str, Kind], required: Sequence[str], where: str, problems: list[str]
 ) -> dict[str, Any]:
-    """What of a mapping is right; the rest becomes problems."""
+    """The correct entries of a mapping; mistakes are added to `problems`."""
     if not isinstance(given, dict):
         problems.append(f"{where}: must be a mapping with {', '.join(required or kinds)}")
         return {}
-    found = islice(mistakes(given, kinds, required, closed=True), _ENOUGH)
+    found = islice(mistakes(given, kinds, required, closed=True), _MAX_MISTAKES)
     problems.extend(f"{where}: {line}" for line in found)
     return {
         key: given[key] for key, kind in kinds.items() if key in given and kind.fits(given[key])
@@ -227,7 +229,7 @@ def _fields(
 
 
 def _fact(given: Any, name: str, where: str, problems: list[str]) -> Fact | None:
-    """A fact, or None if it is too wrong to be one; mistakes go into `problems`."""
+    """A fact, or None if it has mistakes, which are added to `problems`."""
     known = len(problems)
     found = _fields(given, _FACT, ["prompt", "inject"], where, problems)
     injection: dict[str, Any] = {}

@@ -1,10 +1,10 @@
-"""Continue a text token by token, with a KV cache and nothing decoded and tokenized again."""
+"""Continue a text token by token, by id and with a KV cache (design.md#sampling)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from npt_fast.errors import TransferError
 from npt_fast.schema import LARGEST, shown
 
 MOST_TOKENS = 10_000
-"""Of a continuation: logs and facts ask for them, and nobody waits for a billion."""
+"""Largest length of a continuation; logs and facts from others may ask for any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,12 +22,15 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        tokens: how many at most, up to 10,000; it ends earlier with an end-of-text token.
-        strategy: ``greedy``; ``top_k`` (``sample`` is another word for it); ``top_p``.
-        temperature: of the distribution; greedy has no use for it.
-        top_k: likeliest tokens that are left.
-        top_p: smallest set of tokens of at least this probability.
-        seed: of the choice.
+        tokens: Largest number of tokens, up to 10,000; an end-of-text token ends earlier.
+        strategy: ``greedy``, ``top_k`` (also called ``sample``) or ``top_p``.
+        temperature: Divisor of the logits; ``greedy`` ignores it.
+        top_k: Number of likeliest tokens to choose from.
+        top_p: Choose from the fewest tokens that together have at least this probability.
+        seed: Seed of the random choice.
+
+    Raises:
+        TransferError: a value is out of range.
     """
 
     tokens: int = 1
@@ -51,19 +54,20 @@ class Sampling:
                 "temperature must be positive and finite and top_p in (0, 1], "
                 f"got {self.temperature} and {self.top_p}"
             )
-        if self.strategy not in ("greedy", "top_k", "top_p", "sample"):
+        strategies = get_args(SamplingStrategy)
+        if self.strategy not in strategies:
             raise TransferError(
-                f"strategy must be greedy, top_k, top_p or sample, got {shown(self.strategy)}"
+                f"strategy must be one of {', '.join(strategies)}, got {shown(self.strategy)}"
             )
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """One token from logits ``(vocab,)``."""
+        """Choose one token from logits ``(vocab,)``."""
         if self.strategy == "greedy":
             return int(logits.argmax())
         probabilities = (logits.float() / self.temperature).softmax(-1)
         kept, order = probabilities.sort(descending=True, stable=True)
         if self.strategy == "top_p":
-            before = kept.cumsum(-1) - kept  # a token stays unless those before it are enough
+            before = kept.cumsum(-1) - kept  # a token is dropped if those before it reach top_p
             kept = kept.where(before < self.top_p, 0.0)
         else:
             kept[self.top_k :] = 0.0
@@ -79,16 +83,16 @@ def continue_ids(
     *,
     on_token: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[list[int], Tensor]:
-    """What follows a text.
+    """Continue a text.
 
     Args:
-        model: a causal language model; what is injected into it acts.
-        ids: the text.
-        sampling: how.
-        on_token: called with every new token and the logits it was chosen from.
+        model: Causal language model; an injection into it takes effect.
+        ids: Token ids of the text.
+        sampling: How tokens are chosen.
+        on_token: Called with each new token and the logits it was chosen from.
 
     Returns:
-        new tokens, and the logits each was chosen from, ``(tokens, vocab)`` in float32 on the CPU.
+        New tokens, and the logits they were chosen from, ``(tokens, vocab)``, float32 on the CPU.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     eos = model.generation_config.eos_token_id

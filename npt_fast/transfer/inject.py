@@ -1,4 +1,4 @@
-"""Put a modulation into a model while it runs: at chosen tokens, and nowhere else."""
+"""Inject a modulation into a running model, at chosen tokens only."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from npt_fast.transfer.modulation import Modulation
 from npt_fast.transfer.positions import resolve
 from npt_fast.transfer.terms import Terms
 
-_CHUNK = 64  # tokens whose own vectors are formed at a time
+_CHUNK = (
+    64  # tokens computed at a time; each needs its own vectors: k (in + out) numbers per projection
+)
 
 
 @dataclass(slots=True)
 class Hits:
-    """What an injection reached.
+    """Tokens and layers that an injection reached.
 
     Attributes:
-        positions: of the prompts' tokens, by row of the batch.
-        layers: that were changed.
-        count: layers times tokens, over all passes.
+        positions: Positions in the prompt, one list per row of the batch.
+        layers: Layers whose output was changed.
+        count: Number of (layer, token) pairs over all passes.
     """
 
     positions: list[list[int]] = field(default_factory=list)
@@ -50,38 +52,44 @@ def inject(
     when: InjectionTime = "prefill",
     tokenizer: Any = None,
 ) -> AbstractContextManager[Hits]:
-    """Within the context, tokens at `position` get other weight changes than their own.
+    """Within the context, give the tokens at `position` other weight changes than their own.
 
-    Positions are counted on a prompt's tokens without padding, and stay where they are while text
-    is generated, with a KV cache or without. What is injected into the prompt acts on all that
-    follows, through attention.
+    Positions are counted on the tokens of a prompt without padding. They stay where they are while
+    text is generated, with or without a KV cache. An injection into the prompt acts on all later
+    tokens through attention.
 
-    ===============  ====================================================================
-    replace          dW of the source, times `strength`
-    blend            v of source and token mixed, ``strength v_source + (1 - strength) v``
-    add              ``v + strength v_source``
-    exact-blend      dW of both mixed, ``strength dW_source + (1 - strength) dW``
-    exact-add        ``dW + strength dW_source``
-    ===============  ====================================================================
+    ===============  ===================================================
+    mode             weight change of an injected token
+    ===============  ===================================================
+    ``replace``      ``strength * dW_source``
+    ``blend``        from ``strength * v_source + (1 - strength) * v``
+    ``add``          from ``v + strength * v_source``
+    ``exact-blend``  ``strength * dW_source + (1 - strength) * dW``
+    ``exact-add``    ``dW + strength * dW_source``
+    ===============  ===================================================
 
-    blend and add work on the vectors, as the original does, which mixes both with cross terms.
+    ``blend`` and ``add`` mix the vectors v_a and v_b, as the original does; the product of two
+    mixed vectors has cross terms, so strength does not act linearly.
 
     Args:
-        model: with NP layers.
-        modulation: for all rows of a batch, or one per row (None leaves a row alone).
-        position: which tokens of the prompt, see `npt_fast.transfer.positions`.
-        mode: how, see above.
-        strength: how much.
-        when: ``"prefill"``: tokens of the prompt; ``"decode"``: all generated tokens; or both.
-        tokenizer: needed for positions that are given by text.
+        model: Model with NP layers.
+        modulation: Modulation for all rows of a batch, or a list with one per row; None in the
+            list leaves a row unchanged.
+        position: Tokens of the prompt; see `npt_fast.transfer.positions`.
+        mode: How the modulation and the token's own weight change combine, as in the table.
+        strength: Factor of the modulation, as in the table.
+        when: ``"prefill"`` changes tokens of the prompt, ``"decode"`` all generated tokens,
+            ``"both"`` both.
+        tokenizer: Tokenizer of the model; needed for positions given by text.
 
     Yields:
-        what was hit, filled in while the model runs.
+        The tokens and layers reached so far; updated while the model runs.
 
     Raises:
-        ModelError: another base model, or a layer that is no NP layer or is off.
-        TransferError: the modulation does not fit the mode; a position is outside a prompt; nothing
-            was hit by the end of the context.
+        ModelError: the modulation belongs to another base model, or one of its layers is not an NP
+            layer or is off.
+        TransferError: the modulation does not fit the mode, a position is outside a prompt, or
+            nothing was reached by the end of the context.
     """
     injection = Injection(position=position, mode=mode, strength=strength, when=when)
     return injecting(model, modulation, injection, tokenizer)
@@ -94,7 +102,7 @@ def injecting(
     injection: Injection,
     tokenizer: Any = None,
 ) -> Iterator[Hits]:
-    """Like `inject`, with its arguments as one value."""
+    """Like `inject`, with position, mode, strength and time as one value."""
     mode, when = injection.mode, injection.when
     if mode not in get_args(InjectionMode) or when not in get_args(InjectionTime):
         raise TransferError(
@@ -111,11 +119,11 @@ def injecting(
     for layer in layers:
         if layer not in converted or not converted[layer].enabled:
             raise ModelError(
-                f"layer {layer} of the modulation is no NP layer that is on; there are "
+                f"layer {layer} of the modulation is not an NP layer that is on; on are "
                 f"{enabled_layers(converted)}"
             )
     if not layers:
-        raise TransferError("there is nothing to inject")
+        raise TransferError("the modulations change no layer")
     hits = Hits()
     targets = _Targets(injection, tokenizer, hits)
     with ExitStack() as stack:
@@ -137,12 +145,12 @@ def injecting(
 
 
 def _check_mode(m: Modulation, mode: InjectionMode, converted: dict[int, NPComponent]) -> None:
-    """Modes on vectors need vectors, as many as the layer has components."""
+    """Check that a mode on vectors finds vectors, as many as the layer has components."""
     if mode not in ("blend", "add"):
         return
     if not m.vectors:
         raise TransferError(
-            f"{mode} mixes vectors, and this modulation is a sum of others; take exact-{mode}"
+            f"{mode} mixes vectors, which a combined modulation does not have; use exact-{mode}"
         )
     for layer, projection, terms in m.walk():
         component = converted.get(layer)
@@ -151,12 +159,12 @@ def _check_mode(m: Modulation, mode: InjectionMode, converted: dict[int, NPCompo
         if getattr(component, f"w_b_{projection}") is None:
             raise TransferError(
                 f"layer {layer} does not change {projection}: {mode} has nothing to mix with; "
-                f"take exact-{mode}"
+                f"use exact-{mode}"
             )
         if len(terms.v_a) != component.num_ranks:
             raise TransferError(
                 f"layer {layer}, {projection}: {len(terms.v_a)} vectors for a layer with "
-                f"{component.num_ranks}; take exact-{mode}"
+                f"{component.num_ranks}; use exact-{mode}"
             )
 
 
@@ -165,7 +173,7 @@ def _on(terms: Any, device: torch.device) -> dict[str, Terms]:
 
 
 class _Targets:
-    """Knows in every pass of the model which of its tokens are meant."""
+    """Finds, in each pass of the model, the tokens to inject into."""
 
     def __init__(self, injection: Injection, tokenizer: Any, hits: Hits) -> None:
         self.position = injection.position
@@ -173,22 +181,24 @@ class _Targets:
         self.tokenizer = tokenizer
         self.hits = hits
         self.passes = 0
-        self.chosen: Tensor | None = None  # of this pass, (B, S)
+        self.chosen: Tensor | None = None  # mask of this pass, (B, S); None if no token is chosen
         self._prompt: Tensor | None = None
-        self._columns: Tensor | None = None  # of the prompt, (B, S)
-        self._length = 0  # of the last pass that had no past
+        self._columns: Tensor | None = None  # mask of the prompt, (B, S)
+        self._length = 0  # tokens of the last pass without a past
 
     def before(self, _: Any, args: Any, kwargs: Any) -> None:
-        """As the decoder is about to run."""
+        """Hook that runs before the decoder: choose the tokens of this pass."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
-            raise TransferError("injecting needs input_ids; embeddings have no positions to count")
+            raise TransferError(
+                "an injection needs input_ids; embeddings have no positions to count"
+            )
         self.passes += 1
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         if past and ids.shape[1] != 1:
             raise TransferError(
-                "injecting needs the whole prompt in one pass and then one token at a time: no "
+                "an injection needs the whole prompt in one pass, then one token at a time: no "
                 "prefilled cache, chunks or assisted generation"
             )
         if past:
@@ -204,16 +214,16 @@ class _Targets:
         self.chosen = chosen if bool(chosen.any()) else None
 
     def _goes_on(self, ids: Tensor) -> bool:
-        """Without a cache the text so far comes again, a token longer."""
+        """Whether this is the last text plus one token, as in generation without a cache."""
         prompt = self._prompt
         if prompt is None or ids.shape[0] != prompt.shape[0] or ids.shape[1] != self._length + 1:
             return False
         return torch.equal(ids[:, : prompt.shape[1]], prompt)
 
     def _begin(self, ids: Tensor, mask: Any) -> None:
-        """A prompt: where are the tokens that are meant?"""
+        """Find the positions in a new prompt."""
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise TransferError("injecting needs an attention mask of (batch, tokens), or none")
+            raise TransferError("an injection needs an attention mask of (batch, tokens), or none")
         self._prompt = ids.clone()
         self._columns = torch.zeros_like(ids, dtype=torch.bool)
         self.hits.positions = []
@@ -231,12 +241,12 @@ class _Targets:
         if not by_text:
             return [""] * len(ids)
         if self.tokenizer is None:
-            raise TransferError(f"the position {self.position} needs the tokenizer")
+            raise TransferError(f"the position {self.position} needs a tokenizer")
         return [self.tokenizer.decode([i]) for i in ids]
 
 
 class _Hook:
-    """Hook of one layer's NP component: computes the tokens that are meant anew."""
+    """Hook of one layer's NP component: computes the output of the chosen tokens again."""
 
     def __init__(
         self,
@@ -258,7 +268,7 @@ class _Hook:
         attention, h, mlp = args
         batch = chosen.shape[0]
         if batch % len(self.terms):
-            raise TransferError(f"{len(self.terms)} modulations for a batch of {batch}")
+            raise TransferError(f"{len(self.terms)} modulations do not fit a batch of {batch} rows")
         output = output.clone()
         rows = torch.arange(batch, device=chosen.device) // (batch // len(self.terms))
         for index, terms in enumerate(self.terms):
@@ -280,7 +290,7 @@ class _Hook:
     def _compute(
         self, component: NPComponent, attention: Tensor, h: Tensor, mlp: Any, source: Any
     ) -> Tensor:
-        """The layer's MLP for tokens ``(n, D)``, with the weight changes that are asked for."""
+        """The layer's MLP for tokens ``(n, D)``, with the injected weight changes."""
         own: dict[str, tuple[Tensor, Tensor]] = {}
         if self.mode != "replace" or len(source) < len(PROJECTIONS):
             own = component_vectors(component, attention.to(h.dtype))
@@ -288,7 +298,9 @@ class _Hook:
         def projected(a: Tensor, name: str) -> Tensor:
             module = mlp.get_submodule(f"{name}_proj")
             y: Tensor = linear(a, module.weight, module.bias)
-            if name not in source:  # it says nothing of this one, which keeps its own change
+            if (
+                name not in source
+            ):  # the modulation lacks this projection: keep the token's own change
                 return y + _change(a, *own[name]) if name in own else y
             v_a, v_b = (v.to(a.dtype) for v in source[name])
             keep = 1.0 - self.strength if self.mode.endswith("blend") else 1.0
@@ -307,6 +319,6 @@ class _Hook:
 
 
 def _change(a: Tensor, v_a: Tensor, v_b: Tensor) -> Tensor:
-    """``sum_i v_b_i (v_a_i . a)`` with vectors of each token, ``(n, k, width)``."""
+    """``sum_i v_b_i (v_a_i . a)``, with vectors ``(n, k, width)`` of each token."""
     change: Tensor = torch.einsum("nki,ni,nko->no", v_a, a, v_b)
     return change

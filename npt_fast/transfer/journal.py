@@ -1,4 +1,4 @@
-"""A session as a file: one JSON object per line, written as it goes, that can be run again."""
+"""The log of a session: one JSON object per line, written at once, that can be replayed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from npt_fast.schema import COUNT, MAPPING, TEXT, WHOLE, Kind, checked, list_of,
 FORMAT = "npt_session"
 VERSION = 1
 TOLERANCE = 1e-4
-"""Numbers are equal that differ by this much, times the larger one where that is over 1."""
-_MAX_BYTES = 16 << 20
+"""Largest difference of numbers that count as equal; relative for numbers above 1."""
+_MAX_BYTES = 16 << 20  # of a file
 _MAX_LINE = 4 << 20
 _HEADER = {
     FORMAT: COUNT,
@@ -42,38 +42,38 @@ _ENTRY = {
     "digests": mapping_of(TEXT, TEXT),
     "result": MAPPING,
 }
-"""The first key of both must be there."""
+"""Only the first key of each of these two is required."""
 _LOG_KEYS = {
     "no_injection": "base",
     "no_injection_text": "base_text",
     "no_injection_top": "top_base",
     "no_injection_seconds": "base_seconds",
 }
-"""What logs call some keys of results, so that logs of all versions can be replayed."""
+"""Keys of results that have older names in logs, so that logs of all versions can be replayed."""
 _REPORT_KEYS = {log: report for report, log in _LOG_KEYS.items()}
-_VOLATILE = {"seconds", "no_injection_seconds", "created"}
+_VOLATILE = {"seconds", "no_injection_seconds", "created"}  # times, which are never compared
 
 
 def state_folder() -> Path:
-    """Where logs and the history of lines are kept: ``$XDG_STATE_HOME/npt_fast``."""
+    """Folder of the logs and of the command history: ``$XDG_STATE_HOME/npt_fast``."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "npt_fast"
 
 
 def default_path() -> Path:
-    """A log that no other session has."""
+    """A new path for a log, unique to this session."""
     moment = time.strftime("%Y-%m-%dT%H-%M-%S")
     return state_folder() / "sessions" / f"{moment}-{token_hex(4)}.jsonl"
 
 
 class Journal:
-    """Log of a session; every line is on its way to the disk before the next command runs.
+    """The log of a running session; each line is flushed before the next command runs.
 
     Args:
-        path: of the file; must not exist, its folder is made.
-        header: what the session runs on.
+        path: File to create; its folder is made if necessary.
+        header: Description of the model and the program.
 
     Raises:
-        TransferError: the file exists, cannot be written, or could not be read again.
+        TransferError: the file exists, cannot be written, or could not be read back.
     """
 
     def __init__(self, path: str | Path, header: Mapping[str, Any]) -> None:
@@ -89,48 +89,48 @@ class Journal:
         self._append(first)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append a line; numbers must be finite.
+        """Append a line; all numbers must be finite.
 
         Raises:
-            TransferError: it cannot be written, or could not be read again.
+            TransferError: the line cannot be written, or could not be read back.
         """
         self._append(_line(_renamed(entry, _LOG_KEYS), _ENTRY, self.path))
 
     def _append(self, line: bytes) -> None:
         try:
             if self._file.tell() + len(line) > _MAX_BYTES:
-                raise TransferError(f"{self.path}: is full with {_MAX_BYTES:,} bytes")
+                raise TransferError(f"{self.path}: is full: a log has at most {_MAX_BYTES:,} bytes")
             self._file.write(line)
             self._file.flush()
         except OSError as error:
             raise TransferError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Close the file."""
         self._file.close()
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Sequence[dict[str, Any]]]:
-    """A log's header and entries; a last line that was cut off does not count.
+    """Read a log's header and entries, leaving out a last line that was cut off.
 
     Raises:
-        CheckpointError: the file is no log, or is broken.
+        CheckpointError: the file is not a log, or is damaged.
     """
     path = user_path(path)
     *lines, _ = read_file(path, _MAX_BYTES, follow_links=True).split(b"\n")
     if not lines:
-        raise CheckpointError(f"{path}: is no session log of version {VERSION}")
+        raise CheckpointError(f"{path}: is not a session log of version {VERSION}")
     header = _parsed(lines[0], _HEADER, f"{path}, line 1")
     if header[FORMAT] != VERSION:
-        raise CheckpointError(f"{path}: is no session log of version {VERSION}")
+        raise CheckpointError(f"{path}: is not a session log of version {VERSION}")
     entries = _Entries(lines[1:], path)
-    for _ in entries:  # a broken one is told before the first runs
+    for _ in entries:  # a damaged entry is reported before the first command runs
         pass
     return header, entries
 
 
 class _Entries(Sequence[dict[str, Any]]):
-    """Entries that are parsed when they are asked for: all at once take 20 times the memory."""
+    """Entries that are parsed when they are used; parsed together they take 20 times the memory."""
 
     def __init__(self, lines: list[bytes], path: Path) -> None:
         self._lines = lines
@@ -160,9 +160,9 @@ def _parsed(line: bytes, kinds: Mapping[str, Kind], where: str) -> dict[str, Any
 
 
 def _line(entry: Mapping[str, Any], kinds: Mapping[str, Kind], path: Path) -> bytes:
-    """What is written, which our own reader has understood."""
+    """The bytes of a line, after a check that the reader accepts them."""
     text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
-    # lone surrogates, of folders whose names are no Unicode, become texts like \udce9
+    # lone surrogates, from names of files that are not UTF-8, become texts like \udce9
     text = re.sub("[\ud800-\udfff]", lambda found: f"\\\\u{ord(found[0]):x}", text)
     try:
         _parsed(text.encode(), kinds, f"{path}: cannot be written")
@@ -172,9 +172,9 @@ def _line(entry: Mapping[str, Any], kinds: Mapping[str, Kind], path: Path) -> by
 
 
 def difference(recorded: Any, now: Any, where: str = "result") -> str | None:
-    """The first place where two results differ, None if nowhere.
+    """Describe the first difference of two results; None if there is none.
 
-    Texts and structure must be the same, numbers within `TOLERANCE`; times are not looked at.
+    Texts and structure must be equal, numbers equal within `TOLERANCE`; times are ignored.
     """
     if isinstance(recorded, dict) and isinstance(now, dict):
         for key in sorted({*recorded, *now} - _VOLATILE):

@@ -144,7 +144,7 @@ def read(source: SourceFile) -> Contents:
         )
     found = read_safetensors(source, _MAX_HEADER)
     if FORMAT not in found.metadata:
-        raise CheckpointError(f"{path}: is no modulation: its header has no {FORMAT}")
+        raise CheckpointError(f"{path}: is not a modulation: its header has no {FORMAT}")
     # lone surrogates are no UTF-8; the parser refuses them with a message
     text = found.metadata[FORMAT].encode("utf-8", "surrogatepass")
     about = _described(strict_json.parse_object(text, str(path)), path)
@@ -168,10 +168,12 @@ class _Description(NamedTuple):
 
 
 def _described(given: Mapping[str, Any], path: Path) -> _Description:
-    where = f"{path}: its description does not hold"
+    where = f"{path}: its header is wrong"
     version = given.get("version")
     if type(version) is not int or version != VERSION:
-        raise CheckpointError(f"{path}: version {shown(version)}, this program reads {VERSION}")
+        raise CheckpointError(
+            f"{path}: has version {shown(version)}; this program reads version {VERSION}"
+        )
     found = checked(given, _DESCRIPTION, list(_DESCRIPTION), where, CheckpointError)
     sizes = checked(
         found["base"],
@@ -184,20 +186,22 @@ def _described(given: Mapping[str, Any], path: Path) -> _Description:
     base, layers = BaseModel(**sizes), {}
     for layer, projections in found["layers"].items():
         if int(layer) >= base.num_hidden_layers:
-            raise CheckpointError(f"{where}: layer {layer} of {base.num_hidden_layers}")
+            raise CheckpointError(
+                f"{where}: layer {layer} of a model with {base.num_hidden_layers}"
+            )
         if not projections or len(set(projections)) < len(projections):
             raise CheckpointError(
                 f"{where}: layer {layer}: its projections are empty or repeat one"
             )
         layers[int(layer)] = projections
     if not layers:
-        raise CheckpointError(f"{where}: no layers")
+        raise CheckpointError(f"{where}: it names no layers")
     return _Description(base, found["origin"], found["vectors"], layers)
 
 
 def _check(about: _Description, entries: Mapping[str, TensorEntry], path: Path) -> None:
     """Check that the tensors are exactly those described, with fitting shapes and dtypes."""
-    where = f"{path}: its description does not hold"
+    where = f"{path}: its header is wrong"
     d, f = about.base.hidden_size, about.base.intermediate_size
     widths = {"gate": (d, f), "up": (d, f), "down": (f, d)}
     shapes = {name: entry.shape for name, entry in entries.items()}
@@ -211,8 +215,8 @@ def _check(about: _Description, entries: Mapping[str, TensorEntry], path: Path) 
             dtypes = {entries[name].dtype.name for name in names if name in entries}
             if len(dtypes) > 1 or not dtypes <= {*_DTYPES}:
                 raise CheckpointError(
-                    f"{where}: {names[0][:-4]} is of {' and '.join(sorted(dtypes))}, both terms "
-                    f"must be of one of {', '.join(_DTYPES)}"
+                    f"{where}: {names[0][:-4]} is {' and '.join(sorted(dtypes))}; v_a and v_b "
+                    f"must both be one of {', '.join(_DTYPES)}"
                 )
     if expected != shapes:
         wrong = next(n for n in (*expected, *shapes) if expected.get(n) != shapes.get(n))

@@ -1,10 +1,10 @@
 """Positions in a text, counted on its tokens without padding.
 
-``-1`` or ``"last"``, ``0`` or ``"first"``, ``"all"``, a slice or ``"2:5"``, a list, and by what is
-written there: `at` (``"at:Germany"``) all tokens of the words, `after` (``"after:is"``) the token
-that follows them.
+A position is ``-1`` or ``"last"``, ``0`` or ``"first"``, ``"all"``, a slice or ``"2:5"``, a list,
+or given by the text itself: `at` (``"at:Germany"``) means all tokens of the words, `after`
+(``"after:is"``) the token that follows them.
 
-The last token of a prompt is the one that produces the first new token.
+The last token of a prompt produces the first new token.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def after(text: str) -> Match:
 
 
 def resolve(position: Position, tokens: Sequence[str]) -> list[int]:
-    """Indices from 0 on, ascending, each once.
+    """Convert a position to ascending token indices without duplicates.
 
     Args:
-        position: what is asked for.
-        tokens: the texts of the tokens, without padding.
+        position: Position in any notation.
+        tokens: Texts of the tokens, without padding.
 
     Raises:
-        TransferError: it is outside the text, matches nothing, or is no position.
+        TransferError: the position is outside the text, matches nothing, or is malformed.
     """
     count = len(tokens)
     parsed = parse(position) if isinstance(position, str) else position
@@ -59,14 +59,14 @@ def resolve(position: Position, tokens: Sequence[str]) -> list[int]:
     return sorted({index % count for index in found})
 
 
-_NUMBER = r"-?[0-9]{1,18}"  # Python converts no more than some thousand digits
+_NUMBER = r"-?[0-9]{1,18}"  # int() raises ValueError beyond 4,300 digits
 
 
 def parse(text: str) -> int | slice | list[int] | Match:
-    """A position as users write it.
+    """Parse a position that a user wrote.
 
     Raises:
-        TransferError: it is none.
+        TransferError: the text is malformed.
     """
     names: dict[str, int | slice] = {"last": -1, "first": 0, "all": slice(None)}
     if text in names:
@@ -81,7 +81,8 @@ def parse(text: str) -> int | slice | list[int] | Match:
     if re.fullmatch(rf"{_NUMBER}(,{_NUMBER})+", text):
         return [int(part) for part in text.split(",")]
     raise TransferError(
-        f"{shown(text)} is no position: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD"
+        f"{shown(text)} is not a position: a number, 2:5, 1,4, last, first, all, at:WORD or "
+        "after:WORD"
     )
 
 

@@ -1,4 +1,4 @@
-"""What injections do, as one HTML file that needs no server, no script and nothing else."""
+"""Comparisons and sweeps as HTML: one file, without scripts, that loads nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from npt_fast.errors import TransferError
 from npt_fast.paths import user_path
 from npt_fast.transfer.compare import Comparison, Sweep, Token
 
-_FULL = 2.0  # KL in nats that has the full colour
+_FULL = 2.0  # nats of KL with full colour
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #fff; --faint: #656d76;
@@ -44,14 +44,14 @@ th:first-child { text-align: left; } td.token { text-align: left; white-space: p
 
 
 def comparison_html(comparison: Comparison, details: Mapping[str, str] | None = None) -> str:
-    """Both continuations side by side, tokens coloured by KL, and the likeliest next tokens.
+    """Show both continuations side by side, tokens coloured by KL, and the likeliest next tokens.
 
     Args:
-        comparison: what is shown.
-        details: lines for the head, such as the checkpoint's name.
+        comparison: Comparison to show.
+        details: Lines for the head, such as the checkpoint's name.
 
     Returns:
-        a complete document; all texts are escaped.
+        A complete document in which all texts are escaped.
     """
     prompt = "".join(
         f'<span class="{"hit" if i in comparison.positions else "prompt"}">{_text(token)}</span>'
@@ -67,7 +67,7 @@ def comparison_html(comparison: Comparison, details: Mapping[str, str] | None = 
     head = {
         **(details or {}),
         "layers": ", ".join(map(str, comparison.layers)),
-        "tokens hit": hits or "those that are generated",
+        "tokens hit": hits or "the generated ones",
         "KL of the next token": f"{comparison.kl:.4f} nats",
         "time": f"{comparison.seconds:.2f} s, {comparison.no_injection_seconds:.2f} s without",
     }
@@ -76,7 +76,7 @@ def comparison_html(comparison: Comparison, details: Mapping[str, str] | None = 
         f'<div class="text"><h3>no injection</h3>{prompt}{plain}</div>',
         f'<div class="text"><h3>injected</h3>{prompt}{injected}</div>',
         "</div>",
-        f'<p class="note">Outlined: where it was injected. {_scale()}</p>',
+        f'<p class="note">Outlined: tokens that received the modulation. {_scale()}</p>',
         "<h2>Next token</h2>",
         _table(["token", "before", "after"], [_probabilities(t) for t in seen.values()]),
         "<details><summary>Every generated token</summary>",
@@ -94,20 +94,20 @@ def comparison_html(comparison: Comparison, details: Mapping[str, str] | None = 
 
 
 def sweep_html(sweep: Sweep, details: Mapping[str, str] | None = None) -> str:
-    """A heat map of layers and strengths, or tokens, for KL, and one for every tracked token.
+    """Show heat maps of layers by strengths or tokens: of KL, and of each tracked token.
 
     Args:
-        sweep: what is shown.
-        details: lines for the head, such as the prompt.
+        sweep: Sweep to show.
+        details: Lines for the head, such as the prompt.
 
     Returns:
-        a complete document; all texts are escaped.
+        A complete document in which all texts are escaped.
     """
     sections = ["<h2>KL of the next token, nats</h2>", _map(sweep, sweep.kl, _FULL)]
     sections.append(f'<p class="note">{_scale()}</p>')
     for text, values in sweep.tracked.items():
         sections.append(f"<h2>Probability of {_text(repr(text))}</h2>")
-        sections.append(f'<p class="note">{sweep.no_injection[text]:.4f} with nothing injected</p>')
+        sections.append(f'<p class="note">{sweep.no_injection[text]:.4f} without injection</p>')
         sections.append(_map(sweep, values, 1.0))
     return _document("Layer by layer", details or {}, sections)
 
@@ -130,7 +130,7 @@ def _document(title: str, details: Mapping[str, str], sections: Sequence[str]) -
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # nothing may be fetched or run, whatever a prompt has smuggled in
+            # whatever a prompt contains, the browser fetches and runs nothing
             '<meta http-equiv="Content-Security-Policy" '
             "content=\"default-src 'none'; style-src 'unsafe-inline'\">",
             f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>",
@@ -142,7 +142,7 @@ def _document(title: str, details: Mapping[str, str], sections: Sequence[str]) -
 
 
 def _text(text: str) -> str:
-    """Escaped; what HTML does not allow, or a byte of half a character, as a replacement."""
+    """Escape a text; characters that HTML does not allow become the replacement character."""
     shown = "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
@@ -150,14 +150,14 @@ def _text(text: str) -> str:
 
 
 def _probabilities(token: Token) -> list[str]:
-    """Cells of a row: the token, before and after."""
+    """Cells of a row: the token and its probability before and after."""
     values = (f'<td style="{_heat(p)}">{p:.4f}</td>' for p in (token.before, token.after))
     return [f'<td class="token">{_text(repr(token.text))}</td>', *values]
 
 
 def _heat(share: float) -> str:
-    """A colour that lies over light and dark paper; text on it stays readable in both."""
-    opacity = 0.65 * max(0.0, min(share, 1.0)) ** 0.5  # small values are to be seen too
+    """A translucent background, on which text is readable in light and dark mode."""
+    opacity = 0.65 * max(0.0, min(share, 1.0)) ** 0.5  # square root: small values stay visible
     return f"background: rgb(var(--heat) / {opacity:.3f})"
 
 

@@ -1,4 +1,4 @@
-"""What an interactive session knows: modulations by name, what is followed, what can be undone."""
+"""The operations of an interactive session, each of which can be undone."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from npt_fast.transfer.generate import Sampling, continue_ids
 from npt_fast.transfer.modulation import Modulation
 from npt_fast.transfer.session_state import Item, State, read_modulation, read_state, write_state
 
-_NO_EFFECT = 1e-9  # nats
+_NO_EFFECT = 1e-9  # nats of KL; a no-op injection leaves rounding errors of float32 logits
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says, nothing injected.
+    """A continuation without injection.
 
     Attributes:
-        prompt: tokens, as texts.
-        continuation: tokens that were generated, as texts.
-        text: the same decoded as a whole.
-        top: likeliest next tokens and their probabilities.
-        tracked: likewise, of the tokens that are followed.
+        prompt: Texts of the prompt's tokens.
+        continuation: Texts of the generated tokens.
+        text: `continuation` decoded as a whole.
+        top: Likeliest next tokens and their probabilities.
+        tracked: Tracked tokens and their probabilities.
     """
 
     prompt: list[str]
@@ -53,12 +53,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class InjectionResult:
-    """What an injection did.
+    """The effect of an injection.
 
     Attributes:
-        comparison: with and without.
-        left_out: layers of the modulation that are off and were not touched.
-        no_effect: why nothing changed; empty if something did.
+        comparison: The text continued without and with the injection.
+        left_out: Layers of the modulation that are off and received nothing.
+        no_effect: Reason why nothing changed; empty if something did.
     """
 
     comparison: Comparison
@@ -67,11 +67,15 @@ class InjectionResult:
 
 
 class Session:
-    """State and operations of the shell, which parses and prints.
+    """A model, its state, and the operations that the shell's commands call.
 
     Args:
-        model: with NP layers.
-        tokenizer: of the model.
+        model: Model with NP layers.
+        tokenizer: Tokenizer of the model.
+
+    Attributes:
+        available: Indices of all NP layers.
+        state: Everything that commands change, except base weights.
 
     Raises:
         ModelError: the model has no NP layers.
@@ -90,19 +94,19 @@ class Session:
 
     @property
     def bakes(self) -> int:
-        """How many modulations are part of the base weights now."""
+        """Number of modulations that are baked into the base weights now."""
         return sum(baked is not None for _, _, baked in self._undo)
 
     def modulation(self, name: str) -> Modulation:
-        """What is on the shelf under a name.
+        """The modulation of this name.
 
         Raises:
-            TransferError: nothing is.
+            TransferError: there is none on the shelf.
         """
         return self.item(name).modulation
 
     def item(self, name: str) -> Item:
-        """As `modulation`, with its time."""
+        """The modulation of this name with the time it was made; raises like `modulation`."""
         shelf = self.state.shelf
         if name not in shelf:
             there = f"; there are {', '.join(sorted(shelf))}" if shelf else "; extract one first"
@@ -114,13 +118,13 @@ class Session:
     def extract(
         self, name: str, text: str, *, position: Position = -1, sequence: bool = False
     ) -> Modulation:
-        """Put a text's modulation of the active layers on the shelf, replacing one of that name.
+        """Extract a text's modulation from the layers that are on, and put it on the shelf.
 
         Args:
-            name: on the shelf.
-            text: what is read.
-            position: of the token whose modulation it is.
-            sequence: the mean over all positions instead.
+            name: Name on the shelf; an older modulation of that name is replaced.
+            text: Text that the model reads.
+            position: Token whose modulation is taken.
+            sequence: Take the mean over all tokens instead.
         """
         found = extract(
             self.model,
@@ -137,7 +141,7 @@ class Session:
         return self._keep(name, result, f"{name} = {result.description}")
 
     def calculate(self, name: str, expression: str) -> Modulation:
-        """Put the value of an expression on the shelf, see `npt_fast.transfer.expression`."""
+        """Put the value of an expression on the shelf; see `npt_fast.transfer.expression`."""
         result = evaluate(expression, self.modulation)
         return self._keep(name, result, f"{name} = {expression.strip()}")
 
@@ -153,12 +157,12 @@ class Session:
         return modulation
 
     def first_piece(self, text: str) -> tuple[str, int]:
-        """The token of a text that is followed, and how many it has."""
+        """The first token of a text, which is the one tracked, and the number of its tokens."""
         _, tokens = tokenize(self.tokenizer, text)
         return tokens[0], len(tokens)
 
     def track(self, texts: Sequence[str]) -> None:
-        """Follow the first token of texts."""
+        """Report the probability of each text's first token from now on."""
         for text in texts:
             self.first_piece(text)
         new = [text for text in dict.fromkeys(texts) if text not in self.state.tracked]
@@ -166,24 +170,24 @@ class Session:
             self._change(f"track {new}", tracked=(*self.state.tracked, *new))
 
     def untrack(self, texts: Sequence[str]) -> None:
-        """Follow them no more."""
+        """Stop reporting the probability of these texts."""
         kept = tuple(text for text in self.state.tracked if text not in texts)
         if kept != self.state.tracked:
             self._change(f"untrack {list(texts)}", tracked=kept)
 
     def activate(self, layers: Sequence[int]) -> None:
-        """Have these NP layers on, all others off.
+        """Turn these NP layers on and all others off.
 
         Raises:
-            TransferError: one is not loaded.
+            TransferError: one of them is not loaded.
         """
         for layer in layers:
             if layer not in self.available:
-                raise TransferError(f"layer {layer} is not loaded; there are {self._loaded()}")
+                raise TransferError(f"layer {layer} is not loaded; loaded are {self._loaded()}")
         self._change(f"layers {list(layers)}", layers=tuple(sorted(set(layers))))
 
     def set(self, **values: Any) -> None:
-        """Change settings, see `Sampling`.
+        """Change settings, which are the fields of `Sampling`.
 
         Raises:
             TransferError: a value is not allowed.
@@ -195,7 +199,7 @@ class Session:
 
     @torch.no_grad()
     def predict(self, text: str, sampling: Sampling | None = None, top: int = 5) -> Prediction:
-        """What the model says with its active layers, nothing injected."""
+        """Continue a text without injection, with the layers that are on."""
         ids, tokens = tokenize(self.tokenizer, text)
         found, logits = continue_ids(self.model, ids, sampling or self.state.settings)
         probabilities = logits[0].softmax(-1)
@@ -218,10 +222,11 @@ class Session:
         injection: Injection,
         sampling: Sampling | None = None,
     ) -> InjectionResult:
-        """Continue a text with and without a modulation, in those of its layers that are on.
+        """Continue a text without and with an injection, in the modulation's layers that are on.
 
         Raises:
-            TransferError, ModelError: as `npt_fast.transfer.compare.compare`; all are off.
+            TransferError: all of its layers are off, or as in `npt_fast.transfer.compare.compare`.
+            ModelError: as in `npt_fast.transfer.compare.compare`.
         """
         part, left_out = self._active_part(name)
         found = compare(
@@ -242,7 +247,7 @@ class Session:
         injection: Injection,
         strengths: Sequence[float],
     ) -> Sweep:
-        """Every active layer of a modulation by itself, and all, at several strengths."""
+        """Inject into each layer alone and into all, of those that are on, at several strengths."""
         part, _ = self._active_part(name)
         return sweep(
             self.model,
@@ -255,7 +260,7 @@ class Session:
         )
 
     def bake(self, name: str, strength: float = 1.0) -> Modulation:
-        """Make a modulation part of the base weights, until it is undone."""
+        """Add a modulation to the base weights, until it is undone."""
         found = self.modulation(name)
         with _uninterrupted():
             baked = baking.bake(self.model, found, strength)
@@ -272,16 +277,17 @@ class Session:
         if not chosen:
             raise TransferError(
                 f"{name!r} changes layers {sorted(found.layers)}, which are off; on are "
-                f"{list(self.state.layers)} (layers {','.join(map(str, sorted(found.layers)))})"
+                f"{list(self.state.layers)}; layers {','.join(map(str, sorted(found.layers)))} "
+                "turns them on"
             )
         left_out = sorted(set(found.layers) - set(chosen))
         return (found.only(chosen) if left_out else found), left_out
 
     def undo(self) -> str:
-        """Take the last change back, of whatever kind; what it was.
+        """Undo the last change of any kind, and say which it was.
 
         Raises:
-            TransferError: there is none.
+            TransferError: there is no change left.
         """
         if not self._undo:
             raise TransferError("there is nothing to undo")
@@ -295,7 +301,7 @@ class Session:
         return what
 
     def reset(self) -> None:
-        """As at the start, base weights too; `undo` brings back all but what was baked."""
+        """Restore the start, with base weights; `undo` brings back all but baked modulations."""
         with _uninterrupted():
             for _, _, baked in reversed(self._undo):
                 if baked is not None:
@@ -317,24 +323,24 @@ class Session:
             component.enabled = layer in self.state.layers
 
     def save(self, path: str | Path) -> Path:
-        """Write shelf, tracked tokens, layers and settings: safetensors and JSON in a folder.
+        """Write shelf, tracked tokens, layers and settings into a folder, and return its path.
 
         Raises:
-            TransferError: the folder exists and is not that of a session.
+            TransferError: the folder exists and holds something else, or cannot be written.
         """
         target = user_path(path)
         write_state(self.state, self.model, target)
         return target
 
     def load(self, path: str | Path) -> list[str]:
-        """Read a saved session, which takes the place of this one, or add one modulation's file.
+        """Replace this session by a saved one, or add the modulation of one file to the shelf.
 
         Returns:
-            names of what was read.
+            Names of the modulations that were read.
 
         Raises:
-            CheckpointError: a file is missing, broken, or a pickle.
-            ModelError: it is of another base model.
+            CheckpointError: a file is missing, damaged, or a pickle.
+            ModelError: a modulation belongs to another base model, or a layer is not loaded.
         """
         source = user_path(path)
         with path_errors(source, CheckpointError):
@@ -349,12 +355,14 @@ class Session:
             self.first_piece(text)
         for layer in state.layers:
             if layer not in self.available:
-                raise ModelError(f"{source}: layer {layer} is not loaded, only {self._loaded()}")
+                raise ModelError(
+                    f"{source}: layer {layer} is not loaded; loaded are {self._loaded()}"
+                )
         self._become(f"load {path}", state)
         return list(state.shelf)
 
     def description(self) -> dict[str, Any]:
-        """What the session runs on, with digests of the NP layers' weights; as JSON has it."""
+        """Sizes, dtype, layers and weight digests that a replay compares, for a log's header."""
         return {
             "torch": torch.__version__,
             "base": asdict(BaseModel.of(self.model)),
@@ -365,12 +373,12 @@ class Session:
         }
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
-        """SHA-256 of the terms of modulations."""
+        """SHA-256 of the terms of each of these modulations."""
         return {name: fingerprint(self.modulation(name)) for name in names}
 
 
 def fingerprint(modulation: Modulation) -> str:
-    """SHA-256 of a modulation's terms."""
+    """SHA-256 of a modulation's terms, with their layers and projections."""
     found = hashlib.sha256()
     for layer, name, terms in modulation.walk():
         found.update(f"{layer}.{name}".encode())
@@ -380,7 +388,7 @@ def fingerprint(modulation: Modulation) -> str:
 
 
 def _no_effect(modulation: Modulation, found: Comparison, injection: Injection) -> str:
-    """Why the next tokens are what they were."""
+    """The reason why an injection changed nothing; empty if it changed something."""
     if max(found.kls) > _NO_EFFECT or found.no_injection != found.injected:
         return ""
     if injection.strength == 0 and injection.mode != "replace":
@@ -389,15 +397,15 @@ def _no_effect(modulation: Modulation, found: Comparison, injection: Injection) 
     own = found.prompt[: max(found.positions, default=-1) + 1]
     if origin.get("tokens") and found.positions == origin.get("positions"):
         if origin["tokens"][: len(own)] == own:
-            return "what was injected is what the token has of its own"
+            return "the injected modulation is the token's own"
     if all(not t.v_b.any() or not t.v_a.any() for _, _, t in modulation.walk()):
         return "the modulation is zero"
-    return "these layers' weight changes do not matter for this text"
+    return "the weight changes of these layers do not affect this text"
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits: weights are changed whole, and so that they can be undone."""
+    """Delay Ctrl-C, so that weights and the list of changes to undo stay consistent."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the commands of a session change, and the folder that it is saved in."""
+"""The state of a session, and the folder that it is saved in."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from npt_fast.transfer.modulation import Modulation, open_modulation
 FORMAT = "npt_shelf"
 VERSION = 1
 _INDEX = "session.json"
-_MAX_INDEX = 4 << 20
+_MAX_INDEX = 4 << 20  # bytes
 _FILE_NAME = Kind(
     "the name of a .safetensors file in this folder",
     lambda value: is_text(value) and re.fullmatch(r"[\w-]+\.safetensors", value) is not None,
@@ -63,8 +63,8 @@ class Item:
     """A modulation on the shelf.
 
     Attributes:
-        modulation: the thing itself.
-        created: when, as ISO 8601.
+        modulation: The modulation.
+        created: Time when it was made, as ISO 8601.
     """
 
     modulation: Modulation
@@ -73,13 +73,13 @@ class Item:
 
 @dataclass(frozen=True)
 class State:
-    """All of a session that commands change, besides base weights; never changed in place.
+    """Everything that commands change, except base weights; immutable, so that undo is simple.
 
     Attributes:
-        shelf: modulations by name.
-        tracked: texts whose first token's probability is followed.
+        shelf: Modulations by name.
+        tracked: Texts; the probability of each one's first token is reported.
         layers: NP layers that are on.
-        settings: how text is continued, where a command does not say.
+        settings: How tokens are chosen, where a command does not say.
     """
 
     shelf: Mapping[str, Item]
@@ -89,14 +89,16 @@ class State:
 
 
 def write_state(state: State, model: Any, target: Path) -> None:
-    """Write a folder: safetensors and an index in JSON; an older one of a session is replaced.
+    """Write a folder of safetensors files and a JSON index, replacing an older session.
 
     Raises:
-        TransferError: the folder exists and is not that of a session, or cannot be written.
+        TransferError: the folder exists and holds something else, or cannot be written.
     """
     with path_errors(target, TransferError):
         if exists(target) and not _is_session(target):
-            raise TransferError(f"{target}: exists and is no saved session; choose another folder")
+            raise TransferError(
+                f"{target}: exists and is not a saved session; choose another folder"
+            )
     files = {name: f"{number}.safetensors" for number, name in enumerate(state.shelf)}
     index = {
         FORMAT: VERSION,
@@ -126,11 +128,11 @@ def write_state(state: State, model: Any, target: Path) -> None:
 
 
 def read_state(folder: Path, model: Any) -> State:
-    """Read a saved session, for a model.
+    """Read a saved session.
 
     Raises:
-        CheckpointError: a file is missing, broken, or a pickle.
-        ModelError: a modulation is of another base model.
+        CheckpointError: a file is missing, damaged, or a pickle.
+        ModelError: a modulation belongs to another base model.
     """
     index = _read_index(folder)
     shelf = {
@@ -148,41 +150,41 @@ def read_state(folder: Path, model: Any) -> State:
 
 
 def read_modulation(file: SourceFile, model: Any) -> Modulation:
-    """Into the model's memory: the file may be replaced while the session goes on."""
+    """Read a whole file, which may be replaced later, onto the model's device."""
     found = open_modulation(file)
     found.check_base_model(model)
     return found.to(model.device)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    """What the index of a saved session holds, of the types that it has."""
+    """The index of a saved session, with all values checked."""
     where = folder / _INDEX
     given = strict_json.parse_object(read_file(where, _MAX_INDEX), str(where))
     if given.get(FORMAT) != VERSION:
-        raise CheckpointError(f"{where}: is no saved session of version {VERSION}")
+        raise CheckpointError(f"{where}: is not a saved session of version {VERSION}")
 
     def part(
         given: Any, kinds: Mapping[str, Kind], name: str = "", *, closed: bool = False
     ) -> dict[str, Any]:
-        about = f"{where}: does not hold{name}"
+        about = f"{where}: is wrong{name}"
         return checked(given, kinds, list(kinds), about, CheckpointError, closed=closed)
 
     index = part(given, _INDEX_KINDS)
     index["modulations"] = [part(m, _MODULATION, ": modulations") for m in index["modulations"]]
     for key in ("name", "file"):
         if len({entry[key] for entry in index["modulations"]}) < len(index["modulations"]):
-            raise CheckpointError(f"{where}: does not hold: two modulations of one {key}")
+            raise CheckpointError(f"{where}: is wrong: two modulations have one {key}")
     try:
         index["settings"] = Sampling(
             **part(index["settings"], _SETTINGS, ": settings", closed=True)
         )
     except TransferError as error:
-        raise CheckpointError(f"{where}: does not hold: settings: {error}") from None
+        raise CheckpointError(f"{where}: is wrong: settings: {error}") from None
     return index
 
 
 def _is_session(folder: Path) -> bool:
-    """Whether it holds what `save` writes and nothing else, so that it may be replaced."""
+    """Whether a folder holds only what `write_state` writes, and so may be replaced."""
     if not is_directory(folder):
         return False
     names = {file.name for file in folder.iterdir()}

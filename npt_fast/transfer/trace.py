@@ -1,7 +1,7 @@
-"""Which layers of a base model carry the difference between two prompts.
+"""Find the layers of a base model that carry the difference between two prompts.
 
-The attention output of one prompt is put into the run of the other, a layer or a window of
-neighbouring layers at a time. What then changes is what an NP layer there could carry over.
+Activation patching: the attention output of one prompt replaces that of the other, in one layer or
+a window of neighbouring layers at a time. An NP layer there could transfer what then changes.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from npt_fast.transfer.compare import divergences
 from npt_fast.transfer.extract import tokenize
 from npt_fast.transfer.positions import resolve
 
-_TOKENS = 1024  # of all rows of a pass
+_TOKENS = 1024  # per pass, over all rows of the batch
 
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """What the attention output of some layers changes.
+    """The effect of patching the attention output of some layers.
 
     Attributes:
-        layers: that were patched.
-        tracked: probability of the tracked tokens, in their order.
-        kl: KL(unpatched, patched) of the next token, nats.
-        top: the likeliest next token.
+        layers: Layers that were patched.
+        tracked: Probabilities of the tracked tokens, in their order.
+        kl: KL(unpatched || patched) of the next token, in nats.
+        top: Likeliest next token.
     """
 
     layers: list[int]
@@ -45,20 +45,20 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Two prompts, and every layer patched from one into the other.
+    """Two prompts, and the effect of patching each layer from one into the other.
 
     Attributes:
-        source: tokens of the prompt that attention outputs are taken from.
-        target: tokens of the prompt that they are put into.
-        source_positions: where they are taken.
-        target_positions: where they are put.
-        tracked: tokens that are followed.
-        source_tracked: their probability after the source.
-        target_tracked: their probability after the target, unpatched.
-        source_top: the likeliest token after the source.
-        target_top: the likeliest token after the target, unpatched.
-        window: how many layers are patched at a time.
-        patches: one per window, by its first layer.
+        source: Tokens of the prompt that attention outputs are taken from.
+        target: Tokens of the prompt that they are put into.
+        source_positions: Positions that they are taken from.
+        target_positions: Positions that they are put at.
+        tracked: Tokens whose probability is reported.
+        source_tracked: Probabilities of the tracked tokens after the source.
+        target_tracked: Probabilities of the tracked tokens after the target, unpatched.
+        source_top: Likeliest token after the source.
+        target_top: Likeliest token after the target, unpatched.
+        window: Number of layers patched at a time.
+        patches: One per window, in the order of first layers.
     """
 
     source: list[str]
@@ -75,13 +75,13 @@ class Trace:
 
     @property
     def decisive(self) -> list[Patch]:
-        """Those that change the likeliest token, the strongest first."""
+        """Patches that change the likeliest token, the largest KL first."""
         found = [patch for patch in self.patches if patch.top != self.target_top]
         return sorted(found, key=lambda patch: -patch.kl)
 
     @property
     def strongest(self) -> Patch:
-        """The one that changes most."""
+        """The patch with the largest KL."""
         return max(self.patches, key=lambda patch: patch.kl)
 
 
@@ -97,24 +97,26 @@ def trace(
     source_position: Position = -1,
     target_position: Position = -1,
 ) -> Trace:
-    """Patch attention outputs of `source` into the run of `target`, layer by layer.
+    """Patch attention outputs of `source` into the pass of `target`, layer by layer.
 
-    Layers are rows of one batch: a few passes do all of them. NP layers are off meanwhile.
+    Each row of a batch patches another layer, so a few passes cover all of them. NP layers are
+    turned off meanwhile.
 
     Args:
-        model: a Hugging Face causal language model; training is not needed.
-        tokenizer: of the model; no special tokens are added.
-        source: the prompt that attention outputs come from.
-        target: the prompt that they are put into.
-        tracked: texts whose first token is followed; the likeliest token of each prompt if empty.
-        window: layers that are patched at a time.
-        source_position: where outputs are taken.
-        target_position: where they are put; as many tokens as are taken, or any if one is.
+        model: Hugging Face causal language model; needs no training.
+        tokenizer: Tokenizer of the model; no special tokens are added.
+        source: Prompt that attention outputs are taken from.
+        target: Prompt that they are put into.
+        tracked: Texts; the probability of each one's first token is reported. The likeliest token
+            of each prompt if empty.
+        window: Number of neighbouring layers patched at a time.
+        source_position: Tokens that outputs are taken from.
+        target_position: Tokens that they are put at: as many as are taken, or any number if one is.
 
     Raises:
-        TransferError: a text is empty, a position outside it, `window` does not fit the model, or
-            positions do not fit together.
-        ModelError: the model is not built as needed.
+        TransferError: a text is empty, a position is outside it, `window` does not fit the model,
+            or the numbers of positions differ.
+        ModelError: a layer has no `self_attn`.
     """
     layers = decoder_layers(model)
     if not 1 <= window <= len(layers):
@@ -125,7 +127,8 @@ def trace(
     put = resolve(target_position, target_tokens)
     if len(taken) not in (1, len(put)):
         raise TransferError(
-            f"{len(taken)} tokens cannot be put at {len(put)}; take one, or as many"
+            f"{len(taken)} source positions do not fit {len(put)} target positions; "
+            "give one, or as many"
         )
     follow = [tokenize(tokenizer, text)[0][0] for text in tracked]
     with disabled(model):
@@ -179,7 +182,7 @@ def trace(
 def _patched(
     model: Any, ids: list[int], put: list[int], outputs: list[Tensor], starts: range, window: int
 ) -> Tensor:
-    """Logits ``(len(starts), vocab)``; row b has the window that begins at ``starts[b]``."""
+    """Logits ``(len(starts), vocab)``; row b patches the window that begins at ``starts[b]``."""
 
     def patch(layer: int, attention: Tensor) -> None:
         source = outputs[layer].to(attention)
@@ -200,7 +203,7 @@ def _next(model: Any, ids: list[list[int]]) -> Tensor:
 
 @contextmanager
 def _hooked(layers: nn.ModuleList, visit: Any) -> Iterator[None]:
-    """Within the context `visit` gets every layer's attention output, which it may change."""
+    """Within the context, call `visit` with each layer's attention output, which it may change."""
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             attention = getattr(layer, "self_attn", None)
@@ -217,7 +220,7 @@ def _hooked(layers: nn.ModuleList, visit: Any) -> Iterator[None]:
 
 
 def draw(trace: Trace, path: str | Path) -> None:
-    """A picture: KL by layer, and below it the probability of the tracked tokens.
+    """Draw KL by layer, and below it the probabilities of the tracked tokens.
 
     Raises:
         NPTError: matplotlib is missing, or the file cannot be written.

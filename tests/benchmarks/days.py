@@ -1,4 +1,4 @@
-"""Days that go wrong, for processes that must survive them; importable in such a process."""
+"""Selections whose jobs fail, for tests of what survives; worker processes import them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class Crashing:
-    """Its timings end the process."""
+    """A day whose timings end the process."""
 
     tiny: bool = True
 
@@ -20,7 +20,7 @@ class Crashing:
 
 @dataclass
 class Stuck:
-    """Its timings never answer."""
+    """A day whose timings never answer."""
 
     tiny: bool = True
 
@@ -30,7 +30,7 @@ class Stuck:
 
 @dataclass
 class Failing:
-    """Its timings break the device."""
+    """A day whose timings break the device."""
 
     tiny: bool = True
 

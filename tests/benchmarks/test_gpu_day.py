@@ -1,5 +1,5 @@
-"""The command for a GPU, tried out without one: it is complete, ends in time, and fails when it
-must; whatever ends it leaves a report."""
+"""The GPU day's command, run without a GPU: it is complete, ends in time, fails when it must, and
+always leaves a report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from npt_fast.kernels import roofline, swiglu
 from tests.benchmarks.days import Crashing, Failing, Stuck
 
 ROOT = Path(__file__).parents[2]
-# where there is a GPU, too, this is about the command
+# no GPU even if there is one: this tests the command
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 COMMAND = (sys.executable, "-m", "benchmarks.gpu_day", "--tiny")
 
@@ -44,7 +44,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def report_in(folder: Path) -> tuple[dict[str, Any], str]:
-    """The JSON file, and the tables."""
+    """Content of the JSON file, and the tables."""
     (tables,) = folder.glob("*.md")
     (data,) = folder.glob("*.json")
     return json.loads(data.read_bytes()), tables.read_text()
@@ -70,7 +70,7 @@ def test_all_of_it_runs_on_small_problems(tmp_path: Path) -> None:
         providers = {r.get("provider") for r in timed if (r["op"], r["what"]) == (case.op, what)}
         assert providers == set(case.providers), case
         assert f"\n### {case.op}\n" in text
-    for row in timed:  # no time of the interpreter passes for speed
+    for row in timed:  # no time of the interpreter is reported as speed
         assert not {"ms", "ratio", "GB/s", "TFLOP/s", "of ceiling"} & set(row)
     assert f"- device: {INTERPRETER}\n" in text
 
@@ -89,7 +89,7 @@ def test_two_calls_are_one_report_and_the_second_goes_on(tmp_path: Path) -> None
     assert len(document["runs"]) == 2 and "Rows say which call they are of" in text
     of_call = {name: {row["run"] for row in p["rows"]} for name, p in document["parts"].items()}
     assert of_call == {"environment": {1}, "large": {1}, "tiles": {0}}
-    # where there is nothing to run on, merging is all it does
+    # without a GPU it only merges
     command = ("-m", "npt_fast.benchmarks.gpu_day", "--output", str(tmp_path / "both"), "--merge")
     result = run(sys.executable, *command, str(earlier), *map(str, second.glob("*.json")))
     assert result.returncode == 0 and "nothing was run" in result.stdout, result.stderr
@@ -105,7 +105,7 @@ def test_sigterm_leaves_a_report_of_every_part(tmp_path: Path) -> None:
     ) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
-            if "forward, tiny" in line:  # in the middle of the timings
+            if "forward, tiny" in line:  # while timings run
                 process.send_signal(signal.SIGTERM)
                 break
         process.stdout.read()
@@ -153,7 +153,7 @@ def test_what_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Script:
-    """In a worker's place: jobs by part, each a list of statuses or an error to raise."""
+    """A fake worker: part -> jobs, each a list of statuses or an error to raise."""
 
     def __init__(self, parts: dict[str, dict[str, list[str] | BaseException]]) -> None:
         self._parts = parts
@@ -205,7 +205,7 @@ def test_nothing_is_begun_when_the_budget_is_over() -> None:
 
 
 def test_a_part_has_its_share_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that takes too long is cut off, and those behind it get their turn."""
+    """A part that takes too long is cut off, and the parts after it get their turn."""
     now = [0.0]
     monkeypatch.setattr(gpu_day, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -245,7 +245,7 @@ def test_whatever_stops_it_leaves_a_report(tmp_path: Path) -> None:
 
 
 def test_a_merged_report_is_gone_on_with(tmp_path: Path) -> None:
-    """What is done is not done again; rows that say it was not are replaced."""
+    """Finished work is not repeated; rows that said it was missing are replaced."""
     first = new_report()
     go(Script({"values": {"a": ["ok"], "b": ["ok", NOT_RUN]}}), first)
     first.add("model", "all of it", {"what": "all of it", "status": NOT_RUN})

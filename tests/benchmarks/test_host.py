@@ -1,10 +1,10 @@
-"""The host's side of all paths for GPUs, with a driver that launches nothing.
+"""The host code of all GPU paths, with a driver that launches nothing.
 
-Triton is imported with its compiler, hence in a process of its own where others interpret. Kernels
-are launched through Triton's own code with tensors on a CPU, which the stub passes off as a GPU's,
-and once with tensors that say they are on one and have no data. That shows which launches there
-are, and that the device of the tensors is current at each; `torch.cuda.device` itself, streams,
-CUDA graphs and the caching allocator need a GPU, as does what the kernels compute.
+Triton is imported with its compiler, so these tests need a process of their own if others
+interpret. Kernels are launched through Triton's own code, with CPU tensors that the stub presents
+as a GPU's, and once with fake tensors on a GPU. That shows the launches, and that the tensors'
+device is current at each. Values, `torch.cuda.device` itself, streams, CUDA graphs and the caching
+allocator need a GPU.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ LAUNCHES = {
         "swiglu_bwd": 1,
     },
 }  # fmt: skip
-"""Path, and whether backward follows -> launches by kernel. Those of decode are the seven that
-kernels/decode.py and kernels/README.md state; the others are one for each step of `factored` that
-`modulated_mlp.GEMM_STEPS` and `FUSED_STEPS` give to a kernel."""
+"""(path, whether backward follows) -> launches by kernel. decode has the seven that its docstring
+lists; the other paths have one for each step that `modulated_mlp.GEMM_STEPS` and `FUSED_STEPS` give
+to a kernel."""
 
 SUPPORTS = paths.supports
 
@@ -94,7 +94,7 @@ def test_the_interpreter_has_no_host_times() -> None:
 
 @pytest.fixture
 def stub() -> Iterator[StubDriver]:
-    """With tiles that compile fast."""
+    """A stub driver, with tiles that compile fast."""
     with _tuning.forced_tiles(Tiles(16, 16, 16, 1, 1)), stub_driver() as driver:
         yield driver
 
@@ -108,7 +108,7 @@ def run(inputs: Inputs, path: paths.Path, gradients: bool) -> None:
 
 
 def without_data(inputs: Inputs) -> Inputs:
-    """Of the same shapes, strides and dtypes."""
+    """Meta tensors of the same shapes, strides and dtypes."""
 
     def meta(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -121,7 +121,7 @@ def without_data(inputs: Inputs) -> Inputs:
 
 
 class Form(NamedTuple):
-    """What a kernel's code depends on, of a tensor."""
+    """Properties of a tensor that a kernel's code depends on."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -141,7 +141,7 @@ def kernel_name(name: str) -> str:
 def assert_as_stated_and_on_record(
     stub: StubDriver, inputs: Inputs, path: paths.Path, gradients: bool
 ) -> list[Launched]:
-    """What is launched is what is stated, and what is on record for tensors without data."""
+    """Launches equal the stated ones and those recorded for meta tensors."""
     with stub.recorded() as launches:
         run(inputs, path, gradients)
     counts = Counter(kernel_name(launched.kernel) for launched in launches)
@@ -158,7 +158,7 @@ def assert_as_stated_and_on_record(
 
 
 def misfits(launched: Launched) -> list[str]:
-    """Arguments that are not what the kernel was compiled for; reading them would go wrong."""
+    """Arguments that do not fit the compiled code; a GPU would read them wrongly."""
     types = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     limits = {"i32": 2**31, "i64": 2**63}
     source = launched.source
@@ -207,7 +207,7 @@ def test_odd_sizes_any_strides(
 
 
 class Results(TorchDispatchMode):
-    """Notes every operation of torch and the form of what it gives."""
+    """Records every torch operation and the form of its result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ def test_a_second_call_compiles_nothing_and_allocates_the_same(
     found, loaded = [], []
     for _ in range(2):
         with Results() as results:
-            # to leaves that have gradients already, `backward` would add
+            # new leaves: `backward` would add to existing gradients
             run(as_new_leaves(inputs), path, gradients)
         found.append(results.found)
         loaded.append(len(stub.loaded))
@@ -238,14 +238,14 @@ def test_a_second_call_compiles_nothing_and_allocates_the_same(
 
 
 def as_new_leaves(inputs: Inputs) -> Inputs:
-    """The same memory, without gradients yet."""
+    """Leaves on the same memory, without gradients."""
     return arranged(inputs, lambda tensor: tensor)
 
 
 class WithoutCUDA(TorchFunctionMode):
-    """Calls that a torch for CPUs refuses to tensors that say they are on a GPU, in other words.
+    """Rewrites calls that a CPU build of torch refuses for fake GPU tensors.
 
-    It cannot index them in Python, nor copy a result to `out`.
+    It can neither index them in Python nor copy a result to `out`.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -260,7 +260,7 @@ class WithoutCUDA(TorchFunctionMode):
 
 @pytest.fixture
 def current(stub: StubDriver, monkeypatch: pytest.MonkeyPatch) -> StubDriver:
-    """Tensors on GPUs can be made, without data, and the stub knows which device is current."""
+    """Fake GPU tensors can be created, and the stub knows the current device."""
 
     @contextmanager
     def guard(device: torch.device) -> Iterator[None]:
@@ -285,10 +285,10 @@ def assert_on_the_tensors_device(launches: list[Launched], device: str) -> None:
 def test_the_device_of_the_tensors_is_current_at_every_launch(
     current: StubDriver, path: paths.Path, gradients: bool
 ) -> None:
-    """And everything that wrappers allocate is there too."""
+    """Tensors that wrappers allocate are on that device, too."""
     with torch.no_grad(), FakeTensorMode(), WithoutCUDA(), current.recorded() as launches:
         x, h, weights, m = inputs_of(host.PROBLEM, torch.bfloat16, False, "cuda:1")
-        if gradients:  # by hand: autograd wants to know the device
+        if gradients:  # by hand, because autograd queries the device
             saved: list[Tensor] = []
             context: Any = SimpleNamespace(save_for_backward=lambda *t: saved.extend(t))
             context.saved_tensors, context.needs_input_grad = saved, (True,) * 14
@@ -317,7 +317,7 @@ def test_another_device_at_a_launch_is_seen(
 def test_the_whole_call_takes_triton_for_tensors_on_a_gpu(
     current: StubDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paths, "supports", SUPPORTS)  # itself, not as the stub has it
+    monkeypatch.setattr(paths, "supports", SUPPORTS)  # the original, not the stub's version
     with torch.no_grad(), FakeTensorMode(), WithoutCUDA(), current.recorded() as launches:
         x, h, weights, m = inputs_of(host.PROBLEM, torch.bfloat16, False, "cuda:1")
         y = whole_call(x, h, weights.gate, weights.up, weights.down, m)
@@ -346,7 +346,7 @@ def test_what_is_measured(stub: StubDriver) -> None:
         assert sorted(listed) == sorted(f"{count} {name}" for name, count in counts.items())
         assert 0 < row["p20"] <= row["us"] <= row["p80"]
         parts = row["triton us"] + row["torch us"] + row["rest us"]
-        assert parts == pytest.approx(row["us"], abs=0.3)  # each is rounded
+        assert parts == pytest.approx(row["us"], abs=0.3)  # each of them is rounded
     operations = {(row["path"], row["what"]): row["torch ops"] for row in rows}
     # three linear maps, their transposed weights, silu, and a product
     assert operations["base MLP", "forward"] == 8
@@ -374,7 +374,7 @@ def test_a_launch_too_many_is_seen(stub: StubDriver, monkeypatch: pytest.MonkeyP
 def test_another_argument_than_on_record_is_seen(
     stub: StubDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that depends on whether there is data."""
+    """A kernel whose launch depends on data is reported."""
 
     def other(kernel: Any, grid: Any, u: Tensor, *arguments: Any, **options: Any) -> None:
         u = u if u.is_meta else u.contiguous()
@@ -414,13 +414,13 @@ def test_misfits_are_seen(stub: StubDriver) -> None:
     ("target", "code"), [("sm_80", "cubin"), ("sm_120", "cubin"), ("gfx942", "hsaco")]
 )
 def test_the_stub_leaves_nothing_behind(target: str, code: str) -> None:
-    """Neither itself nor kernels, which would do nothing on a GPU either; also after an error."""
+    """Afterwards neither the stub nor its kernels remain, even after an error."""
     kernel = swiglu._swiglu_fwd_kernel
     before, devices = drivers._active, set(kernel.device_caches)
     x = torch.empty(16, 16)
     with pytest.raises(KeyError), stub_driver(target) as driver:
         swiglu.swiglu_fwd(x, x)
-        # what holds a compiled kernel for longer keeps it from being dropped with the stub
+        # a reference to a compiled kernel would keep it alive after the stub
         assert [code in one.asm for one in kernel.device_caches[driver.device][0].values()] == [
             True
         ]

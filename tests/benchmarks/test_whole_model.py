@@ -1,4 +1,4 @@
-"""The whole-model rows, tried out on a tiny model: what is timed, and what is counted."""
+"""The whole-model rows on a tiny model: what they time and what they count."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def model() -> Any:
 
 @pytest.fixture
 def eager_attention(model: Any) -> Iterator[None]:
-    """Attention as matrix products, which can be counted."""
+    """Attention as matrix products, which torch can count."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     yield
@@ -103,7 +103,7 @@ def test_jobs_are_listed_without_a_model(tiny: bool, monkeypatch: pytest.MonkeyP
 
 
 def test_it_needs_little_beside_torch_and_transformers() -> None:
-    """A GPU machine may lack what only data, the command line and pictures need."""
+    """A GPU machine may lack packages that only data, the command line and pictures need."""
     unneeded = {"datasets", "gguf", "cyclopts", "prompt_toolkit", "peft", "matplotlib"}
     code = "import sys, npt_fast.benchmarks.whole_model as m; m.measurements(tiny=False)"
     code += f"; m.measurements(tiny=True)[-1].run(); print({unneeded} & set(sys.modules))"
@@ -179,11 +179,11 @@ def test_products_are_counted_as_torch_counts_them(work: Open, eager_attention: 
 
 
 class Reads(TorchDispatchMode):
-    """Bytes of tensors that were there before, each once; and what AdamW reads and writes.
+    """Bytes of tensors that existed before, each once, and bytes that AdamW reads and writes.
 
     Attributes:
-        seen: storages by their address; those that an operation made, with 0 bytes.
-        optimizer: bytes.
+        seen: address of a storage -> bytes; 0 if an operation made it.
+        optimizer: bytes that AdamW moves.
     """
 
     def __init__(self) -> None:
@@ -197,7 +197,9 @@ class Reads(TorchDispatchMode):
         if function is torch.ops.aten._fused_adamw_.default:
             weights, gradients, *moments = (sum(t.nbytes for t in group) for group in args[:4])
             read = weights + gradients + sum(moments)
-            self.optimizer += read + weights + sum(moments) + gradients  # which backward wrote
+            self.optimizer += (
+                read + weights + sum(moments) + gradients
+            )  # gradients were written by backward
             return function(*args, **(kwargs or {}))
         self._note(args, lambda tensor: tensor.untyped_storage().nbytes())
         self._note(kwargs, lambda tensor: tensor.untyped_storage().nbytes())
@@ -215,11 +217,11 @@ class Reads(TorchDispatchMode):
 def test_bytes_are_what_a_call_reads(work: Open, model: Any) -> None:
     inner = model.get_decoder()
     with work(TINY) as (call, tokens, _, moved), implementation("factored"):
-        call()  # makes the moments
+        call()  # creates the moments
         with Reads() as reads:
             call()
     left_out = 0
-    if work.func is whole_model.layer:  # its x and h are of one storage
+    if work.func is whole_model.layer:  # its x and h share one storage
         left_out += 2 * tokens * TINY.shape.hidden * DTYPE.itemsize
     else:
         left_out += inner.rotary_emb.inv_freq.nbytes

@@ -55,7 +55,7 @@ def test_sections_and_labels(capsys: Any, tmp_path: Path) -> None:
         "batch_count: 52",
         "optimizer:",
         "  num_param_groups: 1",
-        "  layers_with_moments: [11, 13]",
+        "  layers_with_moments: 11, 13",
         "has_scheduler: True",
         "mixed_precision: False",
         "model_name: test/model",

@@ -1,4 +1,4 @@
-"""``npt-fast kernels``; its roofline against the counts in (design.md#counts)."""
+"""``npt-fast kernels``; roofline against an independent table of numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOFLINE = ("kernels", "roofline")
 
 
 class Known(NamedTuple):
-    """Figures for an H100 and 8192 tokens, worked out before `roofline` (design.md#counts).
+    """Known numbers of one shape (design.md#counts), for an H100 and 8192 tokens.
 
     Attributes:
         options: The model, k and r.

@@ -49,6 +49,13 @@ def test_help(capsys: Any, verb: list[str]) -> None:
     assert "\x1b" not in out
 
 
+def test_help_of_a_verb_shows_its_example(capsys: Any) -> None:
+    _, out, _ = run(capsys, "compare", "--help")
+    assert "npt-fast compare --checkpoint experiments/merged_11_13_23" in out
+    code, out, _ = run(capsys, "--help")  # after that too, the list of verbs has its own lines
+    assert code == 0 and "npt-fast compare --" not in out
+
+
 def test_help_loads_neither_torch_nor_numpy() -> None:
     code = """
 import sys

@@ -58,7 +58,7 @@ def test_what_is_wrong_is_one_line(place: Place, capsys: Any, tmp_path: Path) ->
     cases: list[tuple[list[object], int, str]] = [
         (["--window", 0], 2, "window"),
         (["--window", 9], 1, "a window of 9 layers: the model has 4"),
-        (["--from_position", "somewhere"], 1, "'somewhere' is no position"),
+        (["--from_position", "somewhere"], 1, "'somewhere' is not a position"),
         (["--to_position", "at:q"], 1, "'q' does not occur in 'dea'"),
         (["--plot", tmp_path / "none" / "a.png"], 1, "cannot be written"),
     ]

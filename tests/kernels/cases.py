@@ -1,4 +1,4 @@
-"""What tests of kernels share: device and dtypes, layouts of tensors, comparison with the truth."""
+"""Helpers of kernel tests: device and dtypes, tensor layouts, comparison with the truth."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from npt_fast.kernels.factored import Factors, MLPWeights
 from npt_fast.testing import Problem, assert_within_budget, longest_sum, make_inputs, named_tensors
 
 SIMULATED = "ttsem" in sys.modules
-"""Whether this is `python -m ttsem.sanitize pytest`: it passes for a GPU, and checks accesses."""
+"""Whether `python -m ttsem.sanitize pytest` runs this: it acts as a GPU and checks accesses."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    DTYPES = [torch.float32, torch.float16]  # the interpreter cannot calculate in bfloat16
+    DTYPES = [torch.float32, torch.float16]  # the interpreter computes bfloat16 wrongly
 elif SIMULATED:
     DTYPES = [torch.bfloat16, torch.float16]
 else:
@@ -32,18 +32,18 @@ tiles_of_the_rule = pytest.mark.parametrize(
     ("dtype", "tokens", "number"),
     [
         (dtype, tokens, number)
-        for dtype in (DTYPES[:1] if SIMULATED else DTYPES)  # those for 16 bits are alike
+        for dtype in (DTYPES[:1] if SIMULATED else DTYPES)  # both 16-bit dtypes have the same tiles
         for tokens, number in ((37, 0), *((130, number) for number in range(MAX_CANDIDATES)))
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-"""Tokens, and which of the tiles that a kernel may run with, where sizes are multiples of 8."""
+"""Tokens, and the number of a rule's candidate tiles, for sizes that are multiples of 8."""
 
 Inputs = tuple[Tensor, Tensor, MLPWeights, Factors]
 
 
 def padded(tensor: Tensor) -> Tensor:
-    """The same values as a part of wider rows, the rest of which is NaN."""
+    """The same values inside wider rows that are NaN elsewhere."""
     *rows, width = tensor.shape
     around = torch.full((*rows, width + 5), torch.nan, dtype=tensor.dtype, device=tensor.device)
     around[..., 2:-3] = tensor
@@ -51,10 +51,10 @@ def padded(tensor: Tensor) -> Tensor:
 
 
 class PackedProducts(TorchDispatchMode):
-    """Inside it torch's own matrix products get copies of their operands, without padding.
+    """Gives torch's own matrix products unpadded copies of their operands.
 
-    In bfloat16 on a CPU with AMX they multiply what lies behind a row by 0, which leaves NaN as it
-    is. Kernels still get the operands that a test has made.
+    In bfloat16 on a CPU with AMX they multiply the values behind a row by 0, and NaN stays NaN.
+    Kernels still get the padded operands of the test.
     """
 
     PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
@@ -68,22 +68,22 @@ class PackedProducts(TorchDispatchMode):
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """The same values with the strides of the last two dimensions exchanged."""
+    """The same values with the last two strides exchanged."""
     return tensor.mT.contiguous().mT
 
 
 def expanded(tensor: Tensor) -> Tensor:
-    """Its first row, over and over: stride 0."""
+    """The first row, repeated with stride 0."""
     return tensor[..., :1, :].expand_as(tensor)
 
 
 def joined(parts: Tensor) -> Tensor:
-    """``(c, T, R)`` as the MLP has it: columns of ``(T, c R)``."""
+    """``(c, T, R)`` with the MLP's strides: slices of ``(T, c R)``."""
     return parts.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """One number, over and over, as `sum` sends back: every stride 0."""
+    """One number repeated with all strides 0, as the backward of `sum` gives it."""
     return torch.ones((), dtype=tensor.dtype, device=tensor.device).expand_as(tensor)
 
 
@@ -92,7 +92,7 @@ layouts = pytest.mark.parametrize("layout", [padded, transposed, expanded, const
 
 @contextmanager
 def unchanged(*tensors: Tensor) -> Iterator[None]:
-    """Fail if a bit of them is another afterwards."""
+    """Fail if a bit of the tensors changes inside the context."""
     before = [_bits(tensor).clone() for tensor in tensors]
     yield
     for tensor, bits in zip(tensors, before, strict=True):
@@ -104,7 +104,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """The same numbers in another dtype, as leaves; through lists and tuples."""
+    """The same numbers as leaves of another dtype, through nested lists and tuples."""
     if isinstance(value, Tensor):
         return value.detach().to(dtype, copy=True).requires_grad_(value.requires_grad)
     if isinstance(value, tuple) and hasattr(value, "_make"):
@@ -115,9 +115,9 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def assert_like(oracle: Callable[..., Any], arguments: Sequence[Any], found: Any) -> None:
-    """Compare results of a kernel with those of an oracle in float64, of the same numbers.
+    """Compare a kernel's results with those of an oracle in float64 on the same numbers.
 
-    The budget is the error of the oracle in the numbers' own dtype.
+    The budget is the error of the oracle in the arguments' own dtype.
     """
     results = [found, oracle(*cast(arguments, torch.float64)), oracle(*arguments)]
     ours, exact, eager = ([r] if isinstance(r, Tensor) else r for r in results)
@@ -126,12 +126,12 @@ def assert_like(oracle: Callable[..., Any], arguments: Sequence[Any], found: Any
 
 
 def inputs_of(problem: Problem, dtype: torch.dtype, **options: Any) -> Inputs:
-    """Inputs of the modulated MLP on the tests' device."""
+    """Inputs of the modulated MLP on the test device."""
     return make_inputs(problem, dtype=dtype, device=DEVICE, **options)
 
 
 def arranged(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
-    """The same leaves, every matrix of them in another layout."""
+    """The same leaves with every matrix in another layout."""
     x, h, weights, factors = inputs
 
     def arrange(value: Any) -> Any:
@@ -157,7 +157,7 @@ def mlp(inputs: Inputs, **options: Any) -> Tensor:
 
 
 def reference_mlp(inputs: Inputs) -> Tensor:
-    """The definition."""
+    """The definition of the MLP."""
     return mlp(inputs, impl="reference")
 
 
@@ -169,7 +169,7 @@ def output_gradient(inputs: Inputs) -> Tensor:
 
 
 def gradients(inputs: Inputs, y: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Of every tensor among `inputs`, by name; the graph stays."""
+    """Gradients of all tensors in `inputs`, by name; the graph is kept."""
     tensors = named_tensors(*inputs)
     found = torch.autograd.grad(y, list(tensors.values()), dy, retain_graph=True)
     return dict(zip(tensors, found, strict=True))
@@ -187,7 +187,7 @@ def assert_mlp_within_budget(
     dy: Tensor,
     eager: Callable[[Inputs], Tensor] = reference_mlp,
 ) -> None:
-    """Compare what is `found` of `results` with the definition in float64, of the same numbers."""
+    """Compare `found`, as `results` returns it, with the definition in float64."""
     exact = results(reference_mlp, cast(inputs, torch.float64), dy.double())
     low = results(eager, inputs, dy)
     for name, tensor in found.items():

@@ -15,7 +15,7 @@ from triton.runtime.errors import InterpreterError
 from npt_fast.kernels._tiles import INTERPRETED
 from tests.kernels.cases import DEVICE, SIMULATED
 
-if SIMULATED:  # it looks at the compiler's first stage alone, so spare the others, most of its time
+if SIMULATED:  # ttsem reads only the compiler's first stage; the others would take most of the time
     from ttsem import harness, mlir
 
     mlir.enable_generic_printing()
@@ -36,7 +36,7 @@ def _counting_kernel(out_ptr, end):
 
 @pytest.fixture(autouse=True, scope="session")
 def interpreter() -> None:
-    """Skip where Triton's interpreter cannot take NumPy's arrays: that of 3.6 those of 2.4."""
+    """Skip if the interpreter cannot take NumPy's arrays, as Triton 3.6 with NumPy 2.4."""
     try:
         if INTERPRETED:
             _counting_kernel[(1,)](torch.zeros(1, dtype=torch.int32), 1)
@@ -54,7 +54,7 @@ def device() -> str:
 
 @pytest.fixture
 def normal(device: str) -> Normal:
-    """Random tensors, of variance 1 / fan_in; the same in every run."""
+    """Random tensors of variance 1 / fan_in, the same in every run."""
     generator = torch.Generator().manual_seed(0)
 
     def make(*shape: int, dtype: torch.dtype, fan_in: int = 1) -> Tensor:
@@ -66,7 +66,7 @@ def normal(device: str) -> Normal:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Tensors are so small that threads would do little but wait for each other."""
+    """One thread; the tensors are so small that threads would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -75,7 +75,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def new_memory_is_nan() -> Iterator[None]:
-    """What a kernel leaves unwritten, or reads before it is written, shows in the results."""
+    """Fill new memory with NaN, so that reads of unwritten memory show in results."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels; the sweep over all of them is `make kernels`, in CI."""
+"""Compiled kernels; CI compiles all of them by `npt-fast kernels`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels.md"
 
 
 def compiler(code: str) -> Any:
-    """What a script prints as JSON, run where Triton compiles instead of interpreting."""
+    """Run a script in a process where Triton compiles, and parse the JSON it prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     setup = (
         "import json\nfrom npt_fast.kernels import aot\nfrom npt_fast.kernels._launch import *\n"
@@ -44,7 +44,7 @@ def test_the_table_has_all_that_can_be_launched_and_nothing_wrong() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_the_table_is_what_the_compiler_says(arch: str) -> None:
-    """A few of its rows; with another Triton the numbers are others, and still nothing is wrong."""
+    """Some rows; another Triton gives other numbers, but no problems."""
     found = compiler(
         "chosen = {}\n"
         f"for index, case in enumerate(aot.cases(Target.parse({arch!r}))):\n"

@@ -80,7 +80,7 @@ def test_nothing_is_written_beside_the_outputs(normal: Normal) -> None:
 
 @dtypes
 def test_probes_in_parts(normal: Normal, dtype: torch.dtype) -> None:
-    """Partial sums of a product whose K was split, in float32 as decode has them."""
+    """Partial sums of a product with split K, in float32 as in decode."""
     u = normal(2, 9, 15, dtype=torch.float32)
     parts = normal(4, 2, 9, 15, dtype=torch.float32)
     s, z = coefficient_outputs(u, 3, dtype)

@@ -1,4 +1,4 @@
-"""The modulated MLP of a few tokens."""
+"""The modulated MLP of up to 64 tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make(problem: Problem, dtype: torch.dtype) -> Inputs:
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Into how many parts each product was split."""
+    """Number of parts that each product was split into."""
     found: list[int] = []
     split = decode.split_k
 
@@ -74,7 +74,7 @@ def test_values(problem: Problem, dtype: torch.dtype) -> None:
 
 @dtypes
 def test_products_in_parts(dtype: torch.dtype, parts: list[int]) -> None:
-    """Their sum is the same every time."""
+    """The sum of partial products is the same every time."""
     inputs = make(Problem(tokens=5, hidden=24, intermediate=300, num_ranks=2, rank=66), dtype)
     y = run(inputs)
     assert parts == [3, 2]  # of intermediate and of R
@@ -90,7 +90,7 @@ def test_a_token_does_not_depend_on_others(dtype: torch.dtype) -> None:
 
 
 def test_parts_cover_k() -> None:
-    """In steps of every tile, whatever the dtype and the number of tokens."""
+    """The parts cover K, and each is a multiple of every tile's k."""
     for columns in (1, 64, 5000, 10**6):
         for depth in (1, 63, 64, 257, 4096, 14336, 10**5):
             count, chunk = decode.split_k(columns, depth)

@@ -1,4 +1,4 @@
-"""`npt_fast.functional.modulated_mlp` with impl="triton": dtypes, autocast, and what it refuses."""
+"""`modulated_mlp` with impl="triton": dtypes, autocast, and refused calls."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def triton_mlp(inputs: Inputs) -> Tensor:
 def test_mixed_dtypes(
     activations: torch.dtype, base: torch.dtype, modulation: torch.dtype, autocast: bool
 ) -> None:
-    """Computed in autocast's dtype or that of h; every gradient in its tensor's dtype."""
+    """Arithmetic is in autocast's dtype or that of h; gradients have their tensor's dtype."""
     x, h, *weights = inputs_of(PROBLEM, torch.float32)
     inputs = (
         *cast((x, h), activations),
@@ -56,7 +56,7 @@ def test_mixed_dtypes(
     for name, tensor in named_tensors(*inputs).items():
         assert found[name].dtype == tensor.dtype, name
     for name in found:
-        # a gradient in float32 of what was computed in 16 bits is as precise as those
+        # a float32 gradient of a 16-bit computation has 16-bit precision
         ours, low = (
             r[name].to(computed) if r[name].dtype == torch.float32 else r[name]
             for r in (found, eager)
@@ -73,7 +73,7 @@ def test_leading_dimensions() -> None:
 
 @autocast
 def test_gradient_checkpointing(autocast: bool) -> None:
-    """Computed again, and saved again: as many tensors, of the same dtypes and bits."""
+    """Recomputation saves as many tensors, with the same dtypes and bits."""
     inputs = inputs_of(PROBLEM, torch.float32)
     dy = output_gradient(inputs).to(LOW if autocast else torch.float32)
 
@@ -94,7 +94,7 @@ def test_gradient_checkpointing(autocast: bool) -> None:
     ],
 )
 def test_what_triton_does_not_do(dtype: torch.dtype, activation: str) -> None:
-    """An explicit wish is not quietly met by something else."""
+    """An explicit impl fails rather than fall back silently."""
     inputs = inputs_of(PROBLEM, dtype)
     with pytest.raises(
         ValueError, match=f"impl='triton' needs Triton.*; got {dtype} on .*{activation}"
@@ -104,7 +104,7 @@ def test_what_triton_does_not_do(dtype: torch.dtype, activation: str) -> None:
 
 
 def in_a_new_process(code: str) -> str:
-    """What a program says that has Triton's compiler, and no interpreter."""
+    """Output of a program that runs with Triton's compiler, not the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     program = (
         "import sys, torch\n"
@@ -126,7 +126,7 @@ def test_a_cpu_without_the_interpreter() -> None:
 
 
 def test_auto_on_a_cpu() -> None:
-    """It is the factored form, and Triton is not even imported."""
+    """auto takes the factored form and does not import Triton."""
     said = in_a_new_process(
         "print(torch.equal(run('auto'), run('factored')), 'triton' in sys.modules)"
     )

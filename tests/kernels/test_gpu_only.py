@@ -1,4 +1,4 @@
-"""What nothing but a GPU can show: CUDA graphs, waits for the device, a second device."""
+"""Tests that need a GPU: CUDA graphs, waits for the device, a second device."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PATHS: tuple[Path, ...] = ("decode", "gemm", "fused")
 
 
 def inputs_for(path: Path) -> Inputs:
-    """A few tokens for decode; else a training step of everything."""
+    """Few tokens for decode; otherwise a training step with all gradients."""
     tokens = 16 if path == "decode" else 130
     problem = Problem(tokens=tokens, hidden=128, intermediate=256, num_ranks=2, rank=64)
     return inputs_of(problem, torch.bfloat16, requires_grad=path != "decode")
 
 
 def step(inputs: Inputs, path: Path) -> list[Tensor]:
-    """Values, and gradients where there are any."""
+    """Values, and gradients if there are any."""
     x, h, weights, factors = inputs
     y = modulated_mlp(x, h, weights, factors, path=path)
     named_tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]

@@ -1,4 +1,4 @@
-"""How kernels are launched: on which device, with which precision; and launches on record."""
+"""Launches of kernels: their device and precision, and their record."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from npt_fast.testing import Problem, make_inputs
 
 
 class Kernel:
-    """Notes how it is launched."""
+    """A kernel that records its launches."""
 
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
@@ -34,7 +34,7 @@ class Kernel:
 
 
 def test_new_memory_is_nan() -> None:
-    """The fixture that shows what no kernel wrote does its work, for every way to get memory."""
+    """The NaN fixture works for every way to allocate memory."""
     some = torch.ones(1, 2, 3)
     made = [
         torch.empty(3),
@@ -47,7 +47,7 @@ def test_new_memory_is_nan() -> None:
 
 
 def test_the_device_of_the_tensors_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a model is on several, as with device_map="auto"."""
+    """A model may be on several devices, as with device_map="auto"."""
     current: list[torch.device] = []
 
     @contextmanager
@@ -68,7 +68,7 @@ def test_the_device_of_the_tensors_is_current(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_options_are_said() -> None:
-    """Contraction above all, whose default changes."""
+    """Launch options are explicit; the default of fp fusion changes in Triton 3.10."""
     kernel, tensor = Kernel(), torch.ones(1)
     launch(kernel, (2, 3), tensor, 7, warps=8, stages=3, BLOCK=16)
     options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True, "BLOCK": 16}
@@ -83,7 +83,7 @@ def test_an_empty_grid_is_not_launched() -> None:
 
 @pytest.fixture
 def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Torch is told that TF32 will do, in one of the ways to say so."""
+    """Torch allows TF32, by one of the ways to say so."""
     where, name, value = request.param
     if callable(where):
         where(value)
@@ -131,7 +131,7 @@ def test_every_product_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_launches_on_record() -> None:
-    """By name, in their order; nothing is run, and afterwards everything is again."""
+    """Launches are recorded in order and not run; after the context they run again."""
     x, h, weights, factors = make_inputs(Problem(), device="meta", dtype=torch.bfloat16)
     with torch.no_grad(), recorded_launches(Target("cuda", 90)) as launches:
         modulated_mlp(x, h, weights, factors)

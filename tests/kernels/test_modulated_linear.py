@@ -61,7 +61,7 @@ def test_sums(
 
 @dtypes
 def test_a_modulated_projection(normal: Normal, dtype: torch.dtype) -> None:
-    """What it is for: W a + sum_i v_b (v_a . a), with one product more."""
+    """One more product in the accumulator gives W a + sum_i v_b (v_a . a)."""
     tokens, inputs, outputs, hidden, k, rank = 37, 40, 35, 24, 3, 5
     a, x = normal(tokens, inputs, dtype=dtype), normal(tokens, hidden, dtype=dtype)
     weight, bias = normal(outputs, inputs, dtype=dtype, fan_in=inputs), normal(outputs, dtype=dtype)
@@ -120,7 +120,7 @@ def gate_up_arguments(
     bias: bool = False,
     layout: Callable[[Tensor], Tensor] = Tensor.contiguous,
 ) -> list[Tensor | None]:
-    """Of `modulated_gate_up` but the last, in `layout`, but for z, whose rows are contiguous."""
+    """Arguments of `modulated_gate_up` except `save`, in `layout`; rows of z are contiguous."""
     (tokens, width), hidden = size, 40
     arguments: list[Tensor | None] = [layout(normal(tokens, hidden, dtype=dtype))]
     arguments += (layout(normal(width, hidden, dtype=dtype, fan_in=hidden)) for _ in range(2))

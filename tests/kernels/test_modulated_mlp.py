@@ -1,4 +1,4 @@
-"""The modulated MLP with kernels for its steps: forward, backward, prefill, and which path."""
+"""The modulated MLP with kernels: forward, backward, prefill, and the choice of path."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ paths = pytest.mark.parametrize("path", ["gemm", "fused"])
 
 @pytest.fixture(autouse=True)
 def small_tiles() -> Iterator[None]:
-    """Small problems have several."""
+    """Small tiles, so that small problems have several."""
     with forced_tiles(Tiles(32, 32, 32, 4, 2)):
         yield
 
@@ -98,7 +98,7 @@ def test_probes_computed_again(path: kernels.Path, projections: int) -> None:
 
 
 def test_a_rank_that_no_tile_holds() -> None:
-    """The fused path takes torch's GEMM for its probe."""
+    """The fused path uses torch's GEMM for probes of such a rank."""
     inputs = inputs_of(Problem(tokens=5, num_ranks=2, rank=130), DTYPES[0])
     dy = output_gradient(inputs)
     assert_mlp_within_budget(results(kernel_mlp("fused"), inputs, dy), inputs, dy)
@@ -135,7 +135,7 @@ def test_no_tokens(path: kernels.Path) -> None:
 @paths
 @pytest.mark.parametrize("save_probe", [True, False], ids=["saved", "recomputed"])
 def test_backward_twice(path: kernels.Path, save_probe: bool) -> None:
-    """Nothing that backward reads is overwritten: neither what is saved nor what others saved."""
+    """Backward overwrites neither its own saved tensors nor those of other operations."""
     leaf_inputs = inputs_of(RAGGED, DTYPES[0])
     x, h, *weights = leaf_inputs
     saved_by_exp = h.exp()
@@ -176,7 +176,7 @@ def test_only_what_is_trained_gets_gradients(path: kernels.Path, trained: set[st
 @pytest.mark.ttsem
 @paths
 def test_prefill(path: kernels.Path) -> None:
-    """Without gradients buffers are used again, nothing is kept, and the result is the same."""
+    """Without gradients buffers are reused, nothing is saved, and the result is the same."""
     inputs = inputs_of(RAGGED, DTYPES[0])
     expected = kernel_mlp(path)(inputs)
     kept: list[Tensor] = []
@@ -198,7 +198,7 @@ def test_prefill_in_turn(path: kernels.Path, chunk: int, monkeypatch: pytest.Mon
 
 
 def test_buffers_of_prefill() -> None:
-    """z is where p was and inner where gate was, or else what is not needed is not written."""
+    """gemm writes z over p and inner over gate; fused writes neither p, gate nor up."""
     inputs = make_inputs(RAGGED, dtype=torch.float16, device="meta", requires_grad=False)
     with recorded_launches(Target("cuda", 90)) as launches:
         kernel_mlp("gemm")(inputs)

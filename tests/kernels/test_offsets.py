@@ -1,4 +1,4 @@
-"""Rows so far apart that offsets in elements pass 2^31, where 32 bits end without a word."""
+"""Offsets beyond 2^31 elements, which overflow 32 bits silently."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ DTYPE = torch.float16
 
 @pytest.fixture(autouse=True)
 def no_copies(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """The interpreter copies arguments back, gigabytes here, to where they are on a CPU."""
+    """Stop the interpreter from copying arguments, which are gigabytes here, back to the CPU."""
     if device == "cpu":
         monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *arguments: None)
 
 
 def far_apart(tensor: Tensor) -> Tensor:
-    """The same values, on a CPU in a file of which only the pages that are touched exist."""
+    """The same values with rows far apart; on a CPU in a sparse file, to save memory."""
     *rows, width = tensor.shape
-    stride = 2**31 // min(rows[-1] - 1, 15) + 64  # of which a step of 16 rows is too long as well
-    before = 2**31  # where an offset that went wrong finds zeros, and not the end of the process
+    stride = 2**31 // min(rows[-1] - 1, 15) + 64  # so that a step of 16 rows exceeds it too
+    before = 2**31  # a wrong offset then reads zeros instead of crashing
     count = before + math.prod(rows) * stride
     if tensor.is_cuda:
-        torch.cuda.empty_cache()  # of what the test before has left
+        torch.cuda.empty_cache()  # free what the previous test left
         if torch.cuda.mem_get_info()[0] < count * tensor.itemsize:
             pytest.skip("not enough memory on this GPU")
         memory = torch.zeros(count, dtype=tensor.dtype, device=tensor.device)
@@ -97,7 +97,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Sequence[tuple[int, ...]]]] = {
         [T_D, T_D, F_D, F_D, D_F, (40, 45), (30, 40), R_F, R_F, R_F, (15, 40)],
     ),
 }
-"""And shapes of their arguments."""
+"""Operation -> function, and shapes of its arguments."""
 
 
 def assert_equal(found: Any, expected: Any) -> None:
@@ -118,7 +118,7 @@ def test_rows(normal: Normal, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["modulated_linear", "modulated_gate_up", "probe"])
 def test_columns(normal: Normal, name: str) -> None:
-    """Of weights, which are transposed in backward; where they are copied, the copy is small."""
+    """Columns far apart, as of weights that backward transposes; copies of them are small."""
     function, shapes = OPERATIONS[name]
     arguments = [normal(*shape, dtype=DTYPE, fan_in=shape[-1]) for shape in shapes]
     with forced_tiles(Tiles(16, 16, 16, 4, 2)):

@@ -1,4 +1,4 @@
-"""Kernels as operations of torch: registration, `torch.compile`, and none of it in eager mode."""
+"""Kernels as torch operations: registration, `torch.compile`, and no dispatcher in eager mode."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def operations() -> dict[str, Sequence[Any]]:
-    """Arguments for each."""
+    """Operation -> arguments."""
     c_T_R, T_D, T_F, F_D, R_F = (2, 9, 15), (9, 33), (9, 43), (43, 33), (15, 43)
     x, h, weights, factors = inputs_of(PROBLEM, torch.float32, requires_grad=False)
     return {
@@ -54,7 +54,7 @@ def operations() -> dict[str, Sequence[Any]]:
 
 
 def ours(names: Iterable[object]) -> set[str]:
-    """Our operations among those of such names."""
+    """Names of our operations among the given ones."""
     found = (re.match(r"npt_fast(?:::|\.)(\w+)", str(name)) for name in names)
     return {match[1] for match in found if match}
 
@@ -65,13 +65,13 @@ def test_every_operation_is_checked() -> None:
 
 @pytest.mark.parametrize("name", operations())
 def test_operation(name: str) -> None:
-    """Schema, mutation, what it says of its outputs' shapes and strides, dynamic shapes."""
+    """Check the schema, mutation, shapes and strides of fake outputs, and dynamic shapes."""
     torch.manual_seed(0)
     torch.library.opcheck(getattr(torch.ops.npt_fast, name).default, operations()[name])
 
 
 class Noting(TorchDispatchMode):
-    """Names of what goes through the dispatcher."""
+    """Records the names of dispatched operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,11 +97,11 @@ def test_eager_calls_do_not_pay_for_the_dispatcher(path: kernels.Path) -> None:
 def compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[kernels.Path], tuple[Callable[[Inputs], Tensor], set[str]]]:
-    """impl="triton" on a path, as one graph, and the names of our operations in it."""
+    """A compiler of impl="triton" on a path as one graph, and the names of our operations in it."""
     found: set[str] = set()
 
     def noting(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
-        for module in graph.modules():  # forward and backward of a Function have their own
+        for module in graph.modules():  # a Function's forward and backward are modules of their own
             if isinstance(module, torch.fx.GraphModule):
                 found.update(ours(node.target for node in module.graph.nodes))
         return lookup_backend("aot_eager")(graph, examples)
@@ -127,7 +127,7 @@ IN_GRAPH = {
 @pytest.mark.parametrize("layout", [Tensor.contiguous, transposed, padded])
 @pytest.mark.parametrize("path", IN_GRAPH)
 def test_compiled(path: kernels.Path, layout: Callable[[Tensor], Tensor], compiled: Any) -> None:
-    """One graph, with the kernels in it, forward and backward, of inputs of any strides."""
+    """Forward and backward are one graph with the kernels in it, for inputs of any strides."""
     inputs = arranged(inputs_of(PROBLEM, torch.float32), layout)
     function, names = compiled(path)
     dy = output_gradient(inputs)

@@ -1,4 +1,4 @@
-"""Two processes: DDP and FSDP2 around kernels give the gradients of one."""
+"""DDP and FSDP2 with two processes give the gradients of one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS, HIDDEN, INTERMEDIATE = 10, 24, 40
 
 
 class Layer(nn.Module):
-    """An MLP and what modulates it, all trained."""
+    """An MLP and its NP component, both trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def gradients(model: nn.Module, x: Tensor, h: Tensor, dy: Tensor) -> dict[str, T
 
 
 def work(rank: int, folder: Path) -> None:
-    """One of two processes, with half the tokens."""
+    """Main function of one of two processes; each has half the tokens."""
     torch.set_num_threads(1)
     modules.modulated_mlp = partial(modulated_mlp, impl="triton")
     store = distributed.FileStore(str(folder / "store"), 2)
@@ -69,18 +69,18 @@ def work(rank: int, folder: Path) -> None:
         "ddp": gradients(DistributedDataParallel(Layer()), *tensors),
         "fsdp2": gradients(sharded, *tensors),
     }
-    try:  # its parameters are shards but in its forward
+    try:  # outside its forward its parameters are shards
         sharded.np.forward(*tensors[:2], sharded.mlp)
     except ValueError as error:
         found["refused"] = str(error)
     torch.save(found, folder / f"{rank}.pt")
-    distributed.barrier()  # or one hangs up while the other still listens
+    distributed.barrier()  # otherwise one process closes the connection too early
     distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process found."""
+    """Results of each process."""
     if torch.cuda.is_available():
         pytest.skip("two processes of gloo are on a CPU")
     folder = tmp_path_factory.mktemp("processes")
@@ -92,7 +92,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_gradients_are_those_of_one_process(
     found: list[dict[str, Any]], parallel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for the sum over tokens, which is done in halves, and is a mean over processes."""
+    """The sum over tokens is added in halves, as a mean over processes."""
     monkeypatch.setattr(modules, "modulated_mlp", partial(modulated_mlp, impl="triton"))
     one = gradients(Layer(), *batch())
     monkeypatch.setattr(modules, "modulated_mlp", partial(modulated_mlp, impl="reference"))

@@ -1,4 +1,4 @@
-"""Probes with their coefficients, in one kernel."""
+"""Probes and coefficients in one kernel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = Tiles(16, 32, 16, 4, 2)
 def arguments_of(
     normal: Normal, dtype: torch.dtype, c: int, tokens: int, k: int, rank: int, depth: int = 35
 ) -> list[Tensor]:
-    """a, w_a and u, as the MLP has them."""
+    """a, w_a and u with the MLP's layout."""
     return [
         normal(tokens, depth, dtype=dtype),
         normal(c * k * rank, depth, dtype=dtype, fan_in=depth),

@@ -1,4 +1,4 @@
-"""Bytes that calls move, counted in the interpreter, are what `npt_fast.kernels.roofline` says.
+"""Bytes that calls move, counted in the interpreter, equal the formulas of `roofline`.
 
 ``pytest -s tests/kernels/test_roofline.py`` prints them beside the formulas. Shapes have the
 proportions of Llama's 1B with R=4096 and 8B with R=512 (design.md#counts), at 1/32 of the width.
@@ -33,7 +33,7 @@ if not INTERPRETED:
 TOKENS = 48
 SHAPES = {"1B R=4096, /32": Shape(64, 256, 8, 16), "8B R=512, /32": Shape(128, 448, 8, 2)}
 WIDE = Shape(64, 96, 2, 136)
-"""With a rank that no tile of `probe` holds."""
+"""A shape with a rank that no tile of `probe` holds."""
 TILES = Tiles(32, 64, 64, 4, 1)
 
 # elements per token, as (D, R, F), planned before the kernels were written (design.md#counts)
@@ -56,7 +56,7 @@ FORMULAS: dict[tuple[str, str], Callable[[Shape], roofline.Traffic]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """More threads wait for each other in the reference's many small operations."""
+    """One thread; more would wait for each other in the reference's many small operations."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,7 +67,7 @@ class Call(NamedTuple):
     """A form of the modulated MLP with its inputs.
 
     Attributes:
-        run: computes it.
+        run: function that computes it.
         inputs: x and h.
         trained: weights that have gradients.
         frozen: weights that have none.
@@ -83,10 +83,10 @@ class Counted(NamedTuple):
     """Bytes that one pass moves.
 
     Attributes:
-        activations: of x, h and all that is computed from them.
-        exposed: of those, by launches without a product of matrices.
-        weights: of weights and their gradients.
-        requested: of weights, as often as programs of kernels load them.
+        activations: bytes of x, h and everything computed from them.
+        exposed: part of `activations` that launches without a matrix product move.
+        weights: bytes of weights and their gradients.
+        requested: bytes of weights, counted as often as programs load them.
     """
 
     activations: int
@@ -118,7 +118,7 @@ def _ours(form: str, shape: Shape, save_probe: bool) -> Call:
 
 
 def _reference(shape: Shape) -> Call:
-    """Each component's factors are tensors of their own: to take joined ones apart costs more."""
+    """The reference with separate tensors per component, since splitting joined ones moves more."""
     generator = torch.Generator().manual_seed(0)
 
     def tensor(*sizes: int, trained: bool = True) -> Tensor:
@@ -164,7 +164,7 @@ def count(form: str, phase: str, shape: Shape) -> Counted:
 
 
 class Row(NamedTuple):
-    """A form's pass: elements of activations per token, counted and by formulas."""
+    """One pass of a form: elements of activations per token, counted and by formulas."""
 
     shape: str
     form: str
@@ -206,7 +206,7 @@ def _assert_equal(form: str, phase: str, shape: Shape) -> None:
 
 
 def test_the_formulas_are_near_the_planned_counts() -> None:
-    """Within 5 %, but for what our fused backward leaves unfused; see `roofline.fused_backward`."""
+    """Counts are within 5 % of the plan, except fused backward; see `roofline.fused_backward`."""
     print("\n| shape | form | pass | counted | formula | planned | counted / planned |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
     for row in rows():
@@ -226,7 +226,7 @@ def test_the_formulas_are_near_the_planned_counts() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_decode_reads_every_weight_once(shape: Shape) -> None:
-    """No program loads what another has loaded: not even a cache is asked twice."""
+    """No two programs load the same weight, so not even a cache hit is needed."""
     found = count("decode", "forward", shape)
     assert found.requested == found.weights == roofline.forward_weights(shape)
 
@@ -244,7 +244,7 @@ def test_vectors_at_best_are_less_than_any_code_of_theirs_moves(phase: str, shap
 @pytest.mark.parametrize("form", ["gemm", "reference"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_flops(form: str, shape: Shape) -> None:
-    """As torch counts them; it does not see into kernels."""
+    """FLOPs as torch counts them; it does not see inside kernels."""
     call = call_of(form, shape)
     with FlopCounterMode(display=False) as forward:
         y = call.run()
@@ -294,7 +294,7 @@ def test_limits_are_those_of_the_kernels() -> None:
     assert roofline.PROBE_RANK == probe.MAX_RANK
 
 
-# The counter itself.
+# Tests of the counter itself.
 
 
 def bytes_of(function: Callable[[], object]) -> int:
@@ -304,7 +304,7 @@ def bytes_of(function: Callable[[], object]) -> int:
 
 
 def test_kernels_are_counted_by_element() -> None:
-    """Of wider rows, which start on no round address, only what is touched."""
+    """Only touched elements count, even inside wider, unaligned rows."""
     gate, up, d_inner = torch.zeros(3, 5, 100, dtype=torch.bfloat16)[:, :, 3:74]
     assert bytes_of(lambda: swiglu_fwd(gate, up)) == 3 * 5 * 71 * 2
     assert bytes_of(lambda: swiglu_bwd(d_inner, gate, up)) == 6 * 5 * 71 * 2

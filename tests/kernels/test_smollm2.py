@@ -1,4 +1,4 @@
-"""A real checkpoint in the real model: the same tokens with kernels as by the definition."""
+"""A real checkpoint in the real model gives the same tokens with kernels and definition."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model_and_tokenizer() -> tuple[Any, Any]:
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Paths that were taken, in their order."""
+    """Paths taken, in order."""
     found: list[str] = []
     choose_tiles: Callable[..., str] = kernels.choose_path
 

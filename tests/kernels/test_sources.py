@@ -1,4 +1,4 @@
-"""What must hold in the source of every kernel, since no test without a GPU can show it."""
+"""Rules for the source of every kernel whose violation no test without a GPU can show."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SINCE_3_7_1 = {
     "arange", "broadcast_to", "cdiv", "constexpr", "dot", "float32", "full", "int64", "load",
     "minimum", "program_id", "reshape", "sigmoid", "store", "sum", "zeros",
 }  # fmt: skip
-"""Of `triton.language`, what 3.7.1 (which torch 2.13 brings), 3.8.0 and 3.9.0 all have, looked up
-in the three; another name is to be looked up before it is added."""
+"""Names of `triton.language` that 3.7.1 (which torch 2.13 ships), 3.8.0 and 3.9.0 all have. Look a
+name up in all three before adding it."""
 
 
 def jitted(source: str) -> Iterator[ast.FunctionDef]:
-    """What Triton compiles."""
+    """Functions that Triton compiles."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             if "triton.jit" in map(ast.unparse, node.decorator_list):
@@ -31,12 +31,12 @@ def jitted(source: str) -> Iterator[ast.FunctionDef]:
 
 
 def narrow_program_ids(source: str) -> list[str]:
-    """A program's number times a stride passes 2^31 elements (design.md#triton-bugs)."""
+    """A program id times a stride exceeds 2^31 in large tensors (design.md#triton-bugs)."""
     return re.findall(r"tl\.program_id\(\w+\)(?!\.to\(tl\.int64\)).*", source)
 
 
 def products_into_one_accumulator(source: str) -> list[str]:
-    """Two in one loop are wrong on sm_100 in some versions of Triton (design.md#triton-bugs)."""
+    """Two in one loop compile wrongly for sm_100 with some Tritons (design.md#triton-bugs)."""
     found = []
     for function in jitted(source):
         for loop in ast.walk(function):
@@ -56,7 +56,7 @@ def products_into_one_accumulator(source: str) -> list[str]:
 
 
 def miscompiled_or_gone(source: str) -> list[str]:
-    """Block pointers are gone (design.md#triton), and these options of loops unsafe (design.md#triton-bugs)."""
+    """Block pointers are gone (design.md#triton); these loop options are unsafe."""
     return re.findall(
         r"\b(?:make_block_ptr|advance|flatten|warp_specialize)\b\s*[=(]",
         "".join(ast.unparse(function) for function in jitted(source)),
@@ -73,7 +73,7 @@ def names_not_in_every_version(source: str) -> set[str]:
 
 
 def oracle_in_use(source: str) -> list[str]:
-    """What is compared with the definition must not be made of it."""
+    """Code that is compared with the definition must not use it."""
     return re.findall(r".*import.*\breference\b.*|.*\breference\.\w+\(.*", source)
 
 
@@ -86,7 +86,7 @@ RULES = {
     names_not_in_every_version: "tl.make_tensor_descriptor(p)",
     oracle_in_use: "from npt_fast.kernels import factored, reference",
 }
-"""And what breaks each."""
+"""Each rule, and code that breaks it."""
 rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 
 

@@ -52,10 +52,10 @@ def test_any_strides(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None
     assert all(map(torch.equal, swiglu_bwd(*arguments), swiglu_bwd(*dense)))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # by the interpreter
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter warns
 @dtypes
 def test_far_from_zero(device: str, dtype: torch.dtype) -> None:
-    """Where exp overflows; element by element, the large ones would hide the others."""
+    """Inputs for which exp overflows, compared element by element: large ones hide others."""
     values = torch.tensor([-1e4, -200, -30, 0, 30, 200, 1e4], device=device, dtype=dtype)
     gate = values.unsqueeze(1)
     d_inner, up = torch.full_like(gate, 0.5), torch.full_like(gate, 2)

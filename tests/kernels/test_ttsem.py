@@ -1,7 +1,7 @@
-"""The tests of this folder again, in bfloat16, under ttsem; and that ttsem sees what is wrong.
+"""The tests of this folder, run again in bfloat16 under ttsem, and tests that ttsem finds faults.
 
 ttsem runs what Triton's compiler makes of a kernel, and stops at accesses out of bounds, races
-between programs and results that are undefined (design.md#checks-without-a-gpu).
+between programs and undefined results (design.md#checks-without-a-gpu).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ else:
 
 
 def sanitize(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, where Triton is imported with its compiler."""
+    """Run ttsem in a new process, where Triton is imported with its compiler."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "ttsem.sanitize", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -51,7 +51,7 @@ def test_the_other_tests(tmp_path: Path) -> None:
     }
     print(counts, skipped)
     assert counts["tests"] >= 150 and counts["failures"] == counts["errors"] == 0
-    assert skipped <= {"tests.kernels.test_roofline"}  # a file whose tests are not among these
+    assert skipped <= {"tests.kernels.test_roofline"}  # none of its tests run under ttsem
     assert "too large to be checked for races" not in done.stdout
 
 
@@ -69,8 +69,8 @@ PLANTED = {
         "    tl.store(s_at, s, mask=whole)",
     ),
 }
-"""What is wrong -> a file, what it says, what it says instead: a store without its mask; all
-projections' coefficients in the same place."""
+"""Fault -> file, right code, wrong code: a store without its mask; all projections' coefficients in
+the same place."""
 
 
 @pytest.mark.parametrize("kind", PLANTED)
@@ -88,7 +88,7 @@ def test_what_is_wrong_is_seen(tmp_path: Path, kind: str, planted: bool) -> None
     if not planted:
         assert done.returncode == 0 and said.startswith("ok: "), said
         return
-    # the line of the store, be it the one that was changed or the next
+    # the line of the store: the changed one or the next
     store = text[: text.index("tl.store(", text.index(wrong))].count("\n") + 1
     assert done.returncode == 1 and said.startswith(f"{kind}: "), said
     assert f"{name}:{store}: tl.store(" in said

@@ -1,4 +1,4 @@
-"""Which tiles kernels run with: the rule's first, or the fastest of its, measured once."""
+"""Tiles that kernels run with: the rule's first or, measured once, its fastest."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def chosen(tokens: int = 100, sizes: tuple[int, ...] = SIZES, kernel: str = "ker
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tiles]]:
-    """What was measured, by a clock that knows what is slow; at the end nothing is any more."""
+    """Tiles that were measured, with a fake clock; measuring is switched off afterwards."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     found: list[Tiles] = []
 
@@ -53,7 +53,7 @@ def test_nothing_is_measured_unless_asked_for(measured: list[Tiles]) -> None:
 
 
 def test_the_fastest_is_kept(measured: list[Tiles], tmp_path: Path) -> None:
-    """In memory, and in a file for other processes."""
+    """The fastest is kept in memory and, for other processes, in a file."""
     path = tmp_path / "cache" / "tiles.json"
     _tuning.enable_autotuning(path)
     assert chosen() == FASTER
@@ -71,7 +71,7 @@ def test_the_fastest_is_kept(measured: list[Tiles], tmp_path: Path) -> None:
 
 
 def test_what_is_measured_apart(measured: list[Tiles], tmp_path: Path) -> None:
-    """Buckets of tokens, sizes and kernels, not every number of tokens."""
+    """Each bucket of tokens, size and kernel is measured once, not each number of tokens."""
     _tuning.enable_autotuning(tmp_path / "tiles.json")
     for tokens in (65, 100, 128):
         chosen(tokens)
@@ -121,7 +121,7 @@ def test_tests_may_choose() -> None:
 def test_measuring_runs_the_kernels(
     measured: list[Tiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With each of the rule's tiles, and then with one of them for the result."""
+    """Measuring runs each candidate, and then one of them for the result."""
     runs: list[Tiles] = []
 
     def milliseconds(run: Callable[[Tiles], None], tiles: Tiles) -> float:
@@ -146,7 +146,7 @@ def test_measuring_runs_the_kernels(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_rules(arch: str, dtype: torch.dtype, tiles: _tuning.TileRule) -> None:
-    """Powers of two that `tl.dot` takes, few enough to measure, the same for all of a bucket."""
+    """Rules give few powers of two that `tl.dot` accepts, equal within a bucket of tokens."""
     for bucket in (1, 16, 32, 64, 128, 8192):
         candidates = tiles(Target.parse(arch), dtype, bucket)
         assert 1 <= len(candidates) <= _tuning.MAX_CANDIDATES

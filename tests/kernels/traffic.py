@@ -1,9 +1,9 @@
 """Count the bytes that calls move to and from memory, on a CPU, with kernels in the interpreter.
 
-Every kernel launch and every operation of torch counts for itself: each distinct byte that it loads
-or stores counts once, as if a cache held all that it touches while it runs and nothing after. What
-a kernel touches is seen address by address; an operation of torch reads its operands and writes its
-results.
+Each kernel launch and each torch operation is counted separately. A distinct byte that it loads
+or stores counts once, as if a cache held everything during the launch and nothing after it.
+Accesses of a kernel are seen address by address; a torch operation reads its operands and writes
+its results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MULTIPLYING = {
     "_decode_products_kernel",
     "_decode_inner_kernel",
 }
-"""Launches with products of matrices; all others are elementwise, or add up."""
+"""Names of launches with matrix products; all others are elementwise or sums."""
 
 _ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::resize_")
 _OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")
@@ -42,10 +42,10 @@ class Launch:
     """One kernel launch, or one operation of torch.
 
     Attributes:
-        name: of the kernel or operation.
-        loaded: distinct bytes, by address of their storage.
-        stored: distinct bytes, by address of their storage.
-        requested: all bytes that a kernel's programs load, however often, by address.
+        name: name of the kernel or operation.
+        loaded: distinct bytes loaded, by address of their storage.
+        stored: distinct bytes stored, by address of their storage.
+        requested: bytes that a kernel's programs load, repetitions included, by address.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Launch:
     requested: dict[int, int] = field(default_factory=dict)
 
     def moved(self, among: Callable[[int], bool]) -> int:
-        """Bytes loaded and stored, of the storages at the addresses asked for."""
+        """Bytes loaded and stored, in the storages at the given addresses."""
         both = [*self.loaded.items(), *self.stored.items()]
         return sum(count for address, count in both if among(address))
 
 
 class _Memory:
-    """Which bytes of its arguments' storages a kernel touches, while it runs."""
+    """The bytes of its arguments' storages that a running kernel touches."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         sizes = {address_of(t): t.untyped_storage().nbytes() for t in tensors if t.numel()}
@@ -70,7 +70,7 @@ class _Memory:
         self.requested = dict.fromkeys(sizes, 0)
 
     def touch(self, seen: dict[int, Any], addresses: Any, itemsize: int) -> int | None:
-        """Mark elements at these addresses, all of one tensor; gives the storage's address."""
+        """Mark elements of one tensor at these addresses; return the storage's address."""
         if not addresses.size:
             return None
         index = int(np.searchsorted(self.starts, addresses.min(), side="right")) - 1
@@ -83,26 +83,26 @@ class _Memory:
 
 
 def address_of(tensor: Tensor) -> int:
-    """Of the tensor's storage."""
+    """Address of the tensor's storage."""
     return tensor.untyped_storage().data_ptr()
 
 
 def addresses_of(tensors: Iterable[Any]) -> set[int]:
-    """Of the storages of those that are tensors."""
+    """Addresses of the storages of all tensors among the values."""
     return {address_of(tensor) for tensor in tensors if isinstance(tensor, Tensor)}
 
 
 class Traffic(TorchDispatchMode):
-    """Counts, while it is entered.
+    """Counts bytes while it is entered.
 
     Attributes:
-        launches: everything that moved bytes, in its order.
+        launches: everything that moved bytes, in order.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: list[Launch] = []
-        self._alive: list[torch.UntypedStorage] = []  # so that no address comes twice
+        self._alive: list[torch.UntypedStorage] = []  # so that no address repeats
         self._memory: _Memory | None = None
         self._patches = ExitStack()
 
@@ -123,11 +123,11 @@ class Traffic(TorchDispatchMode):
         self._patches.close()
 
     def moved(self, *, only: set[int] | None = None, but: set[int] | None = None) -> int:
-        """Bytes, of all storages, or only of those, or of all but those."""
+        """Bytes of all storages, of `only` some, or of all `but` some."""
         return sum(launch.moved(_choice(only, but)) for launch in self.launches)
 
     def exposed(self, *, but: set[int]) -> int:
-        """Bytes of launches that multiply no matrices, which no product can hide."""
+        """Bytes of launches without a matrix product, whose time no product can hide."""
         among = _choice(None, but)
         return sum(x.moved(among) for x in self.launches if x.name not in MULTIPLYING)
 
@@ -165,7 +165,9 @@ class Traffic(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._memory is None:  # or else the interpreter's own, about a kernel's arguments
+        if (
+            self._memory is None
+        ):  # otherwise the interpreter itself calls torch for a kernel's arguments
             self._count(func._schema, args, kwargs or {}, result)
         return result
 
@@ -182,7 +184,7 @@ class Traffic(TorchDispatchMode):
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         written = changed + [tensor for tensor in results if address_of(tensor) not in known]
         self._alive += [tensor.untyped_storage() for tensor in (*operands, *written)]
-        if not written or schema.name.startswith(_ALLOCATIONS):  # a view, or memory as it comes
+        if not written or schema.name.startswith(_ALLOCATIONS):  # a view, or uninitialized memory
             return
         if schema.name == "aten::addmm":
             self._count_copy(operands[0], written[0])
@@ -191,7 +193,7 @@ class Traffic(TorchDispatchMode):
         self.launches.append(Launch(schema.name, _by_storage(operands), _by_storage(written)))
 
     def _count_copy(self, addend: Tensor, output: Tensor) -> None:
-        """What torch's addmm does first if it has an addend and another output.
+        """Count the copy that torch's addmm makes first, if its output is not its addend.
 
         A vector is added by cuBLASLt instead (pytorch #153590; aten/src/ATen/native/cuda/Blas.cpp).
         """
@@ -200,7 +202,7 @@ class Traffic(TorchDispatchMode):
 
 
 def _bound(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """As a method that gets what it replaces."""
+    """Replace a method by a function that gets the original."""
 
     def method(*arguments: Any, **options: Any) -> Any:
         return replacement(original, *arguments, **options)
@@ -224,6 +226,6 @@ def _by_storage(tensors: Sequence[Tensor]) -> dict[int, int]:
 
 
 def _would_be_copied(matrix: Tensor) -> bool:
-    """Whether cuBLAS could not take it as it is: neither its rows nor its columns are runs."""
+    """Whether cuBLAS needs a copy, because neither rows nor columns are contiguous."""
     (rows, columns), (down, right) = matrix.shape, matrix.stride()
     return not ((down == 1 and right >= max(1, rows)) or (right == 1 and down >= max(1, columns)))

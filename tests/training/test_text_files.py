@@ -317,7 +317,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda path: path.write_text('{"text": "a", "n": [' + '"āb",' * 2_600_000 + "1]}"),
         "row 0: an object of more than 1,000,000 values",
     ),
-    "quotes": ("a.jsonl", lambda path: path.write_text('"' * 16_000_000), "row 0: is no JSON"),
+    "quotes": ("a.jsonl", lambda path: path.write_text('"' * 16_000_000), "row 0: not a JSON"),
     "backslashes": (
         "a.jsonl",
         lambda path: path.write_text('{"text": "' + "\\" * 40_000_000),

@@ -1,4 +1,4 @@
-"""Fixtures: sessions on a tiny model."""
+"""Fixtures: sessions on a tiny model with a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def session(tmp_path: Path) -> Session:
 
 @pytest.fixture
 def two(session: Session) -> Session:
-    """With modulations a and b."""
+    """A session with modulations a and b on its shelf."""
     session.extract("a", "first")
     session.extract("b", "second thing", position=2)
     return session

@@ -1,4 +1,4 @@
-"""What `inject` is to do, and how closely."""
+"""The expected effect of `inject`, and the tolerance of comparisons."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODES: tuple[InjectionMode, ...] = ("replace", "blend", "add", "exact-blend", "e
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    """Equal but for rounding: 1e-9 in float64, and where `generate` has made it float32, 1e-5."""
+    """Equal within 1e-9 in float64, and within 1e-5 where `generate` returned float32."""
     tolerance = 1e-9 if actual.dtype == torch.float64 else 1e-5
     torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=tolerance, atol=tolerance)
 
@@ -37,7 +37,7 @@ def truth(
     mode: InjectionMode = "replace",
     strength: float = 1.0,
 ) -> Iterator[None]:
-    """What `inject` is to do, spelled out; `places` are columns, by row."""
+    """Apply the definition of `inject` with dense weights; `places` are columns, by row."""
 
     def rule(layer: int, row: int, t: int, name: str, own: Vectors | None) -> Tensor | None:
         m = modulations if isinstance(modulations, Modulation) else modulations[row]

@@ -1,4 +1,4 @@
-"""Tiny models with NP layers, and what an injection means, spelled out with dense weights."""
+"""Tiny models with NP layers, and the definition of an injection with dense weights."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def base(family: str = "llama", **changes: Any) -> Any:
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": None,
-        "initializer_range": 0.2,  # what one token does reaches the logits
+        "initializer_range": 0.2,  # large enough for one token to affect the logits
         **changes,
     }
     auto: Any = AutoModelForCausalLM
@@ -73,19 +73,19 @@ def converted(
 
 
 def terms(model: Any) -> int:
-    """Of the sums that follow one another between a token and its logits."""
+    """Number of terms in the sums, one after another, between a token and its logits."""
     c = model.config
     layer = 3 * c.hidden_size + c.intermediate_size  # q, k, v; o; gate and up; then down
     return int(c.num_hidden_layers * layer + c.hidden_size)
 
 
 def ids_of(text: str) -> Tensor:
-    """``(1, tokens)``."""
+    """Token ids of a text, ``(1, tokens)``."""
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
 
 
 def left_padded(texts: Sequence[str]) -> dict[str, Tensor]:
-    """Ids and mask of a batch."""
+    """Ids and mask of a batch, padded on the left."""
     rows = [ids_of(text)[0] for text in texts]
     width = max(map(len, rows))
     pad = [width - len(row) for row in rows]
@@ -96,7 +96,7 @@ def left_padded(texts: Sequence[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
-    """``(batch, tokens, vocab)``, no cache."""
+    """Logits ``(batch, tokens, vocab)``, without a cache."""
     out: Tensor = model(ids, use_cache=False, **options).logits
     return out
 
@@ -122,7 +122,7 @@ def random_modulation(
     terms: int = 2,
     sizes: tuple[int, int] = (32, 48),
 ) -> Modulation:
-    """Terms in float64 that come from nowhere, for the models of `base`."""
+    """Random terms in float64, for the models of `base`."""
     generator = torch.Generator().manual_seed(seed)
     d, f = sizes
 
@@ -138,12 +138,12 @@ def random_modulation(
 
 
 def tensors_of(m: Modulation) -> dict[tuple[int, str, int], Tensor]:
-    """By layer, projection and 0 for v_a, 1 for v_b."""
+    """Tensors by layer, projection, and 0 for v_a or 1 for v_b."""
     return {(layer, p, i): v for layer, p, terms in m.walk() for i, v in enumerate(terms)}
 
 
 def assert_same(actual: Modulation, expected: Modulation) -> None:
-    """Everything, tensors bit for bit."""
+    """Assert that all fields are equal, tensors bit for bit."""
     assert (actual.base, actual.vectors) == (expected.base, expected.vectors)
     assert actual.origin == expected.origin and actual.description == expected.description
     found, wanted = tensors_of(actual), tensors_of(expected)
@@ -154,7 +154,7 @@ def assert_same(actual: Modulation, expected: Modulation) -> None:
 
 
 def nested(depth: int) -> dict[str, Any]:
-    """Mappings in one another."""
+    """An origin of this many nested mappings."""
     found: dict[str, Any] = {}
     for _ in range(depth - 1):
         found = {"of": found}
@@ -162,7 +162,7 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 def hooks(model: Any) -> int:
-    """How many hooks the modules of a model have."""
+    """Number of hooks on all modules of a model."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
@@ -206,7 +206,7 @@ def own_vectors(part: Any, attention: Tensor) -> dict[str, Vectors]:
 
 
 def attention_outputs(model: Any, text: str, layers: Sequence[int]) -> dict[int, Tensor]:
-    """``(tokens, D)`` by layer."""
+    """Attention outputs ``(tokens, D)`` by layer."""
     seen: dict[int, Tensor] = {}
     handles = []
     for layer in layers:
@@ -228,9 +228,9 @@ Rule = Callable[[int, int, int, str, Vectors | None], Tensor | None]
 
 @contextmanager
 def spelled_out(model: Any, rule: Rule) -> Iterator[None]:
-    """NP layers multiply every token by its own dense weights, W + dW, and `rule` says what dW is.
+    """Within the context, NP layers use dense weights W + dW for each token; `rule` gives dW.
 
-    The layers' own results are thrown away, so nothing of the code under test takes part.
+    The layers' own results are discarded, so no code under test takes part.
     """
 
     def hook(index: int) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""Keeping a modulation: in the weights, and as an adapter that PEFT loads."""
+"""Permanent modulations: in the base weights, and as an adapter that PEFT loads."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_float32_keeps_the_budget() -> None:
 
 
 def test_bfloat16_is_rounded_once() -> None:
-    """The sum is formed in float32: as near as bfloat16 can be."""
+    """The sum is formed in float32 and rounded to bfloat16 once."""
     model, m = base().bfloat16(), random_modulation(layers=(1,))
     before = weights(model)
     baked = npt.bake(model, m)
@@ -165,7 +165,7 @@ def test_weights_that_were_changed_otherwise_are_not_thrown_away() -> None:
 
 
 def test_the_base_is_baked_not_the_np_layer() -> None:
-    """It stays without NP layers, and acts whether they are on or off."""
+    """It acts with NP layers on, off, or absent."""
     plain, model = base(), converted()
     m = random_modulation()
     npt.bake(plain, m)
@@ -228,7 +228,7 @@ def test_peft_within_the_budget_in_float32(tmp_path: Path) -> None:
 
 
 def test_projections_with_fewer_terms_are_filled_up(tmp_path: Path) -> None:
-    """Compressing leaves as many as each needs, a LoRA has one rank."""
+    """Compressed projections have different numbers of terms; a LoRA has one rank."""
     many, few = random_modulation(terms=4), random_modulation(1, terms=1)
     layers = {
         1: {"gate": few.layers[1]["gate"], "down": many.layers[1]["down"]},
@@ -287,7 +287,7 @@ def test_complete_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(
         "npt_fast.checkpoint.strict_json.dump", fail
-    )  # the tensors are written by then
+    )  # the tensors have been written before
     with pytest.raises(npt.StorageError, match="No space left on device; nothing was written"):
         npt.export_lora(random_modulation(), base(), tmp_path / "lora")
     assert not list(tmp_path.iterdir())
@@ -312,7 +312,7 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_smollm2(tmp_path: Path) -> None:
-    """Baked, added at all positions and by PEFT: the same logits; and the base bit for bit."""
+    """Baking, exact-add at all positions and PEFT give the same logits; undo is exact."""
     model, tokenizer = load_base_model(SMOLLM2)
     npt.load(model, DATA / "layer13" / "checkpoint-600")
     m = npt.extract(model, tokenizer, "The capital of France is")

@@ -18,7 +18,7 @@ from tests.transfer import models
 
 
 class Tokenizer:
-    """One letter per token, none of which are lost when they are read as text."""
+    """One letter per token, without loss when ids are decoded."""
 
     def __call__(self, text: str, **options: Any) -> Any:
         return models.tokenizer(text, **options)
@@ -39,7 +39,7 @@ def model() -> Any:
 
 
 def said(model: Any, prompt: str, source: str = "", tokens: int = 6, **how: Any) -> str:
-    """What `generate` goes on with, injected from a source if there is one."""
+    """The continuation of `generate`, with an injection if there is a source."""
     inputs = models.left_padded([prompt])
     if not source:
         found, _ = models.greedy(model, inputs, tokens)
@@ -93,11 +93,11 @@ def test_expectations(model: Any) -> None:
     assert problems(begins=after[1:]) == [f"expected to begin with {after[1:]!r}, got {after!r}"]
     assert problems(contains="nowhere") == [f"expected to contain 'nowhere', got {after!r}"]
     assert len(problems(begins="nowhere", contains="nowhere")) == 2
-    # the prompt itself changes; a modulation put in its own place does not
+    # the prompt changes; the source does not, as the modulation is its own
     before = said(model, models.TEXT)
     assert problems(must_not_change=[models.SOURCE]) == []
     assert problems(must_not_change=[models.SOURCE, models.TEXT]) == [
-        f"{models.TEXT!r} must go on {before!r}, got {after!r}"
+        f"{models.TEXT!r} must continue with {before!r}, got {after!r}"
     ]
 
 

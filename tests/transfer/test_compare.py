@@ -29,7 +29,7 @@ def modulation(model: Any) -> Modulation:
 
 
 def next_token(model: Any, text: str, m: Modulation | None, **options: Any) -> Tensor:
-    """Its probabilities."""
+    """Probabilities of the next token."""
     if m is None:
         return logits(model, ids_of(text))[0, -1].softmax(-1)
     with npt.inject(model, m, **options):
@@ -55,7 +55,11 @@ def test_the_next_token(model: Any, modulation: Modulation) -> None:
         assert [token.text for token in shown] == [LETTERS[i] for i in places]
         assert [token.before for token in shown] == pytest.approx(before[places].tolist(), rel=1e-4)
         assert [token.after for token in shown] == pytest.approx(after[places].tolist(), rel=1e-4)
-    assert [token.text for token in found.tracked] == ["a", "b", " "]  # of a text, the first token
+    assert [token.text for token in found.tracked] == [
+        "a",
+        "b",
+        " ",
+    ]  # the first token of each text
     for token in found.tracked:
         place = ids_of(token.text)[0, 0]
         assert token.before == pytest.approx(before[place].item(), rel=1e-4)
@@ -78,7 +82,7 @@ def test_every_generated_token(model: Any, modulation: Modulation, when: Any) ->
     assert found.injected == [LETTERS[i] for i in injected]
     assert injected != base
     expected = []
-    for n in range(5):  # both read what was generated with the injection
+    for n in range(5):  # both passes read the injected continuation
         read = torch.tensor([[*ids[0].tolist(), *injected[:n]]])
         p = logits(model, read)[0, -1].softmax(-1)
         places = {"prefill": [12], "decode": [], "both": [12]}[when]

@@ -1,4 +1,4 @@
-"""Arithmetic as users write it."""
+"""Expressions that users type."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_calculated_exactly(
         ("1j * a", "only names, numbers"),
         ("1e999 * a", "cannot be multiplied by inf"),
         ("mean()", "only names, numbers"),
-        ("mean(a, 2)", "no numbers"),
+        ("mean(a, 2)", "not numbers"),
         ("mean(*a)", "only names, numbers"),
         ("max(a, b)", "only names, numbers"),
         ("a.layers", "only names, numbers"),

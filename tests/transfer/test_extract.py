@@ -1,4 +1,4 @@
-"""Extracting: v_a and v_b as the definition has them, at the tokens that were asked for."""
+"""Extraction: v_a and v_b equal the definition at the requested tokens."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_architecture(architecture: dict[str, Any]) -> None:
 
 
 def test_dw_is_what_the_reference_adds_to_the_weight() -> None:
-    """The other side of the definition: W a + sum v_b (v_a . a), by kernels/reference.py."""
+    """Extracted vectors reproduce the layer: W a + sum v_b (v_a . a) of kernels/reference.py."""
     model = converted(num_ranks=2)
     m = npt.extract(model, tokenizer, SOURCE)
     x = attention_outputs(model, SOURCE, [2])[2][-1:]
@@ -136,7 +136,7 @@ def test_the_mean_of_vectors_is_not_the_mean_of_changes() -> None:
 
 
 def test_several_positions_need_a_mean() -> None:
-    with pytest.raises(npt.TransferError, match="3 positions give as many modulations; take one"):
+    with pytest.raises(npt.TransferError, match="3 positions have a modulation each; take one"):
         npt.extract(converted(), tokenizer, SOURCE, position=":3")
 
 
@@ -144,14 +144,16 @@ def test_layers() -> None:
     model = converted(layers=(0, 1, 3))
     m = npt.extract(model, tokenizer, SOURCE, layers=[3, 1])
     assert sorted(m.layers) == [1, 3]
-    with npt.disabled(model, [1]):  # those that are on; the text passes the layer as in the base
+    with npt.disabled(model, [1]):  # only layers that are on are extracted
         m = npt.extract(model, tokenizer, SOURCE)
         assert_is_the_definition(m, model, SOURCE, [len(SOURCE) - 1], [0, 3])
         with pytest.raises(
-            npt.ModelError, match=r"layer 1 is no NP layer that is on; there are \[0, 3\]"
+            npt.ModelError, match=r"layer 1 is not an NP layer that is on; on are \[0, 3\]"
         ):
             npt.extract(model, tokenizer, SOURCE, layers=[0, 1])
-    with pytest.raises(npt.ModelError, match=r"layer 2 is no NP layer that is on; .* \[0, 1, 3\]"):
+    with pytest.raises(
+        npt.ModelError, match=r"layer 2 is not an NP layer that is on; .* \[0, 1, 3\]"
+    ):
         npt.extract(model, tokenizer, SOURCE, layers=[2])
 
 
@@ -170,7 +172,7 @@ def test_nothing_to_extract_from() -> None:
         ("abc", 3, "position 3 is outside the text, which has 3 tokens: 0 'a', 1 'b', 2 'c'"),
         ("abc", -4, "position -4 is outside"),
         ("abc", "at:x", "'x' does not occur in 'abc'"),
-        ("abc", "here", "'here' is no position"),
+        ("abc", "here", "'here' is not a position"),
     ],
 )
 def test_bad_input(text: str, position: Position, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Files of facts: what YAML may say, and that every mistake is one line."""
+"""Files of facts: what they may contain; each mistake is one line."""
 
 from __future__ import annotations
 
@@ -89,30 +89,36 @@ def wrong(**changes: Any) -> str:
         ("", ": must be a mapping with facts"),
         ("- a", ": must be a mapping with facts"),
         ("fact: []", ": unknown key 'fact'; did you mean 'facts'?"),
-        ("facts: [", ": is no YAML: "),
-        ("facts: []\nfacts: []", ": is no YAML: 'facts' is there twice"),
-        ("? [a]\n: 1", ": is no YAML: "),
-        ("facts: !!python/object/apply:os.system [true]", ": is no YAML: "),
-        ("facts: &a [*a]", ": is no YAML: *a: write it out again"),
-        ("facts: [{<<: {prompt: a}}]", ": is no YAML: '<<': a key must be a text"),
-        ("facts: [<<]", ": is no YAML: "),
-        ("yes: 1", ": is no YAML: 'yes': a key must be a text; put it in quotes"),
-        ("5: 1", ": is no YAML: '5': a key must be a text"),
-        ("{[a]: 1}", ": is no YAML: a list or mapping: a key must be a text"),
-        ("facts: !!timestamp x", ": is no YAML: tag:yaml.org,2002:timestamp: leave tags out"),
+        ("facts: [", ": is not valid YAML: "),
+        ("facts: []\nfacts: []", ": is not valid YAML: 'facts' is there twice"),
+        ("? [a]\n: 1", ": is not valid YAML: "),
+        ("facts: !!python/object/apply:os.system [true]", ": is not valid YAML: "),
+        ("facts: &a [*a]", ": is not valid YAML: *a: write the value out again"),
+        ("facts: [{<<: {prompt: a}}]", ": is not valid YAML: '<<': a key must be a text"),
+        ("facts: [<<]", ": is not valid YAML: "),
+        ("yes: 1", ": is not valid YAML: 'yes': a key must be a text; put it in quotes"),
+        ("5: 1", ": is not valid YAML: '5': a key must be a text"),
+        ("{[a]: 1}", ": is not valid YAML: a list or mapping: a key must be a text"),
+        (
+            "facts: !!timestamp x",
+            ": is not valid YAML: tag:yaml.org,2002:timestamp: leave tags out",
+        ),
         ("facts: !!bool x", "leave tags out"),
         ("facts: ! x", "leave tags out"),
-        ("facts: " + "9" * 41, ": is no YAML: a number of 41 characters"),
-        ("facts: " + "9" * 900_000, ": is no YAML: a number of 900,000 characters"),
-        ("facts: 0x" + "f" * 900_000, ": is no YAML: a number of 900,002 characters"),
-        ("facts: 1" + ":00" * 300_000, ": is no YAML: a number of 900,001 characters"),
-        ("facts: 1." + "0" * 900_000, ": is no YAML: a number of 900,002 characters"),
-        ("facts: [" + "a," * 400_000 + "]", ": is no YAML: more than 30,000 values"),
+        ("facts: " + "9" * 41, ": is not valid YAML: a number of 41 characters"),
+        ("facts: " + "9" * 900_000, ": is not valid YAML: a number of 900,000 characters"),
+        ("facts: 0x" + "f" * 900_000, ": is not valid YAML: a number of 900,002 characters"),
+        ("facts: 1" + ":00" * 300_000, ": is not valid YAML: a number of 900,001 characters"),
+        ("facts: 1." + "0" * 900_000, ": is not valid YAML: a number of 900,002 characters"),
+        ("facts: [" + "a," * 400_000 + "]", ": is not valid YAML: more than 30,000 values"),
         ("facts: [" + "{q: 1}," * 9_000 + "]", ": fact 1: unknown key 'q'"),
-        ("- a\n" * 200_000, ": is no YAML: more than 30,000 values"),
-        ("".join(" " * n + "a:\n" for n in range(1000)), ": is no YAML: nested more than 10 deep"),
-        ("- " * 400_000, ": is no YAML: nested more than 10 deep"),
-        ("{a: " * 200_000, ": is no YAML: nested more than 10 deep"),
+        ("- a\n" * 200_000, ": is not valid YAML: more than 30,000 values"),
+        (
+            "".join(" " * n + "a:\n" for n in range(1000)),
+            ": is not valid YAML: nested more than 10 deep",
+        ),
+        ("- " * 400_000, ": is not valid YAML: nested more than 10 deep"),
+        ("{a: " * 200_000, ": is not valid YAML: nested more than 10 deep"),
         (" " * 1_000_001, ": 1,000,001 bytes; more than 1,000,000 are refused"),
         (wrong(tokens=10_001), "tokens must be a whole number from 1 to 10,000"),
         (wrong(tokens=True), "tokens must be a whole number from 1 to 10,000"),
@@ -122,8 +128,8 @@ def wrong(**changes: Any) -> str:
         ('facts: [{prompt: "\\ud800"}]', "prompt must be a text"),
         ('facts: [{"\\ud800": a}]', "unknown key"),
         ("facts: 2026-13-45", ": "),
-        ("[" * 5000, ": is no YAML: "),
-        ("a: \x00", ": is no YAML: "),
+        ("[" * 5000, ": is not valid YAML: "),
+        ("a: \x00", ": is not valid YAML: "),
     ],
     ids=lambda value: value[:40],
 )
@@ -143,17 +149,19 @@ def test_all_mistakes_are_told(tmp_path: Path) -> None:
     path.write_text(json.dumps({"facts": [RIGHT, second, third]}))
     with pytest.raises(FactsError, match=r"\(and 4 more\)") as caught:
         read_facts(path)
-    assert len(caught.value.problems) == 5  # three, a name twice, and the third's
+    assert (
+        len(caught.value.problems) == 5
+    )  # three and a repeated name of the second, one of the third
     assert sum("fact 'n'" in problem for problem in caught.value.problems) == 4
     path.write_bytes(b"facts: \xff")
-    with pytest.raises(FactsError, match="is no YAML"):
+    with pytest.raises(FactsError, match="is not valid YAML"):
         read_facts(path)
     with pytest.raises(FactsError, match="No such file"):
         read_facts(tmp_path / "none.yaml")
     path.write_text("facts: [" + "{q: 1}," * 9_000 + "]")
     with pytest.raises(FactsError) as caught:
         read_facts(path)
-    assert 100 < len(caught.value.problems) < 110  # enough for a day
+    assert 100 < len(caught.value.problems) < 110  # then the reader stops
 
 
 def test_facts_that_are_no_file(tmp_path: Path) -> None:
@@ -164,7 +172,7 @@ def test_facts_that_are_no_file(tmp_path: Path) -> None:
 
 
 def bombs() -> Iterator[str]:
-    """Few bytes that an ordinary loader makes gigabytes of."""
+    """A few bytes that an ordinary loader expands to gigabytes."""
     letters = "abcdefghijkl"
     for alias, value in (("[{}]", "[x]"), ("{{<<: [{}]}}", "{x: 1}")):
         lines = [f"a: &a {value}"]
@@ -180,7 +188,7 @@ def test_a_bomb_takes_no_memory(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     tracemalloc.start()
     try:
-        with pytest.raises(FactsError, match=r"\*a: write it out again"):
+        with pytest.raises(FactsError, match=r"\*a: write the value out again"):
             read_facts(path)
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:

@@ -1,4 +1,4 @@
-"""Generation token by token: that of transformers, and sampling as it is described."""
+"""Generation equals that of transformers; sampling equals its definition."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from npt_fast.hf.convert import decoder_layers
 from npt_fast.transfer.generate import Sampling, continue_ids
 from tests.transfer.models import FAMILIES, SOURCE, TEXT, converted, greedy, ids_of, tokenizer
 
-# probabilities 0.4, 0.3, 0.2, 0.1 at places 2, 0, 3, 1
+# probabilities 0.4, 0.3, 0.2, 0.1 of tokens 2, 0, 3, 1
 LOGITS = torch.tensor([0.3, 0.1, 0.4, 0.2]).log()
 
 
 def lengths_of_passes(model: Any) -> list[int]:
-    """Filled with the number of tokens that each pass of the model reads."""
+    """A list that is filled with the number of tokens each pass reads."""
     found: list[int] = []
 
     def note(_: Any, args: Any, kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Files of modulations whose header and tensors do not fit together, or hold anything."""
+"""Files of modulations with wrong headers or tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refuse(path: Path, message: str) -> None:
 
 def test_other_safetensors(tmp_path: Path) -> None:
     save_file({"layer.1.up.v_a": torch.zeros(1, 32)}, tmp_path / "m")
-    refuse(tmp_path / "m", "is no modulation: its header has no npt_modulation")
+    refuse(tmp_path / "m", "is not a modulation: its header has no npt_modulation")
 
 
 def description() -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_tensors_that_are_not_those_of_the_description(what: str, tmp_path: Path
     changed = {**tensors(), **TENSORS[what]}
     kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
     path = written(tmp_path / "m", json.dumps(description()), kept)
-    refuse(path, "its description does not hold: ")
+    refuse(path, "its header is wrong: ")
 
 
 def test_the_tensor_is_named(tmp_path: Path) -> None:
@@ -146,19 +146,19 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("what", DESCRIPTIONS)
 def test_descriptions_that_do_not_hold(what: str, tmp_path: Path) -> None:
     text = json.dumps({**description(), **DESCRIPTIONS[what]})
-    refuse(written(tmp_path / "m", text, tensors()), "its description does not hold|number")
+    refuse(written(tmp_path / "m", text, tensors()), "its header is wrong|number")
 
 
 @pytest.mark.parametrize("name", ["base", "origin", "vectors", "layers"])
 def test_a_description_that_lacks_something(name: str, tmp_path: Path) -> None:
     text = json.dumps({key: value for key, value in description().items() if key != name})
-    refuse(written(tmp_path / "m", text, tensors()), f"does not hold: {name} is missing")
+    refuse(written(tmp_path / "m", text, tensors()), f"its header is wrong: {name} is missing")
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, [1], True, 1.0])
 def test_versions(version: Any, tmp_path: Path) -> None:
     text = json.dumps({**description(), "version": version})
-    refuse(written(tmp_path / "m", text, tensors()), "version .*, this program reads 1")
+    refuse(written(tmp_path / "m", text, tensors()), "has version .*; this program reads version 1")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_hostile_json(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_an_origin_that_says_anything_still_loads(tmp_path: Path) -> None:
-    """It is only shown; control characters do not reach the terminal."""
+    """An origin is only shown; control characters do not reach the terminal."""
     origin = {"sum": [{"factor": "\x1b[2J"}]}
     text = json.dumps({**description(), "origin": origin})
     m = npt.load_modulation(written(tmp_path / "m", text, tensors()))

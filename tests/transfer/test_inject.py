@@ -1,4 +1,4 @@
-"""Injecting, against layers that multiply every token by its own dense weights."""
+"""Injection, compared with layers that use dense weights for each token."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_modes(mode: InjectionMode, strength: float) -> None:
         expected = logits(model, IDS)
     close(found, expected)
     assert torch.equal(found[:, :3], plain[:, :3])
-    assert (found[:, 3:] - plain[:, 3:]).abs().amax(-1).min() > 1e-3  # later ones, by attention
+    assert (found[:, 3:] - plain[:, 3:]).abs().amax(
+        -1
+    ).min() > 1e-3  # later tokens change through attention
 
 
 @pytest.mark.parametrize(("position", "places"), POSITIONS, ids=str)
@@ -98,14 +100,14 @@ def test_families(family: str, residual: str) -> None:
 
 
 def test_its_own_modulation_changes_nothing() -> None:
-    """Of the same text at the same token, where the layers before are the same too."""
+    """Injecting a text's modulation into the same token of the same text has no effect."""
     model = converted(layers=(1,))
     plain = logits(model, IDS)
     m = npt.extract(model, tokenizer, TEXT)
     for mode, strength in (("replace", 1.0), ("blend", 0.3), ("exact-blend", 0.3), ("add", 0.0)):
         with npt.inject(model, m, mode=mode, strength=strength):  # type: ignore[arg-type]
             close(logits(model, IDS), plain)
-    with npt.inject(model, m, mode="exact-add", strength=-1.0):  # no change at all is left
+    with npt.inject(model, m, mode="exact-add", strength=-1.0):  # the token's own dW minus itself
         found = logits(model, IDS)
     with npt.inject(model, 0 * m):
         close(found, logits(model, IDS))
@@ -115,14 +117,14 @@ def test_its_own_modulation_changes_nothing() -> None:
 @pytest.mark.parametrize("target", ["single", "dual", "triple"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_layer_may_have_other_projections(source: str, target: str, mode: InjectionMode) -> None:
-    """What the source does not change keeps the token's own change; one that the layer lacks
-    is changed all the same, but has no vectors to mix with."""
+    """A projection that the source lacks keeps the token's own change. One that the layer lacks
+    is changed too, but has no vectors to mix with."""
     m = npt.extract(converted(modulation=source), tokenizer, SOURCE)
     model = converted(modulation=target)
     order = ["single", "dual", "triple"]
     if order.index(source) > order.index(target) and mode in ("blend", "add"):
         missing = PROJECTIONS[order.index(target) + 1]
-        message = f"layer 1 does not change {missing}: {mode} has nothing .* take exact-{mode}"
+        message = f"layer 1 does not change {missing}: {mode} has nothing .* use exact-{mode}"
         with pytest.raises(npt.TransferError, match=message), npt.inject(model, m, mode=mode):
             pass
         return
@@ -162,9 +164,6 @@ def test_more_tokens_than_are_formed_at_a_time() -> None:
         found = logits(model, ids)
     with truth(model, m, [list(range(ids.shape[1]))], "blend", 0.5):
         close(found, logits(model, ids))
-
-
-# --- batches
 
 
 def test_injections_nest() -> None:
@@ -223,7 +222,7 @@ def test_nothing_hit_is_an_error() -> None:
         with npt.inject(model, m):
             pass
     with pytest.raises(npt.TransferError, match="no token was at -1 when the model ran"):
-        with npt.inject(model, m, when="decode"):  # one token is chosen, and none read
+        with npt.inject(model, m, when="decode"):  # one token is generated and never read
             greedy(model, {"input_ids": IDS}, 1)
     with pytest.raises(npt.TransferError, match="nothing was injected"):
         with npt.inject(model, m), npt.disabled(model):
@@ -275,22 +274,22 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[npt.NPTError
         lambda m: random_modulation(layers=(0, 1)),
         {},
         npt.ModelError,
-        r"layer 0 of the modulation is no NP layer that is on; there are \[1, 2\]",
+        r"layer 0 of the modulation is not an NP layer that is on; on are \[1, 2\]",
     ),
-    "nothing": (lambda m: [], {}, npt.TransferError, "there is nothing to inject"),
-    "only None": (lambda m: [None], {}, npt.TransferError, "there is nothing to inject"),
+    "nothing": (lambda m: [], {}, npt.TransferError, "the modulations change no layer"),
+    "only None": (lambda m: [None], {}, npt.TransferError, "the modulations change no layer"),
     "sum to blend": (
         lambda m: m + m,
         {"mode": "blend"},
         npt.TransferError,
-        "blend mixes vectors, and this modulation is a sum of others; take exact-blend",
+        "blend mixes vectors, which a combined modulation does not have; use exact-blend",
     ),
-    "scaled to add": (lambda m: 2 * m, {"mode": "add"}, npt.TransferError, "take exact-add"),
+    "scaled to add": (lambda m: 2 * m, {"mode": "add"}, npt.TransferError, "use exact-add"),
     "k": (
         lambda m: replace(random_modulation(terms=3), vectors=True),
         {"mode": "add"},
         npt.TransferError,
-        "layer 1, gate: 3 vectors for a layer with 2; take exact-add",
+        "layer 1, gate: 3 vectors for a layer with 2; use exact-add",
     ),
     "mode": (lambda m: m, {"mode": "ad"}, npt.TransferError, "mode must be one of .* got 'ad'"),
     "when": (lambda m: m, {"when": "now"}, npt.TransferError, "when one of .* 'now'"),
@@ -310,7 +309,7 @@ def test_refused(what: str) -> None:
 def test_layers_that_are_off_are_refused() -> None:
     model = converted()
     with npt.disabled(model, [2]):
-        with pytest.raises(npt.ModelError, match=r"layer 2 .* is on; there are \[1\]"):
+        with pytest.raises(npt.ModelError, match=r"layer 2 .* is on; on are \[1\]"):
             with npt.inject(model, random_modulation()):
                 pass
 
@@ -325,11 +324,11 @@ def test_what_positions_cannot_be_counted_in() -> None:
     with pytest.raises(npt.TransferError, match=r"an attention mask of \(batch, tokens\)"):
         with npt.inject(model, m):
             logits(model, IDS, attention_mask=torch.ones(1, 1, 13, 13, dtype=torch.bool))
-    with pytest.raises(npt.TransferError, match="the position at:red needs the tokenizer"):
+    with pytest.raises(npt.TransferError, match="the position at:red needs a tokenizer"):
         with npt.inject(model, m, position="at:red"):
             logits(model, IDS)
     for options in ({"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(npt.TransferError, match="whole prompt in one pass and then one token"):
+        with pytest.raises(npt.TransferError, match="whole prompt in one pass, then one token"):
             with npt.inject(model, m):
                 greedy(model, {"input_ids": ids_of("the red house is a red house")}, **options)
     assert not hooks(model)
@@ -352,7 +351,7 @@ def test_a_static_cache() -> None:
 
 @pytest.mark.slow
 def test_smollm2() -> None:
-    """A trained layer: cache on and off, one text and a padded batch, in float32."""
+    """A trained layer in float32: with and without a cache, alone and in a padded batch."""
     model, tokenizer = load_base_model(SMOLLM2)
     npt.load(model, DATA / "layer13" / "checkpoint-600")
     tokenizer.padding_side = "left"

@@ -1,4 +1,4 @@
-"""Injecting into batches, with padding, and while text is generated."""
+"""Injection into batches, with padding, and while text is generated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.transfer.models import (
 
 
 def padded_logits(model: Any, texts: list[str]) -> list[Tensor]:
-    """Of every row, without padding."""
+    """Logits of each row, without padding."""
     batch = left_padded(texts)
     mask = batch["attention_mask"]
     found = logits(model, **_ids(batch), position_ids=(mask.cumsum(1) - 1).clamp(min=0))
@@ -100,12 +100,12 @@ def test_a_modulation_for_every_row() -> None:
 @pytest.mark.parametrize("sampling", [{"num_return_sequences": 2}, {"num_beams": 2}], ids=str)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_rows_that_generate_repeats(sampling: dict[str, int], use_cache: bool) -> None:
-    """Every row's repetitions get that row's modulation."""
+    """All repetitions of a row receive that row's modulation."""
     model = converted()
     model.generation_config.pad_token_id = 0
     ms = [npt.extract(model, tokenizer, SOURCE), None]
     options: dict[str, Any] = {"max_new_tokens": 5, "use_cache": use_cache, **sampling}
-    if "num_return_sequences" in sampling:  # sampling of one token each is greedy
+    if "num_return_sequences" in sampling:  # sampling from one token is greedy
         options |= {"do_sample": True, "top_k": 1}
     with npt.inject(model, ms):
         together = model.generate(IDS.repeat(2, 1), **options)
@@ -119,7 +119,7 @@ def test_rows_that_generate_repeats(sampling: dict[str, int], use_cache: bool) -
 def test_a_batch_that_the_modulations_do_not_divide() -> None:
     model = converted()
     m = random_modulation()
-    with pytest.raises(npt.TransferError, match="2 modulations for a batch of 3"):
+    with pytest.raises(npt.TransferError, match="2 modulations do not fit a batch of 3"):
         with npt.inject(model, [m, None]):
             logits(model, IDS.expand(3, -1))
     assert not hooks(model)
@@ -153,7 +153,7 @@ def test_the_cache_changes_nothing(family: str, when: InjectionTime) -> None:
 
 @pytest.mark.parametrize("when", ["prefill", "decode", "both"])
 def test_float32_keeps_the_budget(when: InjectionTime) -> None:
-    """With cache and in a padded batch, all as close to float64 as texts alone without a cache."""
+    """A cache and a padded batch lose no accuracy against single texts without a cache."""
     model = converted()
     m = npt.extract(model, tokenizer, SOURCE)
     low_model, low_m = copy.deepcopy(model).float(), m.to("cpu", torch.float32)
@@ -184,7 +184,7 @@ def test_float32_keeps_the_budget(when: InjectionTime) -> None:
 
 
 def test_a_bfloat16_base_keeps_the_budget() -> None:
-    """NP components in float32, as `load` leaves them; the truth in both precisions."""
+    """NP components stay float32, as `load` leaves them, on a bfloat16 base model."""
     model = converted(layers=(1,)).bfloat16()
     components(model)[1].float()
     exact_model = copy.deepcopy(model).double()
@@ -221,7 +221,7 @@ def test_generation_in_a_padded_batch_with_a_modulation_for_every_row() -> None:
 
 
 def test_another_prompt_begins_anew() -> None:
-    """One after the other in a context, though one begins with the other."""
+    """Prompts run one after another, even if one begins with the other."""
     model = converted()
     m = npt.extract(model, tokenizer, SOURCE)
     long = ids_of(TEXT + " and")
@@ -236,10 +236,7 @@ def test_another_prompt_begins_anew() -> None:
         logits(model, IDS)
         logits(model, long)
         assert hits.positions == [[16]]
-    with npt.inject(model, m) as hits:  # with a cache, a token more is another prompt too
+    with npt.inject(model, m) as hits:  # with a new cache, one token more is another prompt
         for text in (TEXT, TEXT + "s"):
             greedy(model, {"input_ids": ids_of(text)}, 1)
             assert hits.positions == [[len(text) - 1]]
-
-
-# --- several at once, and the end

@@ -1,4 +1,4 @@
-"""Logs of sessions: written as they go, read again, compared."""
+"""Logs of sessions: written at once, read back, compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_log_is_written_as_it_goes(tmp_path: Path) -> None:
     log = journal.Journal(path, {"model_name": "m"})
     log.write({"command": "list", "result": {"é": 1.5}})
     log.write({"command": "load caf\udce9"})  # a path that is not UTF-8
-    header, entries = journal.read(path)  # it is still open
+    header, entries = journal.read(path)  # while the log is still open
     assert header == {"npt_session": 1, "model_name": "m"}
     assert list(entries) == [
         {"command": "list", "result": {"é": 1.5}},
@@ -37,7 +37,7 @@ def test_a_log_is_written_as_it_goes(tmp_path: Path) -> None:
 
 
 def test_logs_keep_the_keys_of_version_1(tmp_path: Path) -> None:
-    """Reports have other names for four of them; a log of either is read back as a report."""
+    """Four keys of reports have older names in logs; reading gives those of reports."""
     report = {
         "no_injection": ["a"],
         "injected": ["b"],
@@ -123,7 +123,7 @@ def test_a_line_is_refused_or_read_back(entry: dict[str, Any]) -> None:
 def test_a_full_log_is_written_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_MAX_BYTES", 1000)
     log = journal.Journal(tmp_path / "log", HEADER)
-    with pytest.raises(TransferError, match="is full with 1,000 bytes"):
+    with pytest.raises(TransferError, match="is full: a log has at most 1,000 bytes"):
         for _ in range(100):
             log.write({"command": "list"})
     assert len(journal.read(tmp_path / "log")[1]) > 10

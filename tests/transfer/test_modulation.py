@@ -1,4 +1,4 @@
-"""Arithmetic of modulations: exactly that of dW."""
+"""Arithmetic of modulations is exactly that of dW."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMBINATIONS: dict[str, tuple[Combination, Combination]] = {
 
 
 def dense(m: Modulation, layer: int, projection: str) -> Tensor:
-    """One outer product after the other."""
+    """The sum of outer products, one after another."""
     terms = m.layers[layer][projection]
     pairs = zip(terms.v_a.unbind(), terms.v_b.unbind(), strict=True)
     return torch.stack([torch.outer(b, a) for a, b in pairs]).sum(0)
@@ -108,7 +108,7 @@ def test_compress_to_an_error_takes_no_term_too_many(tol: float) -> None:
 
 
 def test_compress_takes_both_and_more_terms_than_widths() -> None:
-    """Rank is the stricter one; 60 terms are more than the 32 inputs and 48 outputs."""
+    """`rank` wins over `tol`; 60 terms exceed the 32 inputs and 48 outputs."""
     m = random_modulation(terms=60)
     lossless, error = m.compress()
     torch.testing.assert_close(lossless.dense(1, "down"), m.dense(1, "down"), rtol=0, atol=1e-11)
@@ -200,7 +200,7 @@ def test_a_model_it_does_not_fit(changes: dict[str, Any], message: str) -> None:
 
 
 def test_a_name_that_is_no_unicode(tmp_path: Path) -> None:
-    """That of a folder need not be."""
+    """The name of a folder need not be UTF-8."""
     model = converted()
     model.config._name_or_path = "caf\udce9"
     npt.extract(model, tokenizer, SOURCE).save(tmp_path / "m")

@@ -1,4 +1,4 @@
-"""Files of modulations: bit for bit, read when needed, and never trusted."""
+"""Files of modulations: exact, read lazily, never trusted."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_bits_that_compare_equal(tmp_path: Path) -> None:
 
 
 def test_texts_of_every_length(tmp_path: Path) -> None:
-    """The header's length has every byte that a file of another kind begins with."""
+    """The first byte of a file, from the header's length, equals that of other kinds of file."""
     begins = set()
     for length in range(300):
         m = replace(random_modulation(), origin={"text": "x" * length})
@@ -88,7 +88,7 @@ def test_what_was_loaded_does_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_the_file_is_safetensors_with_everything_in_its_header(tmp_path: Path) -> None:
-    """Read by another reader."""
+    """The file as safetensors itself reads it."""
     m = npt.extract(converted(), tokenizer, SOURCE)
     m.save(tmp_path / "m.safetensors")
     tensors = load_file(tmp_path / "m.safetensors")
@@ -136,7 +136,7 @@ def test_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     loaded = npt.load_modulation(path)
     second.save(path)
     assert_same(npt.load_modulation(path), second)
-    assert_same(loaded, first)  # what was opened before stays what it was
+    assert_same(loaded, first)  # a file opened before keeps its content
     loaded.save(path)
     assert_same(npt.load_modulation(path), first)
 
@@ -151,7 +151,7 @@ def test_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if somebody foresees the hidden name under which the file is written."""
+    """Even if somebody guesses the name of the temporary file."""
     monkeypatch.setattr("npt_fast.transfer.modulation_file.token_hex", lambda count: "foreseen")
     (tmp_path / "victim").write_bytes(b"precious")
     (tmp_path / ".foreseen.npt-fast").symlink_to("victim")
@@ -211,7 +211,7 @@ def test_terms_that_could_not_be_read_back_are_not_saved(problem: str, tmp_path:
 
 
 def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
-    """Where the name of the temporary file could be guessed, somebody would be there first."""
+    """A link at a guessable temporary name would be written through."""
     names = set()
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Where modulations come from: what can be saved, and the line that says it."""
+"""Origins: what can be saved, and their description in a line."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_an_origin_of_a_file_may_say_anything(origin: dict[str, Any]) -> None:
 
 
 def combined(m: Modulation, times: int) -> Modulation:
-    """In every way that there is, `times` times; of few terms at the end."""
+    """Combined in every way, `times` times, then compressed."""
     for _ in range(times):
         m = npt.mean([m + m, m - 0.5 * m, -m * 10**30]).compress(2)[0]
         m = m.compress(rank=10**30)[0]
@@ -123,7 +123,7 @@ def combined(m: Modulation, times: int) -> Modulation:
 
 @pytest.mark.parametrize("times", [1, 5, 30])
 def test_what_was_combined_can_be_saved_and_combined_again(times: int, tmp_path: Path) -> None:
-    """Origins that grow by a level, or to twice the size, each time."""
+    """Origins that grow by a level or double in size each time."""
     scale = 0.0 if times > 5 else 1.0
     m = combined(scale * random_modulation(projections=("up",)), times)
     m.save(tmp_path / "m")

@@ -1,4 +1,4 @@
-"""Positions: what users write, counted on a text's tokens."""
+"""Positions that users write, counted on a text's tokens."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ OUTSIDE = "outside the text, which has 8 tokens: 0 'The', 1 ' capital'"
         ("at:France", "'France' does not occur in 'The capital of Germany is of note'"),
         ("after:note", "nothing follows 'note' in"),
         (npt.at(""), "'' does not occur"),
-        ("at:", "'at:' is no position: a number, 2:5, 1,4, last, first, all, at:WORD or after:"),
-        ("second", "'second' is no position"),
-        ("", "'' is no position"),
-        ("1:2:3", "'1:2:3' is no position"),
-        ("1.0", "'1.0' is no position"),
-        ("-:", "'-:' is no position"),
-        ("1:-", "'1:-' is no position"),
-        ("9" * 5000, "9 is no position"),
-        (f"0,{'9' * 5000}", "9 is no position"),
+        ("at:", "'at:' is not a position: a number, 2:5, 1,4, last, first, all, at:WORD or after:"),
+        ("second", "'second' is not a position"),
+        ("", "'' is not a position"),
+        ("1:2:3", "'1:2:3' is not a position"),
+        ("1.0", "'1.0' is not a position"),
+        ("-:", "'-:' is not a position"),
+        ("1:-", "'1:-' is not a position"),
+        ("9" * 5000, "9 is not a position"),
+        (f"0,{'9' * 5000}", "9 is not a position"),
     ],
     ids=str,
 )

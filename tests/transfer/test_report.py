@@ -1,4 +1,4 @@
-"""Reports: everything is in them, and nothing in a prompt becomes markup."""
+"""Reports are complete, and nothing in a prompt becomes markup."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOID = {"meta", "br", "img"}
 
 
 class Reader(HTMLParser):
-    """The tags with their attributes, and the texts; fails on tags that do not match."""
+    """Collects tags with attributes, and texts; fails on unbalanced tags."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -87,11 +87,11 @@ def test_a_sweep_is_all_there(swept: Sweep) -> None:
     for value in (v for values in (swept.kl, swept.tracked["<"]) for row in values for v in row):
         assert f"{value:.4f}" in cells
     assert {"1", "2", "1, 2", "0.5"} <= set(cells)
-    assert f"{swept.no_injection['<']:.4f} with nothing injected" in cells
+    assert f"{swept.no_injection['<']:.4f} without injection" in cells
 
 
 def test_texts_stay_texts(comparison: Comparison, swept: Sweep) -> None:
-    """Of prompts, tokens, and the head."""
+    """Prompts, tokens and the head are escaped."""
     head = {"a": "b"}
     plain = [Reader(comparison_html(comparison, head)).tags, Reader(sweep_html(swept, head)).tags]
     token = Token(HOSTILE, 0.5, 0.25)
@@ -127,7 +127,7 @@ def test_nothing_is_fetched(comparison: Comparison, swept: Sweep) -> None:
 
 
 def test_values_that_are_not_finite(swept: Sweep) -> None:
-    """An injection that destroys the output has a KL of infinity, or none."""
+    """An injection that destroys the output has a KL of infinity or NaN."""
     broken = dataclasses.replace(swept, kl=[[float("inf"), float("nan")]] * len(swept.kl))
     html = sweep_html(broken)
     assert "/ inf" not in html and "/ nan" not in html and ">inf<" in html and ">nan<" in html

@@ -1,4 +1,4 @@
-"""Sessions: the shelf, what commands do, undo."""
+"""Sessions: the shelf, operations, undo."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_layers_that_are_off(two: Session) -> None:
     two.activate([1])
     with pytest.raises(TransferError, match=r"'c' changes layers \[2\], which are off; on are"):
         two.inject("c", "text", Injection())
-    with pytest.raises(TransferError, match="layer 3 is not loaded; there are 1, 2"):
+    with pytest.raises(TransferError, match="layer 3 is not loaded; loaded are 1, 2"):
         two.activate([1, 3])
     assert two.state.layers == (1,)
 
@@ -121,7 +121,7 @@ def test_layers_that_are_off(two: Session) -> None:
     ("make", "mode", "strength", "reason"),
     [
         ("a", "add", 0.0, "strength is 0"),
-        ("own", "replace", 1.0, "has of its own"),
+        ("own", "replace", 1.0, "is the token's own"),
         ("zero", "exact-add", 1.0, "modulation is zero"),
         ("a", "replace", 1.0, ""),
     ],

@@ -1,4 +1,4 @@
-"""The folder of a session: what comes back, and what is refused."""
+"""Saved sessions: what is restored, and what is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_saved_and_loaded_bit_for_bit(two: Session, tmp_path: Path) -> None:
         assert found.shelf[name].created == item.created
         assert found.shelf[name].modulation.origin == item.modulation.origin
     two.delete("a")
-    two.save(folder)  # its own folder is replaced, and what was loaded does not hang on it
+    two.save(folder)  # replaces its own folder; loaded modulations do not depend on it
     assert len(list(folder.iterdir())) == 3
     assert fingerprint(other.modulation("a")) == fingerprint(saved.shelf["a"].modulation)
     assert other.undo().startswith("load") and not other.state.shelf
@@ -86,13 +86,13 @@ def test_files_that_are_refused(two: Session, tmp_path: Path) -> None:
         *(("modulations", [{**index["modulations"][0], key: 5}]) for key in ("name", "file")),
         ("modulations", [index["modulations"][0]] * 2),
     ]:
-        if key == "base" or (key, value) == ("npt_shelf", True):  # read by nobody; 1
+        if key == "base" or (key, value) == ("npt_shelf", True):  # not read; equal to 1
             continue
         (folder / "session.json").write_bytes(strict_json.dump({**index, key: value}))
         if (key, value) == ("layers", [5]):
             refused(folder, "layer 5 is not loaded", ModelError)
         else:
-            refused(folder, "does not hold|no saved session")
+            refused(folder, "is wrong|not a saved session")
     two.modulation("a").save(tmp_path / "kept.safetensors")
     for name in ("../kept.safetensors", "/kept.safetensors", "session.json", "", ".", "a/b"):
         outside = [{"name": "a", "file": name, "created": ""}]
@@ -128,12 +128,12 @@ def test_a_session_that_could_not_be_read_back_is_not_written(two: Session, tmp_
         told = "at most 10,000" if name == "tokens" else "must fit 64 bits"
         with pytest.raises(TransferError, match=told):
             two.set(**{name: value})
-    with pytest.raises(TransferError, match="is no Unicode text"):
+    with pytest.raises(TransferError, match="is not valid Unicode text"):
         two.track(["\ud800"])
 
 
 def test_files_of_any_name_and_any_text_are_loaded(session: Session, tmp_path: Path) -> None:
-    """That of a folder or file need not be Unicode, and a name may look like a pickle's."""
+    """Names of files need not be Unicode and may look like a pickle's."""
     for number, text in enumerate(["x" * n for n in range(1, 70)] + ["\0", "😀" * 9, "a\n"]):
         session.extract("a", text)
         session.modulation("a").save(tmp_path / f"{number}.pkl")
@@ -148,6 +148,6 @@ def test_files_of_any_name_and_any_text_are_loaded(session: Session, tmp_path: P
 def test_folders_of_others_are_not_replaced(two: Session, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("mine")
-    with pytest.raises(TransferError, match="no saved session"):
+    with pytest.raises(TransferError, match="not a saved session"):
         two.save(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"

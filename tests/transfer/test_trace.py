@@ -1,4 +1,4 @@
-"""Patching attention outputs: one row of a batch per layer is one layer at a time."""
+"""Patching in rows of a batch equals patching one layer at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCE, TARGET = "abcd efg", "xyz uv"
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """With weights so large that its layers do something."""
+    """A model whose weights are large enough for its layers to matter."""
     found = tiny.model()
     with torch.no_grad():
         for name, parameter in found.named_parameters():
@@ -39,7 +39,7 @@ def tokenizer() -> Any:
 def one_by_one(
     model: Any, tokenizer: Any, layers: list[int], taken: list[int], put: list[int]
 ) -> torch.Tensor:
-    """Probabilities after TARGET, by hooks on o_proj, and nothing batched."""
+    """Probabilities after TARGET, patched by hooks on o_proj, one pass per layer."""
     ids = [tokenizer(text, return_tensors="pt").input_ids for text in (SOURCE, TARGET)]
     kept: dict[int, torch.Tensor] = {}
     modules = {layer: model.model.layers[layer].self_attn.o_proj for layer in layers}
@@ -95,7 +95,7 @@ def test_rows_are_single_runs(
         assert patch.top == tokenizer.decode([int(expected.argmax())])
         kl = (base * (base / expected).log()).sum().item()
         assert patch.kl == pytest.approx(kl, rel=1e-3, abs=1e-7)
-        # the last layer's attention output at an earlier token reaches nothing
+        # the last layer's attention output at an earlier token affects nothing
         assert kl > 1e-6 or (patch.layers == [3] and 5 not in put)
 
 
@@ -138,7 +138,7 @@ def test_what_is_wrong_is_said(model: Any, tokenizer: Any) -> None:
         ({"window": 0}, "a window of 0 layers: the model has 4"),
         ({"window": 5}, "a window of 5 layers"),
         ({"source_position": 8}, "position 8 is outside the text"),
-        ({"source_position": "all"}, "8 tokens cannot be put at 1"),
+        ({"source_position": "all"}, "8 source positions do not fit 1 target positions"),
         ({"tracked": [""]}, "the text is empty"),
     ):
         with pytest.raises(TransferError, match=expected):
@@ -147,7 +147,7 @@ def test_what_is_wrong_is_said(model: Any, tokenizer: Any) -> None:
 
 
 def test_a_picture(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    found = trace(model, tokenizer, "$x_1^ $", TARGET)  # what matplotlib would take for a formula
+    found = trace(model, tokenizer, "$x_1^ $", TARGET)  # matplotlib would parse this as a formula
     module.draw(found, tmp_path / "trace.png")
     assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
     for name in ("none/trace.png", "trace.xyz"):
@@ -167,7 +167,7 @@ def test_a_picture(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any)
 
 @pytest.mark.slow
 def test_layer_23_has_the_capitals() -> None:
-    """The facts of issue 5, measured by hand before there was a tool."""
+    """Layer 23 carries the capital; measured by hand, independently of `trace`."""
     model, tokenizer = load_base_model("smollm2-135m")
     found = trace(
         model, tokenizer, "The capital of France is", "The capital of Germany is",

@@ -67,5 +67,5 @@ def test_repeated_arguments() -> None:
     found = parse("a b c d", "", ["A...", "NEW"], [], [])
     assert (found.values["A"], found["NEW"]) == (["a", "b", "c"], "d")
     assert parse("", "", ["[TOKEN...]"], [], []).values == {"TOKEN": []}
-    with pytest.raises(TransferError, match="unexpected argument 'b'"):
+    with pytest.raises(TransferError, match="'b' is one argument too many"):
         parse("a b", "", ["NAME"], [], [])
