@@ -106,8 +106,8 @@ def merge(
             proof.path = str(target)
     report = report_of(plan, target, mover.moved, free, needed, started, proof=proof)
     report.warnings.extend(
-        f"{left}: stays: it belongs to another merge that may be running or to another user, or "
-        "nothing proves that a merge left it there"
+        f"{left}: was not removed: it belongs to another merge that may be running or to another "
+        "user, or nothing proves that a merge left it there"
         for left in staged.left
     )
     return report

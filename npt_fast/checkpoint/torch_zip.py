@@ -279,7 +279,7 @@ def _read_directory(file: SourceFile, fd: int) -> Members:
         if own_root != root:
             raise fail("members under more than one root; refused")
         if attributes & _FOLDER:
-            raise fail(f"member {name} is marked as a folder, which torch reads as noise; refused")
+            raise fail(f"member {name} is marked as a folder; torch would not read it, refused")
         if flags & ~_HARMLESS_FLAGS:
             raise fail(f"member {name} is encrypted or unusual (flags {flags:#x}); refused")
         if method:

@@ -90,7 +90,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     report = examination.report
     examination.run(progress or (lambda activity, done, total: None))
     if not sound:
-        notes.append(f"the tensors were not held against {DIGESTS}, which is not what was written")
+        notes.append(f"the tensors were not compared with {DIGESTS}, which has changed")
     elif summary is not None and not examination.digests_recorded:
         notes.append("no digests recorded: the merge was not made with --verify")
     examination.check_files(files)
@@ -113,7 +113,7 @@ def _dangling_links(checkpoint: Checkpoint) -> Iterator[str]:
                 path.stat()
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    yield f"{path}: is a link that leads nowhere"
+                    yield f"{path}: is a broken link"
 
 
 def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:

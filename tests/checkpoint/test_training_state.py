@@ -899,7 +899,7 @@ def test_layers_may_be_text(tmp_path: Path, layers: list[Any], weights: dict[Any
 
 
 @pytest.mark.parametrize(("state", "told"), [
-    ({"layers_to_train": [11], "layer_weights": {"11": 0.25, 11: 0.5}}, "layer 11 twice"),
+    ({"layers_to_train": [11], "layer_weights": {"11": 0.25, 11: 0.5}}, "two weights of layer 11"),
     ({"layers_to_train": [11], "layer_weights": {"eleven": 1.0}}, "'eleven' is not the index"),
     ({"layers_to_train": [11], "layer_weights": {"-1": 1.0}}, "'-1' is not the index"),
     ({"layers_to_train": "11"}, "layers_to_train are not a list"),

@@ -213,7 +213,7 @@ def test_names_for_which_kernels_are_fetched_where_that_is_possible(
     # a folder `kernels` in the current directory is not the package
     spec = ModuleSpec("kernels", None, origin="kernels/__init__.py" if fetching else None)
     monkeypatch.setattr(model_folder, "find_spec", lambda name: spec)
-    told = "asks for a kernel from the Hub; nothing of it was run"
+    told = "asks for a kernel from the Hub; no such code was run"
     with pytest.raises(npt.ModelError, match=told) if fetching else nullcontext():
         model_folder.check_keys(content, "config.json", "base")
 
@@ -367,7 +367,7 @@ def test_a_config_that_is_too_large_for_its_weights(tmp_path: Path, key: str, va
     """No model is built: a million layers would take an hour, a width of a million 6 GB."""
     base = tiny.save(tmp_path / "base")
     hostile_models.change(base, "config.json", **{key: value})
-    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*fits into"):
+    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*does not fit"):
         load_base_model(str(base))
 
 
@@ -386,7 +386,7 @@ def test_what_a_config_leaves_out_is_large(
 ) -> None:
     folder = tiny.save(tmp_path / "model", layers=1)
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*fits into"):
+    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*does not fit"):
         load_base_model(str(folder))
 
 
