@@ -70,7 +70,6 @@ def compile_kernels(
 
     from npt_fast.kernels import aot
 
-
     names = arch.split(",")
     console = Console(stderr=True)
     found = list(
