@@ -12,9 +12,14 @@ from typing import Any, TypeVar
 from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.digests import DIGESTS, TensorDigest, read_digests
-from npt_fast.checkpoint.merge_summary import MergeSummary, Provenance
+from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary, Provenance
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
-from npt_fast.checkpoint.npt_config import Description, LaterVersionError, LayerDescription
+from npt_fast.checkpoint.npt_config import (
+    NPT_CONFIG,
+    Description,
+    LaterVersionError,
+    LayerDescription,
+)
 from npt_fast.checkpoint.tensor_source import (
     WEIGHTS,
     TensorSource,
@@ -27,8 +32,6 @@ from npt_fast.errors import CheckpointError, MergeError
 from npt_fast.paths import expand, path_errors
 
 CONFIG = "config.json"
-NPT_CONFIG = "npt_config.json"
-MERGE_SUMMARY = "merge_summary.json"
 _WITHOUT = {
     CONFIG: "the file is not used",
     MERGE_SUMMARY: "without it, earlier sources and digests of its layers are not known",
@@ -45,6 +48,7 @@ _FILES = {
 }
 T = TypeVar("T")
 _OWN_SHARD = re.compile(r"npt_weights-[0-9]+-of-[0-9]+\.safetensors")
+# DOTALL: a file's name may hold a line break
 _SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9][0-9, -]*)", re.DOTALL)
 
 
@@ -201,6 +205,7 @@ def _open(given: str) -> Checkpoint:
     description = read(NPT_CONFIG, Description.parse)
     if description is None and "npt_config" in weights.metadata:
         where = f"{weights.path}: metadata npt_config"
+        # the same reader as for the file: a header's metadata is anybody's, too
         raw = weights.metadata["npt_config"].encode()
         description = Description.parse(strict_json.parse_foreign(raw, where), where)
     summary = read(MERGE_SUMMARY, MergeSummary.parse)

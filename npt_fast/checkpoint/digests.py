@@ -97,6 +97,7 @@ class InOrder(Generic[K, V]):
         for other, value in self._items:
             if other == key:
                 return value
+            # memory grows only by what is asked for out of order
             self._passed[other] = value
         return None
 
@@ -123,6 +124,7 @@ def read_digests(directory: Path) -> Iterator[TensorDigest]:
         for line in lines:
             number += 1
             yield _parse(line, path, number)
+        # a file without line breaks must not be gathered in memory
         if len(rest) > _MAX_LINE:
             break
     if rest:

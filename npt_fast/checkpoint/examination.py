@@ -18,13 +18,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
-from npt_fast.checkpoint.checkpoint import (
-    CONFIG,
-    NPT_CONFIG,
-    Checkpoint,
-)
+from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter, InOrder, TensorDigest
 from npt_fast.checkpoint.layout import TorchZipLayout
+from npt_fast.checkpoint.npt_config import NPT_CONFIG
 from npt_fast.checkpoint.plan import MergePlan
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.source_file import SourceFile
@@ -144,7 +141,8 @@ class Examination:
             report.problems.append(f"Missing layers: {missing}")
         if extra := sorted(set(checkpoint.modules) - set(report.expected_layers)):
             report.problems.append(f"Unexpected layers: {extra}")
-        report.problems.extend(_check_npt_config(checkpoint))
+        if checkpoint.description is not None:
+            report.problems.extend(checkpoint.description.contradictions(checkpoint.modules))
         total = sum(file.size for file in checkpoint.weights.files) + self._state_size()
         progress("verifying", 0, total)
         for check, outcome in _in_parallel(in_batches(self._checks())):
@@ -371,15 +369,3 @@ def file_sha256(checkpoint: Checkpoint, name: str) -> str:
         return _sha256(Record(file, 0, file.size))
     except CheckpointError:  # the reader of this file reports it
         return _UNREADABLE
-
-
-def _check_npt_config(checkpoint: Checkpoint) -> Iterator[str]:
-    """One line for each fact of ``npt_config.json`` that contradicts the tensors."""
-    if checkpoint.description is None or checkpoint.description.layers is None:
-        return
-    described = checkpoint.description.layers
-    for layer, module in checkpoint.modules.items():
-        for name in ("modulation", "num_ranks", "rank"):
-            value = getattr(module.architecture, name)
-            if getattr(described.get(layer), name, None) != value:
-                yield f"{NPT_CONFIG}: layer {layer}: {name} is not {value}, as the tensors say"

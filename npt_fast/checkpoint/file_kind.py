@@ -114,4 +114,4 @@ def describe_zip(directory: bytes) -> str:
         return "a NumPy archive (.npz); name the checkpoint that training wrote"
     if b"model.weights.h5" in directory:
         return "a Keras model; name the checkpoint that training wrote"
-    return "a zip archive without data.pkl, so none of torch.save; unpack it and name what is in it"
+    return "a zip archive without data.pkl; unpack it and name the checkpoint in it"

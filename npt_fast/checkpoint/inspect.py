@@ -179,6 +179,7 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
         try:
             with path_errors(checkpoint.directory, CheckpointError):
                 entries = sorted(checkpoint.directory.iterdir())
+                # lstat: a link inside a checkpoint is not followed
                 files = {entry.name: entry.lstat().st_size for entry in entries}
         except CheckpointError as error:
             problems.append(f"{error}; its files cannot be listed")

@@ -18,6 +18,7 @@ PROJECTIONS_OF = {
 }
 """Projections of each modulation type, as in tensor names: names of single do not mention gate."""
 
+# no leading zeros: layer_07 beside layer_7 would be two names for one tensor
 _KEY = re.compile(
     r"(?:layer_(?P<layer>0|[1-9][0-9]{0,4})_np\."
     r"|model\.layers\.(?P<other>0|[1-9][0-9]{0,4})\.np_component\.)"

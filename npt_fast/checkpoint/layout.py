@@ -231,6 +231,7 @@ class TorchZipLayout:
         root = self.name.removesuffix(".pt").encode()
         for key, recipe in enumerate(self._recipes):
             phase = None
+            # a smaller tensor has no whole page to share, and padding may take 4095 bytes
             if recipe.is_copy and recipe.source is not None and recipe.nbytes >= PAGE:
                 phase = recipe.source.offset % PAGE
             yield root + b"/data/%d" % key, recipe.nbytes, phase
@@ -243,6 +244,8 @@ class TorchZipLayout:
             pad = offset - header_at - LOCAL.size - len(name) - len(wide) - 4
             extra = wide + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
             narrow = min(size, _MAX_32)
+            # version 4.5 is the first with zip64; no time stamp, so that equal inputs give equal
+            # bytes
             yield header_at, LOCAL.pack(
                 b"PK\x03\x04", 45 if wide else 20, 0, 0, 0, 0, crc, narrow, narrow,
                 len(name), len(extra),
@@ -383,6 +386,7 @@ def _by_phase(ordered: Sequence[Recipe]) -> dict[int, list[Recipe]]:
 def _one_file(name: str, recipes: Sequence[Recipe], metadata: Mapping[str, str]) -> OutputFile:
     placed = []
     begin = 0
+    # 0: phase for a file in which nothing is copied
     votes: Counter[int] = Counter({0: 0})
     for recipe in recipes:
         placed.append((recipe.name, recipe.dtype, recipe.shape, begin, begin + recipe.nbytes))
@@ -390,6 +394,7 @@ def _one_file(name: str, recipes: Sequence[Recipe], metadata: Mapping[str, str])
             votes[(recipe.source.offset - begin) % PAGE] += recipe.nbytes
         begin += recipe.nbytes
     # by the format, the length of the header is a multiple of 8, so the phase of the data is too
+    # -p: the same choice every time where two phases have as many bytes
     phase = max((p for p in votes if p % 8 == 0), key=lambda p: (votes[p], -p))
     header = build_header(placed, metadata, PAGE, phase)
     pieces = [

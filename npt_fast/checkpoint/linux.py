@@ -15,6 +15,7 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @cache
 def _function(name: str) -> Any:
+    # here: reading a checkpoint needs none of these calls and no ctypes
     import ctypes
 
     return getattr(ctypes.CDLL(None, use_errno=True), name, None)
@@ -41,6 +42,7 @@ def reserve(fd: int, offset: int, length: int) -> None:
     import ctypes
 
     try:
+        # not os.posix_fallocate: where a file system lacks it, glibc writes to every block instead
         _call("fallocate", fd, 0, ctypes.c_int64(offset), ctypes.c_int64(length))
     except OSError as error:
         if error.errno not in UNSUPPORTED:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
-from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint, is_checkpoint_file
+from npt_fast.checkpoint.checkpoint import Checkpoint, is_checkpoint_file
 from npt_fast.checkpoint.digests import DigestWriter
 from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
+from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back, read_back_records
@@ -94,9 +95,10 @@ def merge(
             else:
                 for digest in plan.known_digests():
                     digests.add(*digest)
-        summary = strict_json.dump(summary_of(plan, target, digests))
+        summary = strict_json.dump(summary_of(plan, target, digests).to_dict())
         _write_file(BytesFile(MERGE_SUMMARY, summary), staged, mover, lambda count: None)
         read_back_records(staged.path, target)
+        # looked at again: a long merge leaves time for other files to come there
         if force and paths.exists(target):
             check_replaced(target)  # it may have changed since `check_target`
         staged.publish()
@@ -104,8 +106,8 @@ def merge(
             proof.path = str(target)
     report = report_of(plan, target, mover.moved, free, needed, started, proof=proof)
     report.warnings.extend(
-        f"{left}: stays: it belongs to another merge that may be running or to another user, or "
-        "nothing proves that a merge left it there"
+        f"{left}: was not removed: it belongs to another merge that may be running or to another "
+        "user, or nothing proves that a merge left it there"
         for left in staged.left
     )
     return report
@@ -210,10 +212,12 @@ def _write_file(
     try:
         mover.start_file(fd, file.size)
         crcs = _write_pieces(file.pieces, fd, mover, advance)
+        # last, since the headers of a zip hold the CRCs of tensors that were computed just now
         for offset, data in file.frame(crcs):
             write_all(fd, data, offset)
             mover.moved["headers"] += len(data)
             advance(len(data))
+        # before the rename that publishes it, or a crash could leave a name without the data
         os.fsync(fd)
     finally:
         os.close(fd)

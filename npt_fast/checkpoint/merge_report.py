@@ -11,7 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npt_fast.checkpoint.checkpoint import LayerRecord
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
+from npt_fast.checkpoint.merge_summary import MergeSummary, PartProvenance, Provenance
 from npt_fast.checkpoint.merged_layer import MergedLayer
 from npt_fast.checkpoint.np_module import Architecture, flat
 from npt_fast.checkpoint.plan import MergePlan
@@ -132,33 +134,32 @@ def report_of(
     )
 
 
-def summary_of(plan: MergePlan, target: Path, digests: DigestWriter) -> dict[str, Any]:
-    """The content of ``merge_summary.json`` (design.md#checkpoint-files)."""
+def summary_of(plan: MergePlan, target: Path, digests: DigestWriter) -> MergeSummary:
+    """What a merge records about itself.
+
+    Args:
+        plan: what was written.
+        target: where the output is to be.
+        digests: the digests of its tensors, as far as they are known.
+    """
     files = plan.small_digests()
     if digests.sha256:
         files[DIGESTS] = digests.sha256
-    return {
-        "merged_layers": [merged.layer for merged in plan.layers],
-        "layer_sources": {str(merged.layer): merged.source for merged in plan.layers},
-        "total_parameters": sum(recipe.numel for recipe in plan.weights),
-        "checkpoint_keys": len(plan.weights),
-        "layers": {
-            str(merged.layer): _provenance(merged, digests.weights) for merged in plan.layers
-        },
-        "working_directory": _working_directory(plan, target),
-        "inputs": [
-            {
-                "path": item.checkpoint.given,
-                "layers": list(item.layers) if item.selected else None,
-            }
-            for item in plan.inputs
-        ],
-        "options": {
+    return MergeSummary(
+        merged_layers=tuple(merged.layer for merged in plan.layers),
+        layers={merged.layer: _provenance(merged, digests.weights) for merged in plan.layers},
+        total_parameters=sum(recipe.numel for recipe in plan.weights),
+        checkpoint_keys=len(plan.weights),
+        inputs=tuple(
+            (item.checkpoint.given, item.layers if item.selected else None) for item in plan.inputs
+        ),
+        working_directory=_working_directory(plan, target),
+        options={
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(plan.options).items()
         },
-        "files": files,
-    }
+        files=files,
+    )
 
 
 def _working_directory(plan: MergePlan, target: Path) -> str | None:
@@ -173,29 +174,28 @@ def _working_directory(plan: MergePlan, target: Path) -> str | None:
     return os.path.relpath(os.getcwd(), os.path.realpath(target))
 
 
-def _provenance(merged: MergedLayer, digests: dict[str, str]) -> dict[str, Any]:
-    def chain(index: int) -> list[str]:
-        record = merged.parts[index].origin.checkpoint.record(merged.layer)
-        return [record.source, *record.chain] if record.source else []
+def _provenance(merged: MergedLayer, digests: Mapping[str, str]) -> Provenance:
+    parts = tuple(
+        PartProvenance(
+            source=part.origin.checkpoint.given,
+            step=part.origin.step(merged.layer),
+            chain=_chain(part.origin.checkpoint.record(merged.layer)),
+            num_ranks=part.module.architecture.num_ranks,
+            divisor=merged.divisor,
+        )
+        for part in merged.parts
+    )
+    return Provenance(
+        source=merged.source,
+        step=merged.step,
+        chain=parts[0].chain,
+        digest=layer_digest(merged.architecture.names(merged.layer), digests),
+        parts=parts if len(parts) > 1 else (),
+    )
 
-    facts: dict[str, Any] = {
-        "step": merged.step,
-        "source": merged.source,
-        "chain": chain(0),
-        "digest": layer_digest(merged.architecture.names(merged.layer), digests),
-    }
-    if len(merged.parts) > 1:
-        facts["parts"] = [
-            {
-                "source": part.origin.checkpoint.given,
-                "step": part.origin.step(merged.layer),
-                "chain": chain(index),
-                "num_ranks": part.module.architecture.num_ranks,
-                "divisor": merged.divisor,
-            }
-            for index, part in enumerate(merged.parts)
-        ]
-    return facts
+
+def _chain(record: LayerRecord) -> tuple[str, ...]:
+    return (record.source, *record.chain) if record.source else ()
 
 
 def layer_digest(names: Sequence[str], digests: Mapping[str, str]) -> str | None:

@@ -132,7 +132,7 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
         raise fail(f"is incomplete: it has tensors for {present} only")
     num_ranks = 1 + max(key.component or 0 for key in found)
     if num_ranks > len(found):
-        raise fail(f"is incomplete: component {num_ranks - 1} is there, earlier ones are not")
+        raise fail(f"is incomplete: it has component {num_ranks - 1}, but lacks earlier ones")
     tensors: dict[Slot, TensorEntry] = {}
     numbered = any(key.component is not None for key in found)
     for projection in PROJECTIONS_OF[modulation]:
@@ -147,7 +147,7 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
 
     for entry in tensors.values():
         if not entry.dtype.is_float or entry.dtype.bits < 8:
-            raise fail(f"is not made of numbers to train: {entry.name} is {entry.dtype.name}")
+            raise fail(f"has a tensor that cannot be trained: {entry.name} is {entry.dtype.name}")
         if len(entry.shape) != 2 or not entry.numel:
             raise fail(f"has a tensor of the wrong shape: {entry.name} is {list(entry.shape)}")
     first = PROJECTIONS_OF[modulation][0]

@@ -7,11 +7,11 @@ description in its metadata. The file is untrusted: the types of its fields are 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from npt_fast.checkpoint.np_module import Architecture
+from npt_fast.checkpoint.np_module import Architecture, NPModule
 from npt_fast.errors import CheckpointError
 from npt_fast.schema import (
     COUNT,
@@ -26,6 +26,7 @@ from npt_fast.schema import (
     or_none,
 )
 
+NPT_CONFIG = "npt_config.json"
 FORMAT_VERSION = 1
 _DESCRIPTION = {"base_model": or_none(MAPPING), "layers": or_none(mapping_of(INDEX, MAPPING))}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
@@ -148,6 +149,16 @@ class Description:
                 int(key): _layer(facts, f"{where}: layers: {key}") for key, facts in layers.items()
             },
         )
+
+    def contradictions(self, modules: Mapping[int, NPModule]) -> Iterator[str]:
+        """One line for each fact about a layer that its tensors contradict."""
+        if self.layers is None:
+            return
+        for layer, module in modules.items():
+            for name in ("modulation", "num_ranks", "rank"):
+                value = getattr(module.architecture, name)
+                if getattr(self.layers.get(layer), name, None) != value:
+                    yield f"{NPT_CONFIG}: layer {layer}: {name} is not {value}, as the tensors say"
 
 
 def _layer(facts: Any, where: str) -> LayerDescription:

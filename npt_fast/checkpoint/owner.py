@@ -29,11 +29,13 @@ def is_gone(mark: str) -> bool:
     start = _start(pid)
     if start is None:
         return not _runs(pid)
+    # another start time: the number has been given to another process since
     return start & 0xFFFFFFFFFF != int(match["start"], 16)
 
 
 def _place() -> str:
     """8 hexadecimal digits that identify this machine since its start and its PID namespace."""
+    # two machines, two boots or two containers that share a folder count process numbers anew
     facts = [os.uname().nodename]
     for path in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id"):
         try:
@@ -50,6 +52,7 @@ def _place() -> str:
 def _runs(pid: int) -> bool:
     """Whether the process exists; this finds other users' processes, which ``/proc`` may hide."""
     try:
+        # signal 0 is delivered to nobody: the call only says whether the process exists
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
@@ -67,5 +70,6 @@ def _start(pid: int) -> int | None:
         status = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
+    # from the last parenthesis on: the program's name before it may hold spaces and parentheses
     state, *fields = status.rpartition(b")")[2].split()
     return 0 if state in (b"Z", b"X") else int(fields[18])

@@ -57,6 +57,8 @@ def check_content(value: Any, max_memory: int, error: Callable[[str], Checkpoint
             keys += [key for key, item in items if item is inner][:1]
         return error(at(keys, problem))
 
+    # a loop, since recursion would end where hostile nesting begins; each container is checked
+    # once, or 40 tuples that hold each other twice would take 2^40 steps
     measured: dict[int, tuple[int, int]] = {}  # size and height of each checked container, by id
     unfinished: set[int] = set()  # ids of the containers in `levels`
     levels = [_Level((value,))]

@@ -15,12 +15,7 @@ from typing import Any
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import cloneable_bytes
-from npt_fast.checkpoint.checkpoint import (
-    CONFIG,
-    NPT_CONFIG,
-    open_checkpoint,
-    split_selection,
-)
+from npt_fast.checkpoint.checkpoint import CONFIG, open_checkpoint, split_selection
 from npt_fast.checkpoint.digests import InOrder, TensorDigest
 from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
 from npt_fast.checkpoint.layout import (
@@ -37,7 +32,7 @@ from npt_fast.checkpoint.merged_layer import (
     make_uniform,
     resolve_conflicts,
 )
-from npt_fast.checkpoint.npt_config import Description, LayerDescription
+from npt_fast.checkpoint.npt_config import NPT_CONFIG, Description, LayerDescription
 from npt_fast.checkpoint.recipe import Recipe, check_castable
 from npt_fast.checkpoint.tensor_source import PT_WEIGHTS
 from npt_fast.checkpoint.training_state import (

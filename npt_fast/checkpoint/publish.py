@@ -44,8 +44,10 @@ _LOCAL_FILESYSTEMS = {
     "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs",
 }  # fmt: skip
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_EXCL: a file or link that somebody has put there first is an error, not written to
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASIDE = "-old"
+# names without an owner are those of earlier versions, which relied on locks
 _TOKEN = re.compile(r"(?P<owner>[0-9a-f]{24})?[0-9a-f]{6,32}")
 
 
@@ -118,6 +120,7 @@ class StagedDirectory:
             MergeError: the target has appeared meanwhile and must not be replaced.
             OSError: the directory cannot be renamed, or another process has replaced it.
         """
+        # it was made for its owner alone; now it gets the mode that mkdir gives here
         if os.fstat(self.fd).st_mode != self._as_made.st_mode:  # a fixed mode may refuse fchmod
             os.fchmod(self.fd, stat.S_IMODE(self._as_made.st_mode))
         _sync(self.fd)
@@ -139,6 +142,7 @@ class StagedDirectory:
             raise MergeError(
                 f"{self.target}: appeared while merging; nothing was replaced"
             ) from None
+        # else a power failure may undo the rename
         _sync(self._parent)
         if old is not None:
             self._remove(name, old)
@@ -157,9 +161,11 @@ class StagedDirectory:
         """Create the directory, open it and lock it."""
         with _uninterrupted():
             while self.fd < 0:
+                # not the module secrets, which imports hmac and random at start-up
                 name = self._prefix + own_mark() + os.urandom(16).hex()
                 self.path = self.target.parent / name
                 with _naming(self.target.parent):
+                    # 0700: nobody else puts files into it while it is written
                     self._make_in_parent(name, 0o700)
                 # before it is locked, another run may take it for abandoned and remove it
                 with _naming(self.path), suppress(FileNotFoundError, BlockingIOError):
@@ -312,6 +318,7 @@ def _lock(folder: int, name: str) -> int:
     fd = os.open(name, _DIRECTORY, dir_fd=folder)
     try:
         lock(fd)
+        # between opening and locking it may have been removed, or another have got its name
         now = os.stat(name, dir_fd=folder, follow_symlinks=False)
         if not os.path.samestat(os.fstat(fd), now):
             raise FileNotFoundError(name)
@@ -326,6 +333,8 @@ def _locks_work(locked: int, path: Path) -> bool:
     if filesystem_type(path) not in _LOCAL_FILESYSTEMS:
         return False  # a lock may keep out processes of this machine only
     try:
+        # a lock belongs to the opened file, so that a second opening by this process is kept out
+        # too
         os.close(_lock(locked, "."))
     except OSError:
         return True
@@ -344,6 +353,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
+    # blocked, not ignored: a signal that comes meanwhile is answered afterwards
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -396,6 +406,7 @@ def _exchange(folder: int, new: str, old: str) -> None:
     except OSError as error:
         if error.errno not in linux.UNSUPPORTED:
             raise
+        # two renames: killed in between, the next run finds `aside` and puts it back
         aside = new + _ASIDE
         os.rename(old, aside, src_dir_fd=folder, dst_dir_fd=folder)
         try:

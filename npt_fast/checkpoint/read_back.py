@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint, open_checkpoint
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.digests import read_digests
-from npt_fast.checkpoint.merge_summary import MergeSummary
+from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,

@@ -143,6 +143,7 @@ class Recipe:
         import numpy as np
 
         source = self.source
+        # as raw bytes: numpy knows no bfloat16 or float8, and moving needs no arithmetic
         if source is not None and self.change == "made contiguous":  # for every element type
             raw = np.dtype((np.void, self.dtype.itemsize))
             return self._read(source, raw, r0, r1, c0, c1).tobytes()
@@ -155,6 +156,7 @@ class Recipe:
                 raw = np.dtype(_NUMPY[source.dtype.name])
                 part = _widen(self._read(source, raw, r0, r_end, c0, c_end), source.dtype)
                 if self.divisor != 1:
+                    # in float64, so that the only rounding is that to the output type
                     part = part.astype(np.float64) / self.divisor
         if part is not None and part.shape == shape:
             return _narrow(part, self.dtype, self.name)
@@ -198,6 +200,8 @@ class Recipe:
         seed = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:16], "little")
         generator = np.random.PCG64(seed)
         generator.advance(r0 * columns + c0)  # a tile is a run of the row-major order
+        # raw bits: numpy promises the stream of PCG64, not that of its distributions. 24 of them,
+        # so that every number is exact in float32
         raw = generator.random_raw(shape[0] * shape[1]) >> np.uint64(40)
         return (bound * (raw * 2.0**-23 - 1)).reshape(shape)
 
@@ -230,6 +234,7 @@ def _widen(raw: NDArray[Any], dtype: DType) -> NDArray[Any]:
     """The elements in a type that numpy can calculate with: float32 for bfloat16."""
     import numpy as np
 
+    # a bfloat16 is the upper half of a float32
     return (raw.astype(np.uint32) << 16).view(np.float32) if dtype.name == "BF16" else raw
 
 
@@ -237,11 +242,14 @@ def _narrow(values: NDArray[Any], dtype: DType, name: str) -> bytes:
     """The bytes of `values`, rounded to nearest even (from float64 to bfloat16 via float32)."""
     import numpy as np
 
+    # overflow is looked for below, and named with its tensor
     with np.errstate(over="ignore", invalid="ignore"):
         narrow = values.astype(np.float32 if dtype.name == "BF16" else _NUMPY[dtype.name])
     if dtype.name == "BF16":
         bits = narrow.view(np.uint32)
+        # to nearest even: add half of the last place, less one where the bit kept is even
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        # adding to a NaN's bits may give infinity or -0
         rounded[np.isnan(narrow)] = 0x7FC0
         infinite = (rounded & 0x7FFF) == 0x7F80
         narrow = rounded

@@ -73,6 +73,7 @@ def read_safetensors(file: SourceFile, limit: int = MAX_BYTES) -> SafetensorsFil
         header = file.read_at(fd, 8, length)
     if not header.rstrip(b" ").endswith(b"}"):
         raise fail("its header is not a JSON object; not a safetensors file")
+    # a header has no fractions; 1.0 for a size is taken by some readers only
     described = parse_object(header, f"{file.path}: header", floats=False)
     metadata = described.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(map(is_text, chain(metadata, metadata.values()))):
@@ -156,6 +157,7 @@ def build_header(
     for name, dtype, shape, begin, end in tensors:
         header[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # the format allows spaces behind the header
     text += b" " * ((phase - 8 - len(text)) % alignment)
     if len(text) > MAX_BYTES:
         raise CheckpointError(

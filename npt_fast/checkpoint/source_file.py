@@ -104,6 +104,8 @@ class SourceFile:
         """Raise CheckpointError unless `fd` and the path still lead to the file first seen."""
         with path_errors(self.path, CheckpointError):
             try:
+                # the path as well as the descriptor: a file that was renamed over it leaves ours
+                # unchanged
                 now = os.stat(self.path)
                 same = _Identity.of(os.fstat(fd)) == self.identity == _Identity.of(now)
             except FileNotFoundError:
@@ -145,6 +147,7 @@ class SourceFile:
                 self.check(fd)  # a mapped file that has shrunk would kill us with SIGBUS
                 step = min(size, end - offset)
                 if mapped:
+                    # mmap takes page-aligned offsets only
                     lead = offset % mmap.ALLOCATIONGRANULARITY
                     window = mmap.mmap(
                         fd, lead + step, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED | _POPULATE,
@@ -224,6 +227,7 @@ def filesystem_type(path: Path) -> str:
     best, kind = "", ""
     for point, point_kind in _mounts(device):
         inside = real == point or real.startswith(point.rstrip("/") + "/")
+        # the longest mount point is the innermost; of equal ones, the later covers the earlier
         if inside and len(point) >= len(best):
             best, kind = point, point_kind
     return kind
@@ -243,6 +247,7 @@ def _mounts(device: int) -> list[tuple[str, str]]:
     mounts = []
     for line in lines:
         fields, _, tail = line.partition(" - ")
+        # the kernel writes a space in a path as \040
         point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields.split()[4])
         mounts.append((point, tail.split()[0]))
     return mounts

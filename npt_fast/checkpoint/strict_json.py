@@ -32,6 +32,7 @@ _MANY_CONTAINERS = 400_000
 _BYTES_PER_CONTAINER = 16
 _MAX_DEPTH = 100  # later code recurses into the content; Python's limit is 1,000 calls
 _MAX_INTEGER = 1 << 127  # smaller ones fit a float and, in 16 bytes, the pickle that a merge writes
+# 2^127 has 39 digits
 _ODD_INTEGER = re.compile(r"-0(?![.0-9eE])|[0-9]{39}")
 
 
@@ -91,6 +92,7 @@ def _parse(
         return CheckpointError(f"{where}: {problem}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # json would keep the last of equal keys in silence, other readers the first
         found = dict(pairs)
         if len(found) != len(pairs):
             counts = Counter(name for name, _ in pairs)
@@ -101,6 +103,7 @@ def _parse(
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise fail(f"not valid JSON: not {encoding} from byte {error.start} on") from None
+    # counted before parsing, which would build them all
     containers = text.count("{") + text.count("[")
     if containers > _MANY_CONTAINERS + len(data) // _BYTES_PER_CONTAINER:
         raise fail("too many objects and lists; refused")
@@ -140,6 +143,7 @@ def _float(where: str) -> Callable[[str], float]:
 
     def convert(text: str) -> float:
         value = float(text)
+        # 1e-400 becomes 0.0
         vanished = not value and text.lower().partition("e")[0].strip("-.0")
         if math.isinf(value) or vanished:
             raise CheckpointError(f"{where}: the number {text:.40} does not fit a 64-bit float")

@@ -103,6 +103,7 @@ def _check(check: TensorCheck, own: NearbyReader, sources: NearbyReader) -> Chec
             outcome.crcs_matched += 1
         else:
             outcome.damage.append(f"{blamed}: damaged, its CRC-32 differs")
+    # a CRC of 0 was not recorded
     outcome.proven = outcome.digest_matched or (check.recorded is None and entry.crc32 == crc != 0)
     copied = check.recipe.source if check.recipe is not None and check.recipe.is_copy else None
     if copied is not None and copied.crc32 and not beside.unread:
@@ -169,6 +170,7 @@ class _Source:
             more = next(self._windows, None)
             if more is None:
                 break
+            # the windows of both sides need not end at the same byte
             self._left = self._left + more if self._left else bytes(more)
         taken, self._left = self._left[:count], self._left[count:]
         return taken

@@ -40,6 +40,7 @@ MAX_PICKLE_BYTES = 1 << 30
 MAX_STRING = 1 << 20
 """Limit in bytes of a string, for reader and writer."""
 
+# a limit of 128 MiB for all sizes refused what torch had written from 20,387 parameters on
 _SMALL_MEMORY = 64 << 20
 _MEMORY_PER_BYTE = 24  # AdamW's state as torch.save writes it needs 9
 _MAX_KEY = 1 << 63  # a hostile file could choose larger integers that all have the same hash
@@ -114,6 +115,7 @@ class _Machine(Builder):
 
     def run(self) -> Any:
         """Execute all opcodes up to STOP and return the one value left on the stack."""
+        # torch.save writes protocol 2 unless it is told otherwise; later ones have more opcodes
         if self.data[:2] != b"\x80\x02":
             raise self.fail(
                 "not a protocol-2 pickle; save it again with torch.save's default protocol"
@@ -214,6 +216,7 @@ class _Machine(Builder):
 
     def long(self) -> None:
         size = self.byte()
+        # 16 bytes hold whatever a merge writes: integers below 2^127 (strict_json)
         if size > 16:
             raise self.refuse(f"an integer of {size} bytes is too long")
         self.stack.append(int.from_bytes(self.take(size), "little", signed=True))
@@ -243,6 +246,7 @@ class _Machine(Builder):
                 raise self.refuse(f"a dict key of type {type(key).__name__}; refused")
             if type(key) is int and not -_MAX_KEY <= key < _MAX_KEY:
                 raise self.refuse("a dict key of more than 64 bits; refused")
+            # Python keeps the last of equal keys; a file that has two was not written by torch.save
             if key in target:
                 raise self.fail(f"duplicate key {key!r:.80}")
             target[key] = value

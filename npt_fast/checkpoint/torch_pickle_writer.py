@@ -80,6 +80,7 @@ class _Writer:
             for element in item:
                 self.put(element, depth + 1)
             out += b"t"
+            # after its items: a tuple cannot be referred to before it exists, a list or dict can
             self.remember(item)
         elif isinstance(item, list):
             out += b"]"
@@ -117,6 +118,7 @@ class _Writer:
         out += _string(ref.storage.key)
         self.string("cpu")
         out += _integer(ref.storage.numel) + b"tQ" + _integer(ref.offset)
+        # requires_grad False, and an empty OrderedDict for the hooks, as torch.save writes them
         out += self.sizes(ref.shape) + self.sizes(ref.strides) + b"\x89"
         self.symbol("collections.OrderedDict")
         out += b")R"

@@ -75,6 +75,7 @@ KNOWN = {
         "torch.Size",
         "torch.storage.UntypedStorage",
         "numpy._core.multiarray.scalar",
+        # the name before NumPy 2
         "numpy.core.multiarray.scalar",
         "numpy.dtype",
         "_codecs.encode",
@@ -220,6 +221,7 @@ class Builder(ABC):
         return value
 
     def latin1(self, text: Any, encoding: Any) -> bytes:
+        # the bytes of a numpy scalar: protocol 2 has no bytes, so pickle writes them as text
         if type(text) is not str or encoding != "latin1" or len(text) > 16:
             raise self.fail("bytes that are not a numpy scalar's; refused")
         try:

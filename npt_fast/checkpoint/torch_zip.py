@@ -150,6 +150,7 @@ class TorchZip:
         if strides is None and math.prod(ref.shape) * itemsize == record.nbytes:
             return TensorEntry(name, ref.dtype, ref.shape, file, record.offset, record.crc32)
         offset = record.offset + first * itemsize
+        # no CRC of its own: the record's covers more than this tensor, or another order
         return TensorEntry(name, ref.dtype, ref.shape, file, offset, 0, strides, record)
 
 
@@ -228,6 +229,7 @@ def read_members(file: SourceFile) -> tuple[Members, Record, bytes]:
             if not re.fullmatch(allowed, value.strip(b"\n")):
                 raise CheckpointError(f"{file.path}: {small} is {value!r}; cannot be read")
         data = file.read_at(fd, pickled.offset, pickled.nbytes)
+    # 0: saved without sums (design.md#file-readers)
     if pickled.crc32 and zlib.crc32(data) != pickled.crc32:
         raise CheckpointError(f"{file.path}: data.pkl is damaged (CRC-32 differs)")
     return members, pickled, data
@@ -277,7 +279,7 @@ def _read_directory(file: SourceFile, fd: int) -> Members:
         if own_root != root:
             raise fail("members under more than one root; refused")
         if attributes & _FOLDER:
-            raise fail(f"member {name} is marked as a folder, which torch reads as noise; refused")
+            raise fail(f"member {name} is marked as a folder; torch would not read it, refused")
         if flags & ~_HARMLESS_FLAGS:
             raise fail(f"member {name} is encrypted or unusual (flags {flags:#x}); refused")
         if method:
@@ -289,6 +291,7 @@ def _read_directory(file: SourceFile, fd: int) -> Members:
             raise fail(f"member {name} lies outside the file")
         local = LOCAL.unpack(file.read_at(fd, header_at, LOCAL.size))
         local_name = file.read_at(fd, header_at + LOCAL.size, local[9])
+        # zip readers go by one header or by the other
         if local_name != raw_name or not _agrees(local, flags, crc, nbytes):
             raise fail(f"member {name} is described in two different ways; refused")
         offset = header_at + LOCAL.size + local[9] + local[10]
@@ -305,6 +308,7 @@ def _read_directory(file: SourceFile, fd: int) -> Members:
         raise fail("its zip directory is malformed")
     if not headers_at:
         raise fail("an empty zip; not a torch checkpoint")
+    # in file order: members that overlap could mean two things at once
     reached = 0
     for row in sorted(range(len(headers_at)), key=headers_at.__getitem__):
         if headers_at[row] < reached or (not reached and headers_at[row]):
@@ -338,6 +342,7 @@ def _locate_directory(
     magic, disk, start_disk, here, total, size, start, comment = END.unpack(
         file.read_at(fd, end_at, file.size - end_at).ljust(END.size, b"\0")
     )
+    # no comment: it could hold another end record, which other zip readers would find first
     if magic != b"PK\x05\x06" or comment or disk or start_disk or here != total:
         raise fail(
             "does not end with a zip directory; truncated, or followed by other data: "

@@ -119,7 +119,7 @@ def read_multi_layer_state(path: Path) -> dict[str, Any] | None:
     for key, weight in weights.items():
         layer = _layer(key, f"{path}: layer_weights")
         if layer in by_layer and by_layer[layer] != weight:
-            raise CheckpointError(f"{path}: layer_weights has layer {layer} twice, and differently")
+            raise CheckpointError(f"{path}: layer_weights has two weights of layer {layer}")
         by_layer[layer] = weight
     layers = [_layer(layer, f"{path}: layers_to_train") for layer in state["layers_to_train"]]
     return {**state, "layers_to_train": layers, "layer_weights": by_layer}

@@ -12,14 +12,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from npt_fast.checkpoint.checkpoint import (
-    MERGE_SUMMARY,
-    Checkpoint,
-    open_checkpoint,
-)
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
 from npt_fast.checkpoint.examination import Examination, VerifyReport, file_sha256
-from npt_fast.checkpoint.merge_summary import MergeSummary
+from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.tensor_source import locate_checkpoint
 from npt_fast.config import MergeOptions, Progress
@@ -42,6 +38,7 @@ def verify_plan(
         CheckpointError: the written checkpoint cannot be read, or a source changed.
     """
     for path in written.path.iterdir():
+        # else verification would read the pages that the merge left in memory, not the disk
         _forget_cached(path)
     expected = [merged.layer for merged in plan.layers]
     examination = Examination(written, expected, plan, plan.known_digests(), fresh=True)
@@ -93,7 +90,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     report = examination.report
     examination.run(progress or (lambda activity, done, total: None))
     if not sound:
-        notes.append(f"the tensors were not held against {DIGESTS}, which is not what was written")
+        notes.append(f"the tensors were not compared with {DIGESTS}, which has changed")
     elif summary is not None and not examination.digests_recorded:
         notes.append("no digests recorded: the merge was not made with --verify")
     examination.check_files(files)
@@ -116,7 +113,7 @@ def _dangling_links(checkpoint: Checkpoint) -> Iterator[str]:
                 path.stat()
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    yield f"{path}: is a link that leads nowhere"
+                    yield f"{path}: is a broken link"
 
 
 def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:
@@ -148,6 +145,7 @@ def _forget_cached(path: Path) -> None:
     if hasattr(os, "posix_fadvise"):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            # only pages that are on the disk are dropped: the files have been synced
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)

@@ -137,7 +137,7 @@ def _load_errors(name: str, file: str, contents: dict[str, dict[str, Any]]) -> I
         except UnpicklingError as error:
             raise ModelError(
                 f"{name}: the base model cannot be loaded: its weights are a pickle that holds "
-                "more than tensors; nothing of it was run. Save the weights as safetensors"
+                "more than tensors; no code of it was run. Save the weights as safetensors"
             ) from error
         except Exception as error:
             mapped = [f for f in (file, *contents) if "auto_map" in contents.get(f, ())]

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.checkpoint import NPT_CONFIG, Checkpoint, open_checkpoint
-from npt_fast.checkpoint.npt_config import Description, LayerDescription
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from npt_fast.checkpoint.npt_config import NPT_CONFIG, Description, LayerDescription
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader

@@ -167,7 +167,7 @@ def check_files(folder: Path) -> None:
             continue
         if not stat.S_ISREG(status.st_mode):
             raise ModelError(
-                f"{path}: not a regular file; nothing else is read from a model folder"
+                f"{path}: not a regular file; only regular files are read from a model folder"
             )
         if path.name.endswith(_READ_WHOLE) and status.st_size > _MAX_READ:
             raise ModelError(
@@ -320,7 +320,7 @@ def _count(part: dict[str, Any], key: str) -> int:
 
 def _too_large(folder: Path, key: str, value: int, there: str) -> ModelError:
     return ModelError(
-        f"{folder / CONFIG}: {key} {shown(value)}: no such model fits into its weights, {there}"
+        f"{folder / CONFIG}: {key} {shown(value)} does not fit the weights, which have only {there}"
     )
 
 
@@ -347,6 +347,6 @@ def refusal(name: str, file: str, key: str, runs: str, value: Any = None) -> Mod
     """
     what = "" if value is None else f" {shown(value)}"
     return ModelError(
-        f"{name}: {file}: {key}{what} asks for {runs}; nothing of it was run. "
+        f"{name}: {file}: {key}{what} asks for {runs}; no such code was run. "
         "--trust-remote-code would run it with all your rights"
     )
