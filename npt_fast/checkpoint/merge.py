@@ -101,7 +101,7 @@ def merge(
         read_back_records(staged.path, target)
         # checked again: during a long merge, other files may have been put there
         if force and paths.exists(target):
-            check_replaced(target)  # it may have changed since `check_target`
+            check_replaced(target)
         staged.publish()
         if proof is not None:
             proof.path = str(target)
