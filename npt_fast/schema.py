@@ -145,6 +145,7 @@ def mistakes(
     if closed:
         for key in given:
             if key not in kinds:
+                # difflib takes quadratic time
                 near = suggestion(key[:40], kinds) if isinstance(key, str) else ""
                 there = f"; there are {', '.join(kinds)}"
                 yield f"unknown key {shown(key)}{near or there}"

@@ -29,7 +29,7 @@ WAYS = ("reflink", "copy_file_range", "sendfile", "mapped")
 # _IOW(0x94, 13, struct file_clone_range) of linux/fs.h, which Python's fcntl does not have
 _FICLONERANGE = 0x4020940D
 _CHUNK = 8 << 20  # bytes after which the disk is told to write what was copied
-# what a call says where this pair of files cannot be moved so; a full or broken disk is none of it
+# errors that refuse a way for this pair of files; others, as for a full disk, are raised
 _NOT_HERE = {
     errno.EXDEV,
     errno.EINVAL,
@@ -86,12 +86,12 @@ class ByteMover:
             CheckpointError: the source is shorter than expected.
             OSError: the destination cannot be written.
         """
-        # the kernel clones whole pages only: the ragged ends are copied
+        # the kernel clones whole pages only; the ends within a page are copied
         head = -to % PAGE
         body = (length - head) // PAGE * PAGE
         if offset % PAGE == to % PAGE and body > 0:
             if self._reflink(source, source_fd, offset + head, body, fd, to + head):
-                # after the clone, not before: if it is refused, one copy of everything does
+                # after the clone: if that is refused, everything is copied at once
                 self._copy(source, source_fd, offset, head, fd, to)
                 done = head + body
                 self._copy(source, source_fd, offset + done, length - done, fd, to + done)
@@ -117,7 +117,7 @@ class ByteMover:
     def _copy(
         self, source: SourceFile, source_fd: int, offset: int, length: int, fd: int, to: int
     ) -> None:
-        # kept from one way to the next: what a way copied before it failed stays copied
+        # kept from one way to the next: bytes copied before a way failed are not copied again
         done = 0
         for way, step in (("copy_file_range", _copy_file_range), ("sendfile", _sendfile)):
             if (source.identity.device, way) in self._refused:
@@ -154,7 +154,7 @@ def _copy_file_range(source_fd: int, offset: int, length: int, fd: int, to: int)
 
 
 def _sendfile(source_fd: int, offset: int, length: int, fd: int, to: int) -> int:
-    # sendfile takes an offset for its source only, and writes where the destination stands
+    # sendfile takes an offset for its source only, and writes at the destination's file position
     os.lseek(fd, to, os.SEEK_SET)
     return os.sendfile(fd, source_fd, offset, length)
 
@@ -172,5 +172,5 @@ def cloneable_bytes(offset: int, to: int, length: int) -> int:
     """How many of `length` bytes a reflink from `offset` to `to` can share."""
     if offset % PAGE != to % PAGE:
         return 0
-    # whole pages between the first page border from `to` on and the last one before the end
+    # the whole pages from the first page boundary at or after `to` to the last before the end
     return max(0, (length + to) // PAGE * PAGE - -(-to // PAGE) * PAGE)

@@ -205,7 +205,7 @@ def _open(given: str) -> Checkpoint:
     description = read(NPT_CONFIG, Description.parse)
     if description is None and "npt_config" in weights.metadata:
         where = f"{weights.path}: metadata npt_config"
-        # the same reader as for the file: a header's metadata is anybody's, too
+        # the same reader as for the file: metadata of a header is untrusted too
         raw = weights.metadata["npt_config"].encode()
         description = Description.parse(strict_json.parse_foreign(raw, where), where)
     summary = read(MERGE_SUMMARY, MergeSummary.parse)

@@ -94,6 +94,7 @@ def runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def _continues(last: Piece, piece: Piece) -> bool:
     a, b = last.recipe.source, piece.recipe.source
+    # one system call then copies both, and a page that they share can be cloned
     return (
         a is not None
         and b is not None
@@ -217,6 +218,7 @@ class TorchZipLayout:
         cursor = 0
         for name, size, phase in self._members():
             start = cursor + LOCAL.size + len(name) + len(_wide_sizes(size)) + 4
+            # at most 4095 bytes, which fit the 16-bit length of an extra field
             pad = -start % _RECORD_ALIGNMENT if phase is None else (phase - start) % PAGE
             self._headers_at.append(cursor)
             self._offsets.append(start + pad)

@@ -29,6 +29,7 @@ from npt_fast.paths import path_errors, path_list, user_path
 if TYPE_CHECKING:
     from npt_fast.checkpoint.examination import VerifyReport
 
+# for estimates only: while it copies, a merge tries a reflink on every file system
 _REFLINK_FILESYSTEMS = ("xfs", "btrfs", "bcachefs", "ocfs2")
 _SLACK = 1 << 20  # bytes for directory blocks and the summary
 
@@ -98,9 +99,9 @@ def merge(
         summary = strict_json.dump(summary_of(plan, target, digests).to_dict())
         _write_file(BytesFile(MERGE_SUMMARY, summary), staged, mover, lambda count: None)
         read_back_records(staged.path, target)
-        # looked at again: a long merge leaves time for other files to come there
+        # checked again: during a long merge, other files may have been put there
         if force and paths.exists(target):
-            check_replaced(target)  # it may have changed since `check_target`
+            check_replaced(target)
         staged.publish()
         if proof is not None:
             proof.path = str(target)

@@ -131,6 +131,7 @@ class MergedLayer:
                 shape,
                 source,
                 divisor=self.divisor if stem == "W_b_up" else 1,
+                # new columns of W_down have no effect yet; at random they can be trained
                 random=stem == "W_down" and shape != source.shape,
             )
             check_castable(self.source, recipe)
@@ -236,7 +237,7 @@ def _residuals(layer: int, parts: Sequence[Part]) -> set[str]:
 
 def _common(architectures: Sequence[Architecture]) -> Architecture:
     """The smallest architecture that all can be padded to exactly (design.md#padding)."""
-    kinds = list(PROJECTIONS_OF)
+    kinds = list(PROJECTIONS_OF)  # each has the projections of those before it
     return replace(
         architectures[0],
         modulation=max((a.modulation for a in architectures), key=kinds.index),

@@ -130,6 +130,7 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
     if modulation is None:
         present = ", ".join(sorted(name or "single" for name in projections))
         raise fail(f"is incomplete: it has tensors for {present} only")
+    # a single tensor named W_down.99999 must not make the loops below long
     num_ranks = 1 + max(key.component or 0 for key in found)
     if num_ranks > len(found):
         raise fail(f"is incomplete: it has component {num_ranks - 1}, but lacks earlier ones")
@@ -146,7 +147,7 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
         raise fail(f"has the unexpected tensor {next(iter(found.values())).name}")
 
     for entry in tensors.values():
-        if not entry.dtype.is_float or entry.dtype.bits < 8:
+        if not entry.dtype.is_float or entry.dtype.bits < 8:  # packed types have no whole bytes
             raise fail(f"has a tensor that cannot be trained: {entry.name} is {entry.dtype.name}")
         if len(entry.shape) != 2 or not entry.numel:
             raise fail(f"has a tensor of the wrong shape: {entry.name} is {list(entry.shape)}")

@@ -17,6 +17,7 @@ _OWNER = re.compile(r"(?P<place>[0-9a-f]{8})(?P<pid>[0-9a-f]{6})(?P<start>[0-9a-
 def own_mark() -> str:
     """24 hexadecimal digits that identify this process until the machine restarts."""
     pid = os.getpid()
+    # Linux has process numbers up to 2^22; 40 bits of 100 ticks a second are 348 years
     return f"{_place()}{pid & 0xFFFFFF:06x}{(_start(pid) or 0) & 0xFFFFFFFFFF:010x}"
 
 
@@ -29,7 +30,7 @@ def is_gone(mark: str) -> bool:
     start = _start(pid)
     if start is None:
         return not _runs(pid)
-    # another start time: the number has been given to another process since
+    # with another start time, the number belongs to another process now
     return start & 0xFFFFFFFFFF != int(match["start"], 16)
 
 

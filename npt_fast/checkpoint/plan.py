@@ -387,6 +387,7 @@ def _multi_layer_state_file(
                 raise CheckpointError(f"{path}: no such file; --copy-multi-layer-state needs one")
         template = read_multi_layer_state(path)
     else:
+        # the curriculum's stages count the steps of the run that gives the step
         preferred = [i for i in inputs if i.state is scalars_from is not None]
         template = next(
             (i.multi_layer_state for i in [*preferred, *inputs] if i.multi_layer_state), None

@@ -44,7 +44,7 @@ _LOCAL_FILESYSTEMS = {
     "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs",
 }  # fmt: skip
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_EXCL: a file or link that somebody has put there first is an error, not written to
+# O_EXCL: opening fails if another process has already put a file or link there
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASIDE = "-old"
 # names without an owner are those of earlier versions, which relied on locks
@@ -120,7 +120,7 @@ class StagedDirectory:
             MergeError: the target has appeared meanwhile and must not be replaced.
             OSError: the directory cannot be renamed, or another process has replaced it.
         """
-        # it was made for its owner alone; now it gets the mode that mkdir gives here
+        # until now only its owner could read it; from now on it has the mode that mkdir gives here
         if os.fstat(self.fd).st_mode != self._as_made.st_mode:  # a fixed mode may refuse fchmod
             os.fchmod(self.fd, stat.S_IMODE(self._as_made.st_mode))
         _sync(self.fd)
@@ -142,7 +142,7 @@ class StagedDirectory:
             raise MergeError(
                 f"{self.target}: appeared while merging; nothing was replaced"
             ) from None
-        # else a power failure may undo the rename
+        # otherwise a power failure could undo the rename
         _sync(self._parent)
         if old is not None:
             self._remove(name, old)
@@ -214,7 +214,7 @@ class StagedDirectory:
 
     @property
     def _prefix(self) -> str:
-        # file systems limit names in bytes (mostly 255), not in characters
+        # file systems limit names to 255 bytes; the longest here has 1 + 180 + 10 + 24 + 32 + 4
         return f".{os.fsdecode(os.fsencode(self.target.name)[:180])}.npt-fast-"
 
     def _remove_abandoned(self) -> None:

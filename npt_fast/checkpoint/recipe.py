@@ -143,7 +143,7 @@ class Recipe:
         import numpy as np
 
         source = self.source
-        # as raw bytes: numpy knows no bfloat16 or float8, and moving needs no arithmetic
+        # as raw bytes: numpy has no bfloat16 or float8, and moving elements needs no arithmetic
         if source is not None and self.change == "made contiguous":  # for every element type
             raw = np.dtype((np.void, self.dtype.itemsize))
             return self._read(source, raw, r0, r1, c0, c1).tobytes()

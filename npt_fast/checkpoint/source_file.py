@@ -192,7 +192,7 @@ class NearbyReader:
 
     def windows(self, file: SourceFile, offset: int, length: int) -> Iterator[memoryview | bytes]:
         """Like `SourceFile.windows`."""
-        if length > _NEARBY // 4:
+        if length > _NEARBY // 4:  # a block would hold few of these: read it alone
             yield from file.windows(offset, length)
             return
         known = file is self._file and offset >= self._start

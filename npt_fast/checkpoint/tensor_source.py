@@ -27,6 +27,7 @@ SAFETENSORS_WEIGHTS = "npt_weights.safetensors"
 SAFETENSORS_INDEX = "npt_weights.safetensors.index.json"
 _ACCUMULATED = "accumulated_npt_weights.pt"  # of the original's sequential training: all layers
 WEIGHTS = (PT_WEIGHTS, _ACCUMULATED, SAFETENSORS_WEIGHTS, SAFETENSORS_INDEX)
+# a name without a slash or a leading dot: no index leads out of the checkpoint's folder
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors")
 
 

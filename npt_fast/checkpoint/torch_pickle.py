@@ -158,6 +158,7 @@ class _Machine(Builder):
         return int.from_bytes(self.take(4), "little")
 
     def line(self) -> str:
+        # a module or a name; the longest in `KNOWN` has 22 characters
         end = self.data.index(b"\n", self.position, self.position + 256)
         text = self.data[self.position : end].decode("ascii")
         self.position = end + 1
@@ -215,6 +216,7 @@ class _Machine(Builder):
         self.stack.append(self.take(length).decode("utf-8", "surrogatepass"))
 
     def long(self) -> None:
+        # printing an integer of a megabyte would take quadratic time
         size = self.byte()
         # 16 bytes hold whatever a merge writes: integers below 2^127 (strict_json)
         if size > 16:
@@ -240,7 +242,7 @@ class _Machine(Builder):
         target = self.top()
         if type(target) not in (dict, OrderedDict) or len(items) % 2:
             raise self.fail("malformed pickle: SETITEM on something that is not a dict")
-        self.charge(50 * len(items))
+        self.charge(50 * len(items))  # 100 for a key and its value
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in (str, int):
                 raise self.refuse(f"a dict key of type {type(key).__name__}; refused")
@@ -292,6 +294,7 @@ class _Machine(Builder):
 
 
 _STOP = ord(".")
+# sizes in CPython, with the collector's 16 bytes: 56 for a tuple, 72 for a list, 80 for a dict
 _OPCODES: dict[bytes, Callable[[_Machine], None]] = {
     b"(": lambda m: m.stack.append(_MARK),
     b"N": lambda m: m.stack.append(None),

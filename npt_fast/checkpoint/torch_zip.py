@@ -34,6 +34,7 @@ _MAX_32 = 0xFFFFFFFF
 _MAX_ENTRY = 4096  # bytes per member in the directory: torch writes 80, long names need 1,100
 _FOLDER = 0x10  # bit of the external attributes
 _HARMLESS_FLAGS = 0x0808  # sizes also follow the data; names are UTF-8
+# allowed content of torch's small members; with another byte order, tensors would be misread
 _SMALL_MEMBERS = {
     "version": rb"[1-9]|10",
     "byteorder": rb"little",
@@ -163,6 +164,8 @@ def _strides_if_needed(ref: TensorRef, where: str) -> tuple[int, ...] | None:
     ]
     if not math.prod(ref.shape) or all(stride == step for stride, _, step in relevant):
         return None
+    # every stride must step over all that shorter ones reach, or elements repeat: with strides of
+    # 0, a record of 4 bytes could stand for terabytes
     reach = 0
     for stride, size, _ in sorted(relevant):
         if stride <= reach:
@@ -245,6 +248,7 @@ def _read_directory(file: SourceFile, fd: int) -> Members:
     if not head.startswith(b"PK\x03\x04"):
         raise fail(f"not a zip-format torch file: it is {file_kind.describe(head)}")
     start, size, total, end = _locate_directory(file, fd, fail)
+    # no bytes between the directory and its end record, and no entry shorter than its fixed part
     if start + size != end or not CENTRAL.size <= size / max(total, 1) <= _MAX_ENTRY:
         raise fail("its zip directory is malformed")
     directory = file.read_at(fd, start, size)
@@ -348,6 +352,7 @@ def _locate_directory(
             "does not end with a zip directory; truncated, or followed by other data: "
             "copy or download it again"
         )
+    # a zip64 file has a locator directly before the end record, and its record before the locator
     locator_at = end_at - END64_LOCATOR.size
     wide = False
     if locator_at >= END64.size:
@@ -387,7 +392,7 @@ def _wide_fields(
         kind, length = struct.unpack_from("<HH", extra, position)
         body = extra[position + 4 : position + 4 + length]
         position += 4 + length
-        if kind == 1:
+        if kind == 1:  # zip64: one value for each field that is full, in this order
             missing = [i for i, value in enumerate(fields) if value == _MAX_32]
             if len(body) < 8 * len(missing):
                 raise fail("a zip64 field is malformed")

@@ -30,7 +30,7 @@ _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 _OPTIMIZER = "optimizer_state_dict"
 _MAX_KEY = 80  # characters of a key that go into a tensor's name
 _MOMENT = re.compile(rf"optimizer\.[0-9]+\.({'|'.join(sorted(_MOMENTS))})")
-_DIGITS = re.compile(r"0|[1-9][0-9]{0,17}")
+_DIGITS = re.compile(r"0|[1-9][0-9]{0,17}")  # 18 digits fit 63 bits
 
 SlotState = Mapping[str, TensorEntry | float | int]
 """AdamW's state of one parameter: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad also
@@ -226,7 +226,7 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
         raise fail(f"its optimizer has {len(groups)} parameter groups, 1 expected")
     group = dict(groups[0])
     params = group.pop("params", None)
-    if not {"betas", "eps"} <= group.keys():
+    if not {"betas", "eps"} <= group.keys():  # SGD, for example, has neither
         raise fail("its optimizer is of an unknown kind, AdamW expected")
     slots = [
         (layer, slot) for layer in sorted(modules) for slot in modules[layer].architecture.slots()
@@ -234,6 +234,7 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
     if not isinstance(params, list) or len(params) != len(slots):
         count = len(params) if isinstance(params, list) else 0
         raise fail(f"its optimizer has {count} parameters, the weights have {len(slots)}")
+    # only counts go into a set: large integers can be chosen so that all have the same hash
     known = set(params) if all(map(is_count, params)) else set()
     if not state.keys() <= known:
         state = {_key(key): value for key, value in state.items()}

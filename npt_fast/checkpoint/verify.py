@@ -38,7 +38,7 @@ def verify_plan(
         CheckpointError: the written checkpoint cannot be read, or a source changed.
     """
     for path in written.path.iterdir():
-        # else verification would read the pages that the merge left in memory, not the disk
+        # otherwise verification would read the pages that the merge left in memory, not the disk
         _forget_cached(path)
     expected = [merged.layer for merged in plan.layers]
     examination = Examination(written, expected, plan, plan.known_digests(), fresh=True)
