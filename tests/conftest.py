@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.fork_server import ForkServer
+
 # Triton reads it once, when it is imported, which a library may do at any time. Not for ttsem,
 # which is in the place of a GPU.
 if "ttsem" not in sys.modules and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two workers would wait for each other
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 DATA = Path(__file__).parent / "data" / "smollm2_135m"
 
@@ -27,3 +34,11 @@ def layer11() -> Path:
 def layer13() -> Path:
     """A real checkpoint: layer 13 of SmolLM2-135M, 600 steps, no training state."""
     return DATA / "layer13" / "checkpoint-600"
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Runs the program, without the seconds that its imports take."""
+    server = ForkServer(tmp_path_factory.mktemp("fork_server"))
+    yield server
+    server.close()

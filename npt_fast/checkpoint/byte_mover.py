@@ -1,13 +1,14 @@
-"""Move byte ranges between files without looking at them.
+"""Copy byte ranges between files, if possible without reading them into this process.
 
-The ladder of ways, best first; a way that the file system refuses is not tried again for the same
-pair of file systems:
+Four ways are tried in this order. A way that fails for a source's file system is not tried again
+for that file system:
 
-1. ``reflink``: share the blocks (XFS, btrfs, ...). Whole 4096-byte pages clone when source and
-   destination offsets are equal modulo the page; the ragged ends go down the ladder.
-2. ``copy_file_range``: the kernel copies, or the server does on network file systems.
-3. ``sendfile``: the kernel copies between unlike file systems.
-4. ``mapped``: bounded windows of the source, written out.
+1. ``reflink``: the file system shares the blocks (XFS, btrfs and others). It shares whole 4096-byte
+   pages, and only if source and destination offsets are equal modulo 4096; the ends that do not
+   fill a page are copied by the next way.
+2. ``copy_file_range``: the kernel copies, or the file server on network file systems.
+3. ``sendfile``: the kernel copies between different file systems.
+4. ``mapped``: this process maps windows of the source and writes them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PAGE = 4096
 WAYS = ("reflink", "copy_file_range", "sendfile", "mapped")
 # _IOW(0x94, 13, struct file_clone_range) of linux/fs.h, which Python's fcntl does not have
 _FICLONERANGE = 0x4020940D
-_CHUNK = 8 << 20  # after each, the disk starts to write what is copied already
+_CHUNK = 8 << 20  # bytes after which the disk is told to write what was copied
 # what a call says where this pair of files cannot be moved so; a full or broken disk is none of it
 _NOT_HERE = {
     errno.EXDEV,
@@ -43,15 +44,15 @@ _NOT_HERE = {
 
 
 class ByteMover:
-    """Moves ranges and counts which way each byte took.
+    """Copies byte ranges and counts the bytes by the way in which they were copied.
 
     Args:
-        progress: called with every number of bytes moved.
-        reserve: whether to allocate each destination beforehand: faster, but of no use where blocks
-            will be shared.
+        progress: function that is called with the number of bytes of each copy.
+        reserve: whether to allocate each destination beforehand. That is faster, but useless if
+            blocks will be shared.
 
     Attributes:
-        moved: bytes by way.
+        moved: number of bytes, by way.
     """
 
     def __init__(self, progress: Callable[[int], None], *, reserve: bool = False) -> None:
@@ -62,7 +63,7 @@ class ByteMover:
         self._started = 0
 
     def start_file(self, fd: int, size: int) -> None:
-        """Prepare a new destination of `size` bytes; its ranges are to come in ascending order."""
+        """Prepare a new destination of `size` bytes; its ranges must follow in ascending order."""
         os.ftruncate(fd, size)
         if self._reserve and size:
             linux.reserve(fd, 0, size)
@@ -71,10 +72,18 @@ class ByteMover:
     def move(
         self, source: SourceFile, source_fd: int, offset: int, length: int, fd: int, to: int
     ) -> None:
-        """Make ``length`` bytes at `to` of the file `fd` equal those at `offset` of the source.
+        """Copy a range of a source to a destination.
+
+        Args:
+            source: file to copy from.
+            source_fd: descriptor of the source.
+            offset: first byte of the range in the source.
+            length: number of bytes.
+            fd: descriptor of the destination.
+            to: first byte of the range in the destination.
 
         Raises:
-            CheckpointError: the source ended early.
+            CheckpointError: the source is shorter than expected.
             OSError: the destination cannot be written.
         """
         # the kernel clones whole pages only: the ragged ends are copied
@@ -151,7 +160,7 @@ def _sendfile(source_fd: int, offset: int, length: int, fd: int, to: int) -> int
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`, however many calls it takes."""
+    """Write all of `data` at `offset`; one call of pwrite may write less."""
     view = memoryview(data)
     while view:
         count = os.pwrite(fd, view, offset)
@@ -160,7 +169,7 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def cloneable_bytes(offset: int, to: int, length: int) -> int:
-    """How many of `length` bytes can be cloned from `offset` to `to` where reflink works."""
+    """How many of `length` bytes a reflink from `offset` to `to` can share."""
     if offset % PAGE != to % PAGE:
         return 0
     # whole pages between the first page border from `to` on and the last one before the end

@@ -46,7 +46,7 @@ def extract(
             ``extract-seq`` does. That is not the mean of dW.
 
     Returns:
-        v_a and v_b of all components: k terms per projection, in the model's dtype.
+        v_a and v_b of all components, k terms per projection, in the model's dtype.
 
     Raises:
         ModelError: the model has no NP layer, or one of `layers` is off.

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,29 +15,31 @@ from typing import Any
 
 import pytest
 
+from npt_fast.benchmarks import bench as library
 from npt_fast.benchmarks import kernel_timing
-from npt_fast.benchmarks.bench import Bench
 from tests.checkpoints import run
+from tests.fork_server import Finished, ForkServer
 
 SMALL = ("--model", "64,96", "--num_ranks", "2", "--np_rank", "8", "--tokens", "1,5")
 
 
-def bench(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run it in its own process: Triton reads TRITON_INTERPRET when it is imported."""
-    chosen = {"TRITON_INTERPRET": "1" if interpreted else "0", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-m", "npt_fast", "bench", *arguments],
-        env=os.environ | chosen, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+COMPILED = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+Bench = Callable[..., Finished]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def bench(fork_server: ForkServer) -> Bench:
+    """Runs the verb where Triton does not interpret."""
+    return lambda *arguments: fork_server.run(("bench", *arguments), environment=COMPILED)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, bench: Bench) -> tuple[dict[str, Any], Path]:
     """Its JSON and its picture."""
     picture = tmp_path_factory.mktemp("bench") / "bench.svg"
     result = bench(*SMALL, "--json", "--plot", str(picture))
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout), picture
+    assert result.code == 0, result.err
+    return json.loads(result.out), picture
 
 
 def test_every_way_is_timed_for_every_number_of_tokens(
@@ -84,16 +87,21 @@ def test_the_picture_says_what_it_shows(found: tuple[dict[str, Any], Path]) -> N
         assert words in text, words
 
 
-def test_a_table_for_people() -> None:
+def test_a_table_for_people(bench: Bench) -> None:
     result = bench(*SMALL[:-1], "3", "--op", "swiglu", "--against", "eager")
-    assert result.returncode == 0, result.stderr
-    assert "One layer of 64,96 (D=64, F=96), k=2, r=8, float32" in result.stdout
-    assert "Ceilings measured in this run" in result.stdout and "x eager" in result.stdout
-    assert "swiglu, backward:" in result.stdout
+    assert result.code == 0, result.err
+    assert "One layer of 64,96 (D=64, F=96), k=2, r=8, float32" in result.out
+    assert "Ceilings measured in this run" in result.out and "x eager" in result.out
+    assert "swiglu, backward:" in result.out
 
 
 def test_the_interpreter_runs_our_kernels_and_claims_nothing() -> None:
-    result = bench(*SMALL[:-1], "3", "--op", "decode", "--json", interpreted=True)
+    arguments = ("bench", *SMALL[:-1], "3", "--op", "decode", "--json")
+    result = subprocess.run(
+        [sys.executable, "-m", "npt_fast", *arguments],
+        env=os.environ | COMPILED | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     assert {"gemm", "fused", "decode"} <= {row["provider"] for row in document["rows"]}
@@ -108,7 +116,7 @@ def test_what_is_not_begun_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     stand_in = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
     monkeypatch.setattr(kernel_timing, "time", stand_in)
     options: dict[str, Any] = {"model": "64,96", "num_ranks": 2, "rank": 8}
-    wanted = Bench(ops=["swiglu"], tokens=range(1, 6), against=[], **options)
+    wanted = library.Bench(ops=["swiglu"], tokens=range(1, 6), against=[], **options)
     statuses = [row["status"] for row in wanted.rows(deadline=12)]
     late = statuses.index("not run: budget")
     assert late and set(statuses[:late]) == {"ok"} and set(statuses[late:]) == {"not run: budget"}
@@ -116,7 +124,6 @@ def test_what_is_not_begun_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_budget_too_small_for_anything(capsys: pytest.CaptureFixture[str]) -> None:
-    library = sys.modules["npt_fast.benchmarks.bench"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "LEAST", 0.0)
         code, stdout, stderr = run(capsys, "bench", *SMALL, "--op", "swiglu", "--budget", "1e-9")
@@ -154,10 +161,10 @@ def test_bad_options_are_one_line(
     assert found == code and line.startswith("Error: ") and words in line and not stdout
 
 
-def test_kernels_that_cannot_run_here_are_named() -> None:
+def test_kernels_that_cannot_run_here_are_named(bench: Bench) -> None:
     result = bench("--against", "gemm")
-    (line,) = result.stderr.splitlines()
-    assert result.returncode == 1
+    (line,) = result.err.splitlines()
+    assert result.code == 1
     assert "gemm is unavailable for these ops, or without a GPU; available: factored," in line
 
 
@@ -168,7 +175,7 @@ def test_kernels_that_cannot_run_here_are_named() -> None:
         ("a.nonsense", "the name must end in .png"),
     ],
 )
-def test_pictures_are_refused_before_the_work(picture: str, words: str) -> None:
+def test_pictures_are_refused_before_the_work(bench: Bench, picture: str, words: str) -> None:
     result = bench("--plot", picture)
-    (line,) = result.stderr.splitlines()
-    assert result.returncode == 1 and words in line
+    (line,) = result.err.splitlines()
+    assert result.code == 1 and words in line

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from tests.checkpoints import (
     run,
     write_checkpoint,
 )
+from tests.fork_server import ForkServer
 from tests.training import runs, tiny
 from tests.training.runs import Place
 
@@ -286,30 +287,51 @@ def test_a_full_disk_is_exit_code_4(
 
 
 def interrupted(
-    place: Place, folder: Path, number: int, **changes: Any
+    start: Start, place: Place, folder: Path, number: int, **changes: Any
 ) -> tuple[int, list[str], list[str]]:
     """Start the program, send it a signal after its third step: exit code, stdout, stderr.
 
     It cannot run ahead: its stderr is a pipe that holds some thirty lines, read one by one.
     """
     settings = {"logging_steps": 1, **SETTINGS, **changes}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "npt_fast", *place.arguments(folder, **settings)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None and process.stderr is not None
-    with process.stdout, process.stderr:
-        fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+    (stdout, to_stdout), (stderr, to_stderr) = map(opened, (os.pipe(), os.pipe()))
+    fcntl.fcntl(stderr, fcntl.F_SETPIPE_SZ, 4096)
+    with stdout, stderr:
+        with to_stdout, to_stderr:
+            pid, wait = start(place.arguments(folder, **settings), to_stdout, to_stderr)
         err = []
-        for line in process.stderr:
+        for line in stderr:
             err.append(line.decode())
             if line.startswith(b"step 3/"):
-                process.send_signal(number)
-        out = process.stdout.read().decode().splitlines()
-    return process.wait(), out, err
+                os.kill(pid, number)
+        out = stdout.read().decode().splitlines()
+    return wait(), out, err
+
+
+def opened(pipe: tuple[int, int]) -> tuple[IO[bytes], IO[bytes]]:
+    return open(pipe[0], "rb", buffering=0), open(pipe[1], "wb", buffering=0)
+
+
+Start = Callable[[list[str], IO[bytes], IO[bytes]], tuple[int, Callable[[], int]]]
+"""Starts the program: arguments, stdout and stderr -> its process id, and what waits for it."""
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest, fork_server: ForkServer) -> Start:
+    def fork(arguments: list[str], out: IO[bytes], err: IO[bytes]) -> tuple[int, Callable[[], int]]:
+        with open(os.devnull) as nothing:
+            pid = fork_server.start(arguments, (nothing, out, err))
+        return pid, lambda: fork_server.wait()["code"]
+
+    def spawn(
+        arguments: list[str], out: IO[bytes], err: IO[bytes]
+    ) -> tuple[int, Callable[[], int]]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "npt_fast", *arguments]
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+        return process.pid, process.wait
+
+    return {"fork": fork, "spawn": spawn}[request.param]
 
 
 SETTINGS = {"max_steps": 60, "save_steps": 1000, "batch_size": 4, "gradient_accumulation_steps": 1}
@@ -322,15 +344,20 @@ def uninterrupted(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)]
+    ("number", "processes", "start"),
+    [(signal.SIGTERM, 1, "fork"), (signal.SIGINT, 1, "fork"), (signal.SIGTERM, 2, "spawn")],
+    indirect=["start"],
 )
 def test_a_signal_saves(
-    place: Place, tmp_path: Path, uninterrupted: Path, number: int, processes: int
+    place: Place, tmp_path: Path, uninterrupted: Path, number: int, processes: int, start: Start
 ) -> None:
-    """The step is finished and saved; a resumed run equals one without a break."""
+    """The step is finished and saved; a resumed run equals one without a break.
+
+    Two processes start as they do in use.
+    """
     settings = {"num_processes": processes, "batch_size": 4 // processes}
-    code, out, err = interrupted(place, tmp_path / "run", number, **settings)
-    assert code == 128 + number, err
+    code, out, err = interrupted(start, place, tmp_path / "run", number, **settings)
+    assert code == 128 + number, "".join(err)
     assert not any("Traceback" in line for line in err)
     stopped, last = out
     path = Path(last.removeprefix("Final checkpoint: "))

@@ -1,15 +1,8 @@
-"""No verb runs a model's code without --trust-remote-code, even if stdin says yes.
-
-One process goes through all verbs and all prepared models, since importing torch and transformers
-takes longer than all of that.
-"""
+"""No verb runs a model's code without --trust-remote-code, even if stdin says yes."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,35 +10,24 @@ import pytest
 
 from tests import hostile_models
 from tests.cli.test_check import HOLDS, facts
+from tests.fork_server import Finished, ForkServer
 from tests.training.runs import Place
 
 VERBS = ("trace", "evaluate", "check", "compare", "sweep", "train", "interact", "replay")
 
-PROGRAM = """
-import contextlib, io, json, sys
-from npt_fast.cli.main import main
-found = []
-for arguments in json.load(open(sys.argv[1])):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main(arguments)
-        except SystemExit as stop:
-            code = stop.code
-    found.append([code, out.getvalue(), err.getvalue()])
-json.dump(found, open(sys.argv[2], "w"))
-"""
-
 
 class Program:
-    """Runs verbs, one after the other, in a process of their own.
+    """Runs verbs, each in a process of its own.
 
     Attributes:
         canary: what the prepared models write when their code runs.
     """
 
-    def __init__(self, folder: Path, place: Place, checkpoint: Path) -> None:
+    def __init__(
+        self, folder: Path, place: Place, checkpoint: Path, fork_server: ForkServer
+    ) -> None:
         self.folder = folder
+        self._fork_server = fork_server
         self.canary = folder / "ran"
         self._place = place
         self._checkpoint = str(checkpoint)
@@ -79,24 +61,15 @@ class Program:
             "interact": ["interact", *loaded, "--device", "cpu"],
         }[verb]
 
-    def run(self, runs: list[list[str]], stdin: str = "y\n" * 99) -> list[tuple[int, str, str]]:
-        given, found = self.folder / "given.json", self.folder / "found.json"
-        given.write_text(json.dumps(runs))
-        result = subprocess.run(
-            [sys.executable, "-c", PROGRAM, given, found],
-            input=stdin, capture_output=True, text=True, check=True,
-            env={
-                **os.environ, "XDG_STATE_HOME": str(self.folder / "state"),
-                "HF_MODULES_CACHE": str(self.folder / "modules"), "PYTHONWARNINGS": "ignore",
-            },
-        )  # fmt: skip
-        assert result.stdout == "" and "Traceback" not in result.stderr
-        return [tuple(each) for each in json.loads(found.read_text())]
+    def run(self, runs: list[list[str]], stdin: str = "y\n" * 99) -> list[Finished]:
+        found = [self._fork_server.run(arguments, input=stdin) for arguments in runs]
+        assert not any("Traceback" in each.err for each in found)
+        return found
 
 
 @pytest.fixture
-def program(tmp_path: Path, place: Place, checkpoint: Path) -> Program:
-    return Program(tmp_path, place, checkpoint)
+def program(tmp_path: Path, place: Place, checkpoint: Path, fork_server: ForkServer) -> Program:
+    return Program(tmp_path, place, checkpoint, fork_server)
 
 
 def errors(err: str) -> list[str]:
@@ -110,9 +83,9 @@ def test_every_verb_refuses_every_model(program: Program) -> None:
     models |= {name: program.plant(name, s) for name, s in hostile_models.UNREADABLE.items()}
     cases = [(verb, name) for name in models for verb in VERBS]
     found = program.run([program.arguments(verb, models[name]) for verb, name in cases])
-    for (verb, name), (code, out, err) in zip(cases, found, strict=True):
-        assert (code, out) == (1, ""), (verb, name, err)
-        (line,) = errors(err)
+    for (verb, name), each in zip(cases, found, strict=True):
+        assert (each.code, each.out) == (1, ""), (verb, name, each.err)
+        (line,) = errors(each.err)
         assert line.startswith(f"Error: {models[name]}: "), (verb, name)
         if name in hostile_models.REFUSED:
             _, file, key = hostile_models.REFUSED[name]
@@ -127,12 +100,12 @@ def test_every_verb_uses_the_class_that_transformers_has(program: Program) -> No
         spoil(Path(model), program.canary)
     verbs = [verb for verb in VERBS if verb != "replay"]
     found = program.run([program.arguments(verb, model) for verb in verbs], "y\n" + "status\n" * 9)
-    for verb, (code, out, err) in zip(verbs, found, strict=True):
+    for verb, each in zip(verbs, found, strict=True):
         if verb == "interact":
-            assert (code, out) == (1, "")
-            assert errors(err)[0].startswith("Error: line 1: Unknown command: y")
+            assert (each.code, each.out) == (1, "")
+            assert errors(each.err)[0].startswith("Error: line 1: Unknown command: y")
         else:
-            assert code == 0 and out, (verb, err)
+            assert each.code == 0 and each.out, (verb, each.err)
     assert not program.canary.exists()
 
 
@@ -145,8 +118,8 @@ def test_every_verb_has_the_flag(program: Program) -> None:
         model = program.plant(f"base-{verb}", spoil)
         runs.append([*program.arguments(verb, model), "--trust-remote-code"])
     found = program.run(runs)
-    for verb, (code, _, err) in zip(VERBS, found, strict=True):
-        assert code == 1 and "has no attribute 'Own'" in errors(err)[0], verb
+    for verb, each in zip(VERBS, found, strict=True):
+        assert each.code == 1 and "has no attribute 'Own'" in errors(each.err)[0], verb
         assert (program.folder / f"ran-{verb}").exists(), verb
 
 
@@ -182,9 +155,9 @@ def test_no_file_remembers_the_flag(program: Program) -> None:
     first, second, third = program.run(
         [[*train, "--trust-remote-code"], more, [*more, "--trust-remote-code"]]
     )
-    assert first[0] == 0, first
-    assert second[0] == 1 and errors(second[2])[-1].endswith("run it with all your rights"), second
-    assert third[0] == 0, third
+    assert first.code == 0, first
+    assert second.code == 1 and errors(second.err)[-1].endswith("run it with all your rights")
+    assert third.code == 0, third
     for file in output.rglob("*"):
         assert not file.is_file() or b"trust_remote" not in file.read_bytes(), file
 
@@ -193,5 +166,5 @@ def test_no_file_remembers_the_flag(program: Program) -> None:
 def test_all_processes_of_a_training_get_the_flag(program: Program) -> None:
     train = program.arguments("train", own_model(program))
     train += ["--parallel", "layers", "--num_processes", "2"]
-    ((code, _, err),) = program.run([[*train, "--trust-remote-code"]])
-    assert code == 0, err
+    (found,) = program.run([[*train, "--trust-remote-code"]])
+    assert found.code == 0, found.err

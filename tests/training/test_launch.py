@@ -29,7 +29,7 @@ from tests.training.runs import Place
 def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes have one thread and share imports, which are most of a short run's time.
 
-    `tests/cli/test_train.py` has two tests that start processes as in use.
+    A case of `tests/cli/test_train.py` starts processes as in use.
     """
     monkeypatch.setattr("npt_fast.training.launch.os.cpu_count", lambda: 1)
     multiprocessing.set_forkserver_preload(["npt_fast.training.run"])
