@@ -321,6 +321,7 @@ class TrainOptions:
         if not self.direct_mlp_weight and not self.fidelity_weight:
             raise ValueError("direct_mlp_weight and fidelity_weight are both 0: nothing to learn")
         _check_paths(self, "model_name", "resume_from", "data", "eval_data", "output_dir")
+        # only to raise: the fields keep what was given, which config.json records
         parse_layers(self.train_layers)
         parse_size(self.teacher_cache)
 
@@ -406,6 +407,7 @@ def layer_indices(text: str) -> list[int]:
     """
     found: list[int] = []
     for part in text.split(","):
+        # five digits: int() of a long text of digits takes quadratic time
         match = re.fullmatch(r"\s*(-?[0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
         if match is None:
             raise ValueError(f"{text!r:.80} is not a list of layers such as 11,13 or 11-15")

@@ -16,6 +16,7 @@ def printable(text: str) -> str:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` with the known word nearest to `word`; "" if none is near."""
+    # here: only a mistake pays for the import
     from difflib import get_close_matches
 
     close = get_close_matches(word, list(known), n=1)

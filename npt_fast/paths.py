@@ -28,6 +28,7 @@ def expand(given: str | Path) -> str:
     if "\0" in text:
         raise PathError(f"{text!r}: a path cannot hold a NUL byte")
     expanded = os.path.expanduser(text)
+    # expanduser returns the name of an unknown user as it is
     if text.startswith("~") and expanded == text:
         user = text.partition("/")[0]
         raise PathError(f"{text}: {user} has no home directory; a file of this name is ./{text}")
@@ -49,6 +50,7 @@ def user_path(given: str | Path) -> Path:
 
 def path_list(given: str | Path | Sequence[str | Path]) -> list[str]:
     """A path or a sequence of paths as a list of text."""
+    # a text is a sequence, too
     if isinstance(given, (str, os.PathLike)):
         return [str(given)]
     return [str(path) for path in given]

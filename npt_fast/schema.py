@@ -37,6 +37,7 @@ def is_text(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     try:
+        # a hundred times as fast as looking at every character
         value.encode()
     except UnicodeEncodeError:
         return False
@@ -45,6 +46,7 @@ def is_text(value: Any) -> bool:
 
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number from 0 to 2^63 - 1; True and False are not numbers."""
+    # type(), not isinstance: True is an int
     return type(value) is int and 0 <= value < LARGEST
 
 
@@ -67,6 +69,7 @@ def is_plain(value: Any, deepest: int, largest: int) -> bool:
     level = [value]
     for allowed in range(deepest, -1, -1):
         inner: list[Any] = []
+        # level by level instead of by recursion, and counted before anything is looked at
         largest -= len(level)
         for item in level:
             container = isinstance(item, (list, tuple, Mapping))

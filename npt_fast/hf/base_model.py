@@ -93,6 +93,7 @@ def load_base_model(
                 folder,
                 dtype=dtype,
                 output_loading_info=True,
+                # so that a wrong shape is reported below, with its key, like a missing tensor
                 ignore_mismatched_sizes=True,
                 trust_remote_code=trust_remote_code,
                 **options,
@@ -107,6 +108,7 @@ def load_base_model(
             f"{name}: the base model cannot be loaded: {made_up[0]} is missing or of another shape "
             f"than config.json says, {len(made_up)} tensors in all"
         )
+    # the user's name for it, not the temporary folder of a GGUF file
     model.config._name_or_path = tokenizer.name_or_path = name
     model.config.return_dict = True  # old files turn it off, but we use outputs by name
     if tokenizer.pad_token is None:
@@ -164,6 +166,7 @@ def _look_at(place: str, name: str, trust_remote_code: bool) -> dict[str, dict[s
     if local:
         check_files(folder)
     found = {}
+    # before any model is loaded: a config may name code
     for file in SMALL_FILES:
         with _load_errors(name, file, {}):
             path = folder / file if local else _fetch(place, file)

@@ -50,6 +50,7 @@ def load(
                 f"{checkpoint.given}: has no layer {layer}, only {list(checkpoint.modules)}"
             )
     present = components(model)
+    # all are compared before the first is converted, so that an error changes nothing
     configs = {layer: _config(checkpoint, layer) for layer in chosen}
     for layer, config in configs.items():
         if layer in present:
@@ -120,6 +121,7 @@ def _config(checkpoint: Checkpoint, layer: int) -> NPTConfig:
         rank=architecture.rank,
         num_ranks=architecture.num_ranks,
         modulation=architecture.modulation,  # type: ignore[arg-type]
+        # taken for removed where nothing tells (design.md#layer)
         residual=checkpoint.record(layer).residual or "removed",  # type: ignore[arg-type]
     )
 

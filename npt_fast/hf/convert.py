@@ -126,6 +126,7 @@ def convert(model: Model, config: NPTConfig) -> Model:
         if hasattr(layers[index], "np_component"):
             raise ModelError(f"layer {index} is an NP layer already; unload the model first")
         indices.append(index)
+    # all are made before the first is attached, so that an error changes nothing
     fresh = {index: _component(layers[index], index, model, config) for index in indices}
     if not components(model):  # otherwise it was frozen before, and some NP layers may be trained
         model.requires_grad_(False)
@@ -145,6 +146,7 @@ def unload(model: Model) -> Model:
             name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"
             setattr(layer, name, layer.__dict__["_base_forward"])
             del layer._base_forward, layer.np_component
+            # setattr has left the class's own forward on the instance: as before, there is none
             if layer.__dict__.get("forward") == MethodType(type(layer).forward, layer):
                 del layer.forward
     return model
@@ -220,6 +222,7 @@ def _component(layer: Any, index: int, model: Any, config: NPTConfig) -> NPCompo
         init=config.init,
         init_scale=config.init_scale,
         device=weight.device,
+        # also on a bfloat16 base: there a step of 5e-5 rounds away on any weight above 0.016
         dtype=torch.float32,
     )
 
@@ -244,6 +247,7 @@ def _forward(
     if attention is None:
         source = layer.input_layernorm(hidden_states if source is None else source)
         attention, _ = layer.self_attn(hidden_states=source, **options)
+    # the norm reads the layer's input: attention reaches the MLP through its weights alone
     mlp = component(attention, layer.post_attention_layernorm(hidden_states), layer.mlp)
     if scaffold is not None:
         return Parts(attention, mlp, vector_norms(attention, component.factors) if norms else None)

@@ -189,6 +189,7 @@ def _check_index(folder: Path, path: Path) -> None:
     names = _read(path, _MAX_READ).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{path}: weight_map must be a mapping to names of files")
+    # transformers opens whatever the index names
     for name in sorted(set(names.values())):
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise ModelError(f"{path}: weight_map: {shown(name)} leads out of the folder")
@@ -262,6 +263,7 @@ def held(folder: Path) -> Held | None:
     tensors = 0
     for path in weights:
         if path.suffix == ".bin":
+            # a tensor takes a byte at least, so that there are no more
             tensors += size  # an upper bound: pickles are not opened here
             continue
         try:

@@ -49,6 +49,7 @@ def save_pt(value: object, file: BinaryIO) -> None:
 def read_tensor(entry: TensorEntry, reader: NearbyReader) -> Tensor:
     """Read one tensor of a checkpoint, window by window; nothing is unpickled."""
     dtype = getattr(torch, entry.dtype.torch_name)
+    # a bytearray: torch.frombuffer warns of memory that may not be written
     data = bytearray(entry.nbytes)
     position = 0
     for window in Recipe.unchanged(entry).windows(reader):
@@ -67,4 +68,5 @@ def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
         end += tensor.nbytes
     file.write(build_header(placed, {"format": "pt"}, PAGE, 0))
     for tensor in weights.values():
+        # as bytes: numpy has no bfloat16
         file.write(tensor.contiguous().view(torch.uint8).numpy().data)

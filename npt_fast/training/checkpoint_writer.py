@@ -98,6 +98,7 @@ class CheckpointWriter:
             gather_weights(np_components),
             gather_optimizer(optimizer, np_components),
         )
+        # only here: under FSDP every process takes part in gathering
         if self.run is None:
             return
         bad = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
