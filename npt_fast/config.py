@@ -190,10 +190,10 @@ class TrainOptions:
         num_ranks: Components per projection, for layers that start fresh.
         modulation: Projections to modulate. single: gate; dual: gate and up; triple: gate, up and
             down.
-        residual: What happens to the attention output. removed: the trained MLP replaces attention +
-            MLP; kept: the layer still adds it.
-        init_strategy: How fresh layers start: zero starts at the base MLP; improved and conservative
-            are the original's.
+        residual: What happens to the attention output. removed: the trained MLP replaces
+            attention + MLP; kept: the layer still adds it.
+        init_strategy: How fresh layers start: zero starts at the base MLP; improved and
+            conservative are the original's.
         np_init_scale: Scale of the original's initializations.
         curriculum_stages: Comma-separated name:steps[:attention_ratio[:mlp_ratio]]; names are
             teacher, mixed, student.
