@@ -22,7 +22,7 @@ from npt_fast.paths import exists, path_errors, user_path
 
 
 def load(
-    model: Model, source: str | Path | Checkpoint, *, layers: Sequence[int] | None = None
+    model: Model, path: str | Path | Checkpoint, *, layers: Sequence[int] | None = None
 ) -> Model:
     """Load a checkpoint's layers into a model; layers that are not converted yet are converted.
 
@@ -30,7 +30,7 @@ def load(
 
     Args:
         model: Hugging Face causal language model.
-        source: checkpoint directory, weights file, or opened checkpoint.
+        path: checkpoint directory or weights file, or a checkpoint that is open already.
         layers: indices of the layers to load; all layers if not given.
 
     Returns:
@@ -41,7 +41,7 @@ def load(
         ModelError: the checkpoint was trained on another base model or lacks one of `layers`, or a
             layer of the model is already converted with another architecture.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     check_base(model, checkpoint)
     chosen = list(checkpoint.modules) if layers is None else list(layers)
     for layer in chosen:
