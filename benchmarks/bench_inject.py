@@ -89,6 +89,7 @@ def generation(options: dict[str, Any] | None) -> Callable[[], list[int]]:
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=TOKENS,
+                # no end-of-text token may end one of both earlier
                 min_new_tokens=TOKENS,
                 do_sample=False,
             )

@@ -183,6 +183,7 @@ def rows_of(size: Size, inputs: Path, output: Path) -> list[Row]:
 
 def run_once(row: Row, output: Path) -> Measurement:
     """One run after a sync and without an output, which is removed afterwards."""
+    # or this run would pay for writing what the one before left in memory
     os.sync()
     result = measure(row.command)
     try:

@@ -81,6 +81,7 @@ def milliseconds(function: Callable[[], object]) -> float:
         begin = time.perf_counter()
         function()
         return 1e3 * (time.perf_counter() - begin)
+    # events, since a launch returns before its kernel has run
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()

@@ -56,10 +56,12 @@ class Worker:
     def _start(self) -> None:
         if self._process is not None and self._process.is_alive():
             return
+        # CUDA does not work in a forked process
         context = get_context("spawn")
         self._connection, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, self._day), daemon=True)
         self._process.start()
+        # the parent's copy, or the end of the child would never show as end of file
         there.close()
 
     def _ask(self, request: tuple[Any, ...], deadline: float) -> Iterator[Any]:
@@ -68,6 +70,7 @@ class Worker:
             self._connection.send(request)
             while True:
                 wait = max(0.0, deadline + _GRACE - time.monotonic())
+                # poll refuses an infinite time, and 1e7 seconds too
                 if not self._connection.poll(min(wait, 1e6)):
                     self.stop()
                     raise Late("no answer; its process was ended")

@@ -38,6 +38,7 @@ from npt_fast.testing import Problem, make_inputs
 PROBLEM = Problem(tokens=16, hidden=16, intermediate=16, num_ranks=2, rank=8)
 """The smallest problem with whole tiles, which compiles fastest."""
 
+# process time leaves out what else runs on the machine, but also waiting for a GPU
 _now = time.perf_counter if ON_GPU else time.process_time
 
 

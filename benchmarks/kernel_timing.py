@@ -127,6 +127,7 @@ def ceilings(dtype: torch.dtype) -> Ceilings | None:
         milliseconds(multiply)
 
     def best(function: Callable[[], object]) -> float:
+        # the minimum: a ceiling is what the device can do when nothing disturbs it
         return min(milliseconds(function) for _ in range(20)) / 1e3
 
     # a CPU reads faster than it copies, because a write first reads the cache line
@@ -172,6 +173,7 @@ class _Calls:
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
     """Replays a call as a CUDA graph."""
+    # a capture must not be the first call: it may allocate, compile or choose an algorithm
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -192,6 +194,7 @@ def _copies(prepared: Prepared) -> tuple[list[Inputs], bool]:
     size = sum(tensor.nbytes for tensor in tensors(prepared.inputs))
     l2 = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     spare = torch.cuda.mem_get_info()[0] // 4 // size
+    # twice the cache, so that an input has been driven out when its turn comes again
     more = min(1 + 2 * l2 // size, spare, _MAX_COPIES - 1)
     return [prepared.inputs, *(copied(prepared.inputs) for _ in range(more))], size <= l2
 

@@ -46,6 +46,7 @@ def kept_bytes(inputs: Inputs, forward: Callable[[], Tensor]) -> int:
             storages[storage.data_ptr()] = storage
         return tensor
 
+    # hooks see what autograd really saves, on a CPU too; an allocator's numbers need a GPU
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
     return sum(storage.nbytes() for storage in storages.values())

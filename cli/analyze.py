@@ -102,7 +102,8 @@ def _print(report: CheckpointReport, verbose: bool) -> None:
         stages = [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
         say(f"Curriculum stages: {len(stages)}")
         for stage in stages:
-            say(f"  - {stage.get('name')}: until step {stage.get('until_step')}")
+            name, end = _words(stage.get("name")), _words(stage.get("until_step"))
+            say(f"  - {name}: until step {end}")
     if report.files:
         _section("Files in Checkpoint")
         for name, count in report.files.items():
@@ -142,11 +143,12 @@ def _print_layer(info: LayerInfo, verbose: bool) -> None:
 
 def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
     for name, value in facts.items():
+        label = f"layer {name}" if str(name).isdecimal() else name
         if isinstance(value, dict):
-            say(f"{indent}{name}:" if value else f"{indent}{name}: none")
+            say(f"{indent}{label}:" if value else f"{indent}{label}: none")
             _print_facts(value, indent + "  ")
         else:
-            say(f"{indent}{name}: {_words(value)}")
+            say(f"{indent}{label}: {_words(value)}")
 
 
 def _words(value: Any) -> str:

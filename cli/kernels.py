@@ -65,10 +65,6 @@ def compile_kernels(
     """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise NPTError("TRITON_INTERPRET is set, and the interpreter does not compile: unset it")
-    try:
-        from npt_fast.kernels import aot
-    except ModuleNotFoundError as error:
-        raise NPTError(f"kernels needs {error.name}: pip install torch triton") from error
     from rich.console import Console
     from rich.progress import track
 

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 import npt_fast as npt
 from npt_fast.checkpoint.merge_report import MergeReport
 from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, print_verification, progress_bar, say, size, warn
 from npt_fast.config import (
-    BadStatePolicy,
-    ConflictPolicy,
-    FileFormat,
+    BadStatePolicy,  # noqa: F401  cyclopts resolves the hints of `MergeOptions` in this module
+    ConflictPolicy,  # noqa: F401
+    FileFormat,  # noqa: F401
     MergeOptions,
-    WeightDType,
+    WeightDType,  # noqa: F401
     parse_size,
 )
 
 
-def _check_size(kind: object, text: str) -> None:
-    if not parse_size(text):
-        raise ValueError(f"{text!r} is not a size such as 5GB or 500MB")
+def _bytes(kind: object, tokens: Sequence[Token]) -> int:
+    if size := parse_size(tokens[0].value):
+        return size
+    raise ValueError(f"{tokens[0].value!r} is not a size such as 5GB or 500MB")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Options(MergeOptions):
+    """`MergeOptions`, with a size and a path as a command line has them."""
+
+    max_shard_size: Annotated[
+        int, Parameter(converter=_bytes, accepts_keys=False, show_default=lambda _: "5GB")
+    ] = MergeOptions().max_shard_size
+    copy_multi_layer_state: PathText | None = None
+
+
+_DEFAULT = Options()
 
 
 def merge(
     *,
     checkpoints: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
     output: PathText,
+    options: Options = _DEFAULT,
     verify: bool = False,
     force: bool = False,
-    on_conflict: ConflictPolicy = "first",
-    uniform: bool = False,
-    dtype: WeightDType | None = None,
-    format: FileFormat | None = None,
-    max_shard_size: Annotated[str, Parameter(validator=_check_size)] = "5GB",
-    weights_only: bool = False,
-    copy_multi_layer_state: PathText | None = None,
-    allow_different_base: bool = False,
-    on_bad_state: BadStatePolicy = "error",
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
@@ -60,44 +69,11 @@ def merge(
     force
         Replace an existing checkpoint as a whole. A directory that holds anything else is never
         replaced.
-    on_conflict
-        When two inputs hold the same layer: take the first or the last, refuse (error), accept
-        only identical ones, or join them so that their weight changes add up (concat) or
-        average (mean).
-    uniform
-        Pad all layers, exactly, to one modulation type, num_ranks and rank, which the original
-        program needs.
-    dtype
-        Type to convert all weights to.
-    format
-        Format of the weights; that of the first input if not given.
-    max_shard_size
-        Largest size of a safetensors file; what is larger is split into shards.
-    weights_only
-        Leave out optimizer, scheduler, step and curriculum.
-    copy_multi_layer_state
-        Take the curriculum from this multi_layer_state.pt.
-    allow_different_base
-        Merge although the configs name different base models.
-    on_bad_state
-        When the training state of an input cannot be used: refuse (error), or merge its weights
-        without its state (skip).
     dry_run
         Show the plan; write nothing.
     json
         Print the report as JSON.
     """
-    options = MergeOptions(
-        on_conflict=on_conflict,
-        uniform=uniform,
-        dtype=dtype,
-        format=format,
-        max_shard_size=parse_size(max_shard_size),
-        weights_only=weights_only,
-        copy_multi_layer_state=copy_multi_layer_state,
-        allow_different_base=allow_different_base,
-        on_bad_state=on_bad_state,
-    )
     with progress_bar() as progress:
         report = npt.merge(
             checkpoints,

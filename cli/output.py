@@ -26,6 +26,7 @@ def say(text: str = "") -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON document; NaN and infinity, which JSON does not have, become null."""
+    # allow_nan=False: NaN would print as something that JSON readers refuse
     print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 

@@ -47,6 +47,7 @@ class PatientStream(io.TextIOWrapper):
 
 def silence(descriptor: int) -> None:
     """Point a descriptor at ``/dev/null``."""
+    # dup2, not close: a free number would be given to the next file that is opened
     nowhere = os.open(os.devnull, os.O_RDWR)
     if nowhere != descriptor:
         os.dup2(nowhere, descriptor)

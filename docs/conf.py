@@ -5,6 +5,8 @@ The source directory is the repository's root, so that a link that works in a ch
 
 from __future__ import annotations
 
+import re
+
 from sphinx.application import Sphinx
 
 import npt_fast
@@ -37,7 +39,7 @@ nitpicky = (
 )
 myst_heading_anchors = 4  # so does a link to a section that does not exist
 nitpick_ignore_regex = [
-    ("py:.*", r"(collections|pathlib|torch|typing)\..*|Tensor"),  # documented elsewhere
+    ("py:.*", r"(collections|contextlib|pathlib|torch|typing)\..*|Tensor"),  # documented elsewhere
     ("py:class", r"npt_fast\.hf\.convert\.Model"),  # a type variable: any torch module
     ("py:class", r"npt_fast\.checkpoint\.checkpoint\.Checkpoint"),  # an argument of our own calls
 ]
@@ -48,6 +50,7 @@ autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes as one list, each with its type, like parameters
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 88
 
@@ -74,5 +77,29 @@ def add_contents(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] += CONTENTS
 
 
+def show_factories(
+    app: Sphinx,
+    kind: str,
+    name: str,
+    value: object,
+    options: object,
+    arguments: str | None,
+    result: str | None,
+) -> tuple[str | None, str | None]:
+    """Sphinx shows a signature in full only where it is Python, which ``<factory>`` is not."""
+    return arguments and arguments.replace("<factory>", "..."), result
+
+
+def link_citations(
+    app: Sphinx, kind: str, name: str, value: object, options: object, lines: list[str]
+) -> None:
+    """What a docstring cites of design.md becomes a link."""
+    lines[:] = [
+        re.sub(r"design\.md#([\w-]+)", r"`\g<0> <design.html#\1>`__", line) for line in lines
+    ]
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", link_citations)
+    app.connect("autodoc-process-signature", show_factories)
     app.connect("source-read", add_contents)

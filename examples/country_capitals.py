@@ -82,7 +82,7 @@ class Batch:
 
 
 class Row(NamedTuple):
-    """A prompt with the first tokens of the right answer and of the injected one."""
+    """A prompt, with the first token of the right answer and of the injected answer."""
 
     group: str
     prompt: str
@@ -196,9 +196,9 @@ def trace_pairs(
 ) -> None:
     """Patch the attention outputs themselves in the base model: an upper bound for injections."""
     strongest: list[int] = []
-    flips: list[int] = []  # to the injected answer
-    others: list[int] = []  # to another one
-    tracked = torch.zeros(len(decoder_layers(model)), 2)  # right, injected
+    flips: list[int] = []  # layers whose patch puts the injected answer on top
+    others: list[int] = []  # layers whose patch puts another answer on top
+    tracked = torch.zeros(len(decoder_layers(model)), 2)  # mean probability: right, injected
     for country, source in zip(countries, sources, strict=True):
         answers = [f" {CAPITALS[name]}" for name in (country, source)]
         found = trace(

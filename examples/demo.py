@@ -1,7 +1,7 @@
-"""The guide's workflow on a real model: two layers of SmolLM2-135M trained apart, merged, used.
+"""The users' guide on a real model: train layers of SmolLM2-135M separately, merge and use them.
 
-Prints every command as a user would type it, runs it, and ends with a table and a picture. Works in
-the folder ``demo`` and leaves the results there. Two CPU cores are enough.
+The demo prints every command as a user would type it, runs it, and ends with a table and a picture.
+It works in the folder ``demo`` and leaves its results there. Two CPU cores are enough.
 """
 
 from __future__ import annotations
@@ -38,12 +38,16 @@ inject knowledge "{TARGET}"
 
 
 def say(text: str) -> None:
-    """A heading between commands."""
+    """Print a heading."""
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n## {text}", flush=True)
 
 
 def run(command: str, *, keep_output: bool = False) -> tuple[float, str]:
-    """Show a command, run it in the demo folder, stop at a failure; seconds and kept output."""
+    """Print a command and run it in the demo folder; a failure ends the demo.
+
+    Returns:
+        Seconds that it took, and its output if that was kept.
+    """
     print(f"$ {command}", flush=True)
     program, *arguments = shlex.split(command)
     started = time.perf_counter()
@@ -60,7 +64,7 @@ def run(command: str, *, keep_output: bool = False) -> tuple[float, str]:
 
 
 def train(layer: int, steps: int) -> float:
-    """Train one layer by itself; seconds."""
+    """Train one layer alone; returns the seconds that it took."""
     name = f"--wandb_name layer{layer}_training"
     what = f"--train_layers {layer} --max_steps {steps} {name}"
     return run(f"npt-fast train {what} {MODEL} {BATCHES} {ALONE}")[0]
@@ -91,13 +95,13 @@ def main() -> None:
     merging = f"npt-fast merge --checkpoints {MERGED} {LAYER23} --output {MERGED_V2} --verify"
     seconds[MERGED_V2] = run(merging)[0]
 
-    say("6. Continue training all three, from their merged optimizer state, as the student")
+    say("6. Continue to train all three layers from their merged optimizer state")
     seconds[CONTINUED] = run(
         f"npt-fast train --train_layers 11,13,23 --resume_from {MERGED_V2} --max_steps 508 "
         f"--wandb_name continued {MODEL} {BATCHES} {TOGETHER} --warmup_steps 0 --logging_steps 2"
     )[0]
 
-    say("7. Measure them on text that none of them was trained on; go on with a prompt")
+    say("7. Evaluate all checkpoints on held-out text, and continue a prompt")
     checkpoints = [LAYER11, LAYER13, MERGED, MERGED_V2, CONTINUED]
     _, output = run(
         f"npt-fast evaluate --checkpoint {' '.join(checkpoints)} {MODEL} "
@@ -106,19 +110,19 @@ def main() -> None:
     )
     found = json.loads(output)
 
-    say("8. Which layer knows about capitals? On the base model, before anything is trained")
+    say("8. Which layer knows about capitals? Trace it in the base model")
     run(f"npt-fast trace --model_name smollm2-135m {TRACE}")
 
-    say("9. Transfer knowledge: what one sentence does to a layer, put into another sentence")
+    say("9. Transfer knowledge: extract the modulation of one sentence, inject it into another")
     (DEMO / "transfer.txt").write_text(TRANSFER)
     run(
         f"npt-fast interact --checkpoint {MERGED_V2} --model_name smollm2-135m --layers 11,13,23 "
         "--script transfer.txt"
     )
 
-    say("What you got")
+    say("Results")
     print_table(found, seconds)
-    print(f"\n{PROMPT!r} goes on:")
+    print(f"\nContinuations of {PROMPT!r}:")
     for name, (text,) in found["texts"].items():
         print(f"  {Path(name).parent.name if 'checkpoint-' in name else name}: {text.strip()!r}")
     picture = DEMO / "losses.png"
@@ -128,10 +132,10 @@ def main() -> None:
 
 
 def print_table(found: dict[str, Any], seconds: dict[str, float]) -> None:
-    """One row per checkpoint: what it predicts, what it took, how large it is."""
+    """Print one row per checkpoint: its metrics, training time and size."""
     base = found["results"][0]["base_perplexity"]
     tokens = found["results"][0]["tokens"]
-    print(f"Held-out text, {tokens:,} positions, all of them counted:\n")
+    print(f"Metrics over all {tokens:,} positions of the held-out text:\n")
     print("| model | layers | perplexity | ratio | KL, nats | top-1 | seconds | MB |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     print(f"| base | | {base:.3f} | 1 | 0 | 1 | | |")
@@ -147,7 +151,7 @@ def print_table(found: dict[str, Any], seconds: dict[str, float]) -> None:
 
 
 def draw(path: Path) -> None:
-    """Every layer's error over the optimizer steps of all runs."""
+    """Draw the direct loss of every layer over the optimizer steps of all runs."""
     import matplotlib
 
     matplotlib.use("Agg")

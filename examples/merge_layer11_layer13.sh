@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Merge a layer-11 and a layer-13 checkpoint, with proof.
+# Merge a checkpoint of layer 11 with one of layer 13, and verify the result.
 #
 #   examples/merge_layer11_layer13.sh LAYER11 LAYER13 [OUTPUT]
 #
-# LAYER11 and LAYER13 are checkpoints, or runs, of which the newest checkpoint is taken.
+# LAYER11 and LAYER13 are checkpoints, or folders of runs, whose newest checkpoint is used.
 set -euo pipefail
 
 if [ $# -lt 2 ] || [ $# -gt 3 ]; then
@@ -11,8 +11,8 @@ if [ $# -lt 2 ] || [ $# -gt 3 ]; then
   exit 2
 fi
 
-# The checkpoint itself, or the one with the highest step below a run: by number, so that
-# checkpoint-10000 comes after checkpoint-9000.
+# Prints the path of a checkpoint, or of the checkpoint with the highest step in a run. Steps are
+# compared as numbers, so that checkpoint-10000 comes after checkpoint-9000.
 latest() {
   local run=$1 found
   if compgen -G "$run/*npt_weights*" >/dev/null || [ -f "$run" ]; then

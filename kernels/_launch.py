@@ -52,6 +52,7 @@ class Target(NamedTuple):
         if self.backend == "hip":
             return 65_536
         limits = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448}
+        # the smallest limit for GPUs that are not listed: what fits there fits everywhere
         return limits.get(int(self.arch), 101_376)
 
 
@@ -117,10 +118,12 @@ def launch(
     # fp fusion is explicit because its default changes in Triton 3.10 (design.md#triton)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if _record is not None:
+        # not strict: arg_names ends with the constexprs, which are in `constants`
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         _record.append(Launch(kernel, grid, named, options))
         return
     device = arguments[0].device
+    # Triton launches on the current device, whatever the tensors are on (design.md#triton-bugs)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **constants, **options)
 
@@ -136,6 +139,7 @@ def target_of(tensor: Tensor) -> Target:
 def _device_target(device: torch.device) -> Target:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
+        # gcnArchName goes on with features, as in gfx942:sramecc+:xnack-
         return Target("hip", properties.gcnArchName.split(":")[0])
     return Target("cuda", properties.major * 10 + properties.minor)
 

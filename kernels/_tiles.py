@@ -27,12 +27,14 @@ def accumulate(
 
     Offsets are int64: a row number times a stride exceeds 2^31 in large tensors.
     """
+    # a constexpr times an int32 stride would be int32
     step = tl.full((), BLOCK_K, tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64) + begin
     a_ptrs = a_ptr + offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak
     b_ptrs = b_ptr + offs_k[:, None] * stride_bk + offs_n[None, :] * stride_bn
     for start in range(begin, end, BLOCK_K):
         mask_k = tl.arange(0, BLOCK_K) < end - start
+        # 0 adds nothing; what lies behind a row may be NaN, which times 0 would be NaN
         a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot(a, b, acc, PRECISION)
@@ -48,6 +50,7 @@ def tile_indices(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     first_m = pid // (GROUP_M * blocks_n) * GROUP_M
+    # the last group may have fewer rows of blocks
     rows = tl.minimum(blocks_m - first_m, GROUP_M)
     inside = pid % (GROUP_M * blocks_n)
     return first_m + inside % rows, inside // rows

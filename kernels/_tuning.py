@@ -25,6 +25,7 @@ TileRule = Callable[[Target, torch.dtype, int], list[Tiles]]
 
 NARROW = Tiles(32, 32, 32, 4, 2)
 """For rows that are not 16-byte aligned: each element needs an address in registers."""
+# each is compiled by `aot`, for every target and dtype
 MAX_CANDIDATES = 2
 """Most tiles that a rule may offer."""
 
@@ -97,10 +98,12 @@ def choose_tiles(
         return _forced
     tokens, target = output.shape[0], target_of(output)
     candidates = rule(target, output.dtype, tokens) if rows_are_aligned(sizes) else [NARROW]
+    # an empty grid launches nothing: nothing to time
     if _cache is None or not tokens:
         return candidates[min(_candidate, len(candidates) - 1)]
     bucket = triton.next_power_of_2(tokens)
     dtype = str(output.dtype).removeprefix("torch.")
+    # a file may outlive the compiler and the GPU whose timings it holds, hence both are in the key
     key = " ".join(map(str, (kernel, target, triton.__version__, dtype, bucket, *sizes)))
     if key not in _cache:
         if torch.cuda.is_current_stream_capturing():  # measuring would become part of the graph
@@ -118,6 +121,7 @@ def _save() -> None:
     """Replace the file in one step, because other processes may be reading it."""
     assert _file is not None and _cache is not None
     _file.parent.mkdir(parents=True, exist_ok=True)
+    # two processes that save at once must not write one temporary file
     temporary = _file.with_name(f"{_file.name}.{os.getpid()}")
     found = {key: astuple(tiles) for key, tiles in sorted(_cache.items())}
     temporary.write_text(json.dumps(found, indent=1) + "\n")

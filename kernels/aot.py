@@ -42,6 +42,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
 }
+# by generation: mma of sm_80 and sm_120, wgmma of sm_90, tcgen05 of sm_100
 _MATRIX = {"cuda": r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", "hip": r"\bv_mfma_\w+"}
 
 
@@ -139,6 +140,7 @@ def cases(target: Target) -> list[Case]:
     labels: Counter[str] = Counter()
     for call in _CALLS:
         for candidate in range(_tuning.MAX_CANDIDATES):
+            # a rule with one tile only gives it again, which `found` drops
             with recorded_launches(target) as launches, _tuning.nth_candidate(candidate):
                 _run_call(call)
             for launch in launches:
@@ -178,6 +180,7 @@ def _run_call(call: _Call) -> None:
     biases = (tensor(f), tensor(f), tensor(d)) if call.bias else ()
     weights = MLPWeights(tensor(f, d), tensor(f, d), tensor(d, f), *biases)
     factors = Factors(
+        # one trained factor: the gradients of the others are torch's products, no launches of ours
         tensor(d, c * r, requires_grad=True),
         tensor(min(c, 2) * r, d),
         tensor(r, f) if c == 3 else None,
@@ -229,11 +232,14 @@ def _signature_of(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[
     for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name
         value = launch.arguments[name]
+        # Triton makes constants of None and of the integer 1 as well
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name], attributes[(index,)] = _TYPES[value.dtype], rows_are_aligned
         else:
+            # Triton's rule: an integer that fits is int32, so that offsets need int64 by our own
+            # doing
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(index,)] = rows_are_aligned
@@ -310,6 +316,7 @@ def _read_cuda(compiled: Any) -> tuple[int, int, str]:
         usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file)
         code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", file)
     found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+    # ptxas spills to the stack frame, which is empty in every kernel of ours that does not spill
     return found["REG"], found["STACK"] + found.get("LOCAL", 0), code
 
 
@@ -357,6 +364,8 @@ def _warps_per_sm(target: Target, registers: int, shared: int, warps: int) -> in
         programs = min(waves // warps, target.shared_bytes // max(1, shared))
         return programs * warps
     consumer = int(target.arch) in (86, 89, 120, 121)
+    # 1024 bytes of shared memory are reserved for each program
     limit, memory = (48, 102_400) if consumer else (64, target.shared_bytes + 1024)
+    # a multiprocessor has 65,536 registers; a thread gets a multiple of 8
     by_registers = 65_536 // (-(-registers // 8) * 8 * 32) // warps
     return warps * min(by_registers, limit // warps, memory // (shared + 1024))

@@ -31,6 +31,7 @@ def _components(
     """Offsets of a program's tokens, components and columns, and masks of those that exist."""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # a rank that is no power of two is padded to one, as arange needs, and masked
     offs_r = tl.arange(0, BLOCK_R)
     columns = offs_c[None, :, None] * RANK + offs_r[None, None, :]
     whole = (offs_t < T)[:, None] & (offs_c < num_ranks)[None, :]
@@ -99,6 +100,7 @@ def _block_sizes(rank: int, num_ranks: int, size: int = 2048) -> dict[str, int]:
     block_r = triton.next_power_of_2(rank)
     block_c = min(triton.next_power_of_2(num_ranks), max(1, 64 // block_r))
     block_t = min(32, max(1, size // (block_r * block_c)))
+    # 512 elements for each warp of 32 threads
     warps = min(16, max(4, block_t * block_c * block_r // 512))
     return {"BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": block_r, "warps": warps}
 
@@ -155,6 +157,8 @@ def coefficients_fwd(u: Tensor, p: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _gradient_outputs(u: Tensor) -> tuple[Tensor, Tensor]:
     c, tokens, width = u.shape
+    # (T, c R), unlike the other outputs: gate's and up's side by side are one operand of the GEMMs
+    # for the gradients of h and W_a_up, which saves 3 D per token (design.md#counts)
     dp = torch.empty((tokens, c * width), device=u.device, dtype=u.dtype)
     return dp, torch.empty(u.shape, device=u.device, dtype=u.dtype)
 
@@ -184,6 +188,7 @@ def coefficients_bwd(
     launch(
         _coefficients_bwd_kernel, _grid(u, k, blocks), dz, u, p, s, du, dp, z, u.shape[1], k,
         *dz.stride()[:2], *u.stride()[:2], *p.stride()[:2], *s.stride()[:2], *du.stride()[:2],
+        # dp's strides as (c, T, R): projections lie `width` columns apart
         width, dp.stride(0), *z.stride()[:2], RANK=width // k, **blocks,
     )  # fmt: skip
     return dp, z

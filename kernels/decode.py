@@ -41,6 +41,7 @@ from npt_fast.kernels._tuning import NARROW, rows_are_aligned
 from npt_fast.kernels.coefficients import coefficient_outputs, coefficients_fwd_into
 from npt_fast.kernels.swiglu import silu
 
+# 64 FLOPs for each byte of bfloat16 weights, where an H100 does 296 in that time (design.md#counts)
 MAX_TOKENS = 64
 _PROGRAMS = 528
 """Programs that keep a large device busy: four for each of an H100's 132 multiprocessors. It is a
@@ -59,6 +60,7 @@ def _columns(
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
+    # 16 rows at least, masked where there are fewer tokens (design.md#triton)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = accumulate(
         acc, a_ptr, b_ptr, offs_m, offs_n, mask_m, mask_n, begin, end,
@@ -91,6 +93,7 @@ def _decode_products_kernel(
             stride_a0m, stride_a0k, stride_b0k, stride_b0n, stride_os, stride_om,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
+    # None is a constexpr: products that are absent leave no code
     if a1_ptr is not None:
         if (pid >= blocks0) & (pid < blocks1):
             _columns(
@@ -170,6 +173,7 @@ def _decode_sum_kernel(
 
 def decode_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
     """Tiles of the decode kernels: all tokens in one tile, few columns, long steps of K."""
+    # 4 stages take up to 81,920 bytes of shared memory; gfx942 has 65,536
     stages = 2 if target.backend == "hip" else 4
     if (
         dtype == torch.float32
@@ -189,6 +193,8 @@ def split_k(columns: int, depth: int) -> tuple[int, int]:
     It ignores tokens, dtype and device, so that sums are always added in the same order. There are
     at most 16 parts, since each writes and reads ``columns`` float32 sums per token.
     """
+    # 64 columns are the tile of 16-bit dtypes; it stays 64 in float32, whose tile has 32, so that
+    # dtypes do not differ in how they split
     parts = max(1, min(16, _PROGRAMS // cdiv(columns, 64), cdiv(depth, _CHUNK_MULTIPLE)))
     chunk = cdiv(cdiv(depth, parts), _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
     return cdiv(depth, chunk), chunk
@@ -204,6 +210,7 @@ def _joined_products(products: Sequence[tuple[Tensor, Tensor]], *, splits: bool)
     absent = 4 - len(products)
     tiles = _tiles_for(a, depth, *widths)
     parts, chunk = split_k(sum(widths), depth) if splits else (1, depth)
+    # float32 also in 16-bit calls: rounded once, when all parts are added
     out = torch.empty((parts, tokens, sum(widths)), device=a.device, dtype=torch.float32)
     launch(
         _decode_products_kernel, (sum(cdiv(width, tiles.n) for width in widths), parts),
@@ -288,6 +295,8 @@ def decode_mlp(
     k, rank, width, dtype = num_ranks, len(w_b_gate), len(gate), h.dtype
     projections, inputs = w_down.shape[1] // rank, len(w_a_in) // rank
     products = [(x, w_down), (h, gate.t()), (h, up.t()), (h, w_a_in.t())]
+    # not split: launch 3 reads gate and up whole. There are columns enough without it: 576 blocks
+    # in Llama-3.2-1B with R 4096
     first = _joined_products(products, splits=False)[0]
     u, gates, ups, p = first.split([projections * rank, width, width, inputs * rank], 1)
     u = _by_projection(u, projections)

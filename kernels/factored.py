@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+# torch.nn.functional has no backward functions
 aten = torch.ops.aten
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -154,6 +155,7 @@ def modulated_mlp(
         )
         return result
     with _without_autocast(x):
+        # not through apply(), whose forward would return what backward needs
         return _forward(x, h, weights, factors, activation, steps, save=False)[0]
 
 
@@ -174,6 +176,7 @@ class ModulatedMLPFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    # the steps record no graph, so a second derivative would be wrong: this makes it an error
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, *rest = ctx.saved_tensors
@@ -184,6 +187,7 @@ class ModulatedMLPFunction(torch.autograd.Function):
                 grad, x, h, weights, factors, saved, ctx.activation, ctx.steps,
                 ctx.needs_input_grad,
             )  # fmt: skip
+        # num_ranks, activation, save_probe and steps have none
         return (*gradients, None, None, None, None)
 
 
@@ -265,8 +269,11 @@ def _backward(
     rank = factors.w_b_gate.shape[0]
     inputs = factors.w_a_in.shape[0] // rank
     u = _by_projection(saved.u, rank)
+    # both calls of coefficients_backward write their slices of it, so one GEMM each gives dx and
+    # dW_down of all projections
     du_all = torch.empty_like(saved.u)
     du = _by_projection(du_all, rank)
+    # not strict: `needed` goes on with activation, save_probe and steps
     wants = dict(zip(("x", "h", *MLPWeights._fields, *Factors._fields), needed, strict=False))
     grads: dict[str, Tensor] = {}
 
@@ -275,6 +282,8 @@ def _backward(
     if factors.w_a_mid is not None and factors.w_b_down is not None and saved.s_mid is not None:
         p_mid = saved.p_mid
         if p_mid is None:
+            # inner comes again with d_gate and d_up below, but their d_inner needs dp, and that
+            # needs p
             p_mid = steps.gated_activation(saved.gate, saved.up, activation) @ factors.w_a_mid.t()
         dz = _stacked_products([dy], [factors.w_b_down.t()])
         p_parts = _by_projection(p_mid, rank)
@@ -300,6 +309,7 @@ def _backward(
     p_in = h @ factors.w_a_in.t() if saved.p_in is None else saved.p_in
     heads = [w for w in (factors.w_b_gate, factors.w_b_up) if w is not None]
     d_outs = [d_gate, d_up][:inputs]
+    # the gradient of z: gate's and up's in one stack, as one launch reads them
     dz = _stacked_products(d_outs, [w.t() for w in heads])
     dp_in, z = steps.coefficients_backward(
         dz, u[:inputs], _by_projection(p_in, rank), saved.s_in, du[:inputs]
@@ -347,6 +357,7 @@ def coefficients_backward(
     k = s.shape[2]
     wide_dz, wide_u, scale = _components(dz, k), _components(u, k), s.unsqueeze(-1)
     ds = (wide_dz * wide_u).sum(-1, keepdim=True)
+    # in place: du is a slice of the matrix that backward allocated
     du.copy_((scale * wide_dz + ds * _components(p, k)).flatten(2))
     dp = (ds * wide_u).to(u.dtype).flatten(2)
     return dp.transpose(0, 1).flatten(1), _scaled_bottlenecks(u, s)

@@ -77,6 +77,7 @@ def _modulated_gate_up_kernel(
     mask_m, mask_n = offs_m < M, offs_n < N
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # as in `accumulate`, which is not used here because it would load h twice
     step = tl.full((), BLOCK_K, tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_k[None, :] * stride_hk
@@ -86,6 +87,8 @@ def _modulated_gate_up_kernel(
         mask_k = tl.arange(0, BLOCK_K) < K - start
         mask_w = mask_k[:, None] & mask_n[None, :]
         h = tl.load(h_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        # two products, but one accumulator each: the bug of sm_100 needs a shared one
+        # (design.md#triton-bugs)
         gate = dot(h, tl.load(wg_ptrs, mask=mask_w, other=0.0), gate, PRECISION)
         up = dot(h, tl.load(wu_ptrs, mask=mask_w, other=0.0), up, PRECISION)
         h_ptrs += step * stride_hk
@@ -106,6 +109,7 @@ def _modulated_gate_up_kernel(
         up += tl.load(bias_u_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     at = offs_m[:, None] * stride_ym + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
+    # backward needs them; a call without gradients writes inner alone
     if gate_ptr is not None:
         tl.store(gate_ptr + at, gate.to(gate_ptr.dtype.element_ty), mask=mask)
         tl.store(up_ptr + at, up.to(up_ptr.dtype.element_ty), mask=mask)
@@ -116,7 +120,10 @@ def linear_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]
     """Candidate tiles of `modulated_linear`, the default first."""
     if dtype == torch.float32:
         return [Tiles(64, 64, 16, 8, 3)]  # Triton 3.7 spills with 4 warps
+    # 128 x 128 takes 32,768 bytes a stage: 3 fit into the 101,376 of sm_86 and sm_12x, 2 into
+    # gfx942's 65,536
     stages = 2 if target.backend == "hip" else 3
+    # of 128 rows, half would be masked
     if tokens <= 64:
         return [Tiles(64, 64, 64, 4, stages)]
     return [Tiles(128, 128, 64, 8, stages), Tiles(128, 64, 64, 4, stages)]
@@ -127,6 +134,7 @@ def gate_up_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles
     if dtype == torch.float32:
         # Triton 3.6 and 3.7 spill the first with k = 32
         return [Tiles(64, 32, 16, 4, 3), Tiles(64, 64, 32, 8, 3)]
+    # 128 x 64 with two weights takes 32,768 bytes a stage, as in `linear_tiles`
     stages = 2 if target.backend == "hip" else 4 if target.shared_bytes > 200_000 else 3
     small = Tiles(64, 64, 64, 8, stages)
     return [small] if tokens <= 64 else [Tiles(128, 64, 64, 8, stages), small]

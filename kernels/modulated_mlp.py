@@ -92,6 +92,7 @@ def modulated_mlp(
             tensor is a shard (DTensor).
     """
     tensors = (x, h, *weights, *factors[:-1])
+    # by its name, since importing torch.distributed.tensor takes 4 s
     if any(type(tensor).__name__ == "DTensor" for tensor in tensors):
         raise ValueError(
             "Triton kernels take whole tensors, not shards (DTensor): FSDP2 gathers them for the "
@@ -108,8 +109,10 @@ def modulated_mlp(
         operands: tuple[Any, ...] = (*weights, *factors)
         return decode_mlp(x, h, *operands)
     steps = GEMM_STEPS if path == "gemm" else FUSED_STEPS
+    # with gradients chunks would save nothing: backward needs the tensors of all of them
     if gradients or h.shape[0] <= CHUNK:
         return factored.modulated_mlp(x, h, weights, factors, save_probe=save_probe, steps=steps)
+    # torch.cat would hold the parts and the result at once
     y = torch.empty(h.shape, device=h.device, dtype=h.dtype)
     for start in range(0, h.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
@@ -122,9 +125,11 @@ def _probe_and_scale_gemm(
 ) -> Sequence[Tensor]:
     p = a @ w_a.t()
     parts = p.unflatten(1, (u.shape[0], -1)).transpose(0, 1)
+    # torch.compile must see registered operations only; `coefficients_fwd_into` is none
     if save or torch.compiler.is_compiling():
         return (*coefficients_fwd(u, parts, k), p)[: 3 if save else 2]
     s = torch.empty((*u.shape[:2], k), device=u.device, dtype=torch.float32)
+    # z over p: a program has read all of a component before it writes
     coefficients_fwd_into(u, parts, s, parts)
     return s, parts
 
@@ -135,6 +140,7 @@ def _modulated_gate_up_gemm(
     gate, up = factored.gate_up_before_activation(h, weights, z, factors)
     if save or torch.compiler.is_compiling():
         return (swiglu_fwd(gate, up), gate, up)[: 3 if save else 1]
+    # inner over gate: elementwise, and nobody else holds gate
     swiglu_fwd_into(gate, up, gate)
     return (gate,)
 
@@ -142,6 +148,7 @@ def _modulated_gate_up_gemm(
 def _probe_and_scale_fused(
     a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool
 ) -> Sequence[Tensor]:
+    # no tile holds such a component, so p is written and read again
     if u.shape[2] > k * MAX_RANK:
         return _probe_and_scale_gemm(a, w_a, u, k, save)
     return probe(a, w_a, u, k, save)

@@ -19,6 +19,7 @@ from npt_fast.kernels._tuning import choose_tiles
 from npt_fast.kernels.coefficients import coefficient_outputs
 
 GROUP_M = 8
+# the columns of every tile of `probe_tiles`: one tile must hold a whole component
 MAX_RANK = 128
 
 
@@ -31,6 +32,7 @@ def _probe_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # components of a tile, each of BLOCK_R columns: a power of two, as tl.reshape needs
     BLOCK_C: tl.constexpr = BLOCK_N // BLOCK_R
     pid_m, pid_c = tile_indices(M, N, BLOCK_M, BLOCK_C, GROUP_M)  # N components
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -61,6 +63,7 @@ def _probe_kernel(
     u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
     products = tl.reshape(u * p, (BLOCK_M, BLOCK_C, BLOCK_R))
     s = tl.sum(products, 2)
+    # spread s over the columns of its component
     scale = tl.reshape(
         tl.broadcast_to(s[:, :, None], (BLOCK_M, BLOCK_C, BLOCK_R)), (BLOCK_M, BLOCK_N)
     )
@@ -118,6 +121,7 @@ def probe(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> list[Tensor]
     block_r = triton.next_power_of_2(rank)
 
     def run(tiles: Tiles) -> None:
+        # tiles that a test forces may be narrower than one component
         width = max(tiles.n, block_r)
         launch(
             _probe_kernel, (cdiv(tokens, tiles.m) * cdiv(components, width // block_r),),
@@ -128,5 +132,6 @@ def probe(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> list[Tensor]
             PRECISION=dot_precision(a.dtype), warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
 
+    # rank is among the sizes: where it is not a multiple of 8, a component's rows begin unaligned
     run(choose_tiles("probe", probe_tiles, run, z[0], (rank, rank * components, a.shape[1])))
     return outputs

@@ -134,6 +134,7 @@ class Cost:
 
     def launch_by_launch_ms(self, gpu: GPU) -> float:
         """Least milliseconds of launches in sequence: the products, then the exposed bytes."""
+        # TB/s are 1e9 bytes per millisecond
         exposed = self.exposed / gpu.bandwidth / 1e9
         return max(self.compute_ms(gpu), self.memory_ms(gpu) - exposed) + exposed
 
@@ -356,6 +357,7 @@ def decode(shape: Shape, tokens: int) -> Traffic:
 
 def partial_sums(columns: int, depth: int) -> int:
     """The number of parts into which `decode.split_k` splits a product of that shape."""
+    # repeated from decode for the same reason as DECODE_TOKENS; a test compares the two
     parts = max(1, min(16, 528 // -(-columns // 64), -(-depth // 128)))
     return -(-depth // (-(-depth // parts // 128) * 128))
 
@@ -417,6 +419,7 @@ def costs(shape: Shape, tokens: int) -> Iterator[Cost]:
         EAGER_VECTORS: reference_backward(shape),
     }.items():
         yield _cost("backward", form, shape, tokens, traffic)
+    # `decode` takes no more
     few = tokens if tokens <= DECODE_TOKENS else 1
     for form, traffic in {
         "decode": decode(shape, few),

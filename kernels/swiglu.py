@@ -26,6 +26,7 @@ _BLOCK = 1024  # elements of a program: 8 for each thread of 4 warps
 @triton.jit
 def silu(x):
     """``x sigmoid(x)`` of a float32 tile."""
+    # where exp overflows the sigmoid is 0 or 1, so that no NaN arises (test_far_from_zero)
     return x * tl.sigmoid(x)
 
 
@@ -59,6 +60,7 @@ def _swiglu_bwd_kernel(
     d_inner = d_inner.to(tl.float32)
     gate = tl.load(gate_ptr + offs_t * stride_gt + offs_f, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + offs_t * stride_ut + offs_f, mask=mask, other=0.0).to(tl.float32)
+    # silu' = sigmoid + silu (1 - sigmoid): one exp for forward and backward values
     sigmoid = tl.sigmoid(gate)
     activated = gate * sigmoid
     slope = sigmoid + activated * (1.0 - sigmoid)
@@ -69,6 +71,7 @@ def _swiglu_bwd_kernel(
 
 
 def _grid_and_blocks(tokens: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+    # max: next_power_of_2(0) is 0, by which the next line would divide
     block_f = min(_BLOCK, triton.next_power_of_2(max(1, width)))
     block_t = _BLOCK // block_f
     grid = cdiv(tokens, block_t), cdiv(width, block_f)
@@ -76,6 +79,7 @@ def _grid_and_blocks(tokens: int, width: int) -> tuple[tuple[int, int], dict[str
 
 
 def _empty_rows(gate: Tensor) -> Tensor:
+    # empty_like would keep the strides of a transposed tensor
     return torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
 
 

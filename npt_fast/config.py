@@ -75,16 +75,16 @@ class NPTConfig:
     """NP layers to convert, all of one architecture.
 
     Attributes:
-        layers: indices of decoder layers; negative ones count from the end.
-        rank: bottleneck width r of each component.
-        num_ranks: number of components k per projection.
-        modulation: projections to modulate. ``single``: gate; ``dual``: gate and up; ``triple``:
+        layers: Indices of decoder layers; negative ones count from the end.
+        rank: Bottleneck width r of each component.
+        num_ranks: Number of components k per projection.
+        modulation: Projections to modulate. ``single``: gate; ``dual``: gate and up; ``triple``:
             gate, up and down.
         residual: ``removed``: the layer adds only its MLP's output, so the MLP replaces
             attention + MLP; ``kept``: it adds the attention output too (design.md#layer).
-        init: initialization. ``zero`` starts at the base MLP with gradients that are not 0;
+        init: Initialization. ``zero`` starts at the base MLP with gradients that are not 0;
             ``improved`` and ``conservative`` are the original's (design.md#initialization).
-        init_scale: scale of ``improved`` and ``conservative``; ``zero`` ignores it.
+        init_scale: Scale of ``improved`` and ``conservative``; ``zero`` ignores it.
 
     Raises:
         ValueError: an option has a value that is not allowed.
@@ -118,23 +118,23 @@ class NPTConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeOptions:
-    """How to merge checkpoints.
+    """How to merge checkpoints (design.md#merge-laws).
 
     Attributes:
-        on_conflict: what to do when two inputs hold the same layer. ``first`` and ``last`` take the
+        on_conflict: What to do when two inputs hold the same layer. ``first`` and ``last`` take the
             whole layer from one input, ``error`` refuses, ``identical`` accepts only equal bytes,
             ``concat`` joins the components so that the weight changes add up, ``mean`` joins them
-            so that the weight changes average (design.md#merge-laws).
-        uniform: pad all layers to one modulation type, num_ranks and rank; padding is exact, and
+            so that the weight changes average.
+        uniform: Pad all layers to one modulation type, num_ranks and rank; padding is exact, and
             the original loads only uniform checkpoints.
-        dtype: type to convert all weights to; None keeps the type of each tensor.
-        format: file format of the weights; None takes the format of the first input.
-        max_shard_size: bytes of tensors per safetensors file; larger outputs become shards with an
+        dtype: Type to convert all weights to; if not given, each tensor keeps its type.
+        format: File format of the weights; if not given, the format of the first input.
+        max_shard_size: Bytes of tensors per safetensors file; larger outputs become shards with an
             index.
-        weights_only: leave out optimizer, scheduler, step and curriculum.
+        weights_only: Leave out optimizer, scheduler, step and curriculum.
         copy_multi_layer_state: ``multi_layer_state.pt`` to take the curriculum from.
-        allow_different_base: merge even if the configs name different base models.
-        on_bad_state: what to do when an input's training state cannot be used: ``error`` refuses,
+        allow_different_base: Merge even if the configs name different base models.
+        on_bad_state: What to do when an input's training state cannot be used: ``error`` refuses,
             ``skip`` merges its weights and leaves its state out.
 
     Raises:
@@ -175,71 +175,72 @@ class TrainOptions:
     Names are the original's, and so are the defaults except for a few (design.md#the-original).
 
     Attributes:
-        train_layers: layers to train: 11 or 11,13 or 11-15; negative indices count from the end.
-        model_name: base model: Hub id, folder, .gguf file, or smollm2-135m.
-        resume_from: checkpoint to resume from: one of this run, a merge, or one with other layers.
-        data: training text: small, medium, large or xlarge (Hugging Face datasets, streamed);
+        train_layers: Layers to train: 11 or 11,13 or 11-15; negative indices count from the end.
+        model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
+        resume_from: Checkpoint to resume from: one of this run, a merge, or one with other layers.
+        data: Training text: small, medium, large or xlarge (Hugging Face datasets, streamed);
             python-docs (part of Python); or a file, folder or glob of .txt, .md, .jsonl, .json or
             .parquet.
-        eval_data: held-out text; by default the first windows of data are held out.
-        num_eval_samples: number of held-out windows.
-        max_length: tokens per window.
-        stride: tokens from the start of one window to the next; default max_length.
-        num_workers: tokenizer threads.
-        np_rank: bottleneck width of each component, for layers that start fresh.
-        num_ranks: components per projection, for layers that start fresh.
-        modulation: projections to modulate. single: gate; dual: gate and up; triple: gate, up and
+        eval_data: Held-out text; by default the first windows of data are held out.
+        num_eval_samples: Number of held-out windows.
+        max_length: Tokens per window.
+        stride: Tokens from the start of one window to the next; default max_length.
+        num_workers: Tokenizer threads.
+        np_rank: Bottleneck width of each component, for layers that start fresh.
+        num_ranks: Components per projection, for layers that start fresh.
+        modulation: Projections to modulate. single: gate; dual: gate and up; triple: gate, up and
             down.
-        residual: removed: the trained MLP replaces attention + MLP; kept: the layer still adds its
-            attention output.
-        init_strategy: zero starts at the base MLP; improved and conservative are the original's.
-        np_init_scale: scale of the original's initializations.
-        curriculum_stages: comma-separated name:steps[:attention_ratio[:mlp_ratio]]; names are
+        residual: What happens to the attention output. removed: the trained MLP replaces
+            attention + MLP; kept: the layer still adds it.
+        init_strategy: How fresh layers start: zero starts at the base MLP; improved and
+            conservative are the original's.
+        np_init_scale: Scale of the original's initializations.
+        curriculum_stages: Comma-separated name:steps[:attention_ratio[:mlp_ratio]]; names are
             teacher, mixed, student.
-        layer_weights: weights of the layers in the loss: uniform, linear (from 1.0 down to 0.5), or
+        layer_weights: Weights of the layers in the loss: uniform, linear (from 1.0 down to 0.5), or
             one number per layer.
-        loss: relative: squared error over squared target per token, and KL for the fidelity loss;
-            mse: the original's mean squared errors.
-        direct_mlp_weight: weight of each layer's direct loss.
-        sink_weight: weight of the error at the first token of each window, relative to the layer's
+        loss: Measure of errors. relative: squared error over squared target per token, and KL for
+            the fidelity loss; mse: the original's mean squared errors.
+        direct_mlp_weight: Weight of each layer's direct loss.
+        sink_weight: Weight of the error at the first token of each window, relative to the layer's
             output; nearly all tokens attend to the first one. Needs loss relative.
-        fidelity_weight: weight of the fidelity loss, which compares logits; above 0, all layers of
+        fidelity_weight: Weight of the fidelity loss, which compares logits; above 0, all layers of
             the model are run.
-        lambda_reg: weight of the mean squares of v_a and v_b.
-        batch_size: windows per process and micro-batch.
-        gradient_accumulation_steps: micro-batches per optimizer step.
-        learning_rate: peak learning rate of AdamW; overrides the checkpoint's.
-        lr_schedule: schedule after the warm-up: cosine (half a period, to 0 at max_steps) or
+        lambda_reg: Weight of the mean squares of v_a and v_b.
+        batch_size: Windows per process and micro-batch.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        learning_rate: Peak learning rate of AdamW; overrides the checkpoint's.
+        lr_schedule: Schedule after the warm-up: cosine (half a period, to 0 at max_steps) or
             constant.
-        warmup_steps: steps of linear warm-up; default the smaller of 1000 and max_steps / 10.
-        weight_decay: weight decay of AdamW.
-        gradient_clip: largest norm of all gradients together; 0 turns clipping off.
-        max_steps: optimizer steps in total, including those before resuming.
-        teacher_cache: memory for the base model's activations, e.g. 2GB. In the teacher stage with
+        warmup_steps: Steps of linear warm-up; default the smaller of 1000 and max_steps / 10.
+        weight_decay: Weight decay of AdamW.
+        gradient_clip: Largest norm of all gradients together; 0 turns clipping off.
+        max_steps: Optimizer steps in total, including those before resuming.
+        teacher_cache: Memory for the base model's activations, e.g. 2GB. In the teacher stage with
             small data, later epochs then skip the base model.
-        mixed_precision: autocast in bfloat16.
+        mixed_precision: Autocast in bfloat16.
         fp16: autocast in float16, with loss scaling.
-        base_dtype: type of the base model's weights; auto is the checkpoint's type on a GPU and
+        base_dtype: Type of the base model's weights; auto is the checkpoint's type on a GPU and
             float32 on a CPU.
-        trust_remote_code: run code that comes with the base model or that it names, with all your
+        trust_remote_code: Run code that comes with the base model or that it names, with all your
             rights; never read from a file, so repeat it with resume_from.
-        cpu: train on the CPU even if there is a GPU.
-        num_processes: processes, one per GPU.
-        parallel: ddp: each process takes part of the batch; fsdp2: the model is sharded too;
-            layers: each process trains its own layers, and they are merged at the end.
-        output_dir: folder of the run; default experiments/<wandb_name>.
-        format: file format of the weights; the original reads pt.
-        logging_steps: optimizer steps between lines of metrics.
-        eval_steps: optimizer steps between evaluations in student mode; 0 turns them off.
-        save_steps: optimizer steps between checkpoints; the last step is always saved.
-        keep_last: number of checkpoint-N to keep; default all.
-        generation_steps: optimizer steps between samples of text; 0 turns them off.
-        track: tracker that gets the metrics in addition to training_log.jsonl.
-        wandb_name: name of the run.
-        wandb_project: project of the run, for any tracker.
-        wandb_tags: tags of the run.
-        wandb_mode: online, offline or disabled; naming one of the first two turns wandb on.
-        seed: seed of initialization, order of the data, and samples.
+        cpu: Train on the CPU even if there is a GPU.
+        num_processes: Processes, one per GPU.
+        parallel: How processes share the work. ddp: each takes part of the batch; fsdp2: the model
+            is sharded too; layers: each trains its own layers, which are merged at the end.
+        output_dir: Folder of the run; default experiments/<wandb_name>.
+        format: File format of the weights; the original reads pt.
+        logging_steps: Optimizer steps between lines of metrics.
+        eval_steps: Optimizer steps between evaluations in student mode; 0 turns them off.
+        save_steps: Optimizer steps between checkpoints; the last step is always saved.
+        keep_last: Number of checkpoint-N to keep; default all.
+        generation_steps: Optimizer steps between samples of text; 0 turns them off.
+        track: Tracker that gets the metrics in addition to training_log.jsonl.
+        wandb_name: Name of the run.
+        wandb_project: Project of the run, for any tracker.
+        wandb_tags: Tags of the run.
+        wandb_mode: Mode of wandb: online, offline or disabled; the first two turn wandb on.
+        seed: Seed of initialization, order of the data, and samples.
 
     Raises:
         ValueError: an option has a value that is not allowed, or two exclude each other.
@@ -320,6 +321,7 @@ class TrainOptions:
         if not self.direct_mlp_weight and not self.fidelity_weight:
             raise ValueError("direct_mlp_weight and fidelity_weight are both 0: nothing to learn")
         _check_paths(self, "model_name", "resume_from", "data", "eval_data", "output_dir")
+        # only to raise: the fields keep what was given, which config.json records
         parse_layers(self.train_layers)
         parse_size(self.teacher_cache)
 
@@ -405,6 +407,7 @@ def layer_indices(text: str) -> list[int]:
     """
     found: list[int] = []
     for part in text.split(","):
+        # five digits: int() of a long text of digits takes quadratic time
         match = re.fullmatch(r"\s*(-?[0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
         if match is None:
             raise ValueError(f"{text!r:.80} is not a list of layers such as 11,13 or 11-15")

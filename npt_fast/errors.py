@@ -1,7 +1,7 @@
-"""The errors npt_fast raises for what a user, a file or a machine did wrong.
+"""The errors that npt_fast raises if a user, a file or a machine is at fault.
 
 Each message is one line that names the file and key, what is wrong and what to do. The command
-line prints the message and exits with ``exit_code``; anything else that escapes is our own bug.
+line prints the message and exits with ``exit_code``. Any other exception is a bug of ours.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
-    """`text` on one line without control characters: names in a checkpoint are anybody's choice."""
+    """`text` with control characters escaped: names in a checkpoint are untrusted."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing."""
+    """``"; did you mean 'x'?"`` with the known word nearest to `word`; "" if none is near."""
+    # here: only a mistake pays for the import
     from difflib import get_close_matches
 
     close = get_close_matches(word, list(known), n=1)
@@ -40,16 +41,16 @@ EXTRAS = {
     "trackio": "trackio",
     "wandb": "wandb",
 }
-"""Packages that only parts of npt_fast import, and the extra of pyproject.toml that has each."""
+"""Packages that only parts of npt_fast import, and the extra of pyproject.toml for each."""
 
 
 def missing_package(error: ModuleNotFoundError, user: str, *, trains: bool = False) -> str | None:
-    """Which extra to install, in one line; None if `error` is about no package of an extra.
+    """One line that says which extra to install; None if no extra has the missing package.
 
     Args:
-        error: What importing has raised.
-        user: Who needs the package: a verb or a name.
-        trains: Whether it needs the extra ``train`` anyway, which includes ``hf``.
+        error: exception that the import raised.
+        user: verb or name that needs the package.
+        trains: whether `user` needs the extra ``train`` anyway, which includes ``hf``.
     """
     package = (error.name or "").partition(".")[0]
     extra = EXTRAS.get(package)
@@ -69,7 +70,7 @@ class NPTError(Exception):
 
 
 class PathError(NPTError, ValueError):
-    """What is given as a path is none; a ValueError, as options with a wrong value are."""
+    """A value is not a valid path; it is also a ValueError, like other wrong values of options."""
 
 
 class CheckpointError(NPTError):
@@ -77,7 +78,7 @@ class CheckpointError(NPTError):
 
 
 class MergeError(NPTError):
-    """The inputs cannot be merged as asked, or the output cannot be put where asked."""
+    """The inputs cannot be merged as asked, or the output cannot be written."""
 
 
 class ModelError(NPTError):
@@ -89,28 +90,28 @@ class TrainingError(NPTError):
 
 
 class DataError(NPTError):
-    """Training data cannot be read, or is too little."""
+    """Training data cannot be read, or there is too little."""
 
 
 class TransferError(NPTError):
-    """Modulations do not fit together, or cannot be put where asked."""
+    """Modulations do not fit together, or cannot be injected as asked."""
 
 
 class BenchmarkError(NPTError):
-    """Nothing can be measured as asked, or a file of results is none."""
+    """A benchmark cannot be run as asked, or a file is not a file of results."""
 
 
 class StorageError(NPTError):
-    """The disk is full, or would be."""
+    """The disk is full, or would become full."""
 
     exit_code = 4
 
 
 class VerificationError(NPTError):
-    """What was written is not what it should be; the message says the first reason.
+    """A written checkpoint did not pass its verification; the message has the first problem.
 
     Attributes:
-        problems: one line for each reason.
+        problems: one line for each problem.
     """
 
     exit_code = 3

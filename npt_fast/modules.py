@@ -86,6 +86,7 @@ class NPComponent(nn.Module):
 
         self.w_down = parameter(d, projections * r)
         self.w_a_in = parameter(inputs * r, d)
+        # apart from w_a_in: down reads F columns, gate and up read D
         self.w_a_mid = parameter(r, f) if projections == 3 else None
         self.w_b_gate = parameter(r, f)
         self.w_b_up = parameter(r, f) if projections > 1 else None
@@ -202,6 +203,7 @@ class NPComponent(nn.Module):
                 shapes = f"{list(value.shape)}, {list(view.shape)} expected"
                 error_msgs.append(f"{prefix}{name} is {shapes}")
             else:
+                # the views are of parameters, which autograd lets nobody write to
                 with torch.no_grad():
                     view.copy_(value)
         unexpected_keys += [

@@ -1,8 +1,8 @@
-"""Paths as users give them, and what the file system refuses to say about them.
+"""Paths from users, and questions to the file system about them.
 
-Every path that a user gives passes `user_path` (or `expand`, where the text is needed), once, where
-it enters the library. What is at a path is asked here too: `os.path` and, depending on its version,
-pathlib answer "nothing" where the truth is "permission denied".
+Every path from a user passes `user_path` (or `expand`, which returns text) once, where it enters
+the library. Whether something exists is asked here too: `os.path`, and some versions of pathlib,
+answer "no" if permission is denied.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def expand(given: str | Path) -> str:
     """A path as text, with ``~`` and ``~user`` replaced by the home directory.
 
     Raises:
-        PathError: it is empty, holds a NUL byte, or names a user that does not exist.
+        PathError: the path is empty, has a NUL byte, or names a user without a home directory.
     """
     text = os.fspath(given)
     if not text.strip():
@@ -28,6 +28,7 @@ def expand(given: str | Path) -> str:
     if "\0" in text:
         raise PathError(f"{text!r}: a path cannot hold a NUL byte")
     expanded = os.path.expanduser(text)
+    # expanduser returns the name of an unknown user as it is
     if text.startswith("~") and expanded == text:
         user = text.partition("/")[0]
         raise PathError(f"{text}: {user} has no home directory; a file of this name is ./{text}")
@@ -35,19 +36,21 @@ def expand(given: str | Path) -> str:
 
 
 def user_path(given: str | Path) -> Path:
-    """A path that a user gives, with ``~`` replaced by the home directory.
+    """A path from a user, with ``~`` replaced by the home directory.
 
-    What it returns may pass here again: ``./~``, of which pathlib makes ``~``, becomes absolute.
+    The result can be passed to this function again: ``./~``, which pathlib shortens to ``~``,
+    becomes absolute.
 
     Raises:
-        PathError: as `expand`.
+        PathError: as in `expand`.
     """
     path = Path(expand(given))
     return path.absolute() if str(path).startswith("~") else path
 
 
 def path_list(given: str | Path | Sequence[str | Path]) -> list[str]:
-    """Paths as text; a path that is given by itself is a list of one, not of its letters."""
+    """A path or a sequence of paths as a list of text."""
+    # a text is a sequence, too
     if isinstance(given, (str, os.PathLike)):
         return [str(given)]
     return [str(path) for path in given]
@@ -55,10 +58,14 @@ def path_list(given: str | Path | Sequence[str | Path]) -> list[str]:
 
 @contextmanager
 def path_errors(path: str | Path, kind: type[NPTError]) -> Iterator[None]:
-    """Turn what the file system refuses while `path` is looked at into one line.
+    """Turn an OSError that occurs while `path` is examined into an error of one line.
+
+    Args:
+        path: path for the message, if the OSError names none.
+        kind: class of the error.
 
     Raises:
-        NPTError: of `kind`: permission denied, a name that is too long, links in a circle, ...
+        NPTError: of class `kind`: permission is denied, a name is too long, links form a circle.
     """
     try:
         yield
@@ -67,22 +74,22 @@ def path_errors(path: str | Path, kind: type[NPTError]) -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
-    """Whether anything is at `path`, if only a broken link.
+    """Whether anything is at `path`; a broken link counts.
 
     Raises:
-        OSError: the system refuses to say.
+        OSError: the system cannot tell, for example because permission is denied.
     """
     return _mode(path, follow_links=False) is not None
 
 
 def is_file(path: Path) -> bool:
-    """Whether a regular file, or a link to one, is at `path`; raises OSError as `exists`."""
+    """Whether a regular file, or a link to one, is at `path`; raises OSError like `exists`."""
     mode = _mode(path, follow_links=True)
     return mode is not None and stat.S_ISREG(mode)
 
 
 def is_directory(path: Path) -> bool:
-    """Whether a directory, or a link to one, is at `path`; raises OSError as `exists`."""
+    """Whether a directory, or a link to one, is at `path`; raises OSError like `exists`."""
     mode = _mode(path, follow_links=True)
     return mode is not None and stat.S_ISDIR(mode)
 

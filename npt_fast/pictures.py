@@ -1,4 +1,4 @@
-"""Pictures drawn by matplotlib, without a display."""
+"""Draw pictures with matplotlib, without a display."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from npt_fast.paths import is_directory, path_errors, user_path
 
 
 def figure_class() -> Any:
-    """The class `matplotlib.figure.Figure`.
+    """The class Figure of matplotlib.
 
     Raises:
         NPTError: matplotlib is not installed.
@@ -23,13 +23,10 @@ def figure_class() -> Any:
 
 
 def check(given: str | Path) -> None:
-    """Check that a picture can be drawn and written, before minutes of work.
-
-    Args:
-        given: File of the picture; its suffix is the format.
+    """Check that a picture can be drawn and written, before minutes of work are spent on it.
 
     Raises:
-        NPTError: matplotlib or the folder is missing, or the suffix is no known format.
+        NPTError: matplotlib or the folder is missing, or the file's name has no known ending.
     """
     path = user_path(given)
     formats = figure_class()().canvas.get_supported_filetypes()
@@ -41,11 +38,7 @@ def check(given: str | Path) -> None:
 
 
 def save(figure: Any, path: str | Path) -> None:
-    """Write a figure in the format of the file's suffix.
-
-    Args:
-        figure: The matplotlib figure.
-        path: File to write.
+    """Write a figure; the ending of the file's name selects the format.
 
     Raises:
         NPTError: the file cannot be written, or the format is unknown.

@@ -1,7 +1,7 @@
-"""What a mapping from somebody's file may hold: checked once, where it is read.
+"""Check mappings from untrusted files against a schema, once, where they are read.
 
-A `Kind` says what a value must be, in words and as a test; `checked` and `mistakes` hold a mapping
-against the kinds of its keys.
+A `Kind` describes the allowed values of a key, in words and as a test. `checked` and `mistakes`
+compare a mapping with the kinds of its keys.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 from npt_fast.errors import NPTError, suggestion
 
 LARGEST = 1 << 63
-"""No count, index or size reaches this."""
+"""Every count, index and size is less than this."""
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 class Kind(NamedTuple):
-    """What a value may be.
+    """The allowed values of a key.
 
     Attributes:
-        name: in words that complete "must be".
-        fits: whether a value is one; may be called with anything.
+        name: description of the values, which completes "must be".
+        fits: function that tells whether a value is allowed; it accepts any value.
     """
 
     name: str
@@ -33,10 +33,11 @@ class Kind(NamedTuple):
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is text of Unicode's characters: a lone surrogate cannot be written anywhere."""
+    """Whether a value is text without lone surrogates, which no encoding can write."""
     if not isinstance(value, str):
         return False
     try:
+        # a hundred times as fast as looking at every character
         value.encode()
     except UnicodeEncodeError:
         return False
@@ -44,28 +45,31 @@ def is_text(value: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a whole number from 0 on that fits 64 bits; True and False are none."""
+    """Whether a value is a whole number from 0 to 2^63 - 1; True and False are not numbers."""
+    # type(), not isinstance: True is an int
     return type(value) is int and 0 <= value < LARGEST
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number that a float holds; True and False are none."""
+    """Whether a value is a finite float or an int below 2^63; True and False are not numbers."""
     if type(value) is int:
         return abs(value) < LARGEST
     return type(value) is float and math.isfinite(value)
 
 
 def is_plain(value: Any, deepest: int, largest: int) -> bool:
-    """Whether it is what JSON has, and not too much of it.
+    """Whether a value consists of the types of JSON and is within limits.
 
     Args:
-        value: anything, also with lists that hold themselves or that many others share.
-        deepest: lists and mappings inside one another.
-        largest: values and characters, wherever they are; what is shared counts every time.
+        value: any value; its lists may be shared or hold themselves.
+        deepest: limit on the nesting of lists and mappings.
+        largest: limit on the number of values and characters; a shared value counts as often as it
+            occurs.
     """
     level = [value]
     for allowed in range(deepest, -1, -1):
         inner: list[Any] = []
+        # level by level instead of by recursion, and counted before anything is looked at
         largest -= len(level)
         for item in level:
             container = isinstance(item, (list, tuple, Mapping))
@@ -86,7 +90,7 @@ def is_plain(value: Any, deepest: int, largest: int) -> bool:
 
 
 TEXT = Kind("a text", is_text)
-PATH = Kind("a path", lambda value: isinstance(value, str))  # its bytes may be no Unicode
+PATH = Kind("a path", lambda value: isinstance(value, str))  # may have lone surrogates
 COUNT = Kind("a whole number from 0 on", is_count)
 POSITIVE = Kind("a whole number from 1 on", lambda value: is_count(value) and value > 0)
 WHOLE = Kind("a whole number", lambda value: type(value) is int and is_number(value))
@@ -97,12 +101,12 @@ INDEX = Kind("the index of a layer", lambda v: isinstance(v, str) and bool(_INDE
 
 
 def one_of(names: Sequence[str]) -> Kind:
-    """One of these texts."""
+    """The kind of values that are one of `names`."""
     return Kind(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names)
 
 
 def list_of(kind: Kind) -> Kind:
-    """A list of values that are all of one kind."""
+    """The kind of lists whose items are all of kind `kind`."""
     return Kind(
         f"a list, each item {kind.name}",
         lambda value: isinstance(value, list) and all(map(kind.fits, value)),
@@ -110,7 +114,7 @@ def list_of(kind: Kind) -> Kind:
 
 
 def mapping_of(keys: Kind, values: Kind) -> Kind:
-    """A mapping whose keys are of one kind and whose values of another."""
+    """The kind of mappings whose keys are of kind `keys` and whose values are of kind `values`."""
     return Kind(
         f"a mapping, each key {keys.name}, each value {values.name}",
         lambda value: (
@@ -122,7 +126,7 @@ def mapping_of(keys: Kind, values: Kind) -> Kind:
 
 
 def or_none(kind: Kind) -> Kind:
-    """As `kind`, or null."""
+    """The kind of values that are of kind `kind` or null."""
     return Kind(f"{kind.name}, or null", lambda value: value is None or kind.fits(value))
 
 
@@ -133,13 +137,18 @@ def mistakes(
     *,
     closed: bool = False,
 ) -> Iterator[str]:
-    """A line for each value that is not of its key's kind, and each key that is missing.
+    """One line for each value that is not of its key's kind, and for each missing key.
 
-    Keys that have no kind are left alone, or are mistakes too if the mapping is `closed`.
+    Args:
+        given: mapping to check.
+        kinds: kind of each known key.
+        required: keys that must be present.
+        closed: whether unknown keys are mistakes too.
     """
     if closed:
         for key in given:
             if key not in kinds:
+                # difflib takes quadratic time
                 near = suggestion(key[:40], kinds) if isinstance(key, str) else ""
                 there = f"; there are {', '.join(kinds)}"
                 yield f"unknown key {shown(key)}{near or there}"
@@ -158,18 +167,19 @@ def checked(
     *,
     closed: bool = False,
 ) -> dict[str, Any]:
-    """What a mapping holds under the keys that have a kind.
+    """The known keys of a mapping and their values, after a check.
 
     Args:
         given: any value.
-        kinds: what each known key must hold.
-        required: keys that must be there.
+        kinds: kind of each known key.
+        required: keys that must be present.
         where: file and place in it, for messages.
-        error: what is raised.
-        closed: whether it must have no other keys.
+        error: class of the error.
+        closed: whether unknown keys are mistakes too.
 
     Raises:
-        NPTError: of the kind `error`: no mapping, or its first mistake.
+        NPTError: of class `error`: the value is not a mapping, or has a mistake; the first one is
+            in the message.
     """
     if not isinstance(given, Mapping):
         raise error(f"{where}: must be a mapping, not {shown(given)}")
@@ -179,7 +189,7 @@ def checked(
 
 
 def shown(value: Any) -> str:
-    """A value in a message: a container only by its type, since writing it out may take ages."""
+    """A value for a message; a container is shown by its type, since it may be very large."""
     if isinstance(value, (str, bytes)):
         return f"{value[:80]!r:.80}"
     if isinstance(value, int) and abs(value) >= LARGEST:

@@ -1,4 +1,4 @@
-"""Tables that are readable as Markdown and on a terminal."""
+"""Tables in Markdown, aligned for a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from collections.abc import Sequence
 
 
 def markdown_table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Format a table as Markdown with padded cells; columns of numbers are aligned to the right."""
+    """A Markdown table with aligned columns; columns of numbers are right-aligned.
+
+    Args:
+        heads: heads of the columns.
+        body: cells of each row.
+    """
     columns = list(zip(heads, *body, strict=True))
     widths = [max(map(len, column)) for column in columns]
     numeric = [all(re.match(r"[-\d]", cell) for cell in column[1:]) for column in columns]

@@ -72,6 +72,7 @@ def make_inputs(
         values: Tensor = torch.randn(
             shape, generator=source, device=source.device, dtype=torch.float64
         )
+        # drawn in float64 and rounded, so that all dtypes get the same problem
         values = (values / fan_in**0.5).to(device, dtype).requires_grad_(requires_grad)
         return values
 

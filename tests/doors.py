@@ -1,7 +1,7 @@
-"""Every kind of file that the program reads, the verbs that read it, and what is done to it.
+"""Every kind of file that the program reads, the verbs that read it, and the attacks on it.
 
-A door is a file in a folder of sound ones, with the command lines that read it. An attack puts
-something else in its place. `tests/test_doors.py` tries all of them, one by one.
+A door is a file in a folder of valid files, with the command lines that read it. An attack replaces
+the file by another. `tests/test_doors.py` tries all combinations, one by one.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Door:
     """A kind of file.
 
     Attributes:
-        name: as the documentation calls it.
-        file: its path in the folder of sound files.
+        name: name in the documentation.
+        file: path in the folder of valid files.
         verbs: command lines; ``{}`` stands for that folder, ``{out}`` for a new path.
-        attacks: those of its format, by name.
-        also_named: what a library's message may call it instead.
+        attacks: attacks on its format, by name.
+        also_named: another name that a library's message may use.
     """
 
     name: str
@@ -107,7 +107,7 @@ JSON = {name: _more(value) for name, value in VALUES.items()}
 
 
 def _doubled() -> bytes:
-    """2^60 paths through 60 tuples."""
+    """60 tuples, through which 2^60 paths lead."""
     tuples = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
     return hostile.MARK + integer(1) + b"q\0" + tuples + b"t"
 
@@ -219,7 +219,7 @@ ROWS = {
 
 
 def _dictionary(path: Path) -> None:
-    """4,000 rows of the same 300 kB."""
+    """4,000 rows that share the same 300 kB."""
     column = pa.array(["xy " * 100_000] * 4000).dictionary_encode()
     parquet.write_table(pa.table({"text": column}), path, compression="none")
 
@@ -323,6 +323,6 @@ DOORS = (
 
 
 def attacks(door: Door) -> Iterator[tuple[str, Attack]]:
-    """Those of every file and those of its format, in the order of `ATTACKS`."""
+    """All attacks on a door, those on its format included, in the order of `ATTACKS`."""
     own = {**EVERY_FILE, **door.attacks}
     yield from ((name, own[name]) for name in ATTACKS if name in own)

@@ -1,10 +1,10 @@
 """Malicious and broken checkpoints, assembled byte by byte.
 
-Nothing here imports torch or pickle: what those would do with a file is for the tests to ask.
-Every case is a tiny valid checkpoint (one layer, single modulation, d=8, f=12, r=2) with one thing
-wrong; ``(id, builder)``, where the id says what is wrong and ``builder(directory)`` writes the
-files into an empty directory and returns the one to open. Payloads, if ever run, create the file
-``canary`` in the working directory.
+This module imports neither torch nor pickle; the tests ask what those do with a file. Every case is
+a tiny valid checkpoint (one layer, single modulation, d=8, f=12, r=2) with one fault. It is a pair
+``(id, builder)``: the id names the fault, and ``builder(directory)`` writes the files into an empty
+directory and returns the path to open. A payload that is run creates the file ``canary`` in the
+working directory.
 """
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ def weights(down: bytes | None = None, *more: tuple[bytes, bytes]) -> bytes:
 
 
 def beside(value: bytes) -> bytes:
-    """A valid checkpoint that hides a value where readers do not look.
+    """A valid checkpoint with a value in a place that readers do not use.
 
     The state that BUILD gives to an OrderedDict becomes its attributes (torch keeps ``_metadata``
-    of a state dict there), so only the opcodes of the value can be reason to refuse.
+    of a state dict there), so a reader can refuse the file only because of the value's opcodes.
     """
     content = ORDERED_DICT + MARK + b"".join(key + value for key, value in items()) + b"u"
     return PROTO + content + dict_of((text("_metadata"), value)) + b"b" + STOP
@@ -178,9 +178,10 @@ class Member:
     """One zip member; `local` and `central` replace fields of its two headers.
 
     Attributes:
-        hole: zero bytes after the data, which take no disk space.
+        hole: number of zero bytes after the data, which take no disk space.
         before: foreign bytes before the local header.
-        embedded: the local header is not written, since the data of the member before ends in it.
+        embedded: whether the data of the previous member ends with the local header, so that it is
+            not written again.
     """
 
     name: str
@@ -231,14 +232,14 @@ def write_zip(
     """Write a zip; `end` and `wide` replace fields of its end records.
 
     Args:
-        path: the file to write.
-        members: in order.
+        path: path of the file.
+        members: members, in order.
         prefix: foreign bytes at the start.
-        shift: added to all recorded offsets.
+        shift: number that is added to all recorded offsets.
         between: foreign bytes between the directory and the end records.
         tail: foreign bytes at the end.
         end: fields of the end record: disk, here, total, size, start, comment.
-        wide: the same for the zip64 end record, also at and disks; None writes none.
+        wide: the same fields of the zip64 end record, and at and disks; None writes no such record.
     """
     directory = []
     with open(path, "wb") as file:
@@ -283,17 +284,17 @@ def write_pt(
     edit: Callable[[bytes], bytes] | None = None,
     **lies: Any,
 ) -> Path:
-    """A ``.pt`` file as `torch.save` lays it out, except as asked.
+    """Write a ``.pt`` file in the layout of `torch.save`, except for the given changes.
 
     Args:
-        directory: where to write it.
+        directory: directory to write to.
         pickle: content of data.pkl.
-        change: attributes of `Member` to replace, by name without the root.
+        change: attributes of `Member` to replace, by the member's name without the root.
         drop: name of a member to leave out.
         first: members before the ordinary ones.
-        last: members after them.
-        edit: done to the bytes of the finished file.
-        lies: as for `write_zip`.
+        last: members after the ordinary ones.
+        edit: function that changes the bytes of the finished file.
+        lies: further arguments of `write_zip`.
     """
     contents = {"data.pkl": pickle, "byteorder": b"little"}
     contents |= {f"data/{number}": piece for number, piece in enumerate(PIECES)}
@@ -311,7 +312,7 @@ def write_pt(
 
 
 def extra(name: str, content: bytes = b"", **fields: Any) -> Member:
-    """One more member under the root."""
+    """Another member under the root."""
     return Member(f"{ROOT}/{name}", content, **fields)
 
 
@@ -321,12 +322,12 @@ PT_CASES: list[Case] = []
 
 
 def pt(name: str, **how: Any) -> None:
-    """Add the case of a `write_pt`."""
+    """Add a case that `write_pt` writes."""
     PT_CASES.append((name, partial(write_pt, **how)))
 
 
 def down(name: str, value: bytes) -> None:
-    """Add the case of a first tensor that is pickled in a wrong way."""
+    """Add a case whose first tensor is pickled wrongly."""
     pt(name, pickle=weights(value))
 
 
@@ -426,7 +427,7 @@ pt("nested-tuple-as-numpy-state", pickle=beside(
     call(_DTYPE, text("f8"), FALSE, TRUE)
     + tuple_of(integer(3), text("<"), *[_NESTED] * 6) + b"b"
 ))  # fmt: skip
-# the keys that lead to a value are in its message
+# the message has the keys that lead to a value
 _UNDER_KEYS = EMPTY_DICT + MARK + (text("x\x01" * 500) + EMPTY_DICT + MARK) * 60
 pt("long-keys-to-a-symbol", pickle=PROTO + _UNDER_KEYS + text("a") + symbol("x" * 200, "y" * 200))
 pt("long-keys-to-a-value", pickle=(
@@ -593,7 +594,7 @@ down("parameter-of-integers-requires-grad", call(_PARAMETER, _INTEGERS, TRUE, OR
 down("tensor-of-integers-requires-grad", tensor(
     storage("0", 8, kind=symbol("torch", "LongStorage")), shape=integers(4, 2), requires_grad=TRUE
 ))  # fmt: skip
-# what no tensor uses is read by torch all the same
+# torch reads storages that no tensor uses too
 pt("unused-storage-without-a-record", pickle=beside(storage("7")))
 pt("unused-storage-of-another-size", pickle=beside(storage("1", 15)))
 pt("unused-tensor-without-a-record", pickle=beside(tensor(storage("7"))))
@@ -636,7 +637,7 @@ pt("member-name-not-utf8", last=[extra("x", central={"name": b"archive/\xff"})])
 pt("member-names-differ", change={"data/0": {"local": {"name": b"archive/data/7"}}})
 pt("member-names-differ-in-length", change={"data/0": {"local": {"name": b"archive/data/00"}}})
 pt("member-names-differ-in-case", change={"data/0": {"local": {"name": b"archive/Data/0"}}})
-# the MS-DOS attribute of a folder: torch 2.13 reads no data then, and returns what memory held
+# with the MS-DOS attribute of a folder, torch 2.13 reads no data and returns uninitialized memory
 pt("member-marked-as-a-folder", change={"data/0": {"central": {"attributes": 0x10}}})
 pt("member-torchscript", last=[extra("constants.pkl", PROTO + EMPTY_TUPLE + STOP)])
 pt("no-data-pkl", drop="data.pkl")
@@ -738,7 +739,7 @@ pt("zip64-end-missing", end=_SATURATED)
 
 
 def _crowded(directory: Path) -> Path:
-    """As many directory entries as the limit allows, all for one member."""
+    """The largest number of directory entries that the limit allows, all for one member."""
     member = Member("a/b")
     count = (8 << 20) // len(member.central_header(0))
     raw = member.local_header() + member.central_header(0) * count
@@ -788,7 +789,7 @@ def with_fields(name: str = W_DOWN, **fields: Any) -> Header:
 
 
 def with_tensor(name: str, shape: list[int], begin: int, end: int, dtype: str = "F32") -> Header:
-    """The valid header and one more tensor."""
+    """The valid header with another tensor added."""
     return {**HEADER, name: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}}
 
 
@@ -808,7 +809,7 @@ def safetensors_bytes(
     length: int | None = None,
     padded: bool = True,
 ) -> bytes:
-    """A safetensors file; a mapping is written as JSON, padded to a multiple of 8."""
+    """Write a safetensors file; a mapping becomes JSON, padded to a multiple of 8 bytes."""
     if isinstance(header, Mapping):
         header = json.dumps(header)
     raw = header if isinstance(header, bytes) else header.encode()
@@ -823,12 +824,12 @@ def write_safetensors(directory: Path, *arguments: Any, **options: Any) -> Path:
 
 
 def st(name: str, *arguments: Any, **options: Any) -> None:
-    """Add the case of a `write_safetensors`."""
+    """Add a case that `write_safetensors` writes."""
     ST_CASES.append((name, lambda directory: write_safetensors(directory, *arguments, **options)))
 
 
 def st_text(name: str, old: str, new: str) -> None:
-    """Add the case of a valid header in which a text occurs once, and is replaced."""
+    """Add a case with the valid header in which a text, which must occur once, is replaced."""
     assert TEXT.count(old) == 1, (name, old)
     st(name, TEXT.replace(old, new))
 
@@ -933,7 +934,7 @@ st_text("nested-dtype", f'"{W_DOWN}": {{"dtype": "F32"',
 st("empty-tensor-inside-another", with_tensor("empty", [0], 32, 32))
 st("empty-tensor-beyond-the-end", with_tensor("empty", [0], 1 << 40, 1 << 40))
 
-# accepted by safetensors 0.8, all the same
+# accepted by safetensors 0.8, but refused here
 st("duplicate-tensor", TEXT[:-1] + ", " + _DOWN_TEXT.replace("[8, 2]", "[2, 8]") + "}")
 st("shape-0-2-63-4", with_tensor("empty", [0, 1 << 63, 4], 224, 224))
 st("shape-2-64-less-1-and-0", with_tensor("empty", [(1 << 64) - 1, 0], 224, 224))
@@ -969,7 +970,7 @@ st("duplicate-after-40000-names", "{" + "".join(f'"{n}":0,' for n in range(40_00
 
 
 def _header_of_100_mb(directory: Path) -> Path:
-    """A header just over what safetensors allows, in a file that is long enough."""
+    """A header just over the limit of safetensors, in a file that is long enough."""
     path = write_safetensors(directory, length=100_000_001)
     os.truncate(path, 100_001_000)
     return path
@@ -1015,14 +1016,15 @@ def write_index(
     prepare: Callable[[Path], object] = lambda directory: None,
     **shards: bytes,
 ) -> Path:
-    """An index of two shards, except as asked.
+    """Write an index of two shards, except for the given changes.
 
     Args:
-        directory: where to write; its folder ``outside`` holds whole copies to be tempted by.
-        weight_map: what the index maps.
-        raw: the index itself, instead.
-        prepare: done at last, on `directory`.
-        shards: content of ``one`` and ``two``.
+        directory: directory to write to; its folder ``outside`` gets complete copies of the shards,
+            which a reader must not open.
+        weight_map: mapping in the index.
+        raw: bytes of the index, in place of `weight_map`.
+        prepare: function that is called on `directory` at the end.
+        shards: contents of the shards ``one`` and ``two``.
     """
     content = {"one": shard_bytes(W_DOWN, W_A_UP), "two": shard_bytes(W_B_UP), **shards}
     inside, outside = directory / "checkpoint", directory / "outside"
@@ -1040,12 +1042,12 @@ def write_index(
 
 
 def index(name: str, weight_map: Any = WHERE, **options: Any) -> None:
-    """Add the case of a `write_index`."""
+    """Add a case that `write_index` writes."""
     ST_CASES.append((f"index-{name}", partial(write_index, weight_map=weight_map, **options)))
 
 
 def _replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """The second shard is replaced by what `make` makes at its path."""
+    """Replace the second shard by what `make` makes at its path."""
 
     def prepare(directory: Path) -> None:
         (directory / TWO).unlink()
@@ -1118,7 +1120,7 @@ index(
 index("not-utf8", raw=_VALID_INDEX.encode().replace(b"W_down", b"W_\xff\xfe"))
 
 
-# --- what is fine
+# --- valid files
 
 CONTROLS: list[Case] = [
     ("pt", write_pt),

@@ -1,4 +1,4 @@
-"""Base models that somebody prepared: code in every place from which transformers would run it."""
+"""Hostile base models, with code in every place from which transformers would run it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class _Run:
 
 
 def change(folder: Path, file: str, **values: Any) -> None:
-    """Set keys of a JSON file in the folder, which need not be there yet."""
+    """Set keys of a JSON file in the folder; the file is created if it does not exist."""
     path = folder / file
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**content, **values}))
 
 
 def plant(folder: Path, canary: Path) -> Path:
-    """A model that loads, with modules beside it that write `canary` when they are imported."""
+    """Write a valid model, and modules beside it that write `canary` when they are imported."""
     tiny.save(folder)
     code = f"open({str(canary)!r}, 'w')\n"
     for name in ("own.py", "custom_generate/generate.py", "__init__.py", "sitecustomize.py"):
@@ -58,7 +58,7 @@ def _adapter(**values: Any) -> Callable[[Path, Path], None]:
 
 
 def _bare_adapter(folder: Path, canary: Path) -> None:
-    """An adapter beside no model: what it names would be loaded in its place."""
+    """Write an adapter without a model; transformers would load the model that it names."""
     other = plant(folder.with_name(f"{folder.name}-other"), canary)
     change(other, "config.json", model_type="ours", auto_map=_ALL)
     (folder / "config.json").unlink()

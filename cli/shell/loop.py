@@ -57,6 +57,7 @@ class JsonOutput:
         print(printable(line), file=sys.stderr, flush=True)
 
     def _write(self, value: dict[str, Any]) -> None:
+        # flushed: a program that reads the replies waits for each
         print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
 
 

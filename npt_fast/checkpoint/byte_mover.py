@@ -1,13 +1,14 @@
-"""Move byte ranges between files without looking at them.
+"""Copy byte ranges between files, if possible without reading them into this process.
 
-The ladder of ways, best first; a way that the file system refuses is not tried again for the same
-pair of file systems:
+Four ways are tried in this order. A way that fails for a source's file system is not tried again
+for that file system:
 
-1. ``reflink``: share the blocks (XFS, btrfs, ...). Whole 4096-byte pages clone when source and
-   destination offsets are equal modulo the page; the ragged ends go down the ladder.
-2. ``copy_file_range``: the kernel copies, or the server does on network file systems.
-3. ``sendfile``: the kernel copies between unlike file systems.
-4. ``mapped``: bounded windows of the source, written out.
+1. ``reflink``: the file system shares the blocks (XFS, btrfs and others). It shares whole 4096-byte
+   pages, and only if source and destination offsets are equal modulo 4096; the ends that do not
+   fill a page are copied by the next way.
+2. ``copy_file_range``: the kernel copies, or the file server on network file systems.
+3. ``sendfile``: the kernel copies between different file systems.
+4. ``mapped``: this process maps windows of the source and writes them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from npt_fast.errors import CheckpointError
 
 PAGE = 4096
 WAYS = ("reflink", "copy_file_range", "sendfile", "mapped")
+# _IOW(0x94, 13, struct file_clone_range) of linux/fs.h, which Python's fcntl does not have
 _FICLONERANGE = 0x4020940D
-_CHUNK = 8 << 20  # after each, the disk starts to write what is copied already
+_CHUNK = 8 << 20  # bytes after which the disk is told to write what was copied
+# errors that refuse a way for this pair of files; others, as for a full disk, are raised
 _NOT_HERE = {
     errno.EXDEV,
     errno.EINVAL,
@@ -41,15 +44,15 @@ _NOT_HERE = {
 
 
 class ByteMover:
-    """Moves ranges and counts which way each byte took.
+    """Copies byte ranges and counts the bytes by the way in which they were copied.
 
     Args:
-        progress: called with every number of bytes moved.
-        reserve: whether to allocate each destination beforehand: faster, but of no use where blocks
-            will be shared.
+        progress: function that is called with the number of bytes of each copy.
+        reserve: whether to allocate each destination beforehand. That is faster, but useless if
+            blocks will be shared.
 
     Attributes:
-        moved: bytes by way.
+        moved: number of bytes, by way.
     """
 
     def __init__(self, progress: Callable[[int], None], *, reserve: bool = False) -> None:
@@ -60,7 +63,7 @@ class ByteMover:
         self._started = 0
 
     def start_file(self, fd: int, size: int) -> None:
-        """Prepare a new destination of `size` bytes; its ranges are to come in ascending order."""
+        """Prepare a new destination of `size` bytes; its ranges must follow in ascending order."""
         os.ftruncate(fd, size)
         if self._reserve and size:
             linux.reserve(fd, 0, size)
@@ -69,16 +72,26 @@ class ByteMover:
     def move(
         self, source: SourceFile, source_fd: int, offset: int, length: int, fd: int, to: int
     ) -> None:
-        """Make ``length`` bytes at `to` of the file `fd` equal those at `offset` of the source.
+        """Copy a range of a source to a destination.
+
+        Args:
+            source: file to copy from.
+            source_fd: descriptor of the source.
+            offset: first byte of the range in the source.
+            length: number of bytes.
+            fd: descriptor of the destination.
+            to: first byte of the range in the destination.
 
         Raises:
-            CheckpointError: the source ended early.
+            CheckpointError: the source is shorter than expected.
             OSError: the destination cannot be written.
         """
+        # the kernel clones whole pages only; the ends within a page are copied
         head = -to % PAGE
         body = (length - head) // PAGE * PAGE
         if offset % PAGE == to % PAGE and body > 0:
             if self._reflink(source, source_fd, offset + head, body, fd, to + head):
+                # after the clone: if that is refused, everything is copied at once
                 self._copy(source, source_fd, offset, head, fd, to)
                 done = head + body
                 self._copy(source, source_fd, offset + done, length - done, fd, to + done)
@@ -104,6 +117,7 @@ class ByteMover:
     def _copy(
         self, source: SourceFile, source_fd: int, offset: int, length: int, fd: int, to: int
     ) -> None:
+        # kept from one way to the next: bytes copied before a way failed are not copied again
         done = 0
         for way, step in (("copy_file_range", _copy_file_range), ("sendfile", _sendfile)):
             if (source.identity.device, way) in self._refused:
@@ -120,6 +134,7 @@ class ByteMover:
                         linux.start_writeback(fd, self._started, to + done - self._started)
                         self._started = to + done
                 return
+            # AttributeError: os.copy_file_range exists on Linux only
             except (OSError, AttributeError) as error:
                 if isinstance(error, OSError) and error.errno not in _NOT_HERE:
                     raise
@@ -139,12 +154,13 @@ def _copy_file_range(source_fd: int, offset: int, length: int, fd: int, to: int)
 
 
 def _sendfile(source_fd: int, offset: int, length: int, fd: int, to: int) -> int:
+    # sendfile takes an offset for its source only, and writes at the destination's file position
     os.lseek(fd, to, os.SEEK_SET)
     return os.sendfile(fd, source_fd, offset, length)
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`, however many calls it takes."""
+    """Write all of `data` at `offset`; one call of pwrite may write less."""
     view = memoryview(data)
     while view:
         count = os.pwrite(fd, view, offset)
@@ -153,7 +169,8 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def cloneable_bytes(offset: int, to: int, length: int) -> int:
-    """How many of `length` bytes can be cloned from `offset` to `to` where reflink works."""
+    """How many of `length` bytes a reflink from `offset` to `to` can share."""
     if offset % PAGE != to % PAGE:
         return 0
+    # the whole pages from the first page boundary at or after `to` to the last before the end
     return max(0, (length + to) // PAGE * PAGE - -(-to // PAGE) * PAGE)

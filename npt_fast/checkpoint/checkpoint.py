@@ -1,4 +1,4 @@
-"""A checkpoint as a user names it: the weights and the small files beside them."""
+"""Open a checkpoint: its weights and the small files beside them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from typing import Any, TypeVar
 from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.digests import DIGESTS, TensorDigest, read_digests
-from npt_fast.checkpoint.merge_summary import MergeSummary, Provenance
+from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary, Provenance
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
-from npt_fast.checkpoint.npt_config import Description, LaterVersionError, LayerDescription
+from npt_fast.checkpoint.npt_config import (
+    NPT_CONFIG,
+    Description,
+    LaterVersionError,
+    LayerDescription,
+)
 from npt_fast.checkpoint.tensor_source import (
     WEIGHTS,
     TensorSource,
@@ -27,8 +32,6 @@ from npt_fast.errors import CheckpointError, MergeError
 from npt_fast.paths import expand, path_errors
 
 CONFIG = "config.json"
-NPT_CONFIG = "npt_config.json"
-MERGE_SUMMARY = "merge_summary.json"
 _WITHOUT = {
     CONFIG: "the file is not used",
     MERGE_SUMMARY: "without it, earlier sources and digests of its layers are not known",
@@ -45,19 +48,20 @@ _FILES = {
 }
 T = TypeVar("T")
 _OWN_SHARD = re.compile(r"npt_weights-[0-9]+-of-[0-9]+\.safetensors")
+# DOTALL: a file's name may hold a line break
 _SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9][0-9, -]*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """What a checkpoint says about where a layer comes from.
+    """What a checkpoint records about one layer; unknown facts are None.
 
     Attributes:
-        residual: ``"removed"``, ``"kept"``, or None where nothing tells (design.md#layer).
-        step: optimizer steps the layer was trained for.
-        fidelity: measured quality, as training recorded it.
-        source: the checkpoint that this one got the layer from; None when it trained it itself.
-        chain: where that one got it from, and so on, nearest first.
+        residual: ``"removed"`` or ``"kept"`` (design.md#layer).
+        step: optimizer steps that the layer was trained for.
+        fidelity: measured error of the layer, as training recorded it.
+        source: checkpoint that a merge took the layer from; None if it was not merged.
+        chain: checkpoints that `source` got the layer from in earlier merges, newest first.
     """
 
     residual: str | None = None
@@ -73,14 +77,15 @@ class Checkpoint:
 
     Attributes:
         given: path as the user wrote it, without a selection and with ``~`` replaced.
-        directory: folder of the small files; None for bare weights.
-        notes: where it was found, if not where it was looked for; weights that were not read.
-        weights: the tensors.
-        modules: complete layers, ascending.
-        config: content of ``config.json``, which is anybody's.
-        description: of ``npt_config.json``, or of the safetensors metadata.
-        summary: of ``merge_summary.json``.
-        unread: of these files, those that are there and cannot be read, with a line that says why.
+        directory: folder of the small files; None if only a weights file was opened.
+        notes: lines that say where the checkpoint was found, if elsewhere, and which weights were
+            not read.
+        weights: tensors of the weights file or files.
+        modules: complete layers by index, ascending.
+        config: content of ``config.json``, unchecked; None if it was not read.
+        description: content of ``npt_config.json``, or of the same in the safetensors metadata.
+        summary: content of ``merge_summary.json``; None if it was not read.
+        unread: for each of these files that exists but cannot be read, a line that says why.
     """
 
     given: str
@@ -99,14 +104,14 @@ class Checkpoint:
 
     @property
     def model_name(self) -> str | None:
-        """The base model that the checkpoint was trained on, where it says so."""
+        """The name of the base model; None if it is not recorded."""
         name = (self.config or {}).get("model_name")
         if name is None and self.description is not None:
             name = self.description.base_name
         return name if isinstance(name, str) else None
 
     def base_size(self, name: str) -> int | None:
-        """A size of the base model, where recorded."""
+        """A size of the base model, such as ``vocab_size``; None if it is not recorded."""
         return self.description.base_sizes.get(name) if self.description else None
 
     def record(self, layer: int) -> LayerRecord:
@@ -117,19 +122,19 @@ class Checkpoint:
         merged = merged or Provenance()
         residual = described.residual
         if residual is None and self.modules[layer].architecture.modulation == "triple":
-            residual = "removed"  # triple modulation came after the residual had gone
+            residual = "removed"  # the original has triple modulation only with removed residuals
         step = merged.step if described.step is None else described.step
         return LayerRecord(residual, step, described.fidelity, merged.source, merged.chain)
 
     def digests(self) -> Iterator[TensorDigest]:
-        """Recorded digests of the tensors in the checkpoint's files.
+        """The recorded digests of the checkpoint's tensors.
 
         Raises:
-            CheckpointError: the file of digests cannot be read.
+            CheckpointError: ``merge_digests.txt`` cannot be read.
         """
         if self.summary is None:
             return
-        if self.summary.tensors is not None:  # where they were before they had a file
+        if self.summary.tensors is not None:  # early versions had no `merge_digests.txt`
             for file, tensors in self.summary.tensors.items():
                 for name, digest in tensors.items():
                     yield file, name, digest
@@ -138,19 +143,19 @@ class Checkpoint:
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether training, merging, saving or the original gives a file in a checkpoint this name."""
+    """Whether npt_fast or the original gives a file in a checkpoint this name."""
     return name in _FILES or _OWN_SHARD.fullmatch(name) is not None
 
 
 def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
-    """``"A:5,11-13"`` -> path and layers; a path that exists as it stands is all path.
+    """Split ``"A:5,11-13"`` into path and layers, unless a path of that whole name exists.
 
     Raises:
-        MergeError: what follows the colon looks like layers and is none.
-        PathError: it is no path.
+        MergeError: the text after the colon looks like layers but is no valid list of them.
+        PathError: `given` is not a valid path.
     """
     match = _SELECTION.fullmatch(given)
-    # a list of many layers is too long for a name: whatever forbids to look, the path alone tells
+    # lexists is False if the name with a long list of layers is too long for the file system
     if match is None or os.path.lexists(expand(given)):
         return given, None
     try:
@@ -160,11 +165,11 @@ def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
 
 
 def open_checkpoint(given: str | Path) -> Checkpoint:
-    """Open the checkpoint at a path.
+    """Open the checkpoint at a path; no tensor data is read.
 
     Raises:
-        CheckpointError: nothing there, or anything in it is broken, unsafe or incomplete.
-        PathError: it is no path.
+        CheckpointError: there is no checkpoint, or it is broken, unsafe or incomplete.
+        PathError: `given` is not a valid path.
     """
     given = expand(given)
     with path_errors(given, CheckpointError):
@@ -176,7 +181,7 @@ def _open(given: str) -> Checkpoint:
     weights = open_tensors(path)
     if paths.is_directory(path):
         directory: Path | None = path
-    else:  # a file of the usual name belongs to the folder around it
+    else:  # a weights file with a usual name belongs to the checkpoint in its folder
         directory = (
             path.parent
             if path.name.startswith(("npt_weights", "accumulated_npt_weights"))
@@ -192,7 +197,7 @@ def _open(given: str) -> Checkpoint:
         except LaterVersionError:
             raise
         except CheckpointError as error:
-            if name == NPT_CONFIG:  # without it, a layer that needs its residual would lose it
+            if name == NPT_CONFIG:  # without it, layers with kept residual would lose the residual
                 raise CheckpointError(f"{error}; {_RESTORE}") from None
             unread[name] = f"{error}; {_WITHOUT[name]}"
             return None
@@ -200,6 +205,7 @@ def _open(given: str) -> Checkpoint:
     description = read(NPT_CONFIG, Description.parse)
     if description is None and "npt_config" in weights.metadata:
         where = f"{weights.path}: metadata npt_config"
+        # the same reader as for the file: metadata of a header is untrusted too
         raw = weights.metadata["npt_config"].encode()
         description = Description.parse(strict_json.parse_foreign(raw, where), where)
     summary = read(MERGE_SUMMARY, MergeSummary.parse)

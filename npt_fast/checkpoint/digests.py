@@ -1,8 +1,8 @@
-"""``merge_digests.txt``: the SHA-256 of every tensor of a merged checkpoint, one line for each.
+"""``merge_digests.txt``: one line for each tensor of a merged checkpoint, with its SHA-256.
 
-A merge of 80 layers with num_ranks 128 and their optimizer has 370,000 tensors, too many to be held
-as JSON. The lines stand in the order in which the files hold the tensors, so that they are written
-and compared as the tensors go by.
+A merge of 80 layers with num_ranks 128 and their optimizer has 370,000 tensors, too many to hold
+them in memory as JSON. The lines have the order of the tensors in their files, so that they can be
+written and compared while the tensors are read.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ _MAX_LINE = 8192  # a tensor name has 4096 bytes at most
 _WAY_ON = "copy the file again, or remove it to go on without digests"
 
 TensorDigest = tuple[str, str, str]
-"""Name of a file, name of a tensor in it, and ``"F32[576, 32] <SHA-256 of its bytes>"``."""
+"""Name of a file, name of a tensor in it, and ``"F32[576, 32] <SHA-256 of the bytes>"``."""
 
 
 class DigestWriter:
-    """Writes the file; a context manager. Without any digest, there is no file.
+    """Context manager that writes the file; no file is written if there is no digest.
 
     Args:
-        create: opens a new file of a name in the checkpoint's directory, for writing.
+        create: function that creates a file of the given name in the checkpoint's directory and
+            returns its descriptor.
 
     Attributes:
-        weights: digests of the weights among them, by tensor.
-        sha256: SHA-256 of the file once it is closed; "" where there is none.
+        weights: digests of weights, by tensor name; other tensors are left out.
+        sha256: SHA-256 of the file after it was closed; "" if there is no file.
     """
 
     def __init__(self, create: Callable[[str], int]) -> None:
@@ -79,10 +80,10 @@ V = TypeVar("V")
 
 
 class InOrder(Generic[K, V]):
-    """Finds values by key in a sequence; holds few of them if asked in the order of the sequence.
+    """Finds values by key in an iterator, with little memory if the order of the keys is the same.
 
     Args:
-        items: keys and values.
+        items: pairs of key and value.
     """
 
     def __init__(self, items: Iterable[tuple[K, V]]) -> None:
@@ -90,27 +91,28 @@ class InOrder(Generic[K, V]):
         self._passed: dict[K, V] = {}
 
     def take(self, key: K) -> V | None:
-        """The value of a key; None where there is none, or it was taken before."""
+        """The value of a key; None if there is none or it was taken before."""
         if key in self._passed:
             return self._passed.pop(key)
         for other, value in self._items:
             if other == key:
                 return value
+            # memory grows only by what is asked for out of order
             self._passed[other] = value
         return None
 
     def rest(self) -> Iterator[K]:
-        """All keys that were not taken."""
+        """All keys whose values were not taken."""
         yield from self._passed
         for key, _ in self._items:
             yield key
 
 
 def read_digests(directory: Path) -> Iterator[TensorDigest]:
-    """The digests in a checkpoint's file, in its order; none where there is no file.
+    """The digests that a checkpoint's file records, in its order; none if there is no file.
 
     Raises:
-        CheckpointError: the file cannot be read, or is malformed.
+        CheckpointError: the file cannot be read or is malformed.
     """
     path = directory / DIGESTS
     if not os.path.lexists(path):
@@ -122,6 +124,7 @@ def read_digests(directory: Path) -> Iterator[TensorDigest]:
         for line in lines:
             number += 1
             yield _parse(line, path, number)
+        # a file without line breaks must not be gathered in memory
         if len(rest) > _MAX_LINE:
             break
     if rest:

@@ -1,4 +1,4 @@
-"""Element types: how safetensors and torch call them, and how many bits they take."""
+"""Element types: their names in safetensors and in torch, and their sizes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """One element type.
+    """An element type.
 
     Attributes:
-        name: the safetensors name, e.g. ``"BF16"``; the name used everywhere in npt_fast.
+        name: safetensors name, such as ``"BF16"``; npt_fast uses this name everywhere.
         bits: bits per element.
-        torch_name: attribute of the ``torch`` module, e.g. ``"bfloat16"``.
-        storage: typed storage class in ``torch`` that names this type in a pickle; None for the
-            younger types, which torch pickles as an untyped storage plus ``torch_name``.
+        torch_name: name in the ``torch`` module, such as ``"bfloat16"``; "" if torch has no such
+            type.
+        storage: name of the class in ``torch`` that stands for this type in a pickle; None for
+            newer types, which torch pickles as an untyped storage and ``torch_name``.
         safetensors: whether the safetensors format has this type.
     """
 
@@ -26,7 +27,7 @@ class DType:
 
     @property
     def itemsize(self) -> int:
-        """Bytes per element; the sub-byte types have none and never reach here from a ``.pt``."""
+        """Bytes per element; 0 for types of less than a byte, which no ``.pt`` file holds."""
         return self.bits // 8
 
     @property
@@ -69,4 +70,4 @@ BY_STORAGE = {dtype.storage: dtype for dtype in _ALL if dtype.storage}
 BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in _ALL if dtype.torch_name and dtype.bits >= 8}
 
 CASTABLE = ("F64", "F32", "F16", "BF16")
-"""Types ``--dtype`` can convert from and to."""
+"""Types that ``--dtype`` can convert from and to."""

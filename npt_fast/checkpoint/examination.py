@@ -1,9 +1,9 @@
-"""Hold a checkpoint against what is known of it.
+"""Compare a checkpoint with its sources and with the records of its merge.
 
-For a merge that has just written it, the sources say what is right. Later its own records do:
-digests, CRCs, and the SHA-256 of what describes its tensors. The sources may have moved, or been
-trained on. They are compared too, but a difference is the output's fault only where it has no
-record of its own.
+Directly after the merge, the sources say what is right. Later the checkpoint's own records do:
+digests, CRCs, and the SHA-256 of headers and small files. Its sources may have been moved or
+trained further since. They are compared too, but a difference is a problem of the checkpoint only
+if none of its own records proves the tensor.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
-from npt_fast.checkpoint.checkpoint import (
-    CONFIG,
-    NPT_CONFIG,
-    Checkpoint,
-)
+from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter, InOrder, TensorDigest
 from npt_fast.checkpoint.layout import TorchZipLayout
+from npt_fast.checkpoint.npt_config import NPT_CONFIG
 from npt_fast.checkpoint.plan import MergePlan
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.source_file import SourceFile
@@ -47,8 +44,8 @@ from npt_fast.config import Progress
 from npt_fast.errors import CheckpointError
 
 _UNREADABLE = "unreadable"
-"""In place of the SHA-256 of a file that is there and cannot be read."""
-_MAX_WHOLE_FILE = 1 << 30  # the digests of six million tensors
+"""Stands for the SHA-256 of a file that exists but cannot be read."""
+_MAX_WHOLE_FILE = 1 << 30  # bytes; enough for the digests of six million tensors
 _WHOLE_FILES = (SAFETENSORS_INDEX, MULTI_LAYER_STATE, CONFIG, NPT_CONFIG, DIGESTS)
 
 
@@ -57,17 +54,17 @@ class VerifyReport:
     """The outcome of a verification.
 
     Attributes:
-        path: the checkpoint.
-        expected_layers: layers that the merge was to produce.
-        found_layers: complete layers found.
-        checkpoint_keys: weight tensors found.
-        problems: one line for each difference; empty when it passed.
-        notes: what could not be checked, and why.
-        tensors: tensors read back, optimizer moments included.
-        compared: how many of them were compared with their source, bit for bit.
-        digests_matched: how many equal a recorded digest.
-        crcs_matched: how many records equal the CRC-32 that their file recorded.
-        bytes_read: bytes of tensors read back.
+        path: path of the checkpoint.
+        expected_layers: layers that the merge should have written.
+        found_layers: complete layers that were found.
+        checkpoint_keys: number of weight tensors found.
+        problems: one line for each difference; empty if the verification passed.
+        notes: one line for each thing that could not be checked, with the reason.
+        tensors: number of tensors read, optimizer moments included.
+        compared: number of tensors that equal their source bit for bit.
+        digests_matched: number of tensors that equal their recorded digest.
+        crcs_matched: number of records that equal the CRC-32 recorded in their file.
+        bytes_read: bytes of the tensors read.
     """
 
     path: str
@@ -92,15 +89,15 @@ class VerifyReport:
 
 
 class Examination:
-    """One checkpoint, held against what is known of it.
+    """The verification of one checkpoint.
 
     Args:
-        checkpoint: opened.
+        checkpoint: the checkpoint.
         expected: layers that it should hold.
-        plan: recipes of its tensors; None where its sources are unknown.
-        digests: of its tensors, as recorded.
-        fresh: whether the plan is that of the merge that has just written it, so that a difference
-            is the output's fault.
+        plan: plan with the recipes of its tensors; None if its sources are unknown.
+        digests: recorded digests of its tensors.
+        fresh: whether the merge of `plan` has just written the checkpoint, so that every difference
+            is a problem of the checkpoint.
     """
 
     def __init__(
@@ -124,9 +121,9 @@ class Examination:
         self.digests_recorded = 0
         self._digests = InOrder(self._counted(digests))
         self._recipes = InOrder(_recipes(plan))
-        self._changed: Counter[str] = Counter()  # tensors that differ, by source
-        self._unmatched: Counter[str] = Counter()  # tensors that only one of both has, by file
-        self._unproven: dict[str, None] = {}  # files with tensors that nothing can be held against
+        self._changed: Counter[str] = Counter()  # number of tensors that differ, by source
+        self._unmatched: Counter[str] = Counter()  # number found in one place only, by file
+        self._unproven: dict[str, None] = {}  # files with tensors that nothing can prove
         self._headers = {h.file.path.name: _sha256(h) for h in checkpoint.weights.headers}
 
     def _counted(self, digests: Iterable[TensorDigest]) -> Iterator[tuple[tuple[str, str], str]]:
@@ -144,7 +141,8 @@ class Examination:
             report.problems.append(f"Missing layers: {missing}")
         if extra := sorted(set(checkpoint.modules) - set(report.expected_layers)):
             report.problems.append(f"Unexpected layers: {extra}")
-        report.problems.extend(_check_npt_config(checkpoint))
+        if checkpoint.description is not None:
+            report.problems.extend(checkpoint.description.contradictions(checkpoint.modules))
         total = sum(file.size for file in checkpoint.weights.files) + self._state_size()
         progress("verifying", 0, total)
         for check, outcome in _in_parallel(in_batches(self._checks())):
@@ -163,12 +161,16 @@ class Examination:
             )
         for file, count in self._unmatched.items():
             report.notes.append(
-                f"{file}: the sources have changed since the merge: {count} of the tensors are "
-                "only in it, or only in them"
+                f"{file}: the sources have changed since the merge: {count} tensors are only in "
+                "this file, or only in the sources"
             )
 
     def check_files(self, expected: Mapping[str, str]) -> None:
-        """Hold what describes the tensors, and the small files, against their SHA-256."""
+        """Compare headers and small files with their recorded SHA-256.
+
+        Args:
+            expected: recorded SHA-256 by file name.
+        """
         self._check_curriculum()
         for name, digest in expected.items():
             found = self._headers.get(name) or file_sha256(self.checkpoint, name)
@@ -199,7 +201,7 @@ class Examination:
         directory = self.checkpoint.directory
         try:
             return os.stat(directory / TRAINING_STATE).st_size if directory else 0
-        except OSError:  # reading it says why
+        except OSError:  # reported when the file is read
             return 0
 
     def _checks(self) -> Iterator[TensorCheck]:
@@ -210,7 +212,7 @@ class Examination:
             for entry in entries:
                 yield self._check_of(file, "weights", entry, finite=True)
         for entry in self._state_entries():
-            # hyperparameters may be infinite, as ReduceLROnPlateau's best is at first
+            # other tensors may be infinite, such as the initial `best` of ReduceLROnPlateau
             finite = is_moment(entry.name)
             yield self._check_of(TRAINING_STATE, TRAINING_STATE, entry, finite=finite)
 
@@ -226,7 +228,7 @@ class Examination:
         return TensorCheck(file, entry, recipe, recorded, finite, self.fresh)
 
     def _state_entries(self) -> Iterator[TensorEntry]:
-        """The training state's tensors; what is wrong with the file goes to the report."""
+        """The tensors of the training state; a problem with the file goes into the report."""
         report, directory = self.report, self.checkpoint.directory
         if directory is None or not os.path.lexists(directory / TRAINING_STATE):
             return
@@ -260,7 +262,7 @@ class Examination:
         report.digests_matched += outcome.digest_matched
         report.crcs_matched += outcome.crcs_matched
         report.problems += outcome.damage
-        # a source that was damaged, or changed, after the merge is not the output's fault
+        # damage or a change of a source after the merge is not a problem of the output
         source_damaged = bool(outcome.difference and outcome.source_damage and not outcome.damage)
         blameless = not self.fresh and (outcome.proven or source_damaged)
         (report.notes if blameless else report.problems).extend(outcome.source_damage)
@@ -281,11 +283,11 @@ class Examination:
             )
 
     def _report_missing(self) -> None:
-        """Tensors that are recorded, or planned, and not there."""
+        """Report tensors that are recorded or planned, but missing."""
         present = {file.path.name for file in self.checkpoint.weights.files}
         present |= self._headers.keys()
         missing: dict[str, str] = {}
-        # of a file that cannot be read, or is not there, one line says all
+        # a file that is missing or cannot be read gets one line, not one for each tensor
         state = self._headers.get(TRAINING_STATE, "")
         for file, name in self._digests.rest():
             if file not in present:
@@ -300,12 +302,12 @@ class Examination:
         self.report.problems.extend(f"{what} is missing" for what in missing)
 
     def _check_shared_records(self) -> None:
-        """CRCs of source records that a tensor covers only in part, or in another order."""
+        """Check CRCs of source records that were not read as a whole, in order, by a tensor."""
         records: dict[Record, str] = {}
         for _, recipe in _recipes(self.plan):
             source = recipe.source
             if source is None or (recipe.is_copy and source.crc32):
-                continue  # compared with its source, and its CRC with that
+                continue  # `check_tensors` has checked this CRC
             whole = Record(source.file, source.offset, source.nbytes, source.crc32)
             record = source.record or whole
             if record.crc32:
@@ -322,7 +324,7 @@ class Examination:
 
 
 def _recipes(plan: MergePlan | None) -> Iterator[tuple[tuple[str, str], Recipe]]:
-    """All planned tensors: by kind of file, since shards may be named otherwise, and name."""
+    """Kind of file, name and recipe of all planned tensors; file names of shards may differ."""
     for file in plan.files if plan else ():
         kind = TRAINING_STATE if file.name == TRAINING_STATE else "weights"
         for piece in file.pieces:
@@ -332,8 +334,8 @@ def _recipes(plan: MergePlan | None) -> Iterator[tuple[tuple[str, str], Recipe]]
 def _in_parallel(
     batches: Iterator[list[TensorCheck]],
 ) -> Iterator[tuple[TensorCheck, CheckOutcome]]:
-    """Every check with its outcome, in order; few batches are held at a time."""
-    # hashing and comparing release the interpreter lock, so threads do help
+    """Every check with its outcome, in order; few batches are in memory at a time."""
+    # hashing releases the interpreter lock, so threads run in parallel
     workers = min(4, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(workers)
     running: deque[tuple[list[TensorCheck], Future[list[CheckOutcome]]]] = deque()
@@ -356,7 +358,7 @@ def _sha256(record: Record) -> str:
 
 
 def file_sha256(checkpoint: Checkpoint, name: str) -> str:
-    """Of all of a file that has no tensors; "" if it is not there."""
+    """SHA-256 of a file without tensors; "" if there is no such file."""
     directory = checkpoint.directory
     if name not in _WHOLE_FILES or directory is None or not os.path.lexists(directory / name):
         return ""
@@ -365,17 +367,5 @@ def file_sha256(checkpoint: Checkpoint, name: str) -> str:
         if file.size > _MAX_WHOLE_FILE:
             return _UNREADABLE
         return _sha256(Record(file, 0, file.size))
-    except CheckpointError:  # reported where it was opened
+    except CheckpointError:  # the reader of this file reports it
         return _UNREADABLE
-
-
-def _check_npt_config(checkpoint: Checkpoint) -> Iterator[str]:
-    """Lines for layers whose ``npt_config.json`` contradicts the tensors."""
-    if checkpoint.description is None or checkpoint.description.layers is None:
-        return
-    described = checkpoint.description.layers
-    for layer, module in checkpoint.modules.items():
-        for name in ("modulation", "num_ranks", "rank"):
-            value = getattr(module.architecture, name)
-            if getattr(described.get(layer), name, None) != value:
-                yield f"{NPT_CONFIG}: layer {layer}: {name} is not {value}, as the tensors say"

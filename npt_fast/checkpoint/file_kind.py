@@ -1,19 +1,19 @@
-"""What a file really is that does not hold what its name says, and what to do about it."""
+"""Recognise what a file is if it is not what its name says, and tell what to do about it."""
 
 from __future__ import annotations
 
 import re
 
 HEAD = 512
-"""Bytes from the beginning of a file that tell its kind."""
+"""Number of bytes at the beginning of a file from which its kind is recognised."""
 
 _SAFETENSORS = rb".{4}\x00{4}\{.*"  # the length of a header below 4 GiB, then the header
 _AGAIN = "copy or download it again"
 _TORCH_ZIP = rb"PK\x03\x04.{26}[^/]{1,255}/data\.pkl.*"
-# protocols 2 to 5 say so; what older ones write begins with a class, a dict or a list
+# protocols 2 to 5 begin with 0x80; pickles of protocol 0 and 1 with a class, a dict or a list
 _PICKLE = rb"(\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|\([dl]p\d+\n|[}\])]q\x00).*"
 _KINDS = (
-    # first: the length may have the bytes with which any of the others begins
+    # first, since a header's length can have the first bytes of any other kind
     (
         _SAFETENSORS,
         "a safetensors file; if these are weights, rename it so that it ends in .safetensors",
@@ -21,7 +21,7 @@ _KINDS = (
     (rb"", f"empty; {_AGAIN}"),
     (
         rb"\x00+",
-        f"nothing but zero bytes where it begins: its data never reached the disk; {_AGAIN}",
+        f"only zero bytes at its beginning: its data never reached the disk; {_AGAIN}",
     ),
     (
         rb"version https://(git-lfs\.github|hawser\.github)\.com/spec/.*",
@@ -72,27 +72,27 @@ _KINDS = (
 
 
 def may_be_safetensors(head: bytes) -> bool:
-    """Whether a file begins as one of safetensors does: no other can be one."""
+    """Whether a file with this beginning can be a safetensors file."""
     return bool(re.match(_SAFETENSORS, head, re.DOTALL))
 
 
 def is_pickle(head: bytes) -> bool:
-    """Whether a file begins as what pickle or torch.save writes, and not as one of safetensors."""
+    """Whether a file begins like one of pickle or torch.save, and not like a safetensors file."""
     pickled = re.match(_PICKLE + b"|" + _TORCH_ZIP, head, re.DOTALL)
     return bool(pickled) and not may_be_safetensors(head)
 
 
 def recognise(head: bytes) -> str:
-    """What a file is by its first `HEAD` bytes, with the way on; "" if nothing tells.
+    """Kind of a file by its first `HEAD` bytes, and what to do about it; "" if unknown.
 
-    The words complete "the file is". Call it only for a file that was found not to be what it
-    should be: a good one of another format than safetensors can begin like any of these.
+    The text completes "the file is". Call this only for a file that could not be read as the format
+    it should have: good files of other formats can begin like one of these kinds.
     """
     return next((text for begin, text in _KINDS if re.fullmatch(begin, head, re.DOTALL)), "")
 
 
 def describe(head: bytes) -> str:
-    """As `recognise`; of any other file, how it begins."""
+    """Like `recognise`; describes the beginning of a file of unknown kind."""
     if known := recognise(head):
         return known
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -100,7 +100,7 @@ def describe(head: bytes) -> str:
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
-        # the last character may be cut
+        # the head may end within a character, which has up to 4 bytes
         text = head[: error.start].decode() if error.start > HEAD - 4 else ""
     line = " ".join(text.split())
     if line.isprintable() and line:
@@ -109,9 +109,9 @@ def describe(head: bytes) -> str:
 
 
 def describe_zip(directory: bytes) -> str:
-    """What a zip archive is that torch has not written, by its central directory."""
+    """Kind of a zip archive that torch did not write, from its central directory."""
     if b".npy" in directory:
         return "a NumPy archive (.npz); name the checkpoint that training wrote"
     if b"model.weights.h5" in directory:
         return "a Keras model; name the checkpoint that training wrote"
-    return "a zip archive without data.pkl, so none of torch.save; unpack it and name what is in it"
+    return "a zip archive without data.pkl; unpack it and name the checkpoint in it"

@@ -1,4 +1,4 @@
-"""Describe checkpoints, and say whether they can be merged; from headers, unless asked for more."""
+"""Describe checkpoints and tell whether they can be merged; only headers are read by default."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class TensorReport:
 
     Attributes:
         name: key in the checkpoint.
-        dtype: element type, safetensors name.
-        shape: sizes.
-        nbytes: bytes of data.
-        norm: Frobenius norm; None also for 8-bit floats.
-        non_finite: NaNs and infinities.
+        dtype: element type, by its safetensors name.
+        shape: size of each dimension.
+        nbytes: size of the data in bytes.
+        norm: Frobenius norm; always None for 8-bit floats.
+        non_finite: number of NaN and infinite elements.
     """
 
     name: str
@@ -50,21 +50,21 @@ class TensorReport:
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """One layer of a checkpoint; facts nobody recorded are None.
+    """One layer of a checkpoint; facts that were not recorded are None.
 
     Attributes:
-        layer: index.
+        layer: index of the layer.
         architecture: modulation type, num_ranks, rank and widths.
-        dtypes: element types.
+        dtypes: names of its element types.
         tensors: number of tensors.
         parameters: number of weights.
-        nbytes: bytes of weights.
-        residual: ``"removed"`` or ``"kept"``.
-        step: optimizer steps it was trained for.
-        source: checkpoint it was merged from.
-        chain: where that one had it from, nearest first.
-        fidelity: measured quality.
-        details: one report per tensor.
+        nbytes: size of the weights in bytes.
+        residual: ``"removed"`` or ``"kept"`` (design.md#layer).
+        step: optimizer steps that the layer was trained for.
+        source: checkpoint that a merge took the layer from.
+        chain: checkpoints that `source` got the layer from in earlier merges, newest first.
+        fidelity: measured error of the layer.
+        details: report of each tensor.
     """
 
     layer: int
@@ -83,27 +83,27 @@ class LayerInfo:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointReport:
-    """What is in a checkpoint.
+    """Description of a checkpoint.
 
     Attributes:
-        path: where it is.
+        path: path of the checkpoint.
         format: ``"pt"`` or ``"safetensors"``.
-        total_keys: weight tensors.
-        total_parameters: weights.
-        modulation: type of all layers, or ``"mixed"``.
-        num_ranks: of all layers; None when they differ.
-        rank: of all layers; None when they differ.
-        hidden_size: d of the base model.
-        intermediate_size: f of the base model.
-        model_name: base model, where recorded.
-        layers: its layers, ascending.
-        training_state: step, optimizer and schedule; None without one.
-        config: ``config.json``.
-        merge: layer sources of a merged checkpoint.
-        multi_layer_state: curriculum.
-        files: size of every file in the directory.
-        problems: parts that could not be read, one line each.
-        notes: where the checkpoint was found; which weights were not read.
+        total_keys: number of weight tensors.
+        total_parameters: number of weights.
+        modulation: modulation type of all layers, or ``"mixed"``.
+        num_ranks: number of components k of all layers; None if they differ.
+        rank: rank r of all layers; None if they differ.
+        hidden_size: width D of the base model.
+        intermediate_size: width F of the base model's MLP.
+        model_name: name of the base model; None if it is not recorded.
+        layers: report of each layer, ascending.
+        training_state: facts about step, optimizer and schedule; None without a training state.
+        config: content of ``config.json``.
+        merge: layers and sources of a merged checkpoint; None for others.
+        multi_layer_state: curriculum and weights of the layers; None if there is none.
+        files: size in bytes of every file in the directory, by name.
+        problems: one line for each part that could not be read.
+        notes: lines that say where the checkpoint was found, and which weights were not read.
     """
 
     path: str
@@ -126,7 +126,7 @@ class CheckpointReport:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, which has no NaN or infinity: None instead."""
+        """Plain data for JSON; NaN and infinity, which JSON lacks, become None."""
         plain: dict[str, Any] = _finite(
             {**asdict(self), "layers": [flat(layer) for layer in self.layers]}
         )
@@ -138,9 +138,9 @@ class MergeVerdict:
     """Whether checkpoints can be merged.
 
     Attributes:
-        mergeable: whether ``merge`` with default options would succeed.
-        layers: layers of the result.
-        remarks: conflicts and other warnings, or the reason why not.
+        mergeable: whether a merge with default options would succeed.
+        layers: layers of the merged checkpoint; empty if it would fail.
+        remarks: conflicts and other warnings, or the reason why it would fail.
     """
 
     mergeable: bool
@@ -152,12 +152,12 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     """Describe a checkpoint.
 
     Args:
-        path: checkpoint directory or weights file, or the folder of a training run, of which the
-            newest checkpoint is described.
-        values: also read the data, for norms and NaN counts.
+        path: checkpoint directory or weights file; or the folder of a training run, whose newest
+            checkpoint is described.
+        values: whether to read the data too, for norms and counts of NaN.
 
     Raises:
-        CheckpointError: there is no readable NPT checkpoint.
+        CheckpointError: there is no NPT checkpoint, or it cannot be read.
     """
     run = user_path(path)
     with path_errors(run, CheckpointError):
@@ -179,6 +179,7 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
         try:
             with path_errors(checkpoint.directory, CheckpointError):
                 entries = sorted(checkpoint.directory.iterdir())
+                # lstat: a link inside a checkpoint is not followed
                 files = {entry.name: entry.lstat().st_size for entry in entries}
         except CheckpointError as error:
             problems.append(f"{error}; its files cannot be listed")
@@ -291,7 +292,7 @@ def _training_facts(checkpoint: Checkpoint, path: Path) -> dict[str, Any] | None
 
 
 def _shown(value: Any) -> Any:
-    """Nested data with numbers for tensors that hold one; None for other tensors."""
+    """A copy of nested data with tensors of one element as numbers, and others as None."""
     if isinstance(value, TensorEntry):
         return read_number(value)
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""The names of NPT tensors: ``layer_11_np.W_down_gate.0`` (design.md#keys).
+"""The names of NPT tensors, such as ``layer_11_np.W_down_gate.0`` (design.md#keys).
 
-``W_down_up`` is the bottleneck of the *up* projection and ``W_a_up_down`` the a-head of the *down*
-projection: the stem is matched whole, and what follows it is the projection.
+``W_down_up`` is ``W_down`` of the projection *up*, and ``W_a_up_down`` is ``W_a_up`` of the
+projection *down*: the stem is matched as a whole, and the rest names the projection.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ PROJECTIONS_OF = {
     "dual": ("gate", "up"),
     "triple": ("gate", "up", "down"),
 }
-"""Projections by modulation type, as names of tensors have them: single has gate without a name."""
+"""Projections of each modulation type, as in tensor names: names of single do not mention gate."""
 
+# no leading zeros: layer_07 beside layer_7 would be two names for one tensor
 _KEY = re.compile(
     r"(?:layer_(?P<layer>0|[1-9][0-9]{0,4})_np\."
     r"|model\.layers\.(?P<other>0|[1-9][0-9]{0,4})\.np_component\.)"
@@ -34,7 +35,7 @@ class NPTKey:
         layer: index of the decoder layer.
         projection: ``"gate"``, ``"up"``, ``"down"``, or ``""`` for single modulation.
         stem: ``"W_down"``, ``"W_a_up"`` or ``"W_b_up"``.
-        component: index on the num_ranks axis; None when the name has none (num_ranks 1).
+        component: index along the num_ranks axis; None if the name has none (num_ranks 1).
     """
 
     layer: int
@@ -49,7 +50,7 @@ class NPTKey:
 
 
 def parse_key(name: str) -> NPTKey | None:
-    """The parts of a name in either spelling the original reads; None for anything else."""
+    """The parts of a name, in either spelling that the original reads; None for other names."""
     match = _KEY.fullmatch(name)
     if match is None:
         return None

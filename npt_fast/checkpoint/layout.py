@@ -1,10 +1,10 @@
-"""Output files before they are written: what lies at which offset.
+"""Lay out output files: decide the offset of everything in them, before they are written.
 
-Offsets are chosen so that the kernel can clone: file systems share whole 4096-byte pages, so a
-tensor is placed at the offset that its source has modulo 4096. A zip takes any padding, hence every
-record of a ``.pt`` gets its own phase; a safetensors file allows none between tensors, so the whole
-data section is shifted to suit most bytes, and each shard of a sharded set is made of tensors that
-share one phase.
+Offsets are chosen so that a file system can share blocks. It shares whole 4096-byte pages, so a
+tensor gets the same offset modulo 4096 (its phase) as in its source. A zip file can have any
+padding, so every record of a ``.pt`` gets its own phase. A safetensors file can have none between
+tensors, so its whole data section gets the phase that suits the most bytes, and each shard of a
+sharded set is made of tensors with one phase.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from npt_fast.checkpoint.torch_zip import (
 )
 from npt_fast.errors import CheckpointError
 
-_RECORD_ALIGNMENT = 64  # what torch.save uses
+_RECORD_ALIGNMENT = 64  # bytes, as in files of torch.save
 _MAX_32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor's place in an output file."""
+    """A tensor in an output file; `offset` is its first byte there."""
 
     recipe: Recipe
     offset: int
 
 
 class OutputFile(Protocol):
-    """A file to be written: `pieces` hold tensor data, `frame` gives all other bytes.
+    """A file to be written: `pieces` are its tensors, and `frame` gives all other bytes.
 
-    `header` is the part of the frame that says what the file holds: a pickle, a safetensors header,
-    or all of it where there are no tensors.
+    `header` is the part of the frame that describes the content: a pickle, a safetensors header, or
+    the whole file if it has no tensors.
     """
 
     @property
@@ -72,12 +72,16 @@ class OutputFile(Protocol):
     def pieces(self) -> Iterable[Piece]: ...
 
     def frame(self, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
-        """Offset and bytes of headers and the like; `crcs` has CRC-32s of computed tensors."""
+        """Offset and bytes of everything but tensors.
+
+        Args:
+            crcs: CRC-32 of each computed tensor, by name.
+        """
         ...
 
 
 def runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces grouped so that each group is one range in one source and in the output."""
+    """Groups of pieces, each of which is one contiguous range in one source and in the output."""
     run: list[Piece] = []
     for piece in pieces:
         if run and not _continues(run[-1], piece):
@@ -90,6 +94,7 @@ def runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def _continues(last: Piece, piece: Piece) -> bool:
     a, b = last.recipe.source, piece.recipe.source
+    # one system call then copies both, and a page that they share can be cloned
     return (
         a is not None
         and b is not None
@@ -123,7 +128,7 @@ class BytesFile:
 
 @dataclass(slots=True)
 class TorchZipLayout:
-    """A ``.pt`` file, laid out by `seal`."""
+    """The layout of a ``.pt`` file, which `seal` makes."""
 
     name: str
     size: int = 0
@@ -135,15 +140,15 @@ class TorchZipLayout:
 
     @classmethod
     def seal(cls, name: str, content: Any) -> TorchZipLayout:
-        """The file that holds `content`.
+        """Lay out a file that holds `content`.
 
         Args:
-            name: file name.
-            content: plain data, with a `Recipe` wherever a tensor stands, or a `TensorEntry` of one
-                that is only copied.
+            name: name of the file.
+            content: plain data, with a `Recipe` in place of every tensor, or a `TensorEntry` if the
+                tensor is only copied.
 
         Raises:
-            CheckpointError: `content` cannot be written so that it can be read again.
+            CheckpointError: our reader could not read `content` again.
         """
         layout = cls(name)
 
@@ -159,12 +164,12 @@ class TorchZipLayout:
         return layout
 
     def find(self, file: SourceFile) -> Iterator[TensorEntry] | None:
-        """The tensors of a file whose pickle is this one; None if it has another.
+        """The tensors of a file with the same pickle as this layout; None if its pickle differs.
 
-        A pickle that is known need not be decoded: it says the same in every file.
+        An equal pickle need not be decoded: it has the same meaning in every file.
 
         Raises:
-            CheckpointError: the file is broken, or lacks a tensor.
+            CheckpointError: the file is broken or lacks a tensor.
         """
         members, _, data = read_members(file)
         return self._find(file, members) if data == self.pickled else None
@@ -192,7 +197,7 @@ class TorchZipLayout:
 
     @property
     def pickled(self) -> bytes:
-        """The pickle that describes the object."""
+        """The bytes of the pickle that describes the content."""
         return next(iter(self._small.values()))
 
     def _add(self, recipe: Recipe) -> TensorRef:
@@ -213,6 +218,7 @@ class TorchZipLayout:
         cursor = 0
         for name, size, phase in self._members():
             start = cursor + LOCAL.size + len(name) + len(_wide_sizes(size)) + 4
+            # at most 4095 bytes, which fit the 16-bit length of an extra field
             pad = -start % _RECORD_ALIGNMENT if phase is None else (phase - start) % PAGE
             self._headers_at.append(cursor)
             self._offsets.append(start + pad)
@@ -221,12 +227,13 @@ class TorchZipLayout:
         self.size = cursor + len(self._directory({}))
 
     def _members(self) -> Iterator[tuple[bytes, int, int | None]]:
-        """Name, bytes, and the wanted offset modulo a page where there is one."""
+        """Name, size in bytes and wanted phase of every member; None if any phase will do."""
         for name, data in self._small.items():
             yield name, len(data), None
         root = self.name.removesuffix(".pt").encode()
         for key, recipe in enumerate(self._recipes):
             phase = None
+            # a smaller tensor has no whole page to share, and padding may take 4095 bytes
             if recipe.is_copy and recipe.source is not None and recipe.nbytes >= PAGE:
                 phase = recipe.source.offset % PAGE
             yield root + b"/data/%d" % key, recipe.nbytes, phase
@@ -235,10 +242,12 @@ class TorchZipLayout:
         rows = zip(self._members(), self._headers_at, self._offsets, self._crcs(crcs), strict=True)
         for (name, size, _), header_at, offset, crc in rows:
             wide = _wide_sizes(size)
-            # the padding of torch.save: an extra field that every zip reader skips
+            # padding as torch.save writes it: an extra field "FB", which zip readers skip
             pad = offset - header_at - LOCAL.size - len(name) - len(wide) - 4
             extra = wide + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
             narrow = min(size, _MAX_32)
+            # version 4.5 is the first with zip64; no time stamp, so that equal inputs give equal
+            # bytes
             yield header_at, LOCAL.pack(
                 b"PK\x03\x04", 45 if wide else 20, 0, 0, 0, 0, crc, narrow, narrow,
                 len(name), len(extra),
@@ -247,7 +256,7 @@ class TorchZipLayout:
         yield self._directory_at, self._directory(crcs)
 
     def _crcs(self, computed: Mapping[str, int]) -> Iterator[int]:
-        """CRC-32 of every member; a copied tensor keeps its source's, 0 when it had none."""
+        """CRC-32 of every member; a copied tensor has that of its source, 0 if not recorded."""
         for data in self._small.values():
             yield zlib.crc32(data)
         for recipe in self._recipes:
@@ -282,13 +291,13 @@ class TorchZipLayout:
 
 
 def _wide_sizes(size: int) -> bytes:
-    """The zip64 field of a local header; none where the size fits 32 bits."""
+    """The zip64 field of a local header; empty if the size fits 32 bits."""
     return struct.pack("<HHQQ", 1, 16, size, size) if size >= _MAX_32 else b""
 
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsLayout:
-    """One safetensors file."""
+    """The layout of a safetensors file."""
 
     name: str
     header: bytes
@@ -305,9 +314,15 @@ class SafetensorsLayout:
 def lay_out_safetensors(
     recipes: Sequence[Recipe], metadata: Mapping[str, str], max_shard_size: int
 ) -> list[OutputFile]:
-    """One file, or shards with an index when the data exceeds `max_shard_size` bytes.
+    """Lay out one safetensors file, or shards and an index if one file would be too large.
 
-    A tensor larger than that gets a shard of its own.
+    Args:
+        recipes: recipes of all tensors.
+        metadata: strings for ``__metadata__`` of every file.
+        max_shard_size: maximum bytes of data in a file; a larger tensor gets a shard of its own.
+
+    Raises:
+        CheckpointError: a header exceeds what the format allows.
     """
     ordered = _in_storage_order(recipes)
     if sum(recipe.nbytes for recipe in ordered) <= max_shard_size:
@@ -337,7 +352,7 @@ def lay_out_safetensors(
 
 
 def _in_storage_order(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """Wide types first, so that all are aligned; then as the sources lie, so that ranges join."""
+    """The recipes, wide types first, which aligns all; then in source order, which joins ranges."""
     files: dict[SourceFile, int] = {}
     for recipe in recipes:
         if recipe.source is not None:
@@ -353,7 +368,7 @@ def _in_storage_order(recipes: Sequence[Recipe]) -> list[Recipe]:
 
 
 def _by_phase(ordered: Sequence[Recipe]) -> dict[int, list[Recipe]]:
-    """Group so that each group can be cloned into one file; one group where that is no use."""
+    """Recipes grouped by phase, so that each group can be cloned; one group if that is no use."""
     groups: dict[int, list[Recipe]] = {}
     files = set()
     phase = end = -1
@@ -362,24 +377,26 @@ def _by_phase(ordered: Sequence[Recipe]) -> dict[int, list[Recipe]]:
         if recipe.is_copy and recipe.source is not None:
             offset = recipe.source.offset
             files.add(recipe.source.file)
-        if offset < 0 or offset != end:  # not the continuation of the previous range
+        if offset < 0 or offset != end:  # a new range begins
             phase = max(offset, 0) % PAGE
         end = offset + recipe.nbytes if offset >= 0 else -1
         groups.setdefault(phase, []).append(recipe)
-    # the records of a .pt have a phase each, and would make as many shards
+    # every record of a .pt has a phase of its own, which would give one shard per tensor
     return groups if len(groups) <= len(files) + 1 else {0: list(ordered)}
 
 
 def _one_file(name: str, recipes: Sequence[Recipe], metadata: Mapping[str, str]) -> OutputFile:
     placed = []
     begin = 0
+    # 0: phase for a file in which nothing is copied
     votes: Counter[int] = Counter({0: 0})
     for recipe in recipes:
         placed.append((recipe.name, recipe.dtype, recipe.shape, begin, begin + recipe.nbytes))
         if recipe.is_copy and recipe.source is not None:
             votes[(recipe.source.offset - begin) % PAGE] += recipe.nbytes
         begin += recipe.nbytes
-    # the header's length is a multiple of 8 by the format, hence the data's phase too
+    # by the format, the length of the header is a multiple of 8, so the phase of the data is too
+    # -p: the same choice every time where two phases have as many bytes
     phase = max((p for p in votes if p % 8 == 0), key=lambda p: (votes[p], -p))
     header = build_header(placed, metadata, PAGE, phase)
     pieces = [

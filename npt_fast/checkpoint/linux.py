@@ -1,4 +1,4 @@
-"""System calls that Python's `os` does not offer; each does without where the kernel has none."""
+"""Linux system calls that Python's `os` lacks: fallocate, sync_file_range and renameat2."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @cache
 def _function(name: str) -> Any:
+    # here: reading a checkpoint needs none of these calls and no ctypes
     import ctypes
 
     return getattr(ctypes.CDLL(None, use_errno=True), name, None)
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Raise OSError when the call fails, ENOSYS when there is no such call."""
+    """Call a C function; a failure raises OSError, with ENOSYS if there is no such function."""
     import ctypes
 
     function = _function(name)
@@ -33,13 +34,15 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def reserve(fd: int, offset: int, length: int) -> None:
-    """Allocate blocks for a range that is about to be written; raises OSError if there are none.
+    """Allocate disk blocks for a range that will be written; OSError if the disk is full.
 
-    Measured on ext4, 1.2 GB with fsync: a third faster, since writing need not allocate.
+    Writing 1.2 GB to ext4, fsync included, was a third faster with this. File systems without
+    fallocate are left as they are.
     """
     import ctypes
 
     try:
+        # not os.posix_fallocate: where a file system lacks it, glibc writes to every block instead
         _call("fallocate", fd, 0, ctypes.c_int64(offset), ctypes.c_int64(length))
     except OSError as error:
         if error.errno not in UNSUPPORTED:
@@ -47,7 +50,7 @@ def reserve(fd: int, offset: int, length: int) -> None:
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Let the disk begin to write a range while we go on; fsync then finds little left to do."""
+    """Start to write a range to the disk without waiting, so that a later fsync has less to do."""
     import ctypes
 
     size = ctypes.c_int64
@@ -59,9 +62,15 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
 
 
 def rename(folder: int, old: str, new: str, flags: int) -> None:
-    """``renameat2`` of two names in an open folder; OSError in `UNSUPPORTED` without.
+    """Rename within an open folder, by ``renameat2``.
 
     Args:
+        folder: descriptor of the folder.
+        old: present name.
+        new: future name.
         flags: `RENAME_NOREPLACE` or `RENAME_EXCHANGE`.
+
+    Raises:
+        OSError: the call failed; its errno is in `UNSUPPORTED` if the system has no such call.
     """
     _call("renameat2", folder, os.fsencode(old), folder, os.fsencode(new), flags)

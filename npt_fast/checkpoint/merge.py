@@ -1,4 +1,4 @@
-"""Carry out a merge: copy ranges, build the rest, prove it, publish it in one step."""
+"""Carry out a merge: copy or compute all tensors, verify them, publish the output."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
-from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint, is_checkpoint_file
+from npt_fast.checkpoint.checkpoint import Checkpoint, is_checkpoint_file
 from npt_fast.checkpoint.digests import DigestWriter
 from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
+from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back, read_back_records
@@ -28,8 +29,9 @@ from npt_fast.paths import path_errors, path_list, user_path
 if TYPE_CHECKING:
     from npt_fast.checkpoint.examination import VerifyReport
 
+# for estimates only: while it copies, a merge tries a reflink on every file system
 _REFLINK_FILESYSTEMS = ("xfs", "btrfs", "bcachefs", "ocfs2")
-_SLACK = 1 << 20  # for directory blocks and the summary
+_SLACK = 1 << 20  # bytes for directory blocks and the summary
 
 
 def merge(
@@ -45,23 +47,27 @@ def merge(
     """Merge NPT checkpoints into one.
 
     Args:
-        checkpoints: checkpoint directories or weight files, or one of them; ``"A:11,13"`` takes
-            those layers of A.
+        checkpoints: checkpoint directories or weights files, or a single one; ``"A:11,13"`` takes
+            only these layers of A.
         output: directory to write; it appears complete or not at all.
-        verify: compare every tensor with its source before the output appears, and record digests.
-        force: replace an existing checkpoint, whole. What is no checkpoint, or holds other files,
-            is never replaced.
-        dry_run: decide and check everything, write nothing.
-        options: how to merge; the guide's rules when not given.
-        progress: called with what is being done, bytes done and bytes in all.
+        verify: whether to compare every tensor with its source before the output appears, and to
+            record digests.
+        force: whether to replace an existing checkpoint as a whole. A directory that is no
+            checkpoint, or holds other files too, is never replaced.
+        dry_run: whether to plan and check everything, but write nothing.
+        options: how to merge; default options if not given.
+        progress: called with the name of the activity, bytes done and bytes in all.
+
+    Returns:
+        The report of what was done, or would be done.
 
     Raises:
-        CheckpointError: an input cannot be read, or changes while it is read; or the output could
-            not be read, and was not written.
-        MergeError: the inputs do not fit together, or the output is in the way.
-        PathError: the output, or an input, is no path.
-        StorageError: the disk is full, or would be.
-        VerificationError: the output would not equal its sources; nothing was published.
+        CheckpointError: an input cannot be read or changes while it is read; or the output could
+            not be read back and was not published.
+        MergeError: the inputs do not fit together, or something is in the place of the output.
+        PathError: the output or an input is not a valid path.
+        StorageError: the disk is full or would become full.
+        VerificationError: the output differs from its sources and was not published.
     """
     started = time.monotonic()
     options = options or MergeOptions()
@@ -81,7 +87,7 @@ def merge(
         proof: VerifyReport | None = None
         with DigestWriter(staged.open) as digests:
             if verify:
-                # here, since a merge without proof starts sooner without it
+                # imported here, so that a merge without verification starts faster
                 from npt_fast.checkpoint.verify import verify_plan
 
                 proof = verify_plan(plan, written, digests, report_progress)
@@ -90,25 +96,26 @@ def merge(
             else:
                 for digest in plan.known_digests():
                     digests.add(*digest)
-        summary = strict_json.dump(summary_of(plan, target, digests))
+        summary = strict_json.dump(summary_of(plan, target, digests).to_dict())
         _write_file(BytesFile(MERGE_SUMMARY, summary), staged, mover, lambda count: None)
         read_back_records(staged.path, target)
+        # checked again: during a long merge, other files may have been put there
         if force and paths.exists(target):
-            check_replaced(target)  # still
+            check_replaced(target)
         staged.publish()
         if proof is not None:
             proof.path = str(target)
     report = report_of(plan, target, mover.moved, free, needed, started, proof=proof)
     report.warnings.extend(
-        f"{left}: stays: it belongs to another merge that may be running or to another user, or "
-        "nothing proves that a merge left it there"
+        f"{left}: was not removed: it belongs to another merge that may be running or to another "
+        "user, or nothing proves that a merge left it there"
         for left in staged.left
     )
     return report
 
 
 def check_target(target: Path, inputs: Sequence[Checkpoint], *, force: bool) -> None:
-    """Raise MergeError if the output may not be put at `target`."""
+    """Raise MergeError if the output must not be written to `target`."""
     real = Path(os.path.realpath(target))
     for checkpoint in inputs:
         source = Path(os.path.realpath(checkpoint.path))
@@ -131,7 +138,7 @@ def check_target(target: Path, inputs: Sequence[Checkpoint], *, force: bool) -> 
 
 
 def check_replaced(target: Path) -> None:
-    """Raise MergeError unless what is at `target` is a checkpoint and nothing else, or empty."""
+    """Raise MergeError unless `target` is an empty directory or holds nothing but a checkpoint."""
     if not paths.is_directory(target):
         raise MergeError(f"{target}: is not a directory; --force replaces checkpoints only")
     names = sorted(os.listdir(target))
@@ -159,7 +166,7 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 def _space(plan: MergePlan, target: Path) -> tuple[dict[str, int], int, int]:
-    """Expected ways, free bytes and needed bytes on the target's file system."""
+    """Expected bytes by way, and free and needed bytes on the target's file system."""
     parent = next(p for p in Path(os.path.realpath(target)).parents if p.exists())
     kinds = plan.bytes_by_kind()
     cloned = kinds["cloneable"] if _can_clone(plan, parent) else 0
@@ -174,7 +181,7 @@ def _space(plan: MergePlan, target: Path) -> tuple[dict[str, int], int, int]:
 
 
 def _can_clone(plan: MergePlan, directory: Path) -> bool:
-    """Whether files in `directory` are expected to share blocks with the inputs."""
+    """Whether files in `directory` can probably share blocks with the inputs."""
     device = directory.stat().st_dev
     return filesystem_type(directory) in _REFLINK_FILESYSTEMS and all(
         file.identity.device == device
@@ -206,10 +213,12 @@ def _write_file(
     try:
         mover.start_file(fd, file.size)
         crcs = _write_pieces(file.pieces, fd, mover, advance)
+        # last, since the headers of a zip hold the CRCs of tensors that were computed just now
         for offset, data in file.frame(crcs):
             write_all(fd, data, offset)
             mover.moved["headers"] += len(data)
             advance(len(data))
+        # before the rename that publishes it, or a crash could leave a name without the data
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -218,7 +227,7 @@ def _write_file(
 def _write_pieces(
     pieces: Iterable[Piece], fd: int, mover: ByteMover, advance: Callable[[int], None]
 ) -> dict[str, int]:
-    """Write all tensor data of a file; CRC-32s of what passed through memory."""
+    """Write all tensor data of a file; returns the CRC-32 of each computed tensor."""
     crcs: dict[str, int] = {}
     for run in runs(pieces):
         recipe = run[0].recipe

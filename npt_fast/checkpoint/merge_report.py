@@ -1,4 +1,4 @@
-"""What a merge tells: a typed report for the caller, ``merge_summary.json`` for everyone later."""
+"""What a merge reports: `MergeReport` for the caller, ``merge_summary.json`` for later readers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npt_fast.checkpoint.checkpoint import LayerRecord
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
+from npt_fast.checkpoint.merge_summary import MergeSummary, PartProvenance, Provenance
 from npt_fast.checkpoint.merged_layer import MergedLayer
 from npt_fast.checkpoint.np_module import Architecture, flat
 from npt_fast.checkpoint.plan import MergePlan
@@ -25,13 +27,14 @@ class LayerReport:
     """One layer of a merged checkpoint.
 
     Attributes:
-        layer: index.
-        source: input it came from; several are joined by ``+``.
-        step: optimizer steps it was trained for, where known.
+        layer: index of the layer.
+        source: input that the layer came from; several inputs are joined by ``+``.
+        step: optimizer steps that the layer was trained for; None if unknown.
         architecture: modulation type, num_ranks, rank and widths.
         parameters: number of weights.
-        changed: tensors that are not plain copies.
-        optimizer: ``"kept"``, ``"fresh"``, ``"partly fresh"``, or ``"left out"``.
+        changed: number of tensors that are not plain copies.
+        optimizer: what became of the optimizer state: ``"kept"``, ``"fresh"``, ``"partly fresh"``
+            or ``"left out"``.
     """
 
     layer: int
@@ -45,24 +48,24 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did, or, for a dry run, would do.
+    """What a merge did, or what a dry run would do.
 
     Attributes:
-        output: the merged checkpoint.
-        layers: its layers.
+        output: path of the merged checkpoint.
+        layers: report of each layer, ascending.
         total_parameters: number of weights.
         checkpoint_keys: number of weight tensors.
         global_step: step that training continues from; None without training state.
-        files: bytes of each written file.
-        ways: bytes by the way they took (`byte_mover.WAYS`, ``computed``, ``headers``); for a dry
-            run by the way they are expected to take.
-        free_bytes: space on the target's file system before the merge.
-        needed_bytes: space the output takes there; cloned blocks take none.
-        seconds: wall time.
-        warnings: lines for the user.
-        notes: lines for the user that need no attention.
-        dry_run: whether nothing was written.
-        verification: the proof, if one was asked for.
+        files: size in bytes of each written file, by name.
+        ways: bytes moved by each way (`byte_mover.WAYS`, ``computed``, ``headers``); for a dry run,
+            the expected bytes.
+        free_bytes: free space in bytes on the target's file system before the merge.
+        needed_bytes: space in bytes that the output takes there; cloned blocks take none.
+        seconds: wall time in seconds.
+        warnings: lines that the user should read.
+        notes: lines that need no attention.
+        dry_run: whether this was a dry run, which writes nothing.
+        verification: outcome of the verification; None if none was asked for.
     """
 
     output: str
@@ -131,73 +134,72 @@ def report_of(
     )
 
 
-def summary_of(plan: MergePlan, target: Path, digests: DigestWriter) -> dict[str, Any]:
-    """The content of ``merge_summary.json`` (design.md#checkpoint-files)."""
+def summary_of(plan: MergePlan, target: Path, digests: DigestWriter) -> MergeSummary:
+    """What a merge records about itself.
+
+    Args:
+        plan: what was written.
+        target: where the output is to be.
+        digests: the digests of its tensors, as far as they are known.
+    """
     files = plan.small_digests()
     if digests.sha256:
         files[DIGESTS] = digests.sha256
-    return {
-        "merged_layers": [merged.layer for merged in plan.layers],
-        "layer_sources": {str(merged.layer): merged.source for merged in plan.layers},
-        "total_parameters": sum(recipe.numel for recipe in plan.weights),
-        "checkpoint_keys": len(plan.weights),
-        "layers": {
-            str(merged.layer): _provenance(merged, digests.weights) for merged in plan.layers
-        },
-        "working_directory": _working_directory(plan, target),
-        "inputs": [
-            {
-                "path": item.checkpoint.given,
-                "layers": list(item.layers) if item.selected else None,
-            }
-            for item in plan.inputs
-        ],
-        "options": {
+    return MergeSummary(
+        merged_layers=tuple(merged.layer for merged in plan.layers),
+        layers={merged.layer: _provenance(merged, digests.weights) for merged in plan.layers},
+        total_parameters=sum(recipe.numel for recipe in plan.weights),
+        checkpoint_keys=len(plan.weights),
+        inputs=tuple(
+            (item.checkpoint.given, item.layers if item.selected else None) for item in plan.inputs
+        ),
+        working_directory=_working_directory(plan, target),
+        options={
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(plan.options).items()
         },
-        "files": files,
-    }
+        files=files,
+    )
 
 
 def _working_directory(plan: MergePlan, target: Path) -> str | None:
-    """What relative paths of inputs are relative to, seen from the output; None without any.
+    """The current directory relative to the output; None if all inputs have absolute paths.
 
-    Nothing absolute is recorded, so that a tree which is moved or copied whole stays true, and who
-    publishes a checkpoint does not tell the names of the folders above it.
+    Relative paths of inputs are relative to this directory. No absolute path is recorded, so that
+    the paths stay valid when the whole tree is moved, and a published checkpoint does not reveal
+    the names of its publisher's folders.
     """
     if all(os.path.isabs(item.checkpoint.given) for item in plan.inputs):
         return None
     return os.path.relpath(os.getcwd(), os.path.realpath(target))
 
 
-def _provenance(merged: MergedLayer, digests: dict[str, str]) -> dict[str, Any]:
-    def chain(index: int) -> list[str]:
-        record = merged.parts[index].origin.checkpoint.record(merged.layer)
-        return [record.source, *record.chain] if record.source else []
+def _provenance(merged: MergedLayer, digests: Mapping[str, str]) -> Provenance:
+    parts = tuple(
+        PartProvenance(
+            source=part.origin.checkpoint.given,
+            step=part.origin.step(merged.layer),
+            chain=_chain(part.origin.checkpoint.record(merged.layer)),
+            num_ranks=part.module.architecture.num_ranks,
+            divisor=merged.divisor,
+        )
+        for part in merged.parts
+    )
+    return Provenance(
+        source=merged.source,
+        step=merged.step,
+        chain=parts[0].chain,
+        digest=layer_digest(merged.architecture.names(merged.layer), digests),
+        parts=parts if len(parts) > 1 else (),
+    )
 
-    facts: dict[str, Any] = {
-        "step": merged.step,
-        "source": merged.source,
-        "chain": chain(0),
-        "digest": layer_digest(merged.architecture.names(merged.layer), digests),
-    }
-    if len(merged.parts) > 1:
-        facts["parts"] = [
-            {
-                "source": part.origin.checkpoint.given,
-                "step": part.origin.step(merged.layer),
-                "chain": chain(index),
-                "num_ranks": part.module.architecture.num_ranks,
-                "divisor": merged.divisor,
-            }
-            for index, part in enumerate(merged.parts)
-        ]
-    return facts
+
+def _chain(record: LayerRecord) -> tuple[str, ...]:
+    return (record.source, *record.chain) if record.source else ()
 
 
 def layer_digest(names: Sequence[str], digests: Mapping[str, str]) -> str | None:
-    """One digest for a layer, from those of its tensors; None unless all are known."""
+    """SHA-256 over the names and digests of a layer's tensors; None unless all are known."""
     if not all(name in digests for name in names):
         return None
     lines = "".join(f"{name} {digests[name]}\n" for name in names)

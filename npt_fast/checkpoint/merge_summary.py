@@ -1,13 +1,13 @@
-"""``merge_summary.json`` as a typed object: where a merge's layers came from, and its digests.
+"""``merge_summary.json``: its schema, and the code that writes and reads it.
 
-The file may be anybody's: what is in it is checked against its types once, here. A merge writes it
-in `merge_report.summary_of`.
+It records how a merged checkpoint was made (design.md#checkpoint-files): the original's keys, then
+ours. The file is untrusted: the types of its fields are checked once, here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from npt_fast.errors import CheckpointError
@@ -24,7 +24,9 @@ from npt_fast.schema import (
     or_none,
 )
 
-_SUMMARY = {
+MERGE_SUMMARY = "merge_summary.json"
+
+_TOP = {
     "merged_layers": or_none(list_of(COUNT)),
     "layer_sources": or_none(mapping_of(INDEX, PATH)),
     "total_parameters": or_none(COUNT),
@@ -36,7 +38,20 @@ _SUMMARY = {
     "files": or_none(mapping_of(TEXT, TEXT)),
     "tensors": or_none(mapping_of(TEXT, mapping_of(TEXT, TEXT))),
 }
-_PROVENANCE = {"source": or_none(PATH), "step": or_none(COUNT), "chain": or_none(list_of(PATH))}
+_LAYER = {
+    "source": or_none(PATH),
+    "step": or_none(COUNT),
+    "chain": or_none(list_of(PATH)),
+    "digest": or_none(TEXT),
+    "parts": or_none(list_of(MAPPING)),
+}
+_PART = {
+    "source": PATH,
+    "step": or_none(COUNT),
+    "chain": list_of(PATH),
+    "num_ranks": COUNT,
+    "divisor": COUNT,
+}
 _INPUT = {"path": PATH, "layers": or_none(list_of(COUNT))}
 _OPTIONS = {
     "uniform": FLAG,
@@ -48,34 +63,69 @@ _OPTIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
-    """What ``merge_summary.json`` says of a layer.
+class PartProvenance:
+    """Where one part of a joined layer comes from.
 
     Attributes:
-        source: the checkpoint that the merge got it from.
-        step: optimizer steps that it was trained for.
-        chain: where that checkpoint had it from, and so on, nearest first.
+        source: checkpoint that the merge took the part from.
+        step: optimizer steps that the part was trained for.
+        chain: checkpoints that `source` got the part from in earlier merges, newest first.
+        num_ranks: number of its components in the joined layer.
+        divisor: number that its ``W_b_up`` were divided by.
+    """
+
+    source: str
+    step: int | None
+    chain: tuple[str, ...]
+    num_ranks: int
+    divisor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a layer comes from.
+
+    Attributes:
+        source: checkpoint that the merge took the layer from; several are joined by ``+``.
+        step: optimizer steps that the layer was trained for.
+        chain: checkpoints that `source` got the layer from in earlier merges, newest first.
+        digest: SHA-256 over the names and digests of its tensors; None unless all are known.
+        parts: origin of each part of a layer that ``concat`` or ``mean`` joined, else empty.
     """
 
     source: str | None = None
     step: int | None = None
     chain: tuple[str, ...] = ()
+    digest: str | None = None
+    parts: tuple[PartProvenance, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layer's entry in the file; ``parts`` is left out unless there are several."""
+        facts = {
+            "step": self.step,
+            "source": self.source,
+            "chain": self.chain,
+            "digest": self.digest,
+        }
+        return {**facts, "parts": [asdict(part) for part in self.parts]} if self.parts else facts
 
 
 @dataclass(frozen=True, slots=True)
 class MergeSummary:
-    """The content of ``merge_summary.json``; what it leaves out is None, or empty.
+    """The content of ``merge_summary.json``; fields that the file leaves out are None or empty.
 
     Attributes:
-        merged_layers: layers of the output.
-        layers: where each came from; all that a merge by the original says are the sources.
-        total_parameters: weights.
-        checkpoint_keys: weight tensors.
-        inputs: path and selected layers of each; None for all of its layers.
-        working_directory: what relative paths of inputs are relative to, seen from the output.
+        merged_layers: layers of the merged checkpoint.
+        layers: origin of each layer, by index; the original records only the sources.
+        total_parameters: number of weights.
+        checkpoint_keys: number of weight tensors.
+        inputs: path and selected layers of each input; None stands for all of its layers.
+        working_directory: directory that relative paths of inputs are relative to, itself relative
+            to the merged checkpoint.
         options: keywords of `MergeOptions`, perhaps of another version.
-        files: SHA-256 of files, or of what describes their tensors, by name.
-        tensors: digests by file and tensor, where they were before they had a file of their own.
+        files: SHA-256 of each file, or of its header if it has tensors, by name.
+        tensors: digests by file and tensor; files of early versions have them here instead of in
+            ``merge_digests.txt``.
     """
 
     merged_layers: tuple[int, ...] | None
@@ -86,23 +136,38 @@ class MergeSummary:
     working_directory: str | None
     options: Mapping[str, Any] | None
     files: Mapping[str, str]
-    tensors: Mapping[str, Mapping[str, str]] | None
+    tensors: Mapping[str, Mapping[str, str]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file; `parse` turns it back into the same summary."""
+        return {
+            "merged_layers": self.merged_layers,
+            "layer_sources": {str(layer): facts.source for layer, facts in self.layers.items()},
+            "total_parameters": self.total_parameters,
+            "checkpoint_keys": self.checkpoint_keys,
+            "layers": {str(layer): facts.to_dict() for layer, facts in self.layers.items()},
+            "working_directory": self.working_directory,
+            "inputs": [{"path": path, "layers": layers} for path, layers in self.inputs or ()],
+            "options": self.options,
+            "files": self.files,
+        }
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], where: str) -> MergeSummary:
-        """Check what is used against its types.
+        """Build a summary from the file's content; the type of every used field is checked.
+
+        Args:
+            content: JSON object of the file.
+            where: name of the file, for messages.
 
         Raises:
-            CheckpointError: something has another type.
+            CheckpointError: a field has the wrong type.
         """
-        top = checked(content, _SUMMARY, (), where, CheckpointError)
-        layers = {
-            int(n): Provenance(source) for n, source in (top.get("layer_sources") or {}).items()
-        }
+        top = checked(content, _TOP, (), where, CheckpointError)
+        sources = top.get("layer_sources") or {}
+        layers = {int(key): Provenance(source) for key, source in sources.items()}
         for key, facts in (top.get("layers") or {}).items():
-            own = checked(facts, _PROVENANCE, (), f"{where}: layers: {key}", CheckpointError)
-            source = own.get("source") or layers.get(int(key), Provenance()).source
-            layers[int(key)] = Provenance(source, own.get("step"), tuple(own.get("chain") or ()))
+            layers[int(key)] = _provenance(facts, sources.get(key), f"{where}: layers: {key}")
         inputs = top.get("inputs")
         if inputs is not None:
             inputs = tuple(
@@ -123,6 +188,22 @@ class MergeSummary:
             files=top.get("files") or {},
             tensors=top.get("tensors"),
         )
+
+
+def _provenance(facts: Any, source: str | None, where: str) -> Provenance:
+    own = checked(facts, _LAYER, (), where, CheckpointError)
+    return Provenance(
+        own.get("source") or source,
+        own.get("step"),
+        tuple(own.get("chain") or ()),
+        own.get("digest"),
+        tuple(_part(item, where) for item in own.get("parts") or ()),
+    )
+
+
+def _part(item: Any, where: str) -> PartProvenance:
+    known = checked(item, _PART, list(_PART), f"{where}: parts", CheckpointError)
+    return PartProvenance(**{**known, "chain": tuple(known["chain"])})
 
 
 def _input(item: Any, where: str) -> tuple[str, tuple[int, ...] | None]:

@@ -1,4 +1,4 @@
-"""What each layer of a merge is made of: whose it is, and where every tensor of it comes from."""
+"""The layers of a merged checkpoint: which inputs each comes from, and each of its tensors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from npt_fast.errors import MergeError
 
 @dataclass(frozen=True, slots=True)
 class MergeInput:
-    """One input: an opened checkpoint, and what to take from it.
+    """An input of a merge: an opened checkpoint, and the parts of it that are used.
 
     Attributes:
-        checkpoint: the checkpoint, whole.
+        checkpoint: the checkpoint with all its layers.
         layers: layers to take, ascending.
-        selected: whether the user chose them (``A:11,13``).
-        state: its training state, if it has one and it is wanted.
-        multi_layer_state: its curriculum, likewise.
+        selected: whether the user chose the layers (``A:11,13``).
+        state: training state; None if there is none or it is not used.
+        multi_layer_state: content of ``multi_layer_state.pt``; None if there is none or it is not
+            used.
     """
 
     checkpoint: Checkpoint
@@ -36,7 +37,7 @@ class MergeInput:
     multi_layer_state: Mapping[str, Any] | None
 
     def step(self, layer: int) -> int | None:
-        """Optimizer steps that a layer has seen, where anything tells."""
+        """Optimizer steps that a layer was trained for; None if unknown."""
         recorded = self.checkpoint.record(layer).step
         if recorded is None and self.state is not None:
             return self.state.global_step
@@ -45,7 +46,7 @@ class MergeInput:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A layer of one input, as a part of a merged layer."""
+    """A layer of one input that becomes a part of a merged layer."""
 
     origin: MergeInput
     module: NPModule
@@ -53,13 +54,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class MergedLayer:
-    """One layer of the output.
+    """One layer of the merged checkpoint.
 
     Attributes:
-        layer: index.
-        architecture: of the output.
-        parts: inputs it is made of; several only for ``concat`` and ``mean``.
-        divisor: by which ``W_b_up`` is divided: the number of parts for ``mean``, else 1.
+        layer: index of the layer.
+        architecture: architecture after the merge.
+        parts: layers of inputs that it is made of; several only for ``concat`` and ``mean``.
+        divisor: number that ``W_b_up`` is divided by: the number of parts for ``mean``, else 1.
     """
 
     layer: int
@@ -81,7 +82,7 @@ class MergedLayer:
         return next(iter(_residuals(self.layer, self.parts)), None)
 
     def slots(self) -> Iterator[tuple[Slot, Part | None, Slot | None]]:
-        """Every output slot, and the part and slot it comes from; None, None for a new one."""
+        """Every slot, with the part and slot that it comes from; both None for a new tensor."""
         offsets = []
         count = 0
         for part in self.parts:
@@ -99,19 +100,26 @@ class MergedLayer:
                 continue
             part = self.parts[index]
             if part.module.architecture.modulation == "single" and projection == "gate":
-                projection = ""  # single modulation is gate modulation that does not say so
+                projection = ""  # single modulation modulates gate, but its names do not say so
             origin = (projection, stem, component - offsets[index])
             yield (slot, part, origin) if origin in part.module.tensors else (slot, None, None)
 
     def recipes(self, dtype: DType | None) -> Iterator[Recipe]:
-        """The weights, in parameter order."""
+        """The recipes of the weights, in parameter order.
+
+        Args:
+            dtype: element type of all weights; None keeps that of each source.
+
+        Raises:
+            MergeError: a tensor cannot be converted.
+        """
         default = next(iter(self.parts[0].module.tensors.values())).dtype
         for slot, part, origin in self.slots():
             name = str(self.architecture.key(self.layer, slot))
             shape = self.architecture.shape(slot)
             stem = slot[1]
             if part is None or origin is None:
-                # W_b_up = 0 leaves the function as it was; the rest is live, so that it can train
+                # W_b_up = 0 keeps the layer's function; the others are random, so that it can train
                 recipe = Recipe(name, dtype or default, shape, None, random=stem != "W_b_up")
                 check_castable(self.source, recipe)
                 yield recipe
@@ -123,13 +131,14 @@ class MergedLayer:
                 shape,
                 source,
                 divisor=self.divisor if stem == "W_b_up" else 1,
+                # new columns of W_down have no effect yet; at random they can be trained
                 random=stem == "W_down" and shape != source.shape,
             )
             check_castable(self.source, recipe)
             yield recipe
 
     def moments(self) -> Iterator[tuple[SlotState | None, tuple[int, int]]]:
-        """For every parameter in order: optimizer state, None for a fresh one, and shape."""
+        """Optimizer state, None if it starts fresh, and shape of every parameter, in order."""
         for slot, part, origin in self.slots():
             state = None
             if part is not None and origin is not None and part.origin.state is not None:
@@ -137,7 +146,7 @@ class MergedLayer:
             yield state, self.architecture.shape(slot)
 
     def optimizer(self) -> str:
-        """``"kept"``, ``"fresh"``, or ``"partly fresh"``."""
+        """What becomes of the optimizer state: ``"kept"``, ``"fresh"`` or ``"partly fresh"``."""
         kept = [state is not None for state, _ in self.moments()]
         return "kept" if all(kept) else "partly fresh" if any(kept) else "fresh"
 
@@ -145,10 +154,17 @@ class MergedLayer:
 def resolve_conflicts(
     inputs: Sequence[MergeInput], options: MergeOptions, warnings: list[str]
 ) -> list[MergedLayer]:
-    """One merged layer for every layer index, by the conflict policy; whole layers, never tensors.
+    """Merged layers, one for each index, as the option ``on_conflict`` says.
+
+    A layer is taken as a whole; tensors of different layers are never mixed.
+
+    Args:
+        inputs: inputs of the merge.
+        options: options of the merge.
+        warnings: list to which a line is added for every conflict.
 
     Raises:
-        MergeError: the policy refuses what the inputs hold.
+        MergeError: two inputs hold a layer, and the option forbids this or they cannot be joined.
     """
     policy = options.on_conflict
     chosen: dict[int, list[Part]] = {}
@@ -197,7 +213,7 @@ def _same_module(a: NPModule, b: NPModule) -> bool:
 
 
 def _join(layer: int, parts: Sequence[Part], options: MergeOptions) -> MergedLayer:
-    """One layer from all its parts: components side by side on the num_ranks axis."""
+    """Join parts into one layer, with the components of all along the num_ranks axis."""
     if len(parts) > 1:
         dtypes = {dtype for part in parts for dtype in part.module.dtypes}
         if len(dtypes) > 1 and options.dtype is None:
@@ -214,14 +230,14 @@ def _join(layer: int, parts: Sequence[Part], options: MergeOptions) -> MergedLay
 
 
 def _residuals(layer: int, parts: Sequence[Part]) -> set[str]:
-    """What the parts record; one that records nothing fits any other."""
+    """The residuals that the parts record; a part without a record fits any other."""
     records = (part.origin.checkpoint.record(layer).residual for part in parts)
     return {residual for residual in records if residual is not None}
 
 
 def _common(architectures: Sequence[Architecture]) -> Architecture:
-    """The smallest architecture that all can be padded to unchanged (design.md#padding)."""
-    kinds = list(PROJECTIONS_OF)
+    """The smallest architecture that all can be padded to exactly (design.md#padding)."""
+    kinds = list(PROJECTIONS_OF)  # each has the projections of those before it
     return replace(
         architectures[0],
         modulation=max((a.modulation for a in architectures), key=kinds.index),
@@ -231,6 +247,6 @@ def _common(architectures: Sequence[Architecture]) -> Architecture:
 
 
 def make_uniform(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
-    """Pad all layers to one architecture (design.md#padding)."""
+    """The layers, all padded to one architecture (design.md#padding)."""
     common = _common([merged.architecture for merged in layers])
     return [replace(merged, architecture=common) for merged in layers]

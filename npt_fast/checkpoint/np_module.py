@@ -1,4 +1,4 @@
-"""One layer's NP component as it stands in a checkpoint: complete, and of one architecture."""
+"""The tensors of one NP layer in a checkpoint, and the architecture that they have."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.errors import CheckpointError
 
 Slot = tuple[str, str, int]
-"""Projection, stem, component: a place in a module, whatever the file calls it."""
+"""Projection, stem and component of a tensor, independent of its name in a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What the tensors of a layer say about it.
+    """The architecture of an NP layer, which names and shapes of its tensors determine.
 
     Attributes:
-        modulation: ``"single"``, ``"dual"`` or ``"triple"``.
-        num_ranks: components k per projection.
-        rank: bottleneck r of each component.
-        hidden_size: d of the base model.
-        intermediate_size: f of the base model's MLP.
+        modulation: modulation type: ``"single"``, ``"dual"`` or ``"triple"``.
+        num_ranks: number of components k per projection.
+        rank: bottleneck width r of each component.
+        hidden_size: width D of the base model.
+        intermediate_size: width F of the base model's MLP.
     """
 
     modulation: str
@@ -36,14 +36,14 @@ class Architecture:
         return f"{self.modulation}, num_ranks {self.num_ranks}, rank {self.rank}"
 
     def slots(self) -> Iterator[Slot]:
-        """All places, in the order in which parameters are saved and optimized (design.md#keys)."""
+        """All slots, in the order in which parameters are saved and optimized (design.md#keys)."""
         for projection in PROJECTIONS_OF[self.modulation]:
             for stem in STEMS:
                 for component in range(self.num_ranks):
                     yield projection, stem, component
 
     def shape(self, slot: Slot) -> tuple[int, int]:
-        """Rows and columns of the tensor in a slot, as [in, out] (design.md#definition)."""
+        """Shape of the tensor in a slot, ``(in, out)`` (design.md#definition)."""
         d, f, r = self.hidden_size, self.intermediate_size, self.rank
         projection, stem, _ = slot
         if stem == "W_down":
@@ -54,16 +54,17 @@ class Architecture:
         return r, d if reads_hidden else f
 
     def key(self, layer: int, slot: Slot) -> NPTKey:
-        """The name the original gives the tensor in a slot."""
+        """Key of the tensor in a slot, as the original spells it."""
         projection, stem, component = slot
         return NPTKey(layer, projection, stem, component if self.num_ranks > 1 else None)
 
     def names(self, layer: int) -> list[str]:
+        """Names of all tensors of a layer, in parameter order."""
         return [str(self.key(layer, slot)) for slot in self.slots()]
 
 
 def flat(report: Any) -> dict[str, Any]:
-    """A layer's report for JSON: modulation, num_ranks and rank in place of its `Architecture`."""
+    """A layer's report as plain data, with modulation, num_ranks and rank for `architecture`."""
     content: dict[str, Any] = {}
     for name, value in asdict(report).items():
         if name == "architecture":
@@ -75,7 +76,7 @@ def flat(report: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class NPModule:
-    """All tensors of one layer's NP component, by slot, in parameter order."""
+    """All tensors of one NP layer, by slot, in parameter order."""
 
     layer: int
     architecture: Architecture
@@ -91,7 +92,7 @@ class NPModule:
 
     @property
     def dtypes(self) -> list[str]:
-        """Names of the element types found, usually one."""
+        """Names of the element types of the tensors, usually one."""
         return sorted({entry.dtype.name for entry in self.tensors.values()})
 
 
@@ -99,12 +100,12 @@ def collect_modules(tensors: Mapping[str, TensorEntry], where: str) -> dict[int,
     """Group the tensors of a checkpoint into complete layers, in ascending order.
 
     Args:
-        tensors: by name, as in the file.
-        where: checkpoint path, for messages.
+        tensors: tensors by their names in the file.
+        where: path of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: a name that is no NPT tensor, both spellings for one tensor, no layers at
-            all, or a layer that is incomplete or whose shapes do not fit together.
+        CheckpointError: a name is not that of an NPT tensor, a tensor occurs in both spellings of
+            its name, there is no layer, or a layer is incomplete or has tensors of wrong shapes.
     """
     by_layer: dict[int, dict[NPTKey, TensorEntry]] = {}
     for name, entry in tensors.items():
@@ -129,9 +130,10 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
     if modulation is None:
         present = ", ".join(sorted(name or "single" for name in projections))
         raise fail(f"is incomplete: it has tensors for {present} only")
+    # a single tensor named W_down.99999 must not make the loops below long
     num_ranks = 1 + max(key.component or 0 for key in found)
     if num_ranks > len(found):
-        raise fail(f"is incomplete: component {num_ranks - 1} is there, earlier ones are not")
+        raise fail(f"is incomplete: it has component {num_ranks - 1}, but lacks earlier ones")
     tensors: dict[Slot, TensorEntry] = {}
     numbered = any(key.component is not None for key in found)
     for projection in PROJECTIONS_OF[modulation]:
@@ -145,8 +147,8 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
         raise fail(f"has the unexpected tensor {next(iter(found.values())).name}")
 
     for entry in tensors.values():
-        if not entry.dtype.is_float or entry.dtype.bits < 8:
-            raise fail(f"is not made of numbers to train: {entry.name} is {entry.dtype.name}")
+        if not entry.dtype.is_float or entry.dtype.bits < 8:  # packed types have no whole bytes
+            raise fail(f"has a tensor that cannot be trained: {entry.name} is {entry.dtype.name}")
         if len(entry.shape) != 2 or not entry.numel:
             raise fail(f"has a tensor of the wrong shape: {entry.name} is {list(entry.shape)}")
     first = PROJECTIONS_OF[modulation][0]

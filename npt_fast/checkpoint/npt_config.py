@@ -1,17 +1,17 @@
-"""``npt_config.json``: what it holds, written and read here.
+"""``npt_config.json``: its schema, and the code that writes and reads it.
 
-It describes the layers of a checkpoint and their base model. A safetensors file carries the same in
-its metadata. The file may be anybody's: what is in it is checked against its types once, here.
+It describes the layers of a checkpoint and their base model. A safetensors file carries the same
+description in its metadata. The file is untrusted: the types of its fields are checked once, here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from npt_fast.checkpoint.np_module import Architecture
+from npt_fast.checkpoint.np_module import Architecture, NPModule
 from npt_fast.errors import CheckpointError
 from npt_fast.schema import (
     COUNT,
@@ -26,6 +26,7 @@ from npt_fast.schema import (
     or_none,
 )
 
+NPT_CONFIG = "npt_config.json"
 FORMAT_VERSION = 1
 _DESCRIPTION = {"base_model": or_none(MAPPING), "layers": or_none(mapping_of(INDEX, MAPPING))}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
@@ -37,18 +38,18 @@ _LAYER = {
     "residual": or_none(one_of(["removed", "kept"])),
     "step": or_none(COUNT),
     "source": or_none(PATH),
-    # JSON of other programs has NaN and Infinity, which say as little as null
+    # other programs write NaN and Infinity into JSON; `_layer` treats these as null
     "fidelity": or_none(Kind("a number", lambda value: type(value) in (int, float))),
 }
 
 
 class LaterVersionError(CheckpointError):
-    """A file was written by a later npt_fast; it is not damaged."""
+    """The file was written by a later npt_fast; it is not damaged."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerDescription:
-    """What ``npt_config.json`` says of a layer; what it leaves out is None.
+    """What ``npt_config.json`` says about one layer; fields that the file leaves out are None.
 
     Attributes:
         modulation: ``"single"``, ``"dual"`` or ``"triple"``.
@@ -56,8 +57,8 @@ class LayerDescription:
         rank: bottleneck r of each component.
         residual: ``"removed"`` or ``"kept"`` (design.md#layer).
         step: optimizer steps that the layer was trained for.
-        source: the checkpoint that a merge took the layer from.
-        fidelity: the layer's measured error.
+        source: checkpoint that a merge took the layer from.
+        fidelity: measured error of the layer.
     """
 
     modulation: str | None = None
@@ -78,7 +79,7 @@ class LayerDescription:
         source: str | None = None,
         fidelity: float | None,
     ) -> LayerDescription:
-        """Describe a layer; a fidelity that is not finite is left out, since JSON has no others."""
+        """Describe a layer; a fidelity that is not finite becomes None, since JSON has no NaN."""
         if fidelity is not None and not math.isfinite(fidelity):
             fidelity = None
         modulation, num_ranks, rank = (
@@ -94,10 +95,10 @@ class Description:
     """The content of ``npt_config.json`` (design.md#checkpoint-files).
 
     Attributes:
-        base_name: the base model that the layers were trained on.
-        base_sizes: its ``hidden_size``, ``intermediate_size``, ``num_hidden_layers`` and
-            ``vocab_size``, as far as they are recorded.
-        layers: by index; None where the file has no list of layers.
+        base_name: name of the base model that the layers were trained on.
+        base_sizes: ``hidden_size``, ``intermediate_size``, ``num_hidden_layers`` and
+            ``vocab_size`` of the base model, as far as they are recorded.
+        layers: description of each layer by its index; None if the file has no ``layers``.
     """
 
     base_name: str | None
@@ -105,7 +106,7 @@ class Description:
     layers: Mapping[int, LayerDescription] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """What the file holds; `parse` gives the same description back."""
+        """The content of the file; `parse` turns it back into the same description."""
         return {
             "format_version": FORMAT_VERSION,
             "base_model": {
@@ -117,11 +118,15 @@ class Description:
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], where: str) -> Description:
-        """Check what is used against its types.
+        """Build a description from the file's content; the type of every used field is checked.
+
+        Args:
+            content: JSON object of the file.
+            where: name of the file, for messages.
 
         Raises:
-            LaterVersionError: the file is of another version.
-            CheckpointError: something has another type.
+            LaterVersionError: the file has another ``format_version``.
+            CheckpointError: a field has the wrong type, or ``format_version`` is missing.
         """
         version = content.get("format_version")
         if "format_version" not in content:
@@ -144,6 +149,16 @@ class Description:
                 int(key): _layer(facts, f"{where}: layers: {key}") for key, facts in layers.items()
             },
         )
+
+    def contradictions(self, modules: Mapping[int, NPModule]) -> Iterator[str]:
+        """One line for each fact about a layer that its tensors contradict."""
+        if self.layers is None:
+            return
+        for layer, module in modules.items():
+            for name in ("modulation", "num_ranks", "rank"):
+                value = getattr(module.architecture, name)
+                if getattr(self.layers.get(layer), name, None) != value:
+                    yield f"{NPT_CONFIG}: layer {layer}: {name} is not {value}, as the tensors say"
 
 
 def _layer(facts: Any, where: str) -> LayerDescription:

@@ -1,4 +1,4 @@
-"""Look at element values of any float type without torch: NaNs, infinities, sums of squares."""
+"""Facts about element values, without torch: counts of NaN and infinity, sums of squares."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from npt_fast.checkpoint.tensor_entry import TensorEntry
 
 _NUMPY_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 _NUMPY_INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
-# types numpy does not know: width, mask of the tested bits, their value for NaN or infinity
+# types that numpy lacks: integer type, mask of the bits to test, their value in NaN and infinity
 _NON_FINITE_BITS = {
     "BF16": ("<u2", 0x7F80, 0x7F80),
     "F8_E5M2": ("u1", 0x7C, 0x7C),
@@ -19,7 +19,7 @@ _NON_FINITE_BITS = {
 
 
 def count_non_finite(data: bytes | memoryview, dtype: DType) -> int:
-    """How many elements are NaN or infinite; 0 for integer types."""
+    """The number of elements that are NaN or infinite; 0 for integer types."""
     import numpy as np
 
     if dtype.name in _NUMPY_FLOATS:
@@ -32,7 +32,7 @@ def count_non_finite(data: bytes | memoryview, dtype: DType) -> int:
 
 
 def sum_of_squares(data: bytes | memoryview, dtype: DType) -> float | None:
-    """Sum of all elements squared; None for types without arithmetic here (8-bit floats)."""
+    """The sum of the squared elements, in float64; None for 8-bit floats."""
     import numpy as np
 
     if dtype.name == "BF16":
@@ -41,13 +41,13 @@ def sum_of_squares(data: bytes | memoryview, dtype: DType) -> float | None:
         values = np.frombuffer(data, _NUMPY_FLOATS[dtype.name])
     else:
         return None
-    with np.errstate(all="ignore"):  # NaNs and infinities are what is looked for
+    with np.errstate(all="ignore"):  # numpy warns of NaN and infinity, which are expected here
         wide = values.astype(np.float64)
         return float(wide @ wide)
 
 
 def read_number(entry: TensorEntry) -> float | int | None:
-    """The one element of a tensor that holds a single number; None for other tensors."""
+    """The value of a tensor of one element, read from its file; None for other tensors."""
     import numpy as np
 
     kinds = _NUMPY_FLOATS | _NUMPY_INTEGERS

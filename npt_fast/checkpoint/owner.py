@@ -1,7 +1,7 @@
-"""Which process a temporary directory belongs to, and whether that process is still there.
+"""Which process a temporary directory belongs to, and whether that process still runs.
 
-Locks say so where they work. On some network file systems they are refused, or are granted to
-everybody, so the name of the directory tells its owner too.
+Where locks work, they tell this. Some network file systems refuse locks, or grant them to several
+processes at once, so the name of the directory identifies its owner as well.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ _OWNER = re.compile(r"(?P<place>[0-9a-f]{8})(?P<pid>[0-9a-f]{6})(?P<start>[0-9a-
 
 
 def own_mark() -> str:
-    """24 hexadecimal digits that name this process for as long as the machine runs."""
+    """24 hexadecimal digits that identify this process until the machine restarts."""
     pid = os.getpid()
+    # Linux has process numbers up to 2^22; 40 bits of 100 ticks a second are 348 years
     return f"{_place()}{pid & 0xFFFFFF:06x}{(_start(pid) or 0) & 0xFFFFFFFFFF:010x}"
 
 
 def is_gone(mark: str) -> bool:
-    """Whether the process of a mark has certainly ended; False where that cannot be known."""
+    """Whether the process with a mark has certainly ended; False if that cannot be known."""
     match = _OWNER.fullmatch(mark)
     if match is None or match["place"] != _place() or not Path("/proc/self/stat").exists():
         return False
@@ -29,11 +30,13 @@ def is_gone(mark: str) -> bool:
     start = _start(pid)
     if start is None:
         return not _runs(pid)
+    # with another start time, the number belongs to another process now
     return start & 0xFFFFFFFFFF != int(match["start"], 16)
 
 
 def _place() -> str:
-    """8 digits for this machine since it was started, and for this space of process numbers."""
+    """8 hexadecimal digits that identify this machine since its start and its PID namespace."""
+    # two machines, two boots or two containers that share a folder count process numbers anew
     facts = [os.uname().nodename]
     for path in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id"):
         try:
@@ -48,8 +51,9 @@ def _place() -> str:
 
 
 def _runs(pid: int) -> bool:
-    """Whether there is such a process, other users' too, which ``/proc`` may hide."""
+    """Whether the process exists; this finds other users' processes, which ``/proc`` may hide."""
     try:
+        # signal 0 is delivered to nobody: the call only says whether the process exists
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
@@ -59,13 +63,14 @@ def _runs(pid: int) -> bool:
 
 
 def _start(pid: int) -> int | None:
-    """When a process was started, in clock ticks since the machine was; None if it is not seen.
+    """Start time of a process in clock ticks since the machine started; None if it is not visible.
 
-    0 for one that has ended, and whose parent has not asked for its exit code.
+    0 for a process that has ended and whose parent has not read its exit code yet.
     """
     try:
         status = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
+    # from the last parenthesis on: the program's name before it may hold spaces and parentheses
     state, *fields = status.rpartition(b")")[2].split()
     return 0 if state in (b"Z", b"X") else int(fields[18])

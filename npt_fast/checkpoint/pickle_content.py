@@ -1,4 +1,4 @@
-"""What a pickle may hold: plain data and tensors, in a tree of bounded depth and size."""
+"""Check the content of a pickle: plain data and tensors, with limits on depth and size."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from npt_fast.checkpoint.torch_symbols import OrderedDict, Symbol, TensorRef
 from npt_fast.errors import CheckpointError, printable
 
 MAX_DEPTH = 64
-"""Containers inside each other, for reader and writer."""
+"""Limit on the nesting of containers, for reader and writer."""
 
-_MAX_PATH = 160  # characters of keys in a message
+_MAX_PATH = 160  # limit on the characters of keys in a message
 _LEAVES = frozenset((str, int, float, bool, type(None), TensorRef))
 _CONTAINERS = frozenset((dict, Counter, OrderedDict, list, tuple))
 
 
 class _Level:
-    """A container that is being looked through.
+    """A container whose items are being checked.
 
     Attributes:
-        container: it.
-        items: what of it has not been looked at.
-        size: bytes of what has been, as if nothing were shared.
-        height: containers inside each other below it.
+        container: the container.
+        items: items that are not checked yet.
+        size: bytes of the checked items; a shared item counts as often as it occurs.
+        height: levels of containers below this one, found so far.
     """
 
     __slots__ = ("container", "height", "items", "size")
@@ -40,12 +40,14 @@ class _Level:
 
 
 def check_content(value: Any, max_memory: int, error: Callable[[str], CheckpointError]) -> None:
-    """Raise what `error` gives unless `value` is what `torch_pickle.decode` promises.
+    """Raise an error unless `value` is as the docstring of `torch_pickle` describes.
+
+    The check uses no recursion, and visits a shared container once.
 
     Args:
-        value: what the pickle holds.
-        max_memory: bytes that it may stand for, as if nothing were shared.
-        error: gives the exception for a problem.
+        value: content of the pickle.
+        max_memory: limit on its size in bytes; a shared item counts as often as it occurs.
+        error: function that makes the exception for a problem.
     """
 
     def fail(problem: str, *found: Any) -> CheckpointError:
@@ -55,8 +57,10 @@ def check_content(value: Any, max_memory: int, error: Callable[[str], Checkpoint
             keys += [key for key, item in items if item is inner][:1]
         return error(at(keys, problem))
 
-    measured: dict[int, tuple[int, int]] = {}  # of a container that was looked through
-    unfinished: set[int] = set()
+    # a loop, since recursion would end where hostile nesting begins; each container is checked
+    # once, or 40 tuples that hold each other twice would take 2^40 steps
+    measured: dict[int, tuple[int, int]] = {}  # size and height of each checked container, by id
+    unfinished: set[int] = set()  # ids of the containers in `levels`
     levels = [_Level((value,))]
     while True:
         level = levels[-1]
@@ -90,12 +94,12 @@ def check_content(value: Any, max_memory: int, error: Callable[[str], Checkpoint
             raise fail(f"nested more than {MAX_DEPTH} deep; refused")
         if level.size > max_memory:
             raise fail(
-                f"stands for more than {max_memory:,} bytes, with what is shared counted "
-                "wherever it stands; refused"
+                f"stands for more than {max_memory:,} bytes, with shared values counted wherever "
+                "they occur; refused"
             )
 
 
 def at(keys: Sequence[str | int], problem: str) -> str:
-    """A problem with the first keys that lead to it, which are anybody's."""
+    """A message with up to five keys that lead to the problem; the keys are untrusted text."""
     path = printable(".".join(f"{key!s:.80}" for key in keys[:5]))[:_MAX_PATH]
     return f"{path}: {problem}" if path else problem

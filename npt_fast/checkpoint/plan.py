@@ -1,7 +1,7 @@
-"""What a merge will write, decided from headers alone.
+"""The plan of a merge, made from headers alone.
 
-A plan holds every output file with the recipe of every tensor in it; carrying it out (`merge`),
-showing it (``--dry-run``) and proving it (`verify`) all work from the same plan.
+A plan holds every output file, and the recipe of every tensor in it. `merge` carries it out,
+``--dry-run`` shows it, and `verify` compares the output with it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from typing import Any
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import cloneable_bytes
-from npt_fast.checkpoint.checkpoint import (
-    CONFIG,
-    NPT_CONFIG,
-    open_checkpoint,
-    split_selection,
-)
+from npt_fast.checkpoint.checkpoint import CONFIG, open_checkpoint, split_selection
 from npt_fast.checkpoint.digests import InOrder, TensorDigest
 from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
 from npt_fast.checkpoint.layout import (
@@ -37,7 +32,7 @@ from npt_fast.checkpoint.merged_layer import (
     make_uniform,
     resolve_conflicts,
 )
-from npt_fast.checkpoint.npt_config import Description, LayerDescription
+from npt_fast.checkpoint.npt_config import NPT_CONFIG, Description, LayerDescription
 from npt_fast.checkpoint.recipe import Recipe, check_castable
 from npt_fast.checkpoint.tensor_source import PT_WEIGHTS
 from npt_fast.checkpoint.training_state import (
@@ -59,18 +54,18 @@ _FRESH = "its layers start with a fresh optimizer"
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """Everything a merge writes, except ``merge_summary.json``, which also reports digests.
+    """Everything that a merge writes except ``merge_summary.json``, which needs the digests.
 
     Attributes:
-        inputs: in the order given.
-        options: as given.
+        inputs: inputs in the given order.
+        options: options of the merge.
         layers: merged layers, ascending.
         weights: recipes of all weights, in parameter order.
         files: output files.
-        scalars_from: the training state whose scalars the merge keeps; None when no training state
-            is written.
-        warnings: lines for the user.
-        notes: lines for the user that need no attention.
+        scalars_from: training state whose scalars the merge keeps; None if no training state is
+            written.
+        warnings: lines that the user should read.
+        notes: lines that need no attention.
     """
 
     inputs: tuple[MergeInput, ...]
@@ -87,9 +82,9 @@ class MergePlan:
         return sum(file.size for file in self.files)
 
     def known_digests(self) -> Iterator[TensorDigest]:
-        """Digests that inputs have recorded for tensors copied from them, as the files hold them.
+        """Digests that the inputs recorded for the tensors copied from them, in file order.
 
-        They travel through a merge of merges, so that damage on the way is found at its end.
+        They are passed on through merges of merged checkpoints, so that damage in between is found.
         """
         recorded = {
             item.checkpoint.path: InOrder(
@@ -109,11 +104,11 @@ class MergePlan:
                     yield file.name, piece.recipe.name, digest
 
     def small_digests(self) -> dict[str, str]:
-        """SHA-256 of what describes each file's tensors (`header`), or of a file without any."""
+        """SHA-256 of each file's header, or of the whole file if it has no tensors, by name."""
         return {file.name: hashlib.sha256(file.header).hexdigest() for file in self.files}
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes that are ``cloneable`` where reflink works, ``copied``, or ``computed``."""
+        """Number of bytes that are ``cloneable`` (by reflink), ``copied`` or ``computed``."""
         kinds = {"cloneable": 0, "copied": 0, "computed": 0}
         for file in self.files:
             for run in runs(file.pieces):
@@ -129,11 +124,11 @@ class MergePlan:
 
 
 def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
-    """Decide what goes where.
+    """Plan a merge.
 
     Args:
         checkpoints: paths, each with an optional selection of layers (``"A:11,13"``).
-        options: how to merge.
+        options: options of the merge.
 
     Raises:
         CheckpointError: an input cannot be read.
@@ -200,7 +195,7 @@ def _open_input(given: str, options: MergeOptions, warnings: list[str]) -> Merge
 
 @contextmanager
 def _bad_state(options: MergeOptions, warnings: list[str], without: str) -> Iterator[None]:
-    """What happens to an input whose state cannot be used: an error, or a warning and no state."""
+    """Turn a state that cannot be used into an error or a warning, as the options say."""
     try:
         yield
     except CheckpointError as error:
@@ -219,7 +214,7 @@ def _do_without(problem: str, options: MergeOptions, warnings: list[str], withou
 def _without_unlike_moments(
     inputs: Sequence[MergeInput], options: MergeOptions, warnings: list[str]
 ) -> tuple[MergeInput, ...]:
-    """The inputs, without states that lack a moment which the merged optimizer needs."""
+    """The inputs, without the training states that lack a moment the merged optimizer needs."""
     group = _group(inputs)
     if group is None or group.group is None or not group.group.get("amsgrad"):
         return tuple(inputs)
@@ -238,7 +233,7 @@ def _without_unlike_moments(
 
 
 def _group(inputs: Sequence[MergeInput]) -> TrainingState | None:
-    """The state that the merged optimizer has its hyperparameters from."""
+    """The state that gives the merged optimizer its hyperparameters; None if no input has one."""
     states = [item.state for item in inputs if item.state is not None]
     return furthest_trained([state for state in states if state.group is not None])
 
@@ -279,7 +274,7 @@ def _refuse_difference(name: str, known: Mapping[str, object], remedy: str) -> N
 
 
 def _description(inputs: Sequence[MergeInput], layers: Sequence[MergedLayer]) -> Description:
-    """The merged checkpoint's ``npt_config.json``."""
+    """The content of the merged checkpoint's ``npt_config.json``."""
     checkpoints = [item.checkpoint for item in inputs]
     architecture = layers[0].architecture
 
@@ -326,7 +321,7 @@ def _training_state_file(
     layers: Sequence[MergedLayer],
     merge_info: Mapping[str, Any],
 ) -> OutputFile:
-    """One state's scalars with the moments of all layers, in the merged parameter order."""
+    """The merged ``training_state.pt``: one input's scalars and the moments of all layers."""
     content = dict(scalars_from.content)
     group = _group(inputs)
     if group is not None and group.group is not None:
@@ -363,13 +358,13 @@ def _slot_recipes(
 def _config_file(
     inputs: Sequence[MergeInput], merge_info: Mapping[str, Any], warnings: list[str]
 ) -> list[OutputFile]:
-    """The first ``config.json`` that can be carried over, with `merge_info` added."""
+    """The first input's ``config.json`` that can be written, with `merge_info` added."""
     for item in inputs:
         config = item.checkpoint.config
         if config is None:
             continue
         where = f"{item.checkpoint.path / CONFIG} with its merge_info"
-        try:  # indented, it may be longer than what was read
+        try:  # the limit of 4 MiB may be exceeded: indentation makes the file longer
             data = strict_json.dump({**config, "merge_info": merge_info}, where, allow_nan=True)
         except CheckpointError as error:
             warnings.append(f"{error}; the file is not used")
@@ -392,6 +387,7 @@ def _multi_layer_state_file(
                 raise CheckpointError(f"{path}: no such file; --copy-multi-layer-state needs one")
         template = read_multi_layer_state(path)
     else:
+        # the curriculum's stages count the steps of the run that gives the step
         preferred = [i for i in inputs if i.state is scalars_from is not None]
         template = next(
             (i.multi_layer_state for i in [*preferred, *inputs] if i.multi_layer_state), None

@@ -1,17 +1,17 @@
-"""Make a directory appear complete or not at all.
+"""Publish a directory: it appears complete or not at all.
 
-The directory is built under a hidden name beside its target and takes the target's name in one
-rename; whatever happens before that, the target is untouched. A lock on the hidden directory tells
-one that a killed process left behind, which the next run removes, from one that is being written.
-Where locks do not work, the directory's name tells its owner, and it is removed only when that
+The directory is built under a hidden name beside its target and takes the target's name by one
+rename; until then the target is untouched. The hidden directory is locked while it is written. One
+without a lock was left behind by a killed process and is removed by the next run. Where locks do
+not work, the name of the directory identifies its owner, and the directory is removed only if that
 process has certainly ended.
 
-Others may write to the folder that the target is in. So that folder and the hidden directory are
-opened once, and everything happens through their descriptors: no link that somebody puts in the way
-is followed, and directories of other users are left alone. Where others may also rename what is
-ours (they may write to the folder, and it has no sticky bit, or is theirs), they can still remove
-or replace the hidden directory, which stops the run, and the target, and can give a directory of
-ours a name under which the next run takes it for remains and removes it.
+Other users may be able to write to the target's folder. So this folder and the hidden directory are
+opened once, and all work is done through their descriptors: links that others create are not
+followed, and directories of other users are left alone. If others can also rename our files (they
+can write to the folder, and it has no sticky bit or belongs to them), they can still remove or
+replace the hidden directory, which stops the run, and the target. They can also rename a directory
+of ours so that the next run takes it for an abandoned one and removes it.
 """
 
 from __future__ import annotations
@@ -37,30 +37,34 @@ from npt_fast.errors import MergeError, NPTError, StorageError
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {
     *(errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EINVAL),
-    errno.EBADF,  # of file systems that lock only what is open for writing, as no directory is
+    errno.EBADF,  # some file systems lock only files open for writing, and a directory never is
 }
-# one machine alone writes to these, so that a lock reaches everybody
+# only one machine writes to these, so a lock keeps out every other process
 _LOCAL_FILESYSTEMS = {
     "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs",
 }  # fmt: skip
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_EXCL: opening fails if another process has already put a file or link there
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASIDE = "-old"
+# names without an owner are those of earlier versions, which relied on locks
 _TOKEN = re.compile(r"(?P<owner>[0-9a-f]{24})?[0-9a-f]{6,32}")
 
 
 class StagedDirectory:
-    """Context manager: write files, then call `publish`; left without that, nothing remains.
+    """Context manager for a hidden directory: write its files, then call `publish`.
+
+    If the block ends without a call of `publish`, the directory is removed.
 
     Args:
-        target: where the directory shall appear; a link is followed.
-        replace: whether an existing target is replaced, whole.
+        target: path that the directory gets when it is published; a link is followed.
+        replace: whether to replace an existing target as a whole.
 
     Attributes:
-        fd: the directory.
-        path: of the directory, to read what was written; `open` and `file` write.
-        left: hidden directories that were not removed: others may be writing the first ones, and
-            what the target was may belong to somebody else.
+        fd: descriptor of the directory.
+        path: path of the directory, for reading; write with `open` and `file`.
+        left: hidden directories that were not removed: other processes may be writing them, or the
+            replaced target belongs to another user.
     """
 
     def __init__(self, target: Path, *, replace: bool) -> None:
@@ -70,8 +74,8 @@ class StagedDirectory:
         self.fd = -1
         self.left: list[Path] = []
         self._parent = -1
-        self._as_made: os.stat_result  # owner and mode that directories get here
-        self._removable: list[os.stat_result] = []  # by the name of `path`
+        self._as_made: os.stat_result  # owner and mode that a new directory gets here
+        self._removable: list[os.stat_result] = []  # removed at the end if they have `path`'s name
         self._undo = ExitStack()
 
     def __enter__(self) -> StagedDirectory:
@@ -91,32 +95,33 @@ class StagedDirectory:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if isinstance(error, NPTError):  # what could not be read may not be what was written
+            if isinstance(error, NPTError):  # a failed check may have read a replaced directory
                 self._check_place()
         finally:
             self._clean_up()
 
     def open(self, name: str) -> int:
-        """A descriptor of a new file, to read and write."""
+        """Create a file in the directory; its descriptor reads and writes."""
         with _naming(self.path / name):
             return os.open(name, _NEW_FILE, 0o666, dir_fd=self.fd)
 
     @contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
-        """A new file that is on the disk when it is closed."""
+        """Create a file in the directory; it is synced to the disk when the block ends."""
         with open(self.open(name), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
 
     def publish(self) -> None:
-        """Give the directory its target's name; files must be synced already.
+        """Rename the directory to its target; its files must be synced already.
 
         Raises:
             MergeError: the target has appeared meanwhile and must not be replaced.
-            OSError: it cannot be renamed, or somebody has put something else in its place.
+            OSError: the directory cannot be renamed, or another process has replaced it.
         """
-        if os.fstat(self.fd).st_mode != self._as_made.st_mode:  # some file systems have one mode
+        # until now only its owner could read it; from now on it has the mode that mkdir gives here
+        if os.fstat(self.fd).st_mode != self._as_made.st_mode:  # a fixed mode may refuse fchmod
             os.fchmod(self.fd, stat.S_IMODE(self._as_made.st_mode))
         _sync(self.fd)
         self._check_place()
@@ -126,7 +131,7 @@ class StagedDirectory:
             with _naming(self.target), _uninterrupted():
                 if self.replace and _look(self._parent, self.target.name) is not None:
                     _exchange(self._parent, name, self.target.name)
-                    old = _look(self._parent, name)  # not sooner: other runs replace it, too
+                    old = _look(self._parent, name)  # after the exchange: other runs replace too
                     if old is not None:
                         self._removable.append(old)
                 else:
@@ -137,12 +142,13 @@ class StagedDirectory:
             raise MergeError(
                 f"{self.target}: appeared while merging; nothing was replaced"
             ) from None
+        # otherwise a power failure could undo the rename
         _sync(self._parent)
         if old is not None:
             self._remove(name, old)
 
     def _open_parent(self) -> None:
-        """Open the folder of the target; make it, and what is missing above it."""
+        """Open the target's folder; create it and its parents if they are missing."""
         above = next(folder for folder in self.target.parents if folder.exists())
         with _naming(self.target.parent):
             self._parent = self._hold(os.open(above, _DIRECTORY))
@@ -152,18 +158,21 @@ class StagedDirectory:
                 self._parent = self._hold(os.open(name, _DIRECTORY, dir_fd=self._parent))
 
     def _make(self) -> None:
-        """Make the directory, open and lock it."""
+        """Create the directory, open it and lock it."""
         with _uninterrupted():
             while self.fd < 0:
+                # not the module secrets, which imports hmac and random at start-up
                 name = self._prefix + own_mark() + os.urandom(16).hex()
                 self.path = self.target.parent / name
                 with _naming(self.target.parent):
+                    # 0700: nobody else puts files into it while it is written
                     self._make_in_parent(name, 0o700)
-                # another run may take it for abandoned before it is locked, and remove it
+                # before it is locked, another run may take it for abandoned and remove it
                 with _naming(self.path), suppress(FileNotFoundError, BlockingIOError):
                     self.fd = self._hold(_lock(self._parent, name))
             with _naming(self.path):
-                # a server may make somebody else of us, and only mkdir knows umask and access lists
+                # a file server may map our user to another; only mkdir shows this, and the effect
+                # of umask and access lists
                 os.mkdir("probe", dir_fd=self.fd)
                 self._as_made = os.stat("probe", dir_fd=self.fd, follow_symlinks=False)
                 os.rmdir("probe", dir_fd=self.fd)
@@ -187,7 +196,7 @@ class StagedDirectory:
             self._undo.close()
 
     def _check_place(self) -> None:
-        """Raise OSError unless the name, and the path that was read, lead to what was written."""
+        """Raise OSError unless the directory's name and path both lead to the open directory."""
         for path, folder in ((self.path.name, self._parent), (str(self.path), None)):
             try:
                 found = os.stat(path, dir_fd=folder, follow_symlinks=False)
@@ -205,7 +214,7 @@ class StagedDirectory:
 
     @property
     def _prefix(self) -> str:
-        # names are limited in bytes, not characters
+        # file systems limit names to 255 bytes; the longest here has 1 + 180 + 10 + 24 + 32 + 4
         return f".{os.fsdecode(os.fsencode(self.target.name)[:180])}.npt-fast-"
 
     def _remove_abandoned(self) -> None:
@@ -233,22 +242,25 @@ class StagedDirectory:
             elif not aside or _look(self._parent, self.target.name) is not None:
                 self._remove(name, status)
             elif self._put_here_by_us(status):
-                # killed in the middle of `_exchange`
+                # the other run was killed within `_exchange`: restore the target
                 _rename_new(self._parent, name, self.target.name)
             else:
                 self.left.append(left)
             os.close(fd)
 
     def _locked_with(self, aside: str) -> str:
-        """What the process that put `aside` there has locked: the new directory, by either name."""
+        """Name of the directory that the process locked which renamed the old target to `aside`.
+
+        It locked the new directory, which has its hidden name or already the target's.
+        """
         names = (aside.removesuffix(_ASIDE), self.target.name)
         return next((name for name in names if _look(self._parent, name) is not None), aside)
 
     def _put_here_by_us(self, directory: os.stat_result) -> bool:
-        """Whether nobody else can have given a directory of ours its name in the target's folder.
+        """Whether only we can have given our directory its name in the target's folder.
 
-        Where the sticky bit keeps others from renaming it there, they could still move it there
-        from a folder without one, for which they must be able to write to the directory too.
+        In a folder with the sticky bit others cannot rename our directory. They could still move
+        it there from a folder without sticky bit, but only if they can write to the directory too.
         """
         parent = os.fstat(self._parent)
         others = stat.S_IWGRP | stat.S_IWOTH
@@ -259,17 +271,21 @@ class StagedDirectory:
     def _remove(self, name: str, status: os.stat_result) -> None:
         _remove(self._parent, name, status)
         now = _look(self._parent, name)
-        if now is not None and os.path.samestat(now, status):  # another user's
+        if now is not None and os.path.samestat(now, status):  # it belongs to another user
             self.left.append(self.target.parent / name)
 
 
 @contextmanager
 def disk_errors(target: Path, kind: type[NPTError]) -> Iterator[None]:
-    """Turn what the operating system refuses while `target` is written into one line.
+    """Turn an OSError that occurs while `target` is written into an error of one line.
+
+    Args:
+        target: path that is written, for messages.
+        kind: class of the error.
 
     Raises:
-        StorageError: no space.
-        NPTError: of `kind`: anything else.
+        StorageError: the disk is full.
+        NPTError: anything else failed; its class is `kind`.
     """
     try:
         yield
@@ -281,10 +297,10 @@ def disk_errors(target: Path, kind: type[NPTError]) -> Iterator[None]:
 
 
 def lock(fd: int) -> None:
-    """Lock what a descriptor has opened, for this process, where there are locks.
+    """Lock an open file or directory for this process, if its file system has locks.
 
     Raises:
-        OSError: it is locked by another process.
+        OSError: another process has locked it.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -294,14 +310,15 @@ def lock(fd: int) -> None:
 
 
 def _lock(folder: int, name: str) -> int:
-    """Open a directory in an open folder and `lock` it.
+    """Open a directory in an open folder, `lock` it, and return its descriptor.
 
     Raises:
-        OSError: it is locked by another process, gone, or no directory.
+        OSError: another process has locked it, it is gone, or it is no directory.
     """
     fd = os.open(name, _DIRECTORY, dir_fd=folder)
     try:
         lock(fd)
+        # between opening and locking it may have been removed, or another have got its name
         now = os.stat(name, dir_fd=folder, follow_symlinks=False)
         if not os.path.samestat(os.fstat(fd), now):
             raise FileNotFoundError(name)
@@ -312,10 +329,12 @@ def _lock(folder: int, name: str) -> int:
 
 
 def _locks_work(locked: int, path: Path) -> bool:
-    """Whether a lock keeps others out, seen by trying to lock what is locked already."""
+    """Whether locks keep other processes out; tested by locking a locked directory again."""
     if filesystem_type(path) not in _LOCAL_FILESYSTEMS:
-        return False  # it may keep out the processes of this machine only
+        return False  # a lock may keep out processes of this machine only
     try:
+        # a lock belongs to the opened file, so that a second opening by this process is kept out
+        # too
         os.close(_lock(locked, "."))
     except OSError:
         return True
@@ -324,7 +343,7 @@ def _locks_work(locked: int, path: Path) -> bool:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors name the whole path: calls through a descriptor know the last part of it only."""
+    """Make an OSError name the whole path; calls through a descriptor know its last part only."""
     try:
         yield
     except OSError as error:
@@ -334,6 +353,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
+    # blocked, not ignored: a signal that comes meanwhile is answered afterwards
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -342,7 +362,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _look(folder: int, name: str) -> os.stat_result | None:
-    """What is at a name, a link itself; None for nothing."""
+    """Status of the entry `name` of a folder, without following links; None if there is none."""
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
@@ -350,12 +370,13 @@ def _look(folder: int, name: str) -> os.stat_result | None:
 
 
 def _remove(folder: int, name: str, status: os.stat_result) -> None:
-    """Remove the directory of this status, as far as that is possible, if it has this name."""
+    """Remove the directory `name`, as far as possible, if `status` is its status."""
     with suppress(OSError):
         fd = os.open(name, _DIRECTORY, dir_fd=folder)
         try:
             if os.path.samestat(os.fstat(fd), status):
-                # cannot remove "." itself, so that what the name leads to next is never emptied
+                # through the descriptor, so that another directory under this name is not emptied;
+                # this leaves "." itself
                 shutil.rmtree(".", ignore_errors=True, dir_fd=fd)
                 _remove_empty(folder, name)
         finally:
@@ -363,7 +384,7 @@ def _remove(folder: int, name: str, status: os.stat_result) -> None:
 
 
 def _remove_empty(folder: int, name: str) -> None:
-    with suppress(OSError):  # not empty: somebody uses it
+    with suppress(OSError):  # a directory that is not empty is in use
         os.rmdir(name, dir_fd=folder)
 
 
@@ -379,12 +400,13 @@ def _rename_new(folder: int, old: str, new: str) -> None:
 
 
 def _exchange(folder: int, new: str, old: str) -> None:
-    """Swap two directories: at once where the kernel can, else by way of a third name."""
+    """Swap two directories: atomically if the kernel can, else with three renames."""
     try:
         linux.rename(folder, new, old, linux.RENAME_EXCHANGE)
     except OSError as error:
         if error.errno not in linux.UNSUPPORTED:
             raise
+        # two renames: killed in between, the next run finds `aside` and puts it back
         aside = new + _ASIDE
         os.rename(old, aside, src_dir_fd=folder, dst_dir_fd=folder)
         try:
@@ -396,7 +418,7 @@ def _exchange(folder: int, new: str, old: str) -> None:
 
 
 def _sync(directory: int) -> None:
-    """`os.fsync`, where the file system has it for directories."""
+    """Sync a directory, unless its file system cannot sync directories."""
     try:
         os.fsync(directory)
     except OSError as error:

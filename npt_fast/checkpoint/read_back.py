@@ -1,4 +1,4 @@
-"""Open what was written as everybody will, before it gets its name."""
+"""Read a written checkpoint back with the ordinary readers, before it is published."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.checkpoint import MERGE_SUMMARY, Checkpoint, open_checkpoint
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.digests import read_digests
-from npt_fast.checkpoint.merge_summary import MergeSummary
+from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary
 from npt_fast.checkpoint.training_state import (
     MULTI_LAYER_STATE,
     TRAINING_STATE,
@@ -21,14 +21,14 @@ from npt_fast.errors import CheckpointError
 
 
 def read_back(directory: Path, target: Path) -> Checkpoint:
-    """Read every file of a checkpoint, except for the tensors' data.
+    """Read every file of a checkpoint, without the data of its tensors.
 
     Args:
-        directory: where it is now.
-        target: where it is to be, for messages.
+        directory: directory that holds the checkpoint now.
+        target: path that it will get, for messages.
 
     Raises:
-        CheckpointError: one of them cannot be read.
+        CheckpointError: a file cannot be read.
     """
     with _named(directory, target):
         checkpoint = open_checkpoint(directory)
@@ -40,7 +40,7 @@ def read_back(directory: Path, target: Path) -> Checkpoint:
 
 
 def read_back_records(directory: Path, target: Path) -> None:
-    """Read what a merge writes last: its summary and the digests; as `read_back`."""
+    """Read the files that a merge writes last, its summary and digests; like `read_back`."""
     with _named(directory, target):
         path = directory / MERGE_SUMMARY
         MergeSummary.parse(strict_json.read_foreign(path), str(path))

@@ -1,8 +1,9 @@
-"""How the bytes of one output tensor come about: copied, or computed in bounded memory.
+"""How the bytes of an output tensor are made: copied, or computed in bounded memory.
 
-Most tensors are copied and never enter user space (`Recipe.is_copy`). The rest is cast, divided,
-padded, gathered from a strided layout or freshly initialized here, one tile at a time. Verification
-replays the same recipe, so the output is proven against the source or against its recomputation.
+Most tensors are copied without entering user space (`Recipe.is_copy`). The others are cast,
+divided, padded, gathered from a strided layout or initialized here, one tile at a time.
+Verification follows the same recipe, so the output is compared with its source or with its
+recomputation.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.torch_zip import dense_strides
 from npt_fast.errors import MergeError
 
-if TYPE_CHECKING:  # numpy takes 0.1 s and 17 MB to import; a merge that only copies needs none
+if TYPE_CHECKING:  # importing numpy takes 0.1 s and 17 MB; a merge that only copies needs no numpy
     import numpy as np
     from numpy.typing import NDArray
 
-_TILE = WINDOW // 8  # elements at once: 1 MiB as float64
+_TILE = WINDOW // 8  # elements of a tile: 1 MiB in float64
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -36,10 +37,10 @@ class Recipe:
         name: key in the output.
         dtype: element type of the output.
         shape: shape of the output; at least as large as the source along each axis.
-        source: the tensor it comes from; None for a freshly initialized one.
-        divisor: every element is divided by this (in float64, rounded once).
+        source: tensor that it is made from; None for a new tensor.
+        divisor: number that every element is divided by (in float64, rounded once).
         random: whether elements without a source are Xavier-uniform instead of zero. The numbers
-            depend on `name` and position alone, so the same merge gives the same bytes.
+            depend on `name` and position only, so the same merge gives the same bytes.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Recipe:
 
     @classmethod
     def unchanged(cls, entry: TensorEntry) -> Recipe:
-        """The tensor as it is, made contiguous if need be."""
+        """The recipe that copies a tensor, made contiguous if it is strided."""
         return cls(entry.name, entry.dtype, entry.shape, entry)
 
     @property
@@ -76,7 +77,7 @@ class Recipe:
 
     @property
     def change(self) -> str:
-        """What happens to the tensor, for people: ``""`` when it is only copied."""
+        """Description of how the tensor changes, for messages; "" if it is only copied."""
         if self.source is None:
             return "new"
         steps = []
@@ -91,14 +92,15 @@ class Recipe:
         return ", ".join(steps)
 
     def windows(self, reader: NearbyReader | None = None) -> Iterator[memoryview | bytes]:
-        """The output bytes in order, in pieces of bounded size, each valid until the next.
+        """The output bytes in order, in pieces of bounded size; each is valid until the next.
 
         Args:
-            reader: reads what is only copied, where many tensors are read one after the other.
+            reader: reader for tensors that are only copied; it saves time if many small tensors
+                are read one after another.
 
         Raises:
             CheckpointError: the source changed.
-            MergeError: a finite value does not fit the output type.
+            MergeError: a finite value becomes infinite in the output type.
         """
         if self.is_copy:
             assert self.source is not None
@@ -117,7 +119,7 @@ class Recipe:
             yield self._tile(r0, r1, c0, c1)
 
     def _slice(self, source: TensorEntry, index: int) -> Recipe:
-        """What is at one index of the first axis."""
+        """The recipe of one index of the first axis."""
         step, *strides = source.strides or dense_strides(source.shape)
         offset = source.offset + index * step * source.dtype.itemsize
         shape = source.shape[1:]
@@ -141,6 +143,7 @@ class Recipe:
         import numpy as np
 
         source = self.source
+        # as raw bytes: numpy has no bfloat16 or float8, and moving elements needs no arithmetic
         if source is not None and self.change == "made contiguous":  # for every element type
             raw = np.dtype((np.void, self.dtype.itemsize))
             return self._read(source, raw, r0, r1, c0, c1).tobytes()
@@ -153,6 +156,7 @@ class Recipe:
                 raw = np.dtype(_NUMPY[source.dtype.name])
                 part = _widen(self._read(source, raw, r0, r_end, c0, c_end), source.dtype)
                 if self.divisor != 1:
+                    # in float64, so that the only rounding is that to the output type
                     part = part.astype(np.float64) / self.divisor
         if part is not None and part.shape == shape:
             return _narrow(part, self.dtype, self.name)
@@ -164,7 +168,7 @@ class Recipe:
     def _read(
         self, source: TensorEntry, raw: np.dtype[Any], r0: int, r1: int, c0: int, c1: int
     ) -> NDArray[Any]:
-        """A tile of the source as it is, read through windows of bounded size."""
+        """A tile of the source, unconverted, read through windows of bounded size."""
         import numpy as np
 
         row_step, column_step = self._as_matrix()[4]
@@ -188,7 +192,7 @@ class Recipe:
         return out
 
     def _random(self, r0: int, c0: int, shape: tuple[int, int]) -> NDArray[Any]:
-        """Xavier-uniform numbers; the bit stream is the same in every numpy version."""
+        """Xavier-uniform numbers, from PCG64's raw bits, which are the same in every numpy."""
         import numpy as np
 
         rows, columns = self.shape
@@ -196,12 +200,14 @@ class Recipe:
         seed = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:16], "little")
         generator = np.random.PCG64(seed)
         generator.advance(r0 * columns + c0)  # a tile is a run of the row-major order
+        # raw bits: numpy promises the stream of PCG64, not that of its distributions. 24 of them,
+        # so that every number is exact in float32
         raw = generator.random_raw(shape[0] * shape[1]) >> np.uint64(40)
         return (bound * (raw * 2.0**-23 - 1)).reshape(shape)
 
 
 def check_castable(where: str, recipe: Recipe) -> None:
-    """Raise MergeError, naming `where`, if a recipe needs arithmetic on a type without any."""
+    """Raise MergeError if a recipe needs arithmetic on a type that cannot be converted."""
     if recipe.change in ("", "made contiguous"):
         return
     for dtype in {recipe.dtype, recipe.source.dtype if recipe.source else recipe.dtype}:
@@ -213,7 +219,7 @@ def check_castable(where: str, recipe: Recipe) -> None:
 
 
 def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-    """Row and column ranges that cover a matrix in row-major order, `_TILE` elements at most."""
+    """Ranges of rows and columns that cover a matrix in row-major order, up to `_TILE` elements."""
     if columns >= _TILE:
         for row in range(rows):
             for column in range(0, columns, _TILE):
@@ -225,21 +231,25 @@ def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _widen(raw: NDArray[Any], dtype: DType) -> NDArray[Any]:
-    """Elements in a type that numpy can calculate with."""
+    """The elements in a type that numpy can calculate with: float32 for bfloat16."""
     import numpy as np
 
+    # a bfloat16 is the upper half of a float32
     return (raw.astype(np.uint32) << 16).view(np.float32) if dtype.name == "BF16" else raw
 
 
 def _narrow(values: NDArray[Any], dtype: DType, name: str) -> bytes:
-    """Round to nearest even in the output type (float64 to bfloat16 by way of float32)."""
+    """The bytes of `values`, rounded to nearest even (from float64 to bfloat16 via float32)."""
     import numpy as np
 
+    # overflow is looked for below, and named with its tensor
     with np.errstate(over="ignore", invalid="ignore"):
         narrow = values.astype(np.float32 if dtype.name == "BF16" else _NUMPY[dtype.name])
     if dtype.name == "BF16":
         bits = narrow.view(np.uint32)
+        # to nearest even: add half of the last place, less one where the bit kept is even
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        # adding to a NaN's bits may give infinity or -0
         rounded[np.isnan(narrow)] = 0x7FC0
         infinite = (rounded & 0x7FFF) == 0x7F80
         narrow = rounded

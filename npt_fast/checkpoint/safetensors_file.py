@@ -1,8 +1,8 @@
-"""safetensors headers, read strictly and written page-aligned.
+"""Read and write safetensors headers; the data of written files can start at any page offset.
 
-The reader refuses everything that two implementations could understand differently, including
-what the safetensors library itself still lets pass: duplicate names, unknown fields, wrapped
-64-bit offsets, misaligned data.
+The reader refuses everything that two implementations could understand differently. This includes
+files that the safetensors library accepts: with duplicate names, unknown fields, 64-bit offsets
+that wrap around, or misaligned data.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ _LIMIT = 1 << 63
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsFile:
-    """Tensors by name, in file order, the string metadata, and the bytes that describe both."""
+    """An opened safetensors file.
+
+    Attributes:
+        entries: tensors by name, in file order.
+        metadata: strings from ``__metadata__``.
+        header: place of the length prefix and the header.
+    """
 
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
@@ -38,15 +44,15 @@ class SafetensorsFile:
 
 
 def read_safetensors(file: SourceFile, limit: int = MAX_BYTES) -> SafetensorsFile:
-    """Read a safetensors header; no tensor data.
+    """Read the header of a safetensors file, but no tensor data.
 
     Args:
-        file: that holds it.
-        limit: bytes that the header may have.
+        file: file to read.
+        limit: maximum size of the header in bytes.
 
     Raises:
-        CheckpointError: not a safetensors file, one with more than one meaning, or with a header
-            over the limit.
+        CheckpointError: the file is not a safetensors file, can be understood in more than one
+            way, or has a header over the limit.
     """
 
     def fail(problem: str) -> CheckpointError:
@@ -67,6 +73,7 @@ def read_safetensors(file: SourceFile, limit: int = MAX_BYTES) -> SafetensorsFil
         header = file.read_at(fd, 8, length)
     if not header.rstrip(b" ").endswith(b"}"):
         raise fail("its header is not a JSON object; not a safetensors file")
+    # a header has no fractions; 1.0 for a size is taken by some readers only
     described = parse_object(header, f"{file.path}: header", floats=False)
     metadata = described.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(map(is_text, chain(metadata, metadata.values()))):
@@ -137,10 +144,11 @@ def build_header(
     """Length prefix and header, padded so that the data begins at `phase` modulo `alignment`.
 
     Args:
-        tensors: name, type, shape, first and one-past-last byte counted from the start of the data.
+        tensors: name, type, shape, first byte and byte after the last of each tensor; bytes are
+            counted from the start of the data.
         metadata: strings for ``__metadata__``.
-        alignment: a power of two.
-        phase: a multiple of 8 below `alignment`.
+        alignment: power of two.
+        phase: multiple of 8 below `alignment`.
 
     Raises:
         CheckpointError: the header exceeds what the format allows.
@@ -149,6 +157,7 @@ def build_header(
     for name, dtype, shape, begin, end in tensors:
         header[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # the format allows spaces behind the header
     text += b" " * ((phase - 8 - len(text)) % alignment)
     if len(text) > MAX_BYTES:
         raise CheckpointError(

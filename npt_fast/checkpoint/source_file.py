@@ -1,9 +1,9 @@
-"""Read-only files that must not change while we read them.
+"""Files that are read, and that must not change meanwhile.
 
-A checkpoint is somebody else's file: it may be truncated, replaced or rewritten at any moment,
-and mapping a file that shrinks kills the process. So every access opens the file anew, checks that
-it is still the very file that was first seen (device, inode, size, modification time), and maps
-at most one window of it at a time.
+Other programs may truncate, replace or rewrite a checkpoint at any moment, and access to a mapping
+of a file that has shrunk kills the process. So every access opens the file anew, checks that it is
+the file that was first seen (same device, inode, size and modification time), and maps at most one
+window of it at a time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from npt_fast.errors import CheckpointError
 from npt_fast.paths import path_errors
 
 WINDOW = 1 << 20
-"""Bytes mapped at once: large enough to stream at full speed, small enough not to be seen."""
+"""Bytes that are mapped at once: enough for full reading speed, and little memory."""
 
-_NEARBY = 1 << 16  # bytes that small ranges are read in
+_NEARBY = 1 << 16  # bytes per read of `NearbyReader`
 _POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux: one call instead of 256 page faults
 _HUB_BLOB = re.compile(r"(\.\./)+blobs/[0-9a-f]{40,64}")
 _NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "ceph", "gpfs", "beegfs")
@@ -44,20 +44,24 @@ class _Identity:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A regular file as it was when first opened; `path` names it in messages."""
+    """A regular file, with its identity when it was first opened; messages name its `path`."""
 
     path: Path
     identity: _Identity
 
     @classmethod
     def of(cls, path: Path, *, follow_links: bool = False) -> SourceFile:
-        """Look at `path` for the first time.
+        """Record the identity of the file at `path`.
 
-        Links inside a checkpoint are not followed, since an untrusted checkpoint could point
-        anywhere, except for the links with which the Hugging Face cache names its blobs.
+        Links inside a checkpoint are not followed, since those of an untrusted checkpoint could
+        lead anywhere. The exception are links to blobs, of which the Hugging Face cache is made.
+
+        Args:
+            path: path of the file.
+            follow_links: whether `path` may be a link; for paths that the user gave.
 
         Raises:
-            CheckpointError: not a regular file, a link, or not readable.
+            CheckpointError: the path is no regular file, is a link, or cannot be read.
         """
         with path_errors(path, CheckpointError):
             foreign_link = not follow_links and path.is_symlink() and not _is_hub_blob(path)
@@ -83,7 +87,7 @@ class SourceFile:
 
     @contextmanager
     def open(self) -> Iterator[int]:
-        """A file descriptor for this very file; checks identity on entry and on leaving.
+        """A read-only file descriptor; the file's identity is checked at the beginning and the end.
 
         Raises:
             CheckpointError: the file was changed, truncated or replaced.
@@ -97,9 +101,11 @@ class SourceFile:
             os.close(fd)
 
     def check(self, fd: int) -> None:
-        """Raise CheckpointError unless `fd` and the path are both still the file first seen."""
+        """Raise CheckpointError unless `fd` and the path still lead to the file first seen."""
         with path_errors(self.path, CheckpointError):
             try:
+                # the path as well as the descriptor: a file that was renamed over it leaves ours
+                # unchanged
                 now = os.stat(self.path)
                 same = _Identity.of(os.fstat(fd)) == self.identity == _Identity.of(now)
             except FileNotFoundError:
@@ -110,12 +116,12 @@ class SourceFile:
             )
 
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`."""
+        """Exactly `length` bytes from `offset` on; a shorter file raises CheckpointError."""
         with self.open() as fd:
             return self.read_at(fd, offset, length)
 
     def read_at(self, fd: int, offset: int, length: int) -> bytes:
-        """Like `read`, through a descriptor that `open` gave: for many small reads."""
+        """Like `read`, through a descriptor from `open`: saves opening the file for every read."""
         with path_errors(self.path, CheckpointError):
             data = os.pread(fd, length, offset)
             while len(data) < length:  # short reads happen on network file systems
@@ -129,10 +135,10 @@ class SourceFile:
             return data
 
     def windows(self, offset: int, length: int, size: int = WINDOW) -> Iterator[memoryview | bytes]:
-        """The bytes from `offset` on, in pieces of at most `size`, each valid until the next.
+        """The bytes from `offset` on, in pieces of at most `size`; each is valid until the next.
 
-        Local files are mapped one window at a time and unmapped behind; on network file systems,
-        where mapping is slow and unsafe, the pieces are plain reads.
+        Local files are mapped, one window at a time. Files on network file systems, where mapping
+        is slow and unsafe, are read.
         """
         mapped = not on_network_filesystem(self.path)
         with self.open() as fd:
@@ -141,6 +147,7 @@ class SourceFile:
                 self.check(fd)  # a mapped file that has shrunk would kill us with SIGBUS
                 step = min(size, end - offset)
                 if mapped:
+                    # mmap takes page-aligned offsets only
                     lead = offset % mmap.ALLOCATIONGRANULARITY
                     window = mmap.mmap(
                         fd, lead + step, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED | _POPULATE,
@@ -154,16 +161,16 @@ class SourceFile:
 
 
 def read_file(path: Path, limit: int, *, follow_links: bool = False) -> bytes:
-    """All of a small file that is read whole, by whichever part of the library.
+    """The content of a small file.
 
     Args:
-        path: the file.
-        limit: bytes that it may have.
-        follow_links: as for `SourceFile.of`; for a path that the user gave.
+        path: path of the file.
+        limit: maximum size in bytes.
+        follow_links: whether `path` may be a link; for paths that the user gave.
 
     Raises:
-        CheckpointError: not a regular file (a pipe, a device, a folder), a link, too long, or not
-            readable.
+        CheckpointError: the path is no regular file (but a pipe, a device or a folder), is a link,
+            or cannot be read; or the file is larger than `limit`.
     """
     file = SourceFile.of(path, follow_links=follow_links)
     if file.size > limit:
@@ -172,10 +179,10 @@ def read_file(path: Path, limit: int, *, follow_links: bool = False) -> bytes:
 
 
 class NearbyReader:
-    """Reads small ranges of files together with what lies near them; for one thread.
+    """Reads files in blocks of 64 KiB and keeps the last block; for use by one thread.
 
-    A layer with num_ranks 128 has 1,152 tensors of a few bytes each and three states for each:
-    opening the file for every one of them takes longer than all else.
+    A layer with num_ranks 128 has 1,152 tensors, each with three tensors of optimizer state. They
+    may be small, and opening the file for each of them would take most of the time.
     """
 
     def __init__(self) -> None:
@@ -184,8 +191,8 @@ class NearbyReader:
         self._data = memoryview(b"")
 
     def windows(self, file: SourceFile, offset: int, length: int) -> Iterator[memoryview | bytes]:
-        """As `SourceFile.windows`."""
-        if length > _NEARBY // 4:
+        """Like `SourceFile.windows`."""
+        if length > _NEARBY // 4:  # a block would hold few of these: read it alone
             yield from file.windows(offset, length)
             return
         known = file is self._file and offset >= self._start
@@ -209,17 +216,18 @@ def _open(path: Path) -> int:
 
 
 def on_network_filesystem(path: Path) -> bool:
-    """Whether `path` lies on a network or FUSE mount (known on Linux only; elsewhere False)."""
+    """Whether `path` lies on a network or FUSE mount; always False on systems other than Linux."""
     return filesystem_type(path).startswith(_NETWORK_FILESYSTEMS)
 
 
 def filesystem_type(path: Path) -> str:
-    """Type of the file system that holds `path`, as the kernel names it ("xfs"), or ""."""
+    """Type of the file system that holds `path`, such as "xfs"; "" if unknown."""
     real = os.path.realpath(path)
     device = os.stat(real).st_dev if os.path.exists(real) else -1
     best, kind = "", ""
     for point, point_kind in _mounts(device):
         inside = real == point or real.startswith(point.rstrip("/") + "/")
+        # the longest mount point is the innermost; of equal ones, the later covers the earlier
         if inside and len(point) >= len(best):
             best, kind = point, point_kind
     return kind
@@ -227,7 +235,11 @@ def filesystem_type(path: Path) -> str:
 
 @cache
 def _mounts(device: int) -> list[tuple[str, str]]:
-    """Mount points and types; read again for a device not seen before, which may be a new mount."""
+    """All mount points and their types.
+
+    The list is cached by device: a device that was not seen before may be a new mount, for which
+    the list is read again.
+    """
     try:
         lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -235,6 +247,7 @@ def _mounts(device: int) -> list[tuple[str, str]]:
     mounts = []
     for line in lines:
         fields, _, tail = line.partition(" - ")
+        # the kernel writes a space in a path as \040
         point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields.split()[4])
         mounts.append((point, tail.split()[0]))
     return mounts

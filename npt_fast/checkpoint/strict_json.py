@@ -1,8 +1,9 @@
-"""JSON of two kinds, bounded in size, depth and the size of numbers.
+"""Read and write JSON, with limits on size, nesting and numbers.
 
-What must mean the same to every reader is UTF-8 without duplicate keys, NaN or infinity; so is all
-that we write. The small files beside the weights are other people's: Windows editors add a byte
-order mark or write UTF-16, and Python's json writes NaN and Infinity. These are read too.
+Files that every reader must understand alike, and all files that we write, are strict: UTF-8
+without duplicate keys, NaN or infinity. Small files beside the weights can be written by other
+programs, and less strict: Windows editors add a byte order mark or write UTF-16, and Python's json
+writes NaN and Infinity. `parse_foreign` reads these too.
 """
 
 from __future__ import annotations
@@ -20,31 +21,33 @@ from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import CheckpointError
 
 MAX_BYTES = 100_000_000
-"""Of any document: the limit that the safetensors format sets for its header."""
+"""Limit of any document in bytes; the safetensors format sets it for its header."""
 MAX_SMALL = 4 << 20
-"""Of a file that does not grow with the tensors; parsed, it may take 30 times the memory."""
+"""Limit in bytes of a file that does not grow with the number of tensors; parsed, it may take 30
+times this memory."""
 
 # An empty list takes 3 bytes here and 64 in memory. A tensor in a safetensors header takes three
 # objects and lists, and at least 55 bytes.
 _MANY_CONTAINERS = 400_000
 _BYTES_PER_CONTAINER = 16
-_MAX_DEPTH = 100  # what is read is walked by recursion later
-_MAX_INTEGER = 1 << 127  # every one fits a float, and the pickle of a merge
+_MAX_DEPTH = 100  # later code recurses into the content; Python's limit is 1,000 calls
+_MAX_INTEGER = 1 << 127  # smaller ones fit a float and, in 16 bytes, the pickle that a merge writes
+# 2^127 has 39 digits
 _ODD_INTEGER = re.compile(r"-0(?![.0-9eE])|[0-9]{39}")
 
 
 def parse_object(data: bytes, where: str, *, floats: bool = True) -> dict[str, Any]:
-    """A JSON object from UTF-8 bytes.
+    """Parse a JSON object from UTF-8 bytes.
 
     Args:
-        data: the document.
-        where: file, for messages.
+        data: bytes of the document.
+        where: name of the file, for messages.
         floats: whether numbers with a fraction or exponent are allowed.
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, not an object, duplicate keys, NaN or infinity, the
-            integer -0, a number that no float can hold, an integer of more than 127 bits, or
-            nested more than 100 deep.
+        CheckpointError: the document is not UTF-8, not JSON, not an object, nested more than 100
+            deep, or has duplicate keys, NaN, infinity, the integer -0, a number that no float can
+            hold, or an integer of more than 127 bits.
     """
     refuse = _refuse_number(where)
     return _parse(
@@ -53,11 +56,19 @@ def parse_object(data: bytes, where: str, *, floats: bool = True) -> dict[str, A
 
 
 def parse_foreign(data: bytes, where: str, limit: int = MAX_SMALL) -> dict[str, Any]:
-    """A JSON object that somebody else wrote: UTF-8, 16 or 32, NaN and infinity as Python has them.
+    """Parse a JSON object that another program may have written.
+
+    It may be UTF-8, UTF-16 or UTF-32, and may contain NaN and Infinity, as Python writes them.
+
+    Args:
+        data: bytes of the document.
+        where: name of the file, for messages.
+        limit: maximum size in bytes.
 
     Raises:
-        CheckpointError: not JSON, not an object, duplicate keys, a number that no float can hold,
-            an integer of more than 127 bits, nested more than 100 deep, or over `limit` bytes.
+        CheckpointError: the document is not JSON, not an object, nested more than 100 deep, over
+            the limit, or has duplicate keys, a number that no float can hold, or an integer of more
+            than 127 bits.
     """
     _check_size(len(data), where, limit)
     integer = _integer(where, minus_zero=True)
@@ -81,6 +92,7 @@ def _parse(
         return CheckpointError(f"{where}: {problem}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # json would keep the last of equal keys in silence, other readers the first
         found = dict(pairs)
         if len(found) != len(pairs):
             counts = Counter(name for name, _ in pairs)
@@ -91,6 +103,7 @@ def _parse(
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise fail(f"not valid JSON: not {encoding} from byte {error.start} on") from None
+    # counted before parsing, which would build them all
     containers = text.count("{") + text.count("[")
     if containers > _MANY_CONTAINERS + len(data) // _BYTES_PER_CONTAINER:
         raise fail("too many objects and lists; refused")
@@ -100,7 +113,7 @@ def _parse(
             object_pairs_hook=unique,
             parse_constant=constant,
             parse_float=number,
-            # 200,000 tensors are a million integers: called only where one is odd
+            # a header of 200,000 tensors has a million integers: check them only if one looks odd
             parse_int=integer if _ODD_INTEGER.search(text) else None,
         )
     except RecursionError:
@@ -126,10 +139,11 @@ def _refuse_number(where: str) -> Callable[[str], Any]:
 
 
 def _float(where: str) -> Callable[[str], float]:
-    """`float`, except that a number does not become infinity, or 0, for want of exponents."""
+    """A converter like `float` that refuses numbers which would overflow or underflow."""
 
     def convert(text: str) -> float:
         value = float(text)
+        # 1e-400 becomes 0.0
         vanished = not value and text.lower().partition("e")[0].strip("-.0")
         if math.isinf(value) or vanished:
             raise CheckpointError(f"{where}: the number {text:.40} does not fit a 64-bit float")
@@ -139,7 +153,7 @@ def _float(where: str) -> Callable[[str], float]:
 
 
 def _integer(where: str, *, minus_zero: bool = False) -> Callable[[str], int]:
-    """`int`, except for numbers that a float, or another reader, would not take."""
+    """A converter like `int` that refuses numbers that a float or another reader cannot hold."""
 
     def convert(text: str) -> int:
         value = int(text)
@@ -156,19 +170,19 @@ def _check_size(size: int, where: str, limit: int) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file that npt_fast wrote.
+    """Read the JSON object of a small file that npt_fast wrote.
 
     Raises:
-        CheckpointError: as `parse_object`, or the file is unreadable or over 4 MiB.
+        CheckpointError: as in `parse_object`; or the file cannot be read, or is over 4 MiB.
     """
     return parse_object(_read(path, MAX_SMALL), str(path))
 
 
 def read_foreign(path: Path, limit: int = MAX_SMALL) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint, whoever wrote it.
+    """Read the JSON object of a file that another program may have written.
 
     Raises:
-        CheckpointError: as `parse_foreign`, or the file is unreadable.
+        CheckpointError: as in `parse_foreign`, or the file cannot be read.
     """
     return parse_foreign(_read(path, limit), str(path), limit)
 
@@ -186,17 +200,18 @@ def dump(
     allow_nan: bool = False,
     limit: int = MAX_SMALL,
 ) -> bytes:
-    """The bytes we write: indented, UTF-8, keys in the given order, a newline at the end.
+    """Bytes of a JSON file: UTF-8, indented, keys in the given order, a newline at the end.
 
     Args:
-        value: what to write.
-        where: file, for messages.
-        allow_nan: write NaN and infinity as Python does; only `parse_foreign` reads them.
-        limit: bytes that the file's reader takes.
+        value: content of the file.
+        where: name of the file, for messages.
+        allow_nan: whether to write NaN and Infinity as Python does; only `parse_foreign` reads
+            them.
+        limit: maximum size in bytes that the file's reader accepts.
 
     Raises:
-        ValueError: a number is not finite.
-        CheckpointError: the reader would refuse it.
+        ValueError: a number is not finite, and `allow_nan` is False.
+        CheckpointError: the file's reader would refuse the bytes.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
     data = text.encode("utf-8", "backslashreplace")  # a path that is not Unicode becomes \\udcxx

@@ -1,4 +1,4 @@
-"""Hold one tensor against everything that is known of it: source, digest, CRC, finite values."""
+"""Check one tensor: against its source, its recorded digest and CRC, and for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from npt_fast.errors import CheckpointError, NPTError
 
 @dataclass(frozen=True, slots=True)
 class TensorCheck:
-    """One output tensor and what it is held against.
+    """An output tensor and the facts to check it against.
 
     Attributes:
-        file: name of its file.
-        entry: where it is.
-        recipe: how it comes about from its source; None where the source is unknown.
-        recorded: its recorded digest, None where there is none.
-        finite: whether NaN and infinity are a problem in it.
-        fresh: whether the source has just been read, so that it must still be readable.
+        file: name of the tensor's file.
+        entry: the tensor.
+        recipe: recipe that makes the tensor from its source; None if the source is unknown.
+        recorded: recorded digest of the tensor; None if there is none.
+        finite: whether NaN and infinity are problems.
+        fresh: whether the merge has just read the source, so that it must still be readable.
     """
 
     file: str
@@ -37,17 +37,17 @@ class TensorCheck:
 
 @dataclass(slots=True)
 class CheckOutcome:
-    """What was found.
+    """The outcome of a `TensorCheck`.
 
     Attributes:
-        digest: ``"F32[576, 32] <sha256 of its bytes>"``.
-        damage: one line for each proof that the tensor is not what it was.
-        source_damage: likewise for its source.
-        difference: how it differs from its source; "" if it does not.
-        proven: whether a recorded digest or CRC says that the tensor is what was written.
-        compared: whether it was compared with its source, and equals it.
-        digest_matched: whether it equals its recorded digest.
-        crcs_matched: recorded CRCs that match, its own and its source's.
+        digest: digest of the tensor, like ``"F32[576, 32] <SHA-256 of the bytes>"``.
+        damage: one line for each proof that the tensor is damaged.
+        source_damage: one line for each proof that its source is damaged.
+        difference: description of the difference from the source; "" if there is none.
+        proven: whether a recorded digest or CRC proves that the tensor is as it was written.
+        compared: whether the tensor was compared with its source and is equal.
+        digest_matched: whether the tensor equals its recorded digest.
+        crcs_matched: number of recorded CRCs that match, those of the source included.
     """
 
     digest: str = ""
@@ -61,7 +61,7 @@ class CheckOutcome:
 
 
 def check_tensors(checks: Sequence[TensorCheck]) -> list[CheckOutcome]:
-    """Read each tensor once, and its source once beside it."""
+    """Run checks; each tensor and its source are read once, side by side."""
     own, source = NearbyReader(), NearbyReader()
     return [_check(check, own, source) for check in checks]
 
@@ -88,7 +88,7 @@ def _check(check: TensorCheck, own: NearbyReader, sources: NearbyReader) -> Chec
     outcome.difference = f"{where}: {beside.difference}" if beside.difference else ""
     outcome.compared = check.recipe is not None and not beside.difference
     outcome.digest = f"{entry.dtype.name}{list(entry.shape)} {digest.hexdigest()}"
-    # bytes that equal their source's are to be blamed on the source
+    # if the bytes equal their source's, messages name the source
     origin = check.recipe.source if outcome.compared and check.recipe else None
     blamed = f"{origin.file.path}: {origin.name}" if origin else where
     if bad:
@@ -103,23 +103,24 @@ def _check(check: TensorCheck, own: NearbyReader, sources: NearbyReader) -> Chec
             outcome.crcs_matched += 1
         else:
             outcome.damage.append(f"{blamed}: damaged, its CRC-32 differs")
+    # a CRC of 0 was not recorded
     outcome.proven = outcome.digest_matched or (check.recorded is None and entry.crc32 == crc != 0)
     copied = check.recipe.source if check.recipe is not None and check.recipe.is_copy else None
     if copied is not None and copied.crc32 and not beside.unread:
         if copied.crc32 == beside.crc:
             outcome.crcs_matched += 1
-        elif not (outcome.compared and entry.crc32):  # else said already
+        elif not (outcome.compared and entry.crc32):  # otherwise reported above
             line = f"{copied.file.path}: {copied.name}: damaged, its CRC-32 differs"
             outcome.source_damage.append(line)
     return outcome
 
 
 class _Source:
-    """What a tensor should be, read beside what it is.
+    """The expected bytes of a tensor, read side by side with the tensor.
 
     Attributes:
-        difference: how they differ, for people; "" as long as they do not.
-        crc: CRC-32 of what the tensor should be.
+        difference: description of the difference; "" as long as there is none.
+        crc: CRC-32 of the expected bytes.
         unread: whether the source could not be read to its end.
     """
 
@@ -146,7 +147,7 @@ class _Source:
             self._windows = recipe.windows(reader)
 
     def compare(self, data: bytes, crc: int) -> None:
-        """Hold the next bytes of the tensor, whose CRC-32 up to here is `crc`, against it."""
+        """Compare the next bytes of the tensor, whose CRC-32 up to here is `crc`."""
         if self.unread:
             return
         try:
@@ -164,18 +165,19 @@ class _Source:
             self.difference = f"differs from {self._origin}"
 
     def _take(self, count: int) -> bytes:
-        """The next bytes; fewer at the end."""
+        """The next `count` expected bytes, or fewer at the end."""
         while len(self._left) < count:
             more = next(self._windows, None)
             if more is None:
                 break
+            # the windows of both sides need not end at the same byte
             self._left = self._left + more if self._left else bytes(more)
         taken, self._left = self._left[:count], self._left[count:]
         return taken
 
 
 def in_batches(checks: Iterator[TensorCheck]) -> Iterator[list[TensorCheck]]:
-    """Checks in groups that are worth a thread's while: 256 tensors, or 8 MiB."""
+    """Checks in groups of 256 tensors or 8 MiB: smaller ones are not worth passing to a thread."""
     batch: list[TensorCheck] = []
     size = 0
     for check in checks:

@@ -1,4 +1,4 @@
-"""One tensor in a file: its type, shape and byte range, known without reading its data."""
+"""A tensor in a file: type, shape and byte range, known from headers without reading its data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from npt_fast.checkpoint.source_file import SourceFile
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A contiguous run of bytes that carries its own CRC-32 (0: none was recorded)."""
+    """A contiguous range of bytes in a file, with its recorded CRC-32 (0 if none was recorded)."""
 
     file: SourceFile
     offset: int
@@ -21,18 +21,18 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor's elements are.
+    """A tensor and the place of its elements in a file.
 
     Attributes:
         name: key in the checkpoint.
         dtype: element type.
-        shape: sizes, row-major.
-        file: the file that holds them.
+        shape: size of each dimension; elements are stored row-major unless `strides` is given.
+        file: file that holds the elements.
         offset: byte offset of the first element in the file.
-        crc32: CRC-32 of exactly this tensor's bytes as the file recorded it; 0 when it did not.
-        strides: elements between neighbours along each dimension; None when contiguous.
-        record: in a ``.pt``, the record of which the tensor is only a part, or another order; other
-            tensors may share it.
+        crc32: CRC-32 of exactly this tensor's bytes, as recorded in the file; 0 if not recorded.
+        strides: elements between neighbours along each dimension; None if contiguous.
+        record: record of a ``.pt`` file that holds more than this tensor's bytes, or holds them in
+            another order; several tensors may share it. None otherwise.
     """
 
     name: str
@@ -50,5 +50,5 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor itself, laid out densely."""
+        """Size of the tensor in bytes when it is stored contiguously."""
         return self.numel * self.dtype.bits // 8

@@ -1,4 +1,4 @@
-"""One view over every form that weights come in: which tensor is where, from headers alone.
+"""Find and open the weights of a checkpoint in any format; only headers are read.
 
 A path may name a checkpoint directory, a ``.pt`` file, a ``.safetensors`` file, or the index of a
 sharded set.
@@ -25,8 +25,9 @@ from npt_fast.paths import path_errors, user_path
 PT_WEIGHTS = "npt_weights.pt"
 SAFETENSORS_WEIGHTS = "npt_weights.safetensors"
 SAFETENSORS_INDEX = "npt_weights.safetensors.index.json"
-_ACCUMULATED = "accumulated_npt_weights.pt"  # what sequential training wrote, all layers so far
+_ACCUMULATED = "accumulated_npt_weights.pt"  # of the original's sequential training: all layers
 WEIGHTS = (PT_WEIGHTS, _ACCUMULATED, SAFETENSORS_WEIGHTS, SAFETENSORS_INDEX)
+# a name without a slash or a leading dot: no index leads out of the checkpoint's folder
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors")
 
 
@@ -35,13 +36,13 @@ class TensorSource:
     """The tensors of one set of weights.
 
     Attributes:
-        path: the file, or the index of the shards.
+        path: path of the file, or of the index of the shards.
         format: ``"pt"`` or ``"safetensors"``.
         files: all files that hold data.
-        tensors: by name, in file order.
-        metadata: strings from the safetensors header, of the first shard.
-        headers: for each file the bytes that describe its tensors: a header, or a pickle.
-        note: which other weights lie beside them and are not read.
+        tensors: tensors by name, in file order.
+        metadata: strings from the safetensors header, the first one if there are shards.
+        headers: place of the header or pickle that describes the tensors, for each file.
+        note: line that says which other weights beside them were not read; "" if there are none.
     """
 
     path: Path
@@ -54,14 +55,14 @@ class TensorSource:
 
 
 def locate_checkpoint(given: str | Path) -> tuple[Path, str]:
-    """Where the checkpoint that a user calls `given` really is, and a note if it is elsewhere.
+    """Path of the checkpoint that a user means by `given`, and a note if it is another path.
 
-    The guide leaves out the ``checkpoints/`` folder that training puts its checkpoints in, so
-    ``run/checkpoint-800`` also stands for ``run/checkpoints/checkpoint-800``.
+    Training writes checkpoints into the folder ``checkpoints``, which the users' guide leaves out.
+    So ``run/checkpoint-800`` also means ``run/checkpoints/checkpoint-800``.
 
     Raises:
-        CheckpointError: nothing there, or the system refuses to say.
-        PathError: it is no path.
+        CheckpointError: there is no checkpoint, or the path cannot be examined.
+        PathError: `given` is not a valid path.
     """
     path = user_path(given)
     with path_errors(path, CheckpointError):
@@ -88,15 +89,15 @@ def _locate(path: Path) -> tuple[Path, str]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint in the folder of a training run, or in its ``checkpoints`` folder.
+    """The newest checkpoint in the folder of a training run, or in its folder ``checkpoints``.
 
     Returns:
-        The one with the highest step among those that hold weights; ``final`` or ``best`` where
-        these are all that is left. None where `run` is itself a checkpoint, or no run.
+        The checkpoint with weights and the highest step; without any, ``final`` or ``best``. None
+        if `run` is a checkpoint itself, or no folder of a run.
 
     Raises:
         CheckpointError: a folder cannot be listed, or holds weights in two formats.
-        OSError: the system refuses to say what is there.
+        OSError: a path cannot be examined.
     """
     if find_weights(run):
         return None
@@ -109,13 +110,13 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def find_weights(directory: Path) -> Path | None:
-    """The weights file of a checkpoint directory, or None.
+    """The weights file in a checkpoint directory, or the index of its shards; None without weights.
 
     Raises:
-        CheckpointError: weights in two formats, which may differ.
-        OSError: the system refuses to say what is there.
+        CheckpointError: the directory holds weights in two formats, which may differ.
+        OSError: the directory cannot be examined.
     """
-    # also a broken link or a folder of that name: opening it says what is wrong
+    # a broken link or a folder of that name counts too: opening it reports what is wrong
     present = [name for name in WEIGHTS if paths.exists(directory / name)]
     if len(present) > 1 and present != [PT_WEIGHTS, _ACCUMULATED]:
         names = " and ".join(present)
@@ -124,10 +125,10 @@ def find_weights(directory: Path) -> Path | None:
 
 
 def open_tensors(path: Path) -> TensorSource:
-    """Read the headers of the weights at `path`; no tensor data.
+    """Read the headers of the weights at `path`, but no tensor data.
 
     Raises:
-        CheckpointError: nothing there, or a file that is broken, unsafe or ambiguous.
+        CheckpointError: there are no weights, or a file is broken, unsafe or ambiguous.
     """
     weights = path if paths.is_file(path) else find_weights(path)
     if weights is None:

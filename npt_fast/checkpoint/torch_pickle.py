@@ -1,19 +1,18 @@
-"""The pickle inside a ``.pt`` file, read without ever running it.
+"""Read the pickle inside a ``.pt`` file without executing any of its code.
 
-`pickle` and `torch.load` resolve names to live Python objects; here a name is looked up in a
-closed table of the few symbols a checkpoint needs, and a REDUCE builds plain data from them. What
-comes out holds only dict, Counter (the milestones of a MultiStepLR), list, tuple, str, int, float,
-bool, None and `TensorRef`; keys are str, or int of 64 bits; nothing holds itself, or is nested
-more than 64 deep.
+`pickle` and `torch.load` resolve names to Python objects. Here a name is looked up in a fixed table
+of the symbols that a checkpoint needs, and REDUCE builds plain data from them. The result consists
+of dict, Counter (the milestones of a MultiStepLR), list, tuple, str, int, float, bool, None and
+`TensorRef`. Keys are str, or int of 64 bits. No container holds itself, and none is nested more
+than 64 deep.
 
-Memory is metered, because nine bytes of pickle can ask for gigabytes: what is built may take
-64 MiB, and 24 times the size of the pickle beyond that. What stands in several places counts as
-often as it stands there: 40 tuples that each hold the one before twice are a trillion values for
-whoever walks through them.
+Memory is limited, because nine bytes of pickle can ask for gigabytes: the result may take 64 MiB
+plus 24 times the size of the pickle. A value counts as often as it occurs: 40 tuples, each of which
+holds the one before twice, are a trillion values for code that walks through them.
 
-The opcodes accepted are those that ``torch.load(weights_only=True)`` accepts (protocol 2, what
-``torch.save`` writes), so that whatever is readable here is readable there. The one addition is
-the numpy scalar that a cosine schedule leaves in optimizer and scheduler state
+The accepted opcodes are those that ``torch.load(weights_only=True)`` accepts (of protocol 2, which
+``torch.save`` writes), so that files readable here are readable there. The only addition is the
+numpy scalar that a cosine schedule leaves in optimizer and scheduler state
 (design.md#training-state).
 """
 
@@ -37,17 +36,18 @@ from npt_fast.checkpoint.torch_symbols import (
 from npt_fast.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 1 << 30
-"""Of reader and writer: 13 million tensors, at the 80 bytes that torch.save takes for one."""
+"""Limit of reader and writer; torch.save takes 80 bytes per tensor, so 13 million tensors fit."""
 MAX_STRING = 1 << 20
-"""Bytes of a string, likewise."""
+"""Limit in bytes of a string, for reader and writer."""
 
+# a limit of 128 MiB for all sizes refused what torch had written from 20,387 parameters on
 _SMALL_MEMORY = 64 << 20
-_MEMORY_PER_BYTE = 24  # AdamW's state as torch.save writes it is charged 9
-_MAX_KEY = 1 << 63  # integers beyond it can be chosen so that all have the same hash
+_MEMORY_PER_BYTE = 24  # AdamW's state as torch.save writes it needs 9
+_MAX_KEY = 1 << 63  # a hostile file could choose larger integers that all have the same hash
 
 
 class _Marker:
-    """Where a MARK opcode stands on the stack."""
+    """Type of `_MARK`, which opcode MARK puts on the stack."""
 
 
 _MARK = _Marker()
@@ -56,16 +56,17 @@ _MARK = _Marker()
 def decode(
     data: bytes, where: str, check_storage: Callable[[StorageRef], None] = lambda storage: None
 ) -> Any:
-    """Plain data and `TensorRef`s from a pickle, as the module's docstring says.
+    """Decode a pickle into plain data and `TensorRef`s, as the module's docstring says.
 
     Args:
-        data: the whole pickle.
+        data: bytes of the pickle.
         where: file and member, for messages.
-        check_storage: called once with each storage that the pickle names; may raise.
+        check_storage: function that is called once with each storage that the pickle names; it
+            may raise.
 
     Raises:
-        CheckpointError: an opcode or symbol outside the table, a malformed stream, bytes after the
-            end, more memory than a checkpoint can need, or a value of another kind than promised.
+        CheckpointError: the pickle has an unknown opcode or symbol, is malformed, is followed by
+            other bytes, needs more memory than a checkpoint can need, or holds other values.
     """
     machine = _Machine(data, where, check_storage)
     try:
@@ -79,7 +80,7 @@ def decode(
 
 
 class _Machine(Builder):
-    """The pickle stack machine, reduced to data."""
+    """The pickle stack machine, reduced to plain data and tensors."""
 
     def __init__(
         self, data: bytes, where: str, check_storage: Callable[[StorageRef], None]
@@ -89,7 +90,7 @@ class _Machine(Builder):
         self.where = where
         self.position = 0
         self.stack: list[Any] = []
-        self.memo: list[Any] = []  # picklers count from zero, and a list takes a tenth of a dict
+        self.memo: list[Any] = []  # a tenth of a dict's memory; picklers number from zero
         self.far_memo: dict[int, Any] = {}
         self.memory = 0
         self.max_memory = _SMALL_MEMORY + _MEMORY_PER_BYTE * len(data)
@@ -102,7 +103,7 @@ class _Machine(Builder):
         candidate: str | None = None
         in_list = False
         for before, item in zip([None, *self.stack], [*self.stack, _MARK], strict=True):
-            if item is _MARK:  # what follows is inside the value of the last key
+            if item is _MARK:  # the items after a mark belong to the value of the last key
                 keys += [candidate] if candidate is not None else []
                 candidate = None
                 in_list = type(before) is list
@@ -113,7 +114,8 @@ class _Machine(Builder):
         return self.fail(at(keys, problem))
 
     def run(self) -> Any:
-        """Execute up to STOP and return the one value left."""
+        """Execute all opcodes up to STOP and return the one value left on the stack."""
+        # torch.save writes protocol 2 unless it is told otherwise; later ones have more opcodes
         if self.data[:2] != b"\x80\x02":
             raise self.fail(
                 "not a protocol-2 pickle; save it again with torch.save's default protocol"
@@ -132,7 +134,7 @@ class _Machine(Builder):
         return value
 
     def charge(self, size: int) -> None:
-        """Count what an opcode builds beyond 24 bytes for each of its own."""
+        """Add `size` bytes, which an opcode builds beyond 24 for each of its own bytes."""
         self.memory += size
         if self.memory > self.max_memory:
             raise self.fail(
@@ -156,6 +158,7 @@ class _Machine(Builder):
         return int.from_bytes(self.take(4), "little")
 
     def line(self) -> str:
+        # a module or a name; the longest in `KNOWN` has 22 characters
         end = self.data.index(b"\n", self.position, self.position + 256)
         text = self.data[self.position : end].decode("ascii")
         self.position = end + 1
@@ -213,7 +216,9 @@ class _Machine(Builder):
         self.stack.append(self.take(length).decode("utf-8", "surrogatepass"))
 
     def long(self) -> None:
+        # printing an integer of a megabyte would take quadratic time
         size = self.byte()
+        # 16 bytes hold whatever a merge writes: integers below 2^127 (strict_json)
         if size > 16:
             raise self.refuse(f"an integer of {size} bytes is too long")
         self.stack.append(int.from_bytes(self.take(size), "little", signed=True))
@@ -237,12 +242,13 @@ class _Machine(Builder):
         target = self.top()
         if type(target) not in (dict, OrderedDict) or len(items) % 2:
             raise self.fail("malformed pickle: SETITEM on something that is not a dict")
-        self.charge(50 * len(items))
+        self.charge(50 * len(items))  # 100 for a key and its value
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in (str, int):
                 raise self.refuse(f"a dict key of type {type(key).__name__}; refused")
             if type(key) is int and not -_MAX_KEY <= key < _MAX_KEY:
                 raise self.refuse("a dict key of more than 64 bits; refused")
+            # Python keeps the last of equal keys; a file that has two was not written by torch.save
             if key in target:
                 raise self.fail(f"duplicate key {key!r:.80}")
             target[key] = value
@@ -267,7 +273,7 @@ class _Machine(Builder):
     def build(self) -> None:
         state, target = self.pop(), self.top()
         if isinstance(target, OrderedDict) and type(state) is dict:
-            return  # attributes of a state dict (`_metadata`): nothing that we keep
+            return  # attributes of a state dict (`_metadata`) are not kept
         if isinstance(target, NumpyDType) and is_plain_dtype_state(state):
             target.ready = True
             return
@@ -288,6 +294,7 @@ class _Machine(Builder):
 
 
 _STOP = ord(".")
+# sizes in CPython, with the collector's 16 bytes: 56 for a tuple, 72 for a list, 80 for a dict
 _OPCODES: dict[bytes, Callable[[_Machine], None]] = {
     b"(": lambda m: m.stack.append(_MARK),
     b"N": lambda m: m.stack.append(None),

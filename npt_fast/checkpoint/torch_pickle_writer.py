@@ -1,4 +1,4 @@
-"""Write the pickle of a ``.pt`` file: plain data and tensors, in protocol 2 as torch.save does."""
+"""Write the pickle of a ``.pt`` file: plain data and tensors, in protocol 2 like torch.save."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from npt_fast.errors import CheckpointError
 
 
 def encode(value: Any, place: Callable[[Any], TensorRef | None]) -> bytes:
-    """A protocol-2 pickle of plain data and tensors that ``torch.load`` reads.
+    """A pickle of plain data and tensors in protocol 2, which ``torch.load`` reads.
 
-    A container that stands in several places is written once, so that the size is linear in the
-    number of objects: a few bytes of hostile pickle can stand for exponentially many.
+    A container that occurs several times is written once, so that the size is linear in the number
+    of objects: a few bytes of a hostile pickle can stand for exponentially many occurrences.
 
     Args:
-        value: nested dicts, Counters, lists, tuples, str, int, float, bool, None, and whatever
+        value: nested dicts, Counters, lists, tuples, str, int, float, bool, None, and objects that
             `place` knows.
-        place: called with every other object; gives the tensor that stands for it, or None.
+        place: function that is called with every other object and returns the tensor for it, or
+            None.
 
     Raises:
-        CheckpointError: data nested too deep, larger than a reader accepts, or of another type.
+        CheckpointError: the data are nested too deep, larger than our reader accepts, or of another
+            type.
     """
     writer = _Writer(place)
     writer.put(value, 0)
@@ -39,13 +41,14 @@ def encode(value: Any, place: Callable[[Any], TensorRef | None]) -> bytes:
 
 
 class _Writer:
-    """The pickle so far, and what in it can be referred to again.
+    """The pickle so far, and the memo indices by which its objects can be referred to.
 
     Attributes:
-        out: the bytes.
-        symbols: memo indices of symbols.
-        strings: memo indices of strings.
-        containers: memo indices of containers by identity, and the containers to keep them alive.
+        out: bytes of the pickle.
+        symbols: memo index of each symbol.
+        strings: memo index of each string.
+        containers: memo index of each container by its id, and the container to keep it alive.
+        tuples: pickled bytes of each tuple of sizes, as a cache.
     """
 
     def __init__(self, place: Callable[[Any], TensorRef | None]) -> None:
@@ -77,6 +80,7 @@ class _Writer:
             for element in item:
                 self.put(element, depth + 1)
             out += b"t"
+            # after its items: a tuple cannot be referred to before it exists, a list or dict can
             self.remember(item)
         elif isinstance(item, list):
             out += b"]"
@@ -114,6 +118,7 @@ class _Writer:
         out += _string(ref.storage.key)
         self.string("cpu")
         out += _integer(ref.storage.numel) + b"tQ" + _integer(ref.offset)
+        # requires_grad False, and an empty OrderedDict for the hooks, as torch.save writes them
         out += self.sizes(ref.shape) + self.sizes(ref.strides) + b"\x89"
         self.symbol("collections.OrderedDict")
         out += b")R"
@@ -128,7 +133,7 @@ class _Writer:
         self.once(text, self.strings, _string)
 
     def once(self, text: str, memo: dict[str, int], write: Callable[[str], bytes]) -> None:
-        """Written out the first time, referred to afterwards."""
+        """Write `text` the first time, and a reference to it afterwards."""
         if text in memo:
             self.out += _get(memo[text])
         else:

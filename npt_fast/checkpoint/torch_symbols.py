@@ -1,6 +1,6 @@
-"""The few symbols that a checkpoint's pickle may name, and the plain data that they build.
+"""The symbols that the pickle of a checkpoint may name, and the plain data that they build.
 
-Nothing of torch, numpy or collections is looked up: a symbol is a name in a closed table.
+A symbol is a name in a fixed table. No object of torch, numpy or collections is looked up by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DEVICE = re.compile(r"[a-z]{1,16}(:[0-9]{1,4})?")
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """A record ``data/<key>`` of `numel` elements; `dtype` is None for an untyped storage."""
+    """A record ``data/<key>`` of `numel` elements; `dtype` is None if the storage is untyped."""
 
     dtype: DType | None
     key: str
@@ -32,7 +32,7 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A strided view of a storage; `offset` and `strides` count elements."""
+    """A strided view of a storage; `offset` and `strides` are in elements."""
 
     storage: StorageRef
     dtype: DType
@@ -42,7 +42,7 @@ class TensorRef:
 
 
 class Symbol:
-    """A symbol that the table knows, not the object of that name."""
+    """A symbol of the table; it stands for the object of that name without being it."""
 
     __slots__ = ("name",)
 
@@ -51,13 +51,15 @@ class Symbol:
 
 
 class OrderedDict(dict[Any, Any]):
-    """A dict that BUILD may give attributes to; half the size of `collections.OrderedDict`."""
+    """A dict on which BUILD is allowed; half the size of a `collections.OrderedDict`."""
 
     __slots__ = ()
 
 
 @dataclass(slots=True)
 class NumpyDType:
+    """A numpy type; `ready` once BUILD has set its state, which must be that of a plain type."""
+
     code: str
     ready: bool = False
 
@@ -73,6 +75,7 @@ KNOWN = {
         "torch.Size",
         "torch.storage.UntypedStorage",
         "numpy._core.multiarray.scalar",
+        # the name before NumPy 2
         "numpy.core.multiarray.scalar",
         "numpy.dtype",
         "_codecs.encode",
@@ -83,10 +86,11 @@ KNOWN = {
 
 
 class Builder(ABC):
-    """Builds what symbols stand for, from arguments that are checked first.
+    """Builds the values that symbols stand for; their arguments are checked first.
 
     Args:
-        check_storage: called once with each storage that the pickle names; may raise.
+        check_storage: function that is called once with each storage that the pickle names; it
+            may raise.
     """
 
     def __init__(self, check_storage: Callable[[StorageRef], None]) -> None:
@@ -96,15 +100,15 @@ class Builder(ABC):
 
     @abstractmethod
     def fail(self, problem: str) -> CheckpointError:
-        """The error for a problem."""
+        """The exception to raise for a problem."""
 
     @abstractmethod
     def refuse(self, problem: str) -> CheckpointError:
-        """As `fail`, with the keys that lead to the value which is being read."""
+        """Like `fail`; the message begins with the keys that lead to the value being read."""
 
     @abstractmethod
     def charge(self, size: int) -> None:
-        """Count bytes of memory; raises CheckpointError where there are too many."""
+        """Add to the bytes of memory in use; too many raise CheckpointError."""
 
     def storage(self, pid: Any) -> StorageRef:
         if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
@@ -172,7 +176,11 @@ class Builder(ABC):
         return TensorRef(storage, dtype, offset, self._once(shape), self._once(strides))
 
     def _once(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """The same sizes, kept once; longer ones can be chosen so that all have the same hash."""
+        """An equal tuple that was seen before, if any, to save memory.
+
+        Only short tuples of small sizes are kept: a hostile file could choose others so that all
+        have the same hash, which makes a dict slow.
+        """
         if len(sizes) > 2 or any(size >= 1 << 32 for size in sizes):
             return sizes
         return self._sizes.setdefault(sizes, sizes)
@@ -213,6 +221,7 @@ class Builder(ABC):
         return value
 
     def latin1(self, text: Any, encoding: Any) -> bytes:
+        # the bytes of a numpy scalar: protocol 2 has no bytes, so pickle writes them as text
         if type(text) is not str or encoding != "latin1" or len(text) > 16:
             raise self.fail("bytes that are not a numpy scalar's; refused")
         try:
@@ -253,4 +262,4 @@ REDUCERS: dict[str, Callable[..., Any]] = {
     "numpy.core.multiarray.scalar": Builder.numpy_scalar,
     "_codecs.encode": Builder.latin1,
 }
-"""What a REDUCE of each symbol builds; called with the builder and the arguments."""
+"""Function that builds the result of a REDUCE, by symbol; called with builder and arguments."""

@@ -2,9 +2,9 @@
 
 `torch.save` writes an uncompressed zip: ``<root>/data.pkl`` describes the object, and every storage
 is a stored member ``<root>/data/<key>``. Zip readers disagree about duplicates, prefixes and
-overlaps, which is how one file comes to mean two things, so the reader here accepts only what has
-one meaning for everybody. It also keeps the CRC-32 of every record: torch writes them and never
-looks at them again.
+overlaps, so that one file can have two meanings. This reader accepts only files that have the same
+meaning for every reader. It also keeps the CRC-32 of every record, which torch writes and never
+checks.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ END = struct.Struct("<4sHHHHIIH")
 END64_LOCATOR = struct.Struct("<4sIQI")
 END64 = struct.Struct("<4sQHHIIQQQQ")
 _MAX_32 = 0xFFFFFFFF
-_MAX_ENTRY = 4096  # bytes of the directory for one member; torch takes 80, the longest name 1,100
-_FOLDER = 0x10  # in the external attributes
+_MAX_ENTRY = 4096  # bytes per member in the directory: torch writes 80, long names need 1,100
+_FOLDER = 0x10  # bit of the external attributes
 _HARMLESS_FLAGS = 0x0808  # sizes also follow the data; names are UTF-8
+# allowed content of torch's small members; with another byte order, tensors would be misread
 _SMALL_MEMBERS = {
     "version": rb"[1-9]|10",
     "byteorder": rb"little",
@@ -45,13 +46,15 @@ _MEMBER = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}(/[^/\\\x00-\x1f\x7f]{1,255}){1
 
 
 class Members:
-    """The members of a zip by name, without the root: as numbers, since every tensor has one.
+    """The members of a zip by name, without the root folder of their names.
+
+    Every tensor has a member, so that there can be 370,000: they are kept as rows of arrays.
 
     Attributes:
-        file: the zip.
-        offsets: first byte of each member, by row.
-        sizes: bytes.
-        crcs: CRC-32s; 0 where none was recorded.
+        file: the zip file.
+        offsets: first byte of each member's data.
+        sizes: number of bytes of each member.
+        crcs: CRC-32 of each member; 0 if none was recorded.
     """
 
     def __init__(self, file: SourceFile) -> None:
@@ -59,7 +62,7 @@ class Members:
         self.offsets = array("Q")
         self.sizes = array("Q")
         self.crcs = array("L")
-        self._storages = array("q")  # row of data/0, data/1, ...; -1 where there is none
+        self._storages = array("q")  # row of data/0, data/1, ...; -1 if there is no such member
         self._others: dict[str, int] = {}
 
     @property
@@ -67,12 +70,12 @@ class Members:
         return len(self._storages) > 0 or any(name.startswith("data/") for name in self._others)
 
     def append(self, name: str, offset: int, size: int, crc: int) -> bool:
-        """Add a member; whether its name is new."""
+        """Add a member; returns False, and adds nothing, if its name exists already."""
         number = self._number(name)
         if self._row(name, number) >= 0:
             return False
         row = len(self.offsets)
-        if number is None or number > 2 * row + 100:  # torch counts up, others may leave holes
+        if number is None or number > 2 * row + 100:  # torch counts up; other numbers cost memory
             self._others[name] = row
         else:
             self._storages.extend([-1] * (number + 1 - len(self._storages)))
@@ -102,13 +105,13 @@ class Members:
 
 @dataclass(frozen=True, slots=True)
 class TorchZip:
-    """A ``.pt`` file.
+    """An opened ``.pt`` file.
 
     Attributes:
         file: the file.
-        content: the object in it, with `TensorRef`s for tensors.
-        members: all records.
-        pickled: the pickle that describes `content`.
+        content: object that was saved, with a `TensorRef` for every tensor.
+        members: all members of the zip.
+        pickled: place of the pickle that describes `content`.
     """
 
     file: SourceFile
@@ -118,15 +121,19 @@ class TorchZip:
 
     @property
     def header(self) -> Record:
-        """The bytes that say what the file holds: its pickle, or all where there are no tensors."""
+        """The bytes that describe the content: the pickle, or the whole file without tensors."""
         whole = Record(self.file, 0, self.file.size)
         return self.pickled if self.members.hold_storages else whole
 
     def entry(self, name: str, ref: TensorRef) -> TensorEntry:
-        """The byte range behind a tensor reference.
+        """The tensor that a reference means, with its place in the file.
+
+        Args:
+            name: name for the tensor.
+            ref: reference from `content`.
 
         Raises:
-            CheckpointError: the tensor reaches outside its storage, or its strides overlap.
+            CheckpointError: the tensor reaches outside its storage, or repeats elements.
         """
         file = self.file
         record = self.members.get(f"data/{ref.storage.key}")
@@ -144,6 +151,7 @@ class TorchZip:
         if strides is None and math.prod(ref.shape) * itemsize == record.nbytes:
             return TensorEntry(name, ref.dtype, ref.shape, file, record.offset, record.crc32)
         offset = record.offset + first * itemsize
+        # no CRC of its own: the record's covers more than this tensor, or another order
         return TensorEntry(name, ref.dtype, ref.shape, file, offset, 0, strides, record)
 
 
@@ -156,6 +164,8 @@ def _strides_if_needed(ref: TensorRef, where: str) -> tuple[int, ...] | None:
     ]
     if not math.prod(ref.shape) or all(stride == step for stride, _, step in relevant):
         return None
+    # every stride must step over all that shorter ones reach, or elements repeat: with strides of
+    # 0, a record of 4 bytes could stand for terabytes
     reach = 0
     for stride, size, _ in sorted(relevant):
         if stride <= reach:
@@ -165,7 +175,7 @@ def _strides_if_needed(ref: TensorRef, where: str) -> tuple[int, ...] | None:
 
 
 def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides in elements."""
+    """Row-major strides of a contiguous tensor, in elements."""
     strides = [1] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
@@ -173,15 +183,15 @@ def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read_torch_zip(file: SourceFile) -> TorchZip:
-    """Read the directory and the pickle of a ``.pt`` file; no tensor data.
+    """Read the directory and the pickle of a ``.pt`` file, but no tensor data.
 
     Raises:
-        CheckpointError: a legacy (pre-1.6) file, a zip with more than one meaning, or a pickle that
+        CheckpointError: the file is from torch before 1.6, is a zip with more than one meaning, or
             holds more than plain data and tensors.
     """
     members, pickled, data = read_members(file)
 
-    def check_record(storage: StorageRef) -> None:  # torch reads those too that no tensor uses
+    def check_record(storage: StorageRef) -> None:  # also of unused storages, which torch reads
         record = members.get(f"data/{storage.key}")
         if record is None:
             raise CheckpointError(f"{file.path}: record data/{storage.key:.40} is missing")
@@ -197,10 +207,10 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
 
 
 def read_members(file: SourceFile) -> tuple[Members, Record, bytes]:
-    """The members of a ``.pt`` file, which of them is the pickle, and its bytes, not decoded.
+    """The members of a ``.pt`` file, the place of its pickle, and the bytes of the pickle.
 
     Raises:
-        CheckpointError: as `read_torch_zip`, except for what is in the pickle.
+        CheckpointError: like `read_torch_zip`, except that the pickle is not decoded.
     """
     with file.open() as fd:
         members = _read_directory(file, fd)
@@ -217,18 +227,19 @@ def read_members(file: SourceFile) -> tuple[Members, Record, bytes]:
         for small, allowed in _SMALL_MEMBERS.items():
             member = members.get(small)
             if member is None and small != "version":
-                continue  # older torch did not write the others
+                continue  # older versions of torch write `version` only
             value = file.read_at(fd, member.offset, min(member.nbytes, 128)) if member else b""
             if not re.fullmatch(allowed, value.strip(b"\n")):
                 raise CheckpointError(f"{file.path}: {small} is {value!r}; cannot be read")
         data = file.read_at(fd, pickled.offset, pickled.nbytes)
+    # 0: saved without sums (design.md#file-readers)
     if pickled.crc32 and zlib.crc32(data) != pickled.crc32:
         raise CheckpointError(f"{file.path}: data.pkl is damaged (CRC-32 differs)")
     return members, pickled, data
 
 
 def _read_directory(file: SourceFile, fd: int) -> Members:
-    """All members, after every check that needs no data."""
+    """All members of a zip, after all checks that need only its directory and local headers."""
 
     def fail(problem: str) -> CheckpointError:
         return CheckpointError(f"{file.path}: {problem}")
@@ -237,6 +248,7 @@ def _read_directory(file: SourceFile, fd: int) -> Members:
     if not head.startswith(b"PK\x03\x04"):
         raise fail(f"not a zip-format torch file: it is {file_kind.describe(head)}")
     start, size, total, end = _locate_directory(file, fd, fail)
+    # no bytes between the directory and its end record, and no entry shorter than its fixed part
     if start + size != end or not CENTRAL.size <= size / max(total, 1) <= _MAX_ENTRY:
         raise fail("its zip directory is malformed")
     directory = file.read_at(fd, start, size)
@@ -244,7 +256,7 @@ def _read_directory(file: SourceFile, fd: int) -> Members:
         raise fail(f"not a torch file: it is {file_kind.describe_zip(directory)}")
     members = Members(file)
     headers_at = array("Q")
-    folded: set[str] = set()  # torch looks names up without regard to case
+    folded: set[str] = set()  # torch ignores case when it looks up names
     root = ""
     position = 0
     for _ in range(total):
@@ -271,7 +283,7 @@ def _read_directory(file: SourceFile, fd: int) -> Members:
         if own_root != root:
             raise fail("members under more than one root; refused")
         if attributes & _FOLDER:
-            raise fail(f"member {name} is marked as a folder, which torch reads as noise; refused")
+            raise fail(f"member {name} is marked as a folder; torch would not read it, refused")
         if flags & ~_HARMLESS_FLAGS:
             raise fail(f"member {name} is encrypted or unusual (flags {flags:#x}); refused")
         if method:
@@ -283,6 +295,7 @@ def _read_directory(file: SourceFile, fd: int) -> Members:
             raise fail(f"member {name} lies outside the file")
         local = LOCAL.unpack(file.read_at(fd, header_at, LOCAL.size))
         local_name = file.read_at(fd, header_at + LOCAL.size, local[9])
+        # zip readers go by one header or by the other
         if local_name != raw_name or not _agrees(local, flags, crc, nbytes):
             raise fail(f"member {name} is described in two different ways; refused")
         offset = header_at + LOCAL.size + local[9] + local[10]
@@ -299,6 +312,7 @@ def _read_directory(file: SourceFile, fd: int) -> Members:
         raise fail("its zip directory is malformed")
     if not headers_at:
         raise fail("an empty zip; not a torch checkpoint")
+    # in file order: members that overlap could mean two things at once
     reached = 0
     for row in sorted(range(len(headers_at)), key=headers_at.__getitem__):
         if headers_at[row] < reached or (not reached and headers_at[row]):
@@ -311,11 +325,11 @@ def _read_directory(file: SourceFile, fd: int) -> Members:
 
 
 def _agrees(local: tuple[Any, ...], flags: int, crc: int, nbytes: int) -> bool:
-    """Whether a member's own header says what the directory says."""
+    """Whether the local header of a member agrees with the directory."""
     magic, _, local_flags, method, _, _, local_crc, packed, size, _, _ = local
     if magic != b"PK\x03\x04" or method or (local_flags ^ flags) & ~_HARMLESS_FLAGS:
         return False
-    # the two places may differ where sizes follow the data, or do not fit 32 bits
+    # a local header may lack sizes and CRC if they follow the data, and sizes if they need 64 bits
     later = local_flags & 0x08
     crc_agrees = local_crc == crc or (later and not local_crc)
     sizes_agree = all(
@@ -327,16 +341,18 @@ def _agrees(local: tuple[Any, ...], flags: int, crc: int, nbytes: int) -> bool:
 def _locate_directory(
     file: SourceFile, fd: int, fail: Callable[[str], CheckpointError]
 ) -> tuple[int, int, int, int]:
-    """Offset, size and count of the central directory, and where its end record begins."""
+    """Offset, size and entry count of the central directory, and the offset of its end record."""
     end_at = max(file.size - END.size, 0)
     magic, disk, start_disk, here, total, size, start, comment = END.unpack(
         file.read_at(fd, end_at, file.size - end_at).ljust(END.size, b"\0")
     )
+    # no comment: it could hold another end record, which other zip readers would find first
     if magic != b"PK\x05\x06" or comment or disk or start_disk or here != total:
         raise fail(
             "does not end with a zip directory; truncated, or followed by other data: "
             "copy or download it again"
         )
+    # a zip64 file has a locator directly before the end record, and its record before the locator
     locator_at = end_at - END64_LOCATOR.size
     wide = False
     if locator_at >= END64.size:
@@ -369,14 +385,14 @@ def _locate_directory(
 def _wide_fields(
     extra: bytes, nbytes: int, packed: int, header_at: int, fail: Callable[[str], CheckpointError]
 ) -> tuple[int, int, int]:
-    """Replace the fields that are too large for 32 bits by those of the zip64 extra field."""
+    """The three sizes, with those that need 64 bits taken from the zip64 extra field."""
     fields = [nbytes, packed, header_at]
     position = 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)
         body = extra[position + 4 : position + 4 + length]
         position += 4 + length
-        if kind == 1:
+        if kind == 1:  # zip64: one value for each field that is full, in this order
             missing = [i for i, value in enumerate(fields) if value == _MAX_32]
             if len(body) < 8 * len(missing):
                 raise fail("a zip64 field is malformed")

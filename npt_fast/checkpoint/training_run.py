@@ -1,4 +1,4 @@
-"""What a training run calls its checkpoints: ``<run>/checkpoints/checkpoint-N``, by step."""
+"""The names of a training run's checkpoints: ``<run>/checkpoints/checkpoint-N``, N the step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """The folders ``checkpoint-N`` in `folder` by step, ascending; none where there is no folder.
+    """The folders ``checkpoint-N`` in `folder` by step, ascending; empty if there is no folder.
 
     Raises:
         CheckpointError: the folder cannot be listed.

@@ -1,8 +1,8 @@
-"""Optimizer, scheduler and step: read, taken apart by layer, joined for another set of layers.
+"""Optimizer state, scheduler state and step: how they are read, split by layer and joined.
 
-The original saves one AdamW group over all NP parameters, layers ascending, then in parameter order
-(design.md#training-state). AdamW keeps every parameter's own step and moments, so states of runs
-that trained different layers join exactly by re-indexing.
+The original saves one AdamW group over all NP parameters, layers ascending, and in parameter order
+within a layer (design.md#training-state). AdamW keeps a step and moments for each parameter, so the
+states of runs that trained different layers can be joined exactly: only the indices change.
 """
 
 from __future__ import annotations
@@ -28,29 +28,32 @@ TRAINING_STATE = "training_state.pt"
 MULTI_LAYER_STATE = "multi_layer_state.pt"
 _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 _OPTIMIZER = "optimizer_state_dict"
-_MAX_KEY = 80  # characters of each key in a tensor's name
+_MAX_KEY = 80  # characters of a key that go into a tensor's name
 _MOMENT = re.compile(rf"optimizer\.[0-9]+\.({'|'.join(sorted(_MOMENTS))})")
-_DIGITS = re.compile(r"0|[1-9][0-9]{0,17}")
+_DIGITS = re.compile(r"0|[1-9][0-9]{0,17}")  # 18 digits fit 63 bits
 
 SlotState = Mapping[str, TensorEntry | float | int]
-"""AdamW's state of one parameter: ``step``, ``exp_avg``, ``exp_avg_sq``."""
+"""AdamW's state of one parameter: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad also
+``max_exp_avg_sq``."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """One ``training_state.pt``.
+    """The content of a ``training_state.pt``.
 
-    Every tensor is a `TensorEntry`, so that it cannot be taken for one of another file. Those of
-    the optimizer are named ``optimizer.3.exp_avg``, all others by their keys
-    (``optimizer_state_dict.param_groups.0.lr``); a merge names them alike.
+    Every tensor in it is a `TensorEntry`, which knows its file. The optimizer's tensors are named
+    like ``optimizer.3.exp_avg``, all others by their keys, like
+    ``optimizer_state_dict.param_groups.0.lr``. A merge writes the same names.
 
     Attributes:
-        path: the file.
+        path: path of the file.
         global_step: optimizer steps of the run.
-        content: everything but the optimizer's state.
-        group: hyperparameters of the one parameter group; ``params`` left out.
-        optimizer: layer -> slot -> state; a parameter that was never stepped has none.
-        header: the bytes that describe all of it.
+        content: content of the file without the optimizer's state.
+        group: hyperparameters of the only parameter group, without ``params``; None without an
+            optimizer.
+        optimizer: state of each parameter, by layer and slot; a parameter that was never updated
+            has none.
+        header: bytes of the file that describe its content.
     """
 
     path: Path
@@ -61,7 +64,7 @@ class TrainingState:
     header: Record
 
     def tensors(self) -> Iterator[TensorEntry]:
-        """All tensors, in the order in which a merge writes them."""
+        """All tensors of the file, in the order in which a merge writes them."""
         yield from _entries(self.content)
         for slots in self.optimizer.values():
             for state in slots.values():
@@ -72,14 +75,15 @@ class TrainingState:
 
 
 def read_training_state(path: Path, modules: Mapping[int, NPModule]) -> TrainingState | None:
-    """Read ``training_state.pt``; its tensors' data is not touched. None when there is no file.
+    """Read ``training_state.pt`` without the data of its tensors; None if there is no file.
 
     Args:
-        path: the file.
+        path: path of the file.
         modules: all layers of the same checkpoint.
 
     Raises:
-        CheckpointError: unsafe, broken, or not one AdamW group over exactly these layers.
+        CheckpointError: the file is unsafe or broken, or its optimizer is not one AdamW group over
+            exactly these layers.
     """
     if not os.path.lexists(path):
         return None
@@ -87,13 +91,14 @@ def read_training_state(path: Path, modules: Mapping[int, NPModule]) -> Training
 
 
 def read_multi_layer_state(path: Path) -> dict[str, Any] | None:
-    """Read ``multi_layer_state.pt`` (design.md#checkpoint-files); None if there is none.
+    """Read ``multi_layer_state.pt`` (design.md#checkpoint-files); None if there is no file.
 
-    Layers are integers in what comes out, also where the file has gone through JSON, which has text
-    for keys.
+    Returns:
+        The content of the file. Layer indices are integers, even if the file has them as text: keys
+        become text in JSON, and some files were converted from it.
 
     Raises:
-        CheckpointError: unsafe, broken, or of another kind.
+        CheckpointError: the file is unsafe or broken, or holds something else.
     """
     if not os.path.lexists(path):
         return None
@@ -114,7 +119,7 @@ def read_multi_layer_state(path: Path) -> dict[str, Any] | None:
     for key, weight in weights.items():
         layer = _layer(key, f"{path}: layer_weights")
         if layer in by_layer and by_layer[layer] != weight:
-            raise CheckpointError(f"{path}: layer_weights has layer {layer} twice, and differently")
+            raise CheckpointError(f"{path}: layer_weights has two weights of layer {layer}")
         by_layer[layer] = weight
     layers = [_layer(layer, f"{path}: layers_to_train") for layer in state["layers_to_train"]]
     return {**state, "layers_to_train": layers, "layer_weights": by_layer}
@@ -128,12 +133,15 @@ def _layer(value: Any, where: str) -> int:
 
 
 def _key(value: Any) -> Any:
-    """A key as it was before JSON made text of it."""
+    """The key; an integer if it is text of digits, as JSON makes of integer keys."""
     return int(value) if isinstance(value, str) and _DIGITS.fullmatch(value) else value
 
 
 def _whole_number(value: Any) -> int | None:
-    """A number from 0 to 2^63 - 1, also as 800.0 or in a tensor; None for anything else."""
+    """`value` as an integer, if it is a whole number from 0 to 2^63 - 1; None otherwise.
+
+    800.0 and a tensor of one element count as whole numbers.
+    """
     if isinstance(value, TensorEntry) and value.numel == 1:
         value = read_number(value)
     if isinstance(value, float) and value.is_integer():
@@ -142,7 +150,10 @@ def _whole_number(value: Any) -> int | None:
 
 
 def _bound(value: Any, archive: TorchZip, name: str, seen: dict[int, Any] | None = None) -> Any:
-    """`value` with a `TensorEntry` for every tensor; what it shares, the copy shares too."""
+    """A copy of `value` with a `TensorEntry` for every tensor.
+
+    A container that occurs several times in `value` is copied once, so that the copy is no larger.
+    """
     if isinstance(value, TensorRef):
         return archive.entry(name, value)
     if not isinstance(value, (dict, list, tuple)) or isinstance(value, Counter):
@@ -163,12 +174,12 @@ def _bound(value: Any, archive: TorchZip, name: str, seen: dict[int, Any] | None
 
 
 def is_moment(name: str) -> bool:
-    """Whether a tensor of this name is one of the optimizer's moments, which must be finite."""
+    """Whether a tensor of this name is a moment of the optimizer; moments must be finite."""
     return _MOMENT.fullmatch(name) is not None
 
 
 def _entries(content: Any) -> Iterator[TensorEntry]:
-    """Tensors in nested data, in the order in which they are written."""
+    """The tensors in nested data, in the order in which they are written."""
     pending = [content]
     seen: set[int] = set()
     while pending:
@@ -215,7 +226,7 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
         raise fail(f"its optimizer has {len(groups)} parameter groups, 1 expected")
     group = dict(groups[0])
     params = group.pop("params", None)
-    if not {"betas", "eps"} <= group.keys():
+    if not {"betas", "eps"} <= group.keys():  # SGD, for example, has neither
         raise fail("its optimizer is of an unknown kind, AdamW expected")
     slots = [
         (layer, slot) for layer in sorted(modules) for slot in modules[layer].architecture.slots()
@@ -223,6 +234,7 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
     if not isinstance(params, list) or len(params) != len(slots):
         count = len(params) if isinstance(params, list) else 0
         raise fail(f"its optimizer has {count} parameters, the weights have {len(slots)}")
+    # only counts go into a set: large integers can be chosen so that all have the same hash
     known = set(params) if all(map(is_count, params)) else set()
     if not state.keys() <= known:
         state = {_key(key): value for key, value in state.items()}
@@ -232,7 +244,7 @@ def _parse(archive: TorchZip, modules: Mapping[int, NPModule]) -> TrainingState:
     for index, (layer, slot) in zip(params, slots, strict=True):
         if index in state:
             shape = modules[layer].architecture.shape(slot)
-            # taken out, so that what was decoded goes as what is kept comes
+            # popped, so that memory of the decoded state is freed while the new one grows
             own = _slot_state(archive, index, state.pop(index), shape, fail)
             by_layer.setdefault(layer, {})[slot] = own
     group = _bound(group, archive, f"{_OPTIMIZER}.param_groups.0")
@@ -272,12 +284,12 @@ def join_multi_layer_states(
     template: Mapping[str, Any],
     sources: Mapping[int, Mapping[str, Any] | None],
 ) -> dict[str, Any]:
-    """A multi-layer state for the merged layers.
+    """The multi-layer state of the merged layers.
 
     Args:
-        template: gives the curriculum and all other fields.
-        sources: merged layer -> the state of the checkpoint that the layer came from; its weight of
-            that layer is kept, 1.0 where it says nothing.
+        template: state from which the curriculum and all other fields are taken.
+        sources: state of the checkpoint that each merged layer came from, by layer. It gives the
+            layer's weight in the loss; 1.0 if it does not record one.
     """
     weights: dict[int, Any] = {}
     for layer in sorted(sources):
@@ -290,5 +302,8 @@ def join_multi_layer_states(
 
 
 def furthest_trained(states: Sequence[TrainingState]) -> TrainingState | None:
-    """The state whose scalars a merge keeps: the highest global_step, the first on a tie."""
+    """The state with the highest ``global_step``, the first of several; None without states.
+
+    A merge keeps its scalars.
+    """
     return max(states, key=lambda state: state.global_step, default=None)

@@ -1,7 +1,7 @@
-"""Prove a checkpoint: every tensor against its source, its recorded digest and its CRC.
+"""Verify a checkpoint: compare every tensor with its source, its recorded digest and its CRC-32.
 
-`verify_plan` checks what a merge has just written, before anyone can see it; `verify` checks a
-checkpoint anywhere later. Both are an `Examination`.
+`verify_plan` checks what a merge has just written, before it is published; `verify` checks a merged
+checkpoint at any later time. Both run an `Examination`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from npt_fast.checkpoint.checkpoint import (
-    MERGE_SUMMARY,
-    Checkpoint,
-    open_checkpoint,
-)
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
 from npt_fast.checkpoint.examination import Examination, VerifyReport, file_sha256
-from npt_fast.checkpoint.merge_summary import MergeSummary
+from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.tensor_source import locate_checkpoint
 from npt_fast.config import MergeOptions, Progress
@@ -30,18 +26,19 @@ from npt_fast.paths import path_errors
 def verify_plan(
     plan: MergePlan, written: Checkpoint, digests: DigestWriter, progress: Progress
 ) -> VerifyReport:
-    """Check what a merge wrote, re-read from the disk, against its plan.
+    """Read what a merge wrote back from the disk, and compare it with the plan.
 
     Args:
-        plan: the plan.
-        written: what was written, opened.
-        digests: gets the digest of every tensor.
-        progress: as that of `verify`.
+        plan: plan of the merge.
+        written: the written checkpoint.
+        digests: writer that gets the digest of every tensor.
+        progress: called as in `verify`.
 
     Raises:
-        CheckpointError: what was written cannot be read, or a source changed.
+        CheckpointError: the written checkpoint cannot be read, or a source changed.
     """
     for path in written.path.iterdir():
+        # otherwise verification would read the pages that the merge left in memory, not the disk
         _forget_cached(path)
     expected = [merged.layer for merged in plan.layers]
     examination = Examination(written, expected, plan, plan.known_digests(), fresh=True)
@@ -51,15 +48,17 @@ def verify_plan(
 
 
 def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyReport:
-    """Check a merged checkpoint wherever it is now.
+    """Verify a merged checkpoint, which may have been moved since the merge.
 
     Args:
         path: checkpoint directory.
-        progress: called with what is being done, bytes done and bytes in all.
+        progress: called with the name of the activity, bytes done and bytes in all.
+
+    Returns:
+        The report. A checkpoint that cannot be read or is incomplete gives one that did not pass.
 
     Raises:
-        CheckpointError: there is no checkpoint. One that is there but cannot be read, or is
-            incomplete, gives a report that did not pass.
+        CheckpointError: there is no checkpoint.
     """
     located, _ = locate_checkpoint(path)
     try:
@@ -69,7 +68,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     summary = checkpoint.summary
     notes = list(checkpoint.notes)
     problems: list[str] = []
-    for name, line in checkpoint.unread.items():  # the summary is what there is to prove it by
+    for name, line in checkpoint.unread.items():  # without the summary nothing can be proven
         (problems if name == MERGE_SUMMARY else notes).append(line)
     plan = None
     if summary is not None:
@@ -91,7 +90,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     report = examination.report
     examination.run(progress or (lambda activity, done, total: None))
     if not sound:
-        notes.append(f"the tensors were not held against {DIGESTS}, which is not what was written")
+        notes.append(f"the tensors were not compared with {DIGESTS}, which has changed")
     elif summary is not None and not examination.digests_recorded:
         notes.append("no digests recorded: the merge was not made with --verify")
     examination.check_files(files)
@@ -114,7 +113,7 @@ def _dangling_links(checkpoint: Checkpoint) -> Iterator[str]:
                 path.stat()
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    yield f"{path}: is a link that leads nowhere"
+                    yield f"{path}: is a broken link"
 
 
 def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:
@@ -128,13 +127,13 @@ def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:
     specs = []
     for path, layers in summary.inputs:
         selection = "" if layers is None else ":" + ",".join(map(str, layers))
-        # relative to where the merge was made, not to where somebody is today
+        # relative to the current directory of the merge, not to today's
         specs.append(os.path.join(base, path) + selection)
     try:
         known = MergeOptions(**summary.options)
     except TypeError as error:
         raise ValueError(f"{MERGE_SUMMARY} has options of another version: {error}") from None
-    # what describes the files is proven by their own records: only tensors are compared
+    # the recorded SHA-256 of headers and small files proves those; the plan is for tensors only
     plan = plan_merge(specs, replace(known, copy_multi_layer_state=None))
     if tuple(merged.layer for merged in plan.layers) != summary.merged_layers:
         raise ValueError("they hold other layers than when they were merged")
@@ -142,10 +141,11 @@ def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:
 
 
 def _forget_cached(path: Path) -> None:
-    """Drop a synced file's pages, so that what is read next comes from the disk."""
+    """Drop a synced file from the page cache, so that it is next read from the disk."""
     if hasattr(os, "posix_fadvise"):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            # only pages that are on the disk are dropped: the files have been synced
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)

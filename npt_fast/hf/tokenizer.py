@@ -1,4 +1,4 @@
-"""Tokenizers are read from somebody's files: what goes wrong in one is an error of the model."""
+"""Call tokenizers and other libraries that read untrusted files; failures become `ModelError`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from npt_fast.errors import ModelError
 
 
 def encode(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
-    """What the tokenizer makes of texts.
+    """Call a tokenizer on texts.
 
     Raises:
-        ModelError: it cannot encode them, as where its file is damaged.
+        ModelError: it cannot encode them, for example because its file is damaged.
     """
     name = getattr(tokenizer, "name_or_path", type(tokenizer).__name__)
     with library_errors(f"{name}: the tokenizer cannot encode the text"):
@@ -23,17 +23,17 @@ def encode(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
 
 @contextmanager
 def library_errors(problem: str) -> Iterator[None]:
-    """Whatever a library raises, as one line that begins with `problem`.
+    """Turn any exception of a library into an error of one line that begins with `problem`.
 
     Raises:
-        ModelError: it raised something.
+        ModelError: the library raised an exception.
     """
     try:
         yield
     except ModelError:
         raise
     except BaseException as error:
-        # a panic of a library in Rust is no Exception
+        # the PanicException of libraries in Rust is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 300)

@@ -1,4 +1,4 @@
-"""Tensors into and out of the weights file of a checkpoint."""
+"""Write and read torch tensors in the weights file of a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from npt_fast.config import FileFormat
 def write_weights(
     staged: StagedDirectory, weights: Mapping[str, Tensor], format: FileFormat
 ) -> None:
-    """Write and sync the weights file of a checkpoint: CPU tensors by full name."""
+    """Write and sync the weights file of a checkpoint.
+
+    Args:
+        staged: directory of the checkpoint.
+        weights: CPU tensors by their full names.
+        format: format of the file.
+    """
     with staged.file(PT_WEIGHTS if format == "pt" else SAFETENSORS_WEIGHTS) as file:
         if format == "pt":
             save_pt(dict(weights), file)
@@ -34,15 +40,16 @@ def save_pt(value: object, file: BinaryIO) -> None:
     """Call `torch.save`; a full disk raises its OSError instead of torch's RuntimeError."""
     try:
         torch.save(value, file)
-    except RuntimeError as error:  # its archive, closed too early, says only "unexpected pos"
+    except RuntimeError as error:  # torch only says "unexpected pos"; the context has the cause
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def read_tensor(entry: TensorEntry, reader: NearbyReader) -> Tensor:
-    """Read one tensor of a checkpoint, through windows; nothing is unpickled."""
+    """Read one tensor of a checkpoint, window by window; nothing is unpickled."""
     dtype = getattr(torch, entry.dtype.torch_name)
+    # a bytearray: torch.frombuffer warns of memory that may not be written
     data = bytearray(entry.nbytes)
     position = 0
     for window in Recipe.unchanged(entry).windows(reader):
@@ -52,7 +59,7 @@ def read_tensor(entry: TensorEntry, reader: NearbyReader) -> Tensor:
 
 
 def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
-    """Write tensors from a page boundary on, so that a merge of this file can clone them."""
+    """Write tensors so that the data begin at a page boundary, where a merge can clone them."""
     placed = []
     end = 0
     for name, tensor in weights.items():
@@ -61,4 +68,5 @@ def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
         end += tensor.nbytes
     file.write(build_header(placed, {"format": "pt"}, PAGE, 0))
     for tensor in weights.values():
+        # as bytes: numpy has no bfloat16
         file.write(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.checkpoint import CONFIG, NPT_CONFIG, Checkpoint
+from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint
+from npt_fast.checkpoint.npt_config import NPT_CONFIG
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.training_run import BEST
@@ -97,6 +98,7 @@ class CheckpointWriter:
             gather_weights(np_components),
             gather_optimizer(optimizer, np_components),
         )
+        # only here: under FSDP every process takes part in gathering
         if self.run is None:
             return
         bad = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]

@@ -80,6 +80,7 @@ def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
         stream = datasets.load_dataset(
             dataset.path, dataset.name, revision=dataset.revision, split="train", streaming=True
         )
+        # wikipedia also has ids, addresses and titles
         return stream.select_columns(["text"])
     except Exception as error:  # the network, the Hub and every loader fail in their own way
         remedy = "install zstandard" if "zstd" in str(error) else "check the network"
@@ -116,6 +117,7 @@ def _files_in(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
+    # os.walk leaves out in silence what it may not list
     walk = os.walk(folder, onerror=refuse)
     return [Path(parent, name) for parent, _, names in walk for name in names]
 

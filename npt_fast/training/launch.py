@@ -42,6 +42,7 @@ def launch(options: TrainOptions) -> TrainReport:
     if 0 < count < options.num_processes:
         raise TrainingError(f"num_processes {options.num_processes}: only {count} GPUs are visible")
     with socket.socket() as probe:
+        # 0: the system gives a free port
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     environment = [
@@ -131,7 +132,9 @@ def _run_processes(
 
     SIGTERM and Ctrl-C are forwarded to all processes.
     """
+    # spawn: CUDA does not work in a forked process
     results = multiprocessing.get_context("spawn").SimpleQueue()
+    # else each process would take all cores
     threads = max(1, (os.cpu_count() or 1) // len(tasks))
     received = 0
     context: Any = multiprocessing.spawn(  # type: ignore[no-untyped-call, attr-defined]

@@ -102,6 +102,8 @@ class _Fidelity(torch.autograd.Function):
                 ours = ours.detach().requires_grad_(ctx.needs_input_grad[0])
                 found = (_fidelity(_wide(head(ours)), _wide(head(theirs)), kind) * weight).sum()
             if ctx.needs_input_grad[0]:
+                # now, chunk by chunk: backward would need the logits of all chunks at once, or a
+                # second time
                 gradients += torch.autograd.grad(found, ours)
             sums.append(found.detach())
         if gradients:
@@ -179,6 +181,7 @@ def agreement(
                 )
             )
         )
+    # float32 counts tokens exactly up to 2^24 only
     return Agreement(*torch.stack(sums).double().sum(0))
 
 

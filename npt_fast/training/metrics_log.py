@@ -43,6 +43,7 @@ class MetricsLog:
         self._tracker = _start(options, folder, config)
         fresh = self.path.with_name(f".{LOG}.new")  # a run killed here loses no line
         fresh.unlink(missing_ok=True)
+        # x: nothing that somebody has put there is written to
         with fresh.open("xb") as file:
             for line in _lines(self.path) if step else ():
                 if _step(line) <= step:
@@ -55,6 +56,7 @@ class MetricsLog:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
+        # opened for each line: none waits in a buffer when the run is killed
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
         if self._tracker is not None:

@@ -103,6 +103,7 @@ def _chunks(stream: BinaryIO, index: int) -> list[_Struct]:
 
     pyarrow is not asked for it: damaged statistics there end the process.
     """
+    # a file ends with the footer, its length in four bytes, and PAR1
     stream.seek(-8, 2)
     length = int.from_bytes(stream.read(4), "little")
     stream.seek(-8 - length, 2)
@@ -199,4 +200,5 @@ def _unsigned(stream: BinaryIO) -> int:
 
 def _number(stream: BinaryIO) -> int:
     found = _unsigned(stream)
+    # Thrift's zigzag: 0, -1, 1, -2 are 0, 1, 2, 3
     return (found >> 1) ^ -(found & 1)

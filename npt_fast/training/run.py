@@ -186,6 +186,7 @@ def _open_resumed(options: TrainOptions) -> tuple[Checkpoint | None, TrainingSta
 def _training_arguments(options: TrainOptions, output: Path) -> TrainingArguments:
     warmup = options.warmup_steps
     if warmup is None:
+        # of a short run at most a tenth, or it would end before its full rate
         warmup = min(1000, options.max_steps // 10)
     cpu = options.cpu or not torch.cuda.is_available()
     fsdp: dict[str, Any] = {}
@@ -203,12 +204,17 @@ def _training_arguments(options: TrainOptions, output: Path) -> TrainingArgument
         bf16=options.mixed_precision,
         fp16=options.fp16,
         use_cpu=cpu,
+        # each parameter of each NP layer gets a gradient in every step
         ddp_find_unused_parameters=False,
+        # NCCL needs GPUs
         ddp_backend="gloo" if cpu and "LOCAL_RANK" in os.environ else None,
         dataloader_pin_memory=not cpu,
+        # or process 0 would read an iterable dataset for all, and send its batches
         accelerator_config={"dispatch_batches": False, "split_batches": False},
+        # or Trainer would drop `window` from the rows, a name that forward does not take
         remove_unused_columns=False,
         logging_strategy="no",
+        # or Trainer would put an average in the place of NaN
         logging_nan_inf_filter=False,
         save_strategy="no",
         eval_strategy="no",
@@ -253,6 +259,7 @@ def _add_layers(
             continue
         # a seed per layer: a layer starts the same whichever layers are trained beside it
         with torch.random.fork_rng(devices=[]):
+            # more than any model has layers: no two seeds share a layer's start
             torch.manual_seed(options.seed * 1_000_003 + layer)
             convert(model, _npt_config(options, layer))
     return layers
@@ -313,6 +320,7 @@ def _open_data(
     say: Callable[[str], None],
 ) -> tuple[TokenWindows, list[Any]]:
     """Open the training text where the run resumes, and return the held-out windows with it."""
+    # read once, when a fast tokenizer first uses threads
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.num_workers))
 
     def open_windows(start: Any) -> TokenWindows:

@@ -66,6 +66,8 @@ class RunDirectory:
         with disk_errors(target, TrainingError), StagedDirectory(target, replace=True) as staged:
             for file in source.iterdir():
                 try:
+                    # a hard link: a second name costs no space and survives the removal of the
+                    # first
                     os.link(file, file.name, dst_dir_fd=staged.fd, follow_symlinks=False)
                 except OSError:
                     with file.open("rb") as original, staged.file(file.name) as copy:

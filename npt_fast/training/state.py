@@ -70,6 +70,7 @@ def gather_optimizer(
                 state[index + offset] = {"step": step.clone(), **moments}
         index += len(names)
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    # how a step is computed belongs to this machine, not to the state
     group |= {"fused": None, "foreach": None, "params": list(range(index))}
     return {"state": state, "param_groups": [group]}
 

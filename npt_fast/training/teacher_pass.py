@@ -123,6 +123,8 @@ class TeacherCache:
                 mask = None if attention_mask is None else attention_mask[one]
                 found = compute(input_ids[one], mask)
                 size = sum(t.nbytes for seen in found.values() for t in seen)
+                # nothing is evicted: each window comes once per epoch, so none is worth more than
+                # another
                 if self.size + size <= self.limit:
                     self.size += size
                     self._held[window] = {
@@ -163,7 +165,7 @@ def _recorded(
             stack.callback(handle.remove)
 
         for index in {*trained, *called}:
-
+            # a default binds the index now; a closure would see the loop's last one
             def before(_: Any, args: Any, kwargs: Any, index: int = index) -> None:
                 call = dict(kwargs)
                 hidden = args[0] if args else call.pop("hidden_states")
@@ -175,6 +177,7 @@ def _recorded(
         for index in trained:
 
             def attention(_: Any, args: Any, output: Any, index: int = index) -> None:
+                # attention returns its weights, too
                 record.attention[index] = output[0]
 
             def mlp(_: Any, args: Any, output: Tensor, index: int = index) -> None:

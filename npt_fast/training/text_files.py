@@ -111,6 +111,7 @@ def _no_text(file: SourceFile, number: int, columns: Mapping[str, str]) -> DataE
 @contextmanager
 def _opened(file: SourceFile) -> Iterator[_Read]:
     """Open a file; yield a function that reads up to `count` characters."""
+    # closefd: `file` closes the descriptor, after looking whether it is still the same file
     with file.open() as fd, open(fd, encoding="utf-8", closefd=False) as text:
 
         def read(count: int) -> str:

@@ -197,6 +197,7 @@ class TokenWindows(IterableDataset[Window]):
     def __iter__(self) -> Iterator[Window]:
         before, place = self._start
         passed = self.position - before  # windows of the first block that were used already
+        # a second iterator starts where the first one did
         self._marks.clear()
         epoch: list[Window] = []  # stays empty unless an epoch fits in one block
         while True:
@@ -300,6 +301,7 @@ class TokenWindows(IterableDataset[Window]):
                 break
         else:  # that was all the text there is
             windows = len(tokens) // length + (len(tokens) % length >= self._shortest)
+            # a text that is too short gives a tenth, so that training keeps nine
             held = max(1, windows // 10) if wanted else 0
             if windows <= held:
                 raise DataError(

@@ -89,6 +89,7 @@ class NPTTrainer(Trainer):
             train_dataset=windows,
             callbacks=[_TrainerHooks(self)],
         )
+        # they print to stdout, which is for the report
         for printer in ("PrinterCallback", "ProgressCallback"):
             for callback in list(self.callback_handler.callbacks):
                 if type(callback).__name__ == printer:
@@ -154,6 +155,7 @@ class NPTTrainer(Trainer):
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             warmup = self.args.get_warmup_steps(num_training_steps)
+            # torch's schedules take a step when they are made
             last = self.first_step - 1
             self.lr_scheduler = (
                 get_cosine_schedule_with_warmup(
@@ -311,6 +313,7 @@ class NPTTrainer(Trainer):
         if self.accelerator.num_processes == 1:
             return number
         flag = torch.tensor(number, device=self.accelerator.device)
+        # a signal may reach one process only; the others would wait for it in their next all-reduce
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
 
@@ -378,6 +381,7 @@ class NPTTrainer(Trainer):
     def _data_state(self, step: int) -> dict[str, Any]:
         options = self.options
         per_step = options.batch_size * options.gradient_accumulation_steps
+        # counted, since the data loader reads ahead of training
         taken = (step - self.first_step) * per_step * self.accelerator.num_processes
         return self.windows.state_after(self._first_window + taken)
 

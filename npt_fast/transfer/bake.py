@@ -68,6 +68,7 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
     }
     if any(weight.is_meta for weight in weights.values()):
         raise ModelError("a layer of the modulation is offloaded; its weights cannot be changed")
+    # a copy: subtracting what was added would not give the same bits
     originals = {key: weight.clone() for key, weight in weights.items()}
     for layer, name, terms in modulation.walk():
         weight = weights[layer, name]

@@ -33,6 +33,7 @@ def evaluate(text: str, find: Callable[[str], Modulation]) -> Modulation:
         raise TransferError(f"an expression of {len(text)} characters is too long")
     try:
         tree = ast.parse(text.strip(), mode="eval")
+    # Python's parser raises MemoryError for 980 minus signs
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise TransferError(
             f"{shown(text.strip())} cannot be read; write it like 0.7*a - b"

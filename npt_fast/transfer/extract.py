@@ -46,7 +46,7 @@ def extract(
             ``extract-seq`` does. That is not the mean of dW.
 
     Returns:
-        v_a and v_b of all components: k terms per projection, in the model's dtype.
+        v_a and v_b of all components, k terms per projection, in the model's dtype.
 
     Raises:
         ModelError: the model has no NP layer, or one of `layers` is off.
@@ -80,6 +80,7 @@ def extract(
             stack.callback(hook.remove)
         device = next(decoder_layers(model).parameters()).device
         decoder: Any = model.get_decoder()  # type: ignore[operator]
+        # the decoder alone: no logits are needed
         decoder(input_ids=torch.tensor([ids], device=device), use_cache=False)
     found = {}
     for layer in chosen:
@@ -153,6 +154,7 @@ _digests: WeakKeyDictionary[NPComponent, tuple[tuple[int, ...], str]] = WeakKeyD
 def digest(component: NPComponent) -> str:
     """SHA-256 of a component's weights, cached until they change."""
     parameters = list(component.parameters())
+    # torch counts every change of a tensor in place
     versions = tuple(parameter._version for parameter in parameters)
     known = _digests.get(component)
     if known is None or known[0] != versions:

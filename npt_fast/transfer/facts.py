@@ -142,6 +142,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         self._depth = self._nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        # looked at before the node is built, so that limits come before memory
         event = self.peek_event()
         self._nodes += 1
         if isinstance(event, yaml.AliasEvent):

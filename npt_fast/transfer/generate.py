@@ -65,12 +65,14 @@ class Sampling:
         if self.strategy == "greedy":
             return int(logits.argmax())
         probabilities = (logits.float() / self.temperature).softmax(-1)
+        # stable: of equal probabilities the lower id comes first, every time
         kept, order = probabilities.sort(descending=True, stable=True)
         if self.strategy == "top_p":
             before = kept.cumsum(-1) - kept  # a token is dropped if those before it reach top_p
             kept = kept.where(before < self.top_p, 0.0)
         else:
             kept[self.top_k :] = 0.0
+        # on the CPU: a seed gives the same tokens on every device
         drawn = torch.multinomial(kept.cpu(), 1, generator=generator)
         return int(order[drawn])
 
@@ -102,6 +104,7 @@ def continue_ids(
     cache = None
     step = torch.tensor([ids], device=model.device)
     while len(found) < sampling.tokens:
+        # logits_to_keep: a prompt needs the logits of its last token only
         out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
         logits = out.logits[0, -1].float().cpu()

@@ -210,6 +210,8 @@ class _Targets:
             self._length = ids.shape[1]
             chosen = torch.full_like(ids, self.when != "prefill", dtype=torch.bool)
             prompt = self._columns if self.when != "decode" else torch.zeros_like(self._columns)
+            # without a cache the prompt comes again in every pass, and what is behind it was
+            # generated
             chosen[:, : prompt.shape[1]] = prompt
         self.chosen = chosen if bool(chosen.any()) else None
 
@@ -269,7 +271,9 @@ class _Hook:
         batch = chosen.shape[0]
         if batch % len(self.terms):
             raise TransferError(f"{len(self.terms)} modulations do not fit a batch of {batch} rows")
+        # not in place: autograd, or another hook, may hold what the component returned
         output = output.clone()
+        # a batch of several rows for each modulation, as beams are, is in that order
         rows = torch.arange(batch, device=chosen.device) // (batch // len(self.terms))
         for index, terms in enumerate(self.terms):
             if terms is None:
@@ -309,6 +313,7 @@ class _Hook:
                     keep * v + self.strength * w for v, w in zip(own[name], (v_a, v_b), strict=True)
                 )
                 return y + _change(a, *mixed)
+            # strength acts on dW, not on vectors, where it would act squared
             y = y + self.strength * ((a @ v_a.t()) @ v_b)
             if self.mode != "replace" and name in own:
                 y = y + keep * _change(a, *own[name])

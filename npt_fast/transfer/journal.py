@@ -193,6 +193,7 @@ def difference(recorded: Any, now: Any, where: str = "result") -> str | None:
     if _number(recorded) and _number(now):
         same = abs(recorded - now) <= TOLERANCE * max(1.0, abs(recorded), abs(now))
     else:
+        # the type too: True equals 1
         same = type(recorded) is type(now) and recorded == now
     return None if same else f"{where}: {shown(recorded)} recorded, {shown(now)} now"
 

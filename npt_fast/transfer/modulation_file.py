@@ -70,6 +70,7 @@ def write(contents: Contents, path: Path) -> None:
     Raises:
         TransferError: the folder cannot be written to, or the file could not be read back.
     """
+    # a name that nobody can foresee, so that nothing lies there already
     temporary = path.with_name(f".{token_hex(16)}.npt-fast")
     try:
         data = packed(contents, temporary)
@@ -126,6 +127,7 @@ def read_back(path: Path) -> None:
     Raises:
         CheckpointError: a reader could not use the file.
     """
+    # the values, not the keys: reading the header reads no tensor
     for _ in read(SourceFile.of(path)).layers.values():
         pass
 

@@ -264,6 +264,7 @@ class Session:
         found = self.modulation(name)
         with _uninterrupted():
             baked = baking.bake(self.model, found, strength)
+            # inside the block: after weights have changed, Ctrl-C must not lose the way back
             self._undo.append((f"bake {name}", self.state, baked))
         return found
 
@@ -294,6 +295,7 @@ class Session:
         with _uninterrupted():
             what, before, baked = self._undo[-1]
             if baked is not None:
+                # before the change is taken off the list: an undo that fails stays possible
                 baked.undo()
             self._undo.pop()
             self.state = before
@@ -303,6 +305,7 @@ class Session:
     def reset(self) -> None:
         """Restore the start, with base weights; `undo` brings back all but baked modulations."""
         with _uninterrupted():
+            # in reverse: each undo checks that the weights are as its bake left them
             for _, _, baked in reversed(self._undo):
                 if baked is not None:
                     baked.undo()

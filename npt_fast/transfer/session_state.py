@@ -99,6 +99,7 @@ def write_state(state: State, model: Any, target: Path) -> None:
             raise TransferError(
                 f"{target}: exists and is not a saved session; choose another folder"
             )
+    # numbers: a modulation's name may hold what no file's name can
     files = {name: f"{number}.safetensors" for number, name in enumerate(state.shelf)}
     index = {
         FORMAT: VERSION,

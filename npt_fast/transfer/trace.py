@@ -211,6 +211,7 @@ def _hooked(layers: nn.ModuleList, visit: Any) -> Iterator[None]:
                 raise ModelError(f"layer {index} ({type(layer).__name__}) has no self_attn")
 
             def hook(_: Any, args: Any, output: Any, index: int = index) -> Any:
+                # a copy: `visit` may write to it, and others may hold the original
                 changed = output[0].clone()
                 visit(index, changed)
                 return (changed, *output[1:])

@@ -12,7 +12,7 @@ from npt_fast.checkpoint.source_file import SourceFile
 
 @pytest.fixture
 def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading tensor data fails."""
+    """Make every read of tensor data fail."""
 
     def windows(self: SourceFile, *arguments: Any) -> Iterator[bytes]:
         raise AssertionError(f"read data of {self.path}")

@@ -1,4 +1,4 @@
-"""Moving bytes: every way gives the same bytes, and a way that is refused is left for the next."""
+"""Copying ranges: every way gives the same bytes, and the next way is used if one is refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refusing(number: int) -> Callable[..., int]:
 
 @dataclass
 class Fake:
-    """Stands for a system call: does its work with pread and pwrite, and keeps count."""
+    """A replacement of a system call, which uses pread and pwrite and records its calls."""
 
     most: int = 1 << 40
     calls: list[int] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Fake:
         return os.write(fd, os.pread(source, min(count, self.most), offset))
 
     def ioctl(self, fd: int, request: int, argument: bytes) -> int:
-        """FICLONERANGE, as strict as the kernel: whole pages only."""
+        """FICLONERANGE, which accepts whole pages only, like the kernel."""
         source, offset, length, to = struct.unpack("qQQQ", argument)
         assert request == 0x4020940D
         if offset % PAGE or to % PAGE or length % PAGE or not length:
@@ -65,7 +65,7 @@ class Fake:
 
 @dataclass
 class Ladder:
-    """The system calls as a test wants them: refused, short, or real."""
+    """Replaces system calls as a test needs them: refused, short, or real."""
 
     monkeypatch: pytest.MonkeyPatch
 
@@ -77,7 +77,7 @@ class Ladder:
         self.monkeypatch.setattr(owner, {"reflink": "ioctl"}.get(way, way), call)
 
     def only(self, way: str, number: int = errno.EOPNOTSUPP) -> Fake:
-        """Refuse what stands above `way`, and play `way` itself, which this disk may not have."""
+        """Refuse the ways before `way`, and replace `way`, which this disk may not support."""
         for above in WAYS[: WAYS.index(way)]:
             self.refuse(above, number)
         fake = Fake()
@@ -93,7 +93,7 @@ def ladder(monkeypatch: pytest.MonkeyPatch) -> Ladder:
 
 @dataclass
 class Moved:
-    """Where a move has put bytes, and what it told about it."""
+    """The destination of a move, and what the mover reported."""
 
     path: Path
     mover: ByteMover
@@ -356,7 +356,7 @@ def test_real_errors_are_not_taken_for_refusals(
 
 
 def truncating(fake: Fake, way: str, path: Path) -> Callable[..., int]:
-    """`way`, which finds the source truncated after its first page."""
+    """A replacement of `way`; the source is truncated to one page during its first call."""
 
     def call(*args: int) -> int:
         count = int(getattr(fake, way)(*args))
@@ -402,7 +402,7 @@ def test_a_mapped_source_truncated_meanwhile_is_an_error(
 def test_a_clone_that_finds_the_source_truncated_is_an_error(
     source: SourceFile, tmp_path: Path, ladder: Ladder
 ) -> None:
-    """The kernel refuses such a clone with EINVAL; the ways below then meet the end."""
+    """The kernel refuses such a clone with EINVAL; the next ways then reach the end of the file."""
     fake = ladder.only("reflink")
 
     def clone(fd: int, request: int, argument: bytes) -> int:
@@ -467,7 +467,7 @@ def test_the_real_call_gives_the_bytes(
 
 
 def test_random_ranges(source: SourceFile, tmp_path: Path, ladder: Ladder) -> None:
-    """Ranges that follow each other at random phases, as the records of a .pt do."""
+    """The ranges follow each other at random phases, like the records of a .pt file."""
     ladder.only("reflink")
     numbers = random.Random(7)
     ranges, to = [], 0

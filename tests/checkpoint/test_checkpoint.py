@@ -1,4 +1,4 @@
-"""The small files beside the weights, as other people's programs and disks leave them."""
+"""The small files beside the weights, written by other programs or damaged."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CONFIG = '{"model_name": "test/model",\n "batch_size": 8, "gradient_clip_value":
 
 
 def foreign(path: Path, layer: int, name: str, content: bytes) -> Path:
-    """A complete checkpoint with one file as given."""
+    """A complete checkpoint in which one file has the given content."""
     trained_checkpoint(path, layer)
     (path / name).write_bytes(content)
     return path
 
 
 def strictly(text: str) -> Any:
-    """JSON as every reader has it."""
+    """Parse JSON without Python's extensions NaN and Infinity."""
     return json.loads(text, parse_constant=lambda number: pytest.fail(number))
 
 
@@ -116,7 +116,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = OTHER_THINGS | {
 def test_a_config_that_cannot_be_read_stops_nothing(
     tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The next input's is taken; the line names the file and the reason, in every verb."""
+    """The next input's config is used; in every verb, the line names the file and the reason."""
     spoil, reason = SPOILT[case]
     paths = [trained_checkpoint(tmp_path / "a", 11), trained_checkpoint(tmp_path / "b", 13)]
     spoil(paths[0] / "config.json")
@@ -150,7 +150,7 @@ def test_no_config_is_written_where_none_can_be_read(tmp_path: Path) -> None:
 
 
 def test_a_config_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
-    """Indented, it is longer than it was."""
+    """Indentation makes it longer than the reader's limit."""
     path = foreign(tmp_path / "a", 1, "config.json", f'{{"a": [{"1," * 900_000}1]}}'.encode())
     assert npt.inspect(path).problems == []
     report = npt.merge([path, trained_checkpoint(tmp_path / "b", 2)], tmp_path / "out")
@@ -160,7 +160,7 @@ def test_a_config_that_could_not_be_read_again_is_not_written(tmp_path: Path) ->
 
 
 def test_a_name_that_cannot_be_read_is_no_difference(tmp_path: Path) -> None:
-    """Nor is one that can be read overlooked for its encoding."""
+    """A name in UTF-16 can be read and compared."""
     a = foreign(tmp_path / "a", 1, "config.json", '{"model_name": "other"}'.encode("utf-16"))
     b = trained_checkpoint(tmp_path / "b", 2)
     with pytest.raises(npt.MergeError, match="model_name is 'other' in"):
@@ -170,7 +170,7 @@ def test_a_name_that_cannot_be_read_is_no_difference(tmp_path: Path) -> None:
     assert npt.inspect(tmp_path / "out").model_name == "test/model"
 
 
-# npt_config.json: without it, a residual would be lost --------------------------------------------
+# npt_config.json: without it, residuals would be lost --------------------------------------------
 
 KEPT = '{"format_version": 1, "layers": {"11": {"residual": "kept", "fidelity": %s}}}'
 
@@ -239,7 +239,7 @@ def test_without_a_summary_merging_goes_on_and_nothing_is_proved(tmp_path: Path,
     checked = npt.verify(path)
     assert not checked.passed and warning in checked.problems
     assert len(checked.problems) == 1 + (case == "broken-link")
-    assert checked.tensors == 36  # what needs no proof is checked all the same
+    assert checked.tensors == 36  # tensors are checked without the summary too
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-be"])
@@ -280,11 +280,11 @@ def test_an_index_that_cannot_be_read_is_refused_by_name(tmp_path: Path, case: s
     assert str(caught.value).startswith(f"{path / INDEX}: ") and reason in str(caught.value)
 
 
-# nothing of this in what is written ---------------------------------------------------------------
+# written JSON is strict ---------------------------------------------------------------------------
 
 
 def test_all_json_that_a_merge_writes_is_what_every_reader_reads(tmp_path: Path) -> None:
-    """Except for the numbers of a config that is carried over."""
+    """The only exception: a config that is carried over keeps its NaN."""
     a = foreign(tmp_path / "a", 1, "config.json", (CONFIG % "NaN").encode("utf-16"))
     (a / "npt_config.json").write_text('{"format_version": 1, "layers": {"1": {"fidelity": NaN}}}')
     options = npt.MergeOptions(format="safetensors", max_shard_size=1000)

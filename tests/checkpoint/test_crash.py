@@ -1,4 +1,4 @@
-"""Killed, interrupted or raced, a merge leaves its target absent, old, or complete."""
+"""A merge that is killed, interrupted or raced leaves its target absent, old, or complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from npt_fast.checkpoint.merge import merge
 from tests.checkpoints import adamw_state, layer_weights, write_checkpoint
 
 CLI = Path(sys.executable).with_name("npt-fast")
-POINTS = 100  # of all calls into the kernel, to die at; each takes some 20 ms
+POINTS = 100  # number of system calls at which a merge is killed; each takes about 20 ms
 
 # Forks one process per merge, so that a test need not wait for imports. A merge may be told to kill
 # itself at its n-th entry to, or return from, a function of the operating system; or it is killed
@@ -68,7 +68,7 @@ for line in sys.stdin:
 
 
 class Runner:
-    """Starts merges in processes of their own."""
+    """Runs each merge in a process of its own."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -77,7 +77,7 @@ class Runner:
         )  # fmt: skip
 
     def run(self, inputs: list[Path], output: Path, **options: Any) -> tuple[int, str]:
-        """Exit code (negative: a signal) and what the merge had to say."""
+        """Exit code of a merge (negative for a signal) and what it printed."""
         order = {"force": False, "verify": False, "at": None, "after": None, **options}
         order |= {"inputs": list(map(str, inputs)), "output": str(output)}
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -105,14 +105,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs, and the folders that may stand at the target: old, or the result of a merge."""
+    """Inputs, and the two contents that the target may have: old, or the result of the merge."""
 
     inputs: list[Path]
     old: Path
     new: dict[str, bytes]
 
     def prepare(self, folder: Path, *, force: bool) -> Path:
-        """An empty place for a merge; with an old checkpoint at the target for ``--force``."""
+        """Empty `folder`, put an old checkpoint at the target if `force`; returns the target."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         if force:
@@ -120,7 +120,7 @@ class Case:
         return folder / "out"
 
     def state(self, target: Path) -> str:
-        """``"absent"``, ``"old"`` or ``"new"``; fails for anything else."""
+        """State of the target: ``"absent"``, ``"old"`` or ``"new"``; anything else fails."""
         if not os.path.lexists(target):
             return "absent"
         found = content(target)
@@ -131,7 +131,7 @@ class Case:
 
 
 def make_case(folder: Path, *, steps: int, **shape: Any) -> Case:
-    """Two checkpoints of a layer each; the expected bytes come from a merge left in peace."""
+    """Two checkpoints of one layer each, and the expected bytes from an undisturbed merge."""
     inputs = []
     for layer in (3, 5):
         weights = layer_weights(layer, **shape)
@@ -156,7 +156,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def medium(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Large enough that a good part of the time goes into copying: 40 MB."""
+    """40 MB, so that copying takes a good part of the time."""
     shape = {"d": 2048, "f": 8192, "rank": 128, "modulation": "triple"}
     return make_case(tmp_path_factory.mktemp("medium"), steps=0, **shape)
 
@@ -164,7 +164,7 @@ def medium(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def check_after_kill(
     case: Case, runner: Runner, target: Path, *, force: bool, verify: bool = False
 ) -> str:
-    """The target as the killed merge left it, after which a rerun succeeds and leaves nothing."""
+    """State of the target after a kill; a second merge must succeed and leave nothing behind."""
     state = case.state(target)
     assert state in (("old", "new") if force else ("absent", "new"))
     if force or state == "absent":
@@ -185,7 +185,7 @@ def test_killed_around_system_calls(
     assert code == 0, events
     assert small.state(target) == "new"
     last = int(events)
-    # planning reads headers, which is the first half and leaves nothing: look closer at the rest
+    # the first half of the calls is planning, which leaves nothing: most points are in the second
     points = random.Random(1).sample(range(1, last), POINTS // 2)
     points += [*range(last - POINTS // 2, last)]
     states: Counter[str] = Counter()
@@ -237,7 +237,7 @@ def test_killed_while_verifying(small: Case, runner: Runner, tmp_path: Path) -> 
 
 
 def test_what_a_killed_merge_leaves_is_hidden(small: Case, runner: Runner, tmp_path: Path) -> None:
-    """Were it left for good, a user and a glob would not take it for a checkpoint."""
+    """So neither a user nor a glob takes it for a checkpoint."""
     target = small.prepare(tmp_path / "work", force=False)
     events = int(runner.run(small.inputs, target, at=0)[1])
     left = set()
@@ -278,7 +278,7 @@ main(arguments)
 
 
 def interrupt(case: Case, target: Path, where: str, number: int, *more: str) -> tuple[int, str]:
-    """Exit code and stderr of a merge that gets a signal while it is in `where`."""
+    """Exit code and stderr of a merge that gets a signal while it runs `where`."""
     command = [sys.executable, "-c", _BLOCKED, where, "merge", "--output", str(target), *more]
     command += ["--checkpoints", *map(str, case.inputs)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

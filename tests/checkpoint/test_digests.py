@@ -1,4 +1,4 @@
-"""The file of digests: written and read as tensors go by, small in memory whatever its length."""
+"""The file of digests: written and read line by line, with little memory for any length."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_values_are_found_in_any_order(shuffled: bool) -> None:
     for key, value in asked[:150]:
         assert values.take(key) == value
     assert values.take(999) is None
-    assert values.take(asked[0][0]) is None  # taken before
+    assert values.take(asked[0][0]) is None  # each value is taken once
     assert sorted(values.rest()) == sorted(key for key, _ in asked[150:])
 
 

@@ -1,4 +1,4 @@
-"""Files that are not what they are called are named for what they are, with the way on."""
+"""A file with a wrong name is refused with its true kind and advice."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ SAFETENSORS_KINDS = KINDS | {
 
 
 def assert_safetensors(length: int) -> None:
-    """By the first bytes of a file whose header has this length."""
+    """The first bytes of a safetensors file with a header of this length are recognised."""
     for rest in (b"", b'"__metadata__":{}}' + b" " * file_kind.HEAD):
         head = struct.pack("<Q", length) + b"{" + rest
         assert file_kind.may_be_safetensors(head) and not file_kind.is_pickle(head), length
@@ -133,7 +133,7 @@ def test_no_length_of_a_header_makes_it_another_file() -> None:
         assert_safetensors(length)
 
 
-# lengths whose bytes are those with which files of other kinds begin
+# lengths of headers whose bytes are the first bytes of other kinds of files
 @example(int.from_bytes(b"\x1f\x8b\x08\0", "little"))
 @example(int.from_bytes(b"BZh9", "little"))
 @example(int.from_bytes(b"PK\3\4", "little"))
@@ -165,7 +165,7 @@ def test_what_is_no_pickle(content: bytes) -> None:
 
 
 def refusal(path: Path) -> str:
-    """The one line that `inspect` refuses with; the other verbs open the same way."""
+    """The message with which `inspect` refuses a path; the other verbs open it in the same way."""
     with pytest.raises(npt.CheckpointError) as caught:
         npt.inspect(path)
     return str(caught.value)
@@ -225,7 +225,7 @@ def test_in_the_place_of_a_state(tmp_path: Path, name: str, kind: str) -> None:
 
 @pytest.mark.parametrize(("old", "new"), [("pt", "safetensors"), ("safetensors", "pt")])
 def test_the_advice_to_rename_works(tmp_path: Path, old: str, new: str) -> None:
-    """A file of the one format under the name of the other."""
+    """A file of one format under a name of the other."""
     wrong = tmp_path / f"npt_weights.{old}"
     wrong.write_bytes(PT if new == "pt" else SAFETENSORS)
     assert f"rename it so that it ends in .{new}" in refusal(tmp_path)
@@ -250,7 +250,7 @@ def test_the_advice_to_unpack_works(tmp_path: Path) -> None:
 
 
 def test_a_good_file_may_begin_like_another_kind(tmp_path: Path) -> None:
-    """The length of its header, 640, spells the first bytes of a pickle."""
+    """640, the length of its header, has the first bytes of a pickle."""
     (size,) = struct.unpack("<Q", SAFETENSORS[:8])
     header = json.dumps(json.loads(SAFETENSORS[8 : 8 + size]), separators=(",", ":")).encode()
     content = struct.pack("<Q", 640) + header.ljust(640) + SAFETENSORS[8 + size :]

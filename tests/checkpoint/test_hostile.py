@@ -1,7 +1,7 @@
-"""Hostile and broken checkpoints are refused in one line, cheaply, and never run.
+"""Hostile and broken checkpoints are refused in one line, without much time, and run no code.
 
 Every case of `tests.hostile` is opened in a child process without torch, so that a crash, a hang
-or a gigabyte of memory is a failed test and not the end of the tests.
+or a gigabyte of memory fails one test instead of ending all of them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ ROOT = Path(__file__).parents[2]
 CASES = {f"pt/{name}": build for name, build in hostile.PT_CASES} | {
     f"st/{name}": build for name, build in hostile.ST_CASES
 }
-MAX_MEMORY = 64 << 20  # and `MAX_MULTIPLE` times the size of the file, as docs/merging.md says
+MAX_MEMORY = 64 << 20  # plus `MAX_MULTIPLE` times the size of the file, as docs/merging.md says
 MAX_MULTIPLE = 32
-MAX_SECONDS = 10  # of CPU for one file; the slowest needs a quarter of it
+MAX_SECONDS = 10  # of CPU time for one file; the slowest needs a quarter of it
 
 CHILD = """
 import json, os, sys, time
@@ -74,7 +74,7 @@ for line in sys.stdin:
 
 
 def open_all(paths: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """What happened to each file, opened one after the other in as few processes as possible."""
+    """Outcome for each file, opened one after another in as few processes as possible."""
     waiting, outcomes = list(paths), {}
     while waiting:
         lines = "".join(json.dumps(str(paths[name])) + "\n" for name in waiting)
@@ -96,7 +96,7 @@ def open_all(paths: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> Iterator[dict[str, dict[str, Any]]]:
-    """What `open_all` says about every case, with the path and whether the payload ran."""
+    """Outcome of `open_all` for every case, with its path and whether its payload ran."""
     with tempfile.TemporaryDirectory() as temporary:
         paths = {}
         for number, (name, build) in enumerate(CASES.items()):
@@ -190,7 +190,7 @@ def test_payloads_do_run_in_torch(
     path = built(f"pt/{name}", tmp_path)
     monkeypatch.chdir(tmp_path)
     loaded = torch.load(path, weights_only=False)
-    assert list(loaded) == list(hostile.SHAPES)  # the victim notices nothing
+    assert list(loaded) == list(hostile.SHAPES)  # the result looks like a good checkpoint
     assert (tmp_path / "canary").exists()
 
 
@@ -218,9 +218,9 @@ def test_torch_accepts_what_is_refused_here(name: str, tmp_path: Path) -> None:
 
 def test_a_duplicate_means_two_things(tmp_path: Path) -> None:
     path = built("pt/member-duplicate-pickle", tmp_path)
-    with zipfile.ZipFile(path) as archive:  # takes the last
+    with zipfile.ZipFile(path) as archive:  # zipfile takes the last member
         assert archive.read("archive/data.pkl") != hostile.VALID
-    loaded = torch.load(path, weights_only=True)  # takes the first
+    loaded = torch.load(path, weights_only=True)  # torch takes the first member
     assert as_bytes(loaded[hostile.W_DOWN]) == hostile.PIECES[0]
 
 
@@ -254,7 +254,7 @@ def test_safetensors_accepts_what_is_refused_here(name: str, tmp_path: Path) -> 
 
 
 def flips(path: Path, untouched: set[int]) -> Iterator[tuple[int, int]]:
-    """Position and mask of every change, which is in the file until the next."""
+    """Change one byte after another; yields position and mask while the change is in the file."""
     whole = path.read_bytes()
     for position, byte in enumerate(whole):
         if position in untouched:
@@ -268,7 +268,7 @@ def flips(path: Path, untouched: set[int]) -> Iterator[tuple[int, int]]:
 
 
 def flip_everything(path: Path, untouched: set[int]) -> tuple[int, int]:
-    """Numbers of refused and accepted changes; accepted ones mean the same to the libraries."""
+    """Numbers of refused and accepted changes; the libraries must agree on accepted files."""
     refused, accepted, problems = 0, 0, []
     for position, mask in flips(path, untouched):
         try:
@@ -356,7 +356,7 @@ def tensors(draw: st.DrawFn, dtypes: list[torch.dtype]) -> torch.Tensor:
 
 @st.composite
 def views(draw: st.DrawFn, dtypes: list[torch.dtype], others: list[torch.Tensor]) -> torch.Tensor:
-    """A tensor, or a view of it or of one of `others`, or a Parameter."""
+    """A tensor, a Parameter, or a view of a new tensor or of one of `others`."""
     tensor = draw(st.sampled_from(others)) if others and draw(st.booleans()) else None
     if tensor is None:
         tensor = draw(tensors(dtypes))
@@ -397,7 +397,7 @@ def test_whatever_torch_saves(
 
 
 def test_empty_views(tmp_path: Path) -> None:
-    """Their offset may lie outside the storage, which torch does not mind."""
+    """Their offset may lie outside the storage; torch accepts this."""
     path = tmp_path / "npt_weights.pt"
     expected = {"a": torch.zeros(1, 0)[1:], "b": torch.zeros(3)[3:], "c": torch.zeros(2, 3)[:, 3:]}
     torch.save(expected, path)

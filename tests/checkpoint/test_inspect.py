@@ -1,4 +1,4 @@
-"""A checkpoint is described rightly, layer by layer, from its headers."""
+"""Descriptions of checkpoints from their headers are right, layer by layer."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_layers_that_differ(tmp_path: Path) -> None:
 
 
 def test_the_older_spelling(tmp_path: Path) -> None:
-    """The original finds no layers in it, and takes the layer's index for a number of ranks."""
+    """The original finds no layers in such files, and reads the layer's index as num_ranks."""
     weights = layer_weights(11, num_ranks=2, prefix="model.layers.{}.np_component.")
     report = npt.inspect(write_checkpoint(tmp_path / "a", weights))
     assert [(info.layer, info.architecture.num_ranks) for info in report.layers] == [(11, 2)]
@@ -178,7 +178,7 @@ def test_real_checkpoints(layer11: Path) -> None:
     assert (report.hidden_size, report.intermediate_size) == (576, 1536)
     assert report.total_parameters == 3 * 4 * 32 * (2 * 576 + 1536)
     assert report.model_name == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert report.layers[0].residual == "removed"  # triple modulation tells
+    assert report.layers[0].residual == "removed"  # follows from triple modulation
 
 
 def test_reports_are_json(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_reports_are_json(tmp_path: Path) -> None:
 
 
 def test_reports_of_broken_numbers_are_json_too(tmp_path: Path) -> None:
-    """JSON has no NaN: a strict reader must not stumble over what it is looking for."""
+    """JSON has no NaN, so a report about NaN must not contain one."""
     weights = layer_weights(1)
     weights["layer_1_np.W_down_up"][0, 0] = torch.nan
     weights["layer_1_np.W_a_up_up"][0, 0] = -torch.inf

@@ -1,4 +1,4 @@
-"""Output files as their readers see them, and laid out so that blocks can be shared."""
+"""Output files can be read by other programs, and are laid out so that blocks can be shared."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def copies(path: Path) -> list[Recipe]:
 
 
 def write(file: OutputFile, directory: Path) -> Path:
-    """A file as the merge writes it, by plain writes."""
+    """Write a file like a merge, but with plain writes."""
     path = directory / file.name
     with path.open("wb") as out:
         out.truncate(file.size)
@@ -74,7 +74,7 @@ def test_a_pt_is_what_zipfile_and_torch_expect(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gigabytes", [1, 5], ids=["32-bit", "zip64"])
 def test_tensors_over_4_gb(tmp_path: Path, gigabytes: int) -> None:
-    """Sparse files: the sizes are real, the data is a hole."""
+    """The files are sparse: their sizes are real, their data are holes."""
     rows, columns = gigabytes << 10, 1 << 18
     header = {
         name: {"dtype": "F32", "shape": [rows, columns], "data_offsets": [n * size, (n + 1) * size]}
@@ -194,7 +194,7 @@ def test_shards_are_complete_disjoint_and_within_the_limit(tmp_path: Path, limit
 
 
 def test_shards_share_one_phase_each(tmp_path: Path) -> None:
-    """Two safetensors inputs of different phase become shards that clone whole."""
+    """Two safetensors inputs with different phases become shards that can be cloned entirely."""
     for name, extra in (("a", "x"), ("b", "x" * 900)):
         (tmp_path / name).mkdir()
         save_file(

@@ -1,4 +1,4 @@
-"""Full disks, huge sources, small memory: what a merge needs is known beforehand, and little."""
+"""Full disks, huge sources, little memory: the needs of a merge are small and known in advance."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LAYER: dict[str, Any] = {"d": 256, "f": 1024, "rank": 64}  # 1.2 MB
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[Path]:
-    """Two checkpoints of 4 MB each, two thirds of that optimizer state."""
+    """Two checkpoints of 4 MB each; two thirds of that are optimizer state."""
     made = []
     for layer in (1, 2):
         weights = layer_weights(layer, **LAYER)
@@ -61,7 +61,7 @@ def inputs(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the output goes, with nothing else in it."""
+    """An empty folder for the output."""
     path = tmp_path / "work"
     path.mkdir()
     return path
@@ -154,7 +154,7 @@ def plenty(path: Path) -> SimpleNamespace:
 def test_a_disk_that_fills_up_meanwhile(
     inputs: list[Path], tiny_disk: Path, form: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The free space was there when the merge was planned, and has gone since."""
+    """There was enough free space when the merge was planned, but not when it writes."""
     monkeypatch.setattr(os, "statvfs", plenty)
     with pytest.raises(StorageError, match="No space left on device; nothing was written"):
         merge(inputs, tiny_disk / "out", options=MergeOptions(format=form))
@@ -226,7 +226,7 @@ def test_a_read_only_file_system(inputs: list[Path], folder: Path) -> None:
 
 
 def sparse_safetensors(path: Path) -> None:
-    """1.1 TB in a few blocks: a header, and a hole for the data."""
+    """Write a file of 1.1 TB in a few blocks: a header, and a hole for the data."""
     d, f, r = 1 << 20, 1 << 21, 1 << 16
     header, at = {}, 0
     for stem, shape in (("W_down", (d, r)), ("W_a_up", (r, d)), ("W_b_up", (r, f))):
@@ -246,7 +246,7 @@ def sparse_safetensors(path: Path) -> None:
 
 
 def sparse_pt(path: Path) -> None:
-    """The same, written by torch itself, which can leave out the data."""
+    """Write the same as a ``.pt`` file with torch, which can leave out the data."""
     d, f, r = 1 << 20, 1 << 21, 1 << 16
     path.parent.mkdir()
     backing = path.with_name("backing")
@@ -282,7 +282,7 @@ def test_a_terabyte_is_planned_at_once(tmp_path: Path, folder: Path, form: str) 
         assert done.code == 0, done.stderr
         report = json.loads(done.stdout)
         assert sum(report["ways"].values()) >= (TB // 2 if "bfloat16" in arguments else TB)
-        assert done.cpu < 2  # of the processor: how busy the machine is does not matter
+        assert done.cpu < 2  # CPU time, which does not depend on how busy the machine is
         assert done.peak <= SMALL_MEMORY
     refused = measure(cli("merge", "--checkpoints", path.parent, "--output", folder / "out"))
     if os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize < TB:
@@ -297,7 +297,7 @@ def test_a_terabyte_is_planned_at_once(tmp_path: Path, folder: Path, form: str) 
 def large(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[Path]]:
-    """Two checkpoints of 150 MB each; one tensor alone is larger than the memory allowed."""
+    """Two checkpoints of 150 MB each; a single tensor is larger than the memory limit."""
     folder = tmp_path_factory.mktemp("large")
     made = []
     for layer in (1, 2):
@@ -333,7 +333,7 @@ def test_memory_does_not_depend_on_the_input(
 
 
 def test_what_is_measured_is_the_process_itself() -> None:
-    """Not this one, which has torch loaded, nor the interpreter in between."""
+    """The measured memory is not that of this process, which has imported torch."""
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > 2 * SMALL_MEMORY
     nothing = measure([sys.executable, "-S", "-c", "pass"])
     assert nothing.peak < 20 * MB
@@ -401,7 +401,7 @@ def test_reading_does_not_import_torch_either(inputs: list[Path], folder: Path, 
 def test_limits_have_no_constant_that_many_parameters_would_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hundredth of num_ranks 128 on 80 layers, with a hundredth of nothing to spare."""
+    """A hundredth of the tensors of 80 layers with num_ranks 128, without any constant reserve."""
     monkeypatch.setattr(torch_pickle, "_SMALL_MEMORY", 0)
     monkeypatch.setattr(strict_json, "_MANY_CONTAINERS", 100)
     inputs = []
@@ -422,7 +422,7 @@ def test_limits_have_no_constant_that_many_parameters_would_reach(
 
 
 def test_hostile_pickles_do_not_get_more_with_a_larger_file(tmp_path: Path) -> None:
-    """Nested lists take 81 bytes for each of theirs; the limit is 24 beyond the first 64 MiB."""
+    """Nested lists need 81 bytes of memory per byte; the limit is 24 beyond the first 64 MiB."""
     size = 3_000_000
     with pytest.raises(CheckpointError, match=r"more than 139,108,\d+ bytes of memory"):
         torch_pickle.decode(b"\x80\x02" + b"]" * size + b".", "here")
@@ -438,7 +438,7 @@ def test_a_safetensors_header_up_to_the_limit_of_the_format(tmp_path: Path) -> N
 
 
 def test_an_index_of_many_tensors(tmp_path: Path) -> None:
-    """The index of 80 layers with num_ranks 128 has 9 MB."""
+    """An index of 20 MB is read; that of 80 layers with num_ranks 128 has 9 MB."""
     path = write_shards(tmp_path / "a", [layer_weights(1), layer_weights(2)])
     index = path / "npt_weights.safetensors.index.json"
     content = json.loads(index.read_text())

@@ -1,4 +1,4 @@
-"""Merging: the guide's rules, the laws of design.md#merge-laws, and what is refused."""
+"""Merging: the rules of the users' guide, the laws of design.md#merge-laws, and refusals."""
 
 from __future__ import annotations
 
@@ -487,7 +487,7 @@ class OriginalLayer(torch.nn.Module):
 
 
 def test_uniform_loads_the_original_way(uniform: dict[str, Tensor]) -> None:
-    """A prefix strip per layer, one architecture for all, nothing missing or left over."""
+    """The original strips a prefix per layer and builds one architecture; all keys must match."""
     for layer in LAYERS:
         prefix = f"layer_{layer}_np."
         own = {k.removeprefix(prefix): v for k, v in uniform.items() if k.startswith(prefix)}
@@ -498,7 +498,7 @@ def test_uniform_loads_the_original_way(uniform: dict[str, Tensor]) -> None:
 
 
 def old_names(layer: int) -> set[str]:
-    """The names under which a uniform merge keeps the tensors that a layer had."""
+    """The names that a layer's old tensors have after a uniform merge."""
     names = set()
     for name in layer_weights(layer, **LAYERS[layer]):
         base, _, component = name.removeprefix(f"layer_{layer}_np.").partition(".")
@@ -602,7 +602,7 @@ def test_fp8_is_copied(tmp_path: Path) -> None:
 
 
 def original_loader(weights: Mapping[str, Tensor], layers: Sequence[int]) -> dict[str, Tensor]:
-    """How the original finds its tensors: two prefixes per layer, anything else is ignored."""
+    """Find tensors like the original: two prefixes per layer; other names are ignored."""
     found = {}
     for layer in layers:
         for prefix in (f"layer_{layer}_np", f"model.layers.{layer}.np_component"):
@@ -640,7 +640,7 @@ def test_real_checkpoints(tmp_path: Path, layer11: Path, layer13: Path, form: An
 def test_real_checkpoints_joined_with_another_training(
     tmp_path: Path, layer11: Path, layer13: Path
 ) -> None:
-    """Layer 13's weights under layer 11's name: the mean of both, on a real base width."""
+    """Layer 13's weights, renamed to layer 11, and the mean of both, at a real model's width."""
     renamed = {
         name.replace("layer_13", "layer_11"): tensor
         for name, tensor in read_weights(layer13).items()
@@ -764,7 +764,7 @@ def test_npt_config_describes_every_layer(tmp_path: Path) -> None:
 
 
 def test_bare_safetensors_carry_their_description(tmp_path: Path) -> None:
-    """The weights alone, moved away from their folder, still say what they are."""
+    """A weights file that was moved out of its folder still has its description."""
     path = trained_checkpoint(tmp_path / "a", 2, steps=4)
     npt.merge([path], tmp_path / "out", options=npt.MergeOptions(format="safetensors"))
     alone = tmp_path / "alone.safetensors"
@@ -808,7 +808,7 @@ def test_formats_of_the_future_are_refused(tmp_path: Path, version: object) -> N
 
 
 def refuse(tmp_path: Path, inputs: Sequence[object], match: str, **options: Any) -> None:
-    """The merge fails with one line, and nothing appears or changes."""
+    """The merge must fail with one line, without creating or changing any file."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(npt.NPTError, match=match) as caught:
         npt.merge(
@@ -1103,7 +1103,7 @@ def test_paths_that_are_not_unicode(tmp_path: Path) -> None:
 
 
 def test_text_that_is_not_unicode(tmp_path: Path) -> None:
-    """JSON can hold half a surrogate pair; what can be read must be writable."""
+    """JSON can hold half a surrogate pair; a text that can be read must be writable."""
     path = one_layer(tmp_path / "a", 1)
     (path / "config.json").write_text('{"model_name": "m", "note": "\\ud800"}')
     npt.merge([path], tmp_path / "out", verify=True)

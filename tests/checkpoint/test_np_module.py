@@ -1,4 +1,4 @@
-"""A layer's tensors make one complete module of one architecture, or are refused by name."""
+"""The tensors of a layer are a complete module of one architecture, or refused by name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_layers_may_differ(tmp_path: Path) -> None:
 
 
 def test_a_single_numbered_component_loses_its_number(tmp_path: Path) -> None:
-    """The original names the only component without a number, and could not load it otherwise."""
+    """The original writes and reads the name of an only component without a number."""
     weights = layer_weights(3)
     numbered = {f"{name}.0": tensor for name, tensor in weights.items()}
     npt.merge([write_checkpoint(tmp_path / "a", numbered)], tmp_path / "out")
@@ -80,7 +80,7 @@ def test_every_wrong_shape_is_named(tmp_path: Path, name: str, axis: int) -> Non
     message = refusal(tmp_path, weights)
     assert "layer 11 has a tensor of the wrong shape" in message
     if name not in ("layer_11_np.W_down_gate", "layer_11_np.W_b_up_gate"):
-        assert name in message  # those two say what all others must be
+        assert name in message  # these two tensors determine the shapes of all others
 
 
 GATE, UP = "layer_11_np.W_down_gate", "layer_11_np.W_a_up_up"

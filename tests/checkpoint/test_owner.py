@@ -1,4 +1,4 @@
-"""Whether a process is still there: never said of one that may be."""
+"""Whether a process has ended; this is never claimed of one that may still run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_another_process_is_gone_once_it_has_ended() -> None:
 
 
 def test_a_killed_process_is_gone_though_nobody_asked_for_its_exit_code() -> None:
-    """In a container whose first process asks nobody's."""
+    """This happens in a container whose first process collects no exit codes."""
     process = subprocess.Popen(
         [sys.executable, "-c", MARK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -78,7 +78,7 @@ def test_what_is_no_mark_is_not_judged(mark: str) -> None:
 
 
 def test_a_program_name_with_brackets_and_spaces(tmp_path: Path) -> None:
-    """The second field of /proc/PID/stat is the name, in brackets, whatever is in it."""
+    """The second field of /proc/PID/stat is the name in brackets, and may contain brackets."""
     program = tmp_path / "a) 1 (b"
     program.symlink_to("/bin/sleep")
     process = subprocess.Popen([program, "30"])

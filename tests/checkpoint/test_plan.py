@@ -1,4 +1,4 @@
-"""A merge is decided, weighed and shown from headers alone."""
+"""A merge is planned, measured and shown from headers alone."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_dry_run_refuses_what_the_merge_would(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["pt", "safetensors"])
 def test_copies_can_be_cloned_where_the_file_system_can(tmp_path: Path, form: Any) -> None:
-    """From one file to one file all whole pages have the right phase, in either format."""
+    """From one file to one file, all whole pages have the right phase, in both formats."""
     weights = layer_weights(1, d=960, f=640, rank=64)
     if form == "pt":
         path = write_checkpoint(tmp_path / "a", weights)
@@ -83,7 +83,7 @@ def test_copies_can_be_cloned_where_the_file_system_can(tmp_path: Path, form: An
     total = sum(tensor.numel() * 4 for tensor in weights.values())
     assert kinds["cloneable"] + kinds["copied"] == total
     assert kinds["computed"] == 0
-    # each of the 9 tensors may have a ragged page at either end
+    # each of the 9 tensors may have a partial page at either end
     assert kinds["cloneable"] >= total - 2 * 4096 * 9
 
 
@@ -96,7 +96,7 @@ def test_computed_bytes_are_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("headers_only")
 def test_a_terabyte_is_planned_at_once(tmp_path: Path) -> None:
-    """A sparse source: real sizes, no data."""
+    """The source is sparse: its sizes are real, its data are a hole."""
     d, f, rank = 1 << 17, 1 << 18, 1 << 16
     header: dict[str, Any] = {}
     end = 0

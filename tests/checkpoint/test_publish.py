@@ -1,4 +1,4 @@
-"""A directory appears complete or not at all, whatever stands in its way."""
+"""A directory appears complete or not at all, whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def stage(target: Path, files: dict[str, bytes], *, replace: bool = False) -> None:
-    """Fill and publish."""
+    """Write files into a staged directory and publish it."""
     with StagedDirectory(target, replace=replace) as staged:
         for name, data in files.items():
             (staged.path / name).write_bytes(data)
@@ -64,7 +64,7 @@ def names_in(folder: Path) -> list[str]:
 
 @pytest.fixture
 def no_renameat2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel or file system that cannot swap, or rename without replacing."""
+    """Imitate a kernel or file system without renameat2."""
 
     def refuse(folder: int, old: str, new: str, flags: int) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -298,7 +298,7 @@ def test_a_target_that_another_run_replaces_just_before(
 def test_a_directory_taken_before_it_is_locked_is_made_again(
     tmp_path: Path, error: type[OSError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between mkdir and flock, another run may take it for abandoned, lock it and remove it."""
+    """Between mkdir and flock, another run may take the directory for abandoned and remove it."""
     real = publish._lock
     taken: list[str] = []
 
@@ -413,12 +413,12 @@ def test_a_dangling_link_is_not_replaced(tmp_path: Path) -> None:
 
 
 def abandoned(target: Path) -> Path:
-    """What a process killed while it staged `target` would leave."""
+    """The directory that a process leaves if it is killed while it stages `target`."""
     staged = StagedDirectory(target, replace=False)
     staged.__enter__()
     (staged.path / "half").write_bytes(b"half")
     (staged.path / "sub").mkdir()
-    os.close(staged.fd)  # as the kernel does for a killed process
+    os.close(staged.fd)  # like the kernel after a process was killed
     return staged.path
 
 
@@ -457,7 +457,7 @@ def test_only_directories_of_this_target_are_taken_for_abandoned(tmp_path: Path)
 
 
 def test_a_users_own_hidden_directory_is_kept(tmp_path: Path) -> None:
-    """Only a name that we could have made ourselves may be removed."""
+    """Only directories with a name as we make it may be removed."""
     mine = tmp_path / ".out.npt-fast-backup-of-monday"
     mine.mkdir()
     (mine / "a").write_bytes(b"mine")
@@ -502,7 +502,7 @@ PLANTED = f".out.npt-fast-{'0' * 24}{'1' * 32}"
 
 
 def victim(folder: Path) -> Path:
-    """Somebody's folder, which a planted link may lead to."""
+    """A folder of another user, for links to lead to."""
     path = folder / "victim"
     path.mkdir()
     (path / "a").write_bytes(b"precious")
@@ -604,7 +604,7 @@ def test_nothing_is_restored_in_a_folder_of_another_user(tmp_path: Path) -> None
 
 
 def swapped(path: Path, link_to: Path) -> Path:
-    """Put a link in the place of a directory; where the directory is now."""
+    """Move a directory and put a link in its place; returns the directory's new path."""
     moved = path.with_name("moved")
     path.rename(moved)
     path.symlink_to(link_to)
@@ -703,7 +703,7 @@ def test_no_writer_leaves_the_directory_that_was_made(
 
 @pytest.mark.parametrize("taken_along", [False, True])
 def test_a_folder_that_is_swapped_while_it_is_written_to(tmp_path: Path, taken_along: bool) -> None:
-    """The directory may be where its path says, or where it was made, but not both."""
+    """The files may be in the folder of that path now, or in the first folder, but not in both."""
     folder, elsewhere = tmp_path / "shared", tmp_path / "elsewhere"
     folder.mkdir()
     theirs = victim(tmp_path)
@@ -772,7 +772,7 @@ def test_a_new_parent_that_is_swapped_for_a_link(
 def test_what_takes_the_place_of_the_old_target_is_not_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The old target has the hidden name after the exchange; so may something else, by then."""
+    """After the exchange the old target has the hidden name, until another directory gets it."""
     theirs = victim(tmp_path)
     target = tmp_path / "out"
     stage(target, {"old": b"old"})
@@ -792,7 +792,7 @@ def test_what_takes_the_place_of_the_old_target_is_not_removed(
 
 
 def test_names_cannot_be_foreseen(tmp_path: Path) -> None:
-    """After the owner's mark, 16 random bytes."""
+    """A name has 16 random bytes after the owner's mark."""
     names = set()
     for _ in range(9):
         with StagedDirectory(tmp_path / "out", replace=False) as staged:
@@ -837,7 +837,7 @@ def test_errors_name_the_whole_path(tmp_path: Path) -> None:
 def test_directories_are_synced_around_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First the names of the files, then the rename, then the name of the whole."""
+    """First the directory is synced, then it is renamed, then its parent is synced."""
     events: list[tuple[str, str]] = []
     real_sync, real_rename = os.fsync, linux.rename
 
@@ -864,7 +864,7 @@ def test_directories_are_synced_around_the_rename(
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["between", "before-clean-up"])
 def test_a_swap_that_was_killed_halfway_is_settled(tmp_path: Path, replaced: bool) -> None:
-    """Without renameat2 the old output stands aside for a moment; it must not get lost there."""
+    """Without renameat2 the old output has a third name for a moment; it must not get lost."""
     target = tmp_path / "out"
     aside = tmp_path / ".out.npt-fast-0123456789ab-old"
     aside.mkdir()
@@ -881,7 +881,7 @@ def test_a_swap_that_was_killed_halfway_is_settled(tmp_path: Path, replaced: boo
 
 
 def other_process(target: Path, *, ended: bool) -> Path:
-    """A staging directory of a process that is still running, or not."""
+    """A staging directory of another process, which still runs or has ended."""
     code = (
         "import sys; from pathlib import Path\n"
         "from npt_fast.checkpoint.publish import StagedDirectory\n"
@@ -949,7 +949,7 @@ def test_what_an_ended_process_left_is_removed_without_locks(tmp_path: Path) -> 
 @pytest.mark.usefixtures("no_locks")
 @pytest.mark.parametrize("owner", ["", "0" * 24, "f" * 24])
 def test_what_nobody_knows_the_owner_of_stays_without_locks(tmp_path: Path, owner: str) -> None:
-    """Of an earlier version, or of another machine."""
+    """Its name is from an earlier version or another machine."""
     left = tmp_path / f".out.npt-fast-{owner}{'0' * 12}"
     left.mkdir()
     with StagedDirectory(tmp_path / "out", replace=False) as staged:
@@ -962,7 +962,7 @@ def test_what_nobody_knows_the_owner_of_stays_without_locks(tmp_path: Path, owne
 def test_a_merge_says_what_it_left_alone(tmp_path: Path) -> None:
     theirs = other_process(tmp_path / "out", ended=False)
     report = merge([write_checkpoint(tmp_path / "in", layer_weights(1))], tmp_path / "out")
-    assert any(line.startswith(f"{theirs}: stays") for line in report.warnings)
+    assert any(line.startswith(f"{theirs}: was not removed") for line in report.warnings)
 
 
 @pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.sshfs", "virtiofs", "wekafs", ""])
@@ -980,7 +980,7 @@ def test_only_locks_of_local_file_systems_are_trusted(
 def test_a_swap_that_goes_on_is_not_settled(
     tmp_path: Path, swapped: bool, locks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without renameat2, the old output stands aside until its process has done the rest."""
+    """Without renameat2 the old output has a third name until its process has finished the swap."""
     if locks == "no locks":
         monkeypatch.setattr(publish.fcntl, "flock", lambda fd, operation: None)
     target = tmp_path / "out"
@@ -1011,7 +1011,7 @@ def test_a_swap_whose_process_has_ended_is_settled_without_locks(tmp_path: Path)
 def test_a_file_system_that_cannot_sync_directories(
     tmp_path: Path, replace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some FUSE file systems: what has been published must not be reported as a failure."""
+    """As on some FUSE file systems; a published output must not be reported as a failure."""
     if replace:
         stage(tmp_path / "out", {"old": b"old"})
 

@@ -1,4 +1,4 @@
-"""Tensors that change on their way: cast, divided, padded, gathered, new; against torch."""
+"""Computed tensors, compared with torch: cast, divided, padded, gathered and new ones."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_largest_values_that_fit(tmp_path: Path) -> None:
 def test_types_without_arithmetic_are_named(tmp_path: Path, name: str) -> None:
     tensor = torch.zeros(2, 2, dtype=getattr(torch, BY_NAME[name].torch_name))
     entry = entry_of(tmp_path, tensor)
-    check_castable("in.pt", Recipe("y", BY_NAME[name], (2, 2), entry))  # a copy needs none
+    check_castable("in.pt", Recipe("y", BY_NAME[name], (2, 2), entry))  # a copy needs no conversion
     changes = {
         "cast": Recipe("y", F32, (2, 2), entry),
         "divided": Recipe("y", BY_NAME[name], (2, 2), entry, divisor=2),
@@ -185,7 +185,7 @@ def test_strided_views_are_gathered(tmp_path: Path, view: str, dtype: torch.dtyp
 def test_a_small_tensor_with_steps_along_both_axes_maps_little(
     tmp_path: Path, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 kB that are spread over 2 GB, as a few bytes of pickle can say."""
+    """8 kB that are spread over 2 GB, which a few bytes of pickle can describe."""
     shape, strides = (32, 64), (16_777_216, 200_003)
     path = tmp_path / "sparse"
     expected = torch.arange(2048, dtype=torch.float32).view(shape)

@@ -1,4 +1,4 @@
-"""On file systems that share blocks, a merge copies next to nothing."""
+"""On file systems that share blocks, a merge copies almost nothing."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Weights = dict[str, torch.Tensor]
 
 @contextmanager
 def mounted(folder: Path, *arguments: str) -> Iterator[Path]:
-    """A file system at ``folder/mnt``, in this process's own view; skips where that is refused.
+    """Mount a file system at ``folder/mnt`` for this process; skips the test if that is refused.
 
     Args:
-        folder: an empty directory.
-        arguments: of ``mount``, without the mount point.
+        folder: empty directory.
+        arguments: arguments of ``mount``, without the mount point.
     """
     point = folder / "mnt"
     point.mkdir()
@@ -89,7 +89,7 @@ def weights_of(layers: range) -> Weights:
 
 
 def write(folder: Path, form: str, weights: Weights, note: str = "") -> Path:
-    """A checkpoint of either format; `note` lengthens the header of a safetensors file."""
+    """Write a checkpoint; `note` makes the header of a safetensors file longer."""
     if form == "pt":
         return write_checkpoint(folder, weights)
     folder.mkdir()
@@ -98,7 +98,7 @@ def write(folder: Path, form: str, weights: Weights, note: str = "") -> Path:
 
 
 def read(folder: Path) -> Weights:
-    """By the libraries that users read with."""
+    """Read the weights with torch or safetensors."""
     pt = folder / "npt_weights.pt"
     if pt.exists():
         return dict(torch.load(pt, weights_only=True))
@@ -139,7 +139,7 @@ def test_more_than_99_percent_is_cloned(work: Path, form: str) -> None:
 
 
 def test_unlike_pt_files_are_cloned_whole(work: Path) -> None:
-    """A zip has room between its records, so that each keeps its phase."""
+    """A zip can have padding between its records, so that each keeps its phase."""
     first, second = weights_of(range(3)), layer_weights(12, d=1024, f=4096, rank=100)
     inputs = [write(work / "a", "pt", first), write(work / "b", "pt", second)]
     report = merge(inputs, work / "out", options=MergeOptions(weights_only=True))
@@ -204,7 +204,7 @@ def test_a_merge_of_merges_is_cloned(work: Path) -> None:
 
 
 def test_the_original_does_not_change_with_the_clone(work: Path) -> None:
-    """Shared blocks are copied when one side writes."""
+    """Shared blocks are copied when one of the files is written."""
     weights = weights_of(range(1))
     source = write(work / "a", "pt", weights)
     merge([source], work / "out", options=MergeOptions(weights_only=True))
@@ -214,7 +214,7 @@ def test_the_original_does_not_change_with_the_clone(work: Path) -> None:
 
 
 def test_what_is_copied_does_not_grow_with_the_input(work: Path) -> None:
-    """Time is then independent of size too: the same few calls, however long the ranges."""
+    """So the time does not depend on the size: a few calls for ranges of any length."""
     copied = []
     for times in (1, 4):
         layer = {**LAYER, "f": LAYER["f"] * times, "d": LAYER["d"] * times}
@@ -248,7 +248,7 @@ def test_the_plan_foretells_the_ways_and_the_space(work: Path) -> None:
 
 
 def test_a_clone_needs_no_free_space(work: Path) -> None:
-    """A copy would not fit."""
+    """The free space is too small for a copy."""
     layer = {**LAYER, "d": 8192, "rank": 512, "f": 40_000}
     weights = layer_weights(1, **layer)
     source = write(work / "a", "pt", weights)

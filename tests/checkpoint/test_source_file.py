@@ -1,4 +1,4 @@
-"""Source files: what is read is what is on the disk, and a file that changes is noticed."""
+"""Source files: reads give the bytes on the disk, and changes of a file are noticed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHA256 = "0123456789abcdef" * 4
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file of random bytes whose modification time is certain to change when it is written."""
+    """A file of random bytes with an old modification time, so that every write changes it."""
     file = tmp_path / "weights.bin"
     file.write_bytes(random.Random(1).randbytes(50_001))
     os.utime(file, ns=(LONG_AGO, LONG_AGO))
@@ -248,7 +248,7 @@ def test_a_link_that_the_user_names_is_followed(path: Path, tmp_path: Path) -> N
 
 
 def hub_cache(root: Path, name: str, blob: str) -> tuple[Path, Path]:
-    """Where the Hugging Face cache would have the link `name`, and the blob it points to."""
+    """Paths of a link `name` and its blob, as in the Hugging Face cache."""
     repo = root / "models--someone--merged"
     link = repo / "snapshots" / SHA1 / name
     link.parent.mkdir(parents=True)
@@ -289,7 +289,7 @@ def test_links_that_only_look_like_the_hub_cache_are_refused(tmp_path: Path, goa
 
 
 def test_a_hub_blob_that_is_itself_a_link_is_refused(tmp_path: Path) -> None:
-    """Else an untrusted checkpoint that brings its own blobs folder points anywhere after all."""
+    """Otherwise an untrusted checkpoint with its own folder ``blobs`` could lead anywhere."""
     secret = tmp_path / "secret"
     secret.write_bytes(b"content")
     link, blob = hub_cache(tmp_path, "npt_weights.pt", SHA1)
@@ -450,7 +450,7 @@ def test_nearby_ranges_open_the_file_rarely(path: Path, monkeypatch: pytest.Monk
     reader = NearbyReader()
     for offset in range(0, 50_000, 50):
         list(reader.windows(file, offset, 32))
-    assert len(opened) == 2  # to look at the file, and to read it
+    assert len(opened) == 2  # once by `SourceFile.of`, once to read
 
 
 def test_a_change_before_a_nearby_read_is_noticed(path: Path) -> None:

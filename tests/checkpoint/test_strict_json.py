@@ -1,4 +1,4 @@
-"""Two readers of JSON and one writer: what is written is read back, what is odd is named."""
+"""The two readers and the writer of JSON: written files are read back, odd ones are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def documents(*, finite: bool) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal with types, signs of zeros and NaNs."""
+    """Whether values are equal, including types, signs of zeros and NaN."""
     return repr(a) == repr(b)
 
 

@@ -1,4 +1,4 @@
-"""Every form that weights come in gives the same tensors; what is ambiguous is refused."""
+"""Every format of weights gives the same tensors; ambiguous files are refused."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def as_parameters(root: Path) -> Path:
 
 
 def as_views(root: Path) -> Path:
-    """Transposed, sliced and shared: the values are right, the bytes lie elsewhere."""
+    """Write the weights as transposed, sliced and shared tensors."""
     views = {}
     for number, (name, tensor) in enumerate(WEIGHTS.items()):
         if number % 3 == 0:
@@ -119,7 +119,7 @@ def test_a_bare_file_of_a_usual_name_has_its_folder_around_it(tmp_path: Path, na
 
 
 def test_the_usual_weights_are_taken_and_a_note_names_the_accumulated_ones(tmp_path: Path) -> None:
-    """Sequential training leaves both; the guide takes the usual ones."""
+    """Sequential training leaves both files."""
     path = write_checkpoint(tmp_path / "c", layer_weights(13))
     torch.save(WEIGHTS, path / "accumulated_npt_weights.pt")
     inspected, verified = npt.inspect(path), npt.verify(path)
@@ -276,7 +276,7 @@ def test_an_index_that_lies(tmp_path: Path, case: str) -> None:
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
-    """Other readers take either copy (design.md#file-readers)."""
+    """Other readers take one copy or the other (design.md#file-readers)."""
     path = write_shards(tmp_path / "c", [WEIGHTS, {NAMES[3]: torch.zeros(16, 4)}])
     with pytest.raises(npt.CheckpointError, match="the index says"):
         npt.inspect(path)

@@ -1,4 +1,4 @@
-"""Pickles that we write: torch and our reader get back what went in, at a size that is linear."""
+"""Pickles that we write: torch and our reader read them back, and their size is linear."""
 
 from __future__ import annotations
 

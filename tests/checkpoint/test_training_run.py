@@ -14,7 +14,7 @@ from tests.checkpoints import layer_weights, run, write_checkpoint
 
 
 def make_run(folder: Path, *names: str) -> Path:
-    """A run with these checkpoints; each has the layer whose number is its place in the list."""
+    """Write a run with these checkpoints; the first has layer 0, the second layer 1, and so on."""
     for layer, name in enumerate(names):
         write_checkpoint(folder / name, layer_weights(layer))
     return folder
@@ -65,7 +65,7 @@ def test_the_folder_of_checkpoints_is_enough(tmp_path: Path) -> None:
 
 
 def test_what_holds_no_weights_is_no_checkpoint(tmp_path: Path) -> None:
-    """The original writes into the folder itself: a killed run leaves it empty."""
+    """The original writes into the folder directly, so that a killed run can leave it empty."""
     make_run(tmp_path, "checkpoints/checkpoint-1")
     (tmp_path / "checkpoints" / "checkpoint-2").mkdir()
     assert npt.inspect(tmp_path).path == str(tmp_path / "checkpoints" / "checkpoint-1")

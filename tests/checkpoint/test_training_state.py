@@ -34,7 +34,7 @@ BOTH = [11, 13]
 
 @pytest.fixture
 def pair(tmp_path: Path) -> list[Path]:
-    """Layer 11 after 3 steps, layer 13 after 5 and past its warm-up; unlike ranks."""
+    """Layer 11 after 3 steps, and layer 13 after 5 and its warm-up, with other ranks."""
     return [
         trained_checkpoint(tmp_path / "a", 11, steps=3, num_ranks=2),
         trained_checkpoint(tmp_path / "b", 13, steps=5, rank=6, numpy_lr=True),
@@ -42,7 +42,7 @@ def pair(tmp_path: Path) -> list[Path]:
 
 
 def loaded_state(path: Path) -> dict[str, Any]:
-    """A source's training state, numpy scalars and all."""
+    """The training state of a source, loaded by torch, with its numpy scalars."""
     scalar = np.float64().__reduce__()[0]  # NumPy 2 has it in another place than 1
     numpy_scalar = [scalar, np.dtype, type(np.dtype("float64"))]  # design.md#training-state
     with torch.serialization.safe_globals(numpy_scalar):
@@ -54,7 +54,7 @@ def loaded_state(path: Path) -> dict[str, Any]:
 def adamw_over(
     weights: Mapping[str, Tensor],
 ) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """What the trainer builds: one group over all weights in key order."""
+    """The trainer's optimizer and scheduler: one group over all weights in key order."""
     parameters = [torch.nn.Parameter(tensor.clone()) for tensor in weights.values()]
     optimizer = torch.optim.AdamW(parameters, lr=7.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -105,7 +105,7 @@ def test_a_tie_goes_to_the_first(tmp_path: Path) -> None:
 
 
 def test_an_input_that_gives_no_layer_can_give_the_scalars(tmp_path: Path) -> None:
-    """As in the original: the highest step counts, whoever has it."""
+    """As in the original, the input with the highest step gives them."""
     first = trained_checkpoint(tmp_path / "a", 11, steps=2)
     second = trained_checkpoint(tmp_path / "b", 11, steps=6)
     npt.merge([first, second], tmp_path / "out")
@@ -210,7 +210,7 @@ def test_a_state_without_optimizer(tmp_path: Path) -> None:
 
 
 def test_other_fields_and_tensors_are_kept(tmp_path: Path) -> None:
-    """The state of the original's base trainer, with an epoch, a config, and a random state."""
+    """A state of the original's base trainer has an epoch, a config and a random state."""
     weights = layer_weights(1)
     extra = {
         "current_epoch": 2,
@@ -301,7 +301,7 @@ def test_amsgrad_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_step_that_is_a_number(tmp_path: Path) -> None:
-    """torch before 1.12 kept Python numbers."""
+    """torch before 1.12 stored steps as Python numbers."""
     weights = layer_weights(1)
     state = adamw_state(weights)
     for slot in state["optimizer_state_dict"]["state"].values():
@@ -432,14 +432,14 @@ def test_amsgrad_cannot_be_made_up(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_can_step_whoever_gives_the_scalars(tmp_path: Path) -> None:
-    """What merges must train on: the group of another optimizer lacks what AdamW needs."""
+    """The optimizer of another kind gives scalars only: its group lacks what AdamW needs."""
     weights = layer_weights(11)
     state = {**sgd(weights), "global_step": 99}
     other = write_checkpoint(tmp_path / "a", weights, training_state=state)
     try:
         npt.merge([other, trained_checkpoint(tmp_path / "b", 13)], tmp_path / "out")
     except npt.CheckpointError:
-        return  # refused: as good
+        return  # a refusal is right too
     parameters, optimizer, _ = adamw_over(read_weights(tmp_path / "out"))
     optimizer.load_state_dict(load_state(tmp_path / "out")["optimizer_state_dict"])
     for parameter in parameters:
@@ -711,7 +711,7 @@ def test_a_state_without_a_step_tells_its_keys(tmp_path: Path) -> None:
 
 
 class Sources:
-    """Random inputs; every number in their states tells which input it comes from."""
+    """Random inputs; every number in their states identifies its input."""
 
     def __init__(self, seed: int, root: Path) -> None:
         self.dice = random.Random(seed)
@@ -899,7 +899,7 @@ def test_layers_may_be_text(tmp_path: Path, layers: list[Any], weights: dict[Any
 
 
 @pytest.mark.parametrize(("state", "told"), [
-    ({"layers_to_train": [11], "layer_weights": {"11": 0.25, 11: 0.5}}, "layer 11 twice"),
+    ({"layers_to_train": [11], "layer_weights": {"11": 0.25, 11: 0.5}}, "two weights of layer 11"),
     ({"layers_to_train": [11], "layer_weights": {"eleven": 1.0}}, "'eleven' is not the index"),
     ({"layers_to_train": [11], "layer_weights": {"-1": 1.0}}, "'-1' is not the index"),
     ({"layers_to_train": "11"}, "layers_to_train are not a list"),

@@ -1,4 +1,4 @@
-"""A damaged checkpoint is found, wherever the damage is and wherever the checkpoint is now."""
+"""Damage of a checkpoint is found, wherever it is and wherever the checkpoint was moved."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def merged(root: Path, *, verify: bool = True, **options: Any) -> Path:
 
 
 def forget_sources(root: Path) -> Path:
-    """The output alone, on another machine as it were."""
+    """Move the output and remove its inputs, as if on another machine."""
     shutil.move(root / "out", root / "elsewhere" / "copy")
     for path in root.glob("in*"):
         shutil.rmtree(path)
@@ -116,7 +116,7 @@ def test_a_flipped_byte_in_the_data_of_any_file(
 
 @pytest.mark.parametrize("name", ["npt_weights.pt", "training_state.pt"])
 def test_a_flipped_byte_anywhere_in_a_pt(tmp_path: Path, name: str) -> None:
-    """Found, or without any meaning: torch reads the same either way."""
+    """The change is found, or has no effect: torch then reads the same values."""
     path = merged(tmp_path) / name
     before = path.read_bytes()
     truth = repr(torch.load(path, weights_only=True))
@@ -162,7 +162,7 @@ def test_a_damaged_source_is_found_though_torch_takes_it(tmp_path: Path, file: s
 
 @pytest.mark.parametrize("case", ["transposed", "shared", "cast"])
 def test_damage_is_found_under_any_change(tmp_path: Path, case: str) -> None:
-    """A tensor that covers its record in another order, in part, or in another type."""
+    """The tensor uses its record in another order, in part, or with another type."""
     weights = layer_weights(1)
     name = "layer_1_np.W_a_up_up"
     stored = weights[name].clone()
@@ -182,7 +182,7 @@ def test_damage_is_found_under_any_change(tmp_path: Path, case: str) -> None:
 
 
 def test_files_without_crcs_pass(tmp_path: Path) -> None:
-    """After ``torch.serialization.set_crc32_options(False)`` there is nothing to compare with."""
+    """After ``torch.serialization.set_crc32_options(False)`` there are no sums to compare with."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -195,7 +195,7 @@ def test_files_without_crcs_pass(tmp_path: Path) -> None:
 
 
 def train_on(checkpoint: Path, layer: int, **architecture: Any) -> None:
-    """Another training state and other weights in the same place."""
+    """Replace a checkpoint by one with other weights and another training state."""
     shutil.rmtree(checkpoint)
     trained_checkpoint(checkpoint, layer, steps=9, seed=99, **architecture)
 
@@ -266,7 +266,7 @@ def test_without_any_record_nobody_knows_which_side_changed(tmp_path: Path) -> N
 
 
 def damage_one(checkpoint: Path) -> str:
-    """Flip a byte of a tensor, without its CRC-32; the tensor's name."""
+    """Flip a byte of a tensor and keep its CRC-32; returns the tensor's name."""
     file = checkpoint / "npt_weights.pt"
     name, tensor = list(read_weights(checkpoint).items())[4]
     flip_byte(file, offset_of(file, tensor) + 2)
@@ -304,7 +304,7 @@ def test_a_lost_source_state_names_its_file(tmp_path: Path) -> None:
 def test_sources_are_found_whatever_names_the_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its weights file; through links, also with ``..`` behind one."""
+    """The output may be named by its weights file or through links, also with ``..`` after one."""
     (tmp_path / "far" / "away").mkdir(parents=True)
     for layer in (1, 2):
         trained_checkpoint(tmp_path / "far" / str(layer), layer)
@@ -371,7 +371,7 @@ def test_damaged_digests_do_not_blame_the_tensors(tmp_path: Path, damage: str) -
     report = npt.verify(output)
     assert report.problems == ["merge_digests.txt has changed"]
     (note,) = report.notes
-    assert "not held against merge_digests.txt" in note
+    assert "not compared with merge_digests.txt" in note
 
 
 def test_lost_digests_were_recorded(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_a_link_that_leads_nowhere_fails(tmp_path: Path, name: str, target: str)
     path = tmp_path / "out" / name
     path.unlink(missing_ok=True)
     path.symlink_to(name if target == "itself" else target)
-    assert f"{path}: is a link that leads nowhere" in npt.verify(tmp_path / "out").problems
+    assert f"{path}: is a broken link" in npt.verify(tmp_path / "out").problems
 
 
 def test_without_digests_the_sources_are_the_proof(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_without_digests_the_sources_are_the_proof(tmp_path: Path) -> None:
 def test_without_digests_the_sources_prove_small_files(
     tmp_path: Path, name: str, damage: str
 ) -> None:
-    """All of them can be made again from the sources."""
+    """All small files can be made again from the sources."""
     path = merged(tmp_path, verify=False)
     if damage == "missing":
         (path / name).unlink()
@@ -554,7 +554,7 @@ def test_a_lost_moment(tmp_path: Path) -> None:
 
 
 def test_a_changed_step_is_found(tmp_path: Path) -> None:
-    """Scalars of the training state are part of what was proven."""
+    """Scalars of the training state are verified too."""
     path = merged(tmp_path)
     state = torch.load(path / "training_state.pt", weights_only=True)
     torch.save({**state, "global_step": 10_000}, path / "training_state.pt")
@@ -578,7 +578,7 @@ def test_a_description_that_contradicts_the_tensors(tmp_path: Path) -> None:
 
 
 def test_damage_on_the_way_of_a_merge_of_merges(tmp_path: Path) -> None:
-    """Digests of the first merge still hold in the third, though safetensors has no CRCs."""
+    """Digests of the first merge are checked in the third, though safetensors has no CRCs."""
     path = merged(tmp_path, format="safetensors")
     file = path / "npt_weights.safetensors"
     flip_byte(file, file.stat().st_size - 3)

@@ -58,6 +58,8 @@ def test_sections_and_labels(capsys: Any, tmp_path: Path) -> None:
         "  layers_with_moments: 11, 13",
         "has_scheduler: True",
         "mixed_precision: False",
+        "  merged_layers: 11, 13",
+        f"    layer 13: {paths[1]}",
         "model_name: test/model",
         "Merged layers: [11, 13]",
         f"  Layer 11: {paths[0]}",

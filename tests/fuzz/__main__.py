@@ -1,7 +1,7 @@
 """``python -m tests.fuzz --minutes 30``: new inputs for every reader, on all cores.
 
-Each target runs in processes of its own, so that one which dies or hangs is a failure like others.
-An input that fails is kept, and ``--again TARGET FILE`` runs it once more.
+Each target runs in processes of its own, so that a crash or a hang is a failure like any other. An
+input that fails is kept, and ``--again TARGET FILE`` runs it again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def all_targets(names: list[str], seconds: float) -> int:
-    """New inputs for targets of these names: counted, and how many processes found a failure."""
+    """Run new inputs for these targets, and print counts and failures; returns the exit code."""
     cores = len(os.sched_getaffinity(0))
     slices = names * math.ceil(cores / len(names))
     each = seconds * cores / len(slices)
@@ -75,7 +75,7 @@ def all_targets(names: list[str], seconds: float) -> int:
 
 
 def _in_a_process(name: str, seconds: float) -> tuple[dict[str, int], str]:
-    """How many inputs were run, and what is wrong with one of them, if anything is."""
+    """Fuzz one target in a process of its own; returns counts of inputs and the failure, or ""."""
     with tempfile.TemporaryDirectory(prefix="npt-fast-fuzz-") as folder:
         end = str(time.time() + seconds)
         command = [sys.executable, "-m", "tests.fuzz", "--slice", name, folder, end]
@@ -101,7 +101,7 @@ def _in_a_process(name: str, seconds: float) -> tuple[dict[str, int], str]:
 
 
 def _slice(name: str, folder: Path, end: float) -> int:
-    """One process: new inputs for one target, and their number on stdout from time to time."""
+    """The work of one process: run new inputs for a target, and print their number repeatedly."""
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, resource.RLIM_INFINITY))
     place = Place(TARGETS[name], folder)
     try:
@@ -117,7 +117,7 @@ def _slice(name: str, folder: Path, end: float) -> int:
 
 
 def again(name: str, file: str) -> int:
-    """An input that was kept; what is wrong with how it is read is raised."""
+    """Run an input that was kept; raises what is wrong with reading it."""
     data = Path(file).read_bytes()
     with tempfile.TemporaryDirectory(prefix="npt-fast-fuzz-") as folder:
         accepted = Place(TARGETS[name], Path(folder)).run(data)

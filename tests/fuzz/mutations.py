@@ -1,7 +1,7 @@
-"""Ways to damage a file: at any byte, and where its format has joints.
+"""Random changes of files: at any byte, and at the boundaries that a format has.
 
-An edit takes the bytes of a file, a source of random numbers and the other files of its kind, and
-returns other bytes. One that finds no file of its format leaves the work to `damage`.
+An edit takes the bytes of a file, a source of random numbers and other files of the same kind, and
+returns other bytes. If the bytes are not of the edit's format, it calls `damage`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 1 << 31, (1 << 32) -
 
 
 def damage(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
-    """One change of bytes, wherever they are."""
+    """Change bytes at a random place."""
     at = random.randrange(len(data) + 1)
     end = min(len(data), at + random.choice([1, 2, 4, 8, 16, 64, 512]))
     match random.randrange(9):
@@ -65,7 +65,7 @@ def damage(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
 
 
 def tokens(pattern: str, odd: Sequence[str]) -> Edit:
-    """Change a text between its tokens; what is put in may be one of `odd`."""
+    """Change a text between its tokens; an inserted token may be one of `odd`."""
     split = re.compile(pattern, re.DOTALL)
 
     def edit(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
@@ -92,7 +92,7 @@ def tokens(pattern: str, odd: Sequence[str]) -> Edit:
 
 
 def other_encoding(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
-    """The same text as other programs write it."""
+    """Write the same text in another encoding, like another program."""
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -128,7 +128,7 @@ def _odd_value(random: Random) -> Any:
 
 
 def json_value(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
-    """Another value, key or shape somewhere in a JSON document; the document stays one.
+    """Change a value, key or container in a JSON document, which stays valid JSON.
 
     A text that is itself JSON counts as part of the document.
     """
@@ -178,7 +178,7 @@ def _changed(value: Any, random: Random) -> Any:
 
 
 def in_line(edit: Edit) -> Edit:
-    """An edit of one line of a text."""
+    """An edit that changes one line of a text."""
 
     def edited(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
         lines = data.split(b"\n")
@@ -211,7 +211,7 @@ plain_tokens = tokens(
 
 
 def safetensors_header(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
-    """Another header, of the length that the prefix says."""
+    """Change the header, and the prefix to its length."""
     if len(data) < 8:
         return damage(data, random, others)
     end = 8 + int.from_bytes(data[:8], "little")
@@ -224,7 +224,7 @@ def safetensors_header(data: bytes, random: Random, others: Sequence[bytes]) -> 
 
 
 def zip_member(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
-    """Another list of members, or another content of one; the zip itself stays sound."""
+    """Change the list of members, or the content of one; the zip stays valid."""
     members = _members(data)
     if not members:
         return damage(data, random, others)
@@ -251,7 +251,7 @@ def zip_member(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
 
 
 def zip_pickle(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
-    """Another ``data.pkl``, changed between its opcodes."""
+    """Change ``data.pkl`` between its opcodes."""
     members = _members(data)
     found = [n for n, (name, _) in enumerate(members) if name.endswith("/data.pkl")]
     if not found:
@@ -262,7 +262,7 @@ def zip_pickle(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
 
 
 def zip_field(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
-    """Another number in one of the zip's own records."""
+    """Change a number in one of the zip's own records."""
     places = [match.start() for match in re.finditer(rb"PK[\x01-\x07][\x02-\x08]", data)]
     if not places:
         return damage(data, random, others)
@@ -315,7 +315,7 @@ _FRAGMENTS = [
 
 
 def pickle_opcodes(data: bytes, random: Random) -> bytes:
-    """Opcodes of a pickle taken out, doubled, exchanged, or others put in."""
+    """Remove, repeat or exchange opcodes of a pickle, or insert others."""
     try:
         starts = [at for _, _, at in pickletools.genops(data) if at is not None]
     except Exception:  # it is broken already

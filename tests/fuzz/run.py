@@ -1,4 +1,4 @@
-"""Inputs for one target: drawn, run, and made small where one fails."""
+"""Draw inputs for one target, run them, and shrink an input that fails."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tests.fuzz.targets import Place, Recipe
 
 
 class InputError(Exception):
-    """An input that a reader does not take as it should; the cause says how.
+    """An input that a reader does not handle as it should; the cause says why.
 
     Attributes:
-        data: the input, with as few edits as it takes.
+        data: bytes of the input, with the fewest edits that fail.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -23,12 +23,12 @@ def run(place: Place, examples: int, number: int | None = None) -> None:
     """Draw inputs and run them.
 
     Args:
-        place: where.
-        examples: how many.
-        number: that they are drawn from; without one, the same ones are drawn every time.
+        place: folder with the target.
+        examples: number of inputs.
+        number: seed; without one, the same inputs are drawn every time.
 
     Raises:
-        InputError: one failed.
+        InputError: an input failed.
     """
     data = b""
 

@@ -1,7 +1,7 @@
-"""The readers: how a file reaches each, and what else says what is in it.
+"""The readers to fuzz: how a file reaches each, and which second reader it is compared with.
 
-An input is a valid file, or several, changed by a few edits. Whatever it has become, the reader
-refuses it in one line or says of it what the second reader says.
+An input is one or several valid files, changed by a few edits. The reader must refuse it in one
+line, or agree with the second reader.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ Recipe = tuple[int, list[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Target:
-    """A reader.
+    """A reader to fuzz.
 
     Attributes:
-        name: in reports.
+        name: name in reports.
         file: name of the file that is changed.
-        edits: that suit its format.
-        prepare: puts what lies beside the file into a folder, and returns valid contents of the
-            file.
-        read: reads the file, which is at the path; whatever it returns, the file was accepted.
-        compare: holds what was returned against what a second reader says of the file.
+        edits: edits that suit the file's format.
+        prepare: function that writes the other files into a folder, and returns valid contents of
+            the file.
+        read: function that reads the file at a path; if it returns, the file was accepted.
+        compare: function that compares the result of `read` with that of a second reader.
     """
 
     name: str
@@ -90,11 +90,11 @@ class Place:
     """A target's folder, with all that its inputs need.
 
     Attributes:
-        target: what is read.
-        folder: where; it is empty at first, and belongs to the target.
-        valid: contents that are accepted.
-        accepted: inputs so far that the reader took.
-        refused: inputs that it did not.
+        target: the target.
+        folder: folder for its files; it is empty at first.
+        valid: contents of the file that are accepted.
+        accepted: number of inputs that the reader accepted so far.
+        refused: number of inputs that the reader refused so far.
     """
 
     target: Target
@@ -125,7 +125,7 @@ class Place:
         return data
 
     def run(self, data: bytes) -> bool:
-        """Whether the reader takes the file; what is wrong with how it does so is raised."""
+        """Whether the reader accepts the file; raises what is wrong with reading it."""
         self.path.unlink(missing_ok=True)  # whoever has mapped the last one keeps it
         self.path.write_bytes(data)
         try:
@@ -147,7 +147,7 @@ def _check_line(line: str) -> None:
 
 
 def _same_values(ours: Any, others: Any) -> None:
-    """Equal, with types, order and NaN."""
+    """Whether values are equal, including types, order and NaN."""
     assert repr(ours) == repr(others), f"{ours!r:.300} is not {others!r:.300}"
 
 
@@ -171,7 +171,7 @@ def _safetensors(folder: Path, tensors: Mapping[str, torch.Tensor], **metadata: 
 
 
 def _layers() -> list[dict[str, torch.Tensor]]:
-    """Weights of every kind."""
+    """Weights of layers with every modulation type."""
     single = checkpoints.layer_weights(3, modulation="single", **_SMALL)
     triple = checkpoints.layer_weights(5, num_ranks=2, dtype=torch.bfloat16, **_SMALL)
     return [single, single | triple]
@@ -229,7 +229,7 @@ def _same_as_the_index(path: Path, found: TensorSource) -> None:
 
 
 def _trained(folder: Path) -> None:
-    """A checkpoint with all files; the one that is changed is replaced."""
+    """Write a checkpoint with all files; the file to change is replaced later."""
     merged = folder / "merged"
     made = checkpoints.trained_checkpoint(folder / "made", 3, modulation="single", **_SMALL)
     npt.merge([made], merged, verify=True)
@@ -238,7 +238,7 @@ def _trained(folder: Path) -> None:
 
 
 def _beside(name: str, *more: Mapping[str, Any]) -> Callable[[Path], list[bytes]]:
-    """The file of this name as a merge writes it, and other contents."""
+    """The content of a file as a merge writes it, and other valid contents."""
 
     def prepare(folder: Path) -> list[bytes]:
         _trained(folder)
@@ -248,7 +248,7 @@ def _beside(name: str, *more: Mapping[str, Any]) -> Callable[[Path], list[bytes]
 
 
 def _every_verb(path: Path) -> Any:
-    """What the file holds, after every verb has read it."""
+    """The checkpoint that the file belongs to, after every verb has read it."""
     folder = path.parent
     checkpoint = open_checkpoint(folder)
     if path.name in checkpoint.unread:
@@ -307,7 +307,7 @@ def _training_state(path: Path) -> TrainingState:
 
 
 def _loaded(path: Path) -> Any:
-    """What torch says, with the numpy scalars of a cosine schedule."""
+    """The content as torch reads it, with the numpy scalars of a cosine schedule."""
     scalar = np.float64(0).__reduce__()[0]  # its module has moved between versions of numpy
     numbers: Any = [scalar, np.dtype, *map(type, map(np.dtype, "fdiq?"))]
     with torch.serialization.safe_globals(numbers):
@@ -315,7 +315,7 @@ def _loaded(path: Path) -> Any:
 
 
 def _named_tensors(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in nested data, by the keys that lead to it; what is shared only once."""
+    """Every tensor in nested data, by the keys that lead to it; a shared one only once."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
@@ -400,7 +400,7 @@ def _modulations(folder: Path) -> list[bytes]:
 
 
 def _modulation(path: Path) -> Modulation:
-    """Read, with its terms, which are looked at when they are used."""
+    """Read a modulation with its terms, which are checked when they are used."""
     found = load_modulation(path)
     for _ in found.walk():
         pass
@@ -465,7 +465,7 @@ def _journals(folder: Path) -> list[bytes]:
 
 
 def _journal(path: Path) -> list[dict[str, Any]]:
-    """The lines, held against the lines that come next as a replay holds them."""
+    """Read the lines of a log, and compare each with the next like a replay does."""
     header, entries = journal.read(path)
     lines = [header, *entries]
     for one, other in pairwise(lines):
@@ -535,7 +535,7 @@ compare a "x"
 
 
 def _script(path: Path) -> list[str]:
-    """Lines, each taken apart as the shell does, and not run."""
+    """Read lines and parse each like the shell, without running it."""
     lines = scripts.read_script(str(path))
     for line in map(bare, lines):
         name, _, rest = line.partition(" ")
@@ -619,7 +619,7 @@ def _base_model(path: Path) -> Any:
 
 
 def _same_weights(path: Path, found: Any) -> None:
-    """All that the model has is as in its file, unless the config ties it to something else."""
+    """Every parameter equals that in the file, unless the config ties it to another."""
     weights = load_file(path.parent / "model.safetensors")
     tied = {"lm_head.weight"} if found.config.tie_word_embeddings else set()
     for name, tensor in found.state_dict().items():

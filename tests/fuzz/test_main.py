@@ -1,4 +1,4 @@
-"""``make fuzz``: what it counts, and what it keeps of an input that fails."""
+"""``make fuzz``: it counts inputs and failures, and keeps an input that fails."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Every reader takes what it should, and refuses the rest as it should: a few inputs of each.
-
-``make fuzz`` runs as many as there is time for.
-"""
+"""Every reader handles a few random inputs right; ``make fuzz`` runs many more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reader does while it is watched: runs code, takes its time, fills memory."""
+"""Watch a reader: whether it runs code, takes too long, or fills memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FORBIDDEN = (
 
 
 class _TooLongError(BaseException):
-    """Not an `Exception`: no reader may take it for a broken file."""
+    """This is not an `Exception`, so that no reader can take it for a broken file."""
 
 
 _watching = False
@@ -53,10 +53,10 @@ sys.addaudithook(_audit)
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Fails where what runs in it executes code, or takes too long or too much memory.
+    """Context that fails if its block runs code from a file, or takes too much time or memory.
 
     Raises:
-        AssertionError: it did.
+        AssertionError: the block did so.
     """
     global _watching
     _seen.clear()
@@ -84,7 +84,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _highest(*, reset: bool = True) -> int:
-    """Resident bytes at most since the last reset."""
+    """Peak of resident memory in bytes since the last reset."""
     if reset:
         with suppress(OSError):  # a sandbox without it: from the highest so far
             Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""Base models by name: what is there is loaded whole, and what is not is fatal."""
+"""Base models by name: complete models are loaded, and all others are errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_folder(tmp_path: Path) -> None:
     [("auto", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32")],
 )
 def test_dtypes(tmp_path: Path, dtype: str, expected: str) -> None:
-    """On a CPU, auto is float32 whatever the checkpoint has: half precision is slow there."""
+    """On a CPU, auto is float32 for every checkpoint, since half precision is slow there."""
     model: Any = tiny.model().bfloat16()
     model.save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
@@ -131,7 +131,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
 
 @pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
 def test_fatal(tmp_path: Path, capfd: Any, damage: Callable[[Path], None]) -> None:
-    """Libraries make up weights, or print pages; here it is one line, and no model."""
+    """transformers initializes missing weights, or prints pages; we raise an error of one line."""
     base = tiny.save(tmp_path / "base")
     capfd.readouterr()
     damage(base)
@@ -178,7 +178,7 @@ def test_packages_that_are_missing(
 
 @pytest.fixture
 def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that planted code writes; whoever is asked says yes."""
+    """The file that planted code would write; every question is answered with yes."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 99))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -210,10 +210,10 @@ def test_code_is_refused_in_one_line(tmp_path: Path, canary: Path, name: str) ->
 def test_names_for_which_kernels_are_fetched_where_that_is_possible(
     content: dict[str, Any], fetching: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # a folder of that name, from which the program is run, is no package
+    # a folder `kernels` in the current directory is not the package
     spec = ModuleSpec("kernels", None, origin="kernels/__init__.py" if fetching else None)
     monkeypatch.setattr(model_folder, "find_spec", lambda name: spec)
-    told = "asks for a kernel from the Hub; nothing of it was run"
+    told = "asks for a kernel from the Hub; no such code was run"
     with pytest.raises(npt.ModelError, match=told) if fetching else nullcontext():
         model_folder.check_keys(content, "config.json", "base")
 
@@ -222,7 +222,7 @@ def test_names_for_which_kernels_are_fetched_where_that_is_possible(
 def test_pickles_do_not_run(tmp_path: Path, canary: Path, name: str) -> None:
     base = hostile_models.plant(tmp_path / "base", canary)
     hostile_models.UNREADABLE[name](base, canary)
-    for trusted in (False, True):  # trust in its code is none in its pickles
+    for trusted in (False, True):  # trusting its code does not mean trusting its pickles
         with pytest.raises(npt.ModelError, match="a pickle that holds more than tensors"):
             load_base_model(str(base), trust_remote_code=trusted)
     assert not canary.exists()
@@ -240,7 +240,7 @@ def test_a_class_of_transformers_is_used(tmp_path: Path, canary: Path, name: str
 
 @pytest.mark.parametrize("name", ["config", "slow-tokenizer"])
 def test_code_runs_where_it_is_trusted(tmp_path: Path, canary: Path, name: str) -> None:
-    """So the tests above can fail."""
+    """This shows that the tests above can fail."""
     base = hostile_models.plant(tmp_path / "base", canary)
     hostile_models.REFUSED[name][0](base, canary)
     with pytest.raises(npt.ModelError, match=r"has no attribute '(Own|generate)'"):
@@ -249,7 +249,7 @@ def test_code_runs_where_it_is_trusted(tmp_path: Path, canary: Path, name: str) 
 
 
 def test_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reads stdin while a model loads finds its end; afterwards the lines are still there."""
+    """A library that reads stdin while a model loads finds it empty; later its lines are there."""
     base = tiny.save(tmp_path / "base")
     monkeypatch.setattr("sys.stdin", io.StringIO("mine\n"))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: input())
@@ -268,7 +268,7 @@ def device(path: Path) -> None:
 
 def bound_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.relpath(path))  # a long path is none for a socket
+        server.bind(os.path.relpath(path))  # a socket's path must be short
 
 
 @pytest.mark.parametrize("make", [pipe, device, bound_socket])
@@ -280,7 +280,7 @@ def bound_socket(path: Path) -> None:
 def test_not_every_path_is_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Path], None]
 ) -> None:
-    """A pipe would be waited for, a device read to no end."""
+    """Reading a pipe would wait forever, and reading a device would never end."""
     base = tiny.save(tmp_path / "base")
     monkeypatch.chdir(base)
     file = base / name
@@ -364,10 +364,10 @@ def test_long_files(tmp_path: Path, file: str, size: int, limit: str) -> None:
     "num_key_value_heads", "head_dim", "num_labels",
 ])  # fmt: skip
 def test_a_config_that_is_too_large_for_its_weights(tmp_path: Path, key: str, value: int) -> None:
-    """Nothing is built: a million layers take an hour, a width of a million 6 GB."""
+    """No model is built: a million layers would take an hour, a width of a million 6 GB."""
     base = tiny.save(tmp_path / "base")
     hostile_models.change(base, "config.json", **{key: value})
-    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*fits into"):
+    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*does not fit"):
         load_base_model(str(base))
 
 
@@ -386,7 +386,7 @@ def test_what_a_config_leaves_out_is_large(
 ) -> None:
     folder = tiny.save(tmp_path / "model", layers=1)
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*fits into"):
+    with pytest.raises(npt.ModelError, match=rf"config\.json: {key} .*does not fit"):
         load_base_model(str(folder))
 
 
@@ -399,7 +399,7 @@ ODD: list[Any] = [None, True, -1, 0, "x", "\ud800", 1e308, [], {}, [[1]], {"a": 
     "attn_implementation", "per_layer_config", "id2label", "head_dim", "eos_token_id",
 ])  # fmt: skip
 def test_odd_types(tmp_path: Path, key: str) -> None:
-    """Each loads, or is refused in a line."""
+    """Each value loads, or is refused in one line."""
     base = tiny.save(tmp_path / "base")
     for file in ("config.json", "tokenizer_config.json"):
         before = (base / file).read_text()
@@ -469,7 +469,7 @@ def test_nothing_beside_a_gguf_file_is_read(tmp_path: Path, canary: Path) -> Non
 
 @pytest.mark.slow
 def test_the_wheels_model() -> None:
-    """Its tensors are all there, and it is the model that its name says."""
+    """It has all its tensors and is the model that its name says."""
     model, tokenizer = load_base_model(SMOLLM2)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)

@@ -1,4 +1,4 @@
-"""NPT checkpoints into and out of models, from the original's files to merges."""
+"""Loading and saving NPT checkpoints, from the original's files to merges."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_files_can_be_read_by_others(tmp_path: Path) -> None:
 
 
 def test_saved_safetensors_begin_on_a_page(tmp_path: Path) -> None:
-    """Then a merge clones them where the file system can."""
+    """So a merge can clone them."""
     npt.save(converted(), tmp_path / "out")
     raw = (tmp_path / "out" / "npt_weights.safetensors").read_bytes()
     assert (8 + int.from_bytes(raw[:8], "little")) % 4096 == 0
@@ -77,7 +77,7 @@ def test_saved_safetensors_begin_on_a_page(tmp_path: Path) -> None:
 
 
 def test_architecture_per_layer(tmp_path: Path) -> None:
-    """A merge of unlike layers loads without an option, each layer as it is."""
+    """A merge of layers with different architectures loads without any option."""
     write_checkpoint(tmp_path / "a", layer_weights(0, rank=3, modulation="dual", **SIZES))
     write_checkpoint(tmp_path / "b", layer_weights(2, rank=5, num_ranks=3, **SIZES))
     npt.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged", verify=True)

@@ -1,4 +1,4 @@
-"""Converting Hugging Face models: their own behaviour stays, and comes back bit for bit."""
+"""Converting Hugging Face models: NP layers match their definition, and unload is exact."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tiny(family: str = "llama", **options: Any) -> Any:
 
 
 def randomize(model: Any) -> Any:
-    """Give every NP component an effect."""
+    """Set random parameters, so that every NP component has an effect."""
     torch.manual_seed(1)
     with torch.no_grad():
         for part in components(model).values():
@@ -73,7 +73,7 @@ def logits(model: Any, ids: Tensor = PROMPT, **options: Any) -> Tensor:
 
 
 def one_pass(model: Any, layer: Any) -> dict[str, Any]:
-    """What enters a layer (h, kwargs) and leaves it (out) in one forward pass."""
+    """Input (h, kwargs) and output (out) of a layer in one forward pass."""
     seen: dict[str, Any] = {}
     layer.register_forward_hook(
         lambda module, args, kwargs, out: seen.update(h=args[0], kwargs=kwargs, out=out),
@@ -86,7 +86,7 @@ def one_pass(model: Any, layer: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("residual", ["removed", "kept"])
 def test_a_converted_layer_is_the_definition(family: str, residual: str) -> None:
-    """The layer (design.md#layer) from the layer's own parts and the definition's v_a and v_b."""
+    """The output equals design.md#layer, computed from the layer's parts with v_a and v_b."""
     model = converted(family, layers=(1,), residual=residual)
     layer = decoder_layers(model)[1]
     seen = one_pass(model, layer)
@@ -136,7 +136,7 @@ def test_the_base_comes_back(family: str) -> None:
 
 
 def test_a_kept_residual_starts_as_the_mlp_without_attention_in_its_input() -> None:
-    """What a new layer does is known: h + attention + MLP(LN2(h))."""
+    """The output of a new layer is known: h + attention + MLP(LN2(h))."""
     model = tiny()
     npt.convert(model, npt.NPTConfig(layers=[0], residual="kept", rank=4))
     layer = decoder_layers(model)[0]
@@ -220,7 +220,7 @@ def test_only_the_np_part_is_trained() -> None:
 
 
 def test_with_accelerate_hooks() -> None:
-    """device_map puts a hook in the place of forward; both orders must work."""
+    """device_map replaces forward by a hook; it may do so before or after the conversion."""
     expected, base = logits(converted()), logits(tiny())
     model = dispatch(tiny())
     npt.convert(model, npt.NPTConfig(layers=[1, 2], rank=4, num_ranks=2))
@@ -233,7 +233,7 @@ def test_with_accelerate_hooks() -> None:
 
 
 def dispatch(model: Any) -> Any:
-    """What ``device_map`` does, with every part on the CPU but through hooks all the same."""
+    """Do what ``device_map`` does: every part on the CPU, but with hooks."""
     parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
     parts += [f"model.layers.{index}" for index in range(4)]
     return dispatch_model(model, dict.fromkeys(parts, "cpu"), force_hooks=True)

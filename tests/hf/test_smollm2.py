@@ -1,7 +1,7 @@
-"""The two real checkpoints in the real model, against figures of another implementation.
+"""The two real checkpoints in the real model, compared with numbers of another implementation.
 
-The expected numbers come with the checkpoints: computed by their makers in the definition's form,
-with v_a and v_b materialised, by other code than ours.
+The expected numbers come with the checkpoints. Their makers computed them with code of their own,
+in the form of the definition, with v_a and v_b materialised.
 """
 
 from __future__ import annotations

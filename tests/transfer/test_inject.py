@@ -310,7 +310,7 @@ def test_refused(what: str) -> None:
 def test_layers_that_are_off_are_refused() -> None:
     model = converted()
     with npt.disabled(model, [2]):
-        with pytest.raises(npt.ModelError, match=r"layer 2 .* is on; there are \[1\]"):
+        with pytest.raises(npt.ModelError, match=r"layer 2 .* is on; on are \[1\]"):
             with npt.inject(model, random_modulation()):
                 pass
 
@@ -329,7 +329,7 @@ def test_what_positions_cannot_be_counted_in() -> None:
         with npt.inject(model, m, position="at:red"):
             logits(model, IDS)
     for options in ({"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(npt.TransferError, match="whole prompt in one pass and then one token"):
+        with pytest.raises(npt.TransferError, match="whole prompt in one pass, then one token"):
             with npt.inject(model, m):
                 greedy(model, {"input_ids": ids_of("the red house is a red house")}, **options)
     assert not hooks(model)
