@@ -21,7 +21,7 @@ from npt_fast.checkpoint import linux, publish
 from npt_fast.checkpoint.merge import merge
 from npt_fast.checkpoint.publish import StagedDirectory
 from npt_fast.errors import MergeError, NPTError
-from npt_fast.training import state
+from npt_fast.training import checkpoint_writer
 from npt_fast.training.run_directory import RunDirectory
 from npt_fast.transfer.bake import export_lora
 from npt_fast.transfer.session import Session
@@ -647,7 +647,7 @@ def npt_save(target: Path) -> None:
 
 
 def training_checkpoint(target: Path) -> None:
-    state.write_checkpoint(
+    checkpoint_writer.write_checkpoint(
         target, weights=layer_weights(1), format="pt", training_state={}, multi_layer_state={},
         config={}, npt_config={},
     )  # fmt: skip
