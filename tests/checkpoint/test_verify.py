@@ -298,7 +298,9 @@ def test_a_lost_source_state_names_its_file(tmp_path: Path) -> None:
     report = npt.verify(path)
     assert report.passed and report.compared == 27 + 18 * 3
     (note,) = report.notes
-    assert note.startswith("training_state.pt: the sources have changed since the merge: 27 tensors")
+    assert note.startswith(
+        "training_state.pt: the sources have changed since the merge: 27 tensors"
+    )
 
 
 def test_sources_are_found_whatever_names_the_output(
