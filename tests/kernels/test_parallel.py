@@ -84,7 +84,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if torch.cuda.is_available():
         pytest.skip("two processes of gloo are on a CPU")
     folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(work, (folder,), nprocs=2)
+    multiprocessing.set_forkserver_preload([__name__])  # so that both share what they import
+    multiprocessing.start_processes(work, (folder,), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

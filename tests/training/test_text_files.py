@@ -218,7 +218,8 @@ from npt_fast.training.documents import open_documents
 
 for path in sys.stdin:
     if os.fork():
-        os.wait()
+        if os.wait()[1]:
+            print(0, 0, "died", flush=True)
         continue
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     try:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import npt_fast as npt
-from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.convert import decoder_layers
 from npt_fast.testing import assert_within_budget
 from npt_fast.transfer.modulation import Modulation
@@ -311,9 +311,9 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2(tmp_path: Path) -> None:
+def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
     """Baking, exact-add at all positions and PEFT give the same logits; undo is exact."""
-    model, tokenizer = load_base_model(SMOLLM2)
+    model, tokenizer = load_base_model(str(smollm2))
     npt.load(model, DATA / "layer13" / "checkpoint-600")
     m = npt.extract(model, tokenizer, "The capital of France is")
     ids = tokenizer("Berlin is the capital of", return_tensors="pt").input_ids

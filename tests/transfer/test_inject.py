@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import npt_fast as npt
 from npt_fast.config import InjectionMode, Position
-from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.convert import decoder_layers
 from npt_fast.transfer.modulation import Modulation
 from npt_fast.transfer.positions import resolve
@@ -350,9 +351,9 @@ def test_a_static_cache() -> None:
 
 
 @pytest.mark.slow
-def test_smollm2() -> None:
+def test_smollm2(smollm2: Path) -> None:
     """A trained layer in float32: with and without a cache, alone and in a padded batch."""
-    model, tokenizer = load_base_model(SMOLLM2)
+    model, tokenizer = load_base_model(str(smollm2))
     npt.load(model, DATA / "layer13" / "checkpoint-600")
     tokenizer.padding_side = "left"
     m = npt.extract(model, tokenizer, "The capital of France is")

@@ -166,9 +166,9 @@ def test_a_picture(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any)
 
 
 @pytest.mark.slow
-def test_layer_23_has_the_capitals() -> None:
+def test_layer_23_has_the_capitals(smollm2: Path) -> None:
     """Layer 23 carries the capital; measured by hand, independently of `trace`."""
-    model, tokenizer = load_base_model("smollm2-135m")
+    model, tokenizer = load_base_model(str(smollm2))
     found = trace(
         model, tokenizer, "The capital of France is", "The capital of Germany is",
         tracked=[" Paris", " Berlin"],
