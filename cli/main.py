@@ -41,6 +41,9 @@ app.command("npt_fast.cli.verify:verify", name="verify", help="Verify a merged c
 app.command("npt_fast.cli.bench:bench", name="bench", help="Time the modulated MLP.")
 app.command("npt_fast.cli.kernels:app", name="kernels", help="Compile the kernels without a GPU.")
 
+_EXTRAS = {"train": "train", "evaluate": "train", "interact": "interact", "kernels": "kernels"}
+"""Extra of each verb that ``hf`` is not enough for: one installation, not two in turn."""
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 done, 1 failed, 2 usage, 3 a check did not pass, 4 out of space."""
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _exit(error.exit_code, str(error))
     except ModuleNotFoundError as error:
         verb = given[0] if given else ""
-        line = missing_package(error, f"npt-fast {verb}", trains=verb in ("train", "evaluate"))
+        line = missing_package(error, f"npt-fast {verb}", needs=_EXTRAS.get(verb, "hf"))
         if line is None:
             raise
         _exit(1, line)

@@ -144,8 +144,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         from npt_fast.errors import missing_package
 
-        trains = home.startswith("npt_fast.training.")
-        problem = missing_package(error, f"npt_fast.{name}", trains=trains)
+        needs = "train" if home.startswith("npt_fast.training.") else "hf"
+        problem = missing_package(error, f"npt_fast.{name}", needs=needs)
         if problem is None:
             raise
         raise ModuleNotFoundError(problem, name=error.name) from None

@@ -44,24 +44,24 @@ EXTRAS = {
 """Packages that only parts of npt_fast import, and the extra of pyproject.toml for each."""
 
 
-def missing_package(error: ModuleNotFoundError, user: str, *, trains: bool = False) -> str | None:
+def missing_package(error: ModuleNotFoundError, user: str, *, needs: str = "hf") -> str | None:
     """One line that says which extra to install; None if no extra has the missing package.
 
     Args:
         error: exception that the import raised.
         user: verb or name that needs the package.
-        trains: whether `user` needs the extra ``train`` anyway, which includes ``hf``.
+        needs: extra that `user` needs anyway; each of them includes ``hf``.
     """
     package = (error.name or "").partition(".")[0]
     extra = EXTRAS.get(package)
     if extra is None:
         return None
-    extra = "train" if trains and extra == "hf" else extra
+    extra = needs if extra == "hf" else extra
     return f"{user} needs the package {package}; pip install 'npt_fast[{extra}]'"
 
 
 class NPTError(Exception):
-    """Base of all errors that npt_fast raises on purpose."""
+    """Base class of all errors that npt_fast raises on purpose."""
 
     exit_code = 1
 

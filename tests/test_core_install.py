@@ -26,10 +26,10 @@ NEEDS = {
     "compare": (["compare", *TEXTS], "torch", "hf"),
     "sweep": (["sweep", *TEXTS], "torch", "hf"),
     "check": (["check", "facts.yaml", "--checkpoint", "a"], "torch", "hf"),
-    "interact": (["interact", "--checkpoint", "a"], "torch", "hf"),
+    "interact": (["interact", "--checkpoint", "a"], "torch", "interact"),
     "bench": (["bench"], "torch", "hf"),
     "bench-host": (["bench", "--host"], "torch", "hf"),
-    "kernels": (["kernels"], "torch", "hf"),
+    "kernels": (["kernels"], "torch", "kernels"),
 }
 CORE = ("merge", "analyze", "verify")
 
