@@ -54,8 +54,8 @@ def adamw_state(
 ) -> dict[str, Any]:
     """A training state from real AdamW steps over the weights in key order, random gradients.
 
-    With `numpy_lr`, learning rates are ``numpy.float64``, as after the original's warm-up (SPEC
-    2.3).
+    With `numpy_lr`, learning rates are ``numpy.float64``, as after the original's warm-up
+    (design.md#training-state).
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = [torch.nn.Parameter(tensor.clone().float()) for tensor in weights.values()]
