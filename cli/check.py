@@ -18,7 +18,7 @@ def check(
     junit: PathText | None = None,
     json: bool = False,
 ) -> int:
-    """Score the effects of injections against expectations; exits with 3 if a fact fails.
+    """Score injections against a file of facts; the exit code is 3 if a fact fails.
 
     Parameters
     ----------

@@ -35,7 +35,7 @@ def evaluate(
     checkpoint
         Checkpoint directories or weight files, each measured on its own.
     data
-        Text to measure on, as for train: the windows that train holds out.
+        Text to measure on, given as for train; only windows that train holds out are used.
     num_eval_samples
         Number of windows.
     max_length

@@ -35,7 +35,8 @@ def sweep(
         Tokens of the prompt to inject into: a number, 2:5, 1,4, last, first, all, at:WORD or
         after:WORD; if not given, last, and with --each_token all.
     each_token
-        Make a column for each of these tokens, at the first strength, in place of strengths.
+        Make one column per token of --position instead of one per strength, all at the first
+        strength, or at 1 if none is given.
     mode
         How the modulation and a token's own weight changes combine, as for compare.
     strength

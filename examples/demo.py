@@ -138,7 +138,7 @@ def print_table(found: dict[str, Any], seconds: dict[str, float]) -> None:
     print(f"Metrics over all {tokens:,} positions of the held-out text:\n")
     print("| model | layers | perplexity | ratio | KL, nats | top-1 | seconds | MB |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    print(f"| base | | {base:.3f} | 1 | 0 | 1 | | |")
+    print(f"| base model | | {base:.3f} | 1 | 0 | 1 | | |")
     for row in found["results"]:
         path = row["checkpoint"]
         real = DEMO / path.replace("/checkpoint-", "/checkpoints/checkpoint-")

@@ -184,7 +184,7 @@ class TrainOptions:
         eval_data: Held-out text; by default the first windows of data are held out.
         num_eval_samples: Number of held-out windows.
         max_length: Tokens per window.
-        stride: Tokens from the start of one window to the next; default max_length.
+        stride: Tokens from the start of one window to the next; defaults to max_length.
         num_workers: Tokenizer threads.
         np_rank: Bottleneck width of each component, for layers that start fresh.
         num_ranks: Components per projection, for layers that start fresh.
@@ -203,7 +203,7 @@ class TrainOptions:
             the fidelity loss; mse: the original's mean squared errors.
         direct_mlp_weight: Weight of each layer's direct loss.
         sink_weight: Weight of the error at the first token of each window, relative to the layer's
-            output; nearly all tokens attend to the first one. Needs loss relative.
+            output; nearly all tokens attend to the first one. Works with loss relative only.
         fidelity_weight: Weight of the fidelity loss, which compares logits; above 0, all layers of
             the model are run.
         lambda_reg: Weight of the mean squares of v_a and v_b.
@@ -212,14 +212,14 @@ class TrainOptions:
         learning_rate: Peak learning rate of AdamW; overrides the checkpoint's.
         lr_schedule: Schedule after the warm-up: cosine (half a period, to 0 at max_steps) or
             constant.
-        warmup_steps: Steps of linear warm-up; default the smaller of 1000 and max_steps / 10.
+        warmup_steps: Steps of linear warm-up; defaults to the smaller of 1000 and max_steps / 10.
         weight_decay: Weight decay of AdamW.
         gradient_clip: Largest norm of all gradients together; 0 turns clipping off.
         max_steps: Optimizer steps in total, including those before resuming.
         teacher_cache: Memory for the base model's activations, e.g. 2GB. In the teacher stage with
             small data, later epochs then skip the base model.
         mixed_precision: Autocast in bfloat16.
-        fp16: autocast in float16, with loss scaling.
+        fp16: Autocast in float16, with loss scaling.
         base_dtype: Type of the base model's weights; auto is the checkpoint's type on a GPU and
             float32 on a CPU.
         trust_remote_code: Run code that comes with the base model or that it names, with all your
@@ -228,12 +228,12 @@ class TrainOptions:
         num_processes: Processes, one per GPU.
         parallel: How processes share the work. ddp: each takes part of the batch; fsdp2: the model
             is sharded too; layers: each trains its own layers, which are merged at the end.
-        output_dir: Folder of the run; default experiments/<wandb_name>.
+        output_dir: Folder of the run; defaults to experiments/<wandb_name>.
         format: File format of the weights; the original reads pt.
         logging_steps: Optimizer steps between lines of metrics.
         eval_steps: Optimizer steps between evaluations in student mode; 0 turns them off.
         save_steps: Optimizer steps between checkpoints; the last step is always saved.
-        keep_last: Number of checkpoint-N to keep; default all.
+        keep_last: Number of checkpoint-N to keep; all if not given.
         generation_steps: Optimizer steps between samples of text; 0 turns them off.
         track: Tracker that gets the metrics in addition to training_log.jsonl.
         wandb_name: Name of the run.

@@ -81,6 +81,7 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
+        """Whether there are no problems."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:

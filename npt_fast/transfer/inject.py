@@ -52,7 +52,7 @@ def inject(
     when: InjectionTime = "prefill",
     tokenizer: Any = None,
 ) -> AbstractContextManager[Hits]:
-    """Within the context, give the tokens at `position` other weight changes than their own.
+    """Context in which `modulation` changes the weights for the tokens at `position`.
 
     Positions are counted on the tokens of a prompt without padding. They stay where they are while
     text is generated, with or without a KV cache. An injection into the prompt acts on all later

@@ -158,7 +158,7 @@ class Modulation:
 
     @property
     def contents(self) -> modulation_file.Contents:
-        """The four fields, as the file has them."""
+        """The same fields, in the form that is written to a file."""
         return modulation_file.Contents(self.layers, self.base, self.origin, self.vectors)
 
     def save(self, path: str | Path) -> None:

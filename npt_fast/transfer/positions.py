@@ -18,12 +18,12 @@ from npt_fast.schema import shown
 
 
 def at(text: str) -> Match:
-    """All tokens of the first occurrence of `text`."""
+    """A position: all tokens of the first occurrence of `text`."""
     return Match(text)
 
 
 def after(text: str) -> Match:
-    """The token that follows the first occurrence of `text`."""
+    """A position: the token that follows the first occurrence of `text`."""
     return Match(text, after=True)
 
 
