@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from npt_fast.checkpoint import linux
 from npt_fast.checkpoint.source_file import SourceFile
 
 
@@ -18,3 +21,26 @@ def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"read data of {self.path}")
 
     monkeypatch.setattr(SourceFile, "windows", windows)
+
+
+@pytest.fixture
+def no_renameat2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imitate a kernel or file system without renameat2."""
+
+    def refuse(folder: int, old: str, new: str, flags: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(linux, "rename", refuse)
+
+
+@pytest.fixture(params=["renameat2", "no renameat2"])
+def either_kernel(request: pytest.FixtureRequest) -> None:
+    if request.param == "no renameat2":
+        request.getfixturevalue("no_renameat2")
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
