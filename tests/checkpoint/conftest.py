@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from npt_fast.checkpoint import linux
 from npt_fast.checkpoint.source_file import SourceFile
+from tests.checkpoints import trained_checkpoint
 
 
 @pytest.fixture
@@ -44,3 +46,12 @@ def umask() -> Iterator[None]:
     before = os.umask(0o022)
     yield
     os.umask(before)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    """Layer 11 after 3 steps, and layer 13 after 5 and its warm-up, with other ranks."""
+    return [
+        trained_checkpoint(tmp_path / "a", 11, steps=3, num_ranks=2),
+        trained_checkpoint(tmp_path / "b", 13, steps=5, rank=6, numpy_lr=True),
+    ]
