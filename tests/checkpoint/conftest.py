@@ -12,6 +12,7 @@ import pytest
 
 from npt_fast.checkpoint import linux
 from npt_fast.checkpoint.source_file import SourceFile
+from tests.checkpoint.merging import FORMS, merged
 from tests.checkpoints import trained_checkpoint
 
 
@@ -55,3 +56,9 @@ def pair(tmp_path: Path) -> list[Path]:
         trained_checkpoint(tmp_path / "a", 11, steps=3, num_ranks=2),
         trained_checkpoint(tmp_path / "b", 13, steps=5, rank=6, numpy_lr=True),
     ]
+
+
+@pytest.fixture(params=FORMS)
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    (tmp_path / "elsewhere").mkdir()
+    return merged(tmp_path, **FORMS[request.param])

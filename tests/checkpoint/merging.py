@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from torch import Tensor
 
 import npt_fast as npt
-from tests.checkpoints import layer_weights, write_checkpoint
+from tests.checkpoints import layer_weights, trained_checkpoint, write_checkpoint
 
 EXACT = 4e-15  # float64, another order of summation (design.md#merge-laws)
 
@@ -38,3 +39,24 @@ def refuse(tmp_path: Path, inputs: Sequence[object], match: str, **options: Any)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "pt": {},
+    "safetensors": {"format": "safetensors"},
+    "shards": {"format": "safetensors", "max_shard_size": 2000},
+}
+
+
+def merged(root: Path, *, verify: bool = True, **options: Any) -> Path:
+    paths = [trained_checkpoint(root / f"in{n}", n, steps=n, num_ranks=n) for n in (1, 2)]
+    npt.merge(paths, root / "out", verify=verify, options=npt.MergeOptions(**options))
+    return root / "out"
+
+
+def forget_sources(root: Path) -> Path:
+    """Move the output and remove its inputs, as if on another machine."""
+    shutil.move(root / "out", root / "elsewhere" / "copy")
+    for path in root.glob("in*"):
+        shutil.rmtree(path)
+    return root / "elsewhere" / "copy"
