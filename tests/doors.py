@@ -16,8 +16,9 @@ from pathlib import Path
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import parquet
 
-from tests import hostile
-from tests.hostile import PROTO, STOP, dict_of, integer, text
+from tests.hostile import pickles
+from tests.hostile.pickles import PROTO, STOP, dict_of, integer, text
+from tests.hostile.zips import write_pt
 
 ATTACKS = (
     "code", "depth", "cycle", "alias", "width", "numbers", "text", "links", "fifo", "device", "size"
@@ -109,11 +110,11 @@ JSON = {name: _more(value) for name, value in VALUES.items()}
 def _doubled() -> bytes:
     """60 tuples, through which 2^60 paths lead."""
     tuples = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
-    return hostile.MARK + integer(1) + b"q\0" + tuples + b"t"
+    return pickles.MARK + integer(1) + b"q\0" + tuples + b"t"
 
 
 PICKLES = {
-    "code": hostile.PAYLOADS["global-os-system"],
+    "code": pickles.PAYLOADS["global-os-system"],
     "depth": b"]" * 3000 + b"a" * 2999,
     "cycle": b"]q\0h\0a",
     "alias": _doubled(),
@@ -125,12 +126,12 @@ PICKLES = {
 def _pickled(**sound: bytes) -> dict[str, Attack]:
     def attack(value: bytes) -> Attack:
         pairs = [(text(key), item) for key, item in [*sound.items(), ("zz", value)]]
-        pairs = pairs if sound else [*hostile.items(), *pairs]
+        pairs = pairs if sound else [*pickles.items(), *pairs]
 
         def write(path: Path) -> None:
             folder = path.parent / "written"
             folder.mkdir()
-            hostile.write_pt(folder, pickle=PROTO + dict_of(*pairs) + STOP).replace(path)
+            write_pt(folder, pickle=PROTO + dict_of(*pairs) + STOP).replace(path)
             folder.rmdir()
 
         return write
@@ -147,7 +148,7 @@ def safetensors(header: str, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(raw)) + raw + data
 
 
-CODE = replaced(PROTO + hostile.PAYLOADS["global-os-system"] + STOP)
+CODE = replaced(PROTO + pickles.PAYLOADS["global-os-system"] + STOP)
 _META = '{"__metadata__": {"a": %s}}'
 _ENTRY = '{"x": {"dtype": "F32", "shape": [9%s], "data_offsets": [-0, 4]}}'
 SAFETENSORS = {

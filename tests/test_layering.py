@@ -131,7 +131,11 @@ def test_imports_have_no_circle() -> None:
     assert circle({**graph, "npt_fast.errors": {"npt_fast.cli.main"}}) != []
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path",
+    [*CASES, *sorted((ROOT / "tests").rglob("*.py"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_files_stay_readable_at_one_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 450
 

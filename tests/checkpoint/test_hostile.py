@@ -27,12 +27,15 @@ from safetensors.torch import load_file, save_file
 from npt_fast.checkpoint.np_module import Architecture, collect_modules
 from npt_fast.checkpoint.tensor_source import open_tensors
 from npt_fast.errors import CheckpointError
-from tests import hostile
+from tests.hostile import index_cases, pickle_cases, pickles, safetensors_cases, zip_cases
+from tests.hostile.valid_files import CONTROLS, NO_WEIGHTS
 from tests.second_readers import as_bytes, content, same
 
 ROOT = Path(__file__).parents[2]
-CASES = {f"pt/{name}": build for name, build in hostile.PT_CASES} | {
-    f"st/{name}": build for name, build in hostile.ST_CASES
+PT_CASES = [*pickle_cases.CASES, *zip_cases.CASES]
+ST_CASES = [*safetensors_cases.CASES, *index_cases.CASES]
+CASES = {f"pt/{name}": build for name, build in PT_CASES} | {
+    f"st/{name}": build for name, build in ST_CASES
 }
 MAX_MEMORY = 64 << 20  # plus `MAX_MULTIPLE` times the size of the file, as docs/merging.md says
 MAX_MULTIPLE = 32
@@ -111,9 +114,9 @@ def outcomes() -> Iterator[dict[str, dict[str, Any]]]:
 
 
 def test_there_are_many_cases() -> None:
-    assert len(hostile.PT_CASES) >= 60
-    assert len(hostile.ST_CASES) >= 60
-    assert len(CASES) == len(hostile.PT_CASES) + len(hostile.ST_CASES)  # no name twice
+    assert len(PT_CASES) >= 60
+    assert len(ST_CASES) >= 60
+    assert len(CASES) == len(PT_CASES) + len(ST_CASES)  # no name twice
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -152,9 +155,9 @@ def built(name: str, directory: Path) -> Path:
     return CASES[name](directory)
 
 
-@pytest.mark.parametrize(("name", "build"), hostile.CONTROLS, ids=[n for n, _ in hostile.CONTROLS])
+@pytest.mark.parametrize(("name", "build"), CONTROLS, ids=[n for n, _ in CONTROLS])
 def test_without_anything_wrong_they_are_accepted(
-    name: str, build: hostile.Builder, tmp_path: Path
+    name: str, build: pickles.Builder, tmp_path: Path
 ) -> None:
     path = build(tmp_path)
     source = open_tensors(path)
@@ -162,7 +165,7 @@ def test_without_anything_wrong_they_are_accepted(
     assert {layer: module.architecture for layer, module in modules.items()} == {
         3: Architecture("single", 1, 2, 8, 12)
     }
-    for (tensor, shape), data in zip(hostile.SHAPES.items(), hostile.PIECES, strict=True):
+    for (tensor, shape), data in zip(pickles.SHAPES.items(), pickles.PIECES, strict=True):
         assert source.tensors[tensor].shape == shape
         assert content(source.tensors[tensor]) == data
     if source.format == "pt":
@@ -171,11 +174,9 @@ def test_without_anything_wrong_they_are_accepted(
         same(source.tensors, load_file(path))
 
 
-@pytest.mark.parametrize(
-    ("name", "build"), hostile.NO_WEIGHTS, ids=[name for name, _ in hostile.NO_WEIGHTS]
-)
+@pytest.mark.parametrize(("name", "build"), NO_WEIGHTS, ids=[name for name, _ in NO_WEIGHTS])
 def test_well_formed_files_without_weights(
-    name: str, build: hostile.Builder, tmp_path: Path
+    name: str, build: pickles.Builder, tmp_path: Path
 ) -> None:
     path = build(tmp_path)
     tensors = open_tensors(path).tensors
@@ -183,14 +184,14 @@ def test_well_formed_files_without_weights(
         collect_modules(tensors, str(path))
 
 
-@pytest.mark.parametrize("name", hostile.PAYLOADS)
+@pytest.mark.parametrize("name", pickles.PAYLOADS)
 def test_payloads_do_run_in_torch(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = built(f"pt/{name}", tmp_path)
     monkeypatch.chdir(tmp_path)
     loaded = torch.load(path, weights_only=False)
-    assert list(loaded) == list(hostile.SHAPES)  # the result looks like a good checkpoint
+    assert list(loaded) == list(pickles.SHAPES)  # the result looks like a good checkpoint
     assert (tmp_path / "canary").exists()
 
 
@@ -219,15 +220,15 @@ def test_torch_accepts_what_is_refused_here(name: str, tmp_path: Path) -> None:
 def test_a_duplicate_means_two_things(tmp_path: Path) -> None:
     path = built("pt/member-duplicate-pickle", tmp_path)
     with zipfile.ZipFile(path) as archive:  # zipfile takes the last member
-        assert archive.read("archive/data.pkl") != hostile.VALID
+        assert archive.read("archive/data.pkl") != pickles.VALID
     loaded = torch.load(path, weights_only=True)  # torch takes the first member
-    assert as_bytes(loaded[hostile.W_DOWN]) == hostile.PIECES[0]
+    assert as_bytes(loaded[pickles.W_DOWN]) == pickles.PIECES[0]
 
 
 @pytest.mark.parametrize("name", ["prefix", "prefix-not-counted"])
 def test_a_prefix_is_fine_for_zipfile(name: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(built(f"pt/{name}", tmp_path)) as archive:
-        assert archive.read("archive/data.pkl") == hostile.VALID
+        assert archive.read("archive/data.pkl") == pickles.VALID
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript:UserWarning")
@@ -247,7 +248,7 @@ ACCEPTED_BY_SAFETENSORS = [
 @pytest.mark.parametrize("name", ACCEPTED_BY_SAFETENSORS)
 def test_safetensors_accepts_what_is_refused_here(name: str, tmp_path: Path) -> None:
     with safe_open(built(f"st/{name}", tmp_path), framework="pt") as opened:
-        assert set(hostile.SHAPES) <= set(opened.keys())
+        assert set(pickles.SHAPES) <= set(opened.keys())
 
 
 # --- every byte of a valid file, changed
@@ -294,7 +295,7 @@ def flip_everything(path: Path, untouched: set[int]) -> tuple[int, int]:
 
 def tiny_weights() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in hostile.SHAPES.items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in pickles.SHAPES.items()}
 
 
 def test_flips_in_safetensors(tmp_path: Path) -> None:

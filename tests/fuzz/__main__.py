@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.fuzz.run import InputError, run
-from tests.fuzz.targets import TARGETS, Place
+from tests.fuzz.target import Place
+from tests.fuzz.targets import TARGETS
 
 KEPT = Path("build/fuzz")
 BATCH = 200

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from tests import hostile
+from tests.hostile import pickles
 
 Edit = Callable[[bytes, Random, Sequence[bytes]], bytes]
 
@@ -296,21 +296,21 @@ def _zip(members: Sequence[tuple[str, bytes]], compression: int) -> bytes:
 _FRAGMENTS = [
     *(bytes([code]) for code in b"(N\x88\x89)]}tu012asebRQ.lo\x85\x86\x87\x93\x94\x90\x91\x8f"),
     b"}q\x63", b"]q\x63", b"h\x63", b"h\x00", b"j\xff\xff\xff\xff", b"r\xff\xff\xff\x7f",
-    hostile.integer(-1), hostile.integer(1 << 40), hostile.integer((1 << 63) - 1),
+    pickles.integer(-1), pickles.integer(1 << 40), pickles.integer((1 << 63) - 1),
     b"\x8a\x10" + b"\xff" * 16, b"\x8b\xff\xff\xff\x7f", b"K\x00", b"M\xff\xff",
-    hostile.real(float("nan")), hostile.real(1e300), hostile.text(""), hostile.text("\0"),
-    hostile.text("x" * 300), hostile.text("0"),
+    pickles.real(float("nan")), pickles.real(1e300), pickles.text(""), pickles.text("\0"),
+    pickles.text("x" * 300), pickles.text("0"),
     b"X\x03\x00\x00\x00\xed\xa0\x80", b"X\xff\xff\xff\xff", b"C\x02ab", b"\x8c\x01a",
-    hostile.symbol("posix", "system"), hostile.symbol("builtins", "eval"),
-    hostile.symbol("torch", "FloatStorage"), hostile.symbol("torch", "float32"),
-    hostile.symbol("torch", "Size"), hostile.symbol("collections", "OrderedDict") + b")R",
-    hostile.symbol("collections", "OrderedDict"), hostile.symbol("_codecs", "encode"),
-    hostile.symbol("torch._utils", "_rebuild_tensor_v2"), hostile.symbol("numpy", "dtype"),
-    hostile.symbol("torch._utils", "_rebuild_parameter"),
-    hostile.call(hostile.symbol("posix", "system"), hostile.text("touch canary")),
-    hostile.call(hostile.symbol("_codecs", "encode"), hostile.text("a"), hostile.text("latin1")),
-    hostile.call(hostile.symbol("torch", "Size"), hostile.integers(1, 2)),
-    hostile.tensor(), hostile.storage(), b"\x85" * 70, b"]q\x63h\x63a", b"h\x01h\x01\x86q\x01" * 40,
+    pickles.symbol("posix", "system"), pickles.symbol("builtins", "eval"),
+    pickles.symbol("torch", "FloatStorage"), pickles.symbol("torch", "float32"),
+    pickles.symbol("torch", "Size"), pickles.symbol("collections", "OrderedDict") + b")R",
+    pickles.symbol("collections", "OrderedDict"), pickles.symbol("_codecs", "encode"),
+    pickles.symbol("torch._utils", "_rebuild_tensor_v2"), pickles.symbol("numpy", "dtype"),
+    pickles.symbol("torch._utils", "_rebuild_parameter"),
+    pickles.call(pickles.symbol("posix", "system"), pickles.text("touch canary")),
+    pickles.call(pickles.symbol("_codecs", "encode"), pickles.text("a"), pickles.text("latin1")),
+    pickles.call(pickles.symbol("torch", "Size"), pickles.integers(1, 2)),
+    pickles.tensor(), pickles.storage(), b"\x85" * 70, b"]q\x63h\x63a", b"h\x01h\x01\x86q\x01" * 40,
 ]  # fmt: skip
 
 

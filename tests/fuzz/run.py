@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.fuzz.targets import Place, Recipe
+from tests.fuzz.target import Place, Recipe
 
 
 class InputError(Exception):

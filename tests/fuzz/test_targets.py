@@ -13,7 +13,8 @@ import pytest
 from npt_fast.errors import CheckpointError
 from tests.fuzz import mutations, watch
 from tests.fuzz.run import InputError, run
-from tests.fuzz.targets import TARGETS, Place, Target
+from tests.fuzz.target import Place, Target
+from tests.fuzz.targets import TARGETS
 
 EXAMPLES = 150
 

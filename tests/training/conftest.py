@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 
 from tests.training import runs
 from tests.training.runs import Place
@@ -35,3 +36,12 @@ def offline(
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with runs.place(tmp_path_factory.mktemp("place")) as found:
         yield found
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Use one thread: the tensors are so small that a second one would only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
