@@ -17,7 +17,7 @@ COMMANDS = Commands()
 
 @COMMANDS.command("extract", "NAME TEXT", options=("-pos",))
 def _extract(c: Context, a: Arguments) -> Reply:
-    """Put the modulation of a text's token (default: the last) on the shelf."""
+    """Extract the modulation at a token of a text (default: the last) and put it on the shelf."""
     position = a.options.get("pos", "-1")
     found = c.session.extract(a["NAME"], a["TEXT"], position=position)
     (place,) = found.origin["positions"]
@@ -31,7 +31,7 @@ def _extract(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("extract-seq", "NAME TEXT")
 def _extract_seq(c: Context, a: Arguments) -> Reply:
-    """Put the mean of each vector over all of a text's tokens on the shelf."""
+    """Extract the mean of each vector over all tokens of a text and put it on the shelf."""
     found = c.session.extract(a["NAME"], a["TEXT"], sequence=True)
     count = len(found.origin["tokens"])
     lines = [
@@ -70,7 +70,7 @@ def _info(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("delete", "NAME")
 def _delete(c: Context, a: Arguments) -> Reply:
-    """Take a modulation off the shelf."""
+    """Delete a modulation from the shelf."""
     c.session.delete(a["NAME"])
     return Reply({"deleted": a["NAME"]}, [f"✓ Deleted modulation '{a['NAME']}'"])
 
