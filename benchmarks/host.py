@@ -185,7 +185,8 @@ class _Measured:
         whole = statistics.median(self.whole)
         without = statistics.median(self.without_launches or self.whole)
         alone = statistics.median(self.torch_alone)
-        fifths = statistics.quantiles(self.whole, n=5)
+        # not the default way, which goes beyond the least of few values, even below 0
+        fifths = statistics.quantiles(self.whole, n=5, method="inclusive")
         counts = Counter(name.strip("_").removesuffix("_kernel") for name in self.kernels)
         times = {
             "us": whole, "p20": fifths[0], "p80": fifths[-1],

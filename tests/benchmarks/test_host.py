@@ -359,13 +359,13 @@ def test_what_is_measured(stub: StubDriver) -> None:
 @compiler
 def test_a_launch_too_many_is_seen(stub: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = inputs_of(host.PROBLEM, torch.bfloat16, False)
-    right = decode._sum
+    right = decode._sum_of_partials
 
     def twice(*arguments: Any) -> Tensor:
         right(*arguments)
         return right(*arguments)
 
-    monkeypatch.setattr(decode, "_sum", twice)
+    monkeypatch.setattr(decode, "_sum_of_partials", twice)
     with pytest.raises(AssertionError):
         assert_as_stated_and_on_record(stub, inputs, "decode", False)
 
