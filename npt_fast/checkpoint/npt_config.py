@@ -82,12 +82,15 @@ class LayerDescription:
         """Describe a layer; a fidelity that is not finite becomes None, since JSON has no NaN."""
         if fidelity is not None and not math.isfinite(fidelity):
             fidelity = None
-        modulation, num_ranks, rank = (
-            architecture.modulation,
-            architecture.num_ranks,
-            architecture.rank,
+        return cls(
+            modulation=architecture.modulation,
+            num_ranks=architecture.num_ranks,
+            rank=architecture.rank,
+            residual=residual,
+            step=step,
+            source=source,
+            fidelity=fidelity,
         )
-        return cls(modulation, num_ranks, rank, residual, step, source, fidelity)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,11 +54,12 @@ def load(
     configs = {layer: _config(checkpoint, layer) for layer in chosen}
     for layer, config in configs.items():
         if layer in present:
-            wanted = f"{checkpoint.modules[layer].architecture}, residual {config.residual}"
-            found = f"{present[layer].architecture}, residual {present[layer].residual}"
+            wanted = checkpoint.modules[layer].architecture, config.residual
+            found = present[layer].architecture, present[layer].residual
             if found != wanted:
                 raise ModelError(
-                    f"{checkpoint.given}: layer {layer} is {wanted}; the model's is {found}"
+                    f"{checkpoint.given}: layer {layer} is {wanted[0]}, residual {wanted[1]}; "
+                    f"the model's is {found[0]}, residual {found[1]}"
                 )
     reader = NearbyReader()
     for layer in chosen:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import struct
-from functools import partial
-from typing import Any
 
 from tests.hostile.pickles import (
     ARGUMENTS,
@@ -42,14 +40,10 @@ from tests.hostile.pickles import (
     tuple_of,
     weights,
 )
-from tests.hostile.zips import ROOT, Member, write_pt
+from tests.hostile.zips import ROOT, Member, pt_adder
 
 CASES: list[Case] = []
-
-
-def pt(name: str, **how: Any) -> None:
-    """Add a case that `write_pt` writes."""
-    CASES.append((name, partial(write_pt, **how)))
+pt = pt_adder(CASES)
 
 
 def down(name: str, value: bytes) -> None:

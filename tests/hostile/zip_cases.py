@@ -23,14 +23,10 @@ from tests.hostile.pickles import (
     tensor,
     weights,
 )
-from tests.hostile.zips import ROOT, Member, extra, write_file, write_pt, write_zip
+from tests.hostile.zips import ROOT, Member, extra, pt_adder, write_file, write_zip
 
 CASES: list[Case] = []
-
-
-def pt(name: str, **how: Any) -> None:
-    """Add a case that `write_pt` writes."""
-    CASES.append((name, partial(write_pt, **how)))
+pt = pt_adder(CASES)
 
 
 # the zip: compression, encryption, names

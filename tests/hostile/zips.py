@@ -7,10 +7,11 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.hostile.pickles import PIECES, VALID
+from tests.hostile.pickles import PIECES, VALID, Case
 
 LOCAL = "<4sHHHHHIIIHH"
 CENTRAL = "<4sHHHHHHIIIHHHHHII"
@@ -163,3 +164,12 @@ def write_file(directory: Path, content: bytes, name: str = "npt_weights.pt") ->
     path = directory / name
     path.write_bytes(content)
     return path
+
+
+def pt_adder(cases: list[Case]) -> Callable[..., None]:
+    """A function that adds to `cases` a case of that name, which `write_pt` writes."""
+
+    def pt(name: str, **how: Any) -> None:
+        cases.append((name, partial(write_pt, **how)))
+
+    return pt
