@@ -9,13 +9,10 @@ busy minute slows both alike.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +20,16 @@ import pytest
 import torch
 
 import npt_fast as npt
-from npt_fast.benchmarks.harness import ROOT, machine_facts, save
+from npt_fast.benchmarks.harness import (
+    ROOT,
+    Timed,
+    machine_facts,
+    report,
+    save,
+    time_in_turn,
+)
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from npt_fast.hf.tokenizer import read
 from npt_fast.tables import markdown_table
 
 CHECKPOINTS = ("layer11/checkpoint-800", "layer13/checkpoint-600")
@@ -64,7 +69,7 @@ def setup() -> Setup:
     model, tokenizer = load_base_model(SMOLLM2)
     for checkpoint in CHECKPOINTS:
         npt.load(model, ROOT / "tests/data/smollm2_135m" / checkpoint)
-    ids = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False).input_ids
+    ids = torch.tensor([read(tokenizer, PROMPT).ids])
     return Setup(model, npt.extract(model, tokenizer, SOURCE), ids)
 
 
@@ -102,42 +107,34 @@ def generation(options: dict[str, Any] | None) -> Callable[[], list[int]]:
 
 
 class Row(NamedTuple):
-    """Seconds of each round, those of the baseline before it, and tokens that each pass read."""
+    """Times of one way, and how many tokens each pass read."""
 
-    seconds: list[float]
-    baseline: list[float]
+    times: Timed
     lengths: list[int]
 
 
 def run_rounds(rounds: int) -> dict[str, Row]:
-    """Run all ways in turn, after a warm-up round."""
-    baseline = generation(None)
+    """Run all ways in turn, each after a generation with no injection."""
     generate = {way: generation(options) for way, options in WAYS.items()}
-    found = {way: Row([], [], []) for way in WAYS}
-    for number in range(rounds + 1):
-        for way, run in generate.items():
-            begun = time.perf_counter()
-            baseline()
-            between = time.perf_counter()
-            found[way].lengths[:] = run()
-            if number:
-                found[way].baseline.append(between - begun)
-                found[way].seconds.append(time.perf_counter() - between)
-        print(f"  round {number} of {rounds}", file=sys.stderr)
-    return found
+    lengths: dict[str, list[int]] = {}
+
+    def noting(way: str) -> None:
+        lengths[way] = generate[way]()
+
+    times = time_in_turn(generation(None), {way: partial(noting, way) for way in WAYS}, rounds)
+    return {way: Row(times[way], lengths[way]) for way in WAYS}
 
 
 def ways_table(found: dict[str, Row]) -> str:
     """The ways as a Markdown table."""
     heads = ("injection", "s", "without, s", "ratio", "min", "max", "passes, tokens")
     body = []
-    for way, (times, baseline, lengths) in found.items():
-        ratios = [own / other for own, other in zip(times, baseline, strict=True)]
+    for way, (times, lengths) in found.items():
         body.append(
             (
-                way, f"{statistics.median(times):.2f}", f"{statistics.median(baseline):.2f}",
-                f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f}", f"{max(ratios):.3f}",
-                passes(lengths),
+                way, f"{statistics.median(times.seconds):.2f}",
+                f"{statistics.median(times.baseline):.2f}",
+                *(f"{ratio:.3f}" for ratio in times.ratios()), passes(lengths),
             )
         )  # fmt: skip
     return markdown_table(heads, body)
@@ -162,7 +159,7 @@ def save_results(found: dict[str, Row], rounds: int) -> Path:
         "right before.\nThe last column counts how often the model ran over how many tokens: "
         "the prompt once, then token by token."
     )
-    rows = {way: row._asdict() for way, row in found.items()}
+    rows = {way: times._asdict() | {"lengths": lengths} for way, (times, lengths) in found.items()}
     text = f"{ways_table(found)}\n\n{note}"
     document = {"machine": facts, "rows": rows}
     return save("inject", "Generating with an injection", facts, text, document)
@@ -176,16 +173,5 @@ def test_generation(benchmark: Any, way: str) -> None:
     benchmark.pedantic(generation(WAYS[way]), rounds=3, warmup_rounds=1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="generations of each way")
-    parser.add_argument("--no-save", action="store_true", help="only print")
-    options = parser.parse_args()
-    found = run_rounds(options.rounds)
-    print(ways_table(found))
-    if not options.no_save:
-        print(f"Saved to {save_results(found, options.rounds)}")
-
-
 if __name__ == "__main__":
-    main()
+    report(__doc__, run_rounds, ways_table, save_results)

@@ -44,7 +44,9 @@ class Report:
 
     def _put(self, part: str, row: Row) -> None:
         rows = self._rows.setdefault(part, {})
-        key = tuple(str(row.get(name, "")) for name in _KEY)
+        key = _key(row)
+        if row["job"] != ALL_OF_IT:  # the part has started
+            rows.pop(_key({"what": ALL_OF_IT}), None)
         if row["status"] in _UNDONE and key in rows and rows[key]["status"] not in _UNDONE:
             return
         rows[key] = row
@@ -149,6 +151,10 @@ class Report:
             "gpu-day", "GPU day", self.runs[0], self.markdown(), self.document(),
             machine="device", directory=directory,
         )  # fmt: skip
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(name, "")) for name in _KEY)
 
 
 def _counts(rows: Sequence[Row]) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import npt_fast
 
@@ -21,6 +25,56 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKOUT = (ROOT / "pyproject.toml").exists()
 RESULTS = ROOT / "benchmarks" / "results" if CHECKOUT else Path("benchmark-results")
 MB = 1_000_000
+
+
+Found = TypeVar("Found")
+
+
+class Timed(NamedTuple):
+    """Seconds of each round, and those of the baseline right before it."""
+
+    seconds: list[float]
+    baseline: list[float]
+
+    def ratios(self) -> tuple[float, float, float]:
+        """Median, minimum and maximum of the rounds' ratios to the baseline."""
+        found = [own / other for own, other in zip(*self, strict=True)]
+        return statistics.median(found), min(found), max(found)
+
+
+def time_in_turn(
+    baseline: Callable[[], object], runs: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, Timed]:
+    """Time functions, each directly after the baseline, in rounds after one that warms up."""
+    found = {name: Timed([], []) for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            begun = time.perf_counter()
+            baseline()
+            between = time.perf_counter()
+            run()
+            if number:
+                found[name].baseline.append(between - begun)
+                found[name].seconds.append(time.perf_counter() - between)
+        print(f"  round {number} of {rounds}", file=sys.stderr)
+    return found
+
+
+def report(
+    description: str | None,
+    measure: Callable[[int], Found],
+    table: Callable[[Found], str],
+    save_results: Callable[[Found, int], Path],
+) -> None:
+    """The command of a benchmark: measure some rounds, print the table and save it."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="rounds, in which each way runs once")
+    parser.add_argument("--no-save", action="store_true", help="only print")
+    options = parser.parse_args()
+    found = measure(options.rounds)
+    print(table(found))
+    if not options.no_save:
+        print(f"Saved to {save_results(found, options.rounds)}")
 
 
 def machine_facts(*packages: str) -> dict[str, str]:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from npt_fast.benchmarks.device import DEVICE, ON_GPU, synchronize
@@ -32,8 +31,9 @@ from npt_fast.functional import modulated_mlp
 from npt_fast.kernels import factored
 from npt_fast.kernels import modulated_mlp as paths
 from npt_fast.kernels._launch import INTERPRETED
+from npt_fast.kernels._plan import Plan
 from npt_fast.kernels.factored import Factors, MLPWeights
-from npt_fast.testing import Problem, make_inputs
+from npt_fast.testing import Operations, Problem, make_inputs
 
 PROBLEM = Problem(tokens=16, hidden=16, intermediate=16, num_ranks=2, rank=8)
 """The smallest problem with whole tiles, which compiles fastest."""
@@ -60,7 +60,8 @@ def calls(dtype: torch.dtype) -> list[Call]:
     """All calls to measure; the unmodulated MLP comes first, for comparison.
 
     Calls named layer run `npt_fast.functional.modulated_mlp` as an NP layer does: with a batch, the
-    path of `choose_path`, and factors in float32 or in the activations' dtype.
+    path of `choose_path`, and factors in the activations' dtype, or in float32 beside the copies of
+    them that the layer keeps.
 
     Args:
         dtype: dtype of activations and MLP weights.
@@ -77,9 +78,11 @@ def calls(dtype: torch.dtype) -> list[Call]:
         )
         return functional.linear(inner, weights.down)
 
-    def layer(factors: Factors, impl: Any = "triton") -> Tensor:
+    kept = Factors._make(m.detach() if isinstance(m, Tensor) else m for m in factors)
+
+    def layer(factors: Factors, **options: Any) -> Tensor:
         batch = x.unsqueeze(0), h.unsqueeze(0)
-        return modulated_mlp(*batch, weights.gate, weights.up, weights.down, factors, impl=impl)
+        return modulated_mlp(*batch, weights.gate, weights.up, weights.down, factors, **options)
 
     def path(name: paths.Path) -> Callable[[], Tensor]:
         return partial(paths.modulated_mlp, x, h, weights, factors, path=name)
@@ -90,11 +93,11 @@ def calls(dtype: torch.dtype) -> list[Call]:
         "gemm": (path("gemm"), [x, h, *factors]),
         "fused": (path("fused"), [x, h, *factors]),
         "factored": (partial(factored.modulated_mlp, x, h, weights, factors), [x, h, *factors]),
-        "reference": (partial(layer, factors, "reference"), [x, h, *factors]),
-        "layer, factors float32": (partial(layer, wide), [x, h, *wide]),
+        "reference": (partial(layer, factors, impl="reference"), [x, h, *factors]),
+        "layer, factors float32": (partial(layer, wide, impl="triton", copies=kept), [x, h, *wide]),
     }
     if dtype != torch.float32:
-        both[f"layer, factors {name}"] = partial(layer, factors), [x, h, *factors]
+        both[f"layer, factors {name}"] = partial(layer, factors, impl="triton"), [x, h, *factors]
 
     def step(forward: Callable[[], Tensor], inputs: Sequence[Any]) -> Callable[[], object]:
         trained = [tensor for tensor in inputs if isinstance(tensor, Tensor)]
@@ -159,7 +162,7 @@ class _Measured:
         self.torch_alone: list[float] = []
         with torch.set_grad_enabled(call.gradients):
             call.run()  # compiles
-            with launched() as self.kernels, _Operations() as operations:
+            with launched() as self.kernels, Operations() as operations:
                 call.run()
             # autograd would count as one call and hide the calls inside it
             with patch.object(torch.autograd, "has_torch_function", lambda _: False):
@@ -172,7 +175,11 @@ class _Measured:
         with torch.set_grad_enabled(self.call.gradients):
             self.whole.append(_seconds(self.call.run, number))
             if self.kernels:
-                with patch.object(JITFunction, "run", lambda *_, **__: None):
+                nothing = _return_at_once
+                with (
+                    patch.object(JITFunction, "run", nothing),
+                    patch.object(Plan, "launch", nothing),
+                ):
                     self.without_launches.append(_seconds(self.call.run, number))
         with torch.no_grad():  # as inside our forward and backward
             self.torch_alone.append(_seconds(self._again, number))
@@ -202,32 +209,26 @@ class _Measured:
         }
 
 
+def _return_at_once(*_: Any, **__: Any) -> None:
+    """Stands in for a launch."""
+
+
 @contextmanager
 def launched() -> Iterator[list[str]]:
     """Names of the launched kernels, in order."""
     names: list[str] = []
-    run = JITFunction.run
+    run, repeat = JITFunction.run, Plan.launch
 
     def noting(kernel: Any, *arguments: Any, **options: Any) -> Any:
         names.append(kernel.fn.__name__)
         return run(kernel, *arguments, **options)
 
-    with patch.object(JITFunction, "run", noting):
+    def noting_all(plan: Plan, *arguments: Any) -> None:
+        names.extend(step.name for step in plan.steps)
+        repeat(plan, *arguments)
+
+    with patch.object(JITFunction, "run", noting), patch.object(Plan, "launch", noting_all):
         yield names
-
-
-class _Operations(TorchDispatchMode):
-    """Counts torch's operations below autograd."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 class _CallsOfTorch(TorchFunctionMode):

@@ -20,6 +20,7 @@ from triton.runtime.driver import driver as drivers
 
 from npt_fast.kernels import _launch, modulated_mlp
 from npt_fast.kernels._launch import Target
+from npt_fast.kernels._plan import forget_plans
 
 
 class Launched(NamedTuple):
@@ -101,7 +102,8 @@ class StubDriver:
             self.launches.append(Launched(source.fn.__name__, grid, self.device, source, values))
 
     def forget_kernels(self) -> None:
-        """Remove kernels compiled for the stub from Triton's caches in memory."""
+        """Remove kernels compiled for the stub from Triton's caches in memory, and our plans."""
+        forget_plans()
         for kernel, device in self._kernels:
             kernel.device_caches.pop(device, None)
 

@@ -67,6 +67,12 @@ REAL = Shapes(
             ("llama-3.2-1b", 8192, 8, 512),
             ("llama-3.1-8b", 8192, 8, 64),
             ("llama-3.2-1b", 2048, 128, 16),
+            (
+                "llama-3.1-8b",
+                8192,
+                1,
+                256,
+            ),  # the defaults' R, where `fused` is chosen on some cards
         )
     ),
     dict(

@@ -18,8 +18,8 @@ from npt_fast.tables import markdown_table
 
 app = App(name="kernels", help="Compile the kernels and count their work, without a GPU.")
 
-ARCHS = "sm_80,sm_90,sm_100,sm_120,gfx942"
-KNOWN = {*ARCHS.split(","), "sm_86", "sm_89", "sm_103", "sm_121", "gfx950"}
+ARCHS = "sm_75,sm_80,sm_89,sm_90,sm_100,sm_120,gfx942"
+KNOWN = {*ARCHS.split(","), "sm_86", "sm_103", "sm_121", "gfx950"}
 
 Size = Annotated[int | None, Parameter(validator=Number(gte=1))]
 
@@ -45,6 +45,7 @@ def compile_kernels(
     *,
     arch: Annotated[str, Parameter(validator=_known_archs)] = ARCHS,
     jobs: Size = None,
+    max_spill: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
     json: bool = False,
 ) -> int:
     """Compile every kernel for named GPUs, without having one, and show the machine code's figures.
@@ -60,6 +61,9 @@ def compile_kernels(
         GPU architectures, separated by commas.
     jobs
         Number of processes; defaults to the number of cores.
+    max_spill
+        Bytes per thread that a kernel may spill. Tiles are chosen for the newest Triton, where none
+        does.
     json
         Print everything as JSON.
     """
@@ -74,7 +78,7 @@ def compile_kernels(
     console = Console(stderr=True)
     found = list(
         track(
-            aot.compile_all(names, jobs=jobs or os.cpu_count() or 1),
+            aot.compile_all(names, jobs=jobs or os.cpu_count() or 1, max_spill=max_spill),
             "Compiling",
             total=sum(map(aot.case_count, names)),
             console=console,

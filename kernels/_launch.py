@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -79,8 +80,22 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
+class Launched(NamedTuple):
+    """An observed launch: name of the kernel, what Triton compiled, grid, and all arguments."""
+
+    name: str
+    compiled: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+
+class _Observed(threading.local):
+    launches: list[Launched] | None = None
+
+
 _record: list[Launch] | None = None
 _target: Target | None = None
+_observed = _Observed()
 
 
 @contextmanager
@@ -93,6 +108,23 @@ def recorded_launches(target: Target) -> Iterator[list[Launch]]:
         yield _record
     finally:
         _record, _target = before
+
+
+def is_recording() -> bool:
+    """Whether launches are recorded instead of run."""
+    return _record is not None
+
+
+@contextmanager
+def observed_launches() -> Iterator[list[Launched]]:
+    """Note the launches of this thread while they run."""
+    before = _observed.launches
+    launches: list[Launched] = []
+    _observed.launches = launches
+    try:
+        yield launches
+    finally:
+        _observed.launches = before
 
 
 def launch(
@@ -125,7 +157,11 @@ def launch(
     device = arguments[0].device
     # Triton launches on the current device, whatever the tensors are on (design.md#triton-bugs)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **constants, **options)
+        compiled = kernel[grid](*arguments, **constants, **options)
+    if _observed.launches is not None:
+        values = *arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])
+        x, y, z = (*grid, 1, 1)[:3]
+        _observed.launches.append(Launched(kernel.__name__, compiled, (x, y, z), values))
 
 
 def target_of(tensor: Tensor) -> Target:
@@ -146,15 +182,22 @@ def _device_target(device: torch.device) -> Target:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of `tl.dot` for a dtype: TF32 for float32 if torch allows TF32."""
+    if dtype != torch.float32:
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     # exists since torch 2.9; once it was set, reading allow_tf32 raises
     told = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
-    return "tf32" if dtype == torch.float32 and told == "tf32" else "ieee"
+    return "tf32" if told == "tf32" else "ieee"
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:
     """The tensor with a contiguous last dimension; copied only if it has none."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def contiguous_bias(bias: Tensor | None) -> Tensor | None:
+    """A bias without gaps, since kernels read neighbours; a strided one is copied."""
+    return None if bias is None else contiguous_rows(bias)
 
 
 def cdiv(a: int, b: int) -> int:

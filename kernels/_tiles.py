@@ -23,7 +23,7 @@ def accumulate(
     acc, a_ptr, b_ptr, offs_m, offs_n, mask_m, mask_n, begin, end,
     stride_am, stride_ak, stride_bk, stride_bn, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc + A[:, begin:end] @ B[begin:end]`` for one tile.
+    """``acc + A[:, begin:end] @ B[begin:end]`` for one tile; int8 B is converted in registers.
 
     Offsets are int64: a row number times a stride exceeds 2^31 in large tensors.
     """
@@ -37,7 +37,7 @@ def accumulate(
         # 0 adds nothing; what lies behind a row may be NaN, which times 0 would be NaN
         a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = dot(a, b, acc, PRECISION)
+        acc = dot(a, b.to(a.dtype), acc, PRECISION)
         a_ptrs += step * stride_ak
         b_ptrs += step * stride_bk
     return acc

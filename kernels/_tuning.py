@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
@@ -24,7 +24,7 @@ from npt_fast.kernels._launch import Target, Tiles, target_of
 TileRule = Callable[[Target, torch.dtype, int], list[Tiles]]
 
 NARROW = Tiles(32, 32, 32, 4, 2)
-"""For rows that are not 16-byte aligned: each element needs an address in registers."""
+"""For rows that are not aligned: each element needs an address in registers."""
 # each is compiled by `aot`, for every target and dtype
 MAX_CANDIDATES = 2
 """Most tiles that a rule may offer."""
@@ -77,13 +77,26 @@ def disable_autotuning() -> None:
     _cache = None
 
 
-def rows_are_aligned(sizes: Sequence[int]) -> bool:
-    """Whether rows of these lengths can be read 16 bytes, or 8 elements, at a time."""
-    return all(size % 8 == 0 for size in sizes)
+def rows_are_aligned(operands: Iterable[Tensor | None], sizes: Iterable[int]) -> bool:
+    """Whether Triton finds out that rows can be read 16 bytes at a time.
+
+    It is compiled for pointers that are multiples of 16, in bytes, and for numbers that are, in
+    elements of any dtype. It takes all others, multiples of 8 among them, for odd ones.
+    """
+    return all(size % 16 == 0 for size in sizes) and all(
+        tensor.data_ptr() % 16 == 0 and all(n == 1 or n % 16 == 0 for n in tensor.stride())
+        for tensor in operands
+        if tensor is not None
+    )
 
 
 def choose_tiles(
-    kernel: str, rule: TileRule, run: Callable[[Tiles], None], output: Tensor, sizes: Sequence[int]
+    kernel: str,
+    rule: TileRule,
+    run: Callable[[Tiles], None],
+    output: Tensor,
+    operands: Iterable[Tensor | None],
+    sizes: Sequence[int],
 ) -> Tiles:
     """Tiles for one launch.
 
@@ -92,12 +105,15 @@ def choose_tiles(
         rule: function of target, dtype and tokens that returns candidates, the default first.
         run: launches the kernel; called only if measuring is on and these sizes are new.
         output: tensor ``(T, ...)`` on the kernel's device, of its dtype.
+        operands: tensors that the kernel reads blocks of.
         sizes: all sizes besides T.
     """
     if _forced is not None:
         return _forced
+    if not rows_are_aligned(operands, sizes):
+        return NARROW
     tokens, target = output.shape[0], target_of(output)
-    candidates = rule(target, output.dtype, tokens) if rows_are_aligned(sizes) else [NARROW]
+    candidates = rule(target, output.dtype, tokens)
     # an empty grid launches nothing: nothing to time
     if _cache is None or not tokens:
         return candidates[min(_candidate, len(candidates) - 1)]

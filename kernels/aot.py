@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,16 +31,18 @@ from triton.compiler import ASTSource
 from npt_fast.kernels import _tuning
 from npt_fast.kernels._launch import Launch, Target, recorded_launches
 from npt_fast.kernels.factored import Factors, MLPWeights
+from npt_fast.kernels.int8 import Int8Matrix
 from npt_fast.kernels.modulated_mlp import Path as KernelPath
-from npt_fast.kernels.modulated_mlp import modulated_mlp
+from npt_fast.kernels.modulated_mlp import modulated_mlp, multiplies
 
 COMPILER = f"Triton {triton.__version__}"
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+TARGETS = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.int8: "*i8",
 }
 # by generation: mma of sm_80 and sm_120, wgmma of sm_90, tcgen05 of sm_100
 _MATRIX = {"cuda": r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", "hip": r"\bv_mfma_\w+"}
@@ -96,6 +98,7 @@ class _Call(NamedTuple):
     gradients: bool = False
     projections: int = 3
     bias: bool = False
+    int8: bool = False
 
 
 _ODD = (5, 431, 1155, 3)
@@ -111,6 +114,8 @@ _CALLS = [
             _Call("fused", 8192, 128, dtype=dtype, tf32=tf32, gradients=True),
             _Call("decode", 1, 512, dtype=dtype, tf32=tf32),
             _Call("decode", 64, 512, dtype=dtype, tf32=tf32),
+            _Call("decode", 1, 512, dtype=dtype, tf32=tf32, int8=True),
+            _Call("decode", 64, 512, dtype=dtype, tf32=tf32, int8=True),
         )
     ),
     _Call("fused", 8192, 16),
@@ -122,6 +127,7 @@ _CALLS = [
     _Call("fused", 8191, *_ODD, gradients=True),
     _Call("fused", 8191, *_ODD, projections=1),
     _Call("decode", 3, *_ODD),
+    _Call("decode", 3, *_ODD, int8=True),
     _Call("decode", 3, *_ODD, projections=1, bias=True),
 ]  # fmt: skip
 
@@ -135,10 +141,12 @@ class Case(NamedTuple):
 
 @cache
 def cases(target: Target) -> list[Case]:
-    """Every distinct launch that `_CALLS` make on a target."""
+    """Every distinct launch that those of `_CALLS` make that a target can be asked for."""
     found: dict[Any, Case] = {}
     labels: Counter[str] = Counter()
     for call in _CALLS:
+        if call.path != "gemm" and not multiplies(target):
+            continue
         for candidate in range(_tuning.MAX_CANDIDATES):
             # a rule with one tile only gives it again, which `found` drops
             with recorded_launches(target) as launches, _tuning.nth_candidate(candidate):
@@ -189,12 +197,26 @@ def _run_call(call: _Call) -> None:
         tensor(r, d) if c == 3 else None,
         call.num_ranks,
     )
+    if call.int8:
+        factors = Factors._make([*map(_int8, Factors._fields, factors[:-1]), call.num_ranks])
     x = tensor(call.tokens, d, requires_grad=True)
     h = tensor(call.tokens, d, requires_grad=True)
     with _tf32(call.tf32):
         y = modulated_mlp(x, h, weights, factors, path=call.path)
         if call.gradients:
             y.backward(tensor(call.tokens, d))
+
+
+def _int8(name: str, like: Tensor | None) -> Any:
+    """A factor of int8 numbers in the layout of `quantize`, without data."""
+    if like is None:
+        return None
+    rows, columns = like.shape
+    if name.startswith("w_a"):
+        values = torch.empty(rows, columns, dtype=torch.int8, device="meta")
+        return Int8Matrix(values, torch.empty(rows, 1, device="meta"))
+    values = torch.empty(columns, rows, dtype=torch.int8, device="meta").t()
+    return Int8Matrix(values, torch.empty(1, columns, device="meta"))
 
 
 def _kernel_name(launch: Launch) -> str:
@@ -214,7 +236,7 @@ def _case_label(launch: Launch, call: _Call) -> str:
     parts.append(f"w{launch.options['num_warps']}")
     if launch.options["num_stages"] > 1:
         parts.append(f"s{launch.options['num_stages']}")
-    parts.append(f"{call.path} D{call.hidden} r{call.rank}")
+    parts.append(f"{call.path}{' int8' * call.int8} D{call.hidden} r{call.rank}")
     given = [name for name, value in values.items() if value is None]
     if given:
         parts.append("without " + ",".join(name.removesuffix("_ptr") for name in given))
@@ -232,8 +254,9 @@ def _signature_of(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[
     for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name
         value = launch.arguments[name]
-        # Triton makes constants of None and of the integer 1 as well
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        # Triton makes constants of None as well, and of the integer 1 unless told not to
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name], attributes[(index,)] = _TYPES[value.dtype], rows_are_aligned
@@ -241,38 +264,40 @@ def _signature_of(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[
             # Triton's rule: an integer that fits is int32, so that offsets need int64 by our own
             # doing
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(index,)] = rows_are_aligned
     return signature, constants, attributes
 
 
-def compile_all(names: Sequence[str], *, jobs: int) -> Iterator[Compiled]:
+def compile_all(names: Sequence[str], *, jobs: int, max_spill: int = 0) -> Iterator[Compiled]:
     """Compile all cases for the named targets in separate processes; yield results in order.
 
     Args:
         names: names of targets, such as ``sm_90``.
         jobs: number of processes.
+        max_spill: spilled bytes per thread that are no problem.
 
     Raises:
         ValueError: a name is not that of a target.
     """
     work = [(name, index) for name in names for index in range(case_count(name))]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(compile_case, *zip(*work, strict=True))
+        case = partial(compile_case, max_spill=max_spill)
+        yield from pool.map(case, *zip(*work, strict=True))
 
 
-def compile_case(name: str, index: int) -> Compiled:
-    """Compile case `index` of a target."""
+def compile_case(name: str, index: int, *, max_spill: int = 0) -> Compiled:
+    """Compile case `index` of a target, which may spill `max_spill` bytes per thread."""
     target = Target.parse(name)
     launch, config = cases(target)[index]
     try:
-        return _compiled(target, launch, config)
+        return _compiled(target, launch, config, max_spill)
     except Exception as error:  # of Triton or a tool; the other cases still count
         reason = f"does not compile: {' '.join(str(error).split())[:200]}"
         return Compiled(_kernel_name(launch), config, name, 0, 0, 0, 0, 0, "", "", (reason,))
 
 
-def _compiled(target: Target, launch: Launch, config: str) -> Compiled:
+def _compiled(target: Target, launch: Launch, config: str, max_spill: int) -> Compiled:
     wave = 64 if target.backend == "hip" else 32
     compiled = triton.compile(
         ASTSource(launch.kernel, *_signature_of(launch)),
@@ -284,7 +309,7 @@ def _compiled(target: Target, launch: Launch, config: str) -> Compiled:
     shared = int(compiled.metadata.shared)
     matrix = Counter(re.findall(_MATRIX[target.backend], code))
     problems = []
-    if spill_bytes:
+    if spill_bytes > max_spill:
         problems.append(f"{spill_bytes} bytes are spilled")
     if shared > target.shared_bytes:
         problems.append(f"{shared} bytes of shared memory, {target.shared_bytes} at most")
@@ -314,7 +339,8 @@ def _read_cuda(compiled: Any) -> tuple[int, int, str]:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
         usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file)
-        code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", file)
+        # the analysis of the data flow takes as long as the rest, and changes nothing here
+        code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file)
     found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
     # ptxas spills to the stack frame, which is empty in every kernel of ours that does not spill
     return found["REG"], found["STACK"] + found.get("LOCAL", 0), code

@@ -41,35 +41,8 @@ def _components(
 @triton.jit
 def _coefficients_fwd_kernel(
     u_ptr, p_ptr, s_ptr, z_ptr, T, num_ranks,
-    stride_uc, stride_ut, stride_pc, stride_pt, stride_ps,
-    stride_sc, stride_st, stride_zc, stride_zt,
-    RANK: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    offs_t, offs_c, columns, whole, mask = _components(
-        T, num_ranks, RANK, BLOCK_T, BLOCK_C, BLOCK_R
-    )
-    pid_c = tl.program_id(2).to(tl.int64)
-    token = offs_t[:, None, None]
-    u_at = u_ptr + pid_c * stride_uc + token * stride_ut + columns
-    u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
-    p_at = p_ptr + pid_c * stride_pc + token * stride_pt + columns
-    p = tl.load(p_at, mask=mask, other=0.0).to(tl.float32)
-    for _ in range(1, SPLITS):  # partial sums, in their order
-        p_at += tl.full((), 1, tl.int64) * stride_ps
-        p += tl.load(p_at, mask=mask, other=0.0).to(tl.float32)
-    s = tl.sum(u * p, 2)
-    s_at = s_ptr + pid_c * stride_sc + offs_t[:, None] * stride_st + offs_c[None, :]
-    tl.store(s_at, s, mask=whole)
-    z_at = z_ptr + pid_c * stride_zc + token * stride_zt + columns
-    tl.store(z_at, (s[:, :, None] * u).to(z_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _coefficients_bwd_kernel(
-    dz_ptr, u_ptr, p_ptr, s_ptr, du_ptr, dp_ptr, z_ptr, T, num_ranks,
-    stride_dzc, stride_dzt, stride_uc, stride_ut, stride_pc, stride_pt, stride_sc, stride_st,
-    stride_duc, stride_dut, stride_dpc, stride_dpt, stride_zc, stride_zt,
+    stride_uc, stride_ut, stride_ur, stride_pc, stride_pt, stride_pr,
+    stride_sc, stride_st, stride_sk, stride_zc, stride_zt, stride_zr,
     RANK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -78,16 +51,41 @@ def _coefficients_bwd_kernel(
     )
     pid_c = tl.program_id(2).to(tl.int64)
     token = offs_t[:, None, None]
-    dz_at = dz_ptr + pid_c * stride_dzc + token * stride_dzt + columns
-    dz = tl.load(dz_at, mask=mask, other=0.0).to(tl.float32)
-    u_at = u_ptr + pid_c * stride_uc + token * stride_ut + columns
+    u_at = u_ptr + pid_c * stride_uc + token * stride_ut + columns * stride_ur
     u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
-    p_at = p_ptr + pid_c * stride_pc + token * stride_pt + columns
+    p_at = p_ptr + pid_c * stride_pc + token * stride_pt + columns * stride_pr
     p = tl.load(p_at, mask=mask, other=0.0).to(tl.float32)
-    s_at = s_ptr + pid_c * stride_sc + offs_t[:, None] * stride_st + offs_c[None, :]
+    s = tl.sum(u * p, 2)
+    s_at = s_ptr + pid_c * stride_sc + offs_t[:, None] * stride_st + offs_c[None, :] * stride_sk
+    tl.store(s_at, s, mask=whole)
+    z_at = z_ptr + pid_c * stride_zc + token * stride_zt + columns * stride_zr
+    tl.store(z_at, (s[:, :, None] * u).to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _coefficients_bwd_kernel(
+    dz_ptr, u_ptr, p_ptr, s_ptr, du_ptr, dp_ptr, z_ptr, T, num_ranks,
+    stride_dzc, stride_dzt, stride_dzr, stride_uc, stride_ut, stride_ur,
+    stride_pc, stride_pt, stride_pr, stride_sc, stride_st, stride_sk,
+    stride_duc, stride_dut, stride_dur, stride_dpc, stride_dpt, stride_zc, stride_zt,
+    RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    offs_t, offs_c, columns, whole, mask = _components(
+        T, num_ranks, RANK, BLOCK_T, BLOCK_C, BLOCK_R
+    )
+    pid_c = tl.program_id(2).to(tl.int64)
+    token = offs_t[:, None, None]
+    dz_at = dz_ptr + pid_c * stride_dzc + token * stride_dzt + columns * stride_dzr
+    dz = tl.load(dz_at, mask=mask, other=0.0).to(tl.float32)
+    u_at = u_ptr + pid_c * stride_uc + token * stride_ut + columns * stride_ur
+    u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
+    p_at = p_ptr + pid_c * stride_pc + token * stride_pt + columns * stride_pr
+    p = tl.load(p_at, mask=mask, other=0.0).to(tl.float32)
+    s_at = s_ptr + pid_c * stride_sc + offs_t[:, None] * stride_st + offs_c[None, :] * stride_sk
     s = tl.load(s_at, mask=whole, other=0.0)[:, :, None]
     ds = tl.sum(dz * u, 2)[:, :, None]
-    du_at = du_ptr + pid_c * stride_duc + token * stride_dut + columns
+    du_at = du_ptr + pid_c * stride_duc + token * stride_dut + columns * stride_dur
     tl.store(du_at, (s * dz + ds * p).to(du_ptr.dtype.element_ty), mask=mask)
     dp_at = dp_ptr + pid_c * stride_dpc + token * stride_dpt + columns
     tl.store(dp_at, (ds * u).to(dp_ptr.dtype.element_ty), mask=mask)
@@ -95,11 +93,11 @@ def _coefficients_bwd_kernel(
     tl.store(z_at, (s * u).to(z_ptr.dtype.element_ty), mask=mask)
 
 
-def _block_sizes(rank: int, num_ranks: int, size: int = 2048) -> dict[str, int]:
-    """Blocks of about `size` elements, at most 16 per thread, so that 4 operands do not spill."""
+def _block_sizes(rank: int, num_ranks: int) -> dict[str, int]:
+    """Blocks of about 2048 elements, at most 16 per thread, so that 4 operands do not spill."""
     block_r = triton.next_power_of_2(rank)
     block_c = min(triton.next_power_of_2(num_ranks), max(1, 64 // block_r))
-    block_t = min(32, max(1, size // (block_r * block_c)))
+    block_t = min(32, max(1, 2048 // (block_r * block_c)))
     # 512 elements for each warp of 32 threads
     warps = min(16, max(4, block_t * block_c * block_r // 512))
     return {"BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_R": block_r, "warps": warps}
@@ -114,18 +112,16 @@ def coefficients_fwd_into(u: Tensor, p: Tensor, s: Tensor, z: Tensor) -> None:
 
     Args:
         u: bottlenecks, ``(c, T, R)``.
-        p: probes, ``(c, T, R)``, or their partial sums, ``(splits, c, T, R)``, added in order.
+        p: probes, ``(c, T, R)``.
         s: output, ``(c, T, k)``, float32.
         z: output, ``(c, T, R)``.
     """
     k = s.shape[2]
-    splits, stride_ps = (p.shape[0], p.stride(0)) if p.ndim == 4 else (1, 0)
-    # loads of all partial sums are in flight together and need registers: half the block
-    blocks = _block_sizes(u.shape[2] // k, k, 2048 if splits == 1 else 1024)
+    blocks = _block_sizes(u.shape[2] // k, k)
     launch(
         _coefficients_fwd_kernel, _grid(u, k, blocks), u, p, s, z, u.shape[1], k,
-        *u.stride()[:2], *p.stride()[-3:-1], stride_ps, *s.stride()[:2], *z.stride()[:2],
-        RANK=u.shape[2] // k, SPLITS=splits, **blocks,
+        *u.stride(), *p.stride(), *s.stride(), *z.stride(),
+        RANK=u.shape[2] // k, **blocks,
     )  # fmt: skip
 
 
@@ -143,7 +139,7 @@ def coefficients_fwd(u: Tensor, p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Coefficients and scaled bottlenecks.
 
     Args:
-        u: bottlenecks, ``(c, T, R)``; the last dimension of every tensor here is contiguous.
+        u: bottlenecks, ``(c, T, R)``; tensors may have any strides.
         p: probes, ``(c, T, R)``.
         k: number of components.
 
@@ -187,7 +183,7 @@ def coefficients_bwd(
     blocks = _block_sizes(width // k, k)
     launch(
         _coefficients_bwd_kernel, _grid(u, k, blocks), dz, u, p, s, du, dp, z, u.shape[1], k,
-        *dz.stride()[:2], *u.stride()[:2], *p.stride()[:2], *s.stride()[:2], *du.stride()[:2],
+        *dz.stride(), *u.stride(), *p.stride(), *s.stride(), *du.stride(),
         # dp's strides as (c, T, R): projections lie `width` columns apart
         width, dp.stride(0), *z.stride()[:2], RANK=width // k, **blocks,
     )  # fmt: skip

@@ -34,19 +34,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# torch.nn.functional has no backward functions
-aten = torch.ops.aten
-
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": (functional.silu, aten.silu_backward),
-    "gelu": (functional.gelu, aten.gelu_backward),
-    "gelu_pytorch_tanh": (
-        lambda x: functional.gelu(x, approximate="tanh"),
-        lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
-    ),
-    "relu": (functional.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
-}
-"""Name -> the activation, and its backward as a function of ``(gradient, input)``."""
+from npt_fast.kernels.activations import ACTIVATIONS as ACTIVATIONS
+from npt_fast.kernels.activations import gated_activation, gated_activation_backward
+from npt_fast.kernels.products import add_product
+from npt_fast.kernels.weight_gradients import WeightGradient
 
 
 class Factors(NamedTuple):
@@ -132,6 +123,8 @@ def modulated_mlp(
     activation: str = "silu",
     save_probe: bool = True,
     steps: Steps | None = None,
+    parameters: Factors | None = None,
+    bottleneck: list[Tensor] | None = None,
 ) -> Tensor:
     """The modulated MLP of tensors that share one dtype and device.
 
@@ -143,55 +136,96 @@ def modulated_mlp(
         activation: a name of `ACTIVATIONS`.
         save_probe: whether to save the probes for backward instead of recomputing them.
         steps: how to compute the parts; None means plain torch.
+        parameters: what `factors` are detached copies of, in another dtype: these get the
+            gradients, in their own dtype. None if `factors` are the parameters.
+        bottleneck: list that gets u, ``(T, c R)``, if there are gradients.
 
     Returns:
         ``(T, D)``.
     """
     steps = TORCH_STEPS if steps is None else steps
-    tensors = (x, h, *weights, *factors[:-1])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        result: Tensor = ModulatedMLPFunction.apply(
-            *tensors, factors.num_ranks, activation, save_probe, steps
+    if needs_gradients(x, h, weights, factors, parameters):
+        trained = factors if parameters is None else parameters
+        copies = (None,) * 6 if parameters is None else factors[:-1]
+        y, u = ModulatedMLPFunction.apply(
+            x, h, *weights, *trained[:-1], *copies, factors.num_ranks, activation, save_probe, steps
         )
+        if bottleneck is not None:
+            bottleneck.append(u)
+        result: Tensor = y
         return result
-    with _without_autocast(x):
+    with without_autocast(x):
         # not through apply(), whose forward would return what backward needs
         return _forward(x, h, weights, factors, activation, steps, save=False)[0]
 
 
+def needs_gradients(
+    x: Tensor, h: Tensor, weights: MLPWeights, factors: Factors, parameters: Factors | None
+) -> bool:
+    """Whether a call of `modulated_mlp` has a backward."""
+    tensors = (x, h, *weights, *(parameters or factors)[:-1])
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 class ModulatedMLPFunction(torch.autograd.Function):
-    """Saves and restores tensors around `_forward` and `_backward`, which hold the algebra."""
+    """Saves and restores tensors around `_forward` and `_backward`, which hold the algebra.
+
+    Its tensors are x, h, the base model's weights, the factors that get gradients, and copies of
+    these that are computed with: six of each, None where there is none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, h: Tensor, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, h: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, num_ranks, activation, save_probe, steps = arguments
-        weights, factors = MLPWeights._make(tensors[:6]), Factors._make([*tensors[6:], num_ranks])
-        with _without_autocast(x):
+        weights, trained, copies = tensors[:6], tensors[6:12], tensors[12:]
+        copied = copies[0] is not None
+        used = copies if copied else trained
+        with without_autocast(x):
             y, saved = _forward(
-                x, h, weights, factors, activation, steps, save=True, save_probe=save_probe
-            )
+                x, h, MLPWeights._make(weights), Factors._make([*used, num_ranks]), activation,
+                steps, save=True, save_probe=save_probe,
+            )  # fmt: skip
         assert saved is not None
-        ctx.save_for_backward(x, h, *tensors, *saved)
+        ctx.save_for_backward(x, h, *weights, *used, *saved)
         ctx.num_ranks, ctx.activation, ctx.steps = num_ranks, activation, steps
-        return y
+        ctx.gradients = [WeightGradient.to(t, copied=copied) for t in trained]
+        ctx.set_materialize_grads(False)  # few calls use u
+        return y, saved.u
 
     @staticmethod
-    # the steps record no graph, so a second derivative would be wrong: this makes it an error
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, *rest = ctx.saved_tensors
-        weights, saved = MLPWeights._make(rest[:6]), _Saved._make(rest[12:])
-        factors = Factors._make([*rest[6:12], ctx.num_ranks])
-        with _without_autocast(x):
-            gradients = _backward(
-                grad, x, h, weights, factors, saved, ctx.activation, ctx.steps,
-                ctx.needs_input_grad,
-            )  # fmt: skip
-        # num_ranks, activation, save_probe and steps have none
-        return (*gradients, None, None, None, None)
+    def backward(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
+        # with create_graph `once_differentiable` marks what is returned, so all of it must be
+        may_add = not torch.is_grad_enabled()
+        gradients: tuple[Tensor | None, ...] = _backward_once(ctx, dy, du, may_add)
+        return gradients
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+# the steps record no graph, so a second derivative would be wrong: this makes it an error
+@once_differentiable
+def _backward_once(
+    ctx: Any, dy: Tensor | None, du: Tensor | None, may_add: bool
+) -> tuple[Tensor | None, ...]:
+    x, h, *rest = ctx.saved_tensors
+    dy = torch.zeros_like(h) if dy is None else dy
+    weights, saved = MLPWeights._make(rest[:6]), _Saved._make(rest[12:])
+    factors = Factors._make([*rest[6:12], ctx.num_ranks])
+    wants = dict(zip(("x", "h", *MLPWeights._fields), ctx.needs_input_grad, strict=False))
+    of = {
+        name: gradient if may_add else gradient.alone()
+        for name, gradient, wanted in zip(
+            Factors._fields, ctx.gradients, ctx.needs_input_grad[8:], strict=False
+        )
+        if wanted
+    }
+    with without_autocast(x):
+        grads = _backward(
+            dy, du, x, h, weights, factors, saved, ctx.activation, ctx.steps, wants, of
+        )
+    # copies, num_ranks, activation, save_probe and steps have none
+    return (*grads, *[None] * 10)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Switch autocast off: the caller has chosen the dtype. Meta tensors have no autocast."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
@@ -256,6 +290,7 @@ def _stacked_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor
 
 def _backward(
     dy: Tensor,
+    du_more: Tensor | None,
     x: Tensor,
     h: Tensor,
     weights: MLPWeights,
@@ -263,9 +298,13 @@ def _backward(
     saved: _Saved,
     activation: str,
     steps: Steps,
-    needed: tuple[bool, ...],
+    wants: dict[str, bool],
+    of: dict[str, WeightGradient],
 ) -> list[Tensor | None]:
-    """Gradients of x, h and the tensors of both tuples, in order; None where not needed."""
+    """Gradients of x, h, the weights and the factors, in order; None where there is none.
+
+    `wants` says which of x, h and the weights need one, and `of` has the factors that do.
+    """
     rank = factors.w_b_gate.shape[0]
     inputs = factors.w_a_in.shape[0] // rank
     u = _by_projection(saved.u, rank)
@@ -273,9 +312,7 @@ def _backward(
     # dW_down of all projections
     du_all = torch.empty_like(saved.u)
     du = _by_projection(du_all, rank)
-    # not strict: `needed` goes on with activation, save_probe and steps
-    wants = dict(zip(("x", "h", *MLPWeights._fields, *Factors._fields), needed, strict=False))
-    grads: dict[str, Tensor] = {}
+    grads: dict[str, Tensor | None] = {}
 
     dp_mid = None
     left, right = [dy], [weights.down]
@@ -288,14 +325,14 @@ def _backward(
         dz = _stacked_products([dy], [factors.w_b_down.t()])
         p_parts = _by_projection(p_mid, rank)
         dp_mid, z = steps.coefficients_backward(dz, u[inputs:], p_parts, saved.s_mid, du[inputs:])
-        if wants["w_b_down"]:
-            grads["w_b_down"] = z[0].t() @ dy
+        if "w_b_down" in of:
+            grads["w_b_down"] = of["w_b_down"].of(z[0], dy)
         left.append(dp_mid)
         right.append(factors.w_a_mid)
     d_inner = steps.sum_of_products(left, right, None)
     d_gate, d_up, inner = steps.gated_activation_backward(d_inner, saved.gate, saved.up, activation)
-    if dp_mid is not None and wants["w_a_mid"]:
-        grads["w_a_mid"] = dp_mid.t() @ inner
+    if dp_mid is not None and "w_a_mid" in of:
+        grads["w_a_mid"] = of["w_a_mid"].of(dp_mid, inner)
     if wants["down"]:
         grads["down"] = dy.t() @ inner
     if wants["down_bias"]:
@@ -315,16 +352,18 @@ def _backward(
         dz, u[:inputs], _by_projection(p_in, rank), saved.s_in, du[:inputs]
     )
     for index, name in enumerate(("w_b_gate", "w_b_up")[:inputs]):
-        if wants[name]:
-            grads[name] = z[index].t() @ d_outs[index]
-    if wants["w_a_in"]:
-        grads["w_a_in"] = dp_in.t() @ h
+        if name in of:
+            grads[name] = of[name].of(z[index], d_outs[index])
+    if "w_a_in" in of:
+        grads["w_a_in"] = of["w_a_in"].of(dp_in, h)
     if wants["h"]:
         grads["h"] = steps.sum_of_products(
             (d_gate, d_up, dp_in), (weights.gate, weights.up, factors.w_a_in), None
         )
-    if wants["w_down"]:
-        grads["w_down"] = x.t() @ du_all
+    if du_more is not None:  # of other uses of u
+        du_all += du_more
+    if "w_down" in of:
+        grads["w_down"] = of["w_down"].of(x, du_all)
     if wants["x"]:
         grads["x"] = du_all @ factors.w_down.t()
     names = ("x", "h", *MLPWeights._fields, *Factors._fields[:-1])
@@ -367,18 +406,19 @@ def gate_up_before_activation(
     h: Tensor, weights: MLPWeights, z: Tensor, factors: Factors
 ) -> tuple[Tensor, Tensor]:
     """Modulated gate and up before the activation, ``(T, F)`` each, by torch's GEMMs."""
-    gate = _add_product(
-        functional.linear(h, weights.gate, weights.gate_bias), z[0], factors.w_b_gate
-    )
+    gate = functional.linear(h, weights.gate, weights.gate_bias)
+    add_product(gate, z[0], factors.w_b_gate)
     up = functional.linear(h, weights.up, weights.up_bias)
-    return gate, up if factors.w_b_up is None else _add_product(up, z[1], factors.w_b_up)
+    if factors.w_b_up is not None:
+        add_product(up, z[1], factors.w_b_up)
+    return gate, up
 
 
 def _modulated_gate_up(
     h: Tensor, weights: MLPWeights, z: Tensor, factors: Factors, activation: str, save: bool
 ) -> Sequence[Tensor]:
     gate, up = gate_up_before_activation(h, weights, z, factors)
-    inner = _gated_activation(gate, up, activation)
+    inner = gated_activation(gate, up, activation)
     return (inner, gate, up) if save else (inner,)
 
 
@@ -386,34 +426,15 @@ def sum_of_products(left: Sequence[Tensor], right: Sequence[Tensor], bias: Tenso
     """`Steps.sum_of_products`, by torch's GEMMs."""
     y = left[0] @ right[0] if bias is None else torch.addmm(bias, left[0], right[0])
     for a, b in zip(left[1:], right[1:], strict=True):
-        y = _add_product(y, a, b)
+        add_product(y, a, b)
     return y
-
-
-def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``y + a @ b``, written over y: for another output torch copies y first (pytorch #153590)."""
-    if torch.compiler.is_compiling():
-        return torch.addmm(y, a, b)
-    return torch.addmm(y, a, b, out=y)  # FLOP counters do not know `addmm_`
-
-
-def _gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return ACTIVATIONS[activation][0](gate) * up
-
-
-def _gated_activation_backward(
-    d_inner: Tensor, gate: Tensor, up: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    act, act_backward = ACTIVATIONS[activation]
-    activated = act(gate)
-    return act_backward(d_inner * up, gate), d_inner * activated, activated * up
 
 
 TORCH_STEPS = Steps(
     _probe_and_scale,
     _modulated_gate_up,
     sum_of_products,
-    _gated_activation,
-    _gated_activation_backward,
+    gated_activation,
+    gated_activation_backward,
     coefficients_backward,
 )

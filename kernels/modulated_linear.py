@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npt_fast.kernels._launch import Target, Tiles, cdiv, contiguous_rows, dot_precision, launch
+from npt_fast.kernels._launch import (
+    Target,
+    Tiles,
+    cdiv,
+    contiguous_bias,
+    contiguous_rows,
+    dot_precision,
+    launch,
+)
 from npt_fast.kernels._ops import define
 from npt_fast.kernels._tiles import accumulate, dot, tile_indices
 from npt_fast.kernels._tuning import choose_tiles
@@ -163,6 +171,7 @@ def modulated_linear(a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | No
     sizes = [*(left.shape[1] for left in a), *(0,) * absent]
     strides = [stride for pair in pairs for tensor in pair for stride in tensor.stride()]
     strides += (0, 0, 0, 0) * absent
+    bias = contiguous_bias(bias)
 
     def run(tiles: Tiles) -> None:
         launch(
@@ -172,7 +181,7 @@ def modulated_linear(a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | No
             PRECISION=dot_precision(y.dtype), warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
 
-    run(choose_tiles("modulated_linear", linear_tiles, run, y, (width, *sizes)))
+    run(choose_tiles("modulated_linear", linear_tiles, run, y, [*a, *b], (width, *sizes)))
     return y
 
 
@@ -218,8 +227,10 @@ def modulated_gate_up(
     outputs = _gate_up_outputs(h, gate_weight, save)
     inner, gate, up = outputs if save else (outputs[0], None, None)
     (tokens, width), (hidden, rank) = inner.shape, (h.shape[1], w_b_gate.shape[0])
+    z = contiguous_rows(z)
     z_up = None if w_b_up is None else z[1]
     b_gate, b_up = contiguous_rows(w_b_gate), None if w_b_up is None else contiguous_rows(w_b_up)
+    gate_bias, up_bias = contiguous_bias(gate_bias), contiguous_bias(up_bias)
 
     def run(tiles: Tiles) -> None:
         launch(
@@ -232,5 +243,7 @@ def modulated_gate_up(
             PRECISION=dot_precision(h.dtype), warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
 
-    run(choose_tiles("modulated_gate_up", gate_up_tiles, run, inner, (width, hidden, rank)))
+    operands = h, gate_weight, up_weight, z, b_gate, b_up
+    sizes = width, hidden, rank
+    run(choose_tiles("modulated_gate_up", gate_up_tiles, run, inner, operands, sizes))
     return outputs

@@ -28,8 +28,10 @@ from npt_fast.kernels.coefficients import (
 )
 from npt_fast.kernels.decode import MAX_TOKENS, decode_mlp
 from npt_fast.kernels.factored import Factors, MLPWeights, Steps
+from npt_fast.kernels.int8 import Int8Matrix
 from npt_fast.kernels.modulated_linear import modulated_gate_up, modulated_linear
 from npt_fast.kernels.probe import MAX_RANK, probe
+from npt_fast.kernels.sharded_change import is_shard
 from npt_fast.kernels.swiglu import swiglu_bwd, swiglu_fwd, swiglu_fwd_into
 
 Path = Literal["gemm", "fused", "decode"]
@@ -42,6 +44,8 @@ def choose_path(target: Target, tokens: int, rank: int, *, gradients: bool) -> P
     """The path for a call, by a table, so that every process and every run takes the same.
 
     ==================================  ======  ================================================
+    sm_75                               gemm    no matrix instructions that Triton uses: decode
+                                                would spill 2.2 KB per thread
     up to 64 tokens, no gradients       decode  time is that of reading the weights
     sm_86, sm_89, sm_12x; R up to 256   fused   little bandwidth for the FLOPs: a pass over (T, F)
                                                 costs as much as a product with R
@@ -53,10 +57,17 @@ def choose_path(target: Target, tokens: int, rank: int, *, gradients: bool) -> P
     SwiGLU in a GEMM's epilogue: 5 to 15 % faster on sm_120, about nothing on sm_90. We have not
     measured it.
     """
+    if not multiplies(target):
+        return "gemm"
     if tokens <= MAX_TOKENS and not gradients:
         return "decode"
     narrow = target.backend == "cuda" and int(target.arch) in (86, 89, 120, 121)
     return "fused" if narrow and rank <= 256 else "gemm"
+
+
+def multiplies(target: Target) -> bool:
+    """Whether Triton's products use matrix instructions on a target; those of sm_75 do not."""
+    return target.backend != "cuda" or int(target.arch) >= 80
 
 
 def supports(tensor: Tensor, activation: str) -> bool:
@@ -73,6 +84,8 @@ def modulated_mlp(
     *,
     save_probe: bool = True,
     path: Path | None = None,
+    parameters: Factors | None = None,
+    bottleneck: list[Tensor] | None = None,
 ) -> Tensor:
     """The modulated MLP with SwiGLU, of tensors that share one dtype and device.
 
@@ -83,6 +96,8 @@ def modulated_mlp(
         factors: factors of the weight changes.
         save_probe: whether to save the probes for backward instead of recomputing them.
         path: path to take; None leaves the choice to `choose_path`.
+        parameters: what `factors` are detached copies of, as in `factored.modulated_mlp`.
+        bottleneck: list that gets u, ``(T, c R)``, if there are gradients.
 
     Returns:
         ``(T, D)``.
@@ -92,26 +107,37 @@ def modulated_mlp(
             tensor is a shard (DTensor).
     """
     tensors = (x, h, *weights, *factors[:-1])
-    # by its name, since importing torch.distributed.tensor takes 4 s
-    if any(type(tensor).__name__ == "DTensor" for tensor in tensors):
+    if any(map(is_shard, tensors)):
         raise ValueError(
             "Triton kernels take whole tensors, not shards (DTensor): FSDP2 gathers them for the "
             "module that holds them; for tensor parallelism take impl='factored'"
         )
-    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    gradients = factored.needs_gradients(x, h, weights, factors, parameters)
+    target = target_of(h)
+    int8 = isinstance(factors.w_down, Int8Matrix)
     if path is None:
-        path = choose_path(target_of(h), h.shape[0], factors.w_b_gate.shape[0], gradients=gradients)
+        path = choose_path(target, h.shape[0], factors.w_b_gate.shape[0], gradients=gradients)
     if path not in get_args(Path):
         raise ValueError(f"path must be gemm, fused or decode, got {path!r}")
+    if path != "gemm" and not multiplies(target):
+        raise ValueError(f"path {path} needs matrix instructions, sm_80 or newer: take gemm")
     if path == "decode":
         if gradients or h.shape[0] > MAX_TOKENS:
             raise ValueError(f"decode takes {MAX_TOKENS} tokens at most, and no gradients")
-        operands: tuple[Any, ...] = (*weights, *factors)
+        operands: list[Any] = [*weights, *factors, []]
+        if int8:
+            numbers: Sequence[Any] = factors[:-1]
+            operands[6:12] = [w and w.values for w in numbers]
+            operands[13] = [w and w.scale.reshape(-1) for w in numbers]
         return decode_mlp(x, h, *operands)
-    steps = GEMM_STEPS if path == "gemm" else FUSED_STEPS
+    # torch's products take int8 factors one at a time; kernels of `fused` do not
+    steps = GEMM_STEPS if path == "gemm" or int8 else FUSED_STEPS
     # with gradients chunks would save nothing: backward needs the tensors of all of them
     if gradients or h.shape[0] <= CHUNK:
-        return factored.modulated_mlp(x, h, weights, factors, save_probe=save_probe, steps=steps)
+        return factored.modulated_mlp(
+            x, h, weights, factors, save_probe=save_probe, steps=steps, parameters=parameters,
+            bottleneck=bottleneck,
+        )  # fmt: skip
     # torch.cat would hold the parts and the result at once
     y = torch.empty(h.shape, device=h.device, dtype=h.dtype)
     for start in range(0, h.shape[0], CHUNK):

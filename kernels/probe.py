@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npt_fast.kernels._launch import Target, Tiles, cdiv, dot_precision, launch
+from npt_fast.kernels._launch import (
+    Target,
+    Tiles,
+    cdiv,
+    contiguous_rows,
+    dot_precision,
+    launch,
+)
 from npt_fast.kernels._ops import define
 from npt_fast.kernels._tiles import dot, tile_indices
 from npt_fast.kernels._tuning import choose_tiles
@@ -108,13 +115,14 @@ def probe(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> list[Tensor]
     Args:
         a: input of the projections, ``(T, K)``.
         w_a: W_a_up of the projections, ``(c R, K)``.
-        u: bottlenecks, ``(c, T, R)``, the last dimension contiguous; r at most 128.
+        u: bottlenecks, ``(c, T, R)``; r at most 128.
         k: number of components.
         save: whether to return p too.
 
     Returns:
         s ``(c, T, k)`` in float32 and z ``(c, T, R)``; if `save`, also p ``(T, c R)``.
     """
+    u = contiguous_rows(u)
     s, z, *saved = outputs = _probe_outputs(a, w_a, u, k, save)
     p = saved[0] if saved else None
     tokens, components, rank = a.shape[0], u.shape[0] * k, u.shape[2] // k
@@ -132,6 +140,9 @@ def probe(a: Tensor, w_a: Tensor, u: Tensor, k: int, save: bool) -> list[Tensor]
             PRECISION=dot_precision(a.dtype), warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
 
-    # rank is among the sizes: where it is not a multiple of 8, a component's rows begin unaligned
-    run(choose_tiles("probe", probe_tiles, run, z[0], (rank, rank * components, a.shape[1])))
+    # rank is a constant of the kernel, of which Triton knows every divisor: a component's rows
+    # must begin at multiples of 16 bytes, not of 16 elements
+    begin = rank * z.element_size()
+    sizes = begin, rank * components, a.shape[1]
+    run(choose_tiles("probe", probe_tiles, run, z[0], (a, w_a, u), sizes))
     return outputs

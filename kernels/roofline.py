@@ -21,6 +21,8 @@ FLOAT = 4
 """Bytes of one coefficient, and of one partial sum of decode."""
 DECODE_TOKENS = 64
 """`decode.MAX_TOKENS`, repeated here because decode needs torch and Triton to import."""
+DECODE_COLUMNS = 64
+"""Columns of a tile of `decode` in 16-bit dtypes, for the same reason."""
 PROBE_RANK = 128
 """`probe.MAX_RANK`, for the same reason."""
 
@@ -339,19 +341,20 @@ def reference_backward(shape: Shape) -> Traffic:
 
 
 def decode(shape: Shape, tokens: int) -> Traffic:
-    """The seven launches of `decode`; its products stay float32 until they are complete.
+    """The five launches of `decode`; its products stay float32 until they are complete.
 
-    ``6 D + 52 R + 20 F + 12 k`` bytes, and 8 for each partial sum (4 written, 4 read): of the down
-    projection (D) and its probe (R), which are split alike, and of its low-rank product (D). The
-    coefficients' launches and the last launch, which adds the partial sums, are exposed.
+    ``6 D + 14 R + 20 F`` bytes, and 8 for each partial sum (4 written, 4 read): of the down
+    projection and of its low-rank product (D), and of the coefficients, one for every component,
+    block of its columns and part of K. The last launch, which adds the former, is exposed.
     """
     down = partial_sums(shape.hidden + shape.joined, shape.intermediate)
-    head = partial_sums(shape.hidden, shape.joined)
-    sums = FLOAT * (down * (shape.hidden + shape.joined) + head * shape.hidden)
-    coefficients = 3 * shape.num_ranks * FLOAT
+    piece = min(128, max(16, 1 << (shape.rank - 1).bit_length()))
+    head = partial_sums(shape.hidden, shape.num_ranks * -(-shape.rank // piece) * piece)
+    sums = FLOAT * (down + head) * shape.hidden
+    blocks = shape.num_ranks * -(-shape.rank // DECODE_COLUMNS)
+    coefficients = FLOAT * (2 + down) * blocks
     return Traffic(
-        shape.elements(6, 52, 20) + coefficients + 2 * sums,
-        shape.elements(2, 26, 0) + coefficients + sums,
+        shape.elements(6, 14, 20) + 2 * (sums + coefficients), shape.elements(2, 0, 0) + sums
     )
 
 

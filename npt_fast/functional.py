@@ -1,4 +1,7 @@
-"""The modulated MLP as a function: it checks arguments, picks an implementation and calls it."""
+"""The modulated MLP, and the change of one projection, as functions.
+
+They check arguments, pick an implementation and call it.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,16 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from npt_fast.kernels import factored, reference
+from npt_fast.kernels import factored, mean_squares, reference
+from npt_fast.kernels import weight_change as change
 from npt_fast.kernels.factored import ACTIVATIONS as ACTIVATIONS
 from npt_fast.kernels.factored import Factors as Factors
 from npt_fast.kernels.factored import MLPWeights
+from npt_fast.kernels.int8 import Int8Matrix as Int8Matrix
+from npt_fast.kernels.int8 import quantize as quantize
+from npt_fast.kernels.sharded_change import is_shard as is_shard
+from npt_fast.kernels.sharded_change import like as like
+from npt_fast.kernels.sharded_change import sharded_change as sharded_change
 
 # looked for, not imported: importing it takes long, and a CPU does without
 _TRITON = find_spec("triton") is not None
@@ -32,11 +41,14 @@ def modulated_mlp(
     activation: str = "silu",
     save_probe: bool = True,
     impl: Implementation = "auto",
+    copies: Factors | None = None,
+    bottleneck: list[Tensor] | None = None,
 ) -> Tensor:
     """``down(activation(gate(h)) * up(h))`` with weights that `x` changes for every token.
 
     The arithmetic is in autocast's dtype, or without autocast in that of `h`. All tensors are cast
-    to it, so the factors may stay in float32 for training.
+    to it, so the factors may stay in float32 for training. They then get the float32 sums of the
+    products as gradients, and where a gradient is there already, backward adds to it in place.
 
     Args:
         x: attention output, ``(..., D)``.
@@ -55,6 +67,10 @@ def modulated_mlp(
             without forming v_a and v_b. ``"reference"`` forms them, for comparison. ``"auto"`` is
             triton on a GPU with Triton installed, for silu and any dtype but float64, and factored
             otherwise.
+        copies: the factors without gradients in the dtype of the arithmetic, if the caller keeps
+            them; None casts the factors in every call.
+        bottleneck: list that gets the bottlenecks ``x @ w_down``, ``(..., c R)``, if the call has a
+            graph: what a loss makes of them costs no second product.
 
     Returns:
         ``(..., D)``.
@@ -64,25 +80,36 @@ def modulated_mlp(
     """
     weights = MLPWeights(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     _check(x, h, weights, factors, activation, impl)
-    device = h.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else h.dtype
+    device, dtype = h.device.type, compute_dtype(h)
     # one dtype at the entry, since kernels have no mixed ones (design.md#triton-bugs)
-    x, shape = x.to(dtype), h.shape
-    weights = MLPWeights._make(t if t is None else t.to(dtype) for t in weights)
-    factors = Factors._make(t.to(dtype) if isinstance(t, Tensor) else t for t in factors)
-    x, h = x.flatten(0, -2), h.to(dtype).flatten(0, -2)
+    shape = h.shape
+    if any([t is not None and t.dtype != dtype for t in (x, h, *weights)]):
+        x, h = x.to(dtype), h.to(dtype)
+        weights = MLPWeights._make(t if t is None else t.to(dtype) for t in weights)
+    x, h = x.flatten(0, -2), h.flatten(0, -2)
     if impl == "reference":
         with torch.autocast(device, enabled=False):
+            factors = Factors._make(t.to(dtype) if isinstance(t, Tensor) else t for t in factors)
             y = _reference(x, h, weights, factors, activation)
-    elif _takes_triton(impl, h, activation):
+        return y.view(shape)
+    parameters = None
+    if any([isinstance(t, Tensor) and t.dtype != dtype for t in factors]):
+        parameters = factors
+        factors = copies or _detached_all(factors, dtype)
+    found: list[Tensor] = []
+    if _takes_triton(impl, h, activation):
         from npt_fast.kernels import modulated_mlp as triton
 
-        y = triton.modulated_mlp(x, h, weights, factors, save_probe=save_probe)
+        y = triton.modulated_mlp(
+            x, h, weights, factors, save_probe=save_probe, parameters=parameters, bottleneck=found
+        )
     else:
         y = factored.modulated_mlp(
-            x, h, weights, factors, activation=activation, save_probe=save_probe
-        )
+            x, h, weights, factors, activation=activation, save_probe=save_probe,
+            parameters=parameters, bottleneck=found,
+        )  # fmt: skip
+    if bottleneck is not None:
+        bottleneck.extend(u.unflatten(0, shape[:-1]) for u in found)
     return y.view(shape)
 
 
@@ -104,6 +131,109 @@ def _takes_triton(impl: Implementation, h: Tensor, activation: str) -> bool:
     return False
 
 
+def weight_change(
+    a: Tensor,
+    x: Tensor,
+    w_down: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    *,
+    num_ranks: int = 1,
+) -> Tensor:
+    """What `x` adds to the output of a projection: ``sum_i v_b_i (v_a_i . a)`` for every token.
+
+    A modulated projection is ``projection(a) + weight_change(a, x, ...)``, whatever kind of module
+    the projection is. Its backward is written by hand. The arithmetic is in autocast's dtype, or
+    without autocast in that of `a`.
+
+    Args:
+        a: input of the projection, ``(..., in)``.
+        x: attention output, ``(..., D)``.
+        w_down: W_down of the projection's components, ``(D, R)``.
+        w_a: W_a_up of the components, ``(R, in)``.
+        w_b: W_b_up of the components, ``(R, out)``.
+        num_ranks: number of components k; it divides R.
+
+    Returns:
+        ``(..., out)``.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    rank = w_down.shape[-1]
+    expected = {
+        "x": (x, (*a.shape[:-1], w_down.shape[0])),
+        "w_a": (w_a, (rank, a.shape[-1])),
+        "w_b": (w_b, (rank, w_b.shape[-1])),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+    if num_ranks < 1 or rank % num_ranks or not rank:
+        raise ValueError(f"num_ranks must divide the {rank} columns of w_down, got {num_ranks}")
+    dtype = compute_dtype(a)
+    u = bottleneck(x.to(dtype), w_down, _detached(w_down, dtype))
+    return change_from_bottleneck(a, u, w_a, w_b, num_ranks=num_ranks)
+
+
+def bottleneck(x: Tensor, w_down: Tensor, copy: Tensor) -> Tensor:
+    """``x @ w_down``, ``(..., R)``, by a copy of it that has the dtype of `x`."""
+    return change.bottleneck(x.flatten(0, -2), w_down, copy).view(*x.shape[:-1], copy.shape[1])
+
+
+def change_from_bottleneck(
+    a: Tensor,
+    u: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    *,
+    num_ranks: int,
+    copies: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`weight_change` with the bottleneck ``u = x @ w_down``, ``(..., R)``, known already.
+
+    One product gives the bottlenecks of all projections of a layer. `copies` are w_a and w_b
+    without gradients in the dtype of the arithmetic, if the caller keeps them.
+    """
+    dtype = compute_dtype(a)
+    steps = None
+    if _takes_triton("auto", u, "silu"):
+        from npt_fast.kernels.modulated_mlp import GEMM_STEPS
+
+        steps = GEMM_STEPS
+    y = change.weight_change(
+        a.to(dtype).flatten(0, -2),
+        u.to(dtype).flatten(0, -2),
+        w_a,
+        w_b,
+        num_ranks,
+        steps,
+        copies or (_detached(w_a, dtype), _detached(w_b, dtype)),
+    )
+    return y.view(*a.shape[:-1], w_b.shape[-1])
+
+
+def _detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter as products in `dtype` read it: itself, or cast without a graph.
+
+    Backward gives the parameter its gradient, in the parameter's own dtype.
+    """
+    return tensor if tensor.dtype == dtype else tensor.detach().to(dtype)
+
+
+def _detached_all(factors: Factors, dtype: torch.dtype) -> Factors:
+    return Factors._make(_detached(t, dtype) if isinstance(t, Tensor) else t for t in factors)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of products with `tensor`: autocast's, or without autocast its own."""
+    if tensor.is_meta:  # has no autocast
+        return tensor.dtype
+    device = tensor.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else tensor.dtype
+
+
 class VectorNorms(NamedTuple):
     """Measures of one layer's vectors v_a and v_b, computed without forming the vectors.
 
@@ -123,23 +253,25 @@ class VectorNorms(NamedTuple):
     mean_square: Tensor
 
 
-def vector_norms(x: Tensor, factors: Factors) -> VectorNorms:
+def vector_norms(x: Tensor, factors: Factors, u: Tensor | None = None) -> VectorNorms:
     """Norms of v_a and v_b from their Gram matrices: ``|u W|^2 = u (W W') u'`` (design.md#norms).
 
     Args:
         x: attention output, ``(..., D)``.
         factors: factors of the weight changes.
+        u: bottlenecks ``x @ w_down``, ``(..., c R)``, if known.
 
     Returns:
         The measures, differentiable in `x` and `factors`.
     """
     k = factors.num_ranks
     rank = factors.w_b_gate.shape[0]
-    with torch.autocast(x.device.type, enabled=False):
+    with factored.without_autocast(x):
         # squares of 16-bit numbers lose or overflow: float16 ends at 65,504
         dtype = torch.promote_types(x.dtype, torch.float32)
         x = x.to(dtype)
-        u = (x @ factors.w_down.to(dtype)).unflatten(-1, (-1, k, rank // k))
+        u = x @ factors.w_down.to(dtype) if u is None else u.to(dtype)
+        u = u.unflatten(-1, (-1, k, rank // k))
         a_heads = [*torch.split(factors.w_a_in, rank), factors.w_a_mid]
         b_heads = [factors.w_b_gate, factors.w_b_up, factors.w_b_down]
 
@@ -164,6 +296,27 @@ def vector_norms(x: Tensor, factors: Factors) -> VectorNorms:
         lengths = v_a[..., 0, :].clamp_min(0).sqrt() * x.norm(dim=-1, keepdim=True)
         similarity = (dots.sum(-1) / lengths.clamp_min(1e-12)).mean(-1)
         return VectorNorms(v_a, v_b, similarity, mean_a + mean_b)
+
+
+def sum_of_mean_squares(
+    u: Tensor, weights: Tensor, factors: Factors, *, copies: Factors | None = None
+) -> Tensor:
+    """Sum over tokens of `VectorNorms.mean_square`, at a fraction of the FLOPs (design.md#norms).
+
+    The products read the dtype of `u` and sum in float32.
+
+    Args:
+        u: bottlenecks ``x @ w_down``, ``(..., c R)``; `modulated_mlp` gives them.
+        weights: weight of each token, ``(...)``.
+        factors: factors of the weight changes.
+        copies: the factors without gradients in the dtype of `u`, if the caller keeps them.
+
+    Returns:
+        A scalar in float32 at least, differentiable once in `u` and in all factors but W_down,
+        whose gradient comes through `u`.
+    """
+    used = copies or _detached_all(factors, u.dtype)
+    return mean_squares.sum_of_mean_squares(u.flatten(0, -2), weights.flatten(), used, factors)
 
 
 def _reference(
@@ -230,7 +383,7 @@ def _check(
         "w_b_down": (factors.w_b_down, (rank, d)),
     }
     for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
+        if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
     for name, tensor in (("x", x), ("h", h)):
         if tensor.ndim < 2 or tensor.shape[-1] != d:

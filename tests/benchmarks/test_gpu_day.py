@@ -21,7 +21,7 @@ from npt_fast.benchmarks import gpu_day, gpu_worker
 from npt_fast.benchmarks.device import INTERPRETER
 from npt_fast.benchmarks.gpu_day import parse
 from npt_fast.benchmarks.gpu_parts import PARTS, Day, small_ops
-from npt_fast.benchmarks.gpu_report import Report
+from npt_fast.benchmarks.gpu_report import ALL_OF_IT, Report
 from npt_fast.benchmarks.gpu_worker import Late, Worker
 from npt_fast.benchmarks.kernel_cases import OPS, PROVIDERS, Case, cases
 from npt_fast.benchmarks.kernel_checks import Prepared
@@ -30,6 +30,7 @@ from npt_fast.benchmarks.workloads import TINY
 from npt_fast.errors import BenchmarkError
 from npt_fast.kernels import roofline, swiglu
 from tests.benchmarks.days import Crashing, Failing, Stuck
+from tests.forked import forkserver
 
 ROOT = Path(__file__).parents[2]
 # no GPU even if there is one: this tests the command
@@ -51,10 +52,36 @@ def report_in(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.slow
-def test_all_of_it_runs_on_small_problems(tmp_path: Path) -> None:
-    result = run(*COMMAND, "--budget", "900", "--output", str(tmp_path))
+def test_a_stopped_day_is_gone_on_with_to_its_end(tmp_path: Path) -> None:
+    """Without a GPU, graphs are skipped, and a second call tries them again: the first need not."""
+    first = [name for name in PARTS if name != "graphs"]
+    whole = [*COMMAND, "--budget", "900", "--output", str(tmp_path / "day")]
+    with subprocess.Popen(
+        [*whole, "--only", ",".join(first)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "forward, tiny" in line:  # while timings run
+                process.send_signal(signal.SIGTERM)
+                break
+        process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    document, text = report_in(tmp_path / "day")
+    assert list(document["parts"]) == first and "which call they are of" not in text
+    statuses = {name: {r["status"] for r in p["rows"]} for name, p in document["parts"].items()}
+    assert statuses["environment"] == statuses["values"] == {"ok"}
+    assert {"ok", STOPPED} <= statuses["timings"]
+    behind = first[first.index("timings") + 1 :]
+    assert all(statuses[name] == {STOPPED} for name in behind)
+
+    result = run(*whole, "--merge")
     assert result.returncode == 0, result.stdout + result.stderr
-    document, text = report_in(tmp_path)
+    document, text = report_in(tmp_path / "day")
+    assert len(document["runs"]) == 2 and "Rows say which call they are of" in text
+    of_call = {name: {row["run"] for row in p["rows"]} for name, p in document["parts"].items()}
+    assert of_call.pop("environment") == of_call.pop("values") == {1}
+    assert 0 in of_call.pop("timings") and all(calls == {0} for calls in of_call.values())
     assert list(document["parts"]) == list(PARTS)
     for name, part in document["parts"].items():
         found = {row["status"] for row in part["rows"]}
@@ -76,47 +103,17 @@ def test_all_of_it_runs_on_small_problems(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_calls_are_one_report_and_the_second_goes_on(tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    only = ("--only", "environment,large", "--output")
-    assert run(*COMMAND, *only, str(first)).returncode == 0
-    (earlier,) = first.glob("*.json")
-    only = ("--only", "environment,large,tiles", "--output", str(second), "--merge", str(earlier))
-    result = run(*COMMAND, *only)
-    assert result.returncode == 0, result.stdout + result.stderr
-    document, text = report_in(second)
-    assert list(document["parts"]) == ["environment", "large", "tiles"]
-    assert len(document["runs"]) == 2 and "Rows say which call they are of" in text
-    of_call = {name: {row["run"] for row in p["rows"]} for name, p in document["parts"].items()}
-    assert of_call == {"environment": {1}, "large": {1}, "tiles": {0}}
-    # without a GPU it only merges
+def test_without_a_gpu_reports_are_only_merged(tmp_path: Path) -> None:
+    for part in ("values", "large"):
+        report = new_report()
+        report.add(part, "a", {"what": "a", "status": "ok"})
+        report.write(tmp_path / part)
+    files = [str(file) for part in ("values", "large") for file in (tmp_path / part).glob("*.json")]
     command = ("-m", "npt_fast.benchmarks.gpu_day", "--output", str(tmp_path / "both"), "--merge")
-    result = run(sys.executable, *command, str(earlier), *map(str, second.glob("*.json")))
+    result = run(sys.executable, *command, *files)
     assert result.returncode == 0 and "nothing was run" in result.stdout, result.stderr
-    assert list(report_in(tmp_path / "both")[0]["parts"]) == ["environment", "large", "tiles"]
-
-
-@pytest.mark.slow
-def test_sigterm_leaves_a_report_of_every_part(tmp_path: Path) -> None:
-    command = [*COMMAND, "--budget", "900", "--output", str(tmp_path)]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "forward, tiny" in line:  # while timings run
-                process.send_signal(signal.SIGTERM)
-                break
-        process.stdout.read()
-    assert process.returncode == 128 + signal.SIGTERM
-    document, _ = report_in(tmp_path)
-    assert list(document["parts"]) == list(PARTS)
-    statuses = {name: {r["status"] for r in p["rows"]} for name, p in document["parts"].items()}
-    assert statuses["environment"] == {"ok"}
-    assert {"ok", STOPPED} <= statuses["timings"]
-    behind = list(PARTS)[list(PARTS).index("timings") + 1 :]
-    assert all(statuses[name] == {STOPPED} for name in behind)
+    document, _ = report_in(tmp_path / "both")
+    assert list(document["parts"]) == ["values", "large"] and len(document["runs"]) == 2
 
 
 def test_wrong_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +127,13 @@ def test_wrong_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(("interpreter ms" in row) == (row["status"] == "ok") for row in rows)
 
 
+@pytest.fixture
+def quick_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are forks of one that has imported torch; in use each imports it anew."""
+    monkeypatch.setattr(gpu_worker, "get_context", lambda _: forkserver())
+
+
+@pytest.mark.usefixtures("quick_worker")
 def test_a_crash_ends_one_process() -> None:
     worker = Worker(Crashing())
     try:
@@ -140,6 +144,7 @@ def test_a_crash_ends_one_process() -> None:
         worker.stop()
 
 
+@pytest.mark.usefixtures("quick_worker")
 def test_what_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_worker, "_GRACE", 0.2)
     worker = Worker(Stuck())
@@ -270,6 +275,17 @@ def test_what_was_skipped_or_restricted_is_not_done() -> None:
     assert statuses(report, "values") == {"a 0": "ok", "b 0": "ok"}
 
 
+@pytest.mark.parametrize("found", ["ok", "skipped"])
+def test_a_part_that_has_started_is_not_said_to_be_missing(found: str, tmp_path: Path) -> None:
+    stopped = new_report()
+    stopped.add("values", ALL_OF_IT, {"what": ALL_OF_IT, "status": STOPPED})
+    stopped.write(tmp_path)
+    report = new_report()
+    report.merge(stopped.file(tmp_path))
+    go(Script({"values": {"a": [found]}}), report, whole=False)
+    assert statuses(report, "values") == {"a 0": found}
+
+
 def test_a_list_that_comes_late_is_no_failure() -> None:
     class Slow(Script):
         def jobs(self, part: str, deadline: float) -> list[str]:
@@ -282,6 +298,7 @@ def test_a_list_that_comes_late_is_no_failure() -> None:
     assert statuses(report, "values") == {"a 0": "ok"}
 
 
+@pytest.mark.usefixtures("quick_worker")
 def test_a_device_that_fails_costs_the_job_that_broke_it() -> None:
     worker = Worker(Failing())
     try:
@@ -340,14 +357,27 @@ def test_wrong_usage_is_one_line(
     assert stopped.value.code == 2 and words in line
 
 
-def test_without_a_gpu_it_says_what_works() -> None:
+NO_GPU = "no GPU here; with TRITON_INTERPRET=1, --tiny"
+
+
+def test_without_a_gpu_and_interpreter_it_says_what_works() -> None:
+    """In a process of its own, since what can run is found out when the module is imported."""
     environment = ENVIRONMENT | {"TRITON_INTERPRET": "0"}
-    for more in ((), ("--tiny",)):
-        result = subprocess.run(
-            [*COMMAND[:-1], *more], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        (line,) = result.stderr.splitlines()
-        assert result.returncode == 2 and "no GPU here; with TRITON_INTERPRET=1, --tiny" in line
+    result = subprocess.run(COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and NO_GPU in line
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_without_a_gpu_only_tiny_runs(
+    interpreted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_day, "ON_GPU", False)
+    monkeypatch.setattr(gpu_day, "INTERPRETED", interpreted)
+    with pytest.raises(SystemExit) as stopped:
+        parse([])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and NO_GPU in line
 
 
 def test_the_installed_package_has_no_tests_to_run(monkeypatch: pytest.MonkeyPatch) -> None:

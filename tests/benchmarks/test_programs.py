@@ -64,8 +64,13 @@ def tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_tests_are_counted_by_file(tests: Path) -> None:
-    *_, row = run_tests([str(tests)], math.inf)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tests_are_counted_by_file(
+    tests: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if processes > 1:
+        monkeypatch.undo()  # pytest-xdist is there
+    *_, row = run_tests([str(tests)], math.inf, processes=processes)
     assert row["status"] == "failed"
     assert (row["passed"], row["failed"], row["skipped"]) == (1, 2, 1)
     for words in (

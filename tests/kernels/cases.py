@@ -72,9 +72,29 @@ def transposed(tensor: Tensor) -> Tensor:
     return tensor.mT.contiguous().mT
 
 
+def strided(tensor: Tensor) -> Tensor:
+    """The same values with NaN between them, in rows and columns."""
+    around = tensor.new_full([*tensor.shape[:-1], tensor.shape[-1], 2], torch.nan)
+    around = torch.stack([around, around], -3)
+    around[..., 0, :, 0] = tensor
+    return around[..., 0, :, 0]
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same values from an address on that is no multiple of 16 bytes."""
+    around = tensor.new_full([tensor.numel() + 1], torch.nan)[1:].view(tensor.shape)
+    around.copy_(tensor)
+    return around
+
+
 def expanded(tensor: Tensor) -> Tensor:
     """The first row, repeated with stride 0."""
     return tensor[..., :1, :].expand_as(tensor)
+
+
+def spread(vector: Tensor) -> Tensor:
+    """The same values with NaN between them."""
+    return torch.stack([vector, torch.full_like(vector, torch.nan)], -1)[..., 0]
 
 
 def joined(parts: Tensor) -> Tensor:
@@ -131,13 +151,14 @@ def inputs_of(problem: Problem, dtype: torch.dtype, **options: Any) -> Inputs:
 
 
 def arranged(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
-    """The same leaves with every matrix in another layout."""
+    """The same leaves with every matrix in another layout, and biases spread."""
     x, h, weights, factors = inputs
 
     def arrange(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim < 2:
+        if not isinstance(value, Tensor):
             return value
-        return layout(value.detach()).requires_grad_(value.requires_grad)
+        arranged = spread if value.ndim == 1 else layout
+        return arranged(value.detach()).requires_grad_(value.requires_grad)
 
     return (
         arrange(x),

@@ -15,7 +15,19 @@ from npt_fast.kernels.coefficients import (
     coefficients_fwd,
     coefficients_fwd_into,
 )
-from tests.kernels.cases import DTYPES, assert_like, dtypes, expanded, joined, padded, unchanged
+from tests.kernels.cases import (
+    DTYPES,
+    assert_like,
+    constant,
+    dtypes,
+    expanded,
+    joined,
+    misaligned,
+    padded,
+    strided,
+    transposed,
+    unchanged,
+)
 from tests.kernels.conftest import Normal
 
 pytestmark = pytest.mark.ttsem
@@ -60,12 +72,14 @@ def test_backward(normal: Normal, dtype: torch.dtype, size: tuple[int, int, int,
     assert_like(backward, (dz, u, p, k), run_backward(dz, u, p, s))
 
 
-@pytest.mark.parametrize("layout", [joined, padded, expanded])
-def test_any_strides_but_the_last(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    "layout", [joined, padded, transposed, strided, misaligned, expanded, constant]
+)
+def test_any_strides(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None:
     dz, u, p = (layout(normal(2, 9, 15, dtype=DTYPES[0])) for _ in range(3))
     s, z = coefficients_fwd(u, p, 3)
     assert_like(reference.coefficients, (u, p, 3), (s, z))
-    assert_like(backward, (dz, u, p, 3), run_backward(dz, u, p, padded(s)))
+    assert_like(backward, (dz, u, p, 3), run_backward(dz, u, p, strided(s)))
 
 
 def test_nothing_is_written_beside_the_outputs(normal: Normal) -> None:
@@ -76,21 +90,6 @@ def test_nothing_is_written_beside_the_outputs(normal: Normal) -> None:
     for part, count in ((s, 3), (z, 15)):
         whole = part.as_strided((2, 9, count + 5), part.stride(), 0)
         assert whole.isnan().sum() == 2 * 9 * 5
-
-
-@dtypes
-def test_probes_in_parts(normal: Normal, dtype: torch.dtype) -> None:
-    """Partial sums of a product with split K, in float32 as in decode."""
-    u = normal(2, 9, 15, dtype=torch.float32)
-    parts = normal(4, 2, 9, 15, dtype=torch.float32)
-    s, z = coefficient_outputs(u, 3, dtype)
-    with unchanged(u, parts):
-        coefficients_fwd_into(u, parts, s, z)
-    in_order = parts[0] + parts[1] + parts[2] + parts[3]
-    expected_s, expected_z = coefficient_outputs(u, 3, dtype)
-    coefficients_fwd_into(u, in_order, expected_s, expected_z)
-    assert torch.equal(s, expected_s)
-    assert torch.equal(z, expected_z)
 
 
 @dtypes

@@ -16,10 +16,14 @@ from tests.kernels.cases import (
     Inputs,
     arranged,
     cast,
+    constant,
     dtypes,
+    expanded,
     inputs_of,
+    misaligned,
     padded,
     reference_mlp,
+    strided,
     transposed,
     unchanged,
 )
@@ -98,10 +102,11 @@ def test_parts_cover_k() -> None:
             assert chunk % decode._CHUNK_MULTIPLE == 0 and 1 <= count <= 16
 
 
-@pytest.mark.parametrize("layout", [padded, transposed])
-def test_any_strides(layout: Callable[[Tensor], Tensor]) -> None:
-    inputs = make(PROBLEMS[4], DTYPES[0])
-    assert torch.equal(run(arranged(inputs, layout)), run(inputs))
+@pytest.mark.parametrize("problem", [PROBLEMS[2], PROBLEMS[4]], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("layout", [padded, transposed, strided, misaligned, expanded, constant])
+def test_any_strides(layout: Callable[[Tensor], Tensor], problem: Problem) -> None:
+    inputs = arranged(make(problem, DTYPES[0]), layout)
+    assert torch.equal(run(inputs), run(cast(inputs, DTYPES[0])))  # a cast copies to whole rows
 
 
 def test_no_tokens() -> None:

@@ -18,6 +18,7 @@ from tests.kernels.cases import (
     dtypes,
     layouts,
     padded,
+    spread,
     tiles_of_the_rule,
     unchanged,
 )
@@ -84,12 +85,17 @@ def test_a_modulated_projection(normal: Normal, dtype: torch.dtype) -> None:
 def test_any_strides(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None:
     a = [layout(normal(21, depth, dtype=DTYPES[0])) for depth in (33, 6)]
     b = [layout(normal(depth, 19, dtype=DTYPES[0], fan_in=depth)) for depth in (33, 6)]
+    bias = normal(19, dtype=DTYPES[0])
     with forced_tiles(SMALL):
-        y = modulated_linear(a, b, None)
+        y = modulated_linear(a, b, spread(bias))
         expected = modulated_linear(
-            *([t.contiguous() for t in operands] for operands in (a, b)), None
+            *([t.contiguous() for t in operands] for operands in (a, b)), bias
         )
-    assert torch.equal(y, expected)
+        assert torch.equal(y, expected)
+        number = bias[:1].expand(19)  # one number for all columns, with stride 0
+        assert torch.equal(
+            modulated_linear(a, b, number), modulated_linear(a, b, number.contiguous())
+        )
 
 
 @tiles_of_the_rule

@@ -218,6 +218,8 @@ def test_buffers_of_prefill() -> None:
         ("sm_90", 1, 64, False, "decode"),
         ("sm_120", 64, 64, False, "decode"),
         ("gfx942", 64, 8192, False, "decode"),
+        ("sm_75", 1, 64, False, "gemm"),
+        ("sm_75", 8192, 64, True, "gemm"),
         ("sm_90", 65, 64, False, "gemm"),
         ("sm_90", 1, 64, True, "gemm"),
         ("sm_80", 8192, 64, True, "gemm"),

@@ -39,6 +39,8 @@ def operations() -> dict[str, Sequence[Any]]:
     c_T_R, T_D, T_F, F_D, R_F = (2, 9, 15), (9, 33), (9, 43), (43, 33), (15, 43)
     x, h, weights, factors = inputs_of(PROBLEM, torch.float32, requires_grad=False)
     return {
+        "add_product": tensors(T_F, T_D, (33, 43)),
+        "batched_product": tensors((2, 9, 15), (2, 15, 3)),
         "coefficients_fwd": (*tensors(c_T_R, c_T_R), 3),
         "coefficients_bwd": (
             *tensors(c_T_R, c_T_R, c_T_R, (2, 9, 3)),
@@ -49,7 +51,7 @@ def operations() -> dict[str, Sequence[Any]]:
         "modulated_linear": (tensors(T_D, (9, 15)), tensors((33, 43), R_F), *tensors((43,))),
         "modulated_gate_up": (*tensors(T_D, F_D, F_D, c_T_R, R_F, R_F), None, None, True),
         "probe": (*tensors(T_D, (30, 33), c_T_R), 3, True),
-        "decode_mlp": (x, h, *weights, *factors),
+        "decode_mlp": (x, h, *weights, *factors, []),
     }
 
 
@@ -119,7 +121,13 @@ def triton_mlp(inputs: Inputs) -> Tensor:
 
 
 IN_GRAPH = {
-    "gemm": {"coefficients_fwd", "coefficients_bwd", "swiglu_fwd", "swiglu_bwd"},
+    "gemm": {
+        "add_product",
+        "coefficients_fwd",
+        "coefficients_bwd",
+        "swiglu_fwd",
+        "swiglu_bwd",
+    },
     "fused": {"probe", "modulated_gate_up", "modulated_linear", "coefficients_bwd", "swiglu_bwd"},
 }
 
@@ -143,7 +151,7 @@ def test_compiled(path: kernels.Path, layout: Callable[[Tensor], Tensor], compil
     ("path", "names"),
     [
         ("decode", {"decode_mlp"}),
-        ("gemm", {"coefficients_fwd", "swiglu_fwd"}),
+        ("gemm", {"add_product", "coefficients_fwd", "swiglu_fwd"}),
         ("fused", {"probe", "modulated_gate_up", "modulated_linear"}),
     ],
 )

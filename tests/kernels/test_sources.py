@@ -16,7 +16,7 @@ SOURCES = {path.name: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
 
 SINCE_3_7_1 = {
     "arange", "broadcast_to", "cdiv", "constexpr", "dot", "float32", "full", "int64", "load",
-    "minimum", "program_id", "reshape", "sigmoid", "store", "sum", "zeros",
+    "minimum", "program_id", "reshape", "sigmoid", "static_range", "store", "sum", "zeros",
 }  # fmt: skip
 """Names of `triton.language` that 3.7.1 (which torch 2.13 ships), 3.8.0 and 3.9.0 all have. Look a
 name up in all three before adding it."""
@@ -26,7 +26,9 @@ def jitted(source: str) -> Iterator[ast.FunctionDef]:
     """Functions that Triton compiles."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
-            if "triton.jit" in map(ast.unparse, node.decorator_list):
+            # `triton.jit`, or a call of it with options
+            named = [getattr(found, "func", found) for found in node.decorator_list]
+            if "triton.jit" in map(ast.unparse, named):
                 yield node
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from npt_fast.kernels import _tuning
 from npt_fast.kernels._launch import Target, Tiles
@@ -27,9 +28,14 @@ def rule(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
     return [SLOW, FASTER, FAST]
 
 
-def chosen(tokens: int = 100, sizes: tuple[int, ...] = SIZES, kernel: str = "kernel") -> Tiles:
+def chosen(
+    tokens: int = 100,
+    sizes: tuple[int, ...] = SIZES,
+    kernel: str = "kernel",
+    operands: tuple[Tensor | None, ...] = (),
+) -> Tiles:
     output = torch.empty(tokens, 64, dtype=torch.float16)
-    return choose_tiles(kernel, rule, lambda tiles: None, output, sizes)
+    return choose_tiles(kernel, rule, lambda tiles: None, output, operands, sizes)
 
 
 @pytest.fixture
@@ -103,9 +109,30 @@ def test_nothing_to_measure(measured: list[Tiles], tmp_path: Path) -> None:
     assert not measured
 
 
-@pytest.mark.parametrize("sizes", [(64, 7), (1, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 7), (1, 16), (64, 24)], ids=str)
 def test_rows_that_cannot_be_read_in_blocks(sizes: tuple[int, ...]) -> None:
     assert chosen(sizes=sizes) == NARROW
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_addresses_and_strides_are_those_that_triton_takes_for_aligned(dtype: torch.dtype) -> None:
+    whole = torch.zeros(32, 64, dtype=dtype)
+    rows = torch.zeros(32, 72, dtype=dtype)  # a multiple of 8, which Triton is not told
+    first = torch.zeros(65, dtype=dtype)[1:].view(2, 32)
+    for aligned in (whole, whole.t(), whole[:1].expand(32, 64), whole[:, 16:], None):
+        assert chosen(operands=(whole, aligned)) == SLOW
+    for odd in (rows[:, :64], rows[:, :64].t(), first, whole[:, ::2]):
+        assert chosen(operands=(whole, odd)) == NARROW
+
+
+def test_triton_is_told_what_is_asked() -> None:
+    """Triton's own words for arguments; D is that it compiles for a multiple of 16."""
+    native = pytest.importorskip("triton._C.libtriton").native_specialize_impl
+    backend = pytest.importorskip("triton.backends.nvidia.compiler").CUDABackend
+    told = {16: "D", 24: "", 8: ""}
+    told |= {torch.zeros(17, dtype=torch.float16)[at:]: "" if at == 1 else "D" for at in (0, 1, 8)}
+    for value, expected in told.items():
+        assert (native(backend, value, False, True, True)[1] or "") == expected
 
 
 def test_tests_may_choose() -> None:

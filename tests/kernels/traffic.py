@@ -30,6 +30,7 @@ MULTIPLYING = {
     "_probe_kernel",
     "_decode_products_kernel",
     "_decode_inner_kernel",
+    "_decode_low_rank_kernel",
 }
 """Names of launches with matrix products; all others are elementwise or sums."""
 

@@ -1,0 +1,47 @@
+"""Round the factors of a model's NP layers to int8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from npt_fast.errors import ModelError
+from npt_fast.hf.convert import Model, components
+from npt_fast.hf.description import record
+
+
+def quantize(model: Model, layers: Sequence[int] | None = None) -> Model:
+    """Round the factors of NP layers to int8, in place; such layers cannot be trained.
+
+    Each output channel of a factor gets a float32 scale (design.md#int8), so that a layer takes a
+    little more than one byte for each number. The base model is not changed.
+
+    Args:
+        model: Hugging Face causal language model with NP layers.
+        layers: indices of the layers; all NP layers if not given. Those that are int8 already stay
+            as they are.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelError: the model has no NP layers, or one of `layers` is none, or a factor has NaN or
+            infinite numbers, or is a shard.
+    """
+    converted = components(model)
+    chosen = list(converted) if layers is None else list(layers)
+    if not converted:
+        raise ModelError("the model has no NP layers to quantize")
+    for layer in chosen:
+        if layer not in converted:
+            raise ModelError(f"layer {layer} is no NP layer; converted are {list(converted)}")
+    # all before the first is changed, so that an error changes nothing
+    for layer in chosen:
+        try:
+            converted[layer].check_quantizable()
+        except ModelError as error:
+            raise ModelError(f"layer {layer}: {error}") from None
+    for layer in chosen:
+        if not converted[layer].is_int8:
+            converted[layer].quantize()
+    record(model, converted)
+    return model
