@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 import npt_fast as npt
+from npt_fast.checkpoint.certificate import Certificate
 from npt_fast.checkpoint.inspect import CheckpointReport, LayerInfo
 from npt_fast.cli.arguments import PathText
-from npt_fast.cli.output import print_json, say, size, warn
+from npt_fast.cli.output import certificate_lines, print_json, ranges, say, size, warn
 
 
 def analyze(
@@ -82,6 +84,7 @@ def _print(report: CheckpointReport, verbose: bool) -> None:
     say(f"Layers found: {[info.layer for info in report.layers]}")
     for info in report.layers:
         _print_layer(info, verbose)
+    _print_certificates(report.layers)
     if report.training_state is not None:
         _section("Training State Analysis")
         _print_facts(report.training_state)
@@ -113,6 +116,22 @@ def _print(report: CheckpointReport, verbose: bool) -> None:
 
 def _or_varies(value: int | None) -> str:
     return "varies by layer" if value is None else str(value)
+
+
+def _print_certificates(layers: Iterable[LayerInfo]) -> None:
+    """Layers of one run share a certificate, which is printed once."""
+    groups: dict[str, tuple[Certificate, list[int]]] = {}
+    for info in layers:
+        if info.certificate is not None:
+            key = repr(info.certificate)
+            groups.setdefault(key, (info.certificate, []))[1].append(info.layer)
+    if groups:
+        _section("Certificates")
+    for certificate, members in groups.values():
+        step = "" if certificate.step is None else f", after step {certificate.step}"
+        say(f"Layers {ranges(members)}, measured with {ranges(certificate.layers)} on{step}:")
+        for line in certificate_lines(certificate):
+            say(line)
 
 
 def _print_layer(info: LayerInfo, verbose: bool) -> None:

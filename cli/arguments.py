@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -16,6 +16,7 @@ from npt_fast.config import (
     InjectionTime,  # noqa: F401
     parse_layers,
 )
+from npt_fast.hf.tokenizer import Reading
 from npt_fast.paths import expand
 
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B"
@@ -31,6 +32,7 @@ PathText = Annotated[str, Parameter(validator=_check_path)]
 ``Path("")`` is the current directory."""
 Layers = Annotated[str | None, Parameter(validator=lambda _, text: text and parse_layers(text))]
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
+SpecialTokens = Annotated[bool, Parameter(negative="--no-special-tokens")]
 Texts = Annotated[Sequence[str], Parameter(consume_multiple=True)]
 
 
@@ -49,8 +51,10 @@ class WeightOptions:
     base_dtype: BaseDType = "auto"
     trust_remote_code: bool = False
 
-    def load(self, model_name: str, device: str) -> tuple[Any, Any]:
-        """A base model on a device, and its tokenizer."""
+    def load(
+        self, model_name: str, device: str, checkpoints: Sequence[str] = ()
+    ) -> tuple[Any, Any]:
+        """A base model on a device, for these checkpoints, and its tokenizer."""
         from npt_fast.hf.base_model import load_base_model
 
         return load_base_model(
@@ -58,6 +62,7 @@ class WeightOptions:
             dtype=self.base_dtype,
             device=device,
             trust_remote_code=self.trust_remote_code,
+            checkpoints=checkpoints,
         )
 
 
@@ -76,11 +81,12 @@ class ModelOptions:
     weights: WeightOptions = field(default_factory=WeightOptions)
     cpu: bool = False
 
-    def load(self) -> tuple[Any, Any]:
-        """The base model and its tokenizer."""
+    def load(self, checkpoints: Sequence[str] = ()) -> tuple[Any, Any]:
+        """The base model, for these checkpoints, and its tokenizer."""
         from npt_fast.hf.base_model import default_device
 
-        return self.weights.load(self.model_name, "cpu" if self.cpu else default_device())
+        device = "cpu" if self.cpu else default_device()
+        return self.weights.load(self.model_name, device, checkpoints)
 
 
 @Parameter(name="*")
@@ -100,9 +106,17 @@ class CheckpointOptions:
 
     def load(self) -> tuple[Any, Any]:
         """The base model with these layers, and its tokenizer."""
-        model, tokenizer = self.base.load()
+        model, tokenizer = self.base.load([self.checkpoint])
         layers = None if self.layers is None else parse_layers(self.layers)
         return npt.load(model, self.checkpoint, layers=layers), tokenizer
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(Reading):
+    """`Reading`, of all texts that a verb reads."""
+
+    special_tokens: SpecialTokens = True
 
 
 @Parameter(name="*")
@@ -115,17 +129,21 @@ class SourceOptions:
         prompt: Prompt to inject the modulation into.
         sequence: Extract the mean over all tokens of the text instead, as extract-seq does.
         track: Texts whose first token is tracked; a leading space counts.
+        reading: How text and prompt become tokens.
     """
 
     source: Annotated[str, Parameter(name="--from", allow_leading_hyphen=True)]
     prompt: Text
     sequence: bool = False
     track: Texts = ()
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def extract(self, model: Any, tokenizer: Any) -> npt.Modulation:
         """The modulation of the text: at its last token, or the mean over all."""
         position = "all" if self.sequence else "last"
-        return npt.extract(model, tokenizer, self.source, position=position, reduce="mean")
+        return npt.extract(
+            model, tokenizer, self.source, position=position, reduce="mean", **asdict(self.reading)
+        )
 
 
 @Parameter(name="*")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 
-from npt_fast.cli.arguments import CheckpointOptions, PathText
+from npt_fast.cli.arguments import CheckpointOptions, PathText, ReadingOptions
 from npt_fast.cli.output import print_json, say
 from npt_fast.errors import TransferError
+from npt_fast.transfer.positions import reached
+
+_READING = ReadingOptions()
 
 
 def check(
@@ -15,6 +18,7 @@ def check(
     /,
     *,
     model: CheckpointOptions,
+    reading: ReadingOptions = _READING,
     junit: PathText | None = None,
     json: bool = False,
 ) -> int:
@@ -41,13 +45,15 @@ def check(
     outcomes = []
     for fact in expected:
         try:
-            outcome = library.check(loaded, tokenizer, fact)
+            outcome = library.check(loaded, tokenizer, fact, reading)
         except TransferError as error:
             raise TransferError(f"{facts}: {error}") from error
         outcomes.append(outcome)
         if not json:
             say(f"{'FAIL' if outcome.problems else 'ok'} {fact.name} ({outcome.seconds:.1f} s)")
             say(f"  {fact.prompt!r}: {outcome.before!r} -> {outcome.after!r}")
+            hit = reached(outcome.positions, outcome.tokens, fact.injection.when)
+            say(f"  {outcome.source} into tokens {hit}")
             for problem in outcome.problems:
                 say(f"  {problem}")
     failed = sum(bool(outcome.problems) for outcome in outcomes)

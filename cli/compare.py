@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -10,7 +11,9 @@ from cyclopts.validators import Number
 
 from npt_fast.cli.arguments import CheckpointOptions, InjectionOptions, PathText, SourceOptions
 from npt_fast.cli.output import show_report
+from npt_fast.config import InjectionTime
 from npt_fast.tables import markdown_table
+from npt_fast.transfer.positions import reached
 
 if TYPE_CHECKING:
     from npt_fast.transfer.compare import Comparison, Token
@@ -49,20 +52,23 @@ def compare(
     modulation = texts.extract(loaded, tokenizer)
     found = library.compare(
         loaded, tokenizer, modulation, texts.prompt, injection,
-        sampling=Sampling(tokens=tokens), tracked=texts.track,
+        sampling=Sampling(tokens=tokens), tracked=texts.track, reading=texts.reading,
     )  # fmt: skip
     facts = {
         "checkpoint": model.checkpoint,
         "model": model.base.model_name,
         "injected": modulation.description,
+        "reading": str(texts.reading),
         "mode": f"{injection.mode}, strength {injection.strength:g}, {injection.when}",
     }
-    show_report(facts, found, _lines, report.comparison_html, html=html, json=json)
+    lines = partial(_lines, injection.when)
+    page = partial(report.comparison_html, when=injection.when)
+    show_report(facts, found, lines, page, html=html, json=json)
 
 
-def _lines(found: Comparison) -> Iterator[str]:
-    hit = ", ".join(f"{place} {found.prompt[place]!r}" for place in found.positions)
-    yield f"Hit: layers {found.layers}, tokens {hit or 'generated'}"
+def _lines(when: InjectionTime, found: Comparison) -> Iterator[str]:
+    hit = reached(found.positions, found.prompt, when)
+    yield f"Hit: layers {found.layers}, tokens {hit}"
     yield f"Prompt: {''.join(found.prompt)}"
     yield f"  no injection: {found.no_injection_text}"
     yield f"  injected:     {found.injected_text}"

@@ -10,16 +10,17 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 import npt_fast as npt
-from npt_fast.cli.arguments import ModelOptions, PathText
-from npt_fast.cli.output import print_json, say
+from npt_fast.cli.arguments import ModelOptions, PathText, ReadingOptions
+from npt_fast.cli.output import certificate_lines, print_json, say
 
-_MODEL = ModelOptions()
+_MODEL, _READING = ModelOptions(), ReadingOptions()
 
 
 def evaluate(
     *,
     checkpoint: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
     model: ModelOptions = _MODEL,
+    reading: ReadingOptions = _READING,
     data: PathText = "medium",
     num_eval_samples: Annotated[int, Parameter(validator=Number(gte=1))] = 100,
     max_length: Annotated[int, Parameter(validator=Number(gte=2))] = 512,
@@ -28,7 +29,8 @@ def evaluate(
     max_new_tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 30,
     json: bool = False,
 ) -> None:
-    """Measure how closely a model with each checkpoint follows its base model on held-out text.
+    """Measure how closely a model with each checkpoint follows its base model on held-out text,
+    and on four texts of other kinds: news, a story, code and French.
 
     Parameters
     ----------
@@ -43,7 +45,7 @@ def evaluate(
     batch_size
         Windows per batch.
     prompt
-        Prompts to continue, with the base model and with each checkpoint.
+        Prompts to continue, with the base model and with each checkpoint; --chat is for them alone.
     max_new_tokens
         Tokens to generate for each prompt.
     json
@@ -51,9 +53,13 @@ def evaluate(
     """
     from npt_fast.training.evaluation import continue_text
 
-    loaded, tokenizer = model.load()
+    loaded, tokenizer = model.load(checkpoint)
+
+    def continuations() -> list[str]:
+        return [continue_text(loaded, tokenizer, p, max_new_tokens, reading) for p in prompt]
+
     results = []
-    texts = {"base": [continue_text(loaded, tokenizer, p, max_new_tokens) for p in prompt]}
+    texts = {"base": continuations()}
     for path in checkpoint:
         npt.load(loaded, path)
         found = npt.evaluate(
@@ -63,16 +69,17 @@ def evaluate(
             windows=num_eval_samples,
             max_length=max_length,
             batch_size=batch_size,
+            special_tokens=reading.special_tokens,
         )
         layers = [status.layer for status in npt.status(loaded)]
-        texts[path] = [continue_text(loaded, tokenizer, p, max_new_tokens) for p in prompt]
+        texts[path] = continuations()
         npt.unload(loaded)
         results.append({"checkpoint": path, "layers": layers, **asdict(found)})
         if not json:
             say(f"{path}: layers {layers}")
             say(
                 f"  perplexity {found.perplexity:.3f}, base model {found.base_perplexity:.3f}, "
-                f"ratio {found.perplexity / found.base_perplexity:.4f}"
+                f"ratio {found.perplexity_ratio:.4f}"
             )
             say(f"  KL {found.kl:.4f} nats, top-1 agreement {found.top1_agreement:.4f}")
             errors = ", ".join(
@@ -80,6 +87,8 @@ def evaluate(
             )
             say(f"  direct loss: {errors}")
             say(f"  {found.tokens:,} tokens")
+            for line in certificate_lines(found.certificate(data)):
+                say(line)
     if json:
         print_json({"results": results, "prompts": list(prompt), "texts": texts})
         return

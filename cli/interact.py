@@ -13,10 +13,11 @@ from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.cli import streams
-from npt_fast.cli.arguments import DEFAULT_MODEL, PathText, WeightOptions
+from npt_fast.cli.arguments import DEFAULT_MODEL, PathText, ReadingOptions, WeightOptions
 from npt_fast.cli.output import warn
 from npt_fast.config import parse_layers
 from npt_fast.errors import ModelError, NPTError, TransferError, VerificationError
+from npt_fast.hf.tokenizer import Reading
 
 if TYPE_CHECKING:
     from npt_fast.cli.shell.loop import Shell
@@ -35,6 +36,7 @@ class InteractOptions:
         layers: Layers of the checkpoint to load, as 11,13 or 11-15; all if not given.
         device: Device to run the model on; a GPU if there is one and none is given.
         weights: How the weights of the base model are read.
+        reading: How texts become tokens; the command set changes it.
         script: File of commands, one per line, to run instead of reading the terminal or stdin.
         json: Print one JSON object per command.
         keep_going: Continue after a command of a script or of stdin has failed.
@@ -48,6 +50,7 @@ class InteractOptions:
     layers: str | None = None
     device: str | None = None
     weights: WeightOptions = field(default_factory=WeightOptions)
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
     script: PathText | None = None
     json: bool = False
     keep_going: bool = False
@@ -58,6 +61,8 @@ class InteractOptions:
     def __post_init__(self) -> None:
         if self.replay is not None and (self.script or self.log):
             raise ValueError("--replay runs a log and writes none; leave out --script and --log")
+        if self.replay is not None and self.reading != ReadingOptions():
+            raise ValueError("--replay reads texts as its log says; leave the option out")
         if self.exact and self.replay is None:
             raise ValueError("--assert needs --replay")
         if self.layers is not None:
@@ -93,7 +98,7 @@ def interact(options: InteractOptions = _NOTHING) -> int:
     script = None if options.script is None else read_script(options.script)
     if options.replay is not None:
         return _replay(options)
-    session = _session(options, options.checkpoint or "", options.model_name)
+    session = _session(options, options.checkpoint or "", options.model_name, options.reading)
     journal = _journal(options, session)
     output = JsonOutput() if options.json else PlainOutput()
     shell = Shell(Context(session), output, journal, keep_going=options.keep_going)
@@ -147,7 +152,14 @@ def _replay(options: InteractOptions) -> int:
         raise TransferError(
             f"{path}: does not name a checkpoint and a model; give --checkpoint and --model_name"
         )
-    session = _session(options, checkpoint, model, header.get("layers"))
+    try:
+        # logs of before do not say: they added no special tokens
+        reading = Reading(
+            special_tokens=header.get("special_tokens", False), chat=header.get("chat", False)
+        )
+    except ValueError as error:
+        raise TransferError(f"{path}, line 1: {error}") from None
+    session = _session(options, checkpoint, model, reading, header.get("layers"))
     output = JsonOutput() if options.json else PlainOutput()
     try:
         output.note(replay(Shell(Context(session), output), path, header, entries))
@@ -159,7 +171,11 @@ def _replay(options: InteractOptions) -> int:
 
 
 def _session(
-    options: InteractOptions, checkpoint: str, model_name: str | None, layers: Any = None
+    options: InteractOptions,
+    checkpoint: str,
+    model_name: str | None,
+    reading: Reading,
+    layers: Any = None,
 ) -> Session:
     from npt_fast.hf.base_model import default_device
     from npt_fast.transfer.session import Session
@@ -170,12 +186,12 @@ def _session(
     with _waiting(f"Loading model from {name}..."):
         device = options.device or default_device()
         try:
-            model, tokenizer = options.weights.load(name, device)
+            model, tokenizer = options.weights.load(name, device, [checkpoint])
         except (RuntimeError, AssertionError) as error:  # torch: no such device
             reason = str(error).splitlines()[0]
             raise ModelError(f"{name} cannot be put on {device!r}: {reason}") from error
         npt.load(model, checkpoint, layers=layers)
-    return Session(model, tokenizer)
+    return Session(model, tokenizer, reading)
 
 
 def _name(options: InteractOptions) -> str:

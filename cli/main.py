@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
 import npt_fast as npt
 from npt_fast.cli import streams
-from npt_fast.cli.output import shortened
-from npt_fast.errors import NPTError, VerificationError, missing_package
+from npt_fast.cli.output import shortened, warn
+from npt_fast.errors import NPTError, NPTWarning, VerificationError, missing_package
 
 app = App(
     name="npt-fast",
@@ -37,6 +38,7 @@ app.command("npt_fast.cli.check:check", name="check", help="Score injections aga
 app.command(
     "npt_fast.cli.interact:interact", name="interact", help="Transfer knowledge in a shell."
 )
+app.command("npt_fast.cli.models:models", name="models", help="Show which layers can be NP layers.")
 app.command("npt_fast.cli.verify:verify", name="verify", help="Verify a merged checkpoint.")
 app.command("npt_fast.cli.bench:bench", name="bench", help="Time the modulated MLP.")
 app.command("npt_fast.cli.kernels:app", name="kernels", help="Compile the kernels without a GPU.")
@@ -51,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         signal.signal(signal.SIGTERM, _terminate)
         streams.install()
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
         result = _parse(given)()
         code = result if isinstance(result, int) else 0
         if failed := streams.failure(sys.stdout):
@@ -96,6 +99,14 @@ def _parse(arguments: list[str]) -> Callable[[], object]:
         return partial(verb, *options.args, **options.kwargs)
     lists = "lists its options" if verbs else "lists verbs"
     _exit(2, f"{reason} ({' '.join(['npt-fast', *verbs])} --help {lists})")
+
+
+def _show_warning(others: Callable[..., None], message: Warning | str, *where: Any) -> None:
+    """Print a warning of ours as one line, without the place in the code that it comes from."""
+    if isinstance(message, NPTWarning):
+        warn(str(message))
+    else:
+        others(message, *where)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from npt_fast.checkpoint.certificate import Certificate, Closeness, worst_of
 from npt_fast.errors import printable
+from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
     from npt_fast.checkpoint.examination import VerifyReport
@@ -37,6 +40,34 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Ascending numbers as ``0-2,4``, which is how options take layers."""
+    runs = [
+        [layer for _, layer in group]
+        for _, group in groupby(enumerate(layers), key=lambda item: item[1] - item[0])
+    ]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def certificate_lines(found: Certificate) -> Iterator[str]:
+    """Lines of a table of all texts: the one like the training text, and those of other kinds."""
+    data = found.data or "held-out text"
+    # the end of a path says more, and a line has 80 columns
+    texts = {data if len(data) <= 28 else f"...{data[-25:]}": found.held_out, **found.texts}
+    rows = [(name, f"{text.tokens:,}", *_figures(text)) for name, text in texts.items()]
+    if found.texts:
+        tokens = sum(text.tokens for text in found.texts.values())
+        worst = Closeness(tokens, **worst_of(found.texts.values()))
+        rows.append(("worst of other kinds", f"{tokens:,}", *_figures(worst)))
+    for line in markdown_table(("text", "tokens", "KL, nats", "ratio"), rows).splitlines():
+        yield f"  {line}"
+
+
+def _figures(text: Closeness) -> Iterator[str]:
+    for figure in (text.kl, text.perplexity_ratio):
+        yield "not finite" if figure is None else f"{figure:.4f}"
 
 
 def warn(message: str) -> None:

@@ -11,6 +11,7 @@ from npt_fast.cli.arguments import CheckpointOptions, PathText, SourceOptions, T
 from npt_fast.cli.output import show_report
 from npt_fast.config import Injection, InjectionMode
 from npt_fast.tables import markdown_table
+from npt_fast.transfer.positions import named
 
 if TYPE_CHECKING:
     from npt_fast.transfer.compare import Sweep
@@ -55,12 +56,13 @@ def sweep(
     modulation = texts.extract(loaded, tokenizer)
     found = library.sweep(
         loaded, tokenizer, modulation, texts.prompt, Injection(position=position, mode=mode),
-        strengths=strength, tracked=texts.track, each_token=each_token,
+        strengths=strength, tracked=texts.track, each_token=each_token, reading=texts.reading,
     )  # fmt: skip
     facts = {
         "checkpoint": model.checkpoint,
         "model": model.base.model_name,
         "injected": modulation.description,
+        "reading": str(texts.reading),
         "prompt": texts.prompt,
         "position": position,
         "mode": mode,
@@ -69,6 +71,7 @@ def sweep(
 
 
 def _lines(found: Sweep) -> Iterator[str]:
+    yield f"Hit: tokens {named(found.positions, found.tokens)}"
     tables = {"KL of the next token, nats": found.kl}
     for text, values in found.tracked.items():
         tables[f"Probability of {text!r}, {found.no_injection[text]:.4f} without injection"] = (

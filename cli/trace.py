@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from npt_fast.cli.arguments import ModelOptions, PathText
+from npt_fast.cli.arguments import ModelOptions, PathText, ReadingOptions
 from npt_fast.cli.output import print_json, say
 from npt_fast.tables import markdown_table
+from npt_fast.transfer.positions import named
 
 if TYPE_CHECKING:
     from npt_fast.transfer.trace import Patch, Trace
 
-_MODEL = ModelOptions()
+_MODEL, _READING = ModelOptions(), ReadingOptions()
 
 
 def trace(
@@ -24,6 +25,7 @@ def trace(
     source: Annotated[str, Parameter(name="--from", allow_leading_hyphen=True)],
     target: Annotated[str, Parameter(name="--to", allow_leading_hyphen=True)],
     model: ModelOptions = _MODEL,
+    reading: ReadingOptions = _READING,
     track: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
     window: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
     from_position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
@@ -64,6 +66,7 @@ def trace(
     found = library.trace(
         loaded, tokenizer, source, target,
         tracked=track, window=window, source_position=from_position, target_position=to_position,
+        reading=reading,
     )  # fmt: skip
     if plot is not None:
         library.draw(found, plot)
@@ -80,7 +83,7 @@ def _print(found: Trace) -> None:
         ("From", found.source, found.source_positions, found.source_top, found.source_tracked),
         ("To", found.target, found.target_positions, found.target_top, found.target_tracked),
     ):
-        where = ", ".join(f"{place} {tokens[place]!r}" for place in places)
+        where = named(places, tokens)
         likely = ", ".join(
             f"{text!r} {value:.4f}" for text, value in zip(found.tracked, tracked, strict=True)
         )

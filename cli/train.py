@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence  # noqa: F401
+from dataclasses import dataclass
+from pathlib import Path  # noqa: F401
 from typing import Annotated
 
 from cyclopts import Parameter
 
 import npt_fast as npt
-from npt_fast.cli.output import print_json, say
-from npt_fast.config import TrainOptions
+from npt_fast.cli.arguments import SpecialTokens
+from npt_fast.cli.output import certificate_lines, print_json, say
+from npt_fast.config import (  # noqa: F401  cyclopts resolves the hints of `TrainOptions` here
+    BaseDType,
+    FileFormat,
+    Initialization,
+    LossKind,
+    LRSchedule,
+    ModulationType,
+    Parallel,
+    Residual,
+    Tracker,
+    TrainOptions,
+    WandbMode,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(TrainOptions):
+    """`TrainOptions`, whose flag that is on by default can be turned off."""
+
+    special_tokens: SpecialTokens = True
 
 
 def train(
-    options: Annotated[TrainOptions, Parameter(name="*", consume_multiple=True)],
+    options: Annotated[TrainArguments, Parameter(name="*", consume_multiple=True)],
     *,
     json: bool = False,
 ) -> int:
@@ -39,5 +62,7 @@ def train(
                 f"Perplexity {found.perplexity:.3f} (base model {found.base_perplexity:.3f}), "
                 f"KL {found.kl:.4f} nats, top-1 agreement {found.top1_agreement:.4f}"
             )
+            for line in certificate_lines(found.certificate(options.eval_data or options.data)):
+                say(line)
         say(f"Final checkpoint: {report.checkpoint}")
     return 128 + report.stopped_by if report.stopped_by else 0

@@ -61,6 +61,7 @@ CONTENTS = """
 docs/training
 docs/merging
 docs/transfer
+docs/decoding
 docs/reference
 docs/design
 docs/*

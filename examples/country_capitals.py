@@ -21,6 +21,7 @@ from torch import Tensor
 import npt_fast as npt
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.convert import decoder_layers
+from npt_fast.hf.tokenizer import first_token, read
 from npt_fast.tables import markdown_table
 from npt_fast.transfer.compare import divergences
 from npt_fast.transfer.trace import trace
@@ -57,7 +58,7 @@ class Batch:
 
     def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[str]) -> None:
         self.model = model
-        rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        rows = [read(tokenizer, prompt).ids for prompt in prompts]
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -100,8 +101,7 @@ def main() -> None:
     sources = [*countries[1:], countries[0]]
 
     def first(country: str) -> int:
-        token: int = tokenizer(" " + CAPITALS[country], add_special_tokens=False)["input_ids"][0]
-        return token
+        return first_token(tokenizer, f" {CAPITALS[country]}")
 
     rows = [
         Row(group, text.format(country), first(country), first(source))

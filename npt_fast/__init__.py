@@ -30,7 +30,15 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from npt_fast.hf.checkpoint import load, save
-    from npt_fast.hf.convert import LayerStatus, convert, disabled, status, unload
+    from npt_fast.hf.convert import (
+        LayerStatus,
+        convert,
+        disabled,
+        status,
+        supported_layers,
+        unload,
+    )
+    from npt_fast.hf.quantize import quantize
     from npt_fast.training.evaluation import Evaluation, evaluate
     from npt_fast.training.run import TrainReport
     from npt_fast.training.train import train
@@ -80,8 +88,10 @@ _HOMES = {
     "load_modulation": "npt_fast.transfer.modulation",
     "mean": "npt_fast.transfer.modulation",
     "merge": "npt_fast.checkpoint.merge",
+    "quantize": "npt_fast.hf.quantize",
     "save": "npt_fast.hf.checkpoint",
     "status": "npt_fast.hf.convert",
+    "supported_layers": "npt_fast.hf.convert",
     "train": "npt_fast.training.train",
     "unload": "npt_fast.hf.convert",
     "verify": "npt_fast.checkpoint.verify",
@@ -125,8 +135,10 @@ __all__ = [
     "load_modulation",
     "mean",
     "merge",
+    "quantize",
     "save",
     "status",
+    "supported_layers",
     "train",
     "unload",
     "verify",

@@ -186,6 +186,7 @@ class TrainOptions:
         max_length: Tokens per window.
         stride: Tokens from the start of one window to the next; defaults to max_length.
         num_workers: Tokenizer threads.
+        special_tokens: Add the special tokens, such as BOS, that the tokenizer adds by itself.
         np_rank: Bottleneck width of each component, for layers that start fresh.
         num_ranks: Components per projection, for layers that start fresh.
         modulation: Projections to modulate. single: gate; dual: gate and up; triple: gate, up and
@@ -256,6 +257,7 @@ class TrainOptions:
     max_length: int = 512
     stride: int | None = None
     num_workers: int = 4
+    special_tokens: bool = True
     np_rank: int = 256
     num_ranks: int = 1
     modulation: ModulationType = "triple"

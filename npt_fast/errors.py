@@ -1,4 +1,4 @@
-"""The errors that npt_fast raises if a user, a file or a machine is at fault.
+"""The errors that npt_fast raises if a user, a file or a machine is at fault, and its warnings.
 
 Each message is one line that names the file and key, what is wrong and what to do. The command
 line prints the message and exits with ``exit_code``. Any other exception is a bug of ours.
@@ -58,6 +58,13 @@ def missing_package(error: ModuleNotFoundError, user: str, *, needs: str = "hf")
         return None
     extra = needs if extra == "hf" else extra
     return f"{user} needs the package {package}; pip install 'npt_fast[{extra}]'"
+
+
+class NPTWarning(UserWarning):
+    """What a user should know of, though nothing failed; the command line prints it on stderr."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class NPTError(Exception):

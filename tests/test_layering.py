@@ -26,21 +26,30 @@ ALLOWED = {
     "checkpoint": {"config", "errors", "paths", "schema"},
     "functional": {"config", "errors", "kernels"},
     "initialization": {"config", "checkpoint"},
-    "modules": {"config", "errors", "checkpoint", "functional", "initialization"},
-    "hf": {"config", "errors", "paths", "schema", "checkpoint", "functional", "modules"},
+    "called_mlp": {"errors", "functional"},
+    "kept_cast": set[str](),
+    "modules": {
+        *("config", "errors", "checkpoint", "functional", "called_mlp", "initialization"),
+        "kept_cast",
+    },
+    "hf": {
+        *("config", "errors", "paths", "schema", "checkpoint"),
+        *("functional", "modules"),
+    },
     "training": {
         *("config", "errors", "paths", "schema", "checkpoint"),
         *("functional", "modules", "hf"),
     },
     "transfer": {
         *("config", "errors", "paths", "schema", "checkpoint"),
-        *("functional", "modules", "hf", "pictures"),
+        *("functional", "called_mlp", "modules", "hf", "pictures"),
     },
 }
 FOREIGN = {
     "checkpoint": {"numpy"},
     "config": set[str](),
     "errors": set[str](),
+    "kept_cast": {"torch"},
     "paths": set[str](),
     "schema": set[str](),
     "kernels": {"torch", "triton"},

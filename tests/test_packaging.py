@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import tomllib
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -23,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+TEXTS = ("README.md", "code.txt", "french.txt", "news.txt", "story.txt")
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 TREES = ("git archive", "links as text", "links lost")
 WHEELS = (*TREES, "sdist")
@@ -32,7 +32,9 @@ VERSIONS = [line.split(" :: ")[-1] for line in PROJECT["classifiers"] if CLASSIF
 NEEDS = {
     **dict.fromkeys(("__init__", "__main__", "checkpoint", "config", "errors"), "core"),
     **dict.fromkeys(("paths", "schema", "tables"), "core"),
-    **dict.fromkeys(("functional", "hf", "initialization", "modules", "testing"), "hf"),
+    **dict.fromkeys(("called_mlp", "functional", "hf", "initialization"), "hf"),
+    **dict.fromkeys(("kept_cast", "modules"), "hf"),
+    "testing": "hf",
     "transfer": "hf",
     "kernels": "kernels",
     "training": "train",
@@ -104,6 +106,7 @@ def test_every_wheel_holds_the_same_files(built: Path) -> None:
     assert {name for name in contents[0] if ".dist-info/" not in name} == {
         *modules,
         "npt_fast/py.typed",
+        *(f"npt_fast/training/texts/{name}" for name in TEXTS),
     }
 
 
@@ -119,54 +122,20 @@ def test_every_sdist_holds_the_same_files(built: Path) -> None:
     assert not [name for name in inside if name.startswith(("tests", "npt_fast/cli"))]
 
 
-def install(programs: Path, *what: object) -> None:
-    """With the pip of these tests: making one in every environment takes longer than the rest."""
-    output_of(*PIP, "--python", programs / "python", "install", *what)
-
-
-@pytest.fixture(scope="module")
-def environment(
-    built: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, Path], Path]:
-    """The ``bin`` of an environment that holds a wheel and the core requirements."""
-
-    @cache
-    def empty(version: str) -> Path:
-        python = f"python{version}"
-        if subprocess.run(["sh", "-c", f"{python} -c ''"], capture_output=True).returncode:
-            pytest.skip(f"there is no {python} here")
-        folder = tmp_path_factory.mktemp(python)
-        output_of(python, "-m", "venv", "--without-pip", folder)
-        wheel, constraints = wheel_of(built / WHEELS[0]), ROOT / "constraints.txt"
-        install(folder / "bin", "-c", constraints, wheel)
-        return folder / "bin"
-
-    def with_wheel(version: str, wheel: Path) -> Path:
-        programs = empty(version)
-        install(programs, "--force-reinstall", "--no-deps", wheel)
-        return programs
-
-    return with_wheel
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("version", "source"),
-    [
-        *((VERSIONS[0], source) for source in WHEELS),
-        *((version, WHEELS[0]) for version in VERSIONS[1:]),
-    ],
-)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_it_merges_and_verifies(
-    version: str,
-    source: str,
-    built: Path,
-    environment: Callable[[str, Path], Path],
-    layer11: Path,
-    layer13: Path,
-    tmp_path: Path,
+    version: str, built: Path, layer11: Path, layer13: Path, tmp_path: Path
 ) -> None:
-    programs = environment(version, wheel_of(built / source))
+    """With the core requirements, from one of the wheels, which all hold the same files."""
+    python = f"python{version}"
+    if subprocess.run(["sh", "-c", f"{python} -c ''"], capture_output=True).returncode:
+        pytest.skip(f"there is no {python} here")
+    output_of(python, "-m", "venv", "--without-pip", tmp_path / "environment")
+    programs = tmp_path / "environment" / "bin"
+    # with the pip of these tests: making one in every environment takes longer than the rest
+    wheel, constraints = wheel_of(built / WHEELS[0]), ROOT / "constraints.txt"
+    output_of(*PIP, "--python", programs / "python", "install", "-c", constraints, wheel)
     program, merged = programs / "npt-fast", tmp_path / "merged"
     run = ("-m", "npt_fast")  # from a folder that holds no npt_fast
     assert output_of(program, "--version", cwd=tmp_path) == f"{npt.__version__}\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from npt_fast.cli.shell.line import Arguments, parse
@@ -110,6 +110,9 @@ class Commands(dict[str, Command]):
         return register
 
 
+_FLAGS = ("false", "true")
+
+
 def number(name: str, text: str) -> float:
     """Parse a number.
 
@@ -121,18 +124,24 @@ def number(name: str, text: str) -> float:
 
 
 def setting(c: Context, key: str, value: str) -> dict[str, Any]:
-    """Parse a setting of `Sampling`.
+    """Parse a setting.
 
     Raises:
         TransferError: there is no setting `key`, or `value` has another type.
     """
-    kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(c.session.state.settings)}
-    if key not in kinds:
-        hint = suggestion(key, kinds) or f"; there are {', '.join(kinds)}"
+    known = settings(c)
+    if key not in known:
+        hint = suggestion(key, known) or f"; there are {', '.join(known)}"
         raise TransferError(f"no setting is called {shown(key)}{hint}")
-    what = "a whole number" if kinds[key] is int else "a number"
+    kind = type(known[key])
+    what = {int: "a whole number", bool: "true or false"}.get(kind, "a number")
     with _value(key, value, what):
-        return {key: kinds[key](value)}
+        return {key: _FLAGS.index(value.lower()) == 1 if kind is bool else kind(value)}
+
+
+def settings(c: Context) -> dict[str, Any]:
+    """All settings: the fields of `Sampling` and of `Reading`."""
+    return asdict(c.session.state.settings) | asdict(c.session.state.reading)
 
 
 @contextmanager

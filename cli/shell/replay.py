@@ -27,8 +27,9 @@ def replay(
         return VerificationError(f"{path}: {what} differs from the record", [problem])
 
     now = shell.context.session.description()
-    named = {"name": now["base"]["name"]}  # the same model may lie elsewhere now
-    before = {**header, "base": {**header.get("base", {}), **named}}
+    # the same model may lie elsewhere now, and its fingerprint need not be known
+    base = {k: v for k, v in header.get("base", {}).items() if k != "name" and k in now["base"]}
+    before = {**header, "base": now["base"] | base}
     for key in ("base", "dtype", "layers", "weights"):
         if problem := difference(before.get(key), now[key], key):
             raise differs("the model", problem)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from npt_fast.errors import printable
 from npt_fast.tables import markdown_table
+from npt_fast.transfer.origin import readings
+from npt_fast.transfer.positions import named, reached
 
 if TYPE_CHECKING:
     from npt_fast.config import InjectionTime
+    from npt_fast.hf.tokenizer import Reading
     from npt_fast.transfer.compare import Comparison, Sweep, Token
     from npt_fast.transfer.modulation import Modulation
     from npt_fast.transfer.session import InjectionResult, Prediction
@@ -53,7 +56,8 @@ def details(name: str, item: Item) -> list[str]:
     lines = [
         f"Modulation '{name}'",
         f"  Source: {found.description}",
-        f"  Position: {found.origin.get('positions', 'of several')}",
+        f"  Position: {_position(found.origin)}",
+        f"  Tokens: {'; '.join(readings(found.origin)) or 'unknown'}",
         f"  Timestamp: {item.created}",
         f"  Base model: {found.base.name}",
     ]
@@ -71,6 +75,19 @@ def details(name: str, item: Item) -> list[str]:
             ),
         ]
     return lines
+
+
+def other_reading(name: str, modulation: Modulation, reading: Reading) -> list[str]:
+    """Note that a modulation's texts were read in another way than those of the session."""
+    ways = [way for way in readings(modulation.origin) if not way.startswith(str(reading))]
+    return [f"Note: '{name}' was read {way}; this session reads texts {reading}" for way in ways]
+
+
+def _position(origin: Mapping[str, Any]) -> str:
+    try:
+        return named(origin["positions"], origin["tokens"])
+    except (LookupError, TypeError):  # of several, or from a file, which may hold anything
+        return str(origin.get("positions", "of several"))
 
 
 def arrow(before: float, after: float, much: float, some: float) -> str:
@@ -107,11 +124,9 @@ def prediction(found: Prediction) -> list[str]:
 def injection(name: str, found: InjectionResult, how: str, when: InjectionTime) -> list[str]:
     """Everything that an injection did."""
     c = found.comparison
-    read = [f"{i} {c.prompt[i]!r}" for i in c.positions] if when != "decode" else []
-    hit = ", ".join([*read, *(["the generated ones"] if when != "prefill" else [])])
     lines = [
-        f"Injected '{name}' ({how}) into layers {c.layers}, tokens {hit} "
-        f"of {len(c.prompt)}, {c.seconds * 1000:.0f} ms "
+        f"Injected '{name}' ({how}) into layers {c.layers}, tokens "
+        f"{reached(c.positions, c.prompt, when)} of {len(c.prompt)}, {c.seconds * 1000:.0f} ms "
         f"(baseline {c.no_injection_seconds * 1000:.0f} ms)"
     ]
     lines += left_out(found.left_out)
@@ -182,12 +197,16 @@ def _side_by_side(base: str, injected: str, name: str) -> list[str]:
 
 
 def comparison(name: str, c: Comparison) -> list[str]:
-    """The likeliest tokens without and with the injection, and the tracked ones."""
+    """Where it was injected, the likeliest tokens without and with it, and the tracked ones."""
 
     def cell(text: str, value: float) -> str:
         return f"{printable(text):<{_CELL - 7}} {value:.4f}"
 
-    lines = [f"Top-{len(c.top)} Predictions:", f"  {'Baseline':<{_CELL}}  With {name}"]
+    lines = [
+        f"Tokens: {named(c.positions, c.prompt)} of {len(c.prompt)}",
+        f"Top-{len(c.top)} Predictions:",
+        f"  {'Baseline':<{_CELL}}  With {name}",
+    ]
     lines += [
         f"  {cell(a.text, a.before):<{_CELL}}  {cell(b.text, b.after)}"
         for a, b in zip(c.no_injection_top, c.top, strict=True)
@@ -213,7 +232,8 @@ def sweep(found: Sweep) -> list[str]:
         ]
         return markdown_table(heads, rows).splitlines()
 
-    lines = ["KL Divergence:", *table(found.kl)]
+    hit = f"Tokens: {named(found.positions, found.tokens)} of {len(found.tokens)}"
+    lines = [hit, "KL Divergence:", *table(found.kl)]
     for text, values in found.tracked.items():
         lines += [f"{text!r} (baseline {found.no_injection[text]:.4f}):", *table(values)]
     return lines

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from npt_fast import paths
-from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint import strict_json, whole_model
+from npt_fast.checkpoint.certificate import Certificate
 from npt_fast.checkpoint.digests import DIGESTS, TensorDigest, read_digests
 from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary, Provenance
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
@@ -22,6 +23,7 @@ from npt_fast.checkpoint.npt_config import (
 )
 from npt_fast.checkpoint.tensor_source import (
     WEIGHTS,
+    WHOLE_MODEL,
     TensorSource,
     locate_checkpoint,
     open_tensors,
@@ -62,6 +64,7 @@ class LayerRecord:
         fidelity: measured error of the layer, as training recorded it.
         source: checkpoint that a merge took the layer from; None if it was not merged.
         chain: checkpoints that `source` got the layer from in earlier merges, newest first.
+        certificate: what an evaluation measured of the checkpoint that the layer was saved in.
     """
 
     residual: str | None = None
@@ -69,6 +72,7 @@ class LayerRecord:
     fidelity: float | None = None
     source: str | None = None
     chain: tuple[str, ...] = ()
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,11 @@ class Checkpoint:
         """A size of the base model, such as ``vocab_size``; None if it is not recorded."""
         return self.description.base_sizes.get(name) if self.description else None
 
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the base model; None if it is not recorded."""
+        return self.description.fingerprint if self.description else None
+
     def record(self, layer: int) -> LayerRecord:
         """What is recorded about a layer; unknown facts are None."""
         described = self.description and (self.description.layers or {}).get(layer)
@@ -124,7 +133,14 @@ class Checkpoint:
         if residual is None and self.modules[layer].architecture.modulation == "triple":
             residual = "removed"  # the original has triple modulation only with removed residuals
         step = merged.step if described.step is None else described.step
-        return LayerRecord(residual, step, described.fidelity, merged.source, merged.chain)
+        return LayerRecord(
+            residual,
+            step,
+            described.fidelity,
+            merged.source,
+            merged.chain,
+            described.certificate,
+        )
 
     def digests(self) -> Iterator[TensorDigest]:
         """The recorded digests of the checkpoint's tensors.
@@ -210,6 +226,12 @@ def _open(given: str) -> Checkpoint:
         description = Description.parse(strict_json.parse_foreign(raw, where), where)
     summary = read(MERGE_SUMMARY, MergeSummary.parse)
     config = read(CONFIG, lambda content, where: content)
+    if weights.path.name in WHOLE_MODEL or whole_model.holds_np_layers(weights.tensors):
+        description = _of_whole_model(weights.path.parent / CONFIG)
+        layers = description.layers if description else None
+        tensors = whole_model.np_tensors(weights.tensors, layers, str(weights.path))
+        weights = replace(weights, tensors=tensors)
+        config = None  # the model's, not that of a run
     modules = collect_modules(weights.tensors, str(weights.path))
     return Checkpoint(
         given,
@@ -222,3 +244,16 @@ def _open(given: str) -> Checkpoint:
         summary,
         unread,
     )
+
+
+def _of_whole_model(config: Path) -> Description | None:
+    """What the ``config.json`` beside a whole model's weights says about its NP layers."""
+    if not paths.exists(config):
+        return None
+    content = strict_json.read_foreign(config).get(whole_model.NPT)
+    where = f"{config}: {whole_model.NPT}"
+    if content is None:
+        return None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where}: must be an object")
+    return Description.parse(content, where)

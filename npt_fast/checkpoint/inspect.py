@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npt_fast.checkpoint.certificate import Certificate
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.np_module import Architecture, NPModule, flat
 from npt_fast.checkpoint.numbers import count_non_finite, read_number, sum_of_squares
@@ -64,6 +65,7 @@ class LayerInfo:
         source: checkpoint that a merge took the layer from.
         chain: checkpoints that `source` got the layer from in earlier merges, newest first.
         fidelity: measured error of the layer.
+        certificate: what an evaluation measured of the checkpoint that the layer was saved in.
         details: report of each tensor.
     """
 
@@ -78,7 +80,12 @@ class LayerInfo:
     source: str | None
     chain: list[str]
     fidelity: float | None
+    certificate: Certificate | None
     details: list[TensorReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the certificate as ``npt_config.json`` has it."""
+        return flat(self) | {"certificate": self.certificate and self.certificate.to_dict()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +135,7 @@ class CheckpointReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; NaN and infinity, which JSON lacks, become None."""
         plain: dict[str, Any] = _finite(
-            {**asdict(self), "layers": [flat(layer) for layer in self.layers]}
+            {**asdict(self), "layers": [layer.to_dict() for layer in self.layers]}
         )
         return plain
 
@@ -233,7 +240,7 @@ def _layer(checkpoint: Checkpoint, module: NPModule, values: bool) -> LayerInfo:
         layer=module.layer,
         architecture=module.architecture,
         dtypes=module.dtypes,
-        tensors=len(module.tensors),
+        tensors=len(module.entries),
         parameters=module.numel,
         nbytes=module.nbytes,
         residual=record.residual,
@@ -241,7 +248,8 @@ def _layer(checkpoint: Checkpoint, module: NPModule, values: bool) -> LayerInfo:
         source=record.source,
         chain=list(record.chain),
         fidelity=record.fidelity,
-        details=[_tensor(entry, reader) for entry in module.tensors.values()],
+        certificate=record.certificate,
+        details=[_tensor(entry, reader) for entry in module.entries],
     )
 
 

@@ -23,7 +23,7 @@ _KEY = re.compile(
     r"(?:layer_(?P<layer>0|[1-9][0-9]{0,4})_np\."
     r"|model\.layers\.(?P<other>0|[1-9][0-9]{0,4})\.np_component\.)"
     r"(?P<stem>W_down|W_a_up|W_b_up)(?:_(?P<projection>gate|up|down))?"
-    r"(?:\.(?P<component>0|[1-9][0-9]{0,4}))?"
+    r"(?:\.(?P<component>0|[1-9][0-9]{0,4})|(?P<scale>\.scale))?"
 )
 
 
@@ -36,17 +36,19 @@ class NPTKey:
         projection: ``"gate"``, ``"up"``, ``"down"``, or ``""`` for single modulation.
         stem: ``"W_down"``, ``"W_a_up"`` or ``"W_b_up"``.
         component: index along the num_ranks axis; None if the name has none (num_ranks 1).
+        scale: whether these are the scales of int8 tensors, of all components together.
     """
 
     layer: int
     projection: str
     stem: str
     component: int | None
+    scale: bool = False
 
     def __str__(self) -> str:
         projection = f"_{self.projection}" if self.projection else ""
         component = "" if self.component is None else f".{self.component}"
-        return f"layer_{self.layer}_np.{self.stem}{projection}{component}"
+        return f"layer_{self.layer}_np.{self.stem}{projection}{component}{'.scale' * self.scale}"
 
 
 def parse_key(name: str) -> NPTKey | None:
@@ -60,4 +62,5 @@ def parse_key(name: str) -> NPTKey | None:
         match["projection"] or "",
         match["stem"],
         None if component is None else int(component),
+        match["scale"] is not None,
     )

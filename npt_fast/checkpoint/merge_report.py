@@ -119,7 +119,7 @@ def report_of(
     return MergeReport(
         output=str(target),
         layers=layers,
-        total_parameters=sum(recipe.numel for recipe in plan.weights),
+        total_parameters=sum(merged.architecture.numel for merged in plan.layers),
         checkpoint_keys=len(plan.weights),
         global_step=plan.scalars_from.global_step if plan.scalars_from else None,
         files={file.name: file.size for file in plan.files},
@@ -148,7 +148,7 @@ def summary_of(plan: MergePlan, target: Path, digests: DigestWriter) -> MergeSum
     return MergeSummary(
         merged_layers=tuple(merged.layer for merged in plan.layers),
         layers={merged.layer: _provenance(merged, digests.weights) for merged in plan.layers},
-        total_parameters=sum(recipe.numel for recipe in plan.weights),
+        total_parameters=sum(merged.architecture.numel for merged in plan.layers),
         checkpoint_keys=len(plan.weights),
         inputs=tuple(
             (item.checkpoint.given, item.layers if item.selected else None) for item in plan.inputs

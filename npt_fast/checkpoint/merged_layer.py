@@ -78,6 +78,11 @@ class MergedLayer:
         return max(steps, default=None)
 
     @property
+    def factors(self) -> str | None:
+        """``"int8"`` or None, as in `NPModule`; parts with int8 factors are never joined."""
+        return self.parts[0].module.factors
+
+    @property
     def residual(self) -> str | None:
         return next(iter(_residuals(self.layer, self.parts)), None)
 
@@ -113,6 +118,9 @@ class MergedLayer:
         Raises:
             MergeError: a tensor cannot be converted.
         """
+        if self.factors is not None:
+            yield from self._unchanged(dtype)
+            return
         default = next(iter(self.parts[0].module.tensors.values())).dtype
         for slot, part, origin in self.slots():
             name = str(self.architecture.key(self.layer, slot))
@@ -136,6 +144,26 @@ class MergedLayer:
             )
             check_castable(self.source, recipe)
             yield recipe
+
+    def _unchanged(self, dtype: DType | None) -> Iterator[Recipe]:
+        """The recipes of a layer with int8 factors: copies, since scales belong to the numbers."""
+        module = self.parts[0].module
+        if dtype is not None:
+            raise MergeError(
+                f"{self.source}: layer {self.layer}: int8 factors cannot be converted; "
+                "leave out --dtype"
+            )
+        if module.architecture != self.architecture:
+            raise MergeError(
+                f"{self.source}: layer {self.layer}: int8 factors cannot be padded; "
+                "leave out --uniform"
+            )
+        for slot, entry in module.tensors.items():
+            key = self.architecture.key(self.layer, slot)
+            yield replace(Recipe.unchanged(entry), name=str(key))
+        for scale, entry in module.scales.items():
+            key = self.architecture.scale_key(self.layer, scale)
+            yield replace(Recipe.unchanged(entry), name=str(key))
 
     def moments(self) -> Iterator[tuple[SlotState | None, tuple[int, int]]]:
         """Optimizer state, None if it starts fresh, and shape of every parameter, in order."""
@@ -195,10 +223,9 @@ def resolve_conflicts(
 
 
 def _same_module(a: NPModule, b: NPModule) -> bool:
-    if a.architecture != b.architecture:
+    if (a.architecture, a.factors) != (b.architecture, b.factors):
         return False
-    for slot, first in a.tensors.items():
-        second = b.tensors[slot]
+    for first, second in zip(a.entries, b.entries, strict=True):
         if first.dtype != second.dtype:
             return False
         digests = []
@@ -215,6 +242,11 @@ def _same_module(a: NPModule, b: NPModule) -> bool:
 def _join(layer: int, parts: Sequence[Part], options: MergeOptions) -> MergedLayer:
     """Join parts into one layer, with the components of all along the num_ranks axis."""
     if len(parts) > 1:
+        if any(part.module.factors for part in parts):
+            raise MergeError(
+                f"layer {layer}: {options.on_conflict} of int8 factors is not supported; "
+                "join float checkpoints and quantize the result"
+            )
         dtypes = {dtype for part in parts for dtype in part.module.dtypes}
         if len(dtypes) > 1 and options.dtype is None:
             raise MergeError(

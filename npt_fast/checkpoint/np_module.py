@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from npt_fast.checkpoint.keys import PROJECTIONS_OF, STEMS, NPTKey, parse_key
@@ -12,6 +13,8 @@ from npt_fast.errors import CheckpointError
 
 Slot = tuple[str, str, int]
 """Projection, stem and component of a tensor, independent of its name in a file."""
+ScaleSlot = tuple[str, str]
+"""Projection and stem of the scales of int8 tensors, which all components share a tensor of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,56 @@ class Architecture:
             reads_hidden = not reads_hidden
         return r, d if reads_hidden else f
 
+    def scale_slots(self) -> Iterator[ScaleSlot]:
+        """The slots of all scales, in the order of `slots`."""
+        for projection, stem, component in self.slots():
+            if not component:
+                yield projection, stem
+
+    def scale_shape(self, slot: ScaleSlot) -> tuple[int, int]:
+        """Shape of the scales in a slot: one for each output channel (design.md#int8)."""
+        projection, stem = slot
+        channels = self.num_ranks * self.rank
+        if stem == "W_a_up":
+            return channels, 1
+        return 1, channels if stem == "W_down" else self.shape((projection, stem, 0))[1]
+
+    def scale_key(self, layer: int, slot: ScaleSlot) -> NPTKey:
+        """Key of the scales in a slot."""
+        projection, stem = slot
+        return NPTKey(layer, projection, stem, None, scale=True)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return sum(math.prod(self.shape(slot)) for slot in self.slots())
+
+    def place(self, slot: Slot) -> tuple[str, int, int]:
+        """Where a tensor lies in `NPComponent`: its parameter, and axis and start of its r places.
+
+        The parameters are joined as the GEMMs need them (design.md#coefficients).
+        """
+        projection, stem, component = slot
+        index = PROJECTIONS_OF[self.modulation].index(projection)
+        start = component * self.rank
+        within = start + index * self.num_ranks * self.rank  # of a parameter of all projections
+        if stem == "W_down":
+            return "w_down", 1, within
+        if stem == "W_b_up":
+            return f"w_b_{projection or 'gate'}", 0, start
+        # down's apart: it reads F columns, gate and up read D
+        return ("w_a_mid", 0, start) if index == 2 else ("w_a_in", 0, within)
+
+    def joined_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape of every parameter of `NPComponent`."""
+        shapes = {}
+        for slot in self.slots():
+            name, axis, start = self.place(slot)
+            rows, columns = self.shape(slot)
+            # slots ascend, so that the last one of a parameter ends it
+            shapes[name] = (rows, start + columns) if axis else (start + rows, columns)
+        return shapes
+
     def key(self, layer: int, slot: Slot) -> NPTKey:
         """Key of the tensor in a slot, as the original spells it."""
         projection, stem, component = slot
@@ -76,19 +129,37 @@ def flat(report: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class NPModule:
-    """All tensors of one NP layer, by slot, in parameter order."""
+    """All tensors of one NP layer, by slot, in parameter order.
+
+    Attributes:
+        layer: index of the layer.
+        architecture: the layer's architecture.
+        tensors: the factors' numbers: floats, or int8.
+        scales: scales of int8 numbers; none for floats.
+    """
 
     layer: int
     architecture: Architecture
     tensors: Mapping[Slot, TensorEntry]
+    scales: Mapping[ScaleSlot, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def factors(self) -> str | None:
+        """``"int8"``; None for floats, as `LayerDescription` records it."""
+        return "int8" if self.scales else None
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        """All tensors: numbers, then scales."""
+        return [*self.tensors.values(), *self.scales.values()]
 
     @property
     def numel(self) -> int:
-        return sum(entry.numel for entry in self.tensors.values())
+        return self.architecture.numel
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.tensors.values())
+        return sum(entry.nbytes for entry in self.entries)
 
     @property
     def dtypes(self) -> list[str]:
@@ -125,13 +196,14 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
     def fail(problem: str) -> CheckpointError:
         return CheckpointError(f"{where}: layer {layer} {problem}")
 
+    given_scales = {key: found.pop(key) for key in list(found) if key.scale}
     projections = {key.projection for key in found}
     modulation = next((m for m, names in PROJECTIONS_OF.items() if set(names) == projections), None)
     if modulation is None:
         present = ", ".join(sorted(name or "single" for name in projections))
         raise fail(f"is incomplete: it has tensors for {present} only")
     # a single tensor named W_down.99999 must not make the loops below long
-    num_ranks = 1 + max(key.component or 0 for key in found)
+    num_ranks = 1 + max((key.component or 0 for key in found), default=0)
     if num_ranks > len(found):
         raise fail(f"is incomplete: it has component {num_ranks - 1}, but lacks earlier ones")
     tensors: dict[Slot, TensorEntry] = {}
@@ -147,7 +219,10 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
         raise fail(f"has the unexpected tensor {next(iter(found.values())).name}")
 
     for entry in tensors.values():
-        if not entry.dtype.is_float or entry.dtype.bits < 8:  # packed types have no whole bytes
+        if given_scales:
+            if entry.dtype.name != "I8":
+                raise fail(f"has scales, but {entry.name} is {entry.dtype.name}, not I8")
+        elif not entry.dtype.is_float or entry.dtype.bits < 8:  # packed types have no whole bytes
             raise fail(f"has a tensor that cannot be trained: {entry.name} is {entry.dtype.name}")
         if len(entry.shape) != 2 or not entry.numel:
             raise fail(f"has a tensor of the wrong shape: {entry.name} is {list(entry.shape)}")
@@ -161,4 +236,28 @@ def _assemble(layer: int, found: dict[NPTKey, TensorEntry], where: str) -> NPMod
                 f"has a tensor of the wrong shape: {entry.name} is {list(entry.shape)}, "
                 f"{list(architecture.shape(slot))} expected"
             )
-    return NPModule(layer, architecture, tensors)
+    scales = _scales(architecture, layer, given_scales, fail) if given_scales else {}
+    return NPModule(layer, architecture, tensors, scales)
+
+
+def _scales(
+    architecture: Architecture,
+    layer: int,
+    found: dict[NPTKey, TensorEntry],
+    fail: Callable[[str], CheckpointError],
+) -> dict[ScaleSlot, TensorEntry]:
+    scales = {}
+    for slot in architecture.scale_slots():
+        key, shape = architecture.scale_key(layer, slot), architecture.scale_shape(slot)
+        entry = found.pop(key, None)
+        if entry is None:
+            raise fail(f"is incomplete: {key} is missing")
+        if (entry.dtype.name, entry.shape) != ("F32", shape):
+            raise fail(
+                f"has unusable scales: {entry.name} is {entry.dtype.name}{list(entry.shape)}, "
+                f"F32{list(shape)} expected"
+            )
+        scales[slot] = entry
+    if found:
+        raise fail(f"has the unexpected tensor {next(iter(found.values())).name}")
+    return scales

@@ -6,11 +6,11 @@ description in its metadata. The file is untrusted: the types of its fields are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from npt_fast.checkpoint.certificate import ANY_NUMBER, Certificate, finite_or_none
 from npt_fast.checkpoint.np_module import Architecture, NPModule
 from npt_fast.errors import CheckpointError
 from npt_fast.schema import (
@@ -19,7 +19,6 @@ from npt_fast.schema import (
     MAPPING,
     PATH,
     TEXT,
-    Kind,
     checked,
     mapping_of,
     one_of,
@@ -29,17 +28,22 @@ from npt_fast.schema import (
 NPT_CONFIG = "npt_config.json"
 FORMAT_VERSION = 1
 _DESCRIPTION = {"base_model": or_none(MAPPING), "layers": or_none(mapping_of(INDEX, MAPPING))}
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-_BASE_MODEL = {"name": or_none(PATH), **dict.fromkeys(_SIZES, or_none(COUNT))}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+_BASE_MODEL = {
+    "name": or_none(PATH),
+    "fingerprint": or_none(TEXT),
+    **dict.fromkeys(SIZES, or_none(COUNT)),
+}
 _LAYER = {
     "modulation": or_none(TEXT),
     "num_ranks": or_none(COUNT),
     "rank": or_none(COUNT),
     "residual": or_none(one_of(["removed", "kept"])),
+    "factors": or_none(one_of(["int8"])),
     "step": or_none(COUNT),
     "source": or_none(PATH),
-    # other programs write NaN and Infinity into JSON; `_layer` treats these as null
-    "fidelity": or_none(Kind("a number", lambda value: type(value) in (int, float))),
+    "fidelity": ANY_NUMBER,
+    "certificate": or_none(MAPPING),
 }
 
 
@@ -59,6 +63,8 @@ class LayerDescription:
         step: optimizer steps that the layer was trained for.
         source: checkpoint that a merge took the layer from.
         fidelity: measured error of the layer.
+        factors: ``"int8"`` if the factors are int8 numbers with scales; None for floats.
+        certificate: what an evaluation measured of the checkpoint that the layer was saved in.
     """
 
     modulation: str | None = None
@@ -68,6 +74,8 @@ class LayerDescription:
     step: int | None = None
     source: str | None = None
     fidelity: float | None = None
+    factors: str | None = None
+    certificate: Certificate | None = None
 
     @classmethod
     def of(
@@ -78,10 +86,10 @@ class LayerDescription:
         step: int | None,
         source: str | None = None,
         fidelity: float | None,
+        factors: str | None = None,
+        certificate: Certificate | None = None,
     ) -> LayerDescription:
         """Describe a layer; a fidelity that is not finite becomes None, since JSON has no NaN."""
-        if fidelity is not None and not math.isfinite(fidelity):
-            fidelity = None
         return cls(
             modulation=architecture.modulation,
             num_ranks=architecture.num_ranks,
@@ -89,8 +97,20 @@ class LayerDescription:
             residual=residual,
             step=step,
             source=source,
-            fidelity=fidelity,
+            fidelity=finite_or_none(fidelity),
+            factors=factors,
+            certificate=certificate,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file; of float factors and a missing certificate it says nothing."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("factors", "certificate"):
+            if content[name] is None:
+                del content[name]
+        if self.certificate is not None:
+            content["certificate"] = self.certificate.to_dict()
+        return content
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +122,13 @@ class Description:
         base_sizes: ``hidden_size``, ``intermediate_size``, ``num_hidden_layers`` and
             ``vocab_size`` of the base model, as far as they are recorded.
         layers: description of each layer by its index; None if the file has no ``layers``.
+        fingerprint: SHA-256 of a few weights of the base model, if it is recorded.
     """
 
     base_name: str | None
     base_sizes: Mapping[str, int]
     layers: Mapping[int, LayerDescription] | None
+    fingerprint: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file; `parse` turns it back into the same description."""
@@ -114,9 +136,10 @@ class Description:
             "format_version": FORMAT_VERSION,
             "base_model": {
                 "name": self.base_name,
-                **{name: self.base_sizes.get(name) for name in _SIZES},
+                **{name: self.base_sizes.get(name) for name in SIZES},
+                **({"fingerprint": self.fingerprint} if self.fingerprint else {}),
             },
-            "layers": {str(layer): asdict(about) for layer, about in (self.layers or {}).items()},
+            "layers": {str(layer): about.to_dict() for layer, about in (self.layers or {}).items()},
         }
 
     @classmethod
@@ -146,11 +169,12 @@ class Description:
         layers = top.get("layers")
         return cls(
             base.get("name"),
-            {name: base[name] for name in _SIZES if base.get(name) is not None},
+            {name: base[name] for name in SIZES if base.get(name) is not None},
             layers
             and {
                 int(key): _layer(facts, f"{where}: layers: {key}") for key, facts in layers.items()
             },
+            base.get("fingerprint"),
         )
 
     def contradictions(self, modules: Mapping[int, NPModule]) -> Iterator[str]:
@@ -162,11 +186,14 @@ class Description:
                 value = getattr(module.architecture, name)
                 if getattr(self.layers.get(layer), name, None) != value:
                     yield f"{NPT_CONFIG}: layer {layer}: {name} is not {value}, as the tensors say"
+            if getattr(self.layers.get(layer), "factors", None) != module.factors:
+                kind = module.factors or "floats"
+                yield f"{NPT_CONFIG}: layer {layer}: factors are not {kind}, as the tensors say"
 
 
 def _layer(facts: Any, where: str) -> LayerDescription:
     known = checked(facts, _LAYER, (), where, CheckpointError)
-    fidelity = known.get("fidelity")
-    if fidelity is not None:
-        known["fidelity"] = float(fidelity) if math.isfinite(fidelity) else None
+    known["fidelity"] = finite_or_none(known.get("fidelity"))
+    if known.get("certificate") is not None:
+        known["certificate"] = Certificate.parse(known["certificate"], f"{where}: certificate")
     return LayerDescription(**known)

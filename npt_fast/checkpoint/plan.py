@@ -159,6 +159,12 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
         None if options.weights_only else furthest_trained([i.state for i in inputs if i.state])
     )
     npt_config = _description(inputs, layers).to_dict()
+    for merged in layers:
+        if merged.factors and (options.format or inputs[0].checkpoint.weights.format) == "pt":
+            raise MergeError(
+                f"{merged.source}: layer {merged.layer}: int8 factors cannot be written as pt, "
+                "which the original reads; use --format safetensors"
+            )
     files = _weight_files(inputs, options, weights, npt_config)
     if scalars_from is not None:
         files.append(_training_state_file(scalars_from, inputs, layers, merge_info))
@@ -252,19 +258,18 @@ def _check_same_base(inputs: Sequence[MergeInput], options: MergeOptions) -> Non
                         f"{checkpoint.given}: layer {layer} was trained on another base model: "
                         f"{name} {getattr(found, name)}, {getattr(expected, name)} in {first.given}"
                     )
-    for name in ("num_hidden_layers", "vocab_size"):
-        known = {i.checkpoint.given: i.checkpoint.base_size(name) for i in inputs}
-        _refuse_difference(name, {k: v for k, v in known.items() if v is not None}, "")
+    # not vocab_size: no NP layer depends on it, and adding a token changes it
+    name = "num_hidden_layers"
+    _refuse_difference(name, {i.checkpoint.given: i.checkpoint.base_size(name) for i in inputs})
     if not options.allow_different_base:
-        names = {i.checkpoint.given: i.checkpoint.model_name for i in inputs}
-        _refuse_difference(
-            "model_name",
-            {k: v for k, v in names.items() if v is not None},
-            "; use --allow-different-base if they are the same model",
-        )
+        remedy = "; use --allow-different-base if they are the same model"
+        for name in ("model_name", "fingerprint"):
+            facts = {i.checkpoint.given: getattr(i.checkpoint, name) for i in inputs}
+            _refuse_difference(name, facts, remedy)
 
 
-def _refuse_difference(name: str, known: Mapping[str, object], remedy: str) -> None:
+def _refuse_difference(name: str, facts: Mapping[str, object], remedy: str = "") -> None:
+    known = {path: value for path, value in facts.items() if value is not None}
     if len(set(known.values())) > 1:
         (path_a, a), *rest = known.items()
         path_b, b = next((path, value) for path, value in rest if value != a)
@@ -296,8 +301,13 @@ def _description(inputs: Sequence[MergeInput], layers: Sequence[MergedLayer]) ->
             step=merged.step,
             source=merged.source,
             fidelity=record.fidelity if len(merged.parts) == 1 else None,
+            factors=merged.factors,
+            certificate=record.certificate if len(merged.parts) == 1 else None,
         )
-    return Description(first_known(c.model_name for c in checkpoints), sizes, described)
+    name, fingerprint = (
+        first_known(getattr(c, fact) for c in checkpoints) for fact in ("model_name", "fingerprint")
+    )
+    return Description(name, sizes, described, fingerprint)
 
 
 def _weight_files(

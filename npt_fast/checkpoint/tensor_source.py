@@ -27,8 +27,15 @@ SAFETENSORS_WEIGHTS = "npt_weights.safetensors"
 SAFETENSORS_INDEX = "npt_weights.safetensors.index.json"
 _ACCUMULATED = "accumulated_npt_weights.pt"  # of the original's sequential training: all layers
 WEIGHTS = (PT_WEIGHTS, _ACCUMULATED, SAFETENSORS_WEIGHTS, SAFETENSORS_INDEX)
+# of a whole model, as transformers looks for them
+WHOLE_MODEL = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 # a name without a slash or a leading dot: no index leads out of the checkpoint's folder
-_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors")
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.(safetensors|bin)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,8 @@ def newest_checkpoint(run: Path) -> Path | None:
 def find_weights(directory: Path) -> Path | None:
     """The weights file in a checkpoint directory, or the index of its shards; None without weights.
 
+    Weights of a whole model count if there are none of NPT.
+
     Raises:
         CheckpointError: the directory holds weights in two formats, which may differ.
         OSError: the directory cannot be examined.
@@ -121,6 +130,7 @@ def find_weights(directory: Path) -> Path | None:
     if len(present) > 1 and present != [PT_WEIGHTS, _ACCUMULATED]:
         names = " and ".join(present)
         raise CheckpointError(f"{directory}: holds {names}; name the file that you mean")
+    present += [name for name in WHOLE_MODEL if paths.exists(directory / name)]
     return directory / present[0] if present else None
 
 
@@ -141,13 +151,17 @@ def open_tensors(path: Path) -> TensorSource:
     if weights.name.endswith(".index.json"):
         return _open_shards(weights)
     file = SourceFile.of(weights, follow_links=weights == path)
-    if weights.suffix == ".safetensors":
+    tensors, metadata, header = _read(file)
+    format = "safetensors" if weights.suffix == ".safetensors" else "pt"
+    return TensorSource(weights, format, (file,), tensors, metadata, (header,), note)
+
+
+def _read(file: SourceFile) -> tuple[Mapping[str, TensorEntry], Mapping[str, str], Record]:
+    if file.path.suffix == ".safetensors":
         content = read_safetensors(file)
-        return TensorSource(
-            weights, "safetensors", (file,), content.entries, content.metadata, (content.header,)
-        )
+        return content.entries, content.metadata, content.header
     archive = read_torch_zip(file)
-    return TensorSource(weights, "pt", (file,), _tensors(archive), {}, (archive.header,), note)
+    return _tensors(archive), {}, archive.header
 
 
 def _tensors(archive: TorchZip) -> dict[str, TensorEntry]:
@@ -177,10 +191,10 @@ def _open_shards(index: Path) -> TensorSource:
     for shard in sorted(set(weight_map.values())):
         file = SourceFile.of(index.parent / shard)
         files.append(file)
-        content = read_safetensors(file)
-        headers.append(content.header)
-        metadata = metadata or content.metadata
-        for name, entry in content.entries.items():
+        found, about, header = _read(file)
+        headers.append(header)
+        metadata = metadata or about
+        for name, entry in found.items():
             if weight_map.get(name) != shard:
                 # other readers would take either copy (design.md#file-readers)
                 says = f"says it is in {weight_map[name]}" if name in weight_map else "lacks it"
@@ -189,4 +203,5 @@ def _open_shards(index: Path) -> TensorSource:
     if missing := weight_map.keys() - tensors.keys():
         name = min(missing)
         raise CheckpointError(f"{index}: {name:.80} is not in {weight_map[name]}")
-    return TensorSource(index, "safetensors", tuple(files), tensors, metadata, tuple(headers))
+    format = "safetensors" if files[0].path.suffix == ".safetensors" else "pt"
+    return TensorSource(index, format, tuple(files), tensors, metadata, tuple(headers))

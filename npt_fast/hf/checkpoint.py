@@ -2,36 +2,68 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from npt_fast.checkpoint.npt_config import NPT_CONFIG, Description, LayerDescription
+from npt_fast.checkpoint.np_module import Architecture, NPModule
+from npt_fast.checkpoint.npt_config import NPT_CONFIG
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.config import FileFormat, NPTConfig
-from npt_fast.errors import ModelError
-from npt_fast.hf.convert import Model, components, convert, decoder_layers
+from npt_fast.errors import ModelError, NPTWarning
+from npt_fast.hf.convert import (
+    Model,
+    add_layers,
+    components,
+    computes_in,
+    decoder_layers,
+    inference_dtype,
+)
+from npt_fast.hf.description import describe, record
+from npt_fast.hf.fingerprint import fingerprint, note_other_base
+from npt_fast.hf.quantize import quantize
 from npt_fast.hf.weights_file import read_tensor, write_weights
+from npt_fast.hf.wrappers import unwrapped
+from npt_fast.modules import NPComponent
 from npt_fast.paths import exists, path_errors, user_path
 
 
 def load(
-    model: Model, path: str | Path | Checkpoint, *, layers: Sequence[int] | None = None
+    model: Model,
+    path: str | Path | Checkpoint,
+    *,
+    layers: Sequence[int] | None = None,
+    probe: bool = True,
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+    factors: Literal["int8"] | None = None,
 ) -> Model:
     """Load a checkpoint's layers into a model; layers that are not converted yet are converted.
 
-    The architecture of every layer is read from the checkpoint.
+    The architecture of every layer is read from the checkpoint. Its numbers are rounded if the
+    parameters have a narrower dtype; no copy of them in a wider one is made in between.
 
     Args:
         model: Hugging Face causal language model.
         path: checkpoint directory or weights file, or a checkpoint that is open already.
         layers: indices of the layers to load; all layers if not given.
+        probe: as for `npt_fast.convert`.
+        trainable: whether the layers will be trained: their parameters are float32 then, and
+            require gradients. Otherwise they require none, and have the dtype of their MLP's
+            weights, or the model's where those are no floats of 16 bits or more. Layers that were
+            converted before keep both, unless `trainable` is true.
+        dtype: dtype of the parameters of all loaded layers, also of those that were converted
+            before; it wins over what `trainable` says.
+        factors: ``"int8"`` rounds the factors of all loaded layers to int8, as `npt_fast.quantize`
+            does. None leaves them as the checkpoint has them: floats or int8.
 
     Returns:
         The same model.
@@ -39,8 +71,15 @@ def load(
     Raises:
         CheckpointError: the checkpoint cannot be read.
         ModelError: the checkpoint was trained on another base model or lacks one of `layers`, or a
-            layer of the model is already converted with another architecture.
+            layer of the model cannot be converted, or is with another architecture, or a number of
+            the checkpoint is too large for the dtype; or int8 factors are to be trained or to have
+            another dtype.
+        ValueError: `dtype` is no float of 16 bits or more, or `factors` is another word.
     """
+    if factors not in (None, "int8"):
+        raise ValueError(f"factors must be int8 or None, got {factors!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and computes_in(dtype)):
+        raise ValueError(f"dtype must be a float of 16 bits or more, got {dtype!r}")
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     check_base(model, checkpoint)
     chosen = list(checkpoint.modules) if layers is None else list(layers)
@@ -49,31 +88,56 @@ def load(
             raise ModelError(
                 f"{checkpoint.given}: has no layer {layer}, only {list(checkpoint.modules)}"
             )
-    present = components(model)
-    # all are compared before the first is converted, so that an error changes nothing
-    configs = {layer: _config(checkpoint, layer) for layer in chosen}
-    for layer, config in configs.items():
-        if layer in present:
-            wanted = checkpoint.modules[layer].architecture, config.residual
-            found = present[layer].architecture, present[layer].residual
-            if found != wanted:
-                raise ModelError(
-                    f"{checkpoint.given}: layer {layer} is {wanted[0]}, residual {wanted[1]}; "
-                    f"the model's is {found[0]}, residual {found[1]}"
-                )
-    reader = NearbyReader()
-    for layer in chosen:
-        module = checkpoint.modules[layer]
-        if layer not in present:
-            convert(model, configs[layer])
-        prefix = f"layer_{layer}_np."
-        tensors = {
-            str(module.architecture.key(layer, slot)).removeprefix(prefix): read_tensor(
-                entry, reader
+        if (trainable or dtype) and (factors or checkpoint.modules[layer].factors):
+            raise ModelError(
+                f"{checkpoint.given}: layer {layer}: int8 factors cannot be trained and have no "
+                "other dtype; take the float checkpoint that they come from"
             )
-            for slot, entry in module.tensors.items()
-        }
-        components(model)[layer].load_state_dict(tensors)
+    present = components(model)
+    fresh: dict[tuple[Architecture, str], list[int]] = {}
+    # all are compared before the first is converted, so that an error changes nothing
+    for layer in chosen:
+        # taken for removed where nothing tells (design.md#layer)
+        residual = checkpoint.record(layer).residual or "removed"
+        wanted = checkpoint.modules[layer].architecture, residual
+        if layer not in present:
+            fresh.setdefault(wanted, []).append(layer)
+            continue
+        found = present[layer].architecture, present[layer].residual
+        if found != wanted:
+            raise ModelError(
+                f"{checkpoint.given}: layer {layer} is {wanted[0]}, residual {wanted[1]}; "
+                f"the model's is {found[0]}, residual {found[1]}"
+            )
+    # from floats of 32 bits, so that factors are rounded once
+    dtype = dtype or (torch.float32 if trainable or factors else None)
+
+    def dtype_of(layer: int) -> torch.dtype:
+        kept = layer in present and not present[layer].is_int8
+        return dtype or (present[layer].w_down.dtype if kept else inference_dtype(model, layer))
+
+    for layer in chosen:
+        if checkpoint.modules[layer].factors:
+            continue
+        _check_range(checkpoint.modules[layer], dtype_of(layer))
+    # together: each call of convert probes one layer of a kind, and describes the model anew
+    for wanted, alike in fresh.items():
+        add_layers(model, _config(alike, *wanted), probe=probe, trainable=trainable, dtype=dtype)
+    for layer in present.keys() & chosen:
+        wide = dtype_of(layer)
+        if present[layer].is_int8 and not checkpoint.modules[layer].factors:
+            present[layer].dequantize()
+        present[layer].to(wide)
+        if trainable:
+            present[layer].requires_grad_()
+    reader = NearbyReader()
+    converted = components(model)
+    for layer in chosen:
+        _fill(converted[layer], checkpoint.modules[layer], reader)
+    if factors:
+        quantize(model, chosen)
+    else:
+        record(model, converted)
     return model
 
 
@@ -86,7 +150,8 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
         format: format of the weights file; the original reads ``"pt"`` only.
 
     Returns:
-        Path of the checkpoint.
+        Path of the checkpoint. Its tensors have the parameters' dtype; an `NPTWarning` tells of
+        layers that `load` has rounded to it.
 
     Raises:
         CheckpointError: the checkpoint could not be read back and was not published.
@@ -101,42 +166,93 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
     with path_errors(target, ModelError):
         if exists(target):
             raise ModelError(f"{target}: exists already; choose another directory")
+    rounded = [layer for layer, component in converted.items() if component.rounded]
     weights = {
-        f"layer_{layer}_np.{name}": tensor.cpu()
+        # a copy, because saving a view would save the whole joined tensor
+        f"layer_{layer}_np.{name}": view.detach().cpu().clone()
         for layer, component in converted.items()
-        for name, tensor in component.state_dict().items()
+        for name, view in component.split().items()
     }
+    int8 = [layer for layer, component in converted.items() if component.is_int8]
+    if int8 and format == "pt":
+        raise ModelError(
+            f"{target}: layers {int8} have int8 factors, which the original cannot read; "
+            "save them as safetensors"
+        )
+    for layer in int8:
+        scales = converted[layer].split_scales().items()
+        key = converted[layer].architecture.scale_key
+        # in front, where four bytes are aligned
+        weights = {str(key(layer, slot)): view.cpu().clone() for slot, view in scales} | weights
     with disk_errors(target, ModelError), StagedDirectory(target, replace=False) as staged:
         write_weights(staged, weights, format)
         with staged.file(NPT_CONFIG) as file:
-            file.write(strict_json.dump(describe(model)))
+            file.write(strict_json.dump(describe(model, converted)))
         read_back(staged.path, target)
         staged.publish()
+    if rounded:
+        message = (
+            f"{target}: layers {rounded} were rounded when they were loaded, and are saved so; "
+            "npt.load with dtype=torch.float32 keeps their precision"
+        )
+        warnings.warn(NPTWarning(message), stacklevel=2)
     return target
 
 
-def _config(checkpoint: Checkpoint, layer: int) -> NPTConfig:
-    architecture = checkpoint.modules[layer].architecture
+def _fill(component: NPComponent, module: NPModule, reader: NearbyReader) -> None:
+    """Read a layer's tensors into a component, and note whether that rounds any."""
+    component.rounded = False
+    if module.factors and not component.is_int8:
+        component.quantize()
+    scales = component.split_scales() if module.factors else {}
+    for scale, entry in module.scales.items():
+        scales[scale].copy_(read_tensor(entry, reader))
+    views = component.split()
+    for slot, entry in module.tensors.items():
+        name = str(module.architecture.key(0, slot)).removeprefix("layer_0_np.")
+        given, view = read_tensor(entry, reader), views[name].detach()
+        narrow = given.to(view.dtype)
+        if narrow is not given and not torch.equal(narrow.to(given.dtype), given):
+            component.rounded = True
+        view.copy_(narrow)
+
+
+def _check_range(module: NPModule, dtype: torch.dtype) -> None:
+    """Raise ModelError if a number would become infinite in float16, whose largest is 65,504."""
+    reader = NearbyReader()
+    for entry in module.tensors.values():
+        if dtype != torch.float16 or entry.dtype.name == "F16":
+            continue
+        given = read_tensor(entry, reader)
+        if (given.to(dtype).isinf() & ~given.isinf()).any():
+            raise ModelError(
+                f"{entry.file.path}: {entry.name}: has numbers that are too large for float16; "
+                "load the model in bfloat16, or the layers with dtype=torch.float32"
+            )
+
+
+def _config(layers: Sequence[int], architecture: Architecture, residual: str) -> NPTConfig:
     return NPTConfig(
-        layers=[layer],
+        layers=layers,
         rank=architecture.rank,
         num_ranks=architecture.num_ranks,
         modulation=architecture.modulation,  # type: ignore[arg-type]
-        # taken for removed where nothing tells (design.md#layer)
-        residual=checkpoint.record(layer).residual or "removed",  # type: ignore[arg-type]
+        residual=residual,  # type: ignore[arg-type]
     )
 
 
 def check_base(model: Any, checkpoint: Checkpoint) -> None:
-    """Raise ModelError if a checkpoint was trained on another base model than `model`."""
+    """Raise ModelError if a checkpoint was trained on another base model than `model`.
+
+    Another base model of the same sizes gives an `NPTWarning`.
+    """
     layers = decoder_layers(model)
-    config = model.config
+    config = unwrapped(model).config.get_text_config()
     architecture = next(iter(checkpoint.modules.values())).architecture
-    facts: Mapping[str, int | None] = {
+    facts: Mapping[str, int | None] = {  # not vocab_size: it changes when a token is added
         "hidden_size": architecture.hidden_size,
         "intermediate_size": architecture.intermediate_size,
         "num_hidden_layers": checkpoint.base_size("num_hidden_layers"),
-        "vocab_size": checkpoint.base_size("vocab_size"),
     }
     for name, value in facts.items():
         own = getattr(config, name, None)
@@ -148,38 +264,5 @@ def check_base(model: Any, checkpoint: Checkpoint) -> None:
     last = max(checkpoint.modules)
     if last >= len(layers):
         raise ModelError(f"{checkpoint.given}: has layer {last}, the model has {len(layers)}")
-
-
-def describe(
-    model: Any,
-    *,
-    base_name: str | None = None,
-    steps: Mapping[int, int] | None = None,
-    fidelity: Mapping[int, float] | None = None,
-) -> dict[str, Any]:
-    """The content of ``npt_config.json`` for a model.
-
-    Args:
-        model: model with NP layers.
-        base_name: name of the base model; if not given, the name that it was loaded by.
-        steps: optimizer steps that each layer was trained for, by layer, if known.
-        fidelity: measured error of each layer, by layer, if known.
-    """
-    config = model.config
-    sizes = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-    }
-    layers = {
-        layer: LayerDescription.of(
-            component.architecture,
-            component.residual,
-            step=(steps or {}).get(layer),
-            fidelity=(fidelity or {}).get(layer),
-        )
-        for layer, component in components(model).items()
-    }
-    name = base_name or getattr(config, "_name_or_path", "") or None
-    return Description(name, sizes, layers).to_dict()
+    base = checkpoint.model_name, checkpoint.fingerprint
+    note_other_base(checkpoint.given, *base, fingerprint(model))

@@ -1,37 +1,32 @@
 """Convert decoder layers of a Hugging Face model into NP layers, and back.
 
 A converted layer gets a submodule ``np_component`` and a forward of its own; its class and the base
-weights stay as they are. A decoder layer can be converted if it has input_layernorm, self_attn,
-post_attention_layernorm, and an mlp with gate_proj, up_proj and down_proj, like those of Llama,
-Mistral, Qwen2 and Qwen3.
+weights stay as they are. `blocks` says which decoder layers can be converted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from npt_fast.checkpoint.keys import PROJECTIONS
 from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.config import NPTConfig
 from npt_fast.errors import ModelError
-from npt_fast.functional import ACTIVATIONS, VectorNorms, vector_norms
+from npt_fast.functional import VectorNorms, vector_norms
+from npt_fast.hf import patching
+from npt_fast.hf.blocks import BLOCKS, Block
+from npt_fast.hf.description import record
+from npt_fast.hf.probe import OFFLOADED, Fit, device_of, fit, is_offloaded, kind
+from npt_fast.hf.wrappers import unwrapped
 from npt_fast.modules import NPComponent
 
 Model = TypeVar("Model", bound=nn.Module)
-_PARTS = (
-    "input_layernorm",
-    "self_attn",
-    "post_attention_layernorm",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +38,8 @@ class LayerStatus:
         architecture: modulation type, num_ranks, rank and widths.
         residual: ``"removed"`` or ``"kept"``.
         parameters: number of weights.
+        nbytes: bytes of the weights; of int8 weights with their scales.
+        dtype: dtype of the weights, such as ``"float32"`` or ``"int8"``.
         enabled: whether the layer is on; otherwise it runs as in the base model.
     """
 
@@ -50,6 +47,8 @@ class LayerStatus:
     architecture: Architecture
     residual: str
     parameters: int
+    nbytes: int
+    dtype: str
     enabled: bool
 
 
@@ -62,12 +61,15 @@ class Scaffold(NamedTuple):
     Attributes:
         attention_input: hidden states for attention, ``(..., D)``; None for the layer's input.
         attention: attention output, ``(..., D)``, if it is already known; else None.
-        norms: whether to compute norms of v_a and v_b.
+        norms: whether to measure norms of v_a and v_b, without gradients.
+        squares: weights of the tokens in a sum of mean squares of v_a and v_b, ``(...)``; None
+            for no sum.
     """
 
     attention_input: Tensor | None = None
     attention: Tensor | None = None
     norms: bool = False
+    squares: Tensor | None = None
 
 
 class Parts(NamedTuple):
@@ -76,48 +78,118 @@ class Parts(NamedTuple):
     Attributes:
         attention: attention output, ``(..., D)``.
         mlp: output of the modulated MLP, ``(..., D)``.
-        norms: norms of v_a and v_b; None unless asked for.
+        norms: norms of v_a and v_b, without gradients; None unless asked for.
+        squares: sum over tokens of the mean squares of v_a and v_b; None unless asked for.
     """
 
     attention: Tensor
     mlp: Tensor
-    norms: VectorNorms | None
+    norms: VectorNorms | None = None
+    squares: Tensor | None = None
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a causal language model.
+    """The decoder layers of a causal language model, as they are called: maybe in wrappers.
 
     Raises:
         ModelError: the model's decoder has no list ``layers``.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers = getattr(decoder, "layers", None)
+    layers = getattr(_decoder(model), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ModelError(f"{type(model).__name__}: has no list of decoder layers; not supported")
     return layers
 
 
+def _decoder(model: Any) -> Any:
+    model = unwrapped(model)
+    return unwrapped(model.get_decoder() if hasattr(model, "get_decoder") else model)
+
+
+def _inner_layers(model: Any) -> list[Any]:
+    return [unwrapped(layer) for layer in decoder_layers(model)]
+
+
 def components(model: nn.Module) -> dict[int, NPComponent]:
     """The model's NP components by layer index, ascending."""
-    found = ((i, getattr(m, "np_component", None)) for i, m in enumerate(decoder_layers(model)))
+    layers = enumerate(_inner_layers(model))
+    found = ((index, unwrapped(getattr(layer, "np_component", None))) for index, layer in layers)
     return {index: part for index, part in found if isinstance(part, NPComponent)}
 
 
-def convert(model: Model, config: NPTConfig) -> Model:
+def supported_layers(
+    model: nn.Module, layers: Sequence[int] | None = None
+) -> dict[int, str | None]:
+    """Which decoder layers can be converted: what is in the way of each, None if nothing.
+
+    A few random tokens are run through one layer of each kind. NP layers have been converted, so
+    they can be.
+
+    Args:
+        model: Hugging Face causal language model; its layers must be on a device.
+        layers: indices of the layers to look at; all layers if not given.
+
+    Returns:
+        None or one line without the layer's number, by layer index.
+
+    Raises:
+        ModelError: the model's decoder has no list ``layers``.
+    """
+    chosen = range(len(decoder_layers(model))) if layers is None else layers
+    converted = components(model)
+    found = _fits(model, [index for index in chosen if index not in converted])
+    return {
+        index: str(result) if isinstance(result := found.get(index), ModelError) else None
+        for index in chosen
+    }
+
+
+def convert(model: Model, config: NPTConfig, *, probe: bool = True) -> Model:
     """Convert layers in place, and freeze the base model's parameters.
+
+    A layer is refused if it computes something else than a block of `npt_fast.hf.blocks`, because
+    the NP layer would be wrong. A few random tokens are run through one layer of each kind to find
+    out; the model is not changed by that.
 
     Args:
         model: Hugging Face causal language model.
         config: layers to convert, and the architecture that they get.
+        probe: whether to do so. Without it, the names of a layer's parts and the function of its
+            MLP must do.
 
     Returns:
         The same model.
 
     Raises:
-        ModelError: a layer does not exist, is converted already, or cannot be converted; the model
-            is unchanged then.
+        ModelError: a layer does not exist, is converted already, or cannot be converted; the
+            message says what differs, and which layers can be converted. The model is unchanged
+            then.
     """
-    layers = decoder_layers(model)
+    add_layers(model, config, probe=probe)
+    return model
+
+
+def add_layers(
+    model: Any,
+    config: NPTConfig,
+    *,
+    probe: bool,
+    trainable: bool = True,
+    dtype: torch.dtype | None = torch.float32,
+) -> None:
+    """`convert`, with parameters for inference too.
+
+    Args:
+        model: Hugging Face causal language model.
+        config: layers to convert, and the architecture that they get.
+        probe: as for `convert`.
+        trainable: whether the parameters require gradients.
+        dtype: dtype of the parameters; None means `inference_dtype`. Training needs float32 also
+            on a bfloat16 base: there a step of 5e-5 rounds away on any weight above 0.016.
+
+    Raises:
+        ModelError: as for `convert`.
+    """
+    layers = _inner_layers(model)
     indices = []
     for given in config.layers:
         index = given + len(layers) if given < 0 else given
@@ -125,14 +197,51 @@ def convert(model: Model, config: NPTConfig) -> Model:
             raise ModelError(f"there is no layer {given}: the model has {len(layers)}")
         if hasattr(layers[index], "np_component"):
             raise ModelError(f"layer {index} is an NP layer already; unload the model first")
+        if is_offloaded(layers[index]):
+            raise ModelError(f"layer {index} {OFFLOADED}")
         indices.append(index)
     # all are made before the first is attached, so that an error changes nothing
-    fresh = {index: _component(layers[index], index, model, config) for index in indices}
+    fits: dict[int, Fit] = {}
+    for index, found in _fits(model, indices, probe=probe).items():
+        if isinstance(found, ModelError):
+            raise _refusal(model, index, found)
+        fits[index] = found
+    fresh = {
+        index: _component(
+            found, layers[index], config, dtype or inference_dtype(model, index)
+        ).requires_grad_(trainable)
+        for index, found in fits.items()
+    }
     if not components(model):  # otherwise it was frozen before, and some NP layers may be trained
         model.requires_grad_(False)
     for index, component in fresh.items():
-        _attach(layers[index], component)
-    return model
+        layer = layers[index]
+        layer.np_component = component
+        layer.__dict__["np_block"] = fits[index].block
+        patching.attach(layer, _forward)
+        patching.attach(layer.mlp, _mlp_forward)
+        # on the MLP and not registered, so that copies of the MLP alone have their own
+        layer.mlp.__dict__["np_act_fn"] = getattr(layer.mlp, "act_fn", None)
+    record(model, components(model))
+
+
+def inference_dtype(model: Any, index: int) -> torch.dtype:
+    """The dtype in which a layer's NP component needs no cast: that of its MLP's float weights.
+
+    Where the MLP has none, as in many quantised models, it is the model's own dtype.
+    """
+    mlp = unwrapped(getattr(_inner_layers(model)[index], "mlp", None))
+    projections = [getattr(mlp, f"{name}_proj", None) for name in PROJECTIONS]
+    for holder in (*(getattr(p, "weight", None) for p in projections), unwrapped(model)):
+        dtype = getattr(holder, "dtype", None)
+        if isinstance(dtype, torch.dtype) and computes_in(dtype):
+            return dtype
+    return torch.float32
+
+
+def computes_in(dtype: torch.dtype) -> bool:
+    """Whether NP layers compute in a dtype: a float of 16 bits or more."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def unload(model: Model) -> Model:
@@ -140,15 +249,24 @@ def unload(model: Model) -> Model:
 
     Returns:
         The same model.
+
+    Raises:
+        ModelError: another library has replaced a layer's forward since it was converted; the model
+            is unchanged then.
     """
-    for layer in decoder_layers(model):
-        if hasattr(layer, "np_component"):
-            name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"
-            setattr(layer, name, layer.__dict__["_base_forward"])
-            del layer._base_forward, layer.np_component
-            # setattr has left the class's own forward on the instance: as before, there is none
-            if layer.__dict__.get("forward") == MethodType(type(layer).forward, layer):
-                del layer.forward
+    inner = _inner_layers(model)
+    layers = [inner[index] for index in components(model)]
+    for layer in layers:  # before the first is changed
+        patching.check_detachable(layer, _forward)
+        patching.check_detachable(unwrapped(layer.mlp), _mlp_forward)
+    for layer in layers:
+        patching.detach(layer, _forward)
+        for mlp in layer.mlp.modules():  # in wrappers there may be copies
+            if patching.is_attached(mlp, _mlp_forward):
+                patching.detach(mlp, _mlp_forward)
+                del mlp.np_act_fn
+        del layer.np_component, layer.np_block
+    record(model, {})
     return model
 
 
@@ -185,54 +303,56 @@ def status(model: nn.Module) -> list[LayerStatus]:
             layer=layer,
             architecture=component.architecture,
             residual=component.residual,
-            parameters=sum(parameter.numel() for parameter in component.parameters()),
+            parameters=sum(tensor.numel() for tensor in component.joined.values()),
+            nbytes=component.nbytes,
+            dtype=str(component.w_down.dtype).removeprefix("torch."),
             enabled=component.enabled,
         )
         for layer, component in components(model).items()
     ]
 
 
-def _component(layer: Any, index: int, model: Any, config: NPTConfig) -> NPComponent:
-    for name in _PARTS:
-        try:
-            layer.get_submodule(name)
-        except AttributeError:
-            raise ModelError(
-                f"layer {index} ({type(layer).__name__}) has no {name}; not supported"
-            ) from None
-    activation = getattr(model.config, "hidden_act", None)
-    if activation not in ACTIVATIONS:
-        raise ModelError(
-            f"the model's activation {activation!r} is not supported, "
-            f"only {', '.join(ACTIVATIONS)} are"
-        )
-    weight = layer.get_submodule("mlp.gate_proj").weight
-    if weight.is_meta:
-        # accelerate loads offloaded weights when their module is called; we use them without that
-        raise ModelError(f"layer {index} is offloaded; NP layers must be on a device")
-    intermediate, hidden = weight.shape
+def _fits(model: Any, indices: Sequence[int], *, probe: bool = True) -> dict[int, Fit | ModelError]:
+    """What NP components must know about layers, or why they cannot be converted.
+
+    Of layers of one kind, the first is probed for all.
+    """
+    layers = _inner_layers(model)
+    kinds: dict[object, Fit | ModelError] = {}
+    found: dict[int, Fit | ModelError] = {}
+    for index in indices:
+        of = kind(layers[index]), is_offloaded(layers[index])
+        if of not in kinds:
+            try:
+                kinds[of] = fit(_decoder(model), index, probe=probe)
+            except ModelError as error:
+                kinds[of] = error
+        found[index] = kinds[of]
+    return found
+
+
+def _refusal(model: Any, index: int, problem: ModelError) -> ModelError:
+    name = type(_inner_layers(model)[index]).__name__
+    others = [layer for layer, obstacle in supported_layers(model).items() if obstacle is None]
+    can = f"layers that can be converted: {others}" if others else "no layer can be converted"
+    supported = " or ".join(block.formula for block in BLOCKS)
+    return ModelError(f"layer {index} ({name}) {problem}; supported is {supported}; {can}")
+
+
+def _component(found: Fit, layer: nn.Module, config: NPTConfig, dtype: torch.dtype) -> NPComponent:
     return NPComponent(
-        hidden,
-        intermediate,
+        found.hidden_size,
+        found.intermediate_size,
         rank=config.rank,
         num_ranks=config.num_ranks,
         modulation=config.modulation,
         residual=config.residual,
-        activation=activation,
+        activation=found.activation,
         init=config.init,
         init_scale=config.init_scale,
-        device=weight.device,
-        # also on a bfloat16 base: there a step of 5e-5 rounds away on any weight above 0.016
-        dtype=torch.float32,
+        device=device_of(layer),
+        dtype=dtype,
     )
-
-
-def _attach(layer: nn.Module, component: NPComponent) -> None:
-    layer.np_component = component
-    # with device_map, accelerate has replaced forward by a hook that calls _old_forward
-    name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"
-    layer.__dict__["_base_forward"] = getattr(layer, name)
-    setattr(layer, name, MethodType(_forward, layer))
 
 
 def _forward(
@@ -240,16 +360,53 @@ def _forward(
 ) -> Tensor | Parts:
     """The forward of an NP layer (design.md#layer)."""
     component: NPComponent = layer.np_component
+    block: Block = layer.np_block
     if not component.enabled:
-        base: Tensor = layer._base_forward(hidden_states, **options)
+        base: Tensor = patching.call_base(layer, hidden_states, **options)
         return base
-    source, attention, norms = scaffold or Scaffold()
+    source, attention, norms, weights = scaffold or Scaffold()
     if attention is None:
-        source = layer.input_layernorm(hidden_states if source is None else source)
-        attention, _ = layer.self_attn(hidden_states=source, **options)
-    # the norm reads the layer's input: attention reaches the MLP through its weights alone
-    mlp = component(attention, layer.post_attention_layernorm(hidden_states), layer.mlp)
+        attention = block.attention(layer, hidden_states if source is None else source, options)
+    # the MLP reads the layer's input: attention reaches it through its weights alone
+    # a function: accelerate would move a module among the arguments, also one that is offloaded
+    found: list[Tensor] = []
+    h = block.mlp_input(layer, hidden_states)
+    mlp = component(attention, h, lambda: _mlp(layer), bottleneck=found)
     if scaffold is not None:
-        return Parts(attention, mlp, vector_norms(attention, component.factors) if norms else None)
+        if not (norms or weights is not None):
+            return Parts(attention, mlp)
+        u = found[0] if found else component.bottleneck(attention)
+        with torch.no_grad():
+            measured = vector_norms(attention, component.factors, u) if norms else None
+        squares = None if weights is None else component.sum_of_mean_squares(u, weights)
+        return Parts(attention, mlp, measured, squares)
     out: Tensor = hidden_states + mlp
     return out + attention if component.residual == "kept" else out
+
+
+def _mlp(layer: Any) -> Any:
+    """An NP layer's MLP, which must be the one whose function was proved when it was converted."""
+    mlp = unwrapped(layer.mlp)
+    replaced = ""
+    if not patching.is_attached(mlp, _mlp_forward):
+        replaced = "it or its forward"
+    elif getattr(mlp, "act_fn", None) is not mlp.np_act_fn:
+        replaced = "its act_fn"
+    if replaced:
+        raise ModelError(
+            f"{type(mlp).__name__}: {replaced} was replaced after the layer was converted; "
+            "replace it before npt.convert"
+        )
+    return mlp
+
+
+def _mlp_forward(
+    mlp: Any, h: Tensor, *, modulated: Callable[[Any, Tensor], Tensor] | None = None
+) -> Tensor:
+    """The forward of an NP layer's MLP: the base's, or with `modulated` the modulated one.
+
+    The MLP is called as a module only if it is not plain. Then its own hooks see what they would
+    see in the base model.
+    """
+    y: Tensor = patching.call_base(mlp, h) if modulated is None else modulated(mlp, h)
+    return y

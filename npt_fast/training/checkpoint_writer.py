@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.certificate import Certificate
 from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint
 from npt_fast.checkpoint.npt_config import NPT_CONFIG
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
@@ -18,8 +19,8 @@ from npt_fast.checkpoint.training_run import BEST
 from npt_fast.checkpoint.training_state import MULTI_LAYER_STATE, TRAINING_STATE
 from npt_fast.config import FileFormat, TrainOptions
 from npt_fast.errors import TrainingError
-from npt_fast.hf.checkpoint import describe
 from npt_fast.hf.convert import components
+from npt_fast.hf.description import describe
 from npt_fast.hf.weights_file import save_pt, write_weights
 from npt_fast.training.curriculum import Stage, stage_index
 from npt_fast.training.distillation import Distillation
@@ -75,6 +76,7 @@ class CheckpointWriter:
         progress: Progress,
         *,
         direct: Mapping[int, float] | None,
+        certificate: Certificate | None,
         numbered: bool,
         best: bool,
     ) -> None:
@@ -86,6 +88,7 @@ class CheckpointWriter:
             schedule: learning-rate schedule.
             progress: how far the run has come.
             direct: direct loss of each layer on the held-out text, None before an evaluation.
+            certificate: what that evaluation measured, None before one.
             numbered: whether to write ``checkpoint-N``.
             best: whether to name it ``best``.
 
@@ -135,9 +138,11 @@ class CheckpointWriter:
             },
             npt_config=describe(
                 self.distillation.model,
+                np_components,
                 base_name=options.model_name,
                 steps={layer: self._layer_steps(layer, step) for layer in np_components},
                 fidelity=direct,
+                certificate=certificate,
             ),
         )
         if numbered and best:

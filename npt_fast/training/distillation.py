@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from npt_fast.config import LossKind
 from npt_fast.functional import VectorNorms
 from npt_fast.hf.convert import Parts, Scaffold, components, decoder_layers
+from npt_fast.hf.logits import head_of
+from npt_fast.hf.wrappers import unwrapped
 from npt_fast.training.curriculum import Stage
 from npt_fast.training.losses import (
     Agreement,
@@ -28,6 +30,7 @@ from npt_fast.training.teacher_pass import (
     Activations,
     TeacherCache,
     TeacherPass,
+    check_teacher,
     run_teacher,
     trained_layers,
 )
@@ -138,7 +141,7 @@ class Distillation(nn.Module):
         runs_student = all_layers or (stage.name != "teacher" and len(trained) > 1)
         present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         weights = present.to(torch.float32)
-        norms_needed = measure_norms or self.reg_weight > 0
+        regularised = weights if self.reg_weight else None
 
         if not runs_student and windows is not None and self.cache.limit:
             activations = self.cache.get(windows, input_ids, attention_mask, self._activations)
@@ -155,11 +158,14 @@ class Distillation(nn.Module):
         parts: dict[int, Parts] = {}
         if runs_student:
             final = self._student(
-                teacher, stage, parts, all_layers=all_layers, measure_norms=norms_needed
-            )
+                teacher, stage, parts, all_layers=all_layers, measure_norms=measure_norms,
+                regularised=regularised,
+            )  # fmt: skip
         else:
             for index, seen in activations.items():
-                scaffold = Scaffold(attention=seen.attention, norms=norms_needed)
+                scaffold = Scaffold(
+                    attention=seen.attention, norms=measure_norms, squares=regularised
+                )
                 parts[index] = decoder_layers(self.model)[index](seen.hidden, scaffold=scaffold)
 
         direct, minimised = {}, {}
@@ -173,19 +179,22 @@ class Distillation(nn.Module):
                 sink = sink_errors(parts[index].mlp, target, seen.output) * weights[:, 0]
                 minimised[index] = direct[index] + self.sink_weight * sink.sum()
         losses = Losses(self._weighted(minimised) * self.direct_weight, direct)
-        measured = {n: part.norms for n, part in parts.items() if part.norms is not None}
         if self.reg_weight:
-            squares = {n: (m.mean_square * weights).sum() for n, m in measured.items()}
+            squares = {n: part.squares for n, part in parts.items() if part.squares is not None}
             losses = losses._replace(
                 total=losses.total + self._weighted(squares) * self.reg_weight,
                 regularization=squares,
             )
         if measure_norms:
             losses = losses._replace(
-                norms={n: _norm_sums(m, weights).detach() for n, m in measured.items()}
+                norms={
+                    n: _norm_sums(part.norms, weights)
+                    for n, part in parts.items()
+                    if part.norms is not None
+                }
             )
         if all_layers:
-            head = self.model.get_output_embeddings()
+            head = head_of(self.model)
             if self.fidelity_weight:
                 fidelity = fidelity_sum(final, teacher.final, head, weights, self.loss)
                 losses = losses._replace(
@@ -200,15 +209,20 @@ class Distillation(nn.Module):
     def calibrate(self, input_ids: Tensor, layers: Sequence[int]) -> None:
         """Scale W_down of fresh layers so that the bottleneck's median RMS on a text is 1.
 
+        On the way, `check_teacher` proves on this text what training relies on.
+
         The weight change grows with the square of the attention output, whose size differs by a
         factor of 10 between layers. Without calibration, the largest stable learning rate would
         differ by a factor of 100.
 
         Args:
             input_ids: the text, ``(B, S)``.
-            layers: fresh layers.
+            layers: fresh layers; there may be none.
+
+        Raises:
+            ModelError: a base layer does more than the targets say.
         """
-        activations = self._activations(input_ids, None)
+        activations = check_teacher(self.model, input_ids)
         for layer in layers:
             w_down = trained_layers(self.model)[layer].w_down
             u = activations[layer].attention.to(w_down.dtype) @ w_down
@@ -230,6 +244,7 @@ class Distillation(nn.Module):
         *,
         all_layers: bool,
         measure_norms: bool,
+        regularised: Tensor | None,
     ) -> Tensor:
         """Run the student from the first trained layer on (design.md#training-step).
 
@@ -242,6 +257,8 @@ class Distillation(nn.Module):
             parts: filled with the output of each trained layer.
             all_layers: whether to run the layers after the last trained one too.
             measure_norms: whether to measure v_a and v_b.
+            regularised: weights of the tokens in the mean squares of v_a and v_b, ``(B, S)``; None
+                without regularisation.
 
         Returns:
             Hidden states, normed if `all_layers`, ``(B, S, D)``.
@@ -262,6 +279,7 @@ class Distillation(nn.Module):
                 attention_input=_mixed(seen.hidden, state, stage.attention_ratio),
                 attention=seen.attention if same else None,
                 norms=measure_norms,
+                squares=regularised,
             )
             residual = _mixed(seen.hidden, state, stage.mlp_ratio)
             parts[index] = layers[index](residual, scaffold=scaffold, **call)
@@ -270,7 +288,7 @@ class Distillation(nn.Module):
                 state = state + parts[index].attention
         if not all_layers:
             return state
-        normed: Tensor = self.model.get_decoder().norm(state)
+        normed: Tensor = unwrapped(self.model).get_decoder().norm(state)
         return normed
 
 

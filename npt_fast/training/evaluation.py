@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from npt_fast.checkpoint.certificate import Certificate, Closeness, finite_or_none, worst_of
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import components
-from npt_fast.hf.tokenizer import encode
+from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, read
 from npt_fast.training.distillation import Distillation, Losses
+from npt_fast.training.other_texts import other_texts
 from npt_fast.training.token_windows import TokenWindows
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Results in student mode: each layer reads what the NPT model itself computes.
+class Figures:
+    """Results on one text in student mode: each layer reads what the NPT model itself computes.
 
     Attributes:
         tokens: number of positions measured, including the first of each window.
         perplexity: perplexity of the NPT model.
         base_perplexity: perplexity of the base model on the same text.
+        perplexity_ratio: `perplexity` over `base_perplexity`.
         kl: mean KL(base model, NPT model) over all positions, in nats.
         top1_agreement: share of positions where both models rank the same next token first.
         loss: the loss that training minimises, mean over tokens.
@@ -34,10 +37,63 @@ class Evaluation:
     tokens: int
     perplexity: float
     base_perplexity: float
+    perplexity_ratio: float
     kl: float
     top1_agreement: float
     loss: float
     direct: Mapping[int, float]
+
+    @property
+    def closeness(self) -> Closeness:
+        """The figures that a certificate keeps."""
+        return Closeness(
+            self.tokens, finite_or_none(self.kl), finite_or_none(self.perplexity_ratio)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation(Figures):
+    """Figures on text like the training text, as in `Figures`, and on texts of other kinds.
+
+    Attributes:
+        texts: figures on each text of another kind: ``news``, ``story``, ``code`` and ``french``.
+        worst: the largest ``kl`` and the largest ``perplexity_ratio`` over `texts`, each by itself;
+            None for a figure that is not finite.
+    """
+
+    texts: Mapping[str, Figures]
+    worst: Mapping[str, float | None]
+
+    @classmethod
+    def of(cls, held_out: Figures, texts: Mapping[str, Figures]) -> Evaluation:
+        """Join the figures on the held-out text and those on texts of other kinds."""
+        worst = worst_of(figures.closeness for figures in texts.values())
+        return cls(**asdict(held_out), texts=texts, worst=worst)
+
+    def metrics(self) -> dict[str, float]:
+        """The figures by the names that the log has for them (design.md#metrics)."""
+        return {
+            "eval_loss/total": self.loss,
+            "eval/perplexity": self.perplexity,
+            "eval/base_perplexity": self.base_perplexity,
+            "eval/perplexity_ratio": self.perplexity_ratio,
+            "eval/kl": self.kl,
+            "eval/top1_agreement": self.top1_agreement,
+            **{f"eval_mlp_direct_loss/layer_{n}": value for n, value in self.direct.items()},
+            **{f"eval_kl/{name}": text.kl for name, text in self.texts.items()},
+            **{f"eval_perplexity_ratio/{n}": t.perplexity_ratio for n, t in self.texts.items()},
+            **{f"eval_worst/{n}": math.nan if v is None else v for n, v in self.worst.items()},
+        }
+
+    def certificate(self, data: str, step: int | None = None) -> Certificate:
+        """What checkpoints record of an evaluation.
+
+        Args:
+            data: name of the text that was held out.
+            step: optimizer steps taken, if known.
+        """
+        texts = {name: figures.closeness for name, figures in self.texts.items()}
+        return Certificate(tuple(self.direct), step, data, self.closeness, texts)
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -63,12 +119,12 @@ def evaluate_windows(
     batch_size: int,
     device: torch.device,
     sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums,
-) -> Evaluation:
-    """Evaluate on windows.
+) -> Figures:
+    """Evaluate on the windows of one text.
 
     Args:
         distillation: a `Distillation`, or one wrapped for several processes.
-        windows: windows as `TokenWindows.held_out_windows` returns them.
+        windows: windows of one text, as `TokenWindows.held_out_windows` returns them.
         batch_size: windows per batch.
         device: device of the model.
         sum_over_processes: adds up a tensor of sums over processes that evaluate other windows.
@@ -93,10 +149,11 @@ def evaluate_windows(
     loss, base_loss, predicted, kl, agreed, tokens, whole, *direct = sum_over_processes(
         sums
     ).tolist()
-    return Evaluation(
+    return Figures(
         tokens=int(tokens),
         perplexity=_exp(loss / predicted),
         base_perplexity=_exp(base_loss / predicted),
+        perplexity_ratio=_exp((loss - base_loss) / predicted),
         kl=kl / tokens,
         top1_agreement=agreed / tokens,
         loss=whole / tokens,
@@ -116,8 +173,12 @@ def evaluate(
     windows: int = 100,
     max_length: int = 512,
     batch_size: int = 4,
+    special_tokens: bool = True,
 ) -> Evaluation:
     """Evaluate a model with NP layers on the text that training with these options holds out.
+
+    It measures four texts of other kinds as well, which are in the package: a model that is close
+    on text like its training text may be far away on another.
 
     Args:
         model: model with NP layers; layers that are off count as part of the base model.
@@ -126,6 +187,7 @@ def evaluate(
         windows: number of windows.
         max_length: tokens per window.
         batch_size: windows per batch.
+        special_tokens: let the tokenizer add its special tokens, such as BOS, to each document.
 
     Raises:
         DataError: the text cannot be read, or there is too little of it.
@@ -134,16 +196,36 @@ def evaluate(
     if not any(part.enabled for part in components(model).values()):
         raise ModelError("the model has no NP layers that are on")
     held_out = TokenWindows(
-        data, tokenizer, max_length=max_length, held_out=windows
+        data,
+        tokenizer,
+        max_length=max_length,
+        held_out=windows,
+        special_tokens=special_tokens,
     ).held_out_windows()
+    texts = other_texts(model, tokenizer, special_tokens=special_tokens)
     device = next(model.parameters()).device
-    return evaluate_windows(Distillation(model), held_out, batch_size=batch_size, device=device)
+    distillation = Distillation(model)
+
+    def measure(windows: Sequence[Mapping[str, Tensor]]) -> Figures:
+        return evaluate_windows(distillation, windows, batch_size=batch_size, device=device)
+
+    return Evaluation.of(measure(held_out), {name: measure(text) for name, text in texts.items()})
+
+
+def prompt_inputs(
+    tokenizer: Any, prompt: str, reading: Reading, device: torch.device
+) -> dict[str, Tensor]:
+    """A prompt as ``generate`` takes it: ``input_ids`` and ``attention_mask``, ``(1, tokens)``."""
+    ids = torch.tensor([read(tokenizer, prompt, reading).ids], device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @torch.no_grad()
-def continue_text(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
+def continue_text(
+    model: Any, tokenizer: Any, prompt: str, tokens: int, reading: Reading = DEFAULT_READING
+) -> str:
     """Continue a text greedily by `tokens` tokens; return what follows the prompt."""
-    inputs = encode(tokenizer, prompt, return_tensors="pt").to(model.device)
+    inputs = prompt_inputs(tokenizer, prompt, reading, model.device)
     found = model.generate(
         **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
     )

@@ -116,6 +116,8 @@ _DATA = {
     "documents": Kind("a JSON object as text", _is_json_object),
     "tokens": schema.list_of(schema.COUNT),
 }
+_OPTIONAL = {"special_tokens": schema.COUNT}
+"""In data_state only if it is 0."""
 
 
 def read_progress(saved: TrainingState | None) -> Progress:
@@ -141,7 +143,9 @@ def read_progress(saved: TrainingState | None) -> Progress:
     if scaler:  # a scaler that is turned off has an empty state
         scaler = checked(scaler, _SCALER, "scaler_state_dict", complete=True)
     if data is not None:
-        data = checked(data, _DATA, "data_state", complete=True)
+        data = checked(data, _DATA, "data_state", complete=True) | checked(
+            data, _OPTIONAL, "data_state"
+        )
         if not 0 <= data["windows"] - data["before"] <= data["block"]:
             raise CheckpointError(
                 f"{saved.path}: data_state: windows must be from before to before + block"

@@ -32,6 +32,7 @@ from npt_fast.training.curriculum import parse_curriculum
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate
 from npt_fast.training.metrics_log import MetricsLog
+from npt_fast.training.other_texts import other_texts
 from npt_fast.training.progress import Progress, read_progress
 from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.state import read_state
@@ -99,9 +100,15 @@ def train_here(options: TrainOptions) -> TrainReport:
             device=arguments.device,
             keep_on_cpu=bool(arguments.fsdp),  # the whole model may not fit on one device
             trust_remote_code=options.trust_remote_code,
+            checkpoints=[options.resume_from] if options.resume_from else [],
         )
         layers = _add_layers(model, options, checkpoint, say)
         windows, held_out = _open_data(options, model, tokenizer, checkpoint, progress, say)
+        texts = (
+            other_texts(model, tokenizer, special_tokens=options.special_tokens)
+            if options.eval_steps
+            else {}
+        )
         distillation = Distillation(
             model,
             layer_weights=_layer_weights(options, model),
@@ -112,11 +119,10 @@ def train_here(options: TrainOptions) -> TrainReport:
             reg_weight=options.lambda_reg,
             cache_bytes=parse_size(options.teacher_cache),
         )
-        if options.init_strategy == "zero":
-            known = checkpoint.modules if checkpoint else {}
-            fresh = [layer for layer in layers if layer not in known]
-            text = collate(held_out[:4])["input_ids"].to(model.device)
-            distillation.calibrate(text, fresh)
+        known = checkpoint.modules if checkpoint else {}
+        fresh = [layer for layer in layers if layer not in known]
+        text = collate(held_out[:4])["input_ids"].to(model.device)
+        distillation.calibrate(text, fresh if options.init_strategy == "zero" else [])
         config = {name: _plain(value) for name, value in asdict(options).items()}
         del config["trust_remote_code"]  # must be repeated for every run, never read from a file
         if run is not None:
@@ -133,6 +139,7 @@ def train_here(options: TrainOptions) -> TrainReport:
                 stages=stages,
                 windows=windows,
                 held_out=held_out,
+                texts=texts,
                 run=run,
                 metrics=metrics,
                 resumed=checkpoint,
@@ -247,7 +254,7 @@ def _add_layers(
         name = checkpoint.model_name
         if name is not None and name != options.model_name:
             say(f"Note: {checkpoint.given} was trained on {name}, this is {options.model_name}")
-        load(model, checkpoint, layers=known)
+        load(model, checkpoint, layers=known, trainable=True)
         left = [layer for layer in checkpoint.modules if layer not in layers]
         if left:
             say(
@@ -331,6 +338,7 @@ def _open_data(
             stride=options.stride,
             seed=options.seed,
             held_out=0 if options.eval_data else options.num_eval_samples,
+            special_tokens=options.special_tokens,
             start=start,
         )
 
@@ -356,6 +364,7 @@ def _open_data(
         tokenizer,
         max_length=options.max_length,
         held_out=options.num_eval_samples,
+        special_tokens=options.special_tokens,
     )
     return windows, other.held_out_windows()
 

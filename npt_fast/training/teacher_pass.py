@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from npt_fast.errors import ModelError
 from npt_fast.hf.convert import components, decoder_layers, disabled
+from npt_fast.hf.wrappers import unwrapped
 from npt_fast.modules import NPComponent
 
 
@@ -72,14 +74,52 @@ def run_teacher(
     """
     trained = trained_layers(model)
     end = len(decoder_layers(model)) if all_layers else max(trained) + 1
-    decoder = model.get_decoder()
+    decoder = unwrapped(model).get_decoder()
     called = range(min(trained), end) if record_calls else ()
     with disabled(model), _recorded(model, trained, called) as record, _truncated(decoder, end):
-        final = decoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        final = decoder(
+            input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
+        ).last_hidden_state
     activations = {
         n: Activations(record.hidden[n], record.attention[n], record.mlp[n]) for n in trained
     }
     return TeacherPass(activations, record.calls, final)
+
+
+@torch.no_grad()
+def check_teacher(model: Any, input_ids: Tensor) -> dict[int, Activations]:
+    """Activations of a text, after the proof that they are all that a base layer's output is.
+
+    Targets are made of these parts, so training would be for nothing if a layer did more.
+
+    Args:
+        model: model with NP layers.
+        input_ids: the text, ``(B, S)``.
+
+    Raises:
+        ModelError: the output of a trained layer is not its input + attention + MLP.
+    """
+    outputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for index in trained_layers(model):
+
+            def keep(_: Any, args: Any, output: Tensor, index: int = index) -> None:
+                outputs[index] = output
+
+            hook = decoder_layers(model)[index].register_forward_hook(keep)
+            stack.callback(hook.remove)
+        activations = run_teacher(model, input_ids, None).activations
+    for index, seen in activations.items():
+        error = (outputs[index].double() - seen.output.double()).norm(dim=-1)
+        size = sum(part.double().norm(dim=-1) for part in seen)
+        worst = (error / size.clamp_min(torch.finfo(torch.float32).tiny)).max().item()
+        # two additions, each rounded; a fused one may round once less
+        if not worst <= 2 * torch.finfo(seen.output.dtype).eps:
+            raise ModelError(
+                f"layer {index}: on this text the base layer's output differs from input + "
+                f"attention + MLP by {worst:.2g} of their size, so it cannot be trained"
+            )
+    return activations
 
 
 class TeacherCache:

@@ -81,12 +81,13 @@ class TokenWindows(IterableDataset[Window]):
 
     Args:
         source: source of the documents, as for `open_documents`.
-        tokenizer: adds its special tokens to each document.
+        tokenizer: makes tokens of each document.
         max_length: tokens per window; the last window of an epoch may be padded.
         stride: tokens from the start of one window to the next; default `max_length`.
         seed: seed of the order.
         held_out: number of windows at the beginning of the text to keep from training.
         block: number of windows that are shuffled together.
+        special_tokens: let the tokenizer add its special tokens to each document.
         start: result of `state_after`, to resume there.
 
     Attributes:
@@ -108,6 +109,7 @@ class TokenWindows(IterableDataset[Window]):
         seed: int = 42,
         held_out: int = 0,
         block: int = 2048,
+        special_tokens: bool = True,
         start: Mapping[str, Any] | None = None,
     ) -> None:
         stride = max_length if stride is None else stride
@@ -128,12 +130,15 @@ class TokenWindows(IterableDataset[Window]):
             "seed": seed,
             "held_out": held_out,
             "block": block,
+            # only if they are left out: states of before do not say, and added them
+            **({} if special_tokens else {"special_tokens": 0}),
         }
         if start is not None and (field := self._misfit(start)):
             raise ValueError(f"cannot resume with this data: {field} is not as it was")
 
         self._source = source
         self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
         self._length = max_length
         self._shortest = min(_SHORTEST if max_length >= _SHORTEST else 2, max_length)
         self._stride = stride
@@ -185,8 +190,8 @@ class TokenWindows(IterableDataset[Window]):
         return isinstance(state, Mapping) and self._misfit(state) is None
 
     def _misfit(self, state: Mapping[str, Any]) -> str | None:
-        for name, value in self._settings.items():
-            if state.get(name) != value:
+        for name in (*self._settings, "special_tokens"):
+            if state.get(name) != self._settings.get(name):
                 return name
         kinds = {"documents": str, "tokens": list}
         for name in ("windows", "before", *_Place._fields):
@@ -261,7 +266,8 @@ class TokenWindows(IterableDataset[Window]):
         while batch := self._next_rows(rows):
             texts = [row["text"] for row in batch if row["text"] and not row["text"].isspace()]
             # a blank document would give special tokens only; a tokenizer needs one text or more
-            ids = encode(self._tokenizer, texts, verbose=False).input_ids if texts else []
+            options = {"verbose": False, "add_special_tokens": self._special_tokens}
+            ids = encode(self._tokenizer, texts, **options).input_ids if texts else []
             yield documents, list(chain.from_iterable(ids))
             documents = self._documents.state_dict()
 

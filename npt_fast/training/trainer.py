@@ -22,18 +22,25 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from npt_fast.checkpoint.certificate import Certificate
 from npt_fast.checkpoint.checkpoint import Checkpoint
 from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.checkpoint.training_state import TrainingState
 from npt_fast.config import TrainOptions
 from npt_fast.errors import TrainingError
 from npt_fast.hf.convert import components
-from npt_fast.hf.tokenizer import encode
+from npt_fast.hf.tokenizer import Reading
 from npt_fast.modules import NPComponent
 from npt_fast.training.checkpoint_writer import CheckpointWriter
 from npt_fast.training.curriculum import Stage, stage_index
 from npt_fast.training.distillation import Distillation
-from npt_fast.training.evaluation import Evaluation, collate, evaluate_windows
+from npt_fast.training.evaluation import (
+    Evaluation,
+    Figures,
+    collate,
+    evaluate_windows,
+    prompt_inputs,
+)
 from npt_fast.training.metrics_log import MetricsLog
 from npt_fast.training.progress import Progress
 from npt_fast.training.run_directory import RunDirectory
@@ -55,6 +62,7 @@ class NPTTrainer(Trainer):
         stages: the curriculum.
         windows: training text, at the position where the run begins.
         held_out: windows for evaluation.
+        texts: windows of texts of other kinds, by name, for evaluation too.
         run: folder of the run, None in all processes but the main one.
         metrics: log of the run, None in all processes but the main one.
         resumed: checkpoint that the run was resumed from.
@@ -74,6 +82,7 @@ class NPTTrainer(Trainer):
         stages: Sequence[Stage],
         windows: TokenWindows,
         held_out: Sequence[Mapping[str, Tensor]],
+        texts: Mapping[str, Sequence[Mapping[str, Tensor]]],
         run: RunDirectory | None,
         metrics: MetricsLog | None,
         resumed: Checkpoint | None,
@@ -100,6 +109,7 @@ class NPTTrainer(Trainer):
         self.stages = stages
         self.windows = windows
         self.held_out = held_out
+        self.texts = texts
         self.metrics = metrics
         self.resumed = resumed
         self.training_state = training_state
@@ -110,6 +120,7 @@ class NPTTrainer(Trainer):
         self.micro_batches = progress.micro_batches
         self.scaler_state = progress.scaler
         self.evaluation: Evaluation | None = None
+        self.certificate: Certificate | None = None
         self.stopped_by = 0
         self._stage = -1
         self._first_window = windows.position
@@ -318,12 +329,31 @@ class NPTTrainer(Trainer):
         return int(flag)
 
     def _evaluate_now(self) -> bool:
-        """Evaluate on the held-out windows; return whether the KL is the lowest so far."""
+        """Evaluate on all held-out texts; return whether the KL on the windows of the training
+        text is the lowest so far."""
         self._check_finite()
-        step = self.state.global_step
+        options, step = self.options, self.state.global_step
+        found = Evaluation.of(
+            self._measure(self.held_out),
+            {name: self._measure(windows) for name, windows in self.texts.items()},
+        )
+        self.evaluation = found
+        self.certificate = found.certificate(options.eval_data or options.data, step)
+        self._record(step, found.metrics())
+        self.say(
+            f"step {step}  evaluation  perplexity {found.perplexity:.3f} (base model "
+            f"{found.base_perplexity:.3f})  KL {found.kl:.4f}  top-1 {found.top1_agreement:.4f}"
+            + "".join(f"  {name} KL {text.kl:.4f}" for name, text in found.texts.items())
+        )
+        better = self.best_kl is None or found.kl < self.best_kl
+        if better:
+            self.best_kl = found.kl
+        return better
+
+    def _measure(self, windows: Sequence[Mapping[str, Tensor]]) -> Figures:
+        """Evaluate on the windows of one text, in all processes."""
         processes = self.accelerator.num_processes
         distillation: Any = self.distillation
-        windows = self.held_out
         sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums  # noqa: E731
         if self.is_fsdp_enabled:
             # each process holds a part of each layer, so all of them evaluate all windows
@@ -331,31 +361,13 @@ class NPTTrainer(Trainer):
         elif processes > 1 and len(windows) >= processes:
             windows = windows[self.accelerator.process_index :: processes]
             sum_over_processes = lambda sums: self.accelerator.reduce(sums, "sum")  # noqa: E731
-        found = evaluate_windows(
+        return evaluate_windows(
             distillation,
             windows,
             batch_size=self.options.batch_size,
             device=self.accelerator.device,
             sum_over_processes=sum_over_processes,
         )
-        self.evaluation = found
-        values: dict[str, float | str] = {
-            "eval_loss/total": found.loss,
-            "eval/perplexity": found.perplexity,
-            "eval/base_perplexity": found.base_perplexity,
-            "eval/kl": found.kl,
-            "eval/top1_agreement": found.top1_agreement,
-        }
-        values |= {f"eval_mlp_direct_loss/layer_{n}": v for n, v in found.direct.items()}
-        self._record(step, values)
-        self.say(
-            f"step {step}  evaluation  perplexity {found.perplexity:.3f} (base model "
-            f"{found.base_perplexity:.3f})  KL {found.kl:.4f}  top-1 {found.top1_agreement:.4f}"
-        )
-        better = self.best_kl is None or found.kl < self.best_kl
-        if better:
-            self.best_kl = found.kl
-        return better
 
     def _write(self, step: int, *, numbered: bool, best: bool) -> None:
         """Write ``checkpoint-N``, ``best`` or both; under FSDP every process must call it."""
@@ -374,6 +386,7 @@ class NPTTrainer(Trainer):
                 data=self._data_state(step),
             ),
             direct=self.evaluation.direct if self.evaluation else None,
+            certificate=self.certificate,
             numbered=numbered,
             best=best,
         )
@@ -391,8 +404,9 @@ class NPTTrainer(Trainer):
             return
         model = self.distillation.model
         device = self.accelerator.device
+        reading = Reading(special_tokens=self.options.special_tokens)
         for prompt in PROMPTS:
-            inputs = encode(self.tokenizer, prompt, return_tensors="pt").to(device)
+            inputs = prompt_inputs(self.tokenizer, prompt, reading, device)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(self.options.seed + self.state.global_step)
                 tokens = model.generate(

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from npt_fast.called_mlp import has_plain_weight, is_plain_linear
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import decoder_layers
+from npt_fast.hf.wrappers import unwrapped
 from npt_fast.paths import exists, path_errors, user_path
 from npt_fast.transfer.base_model import BaseModel
 from npt_fast.transfer.modulation import Modulation
@@ -58,16 +60,24 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
         A handle that can undo it; it keeps a copy of the changed weights.
 
     Raises:
-        ModelError: the modulation belongs to another base model.
+        ModelError: the modulation belongs to another base model, or one of its projections has no
+            float weight of its own that decides its output: it is quantised, offloaded, wrapped in
+            an adapter, hooked, or shared with another module.
     """
     modulation.check_base_model(model)
     layers = decoder_layers(model)
-    weights: dict[tuple[int, str], Any] = {
-        (layer, name): layers[layer].get_submodule(f"mlp.{name}_proj").weight
-        for layer, name, _ in modulation.walk()
-    }
-    if any(weight.is_meta for weight in weights.values()):
-        raise ModelError("a layer of the modulation is offloaded; its weights cannot be changed")
+    weights: dict[tuple[int, str], Any] = {}
+    for layer, name, _ in modulation.walk():
+        mlp = unwrapped(getattr(unwrapped(layers[layer]), "mlp", None))
+        module: Any = getattr(mlp, f"{name}_proj", None)
+        if not is_plain_linear(module):
+            raise ModelError(_obstacle(f"layer {layer}, {name}_proj", module))
+        weights[layer, name] = weight = module.weight
+        names = [
+            key for key, other in model.named_parameters(remove_duplicate=False) if other is weight
+        ]
+        if len(names) > 1:
+            raise ModelError(f"{names[0]} is also {names[1]}; its weight cannot be changed alone")
     # a copy: subtracting what was added would not give the same bits
     originals = {key: weight.clone() for key, weight in weights.items()}
     for layer, name, terms in modulation.walk():
@@ -76,6 +86,22 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
         v_a, v_b = (v.to(weight.device, wide) for v in terms)
         weight.copy_(torch.addmm(weight.to(wide), v_b.t(), v_a, alpha=strength))
     return Baked(originals, weights)
+
+
+def _obstacle(where: str, module: Any) -> str:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
+        return f"{where} is offloaded; its weight cannot be changed"
+    if module is None:
+        return f"{where} does not exist in this model"
+    if has_plain_weight(module):
+        return f"{where} has hooks or a forward of its own; remove them, or inject the modulation"
+    kind = type(module) if type(module) is not nn.Linear else type(weight)
+    return (
+        f"{where} is a {kind.__module__}.{kind.__name__}; only float weights of a plain linear "
+        "layer can be changed exactly. Merge adapters, or load the model in a float dtype, or "
+        "inject the modulation instead"
+    )
 
 
 def _digest(weight: Tensor) -> bytes:
@@ -106,9 +132,13 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
             raise TransferError(f"{target}: exists already; choose another folder")
     rank = modulation.terms
     tensors = {}
+    inner, layers = unwrapped(model), decoder_layers(model)
+    # multimodal models have their language model deeper inside; PEFT adds its prefix by itself
+    path = next(name for name, part in inner.named_modules() if part is layers)
+    path = path.removeprefix("base_model.model.")
     for layer, name, (v_a, v_b) in modulation.walk():
         missing = rank - len(v_a)  # zero terms to add: the adapter has one rank for all modules
-        prefix = f"base_model.model.model.layers.{layer}.mlp.{name}_proj"
+        prefix = f"base_model.model.{path}.{layer}.mlp.{name}_proj"
         padded = (torch.cat([v, v.new_zeros(missing, v.shape[1])]).cpu() for v in (v_a, v_b))
         lora_a, lora_b = padded
         tensors[f"{prefix}.lora_A.weight"] = lora_a.contiguous()

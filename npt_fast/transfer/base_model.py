@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from npt_fast.errors import printable
+from npt_fast.errors import ModelError, printable
+from npt_fast.hf.fingerprint import fingerprint
+from npt_fast.hf.wrappers import unwrapped
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-"""Fields that must be equal for a modulation to fit a model."""
+"""Fields of every record."""
+
+FITTING = SIZES[:-1]
+"""Fields that must be equal for a modulation to fit a model; a token may have been added."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A base model's name and sizes; a modulation fits models of the same sizes.
+    """A base model's name, sizes and fingerprint; a modulation fits models of the same sizes.
 
     Attributes:
         name: Name or path that the model was loaded from; not compared.
         hidden_size: Width D of the residual stream.
         intermediate_size: Width F of the MLP.
         num_hidden_layers: Number of decoder layers.
-        vocab_size: Number of tokens in the vocabulary.
+        vocab_size: Number of tokens in the vocabulary; not compared.
+        fingerprint: SHA-256 of a few weights, which tells models of the same sizes apart; None if
+            it is not known.
     """
 
     name: str
@@ -28,15 +35,30 @@ class BaseModel:
     intermediate_size: int
     num_hidden_layers: int
     vocab_size: int
+    fingerprint: str | None = None
 
     @classmethod
     def of(cls, model: Any) -> BaseModel:
-        """The record of a Hugging Face model."""
-        c = model.config
-        name = printable(getattr(c, "_name_or_path", "") or "")  # a path need not be Unicode
-        return cls(name, *(getattr(c, size) for size in SIZES))
+        """The record of a Hugging Face model.
+
+        Raises:
+            ModelError: its config lacks a size.
+        """
+        config = unwrapped(model).config
+        # a path need not be Unicode
+        name = printable(getattr(config, "_name_or_path", "") or "")
+        # a multimodal model's own config has no sizes
+        text = config.get_text_config()
+        if missing := ", ".join(size for size in SIZES if getattr(text, size, None) is None):
+            raise ModelError(f"{type(model).__name__}: its config has no {missing}; not supported")
+        sizes = {size: getattr(text, size) for size in SIZES}
+        return cls(name, **sizes, fingerprint=fingerprint(model))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain data, without what is not known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """All sizes, in the order of `SIZES`."""
-        return tuple(getattr(self, size) for size in SIZES)
+        """The sizes of `FITTING`, in its order."""
+        return tuple(getattr(self, size) for size in FITTING)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.errors import NPTError, TransferError, printable
+from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, read
 from npt_fast.paths import user_path
-from npt_fast.transfer.extract import extract, tokenize
+from npt_fast.transfer.extract import extract
 from npt_fast.transfer.facts import Fact
 from npt_fast.transfer.generate import Sampling, continue_ids
 from npt_fast.transfer.inject import injecting
@@ -25,6 +26,9 @@ class Outcome:
     Attributes:
         name: Name of the fact.
         prompt: Prompt of the fact.
+        source: Text and tokens that the modulation comes from.
+        tokens: Texts of the prompt's tokens.
+        positions: Positions in the prompt that received the modulation.
         before: Continuation without injection.
         after: Continuation with the injection.
         problems: One line per expectation that was not met.
@@ -33,19 +37,23 @@ class Outcome:
 
     name: str
     prompt: str
+    source: str
+    tokens: list[str]
+    positions: list[int]
     before: str
     after: str
     problems: list[str]
     seconds: float
 
 
-def check(model: Any, tokenizer: Any, fact: Fact) -> Outcome:
+def check(model: Any, tokenizer: Any, fact: Fact, reading: Reading = DEFAULT_READING) -> Outcome:
     """Score one fact by greedy generation.
 
     Args:
         model: Model with NP layers; those that are on are extracted from and injected into.
         tokenizer: Tokenizer of the model.
         fact: Injection and expectations.
+        reading: How the texts become tokens.
 
     Raises:
         TransferError: the injection is not possible; the message names the fact.
@@ -54,29 +62,41 @@ def check(model: Any, tokenizer: Any, fact: Fact) -> Outcome:
     sampling = Sampling(tokens=fact.tokens)
     try:
         modulation = extract(
-            model, tokenizer, fact.source, position="all" if fact.sequence else -1, reduce="mean"
-        )
+            model, tokenizer, fact.source, position="all" if fact.sequence else -1, reduce="mean",
+            **asdict(reading),
+        )  # fmt: skip
 
-        def continued(prompt: str, injected: bool) -> str:
-            ids, _ = tokenize(tokenizer, prompt)
-            if not injected:
-                return str(tokenizer.decode(continue_ids(model, ids, sampling)[0]))
-            with injecting(model, modulation, fact.injection, tokenizer):
-                return str(tokenizer.decode(continue_ids(model, ids, sampling)[0]))
+        def continued(prompt: str) -> tuple[str, str, list[int]]:
+            """Continuations without and with injection, and where it was injected."""
+            ids = read(tokenizer, prompt, reading).ids
+            plain = continue_ids(model, ids, sampling)[0]
+            with injecting(model, modulation, fact.injection, tokenizer) as hits:
+                injected = continue_ids(model, ids, sampling)[0]
+            return tokenizer.decode(plain), tokenizer.decode(injected), hits.positions[0]
 
-        before, after = (continued(fact.prompt, injected) for injected in (False, True))
+        before, after, positions = continued(fact.prompt)
         problems = []
         if fact.begins is not None and not after.lstrip().startswith(fact.begins.lstrip()):
             problems.append(f"expected to begin with {fact.begins!r}, got {after!r}")
         if fact.contains is not None and fact.contains not in after:
             problems.append(f"expected to contain {fact.contains!r}, got {after!r}")
         for prompt in fact.must_not_change:
-            expected, found = (continued(prompt, injected) for injected in (False, True))
+            expected, found, _ = continued(prompt)
             if found != expected:
                 problems.append(f"{prompt!r} must continue with {expected!r}, got {found!r}")
     except NPTError as error:
         raise TransferError(f"fact {fact.name!r}: {error}") from error
-    return Outcome(fact.name, fact.prompt, before, after, problems, time.perf_counter() - begun)
+    return Outcome(
+        name=fact.name,
+        prompt=fact.prompt,
+        source=modulation.description,
+        tokens=read(tokenizer, fact.prompt, reading).texts,
+        positions=positions if fact.injection.when != "decode" else [],
+        before=before,
+        after=after,
+        problems=problems,
+        seconds=time.perf_counter() - begun,
+    )
 
 
 def write_junit(outcomes: Sequence[Outcome], path: str | Path, suite: str) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from npt_fast.config import Injection
-from npt_fast.transfer.extract import tokenize
+from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, first_token, read
 from npt_fast.transfer.generate import Sampling, continue_ids
 from npt_fast.transfer.inject import injecting
 from npt_fast.transfer.modulation import Modulation
-from npt_fast.transfer.positions import resolve
+from npt_fast.transfer.positions import find, named
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,25 +85,27 @@ def compare(
     sampling: Sampling | None = None,
     tracked: Sequence[str] = (),
     top: int = 5,
+    reading: Reading = DEFAULT_READING,
 ) -> Comparison:
     """Continue a prompt with and without an injection.
 
     Args:
         model: Model with NP layers.
-        tokenizer: Tokenizer of the model; no special tokens are added.
+        tokenizer: Tokenizer of the model.
         modulation: Modulation to inject.
         prompt: Text to continue.
         injection: Position, mode, strength and time of the injection.
         sampling: How tokens are chosen; one greedy token if None.
         tracked: Texts; the probability of each one's first token is reported.
         top: Number of likeliest tokens to report.
+        reading: How the prompt becomes tokens.
 
     Raises:
         TransferError: the prompt is empty, or the injection is not possible; see `inject`.
         ModelError: the modulation does not fit the model; see `inject`.
     """
     sampling = sampling or Sampling()
-    ids, tokens = tokenize(tokenizer, prompt)
+    ids, tokens = read(tokenizer, prompt, reading)
     begun = time.perf_counter()
     plain_ids, plain_logits = continue_ids(model, ids, sampling)
     between = time.perf_counter()
@@ -113,11 +115,11 @@ def compare(
     same_text = plain_logits[:1]
     if len(new_ids) > 1:  # the same text without injection: one pass reads all of it
         whole = torch.tensor([[*ids, *new_ids[:-1]]], device=model.device)
-        read = model(input_ids=whole, use_cache=False, logits_to_keep=len(new_ids))
-        same_text = read.logits[0].float().cpu()
+        out = model(input_ids=whole, use_cache=False, logits_to_keep=len(new_ids))
+        same_text = out.logits[0].float().cpu()
     kls = divergences(same_text, new_logits)
     before, after = plain_logits[0].softmax(-1), new_logits[0].softmax(-1)
-    followed = [tokenize(tokenizer, text)[0][0] for text in tracked]
+    followed = [first_token(tokenizer, text) for text in tracked]
 
     def token(index: int) -> Token:
         return Token(tokenizer.decode([index]), before[index].item(), after[index].item())
@@ -157,6 +159,8 @@ class Sweep:
     """The effect of many injections on the next token of one prompt.
 
     Attributes:
+        tokens: Texts of the prompt's tokens.
+        positions: Positions in the prompt that received the modulation.
         layers: Layers that were injected into, by row.
         columns: Strength or token of the prompt, by column.
         strengths: Strengths that were used.
@@ -165,6 +169,8 @@ class Sweep:
         no_injection: Probability of each tracked token without injection.
     """
 
+    tokens: list[str]
+    positions: list[int]
     layers: list[list[int]]
     columns: list[str]
     strengths: list[float]
@@ -183,37 +189,40 @@ def sweep(
     strengths: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
     tracked: Sequence[str] = (),
     each_token: bool = False,
+    reading: Reading = DEFAULT_READING,
 ) -> Sweep:
     """Inject into each layer of a modulation alone and into all of them, at several strengths.
 
     Args:
         model: Model with NP layers.
-        tokenizer: Tokenizer of the model; no special tokens are added.
+        tokenizer: Tokenizer of the model.
         modulation: Modulation to inject; its layers are the rows.
         prompt: Text whose next token is looked at.
         injection: Position, mode and time; `strengths` replace its strength.
         strengths: Strengths to use, one column each.
         tracked: Texts; the probability of each one's first token is reported.
         each_token: Make a column for each token at the position, at the first strength.
+        reading: How the prompt becomes tokens.
 
     Raises:
         TransferError: the prompt is empty, or the injection is not possible; see `inject`.
         ModelError: the modulation does not fit the model; see `inject`.
     """
+    ids, tokens = read(tokenizer, prompt, reading)
+    places = find(injection.position, ids, tokenizer)
     if each_token:
         strengths = strengths[:1]
-        tokens = tokenize(tokenizer, prompt)[1]
         columns = [
-            (f"{i} {tokens[i]!r}", replace(injection, position=i, strength=strengths[0]))
-            for i in resolve(injection.position, tokens)
+            (named([i], tokens), replace(injection, position=i, strength=strengths[0]))
+            for i in places
         ]
     else:
         columns = [(f"x {s:g}", replace(injection, strength=s)) for s in strengths]
     rows = [[layer] for layer in modulation.layers]
     if len(rows) > 1:
         rows.append(list(modulation.layers))
-    ids, once = tokenize(tokenizer, prompt)[0], Sampling()
-    followed = {text: tokenize(tokenizer, text)[0][0] for text in tracked}
+    once = Sampling()
+    followed = {text: first_token(tokenizer, text) for text in tracked}
     plain = continue_ids(model, ids, once)[1]
     kl: list[list[float]] = []
     after: dict[str, list[list[float]]] = {text: [] for text in followed}
@@ -227,4 +236,6 @@ def sweep(
         for text, index in followed.items():
             after[text].append([cell[0].softmax(-1)[index].item() for cell in cells])
     before = {text: plain[0].softmax(-1)[index].item() for text, index in followed.items()}
-    return Sweep(rows, [name for name, _ in columns], list(strengths), kl, after, before)
+    return Sweep(
+        tokens, places, rows, [name for name, _ in columns], list(strengths), kl, after, before
+    )

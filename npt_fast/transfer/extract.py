@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from npt_fast.checkpoint.keys import PROJECTIONS
+from npt_fast.checkpoint.keys import PROJECTIONS, PROJECTIONS_OF
 from npt_fast.config import Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import components, decoder_layers
-from npt_fast.hf.tokenizer import encode
+from npt_fast.hf.tokenizer import Reading, read
+from npt_fast.hf.wrappers import unwrapped
 from npt_fast.modules import NPComponent
-from npt_fast.schema import is_text, shown
 from npt_fast.transfer.base_model import BaseModel
 from npt_fast.transfer.modulation import Modulation
-from npt_fast.transfer.positions import resolve
+from npt_fast.transfer.positions import find
 from npt_fast.transfer.terms import Terms
 
 
@@ -33,28 +34,37 @@ def extract(
     position: Position = -1,
     layers: Sequence[int] | None = None,
     reduce: Literal["none", "mean"] = "none",
+    special_tokens: bool = True,
+    chat: bool = False,
 ) -> Modulation:
     """Extract the modulation of a text, at one position or as the mean over several.
 
     Args:
         model: Model with NP layers that are on.
-        tokenizer: Tokenizer of the model; no special tokens are added, as in the original.
+        tokenizer: Tokenizer of the model.
         text: Text that the model reads.
-        position: Token whose modulation is taken; several need ``reduce="mean"``.
+        position: Token whose modulation is taken, counted on what the model reads, BOS included;
+            several need ``reduce="mean"``.
         layers: Layers to extract from; None for all NP layers that are on.
         reduce: ``"mean"`` averages each vector over the positions, as the original's
             ``extract-seq`` does. That is not the mean of dW.
+        special_tokens: Put the tokenizer's special tokens, such as BOS, in front of the text; one
+            that begins with them gets no second ones. An EOS that it would put behind is left out.
+        chat: Make the text one user message of the tokenizer's chat template, as `Reading` says.
 
     Returns:
         v_a and v_b of all components, k terms per projection, in the model's dtype.
 
     Raises:
-        ModelError: the model has no NP layer, or one of `layers` is off.
+        ModelError: the model has no NP layer, or one of `layers` is off; the tokenizer has no chat
+            template.
         TransferError: the text is empty, the position is outside it, or several positions are
             given without ``reduce="mean"``.
+        ValueError: a chat is to have no special tokens.
     """
-    ids, tokens = tokenize(tokenizer, text)
-    places = resolve(position, tokens)
+    reading = Reading(special_tokens=special_tokens, chat=chat)
+    ids, tokens = read(tokenizer, text, reading)
+    places = find(position, ids, tokenizer)
     if reduce == "none" and len(places) > 1:
         raise TransferError(
             f"{len(places)} positions have a modulation each; take one position or their mean"
@@ -79,9 +89,13 @@ def extract(
             hook = converted[layer].register_forward_pre_hook(keep, with_kwargs=True)
             stack.callback(hook.remove)
         device = next(decoder_layers(model).parameters()).device
-        decoder: Any = model.get_decoder()  # type: ignore[operator]
+        decoder = unwrapped(model).get_decoder()
         # the decoder alone: no logits are needed
         decoder(input_ids=torch.tensor([ids], device=device), use_cache=False)
+    if len(seen) < len(chosen):
+        raise ModelError(
+            "the layers are compiled, and torch.compile leaves hooks out; extract before compiling"
+        )
     found = {}
     for layer in chosen:
         vectors = component_vectors(converted[layer], seen[layer])
@@ -96,6 +110,7 @@ def extract(
         "text": text,
         "tokens": tokens,
         "positions": places,
+        **asdict(reading),
         "weights": {str(layer): digest(converted[layer]) for layer in chosen},
     }
     return Modulation(found, BaseModel.of(model), origin, vectors=True)
@@ -106,56 +121,49 @@ def enabled_layers(converted: dict[int, NPComponent]) -> list[int]:
     return [layer for layer, component in converted.items() if component.enabled]
 
 
-def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
-    """Ids and texts of a text's tokens, without special tokens.
-
-    Raises:
-        TransferError: the text is empty, or has lone surrogates.
-    """
-    if not is_text(text):
-        raise TransferError(f"{shown(text)} is not valid Unicode text")
-    ids = encode(tokenizer, text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise TransferError("the text is empty")
-    return list(ids), [tokenizer.decode([i]) for i in ids]
-
-
 def component_vectors(
     component: NPComponent, attention: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Form v_a and v_b of each projection for some tokens (design.md#definition).
+    """Form v_a and v_b of each projection for some tokens; see `projection_vectors`."""
+    names = PROJECTIONS[: len(PROJECTIONS_OF[component.modulation_type])]
+    return {name: projection_vectors(component, name, attention) for name in names}
+
+
+def projection_vectors(
+    component: NPComponent, projection: str, attention: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Form v_a and v_b of one projection for some tokens (design.md#definition).
 
     Args:
-        component: NP component of a layer.
+        component: NP component of a layer, which changes the projection.
+        projection: ``"gate"``, ``"up"`` or ``"down"``.
         attention: Attention outputs of the tokens, ``(n, D)``.
 
     Returns:
-        Vectors ``(n, k, in)`` and ``(n, k, out)`` by projection, in the dtype of `attention`.
+        Vectors ``(n, k, in)`` and ``(n, k, out)``, in the dtype of `attention`.
     """
-    m = component.factors
+    m, index = component.factors, PROJECTIONS.index(projection)
     size, k = m.w_b_gate.shape[0], m.num_ranks
-    u = (attention @ m.w_down.to(attention.dtype)).unflatten(1, (-1, k, size // k))
-    reads = [*torch.split(m.w_a_in, size), m.w_a_mid]
-    writes = [m.w_b_gate, m.w_b_up, m.w_b_down]
-    found = {}
-    for index, name in enumerate(PROJECTIONS[: u.shape[1]]):
-        pair = []
-        for head in (reads[index], writes[index]):
-            assert head is not None
-            weight = head.to(attention.dtype).unflatten(0, (k, -1))
-            pair.append(torch.einsum("nkr,kri->nki", u[:, index], weight))
-        found[name] = (pair[0], pair[1])
-    return found
+    w_down = m.w_down.narrow(1, index * size, size).to(attention.dtype)
+    u = (attention @ w_down).unflatten(1, (k, size // k))
+    w_a = m.w_a_mid if projection == "down" else m.w_a_in.narrow(0, index * size, size)
+    w_b = (m.w_b_gate, m.w_b_up, m.w_b_down)[index]
+    assert w_a is not None and w_b is not None
+    v_a, v_b = (
+        torch.einsum("nkr,kri->nki", u, torch.unflatten(w.to(attention.dtype), 0, (k, -1)))
+        for w in (w_a, w_b)
+    )
+    return v_a, v_b
 
 
-_digests: WeakKeyDictionary[NPComponent, tuple[tuple[int, ...], str]] = WeakKeyDictionary()
+_digests: WeakKeyDictionary[NPComponent, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
 
 
 def digest(component: NPComponent) -> str:
     """SHA-256 of a component's weights, cached until they change."""
-    parameters = list(component.parameters())
-    # torch counts every change of a tensor in place
-    versions = tuple(parameter._version for parameter in parameters)
+    parameters = [*component.parameters(), *component.buffers()]
+    # torch counts changes of a tensor in place, but those of fused optimizers and of `.data`
+    versions = tuple((p.data_ptr(), p.dtype, p._version) for p in parameters)
     known = _digests.get(component)
     if known is None or known[0] != versions:
         found = hashlib.sha256()

@@ -15,7 +15,18 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.source_file import read_file
 from npt_fast.errors import CheckpointError, TransferError
 from npt_fast.paths import user_path
-from npt_fast.schema import COUNT, MAPPING, TEXT, WHOLE, Kind, checked, list_of, mapping_of, shown
+from npt_fast.schema import (
+    COUNT,
+    FLAG,
+    MAPPING,
+    TEXT,
+    WHOLE,
+    Kind,
+    checked,
+    list_of,
+    mapping_of,
+    shown,
+)
 
 FORMAT = "npt_session"
 VERSION = 1
@@ -33,6 +44,8 @@ _HEADER = {
     "dtype": TEXT,
     "device": TEXT,
     "layers": list_of(COUNT),
+    "special_tokens": FLAG,
+    "chat": FLAG,
     "weights": mapping_of(TEXT, TEXT),
 }
 _ENTRY = {
@@ -51,7 +64,10 @@ _LOG_KEYS = {
 }
 """Keys of results that have older names in logs, so that logs of all versions can be replayed."""
 _REPORT_KEYS = {log: report for report, log in _LOG_KEYS.items()}
-_VOLATILE = {"seconds", "no_injection_seconds", "created"}  # times, which are never compared
+_VOLATILE = {"seconds", "no_injection_seconds", "created", "source"}
+"""Times, and what is described in other words by other versions; never compared."""
+_NEWER = {"special_tokens", "chat", "tokens", "positions"}
+"""Keys that logs of before lack in some results; compared where they are recorded."""
 
 
 def state_folder() -> Path:
@@ -177,7 +193,7 @@ def difference(recorded: Any, now: Any, where: str = "result") -> str | None:
     Texts and structure must be equal, numbers equal within `TOLERANCE`; times are ignored.
     """
     if isinstance(recorded, dict) and isinstance(now, dict):
-        for key in sorted({*recorded, *now} - _VOLATILE):
+        for key in sorted({*recorded, *now} - _VOLATILE - (_NEWER - recorded.keys())):
             if key not in recorded or key not in now:
                 return f"{where}.{key} is only in {'this run' if key in now else 'the record'}"
             if found := difference(recorded[key], now[key], f"{where}.{key}"):

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import ModelError, TransferError, printable
+from npt_fast.hf.fingerprint import note_other_base
 from npt_fast.paths import user_path
 from npt_fast.schema import shown
 from npt_fast.transfer import modulation_file
-from npt_fast.transfer.base_model import SIZES, BaseModel
+from npt_fast.transfer.base_model import FITTING, BaseModel
 from npt_fast.transfer.origin import bounded, describe
 from npt_fast.transfer.terms import Layers, Terms, truncated
 
@@ -35,9 +36,9 @@ class Modulation:
     Attributes:
         layers: Terms by layer index and projection (``gate``, ``up``, ``down``).
         base: Name and sizes of the base model that the terms fit.
-        origin: Source text with its tokens and positions, or how other modulations were combined;
-            plain data that JSON can hold. A combination too large to be saved has
-            ``{"summary": TEXT}`` instead.
+        origin: Source text with its tokens and positions and how it was read, or how other
+            modulations were combined; plain data that JSON can hold. A combination too large to be
+            saved has ``{"summary": TEXT}`` instead.
         vectors: Whether the terms are the vectors of NP components, one to one. The modes that mix
             vectors (blend, add) need that.
     """
@@ -142,19 +143,21 @@ class Modulation:
         return replace(self, layers=layers, origin=origin, vectors=False), error
 
     def check_base_model(self, model: Any) -> None:
-        """Check that the modulation fits a model.
+        """Check that the modulation fits a model; another one of the same sizes gives a warning.
 
         Raises:
             ModelError: it belongs to a base model of other sizes.
         """
         own = BaseModel.of(model)
-        for name, ours, theirs in zip(SIZES, self.base.sizes, own.sizes, strict=True):
+        for name, ours, theirs in zip(FITTING, self.base.sizes, own.sizes, strict=True):
             if ours != theirs:
                 known = self.base.name[:80] or "unnamed"
                 raise ModelError(
                     f"the modulation belongs to another base model ({known}): "
                     f"{name} {ours}, the model has {theirs}"
                 )
+        recorded, found = self.base.fingerprint, own.fingerprint
+        note_other_base("the modulation", self.base.name[:80], recorded, found)
 
     @property
     def contents(self) -> modulation_file.Contents:

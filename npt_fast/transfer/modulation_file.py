@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from npt_fast.schema import (
     list_of,
     mapping_of,
     one_of,
+    or_none,
     shown,
 )
 from npt_fast.transfer.base_model import SIZES, BaseModel
@@ -46,7 +46,8 @@ FORMAT = "npt_modulation"
 VERSION = 1
 _MAX_HEADER = 4 << 20  # bytes: 3 MiB of origin, and about 100 bytes for each of 10,000 tensors
 _DTYPES = ("F16", "BF16", "F32", "F64")
-_BASE_MODEL = {"name": TEXT} | dict.fromkeys(SIZES, POSITIVE)
+_SIZES = {"name": TEXT} | dict.fromkeys(SIZES, POSITIVE)
+_BASE_MODEL = {**_SIZES, "fingerprint": or_none(TEXT)}  # earlier versions did not record the last
 _DESCRIPTION: dict[str, Kind] = {
     "base": MAPPING,
     "origin": ORIGIN,
@@ -108,7 +109,7 @@ def packed(contents: Contents, path: Path) -> bytes:
     }
     description = {
         "version": VERSION,
-        "base": asdict(contents.base),
+        "base": contents.base.to_dict(),
         "origin": contents.origin,
         "vectors": contents.vectors,
         "layers": {str(n): list(projections) for n, projections in contents.layers.items()},
@@ -180,7 +181,7 @@ def _described(given: Mapping[str, Any], path: Path) -> _Description:
     sizes = checked(
         found["base"],
         _BASE_MODEL,
-        list(_BASE_MODEL),
+        list(_SIZES),
         f"{where}: base",
         CheckpointError,
         closed=True,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
+from npt_fast.hf.tokenizer import PLAIN, Reading
 from npt_fast.schema import Kind, is_plain
+from npt_fast.transfer.positions import named
 
 _DEEPEST = 64  # levels of nesting; strict_json stops at 100
 _LARGEST = 3 << 20  # bytes as JSON in the header of a file, which may have 4 MiB
 _LONGEST = 1000  # characters of a description
+_MOST_TEXTS = 1000  # whose reading is described; 30 times m + m have 2^30
 
 
 def _can_be_saved(origin: Any) -> bool:
@@ -46,6 +50,8 @@ def _pieces(origin: Mapping[str, Any]) -> Iterator[str]:
     if "text" in origin:
         positions = origin.get("positions") or []
         where = f"mean of {len(positions)} tokens" if len(positions) > 1 else f"at {positions}"
+        if len(positions) == 1 and "tokens" in origin:
+            where = f"at {named(positions, origin['tokens'])}"
         yield f"{json.dumps(origin['text'][:_LONGEST], ensure_ascii=False)} {where}"
     elif "sum" in origin:
         for number, part in enumerate(origin["sum"]):
@@ -65,6 +71,32 @@ def _pieces(origin: Mapping[str, Any]) -> Iterator[str]:
         yield f", compressed to an error of {origin['error']:.1e}"
     else:
         yield origin.get("summary", "unknown")
+
+
+def readings(origin: Mapping[str, Any]) -> list[str]:
+    """How the texts of an origin became tokens, each way once, as `Reading` describes it."""
+    return list(dict.fromkeys(map(_reading, islice(_texts(origin), _MOST_TEXTS))))
+
+
+def _reading(text: Mapping[str, Any]) -> str:
+    if "special_tokens" not in text:
+        return f"{PLAIN} (older file)"
+    try:
+        return str(Reading(special_tokens=text["special_tokens"], chat=text["chat"]))
+    except (LookupError, ValueError):
+        return "in an unknown way"  # an origin from a file may hold anything
+
+
+def _texts(origin: Any) -> Iterator[Mapping[str, Any]]:
+    """The parts of an origin that are texts of their own."""
+    if isinstance(origin, Mapping):
+        if "text" in origin:
+            yield origin
+        for part in origin.values():
+            yield from _texts(part)
+    elif isinstance(origin, list):
+        for part in origin:
+            yield from _texts(part)
 
 
 def bounded(origin: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,8 +1,9 @@
-"""Positions in a text, counted on its tokens without padding.
+"""Positions in a text, counted on the tokens that the model reads: with BOS, without padding.
 
 A position is ``-1`` or ``"last"``, ``0`` or ``"first"``, ``"all"``, a slice or ``"2:5"``, a list,
 or given by the text itself: `at` (``"at:Germany"``) means all tokens of the words, `after`
-(``"after:is"``) the token that follows them.
+(``"after:is"``) the token that follows them. A special token is no part of a word: it is found by
+its whole text only.
 
 The last token of a prompt produces the first new token.
 """
@@ -10,10 +11,13 @@ The last token of a prompt produces the first new token.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
 
-from npt_fast.config import Match, Position
+from npt_fast.config import InjectionTime, Match, Position
 from npt_fast.errors import TransferError
+from npt_fast.hf.tokenizer import decoded, special_places
 from npt_fast.schema import shown
 
 
@@ -27,12 +31,40 @@ def after(text: str) -> Match:
     return Match(text, after=True)
 
 
-def resolve(position: Position, tokens: Sequence[str]) -> list[int]:
+def named(places: Iterable[int], tokens: Sequence[str]) -> str:
+    """Places with their tokens, for people: ``"4 ' Germany', 5 ' is'"``."""
+    return ", ".join(f"{place} {tokens[place]!r}" for place in places)
+
+
+def reached(places: Iterable[int], tokens: Sequence[str], when: InjectionTime) -> str:
+    """The tokens that an injection reached, for people: of the prompt, the generated ones, both."""
+    prompt = [named(places, tokens)] if when != "decode" else []
+    return ", ".join([*prompt, *(["the generated ones"] if when != "prefill" else [])])
+
+
+def find(position: Position, ids: Sequence[int], tokenizer: Any = None) -> list[int]:
+    """Like `resolve`, for the ids that a model reads.
+
+    Raises:
+        TransferError: as in `resolve`, or the position is given by text and there is no tokenizer.
+    """
+    parsed = parse(position) if isinstance(position, str) else position
+    by_text = isinstance(parsed, Match)
+    if tokenizer is None:
+        if by_text:
+            raise TransferError(f"the position {position} needs a tokenizer")
+        return resolve(parsed, [""] * len(ids))
+    special = special_places(tokenizer, ids) if by_text else ()
+    return resolve(parsed, decoded(tokenizer, ids), special)
+
+
+def resolve(position: Position, tokens: Sequence[str], special: Collection[int] = ()) -> list[int]:
     """Convert a position to ascending token indices without duplicates.
 
     Args:
         position: Position in any notation.
         tokens: Texts of the tokens, without padding.
+        special: Places of special tokens.
 
     Raises:
         TransferError: the position is outside the text, matches nothing, or is malformed.
@@ -40,7 +72,7 @@ def resolve(position: Position, tokens: Sequence[str]) -> list[int]:
     count = len(tokens)
     parsed = parse(position) if isinstance(position, str) else position
     if isinstance(parsed, Match):
-        return _matched(parsed, tokens)
+        return _matched(parsed, tokens, special)
     if isinstance(parsed, slice):
         found = list(range(*parsed.indices(count)))
     else:
@@ -50,8 +82,8 @@ def resolve(position: Position, tokens: Sequence[str]) -> list[int]:
             raise TransferError(f"positions are whole numbers, not {shown(index)}")
         if not -count <= index < count:
             raise TransferError(
-                f"position {index} is outside the text, which has {count} tokens: "
-                f"{', '.join(f'{i} {t!r}' for i, t in enumerate(tokens[:20]))}"
+                f"position {index} is outside the text, which has {count} tokens"
+                + (f": {named(range(min(count, 20)), tokens)}" if any(tokens) else "")
                 + (", ..." if count > 20 else "")
             )
     if not found:
@@ -86,17 +118,18 @@ def parse(text: str) -> int | slice | list[int] | Match:
     )
 
 
-def _matched(match: Match, tokens: Sequence[str]) -> list[int]:
+def _matched(match: Match, tokens: Sequence[str], special: Collection[int]) -> list[int]:
     whole = "".join(tokens)
-    start = whole.find(match.text)
-    if start < 0 or not match.text:
+    spans = list(pairwise([0, *accumulate(map(len, tokens))]))
+    start = whole.find(match.text) if match.text else -1
+    while start >= 0:
+        end = start + len(match.text)
+        found = [i for i, (begin, stop) in enumerate(spans) if begin < end and stop > start]
+        if all(start <= spans[i][0] and spans[i][1] <= end for i in found if i in special):
+            break
+        start = whole.find(match.text, start + 1)
+    else:
         raise TransferError(f"{shown(match.text)} does not occur in {shown(whole)}")
-    end = start + len(match.text)
-    found, place = [], 0
-    for index, token in enumerate(tokens):
-        if place < end and place + len(token) > start:
-            found.append(index)
-        place += len(token)
     if not match.after:
         return found
     if found[-1] + 1 == len(tokens):

@@ -7,9 +7,11 @@ from html import escape
 from pathlib import Path
 
 from npt_fast.checkpoint.publish import disk_errors
+from npt_fast.config import InjectionTime
 from npt_fast.errors import TransferError
 from npt_fast.paths import user_path
 from npt_fast.transfer.compare import Comparison, Sweep, Token
+from npt_fast.transfer.positions import named, reached
 
 _FULL = 2.0  # nats of KL with full colour
 
@@ -43,18 +45,25 @@ th:first-child { text-align: left; } td.token { text-align: left; white-space: p
 """
 
 
-def comparison_html(comparison: Comparison, details: Mapping[str, str] | None = None) -> str:
+def comparison_html(
+    comparison: Comparison,
+    details: Mapping[str, str] | None = None,
+    *,
+    when: InjectionTime = "prefill",
+) -> str:
     """Show both continuations side by side, tokens coloured by KL, and the likeliest next tokens.
 
     Args:
         comparison: Comparison to show.
         details: Lines for the head, such as the checkpoint's name.
+        when: Time of the injection.
 
     Returns:
         A complete document in which all texts are escaped.
     """
+    hit = comparison.positions if when != "decode" else []
     prompt = "".join(
-        f'<span class="{"hit" if i in comparison.positions else "prompt"}">{_text(token)}</span>'
+        f'<span class="{"hit" if i in hit else "prompt"}">{_text(token)}</span>'
         for i, token in enumerate(comparison.prompt)
     )
     plain = _text(comparison.no_injection_text)
@@ -63,11 +72,10 @@ def comparison_html(comparison: Comparison, details: Mapping[str, str] | None = 
         for token, kl in zip(comparison.injected, comparison.kls, strict=True)
     )
     seen = {t.text: t for t in (*comparison.tracked, *comparison.top, *comparison.no_injection_top)}
-    hits = ", ".join(f"{i} {comparison.prompt[i]!r}" for i in comparison.positions)
     head = {
         **(details or {}),
         "layers": ", ".join(map(str, comparison.layers)),
-        "tokens hit": hits or "the generated ones",
+        "tokens hit": reached(comparison.positions, comparison.prompt, when),
         "KL of the next token": f"{comparison.kl:.4f} nats",
         "time": f"{comparison.seconds:.2f} s, {comparison.no_injection_seconds:.2f} s without",
     }
@@ -103,13 +111,14 @@ def sweep_html(sweep: Sweep, details: Mapping[str, str] | None = None) -> str:
     Returns:
         A complete document in which all texts are escaped.
     """
+    head = {**(details or {}), "tokens hit": named(sweep.positions, sweep.tokens)}
     sections = ["<h2>KL of the next token, nats</h2>", _map(sweep, sweep.kl, _FULL)]
     sections.append(f'<p class="note">{_scale()}</p>')
     for text, values in sweep.tracked.items():
         sections.append(f"<h2>Probability of {_text(repr(text))}</h2>")
         sections.append(f'<p class="note">{sweep.no_injection[text]:.4f} without injection</p>')
         sections.append(_map(sweep, values, 1.0))
-    return _document("Layer by layer", details or {}, sections)
+    return _document("Layer by layer", head, sections)
 
 
 def write(html: str, path: str | Path) -> None:

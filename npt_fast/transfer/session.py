@@ -18,13 +18,14 @@ from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.config import Injection, Position
 from npt_fast.errors import CheckpointError, ModelError, TransferError, printable, suggestion
 from npt_fast.hf.convert import components
+from npt_fast.hf.tokenizer import DEFAULT_READING, PLAIN, Reading, first_token, read
 from npt_fast.paths import is_directory, path_errors, user_path
 from npt_fast.schema import shown
 from npt_fast.transfer import bake as baking
 from npt_fast.transfer.base_model import BaseModel
 from npt_fast.transfer.compare import Comparison, Sweep, compare, sweep
 from npt_fast.transfer.expression import evaluate
-from npt_fast.transfer.extract import digest, extract, tokenize
+from npt_fast.transfer.extract import digest, extract
 from npt_fast.transfer.generate import Sampling, continue_ids
 from npt_fast.transfer.modulation import Modulation
 from npt_fast.transfer.session_state import Item, State, read_modulation, read_state, write_state
@@ -72,6 +73,7 @@ class Session:
     Args:
         model: Model with NP layers.
         tokenizer: Tokenizer of the model.
+        reading: How texts become tokens, at first.
 
     Attributes:
         available: Indices of all NP layers.
@@ -81,13 +83,13 @@ class Session:
         ModelError: the model has no NP layers.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, reading: Reading = DEFAULT_READING) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.available = tuple(components(model))
         if not self.available:
             raise ModelError("no NPT layers are loaded")
-        self._first = State(MappingProxyType({}), (), self.available, Sampling())
+        self._first = State(MappingProxyType({}), (), self.available, Sampling(), reading)
         self.state = self._first
         self._undo: list[tuple[str, State, baking.Baked | None]] = []
         self._activate()
@@ -133,6 +135,7 @@ class Session:
             position="all" if sequence else position,
             layers=self.state.layers,
             reduce="mean" if sequence else "none",
+            **asdict(self.state.reading),
         )
         return self._keep(name, found, f"extract {name}")
 
@@ -158,7 +161,7 @@ class Session:
 
     def first_piece(self, text: str) -> tuple[str, int]:
         """The first token of a text, which is the one tracked, and the number of its tokens."""
-        _, tokens = tokenize(self.tokenizer, text)
+        _, tokens = read(self.tokenizer, text, PLAIN)
         return tokens[0], len(tokens)
 
     def track(self, texts: Sequence[str]) -> None:
@@ -187,12 +190,18 @@ class Session:
         self._change(f"layers {list(layers)}", layers=tuple(sorted(set(layers))))
 
     def set(self, **values: Any) -> None:
-        """Change settings, which are the fields of `Sampling`.
+        """Change settings, which are the fields of `Sampling` and of `Reading`.
 
         Raises:
             TransferError: a value is not allowed.
         """
-        self._change(f"set {values}", settings=replace(self.state.settings, **values))
+        tokens = {key: values.pop(key) for key in asdict(self.state.reading) if key in values}
+        try:
+            reading = replace(self.state.reading, **tokens)
+        except ValueError as error:
+            raise TransferError(str(error)) from None
+        settings = replace(self.state.settings, **values)
+        self._change(f"set {values | tokens}", settings=settings, reading=reading)
 
     def _loaded(self) -> str:
         return ", ".join(map(str, self.available))
@@ -200,7 +209,7 @@ class Session:
     @torch.no_grad()
     def predict(self, text: str, sampling: Sampling | None = None, top: int = 5) -> Prediction:
         """Continue a text without injection, with the layers that are on."""
-        ids, tokens = tokenize(self.tokenizer, text)
+        ids, tokens = read(self.tokenizer, text, self.state.reading)
         found, logits = continue_ids(self.model, ids, sampling or self.state.settings)
         probabilities = logits[0].softmax(-1)
 
@@ -212,7 +221,7 @@ class Session:
             continuation=[self.tokenizer.decode([i]) for i in found],
             text=self.tokenizer.decode(found),
             top=[token(i) for i in probabilities.topk(top).indices.tolist()],
-            tracked=[token(tokenize(self.tokenizer, t)[0][0]) for t in self.state.tracked],
+            tracked=[token(first_token(self.tokenizer, t)) for t in self.state.tracked],
         )
 
     def inject(
@@ -237,6 +246,7 @@ class Session:
             injection,
             sampling=sampling or self.state.settings,
             tracked=self.state.tracked,
+            reading=self.state.reading,
         )
         return InjectionResult(found, left_out, _no_effect(part, found, injection))
 
@@ -257,6 +267,7 @@ class Session:
             injection,
             strengths=strengths,
             tracked=self.state.tracked,
+            reading=self.state.reading,
         )
 
     def bake(self, name: str, strength: float = 1.0) -> Modulation:
@@ -326,7 +337,7 @@ class Session:
             component.enabled = layer in self.state.layers
 
     def save(self, path: str | Path) -> Path:
-        """Write shelf, tracked tokens, layers and settings into a folder, and return its path.
+        """Write everything but base weights into a folder, and return its path.
 
         Raises:
             TransferError: the folder exists and holds something else, or cannot be written.
@@ -368,10 +379,11 @@ class Session:
         """Sizes, dtype, layers and weight digests that a replay compares, for a log's header."""
         return {
             "torch": torch.__version__,
-            "base": asdict(BaseModel.of(self.model)),
+            "base": BaseModel.of(self.model).to_dict(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "layers": list(self.available),
+            **asdict(self._first.reading),
             "weights": {str(n): digest(part) for n, part in components(self.model).items()},
         }
 

@@ -14,9 +14,11 @@ from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.source_file import SourceFile, read_file
 from npt_fast.config import SamplingStrategy
 from npt_fast.errors import CheckpointError, NPTError, TransferError
+from npt_fast.hf.tokenizer import PLAIN, Reading
 from npt_fast.paths import exists, is_directory, path_errors
 from npt_fast.schema import (
     COUNT,
+    FLAG,
     MAPPING,
     NUMBER,
     POSITIVE,
@@ -47,6 +49,7 @@ _INDEX_KINDS = {
     "layers": list_of(COUNT),
     "settings": MAPPING,
 }
+_READING = {"special_tokens": FLAG, "chat": FLAG}
 _MODULATION = {"name": TEXT, "file": _FILE_NAME, "created": TEXT}
 _SETTINGS = {
     "tokens": POSITIVE,
@@ -80,12 +83,14 @@ class State:
         tracked: Texts; the probability of each one's first token is reported.
         layers: NP layers that are on.
         settings: How tokens are chosen, where a command does not say.
+        reading: How texts become tokens.
     """
 
     shelf: Mapping[str, Item]
     tracked: tuple[str, ...]
     layers: tuple[int, ...]
     settings: Sampling
+    reading: Reading
 
 
 def write_state(state: State, model: Any, target: Path) -> None:
@@ -103,7 +108,7 @@ def write_state(state: State, model: Any, target: Path) -> None:
     files = {name: f"{number}.safetensors" for number, name in enumerate(state.shelf)}
     index = {
         FORMAT: VERSION,
-        "base": asdict(BaseModel.of(model)),
+        "base": BaseModel.of(model).to_dict(),
         "modulations": [
             {"name": name, "file": files[name], "created": item.created}
             for name, item in state.shelf.items()
@@ -111,6 +116,7 @@ def write_state(state: State, model: Any, target: Path) -> None:
         "tracked": list(state.tracked),
         "layers": list(state.layers),
         "settings": asdict(state.settings),
+        "reading": asdict(state.reading),
     }
     with disk_errors(target, TransferError), StagedDirectory(target, replace=True) as staged:
         try:
@@ -147,6 +153,7 @@ def read_state(folder: Path, model: Any) -> State:
         tuple(index["tracked"]),
         tuple(sorted(index["layers"])),
         index["settings"],
+        index["reading"],
     )
 
 
@@ -175,12 +182,17 @@ def _read_index(folder: Path) -> dict[str, Any]:
     for key in ("name", "file"):
         if len({entry[key] for entry in index["modulations"]}) < len(index["modulations"]):
             raise CheckpointError(f"{where}: is wrong: two modulations have one {key}")
+    settings = part(index["settings"], _SETTINGS, ": settings", closed=True)
     try:
-        index["settings"] = Sampling(
-            **part(index["settings"], _SETTINGS, ": settings", closed=True)
-        )
+        index["settings"] = Sampling(**settings)
     except TransferError as error:
         raise CheckpointError(f"{where}: is wrong: settings: {error}") from None
+    # sessions of before have no such entry, and added no special tokens
+    reading = part(given.get("reading", asdict(PLAIN)), _READING, ": reading", closed=True)
+    try:
+        index["reading"] = Reading(**reading)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: is wrong: reading: {error}") from None
     return index
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from npt_fast.config import Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import decoder_layers, disabled
+from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, first_token, read
 from npt_fast.pictures import figure_class, save
 from npt_fast.transfer.compare import divergences
-from npt_fast.transfer.extract import tokenize
-from npt_fast.transfer.positions import resolve
+from npt_fast.transfer.positions import find
 
 _TOKENS = 1024  # per pass, over all rows of the batch
 
@@ -96,6 +96,7 @@ def trace(
     window: int = 1,
     source_position: Position = -1,
     target_position: Position = -1,
+    reading: Reading = DEFAULT_READING,
 ) -> Trace:
     """Patch attention outputs of `source` into the pass of `target`, layer by layer.
 
@@ -104,7 +105,7 @@ def trace(
 
     Args:
         model: Hugging Face causal language model; needs no training.
-        tokenizer: Tokenizer of the model; no special tokens are added.
+        tokenizer: Tokenizer of the model.
         source: Prompt that attention outputs are taken from.
         target: Prompt that they are put into.
         tracked: Texts; the probability of each one's first token is reported. The likeliest token
@@ -112,6 +113,7 @@ def trace(
         window: Number of neighbouring layers patched at a time.
         source_position: Tokens that outputs are taken from.
         target_position: Tokens that they are put at: as many as are taken, or any number if one is.
+        reading: How both prompts become tokens.
 
     Raises:
         TransferError: a text is empty, a position is outside it, `window` does not fit the model,
@@ -121,16 +123,16 @@ def trace(
     layers = decoder_layers(model)
     if not 1 <= window <= len(layers):
         raise TransferError(f"a window of {window} layers: the model has {len(layers)}")
-    source_ids, source_tokens = tokenize(tokenizer, source)
-    target_ids, target_tokens = tokenize(tokenizer, target)
-    taken = resolve(source_position, source_tokens)
-    put = resolve(target_position, target_tokens)
+    source_ids, source_tokens = read(tokenizer, source, reading)
+    target_ids, target_tokens = read(tokenizer, target, reading)
+    taken = find(source_position, source_ids, tokenizer)
+    put = find(target_position, target_ids, tokenizer)
     if len(taken) not in (1, len(put)):
         raise TransferError(
             f"{len(taken)} source positions do not fit {len(put)} target positions; "
             "give one, or as many"
         )
-    follow = [tokenize(tokenizer, text)[0][0] for text in tracked]
+    follow = [first_token(tokenizer, text) for text in tracked]
     with disabled(model):
         outputs: list[Tensor] = []  # (taken, D) by layer
         with _hooked(layers, lambda _, attention: outputs.append(attention[0, taken])):

@@ -102,6 +102,24 @@ def test_npt_config_describes_every_layer(tmp_path: Path) -> None:
     assert "Layer 3" in warning
 
 
+def test_a_merge_keeps_the_certificates_of_its_layers(tmp_path: Path) -> None:
+    """They say which layers were on: a merge as a whole has been measured by nobody."""
+    certificate = {
+        "layers": [1, 7], "step": 70, "data": "python-docs", "tokens": 9, "kl": 0.25,
+        "perplexity_ratio": 1.5, "texts": {"news": {"tokens": 8, "kl": None,
+        "perplexity_ratio": 2.0}}, "worst": {"kl": None, "perplexity_ratio": 2.0},
+    }  # fmt: skip
+    measured, other = one_layer(tmp_path / "a", 1), one_layer(tmp_path / "b", 2)
+    recorded = {"format_version": 1, "layers": {"1": {"certificate": certificate}}}
+    (measured / "npt_config.json").write_text(json.dumps(recorded))
+    npt.merge([measured, other], tmp_path / "out")
+    layers = json_of(tmp_path / "out" / "npt_config.json")["layers"]
+    assert layers["1"]["certificate"] == certificate
+    assert "certificate" not in layers["2"]
+    report = npt.inspect(tmp_path / "out").to_dict()
+    assert [layer["certificate"] for layer in report["layers"]] == [certificate, None]
+
+
 def test_bare_safetensors_carry_their_description(tmp_path: Path) -> None:
     """A weights file that was moved out of its folder still has its description."""
     path = trained_checkpoint(tmp_path / "a", 2, steps=4)

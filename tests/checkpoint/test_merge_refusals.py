@@ -39,7 +39,7 @@ def test_a_name_that_only_one_input_knows(tmp_path: Path) -> None:
     assert npt.inspect(tmp_path / "out").model_name == "m"
 
 
-def test_another_fingerprint(tmp_path: Path) -> None:
+def test_another_number_of_layers(tmp_path: Path) -> None:
     inputs = []
     for n, layers in ((1, 30), (2, 16)):
         path = one_layer(tmp_path / str(n), n)

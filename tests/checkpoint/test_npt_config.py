@@ -26,6 +26,11 @@ DESCRIPTION = {
         "1": {
             "modulation": "dual", "num_ranks": 1, "rank": 4, "residual": "kept", "step": 5,
             "source": "a", "fidelity": 0.5,
+            "certificate": {
+                "layers": [1, 2], "step": 5, "data": "b", "tokens": 9, "kl": 0.25,
+                "perplexity_ratio": 1.5, "worst": {"kl": 0.5, "perplexity_ratio": 2.0},
+                "texts": {"news": {"tokens": 8, "kl": 0.5, "perplexity_ratio": 2.0}},
+            },
         },
     },
 }  # fmt: skip

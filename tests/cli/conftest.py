@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, runs.start(folder / "np", 1, 2)
 
 
+@pytest.fixture(scope="module")
+def bos_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base model whose tokenizer puts BOS in front of each text."""
+    changes = {"initializer_range": 0.2, "eos_token_id": None, "vocab_size": 258}
+    return tiny.save(tmp_path_factory.mktemp("bos") / "base", tiny.bos_tokenizer(), **changes)
+
+
 @pytest.fixture
 def shell(
     files: tuple[Path, Path], capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -51,3 +59,9 @@ def shell(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
     return Shell(capsys, monkeypatch, *files)
+
+
+@pytest.fixture
+def bos_shell(shell: Shell, bos_base: Path) -> Shell:
+    """The same on the model with BOS."""
+    return replace(shell, base=bos_base)

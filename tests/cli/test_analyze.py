@@ -176,3 +176,40 @@ def test_text_from_a_checkpoint_does_not_drive_the_terminal(capsys: Any, tmp_pat
     )
     _, out, err = run(capsys, "analyze", "--checkpoint", path)
     assert "\x1b" not in out + err
+
+
+def test_the_certificate_of_layers(capsys: Any, tmp_path: Path) -> None:
+    """Layers with one certificate, also where another lies between them, share one table."""
+    path = write_checkpoint(
+        tmp_path / "a", {**layer_weights(1), **layer_weights(2), **layer_weights(4)}
+    )
+    certificate = {
+        "layers": [1, 2, 4], "step": 3, "data": "d" * 60 + "docs", "tokens": 9, "kl": 0.125,
+        "perplexity_ratio": 1.5, "texts": {
+            "news": {"tokens": 8000, "kl": 0.25, "perplexity_ratio": 2.0},
+            "story": {"tokens": 8000, "kl": None, "perplexity_ratio": 1.5},
+        },
+    }  # fmt: skip
+    alone = {**certificate, "layers": [2], "step": None, "texts": {}}
+    layers = {"1": certificate, "2": alone, "4": certificate}
+    recorded = {"format_version": 1, "layers": {n: {"certificate": c} for n, c in layers.items()}}
+    (path / "npt_config.json").write_text(json.dumps(recorded))
+    _, out, _ = run(capsys, "analyze", "--checkpoint", path)
+    _, _, printed = out.partition("Certificates\n")
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1] == "Layers 1,4, measured with 1-2,4 on, after step 3:"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:8]]
+    assert rows == [
+        ["..." + "d" * 21 + "docs", "9", "0.1250", "1.5000"],
+        ["news", "8,000", "0.2500", "2.0000"],
+        ["story", "8,000", "not finite", "1.5000"],
+        ["worst of other kinds", "16,000", "not finite", "2.0000"],
+    ]
+    assert lines[8] == "Layers 2, measured with 2 on:"
+    assert printed.count("news") == 1 and printed.count("docs") == 2
+    _, out, _ = run(capsys, "analyze", "--checkpoint", path, "--json")
+    found, other, _ = json.loads(out)["checkpoints"][0]["layers"]
+    worst = {"kl": None, "perplexity_ratio": 2.0}
+    assert found["certificate"] == {**certificate, "worst": worst}
+    assert other["certificate"] == {**alone, "worst": {}}

@@ -31,6 +31,7 @@ USES = {
     "evaluate": ["evaluate", "--checkpoint", "a"],
     "evaluate-model": ["evaluate", "--checkpoint", "a", "--model_name"],
     "evaluate-data": ["evaluate", "--checkpoint", "a", "--data"],
+    "models": ["models"],
     "trace-plot": ["trace", "--from", "a", "--to", "b", "--plot"],
     "compare": ["compare", *TEXTS, "--checkpoint"],
     "compare-html": ["compare", *TEXTS, "--checkpoint", "a", "--html"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -46,8 +47,9 @@ def test_one_fails(place: Place, checkpoint: Path, capsys: Any, tmp_path: Path) 
     given = arguments(place, checkpoint, path, "--junit", junit, "--layers", "1-2")
     code, out, err = run(capsys, *given)
     assert (code, err) == (3, "")
-    assert out.splitlines()[2].startswith("FAIL fails (")
-    assert out.splitlines()[4].startswith("  expected to contain 'nowhere', got ")
+    assert out.splitlines()[2] == "  \"abc\" at 2 'c' into tokens 3 'd'"
+    assert out.splitlines()[3].startswith("FAIL fails (")
+    assert out.splitlines()[6].startswith("  expected to contain 'nowhere', got ")
     assert out.splitlines()[-1] == "1 of 2 facts hold"
     (suite,) = ElementTree.parse(junit).getroot()
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
@@ -88,3 +90,16 @@ def test_what_is_wrong_is_one_line_each(
         code, out, err = run(capsys, *given)
         assert (code, out) == (expected_code, ""), err
         assert err.startswith("Error: ") and err.count("\n") == 1 and expected in err
+
+
+def test_how_texts_are_read(
+    place: Place, bos_base: Path, checkpoint: Path, capsys: Any, tmp_path: Path
+) -> None:
+    bos, path = replace(place, base=bos_base), facts(tmp_path, HOLDS)
+    for option, where in (
+        ([], "  \"abc\" at 3 'c' into tokens 4 'd'"),
+        (["--no-special-tokens"], "  \"abc\" at 2 'c' into tokens 3 'd'"),
+        (["--chat"], "  \"abc\" at 12 ':' into tokens 13 ':'"),
+    ):
+        code, out, err = run(capsys, *arguments(bos, checkpoint, path, *option))
+        assert (code, err) == (0, "") and out.splitlines()[2] == where

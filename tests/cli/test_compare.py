@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,52 @@ def test_what_is_wrong_is_one_line(
         assert err.startswith("Error: ") and err.count("\n") == 1 and expected in err
     code, _, err = run(capsys, "compare", "--from", "a", "--prompt", "b")
     assert code == 2 and "--checkpoint" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "tokens"),
+    [
+        ([], ["<bos>", *"dead"]),
+        (["--no-special-tokens"], list("dead")),
+        (["--chat"], ["<bos>", *"user:dead;me:"]),
+    ],
+)
+def test_how_texts_are_read(
+    place: Place,
+    bos_base: Path,
+    checkpoint: Path,
+    capsys: Any,
+    option: list[str],
+    tokens: list[str],
+) -> None:
+    bos = replace(place, base=bos_base)
+    code, out, err = run(capsys, *arguments(bos, checkpoint, *option, "--json"))
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["prompt"] == tokens and found["positions"] == [len(tokens) - 1]
+    _, out, _ = run(capsys, *arguments(bos, checkpoint, *option))
+    last = f"{len(tokens) - 1} {tokens[-1]!r}"
+    assert f"Hit: layers [1, 2], tokens {last}" in out.splitlines()
+    how = {"--chat": "as a chat message", "--no-special-tokens": "without special tokens"}
+    assert f"Reading: {how.get(*option, '') if option else 'with special tokens'}" in out
+    source = [*tokens[: tokens.index("d")], *"abc", *tokens[tokens.index("d") + 4 :]]
+    assert f'Injected: "abc" at {len(source) - 1} {source[-1]!r}' in out.splitlines()
+
+
+def test_a_chat_without_a_template(place: Place, checkpoint: Path, capsys: Any) -> None:
+    code, out, err = run(capsys, *arguments(place, checkpoint, "--chat"))
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert err == f"Error: {place.base}: the tokenizer has no chat template; leave out the chat\n"
+    code, _, err = run(capsys, *arguments(place, checkpoint, "--chat", "--no-special-tokens"))
+    assert code == 2 and "a chat template writes special tokens" in err
+
+
+def test_generated_tokens_are_named(
+    place: Place, checkpoint: Path, capsys: Any, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.html"
+    more = ["--when", "decode", "--tokens", 3, "--html", report]
+    _, out, _ = run(capsys, *arguments(place, checkpoint, *more))
+    assert "Hit: layers [1, 2], tokens the generated ones" in out.splitlines()
+    html = report.read_text()
+    assert "the generated ones" in html and 'class="hit"' not in html

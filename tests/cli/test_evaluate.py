@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,41 @@ def test_each_checkpoint_by_itself(place: Place, capsys: Any, tmp_path: Path) ->
         assert result["perplexity"] == pytest.approx(expected.perplexity)
         assert result["kl"] == pytest.approx(expected.kl)
         assert result["tokens"] == expected.tokens == 4 * LENGTH
+        assert list(result["texts"]) == ["news", "story", "code", "french"]
+        for name, text in result["texts"].items():
+            assert text["kl"] == pytest.approx(expected.texts[name].kl)
+        for figure, worst in result["worst"].items():
+            assert worst == max(text[figure] for text in result["texts"].values())
         assert result["direct"] == pytest.approx({str(n): v for n, v in expected.direct.items()})
     assert results[0]["kl"] != results[1]["kl"]
     assert results[0]["base_perplexity"] == results[1]["base_perplexity"]
+
+
+def test_a_converted_models_folder_is_base_model_and_checkpoint(
+    place: Place, capsys: Any, tmp_path: Path
+) -> None:
+    checkpoint, folder = runs.start(tmp_path / "a", 1, 2), tmp_path / "model"
+    model, tokenizer = load_base_model(str(place.base))
+    npt.load(model, checkpoint).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    def figures(base: Path, checkpoint: Path) -> tuple[dict[str, Any], str]:
+        args = [arg if arg != place.base else base for arg in arguments(place)]
+        code, out, err = run(capsys, *args, "--checkpoint", checkpoint, "--json")
+        assert code == 0
+        (result,) = json.loads(out)["results"]
+        assert result.pop("checkpoint") == str(checkpoint)
+        return result, err
+
+    expected, _ = figures(place.base, checkpoint)
+    assert figures(folder, folder) == (expected, "")
+    assert figures(place.base, folder) == (expected, "")
+    found, err = figures(folder, checkpoint)
+    assert found == expected
+    assert err == (
+        f"Warning: {folder}: holds NP layers 1, 2 too, which the base model does not have; "
+        f"--checkpoint {folder} or npt.load(model, {str(folder)!r}) loads them\n"
+    )
 
 
 def test_the_figures_are_those_of_training(place: Place, capsys: Any, tmp_path: Path) -> None:
@@ -64,11 +97,19 @@ def test_lines_for_people(place: Place, capsys: Any, tmp_path: Path) -> None:
     assert lines[0] == f"{path}: layers [1, 2]"
     assert "perplexity" in lines[1] and "base" in lines[1] and "ratio" in lines[1]
     assert "KL" in lines[2] and "layer 1 " in lines[3] and "96 tokens" in lines[4]
-    assert [line for line in lines[5:] if not line.startswith("  ")] == [
-        "Prompt: abc",
-        "Prompt: dea",
-    ]
-    assert lines[6].startswith("  base: ") and lines[7].startswith(f"  {path}: ")
+    table, rest = lines[5:13], lines[13:]
+    assert max(map(len, table)) <= 80
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert rows[0] == ["text", "tokens", "KL, nats", "ratio"]
+    # the end of a long path
+    assert rows[2][0].startswith("...") and str(place.text).endswith(rows[2][0][3:])
+    names = [row[0] for row in rows[3:]]
+    assert names == ["news", "story", "code", "french", "worst of other kinds"]
+    for column in (2, 3):
+        figures = [float(row[column]) for row in rows[3:]]
+        assert figures[-1] == max(figures[:-1])
+    assert [line for line in rest if not line.startswith("  ")] == ["Prompt: abc", "Prompt: dea"]
+    assert rest[1].startswith("  base: ") and rest[2].startswith(f"  {path}: ")
 
 
 def test_a_broken_model_is_still_json(place: Place, capsys: Any, tmp_path: Path) -> None:
@@ -80,6 +121,7 @@ def test_a_broken_model_is_still_json(place: Place, capsys: Any, tmp_path: Path)
     assert code == 0
     (result,) = json.loads(out)["results"]
     assert result["kl"] is None and result["base_perplexity"] > 1
+    assert result["worst"] == {"kl": None, "perplexity_ratio": None}
 
 
 @pytest.mark.parametrize(
@@ -119,3 +161,24 @@ def test_failures_are_one_line(place: Place, capsys: Any, tmp_path: Path) -> Non
         code, out, err = run(capsys, *given)
         assert (code, out) == (1, ""), err
         assert err.startswith("Error: ") and err.count("\n") == 1 and expected in err
+
+
+def test_how_texts_are_read(place: Place, bos_base: Path, capsys: Any, tmp_path: Path) -> None:
+    """Documents and prompts have BOS, or none; a chat is for prompts alone."""
+    bos, path = replace(place, base=bos_base), runs.start(tmp_path / "a", 1, 2)
+    model, tokenizer = load_base_model(str(bos_base))
+    npt.load(model, path)
+    more = ["--checkpoint", path, "--prompt", "abc", "--max_new_tokens", 4, "--json"]
+    for option, prompt in (
+        ([], "<bos>abc"), (["--no-special-tokens"], "abc"), (["--chat"], "<bos>user:abc;me:")
+    ):  # fmt: skip
+        _, out, _ = run(capsys, *arguments(bos, *more, *option))
+        found = json.loads(out)
+        special = "--no-special-tokens" not in option
+        expected = npt.evaluate(
+            model, tokenizer, str(bos.text), windows=4, max_length=LENGTH, special_tokens=special
+        )
+        assert found["results"][0]["perplexity"] == pytest.approx(expected.perplexity)
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+        told = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids.input_ids.shape[1] :]
+        assert found["texts"][str(path)] == [tokenizer.decode(told, skip_special_tokens=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from tests.checkpoints import run
 from tests.cli.shell.piped import Shell
+from tests.fork_server import ForkServer
 
 DATA = Path(__file__).parent.parent / "data" / "smollm2_135m"
 
@@ -86,23 +86,19 @@ def test_help_is_without_torch() -> None:
 
 
 @pytest.mark.slow
-def test_a_pipe_to_a_real_model(smollm2: Path, tmp_path: Path) -> None:
+def test_a_pipe_to_a_real_model(smollm2: Path, fork_server: ForkServer, tmp_path: Path) -> None:
     lines = [
         'extract a "The capital of France is"', 'inject a "The capital of Germany is" -tokens 4',
         "inject", 'test "The capital of Germany is"',
     ]  # fmt: skip
-    command = [
-        sys.executable, "-c", "from npt_fast.cli.main import main; main()", "interact", "--json",
-        "--model_name", str(smollm2), "--device", "cpu", "--layers", "13",
-        "--checkpoint", str(DATA / "layer13" / "checkpoint-600"),
+    arguments = [
+        "interact", "--json", "--model_name", smollm2, "--device", "cpu", "--layers", "13",
+        "--checkpoint", DATA / "layer13" / "checkpoint-600",
     ]  # fmt: skip
-    result = subprocess.run(
-        command, input="\n".join(lines), capture_output=True, text=True, check=False,
-        env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert result.stderr == f"Loading model from {smollm2}...\n"
-    extract, inject, error = map(json.loads, result.stdout.splitlines())
+    result = fork_server.run(arguments, input="\n".join(lines), folder=tmp_path)
+    assert result.code == 1
+    assert result.err == f"Loading model from {smollm2}...\n"
+    extract, inject, error = map(json.loads, result.out.splitlines())
     assert extract["result"]["tokens"] == ["The", " capital", " of", " France", " is"]
     assert inject["result"]["positions"] == [4] and inject["result"]["layers"] == [13]
     assert len(inject["result"]["injected"]) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,15 @@ def test_what_is_wrong_is_one_line(place: Place, checkpoint: Path, capsys: Any) 
         code, out, err = run(capsys, *arguments(place, checkpoint, *more))
         assert (code, out) == (expected_code, ""), err
         assert err.startswith("Error: ") and err.count("\n") == 1 and expected in err
+
+
+def test_how_texts_are_read(place: Place, bos_base: Path, checkpoint: Path, capsys: Any) -> None:
+    bos = replace(place, base=bos_base)
+    for option, tokens in (([], ["<bos>", *"dead"]), (["--no-special-tokens"], list("dead"))):
+        _, out, _ = run(capsys, *arguments(bos, checkpoint, *option, "--each_token", "--json"))
+        found = json.loads(out)
+        assert found["tokens"] == tokens and found["prompt"] == "dead"
+        assert found["columns"] == [f"{place} {token!r}" for place, token in enumerate(tokens)]
+    code, out, _ = run(capsys, *arguments(bos, checkpoint, "--chat", "--position", "1"))
+    assert code == 0 and "Hit: tokens 1 'u'" in out.splitlines()
+    assert "Reading: as a chat message" in out.splitlines()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +68,14 @@ def test_what_is_wrong_is_one_line(place: Place, capsys: Any, tmp_path: Path) ->
         assert err.startswith("Error: ") and err.count("\n") == 1 and expected in err
     code, _, err = run(capsys, "trace", "--from", "abc")
     assert code == 2 and "--to" in err
+
+
+def test_how_texts_are_read(place: Place, bos_base: Path, capsys: Any) -> None:
+    bos = replace(place, base=bos_base)
+    for option, where in (
+        ([], "From: '<bos>abc' at token 3 'c'; "),
+        (["--no-special-tokens"], "From: 'abc' at token 2 'c'; "),
+        (["--chat"], "From: '<bos>user:abc;me:' at token 12 ':'; "),
+    ):
+        code, out, err = run(capsys, *arguments(bos, *option))
+        assert (code, err) == (0, "") and out.startswith(where)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,7 +48,9 @@ def test_everything_on(place: Place, capsys: Any, tmp_path: Path) -> None:
     often = {"eval_steps": 1, "generation_steps": 1, "logging_steps": 1}
     code, out, _ = run(capsys, *place.arguments(tmp_path / "out", max_steps=2, **often))
     assert code == 0
-    first, figures, last = out.splitlines()
+    first, figures, *texts, last = out.splitlines()
+    names = [line.split("|")[1].strip() for line in texts]
+    assert names[3:] == ["news", "story", "code", "french", "worst of other kinds"]
     assert first == "Multi-Layer NPT Training Complete!"
     assert figures.startswith("Perplexity ") and "KL " in figures and "top-1" in figures
     assert last.startswith("Final checkpoint: ")
@@ -376,3 +379,21 @@ def test_a_signal_saves(
         ours, theirs = (read_weights(p) for p in (rest, uninterrupted))
         wrong = torch.cat([(ours[name] - theirs[name]).ravel() for name in theirs]).norm()
         assert wrong < 1e-2 * torch.cat([t.ravel() for t in theirs.values()]).norm()
+
+
+def test_special_tokens_are_left_out(
+    place: Place, bos_base: Path, capsys: Any, tmp_path: Path
+) -> None:
+    """The option is recorded, and a run that is resumed without it starts its text over."""
+    bos = replace(place, base=bos_base)
+    given = bos.arguments(tmp_path / "out", max_steps=1)
+    code, _, err = run(capsys, *given, "--no-special-tokens")
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["special_tokens"] is False
+    checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-1"
+    assert load_state(checkpoint)["data_state"]["special_tokens"] == 0
+    more = bos.arguments(tmp_path / "more", max_steps=2, resume_from=checkpoint)
+    note = "the data or the windows are not those of before"
+    for option, starts_over in ((["--no-special-tokens"], False), ([], True)):
+        code, out, err = run(capsys, *more, *option)
+        assert code == 0 and (note in out + err) == starts_over

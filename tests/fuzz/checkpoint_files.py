@@ -73,7 +73,10 @@ def _described() -> dict[str, Any]:
         "format_version": 1,
         "base_model": {"name": "a/b", "hidden_size": 4, "intermediate_size": 6},
         "layers": {"3": {"modulation": "single", "rank": 2, "step": 3, "fidelity": 0.5,
-                         "residual": "kept"}},
+                         "residual": "kept", "certificate": {
+                             "layers": [3], "tokens": 9, "kl": 0.5, "perplexity_ratio": 1.5,
+                             "texts": {"a": {"tokens": 9, "kl": 0.5, "perplexity_ratio": 2}},
+                         }}},
     }  # fmt: skip
 
 

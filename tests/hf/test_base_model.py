@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import npt_fast as npt
+from npt_fast.errors import NPTWarning
 from npt_fast.hf.base_model import SMOLLM2, load_base_model
 from tests import hostile_models
 from tests.checkpoints import assert_same_tensors
@@ -54,6 +55,24 @@ def test_padding_is_found(tmp_path: Path) -> None:
     tokenizer.pad_token = None
     tokenizer.save_pretrained(base)
     assert load_base_model(str(base))[1].pad_token == "<eos>"
+
+
+@pytest.mark.filterwarnings("error::npt_fast.errors.NPTWarning")
+def test_a_converted_models_folder_gives_its_base_model(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path / "base")
+    model, _ = load_base_model(str(base))
+    npt.convert(model, npt.NPTConfig(layers=[1, 0], rank=2)).save_pretrained(base)
+    with pytest.raises(NPTWarning) as caught:
+        load_base_model(str(base))
+    assert str(caught.value) == (
+        f"{base}: holds NP layers 0, 1 too, which the base model does not have; "
+        f"--checkpoint {base} or npt.load(model, {str(base)!r}) loads them"
+    )
+    for same in (base, f"{base}/", base / "model.safetensors"):
+        found, _ = load_base_model(str(base), checkpoints=["elsewhere", same])
+    assert not npt.status(found) and not hasattr(found.config, "npt")
+    assert_same_tensors(found.state_dict(), tiny.model().state_dict())
+    assert [status.layer for status in npt.status(npt.load(found, base))] == [0, 1]
 
 
 def test_outputs_have_names_whatever_the_config_says(tmp_path: Path) -> None:
@@ -160,12 +179,12 @@ def test_packages_that_are_missing(
 
 
 @pytest.mark.slow
-def test_the_wheels_model() -> None:
+def test_the_wheels_model(smollm2: Path) -> None:
     """It has all its tensors and is the model that its name says."""
-    model, tokenizer = load_base_model(SMOLLM2)
+    model, tokenizer = load_base_model(str(smollm2))
     assert type(model).__name__ == "LlamaForCausalLM"
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)
-    assert model.config._name_or_path == SMOLLM2
+    assert (smollm2 / "name").read_text() == SMOLLM2
     prompt = tokenizer("The capital of France is", return_tensors="pt", add_special_tokens=False)
     found = model.generate(**prompt, max_new_tokens=1, do_sample=False)
     assert tokenizer.decode(found[0]) == "The capital of France is Paris"

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import npt_fast as npt
-from npt_fast.hf.checkpoint import describe
 from npt_fast.hf.convert import components
+from npt_fast.hf.description import describe
+from npt_fast.hf.probe import fit
 from tests.checkpoints import layer_weights, write_checkpoint
 from tests.hf.test_convert import converted, logits, tiny
 
@@ -44,7 +45,8 @@ def test_what_is_saved_is_the_np_part_in_the_guides_names(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("error", [float("nan"), float("inf")])
 def test_an_error_that_is_no_number_is_not_recorded(error: float) -> None:
-    described: Any = describe(converted(), fidelity={1: error, 2: 0.5})["layers"]
+    model = converted()
+    described: Any = describe(model, components(model), fidelity={1: error, 2: 0.5})["layers"]
     assert [described[layer]["fidelity"] for layer in "12"] == [None, 0.5]
 
 
@@ -87,7 +89,7 @@ def test_architecture_per_layer(tmp_path: Path) -> None:
         (2, "triple, num_ranks 3, rank 5"),
     ]
     expected = layer_weights(2, rank=5, num_ranks=3, prefix="", **SIZES)
-    for name, tensor in components(model)[2].state_dict().items():
+    for name, tensor in components(model)[2].split().items():
         assert torch.equal(tensor, expected[name]), name
 
 
@@ -150,12 +152,12 @@ def test_another_base_is_refused(
     assert not npt.status(model)
 
 
-def test_another_vocabulary_is_another_base(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error")
+def test_a_resized_vocabulary_is_no_other_base(tmp_path: Path) -> None:
     npt.save(converted(), tmp_path / "out")
     model = tiny()
-    model.config.vocab_size = 129
-    with pytest.raises(npt.ModelError, match="vocab_size 128, the model has 129"):
-        npt.load(model, tmp_path / "out")
+    model.resize_token_embeddings(129, mean_resizing=False)
+    assert torch.equal(logits(npt.load(model, tmp_path / "out"))[..., :128], logits(converted()))
 
 
 def test_saving_is_refused_where_it_makes_no_sense(tmp_path: Path) -> None:
@@ -165,3 +167,31 @@ def test_saving_is_refused_where_it_makes_no_sense(tmp_path: Path) -> None:
     with pytest.raises(npt.ModelError, match="exists already"):
         npt.save(converted(), tmp_path / "taken")
     assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_the_models_config_describes_its_np_layers() -> None:
+    model = converted(layers=(1,), residual="kept")
+    assert model.config.npt == describe(model, {1: components(model)[1]})
+    npt.convert(model, npt.NPTConfig(layers=[3], rank=2))
+    layers = model.config.npt["layers"]
+    assert [(n, about["residual"]) for n, about in layers.items()] == [
+        ("1", "kept"),
+        ("3", "removed"),
+    ]
+    npt.unload(model)
+    assert "npt" not in model.config.to_dict()
+
+
+def test_layers_of_one_kind_are_probed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    npt.save(converted(layers=(0, 1, 3)), tmp_path / "out")
+    probed = []
+
+    def counted(decoder: Any, index: int, **options: Any) -> Any:
+        probed.append(index)
+        return fit(decoder, index, **options)
+
+    monkeypatch.setattr("npt_fast.hf.convert.fit", counted)
+    npt.load(tiny(), tmp_path / "out")
+    assert probed == [0]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import Accelerator, cpu_offload, dispatch_model, load_checkpoint_in_model
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -22,6 +25,7 @@ from transformers import (
 import npt_fast as npt
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.kernels import reference
+from tests.checkpoints import assert_same_tensors
 
 FAMILIES = {
     "llama": LlamaConfig,
@@ -93,7 +97,7 @@ def test_a_converted_layer_is_the_definition(family: str, residual: str) -> None
     h, part, mlp = seen["h"], layer.np_component, layer.mlp
     with torch.no_grad():
         attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(h), **seen["kwargs"])
-        state = part.state_dict()
+        state = part.split()
 
         def projection(name: str) -> reference.Projection:
             stacks = (
@@ -239,6 +243,21 @@ def dispatch(model: Any) -> Any:
     return dispatch_model(model, dict.fromkeys(parts, "cpu"), force_hooks=True)
 
 
+def test_unload_leaves_nothing_behind() -> None:
+    def contents(model: Any) -> list[dict[str, Any]]:
+        return [
+            {name: dict(v) if isinstance(v, dict) else v for name, v in vars(module).items()}
+            for module in model.modules()
+        ]
+
+    model = tiny()
+    before = contents(model)
+    npt.convert(model, npt.NPTConfig(layers=[1, 2], rank=4))
+    assert contents(model) != before
+    npt.unload(model)
+    assert contents(model) == before
+
+
 def test_offloaded_layers_are_refused() -> None:
     model = cpu_offload(tiny(), execution_device=torch.device("cpu"))
     with pytest.raises(npt.ModelError, match="layer 1 is offloaded"):
@@ -301,15 +320,75 @@ def test_what_is_missing_is_named() -> None:
         npt.convert(model, npt.NPTConfig(layers=[0, 1]))
     assert not npt.status(model)
     model = tiny(hidden_act="tanh")
-    with pytest.raises(npt.ModelError, match="activation 'tanh'"):
+    with pytest.raises(npt.ModelError, match=r"layer 0 .* has the activation Tanh in its MLP"):
         npt.convert(model, npt.NPTConfig(layers=[0]))
 
 
 def test_full_state_dict_of_the_model_round_trips(tmp_path: Path) -> None:
     model = converted()
-    state = model.state_dict()
-    assert "model.layers.1.np_component.W_down_gate.0" in state
-    torch.save(state, tmp_path / "model.pt")
+    assert model.state_dict().keys() == {
+        *dict(model.named_parameters()),
+        *(name for name, _ in model.named_buffers() if not name.endswith("inv_freq")),
+        "lm_head.weight",
+    }
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    plain, meta = (
+        npt.convert(tiny(), npt.NPTConfig(layers=[1, 2], rank=4, num_ranks=2)) for _ in range(2)
+    )
+    plain.load_state_dict(state)
+    assert torch.equal(logits(plain), logits(model))
+    meta.model.layers.to("meta")
+    meta.load_state_dict(state, assign=True)
+    assert not any(parameter.is_meta for parameter in meta.parameters())
+    assert torch.equal(logits(meta), logits(model))
+
+
+def test_accelerate_loads_and_offloads_converted_models(tmp_path: Path) -> None:
+    model = converted()
+    expected = logits(model)
+    Accelerator(cpu=True).save_model(model, tmp_path)
     other = npt.convert(tiny(), npt.NPTConfig(layers=[1, 2], rank=4, num_ranks=2))
-    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    assert torch.equal(logits(other), logits(model))
+    load_checkpoint_in_model(other, tmp_path, device_map={"": "cpu"})
+    assert torch.equal(logits(other), expected)
+    assert_same_tensors(get_model_state_dict(model), model.state_dict())
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(logits(model), expected)
+    with npt.disabled(model):
+        assert torch.equal(logits(model), logits(tiny()))
+
+
+def replaced_mlp(layer: Any) -> None:
+    layer.mlp = copy.deepcopy(layer.mlp)
+    del layer.mlp.forward, layer.mlp.np_act_fn
+
+
+def replaced_forward(layer: Any) -> None:
+    layer.mlp.forward = partial(type(layer.mlp).forward, layer.mlp)
+
+
+def replaced_activation(layer: Any) -> None:
+    layer.mlp.act_fn = torch.nn.GELU()
+
+
+@pytest.mark.parametrize("replace", [replaced_mlp, replaced_forward, replaced_activation])
+def test_an_mlp_that_is_replaced_later_is_refused(replace: Any) -> None:
+    model = randomize(npt.convert(tiny(), npt.NPTConfig(layers=[1], rank=4)))
+    layer = decoder_layers(model)[1]
+    replace(layer)
+    with pytest.raises(npt.ModelError, match="was replaced after the layer was converted"):
+        logits(model)
+    with npt.disabled(model):
+        logits(model)
+
+
+def test_a_hook_of_all_modules_is_called_on_np_layers() -> None:
+    model = randomize(npt.convert(tiny(), npt.NPTConfig(layers=[1], rank=4)))
+    mlp, before = decoder_layers(model)[1].mlp, logits(model)
+    seen: list[Any] = []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        torch.testing.assert_close(logits(model), before)
+    finally:
+        handle.remove()
+    assert all(any(module is part for module in seen) for part in mlp.modules())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
+
 from tests.hostile.pickles import (
     ARGUMENTS,
     COMMAND,
@@ -49,6 +51,13 @@ pt = pt_adder(CASES)
 def down(name: str, value: bytes) -> None:
     """Add a case whose first tensor is pickled wrongly."""
     pt(name, pickle=weights(value))
+
+
+def _numbered(before: bytes, count: int, after: bytes = b"") -> bytes:
+    """``before``, a number of four bytes and ``after``, for each number below a count."""
+    rows = np.zeros(count, [("before", "S1"), ("number", "<u4"), ("after", f"S{len(after)}")])
+    rows["before"], rows["number"], rows["after"] = before, np.arange(count), after
+    return rows.tobytes()
 
 
 for _name, _payload in PAYLOADS.items():
@@ -153,12 +162,10 @@ pt("many-lists", pickle=PROTO + EMPTY_LIST * 3_000_000 + STOP)
 pt("many-dicts", pickle=PROTO + EMPTY_DICT * 3_000_000 + STOP)
 pt("many-ordered-dicts", pickle=PROTO + symbol("collections", "OrderedDict") + b"q\0"
    + b"h\0)R" * 500_000 + STOP)  # fmt: skip
-pt("many-memos", pickle=PROTO + NONE + b"".join(
-    b"r" + struct.pack("<I", number) for number in range(1_500_000)
-) + STOP)  # fmt: skip
-pt("many-dict-items", pickle=PROTO + EMPTY_DICT + MARK + b"".join(
-    b"J" + struct.pack("<i", number) + NONE for number in range(1_500_000)
-) + b"u" + STOP)  # fmt: skip
+pt("many-memos", pickle=PROTO + NONE + _numbered(b"r", 1_500_000) + STOP)
+pt("many-dict-items", pickle=(
+    PROTO + EMPTY_DICT + MARK + _numbered(b"J", 1_500_000, NONE) + b"u" + STOP
+))  # fmt: skip
 pt("one-string-again-and-again", pickle=PROTO + (text("\u6f22" * 340_000) * 25) + STOP)
 pt("string-of-4-gib", pickle=PROTO + b"X\xff\xff\xff\xffabc" + STOP)
 pt("string-of-2-mib", pickle=beside(text("a" * (2 << 20))))

@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 
 from tests.training import runs
 from tests.training.runs import Place
@@ -39,9 +38,5 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: the tensors are so small that a second one would only wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_tensors(one_thread: None) -> None:
+    """All tests here train tiny models."""

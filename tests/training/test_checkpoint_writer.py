@@ -76,6 +76,15 @@ def test_the_guides_layout(place: Place, tmp_path: Path) -> None:
         found = described["layers"][layer]
         assert (found["step"], found["residual"]) == (5, "kept")
         assert found["fidelity"] == last[f"eval_mlp_direct_loss/layer_{layer}"]
+        certificate = found["certificate"]
+        assert (certificate["layers"], certificate["step"]) == ([1, 2], 5)
+        assert certificate["data"] == str(place.text)
+        assert set(certificate["texts"]) == {"news", "story", "code", "french"}
+        for figure in ("kl", "perplexity_ratio"):
+            assert certificate[figure] == last[f"eval/{figure}"]
+            assert certificate["worst"][figure] == last[f"eval_worst/{figure}"]
+            for name, text in certificate["texts"].items():
+                assert text[figure] == last[f"eval_{figure}/{name}"]
     assert load_state(path)["batch_count"] == 10
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import npt_fast as npt
 from npt_fast.config import LossKind, Residual
@@ -184,6 +186,34 @@ def test_evaluation(layers: list[int]) -> None:
     evaluation(converted(llama(), layers), layers)
 
 
+def test_predictions_of_a_model_that_scales_its_logits() -> None:
+    """Granite divides logits: loss, KL and fidelity are those of its own logits."""
+    config = GraniteConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, logits_scaling=8.0, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = converted(GraniteForCausalLM(config).eval(), [1])
+    inputs = batch(padded=False)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        found = Distillation(model, fidelity_weight=1.0)(**inputs, evaluate=True)
+        ours = model(ids, use_cache=False).logits
+        with npt.disabled(model):
+            theirs = model(ids, use_cache=False).logits
+    kl = nn.functional.kl_div(
+        ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum"
+    )
+    assert found.agreement is not None and found.fidelity is not None
+    same(found.agreement.kl, kl)
+    same(found.fidelity, kl)
+    labels = ids[:, 1:].flatten()
+    for loss, logits in ((found.agreement.loss, ours), (found.agreement.base_loss, theirs)):
+        same(
+            loss, nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum")
+        )
+
+
 @pytest.mark.parametrize(("off", "left"), [(1, 3), (3, 1)])
 def test_a_layer_that_is_off_is_a_base_layer(off: int, left: int) -> None:
     model = converted(llama(), [1, 3])
@@ -212,6 +242,30 @@ def test_measures_of_the_vectors() -> None:
     found = Distillation(model)(**inputs, stage=TEACHER, measure_norms=True).norms
     assert found is not None and list(found) == [2] and not found[2].requires_grad
     same(found[2], (per_token * inputs["attention_mask"]).sum((-1, -2)))
+
+
+@pytest.mark.parametrize("reg_weight", [0.0, 0.1])
+def test_measures_of_the_vectors_keep_nothing_for_backward(reg_weight: float) -> None:
+    """And they change no gradient."""
+    model = converted(llama(), [1, 2])
+    step = Distillation(model, reg_weight=reg_weight)
+
+    def saved(measure_norms: bool) -> tuple[list[torch.Size], list[Tensor]]:
+        shapes: list[torch.Size] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            shapes.append(tensor.shape)
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            total = step(**batch(), stage=TEACHER, measure_norms=measure_norms).total
+        model.zero_grad()
+        total.backward()
+        return shapes, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    (without, expected), (with_norms, found) = saved(False), saved(True)
+    assert with_norms == without
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 # ---- precision, and the model after a step ----

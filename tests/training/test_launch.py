@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ import npt_fast as npt
 from npt_fast.training import launch
 from npt_fast.training.run_directory import RunDirectory
 from tests.checkpoints import assert_same_tensors, load_state, read_weights
+from tests.forked import forkserver
 from tests.training import runs
 from tests.training.runs import Place
 
@@ -32,7 +32,7 @@ def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     A case of `tests/cli/test_train.py` starts processes as in use.
     """
     monkeypatch.setattr("npt_fast.training.launch.os.cpu_count", lambda: 1)
-    multiprocessing.set_forkserver_preload(["npt_fast.training.run"])
+    forkserver()
     start = partial(start_processes, start_method="forkserver")
     monkeypatch.setattr(torch.multiprocessing, "spawn", start)
 

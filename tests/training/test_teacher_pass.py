@@ -1,13 +1,19 @@
-"""The cache of the teacher's activations; `test_distillation.py` tests the pass itself."""
+"""The teacher's cache and check; `test_distillation.py` tests the pass itself."""
 
 from __future__ import annotations
 
 from itertools import count
 
+import pytest
 import torch
 from torch import Tensor
+from transformers import GraniteConfig, GraniteForCausalLM
 
-from npt_fast.training.teacher_pass import Activations, TeacherCache
+import npt_fast as npt
+from npt_fast.training.teacher_pass import Activations, TeacherCache, check_teacher
+from tests.training import tiny
+
+TEXT = torch.arange(40).view(2, 20)
 
 
 def test_every_window_is_computed_by_itself() -> None:
@@ -46,3 +52,24 @@ def test_the_cache_keeps_to_its_limit() -> None:
             assert cache.size <= cache.limit
         assert (cache.hits, cache.misses) == ((0, 4), (2, 6))[epoch]
     assert cache.size == 144 and next(runs) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_base_layer_is_its_input_attention_and_mlp(dtype: torch.dtype) -> None:
+    model = npt.convert(tiny.model().to(dtype), npt.NPTConfig(layers=[1, 2], rank=2))
+    assert list(check_teacher(model, TEXT)) == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_base_layer_that_does_more_is_not_trained(dtype: torch.dtype) -> None:
+    """Whoever converts Granite without the probe is told on the first text."""
+    config = GraniteConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, residual_multiplier=0.22,
+        initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(config).to(dtype).eval()
+    npt.convert(model, npt.NPTConfig(layers=[1], rank=2), probe=False)
+    with pytest.raises(npt.ModelError, match=r"layer 1: on this text .* input \+ attention \+ MLP"):
+        check_teacher(model, TEXT)

@@ -14,7 +14,7 @@ import pytest
 import npt_fast as npt
 from npt_fast.training import documents, token_windows
 from tests.training.texts import random_texts, write_texts
-from tests.training.windows import PAD, Words, cut, ids, stream, take
+from tests.training.windows import BOS, PAD, Words, cut, ids, stream, take
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -219,3 +219,16 @@ def test_numbers_out_of_range() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             stream("python-docs", **options)
+
+
+def test_special_tokens_are_a_setting(tmp_path: Path) -> None:
+    """States of before do not have it: they go on with special tokens, and are as they were."""
+    source = write_texts(tmp_path / "a.jsonl", random_texts(100))
+    with_bos, without = (stream(source, special_tokens=given) for given in (True, False))
+    tokens = [token for _, window in take(without, 40) for token in window]
+    assert tokens and BOS not in tokens
+    assert "special_tokens" not in with_bos.state_after(0)
+    state = without.state_after(17)
+    assert not with_bos.accepts(state) and not without.accepts(with_bos.state_after(0))
+    again = stream(source, special_tokens=False, start=json.loads(json.dumps(state)))
+    assert take(again, 20) == take(stream(source, special_tokens=False), 37)[17:]

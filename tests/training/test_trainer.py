@@ -59,7 +59,10 @@ def test_clipping(place: Place, tmp_path: Path) -> None:
 )
 def test_learning_rates(place: Place, tmp_path: Path, schedule: str, warmup: int | None) -> None:
     """It is linear from 0, then half a cosine to 0 at max_steps, or constant; also resumed."""
-    settings = {"lr_schedule": schedule, "warmup_steps": warmup, "logging_steps": 1}
+    settings = {
+        "lr_schedule": schedule, "warmup_steps": warmup, "logging_steps": 1, "batch_size": 1,
+        "gradient_accumulation_steps": 1,
+    }  # fmt: skip
     half = place.train(tmp_path / "out", max_steps=4, **settings)
     place.train(tmp_path / "out", max_steps=20, resume_from=str(half), **settings)
     first = 2 if warmup is None else warmup  # without a number, a tenth of the steps

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
@@ -18,6 +18,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>")
+
+
+def bos_tokenizer(template: str = "<bos> $A") -> PreTrainedTokenizerFast:
+    """The same with BOS in front of each text, as Llama 3 has it, or what else the template says.
+
+    Models for it have a `vocab_size` of 258.
+    """
+    found = tokenizer()
+    found.add_special_tokens({"bos_token": "<bos>"})
+    ids = [(name, found.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+    raw: Any = found.backend_tokenizer
+    raw.post_processor = processors.TemplateProcessing(template, None, ids)
+    found.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}me:{% endif %}"
+    )
+    return found
 
 
 def model(layers: int = 4, **changes: Any) -> LlamaForCausalLM:
@@ -41,8 +58,8 @@ def model(layers: int = 4, **changes: Any) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).eval()
 
 
-def save(folder: Path, **changes: Any) -> Path:
+def save(folder: Path, tokens: PreTrainedTokenizerFast | None = None, **changes: Any) -> Path:
     """Save model and tokenizer in a folder for `TrainOptions.model_name`."""
     model(**changes).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    (tokens or tokenizer()).save_pretrained(folder)
     return folder

@@ -132,9 +132,9 @@ class Truth:
         }
         self.layers, self.residual = layers, residual
         self.weights = {
-            f"layer_{layer}_np.{name}": tensor.double().clone().requires_grad_()
+            f"layer_{layer}_np.{name}": tensor.detach().double().clone().requires_grad_()
             for layer, part in components(model).items()
-            for name, tensor in part.state_dict().items()
+            for name, tensor in part.split().items()
         }
 
     def norm(self, name: str, x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ FAMILIES: dict[str, Any] = {
 PROJECTIONS = ("gate", "up", "down")
 TEXT, SOURCE = "the red house", "a blue boat on the lake"
 tokenizer: PreTrainedTokenizerFast = tiny.tokenizer()  # one token per byte
+bos_tokenizer: PreTrainedTokenizerFast = tiny.bos_tokenizer()  # and BOS in front of each text
 
 
 def base(family: str = "llama", **changes: Any) -> Any:
@@ -59,10 +60,15 @@ def base(family: str = "llama", **changes: Any) -> Any:
 
 
 def converted(
-    family: str = "llama", *, layers: Sequence[int] = (1, 2), num_ranks: int = 2, **options: Any
+    family: str = "llama",
+    *,
+    layers: Sequence[int] = (1, 2),
+    num_ranks: int = 2,
+    vocab_size: int = 257,
+    **options: Any,
 ) -> Any:
-    """A base model with NP layers that have an effect, in float64."""
-    model = base(family)
+    """A base model with NP layers that have an effect, in float64; 258 tokens for BOS."""
+    model = base(family, vocab_size=vocab_size)
     npt.convert(model, npt.NPTConfig(layers=layers, rank=3, num_ranks=num_ranks, **options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -184,7 +190,7 @@ class Vectors(NamedTuple):
 @torch.no_grad()
 def own_vectors(part: Any, attention: Tensor) -> dict[str, Vectors]:
     """Vectors at attention outputs ``(tokens, D)``, one by one (design.md#definition)."""
-    state = part.state_dict()
+    state = part.split()
     names = {"gate": ["_gate", ""], "up": ["_up"], "down": ["_down"]}
 
     def factor(stem: str, names: Sequence[str], i: int) -> Tensor | None:

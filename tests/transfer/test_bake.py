@@ -14,6 +14,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import npt_fast as npt
 from npt_fast.hf.base_model import load_base_model
@@ -189,8 +191,52 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 def test_offloaded_weights_are_refused() -> None:
     model = base()
     decoder_layers(model)[1].to("meta")
-    with pytest.raises(npt.ModelError, match="a layer of the modulation is offloaded"):
+    with pytest.raises(npt.ModelError, match="layer 1, gate_proj is offloaded; its weight"):
         npt.bake(model, random_modulation())
+
+
+def doubled_by_a_hook(model: Any) -> None:
+    decoder_layers(model)[1].mlp.gate_proj.register_forward_hook(lambda _, args, y: 2 * y)
+
+
+def with_a_forward_of_its_own(model: Any) -> None:
+    decoder_layers(model)[1].mlp.gate_proj.forward = lambda a: 0 * a
+
+
+def with_a_shared_weight(model: Any) -> None:
+    layers = decoder_layers(model)
+    layers[0].mlp.gate_proj.weight = layers[1].mlp.gate_proj.weight
+
+
+def without_projections(model: Any) -> None:
+    decoder_layers(model)[1].mlp = torch.nn.Identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (doubled_by_a_hook, "layer 1, gate_proj has hooks or a forward of its own"),
+        (with_a_forward_of_its_own, "layer 1, gate_proj has hooks or a forward of its own"),
+        (with_a_shared_weight, "0.mlp.gate_proj.weight is also model.layers.1.mlp.gate_proj"),
+        (without_projections, "layer 1, gate_proj does not exist in this model"),
+    ],
+)
+def test_weights_that_do_not_decide_alone_are_refused(change: Any, problem: str) -> None:
+    model = base()
+    change(model)
+    with pytest.raises(npt.ModelError, match=problem):
+        npt.bake(model, random_modulation())
+
+
+def test_layers_and_mlps_in_wrappers() -> None:
+    plain, model, m = base(), base(), random_modulation()
+    npt.bake(plain, m)
+    layers = decoder_layers(model)
+    for index, layer in enumerate(layers):
+        layer.mlp = checkpoint_wrapper(layer.mlp)
+        layers[index] = checkpoint_wrapper(layer)
+    npt.bake(model, m)
+    assert torch.equal(logits(model, IDS), logits(plain, IDS))
 
 
 # --- LoRA
@@ -211,6 +257,23 @@ def test_peft_gives_the_logits_of_the_baked_base(family: str, terms: int, tmp_pa
     expected = logits(model, IDS)
     assert (expected - logits(base(family), IDS)).abs().max() > 0.1
     torch.testing.assert_close(with_adapter(base(family), folder), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_multimodal_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    model: Any = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=base().config)
+    ).eval()
+    m = random_modulation()
+    baked = npt.bake(model, m)
+    expected = logits(model, IDS)
+    baked.undo()
+    npt.export_lora(m, model, tmp_path / "lora")
+    torch.testing.assert_close(with_adapter(model, tmp_path / "lora"), expected)
 
 
 def test_peft_within_the_budget_in_float32(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 import npt_fast as npt
 from npt_fast.config import Injection
 from npt_fast.errors import TransferError
+from npt_fast.hf.tokenizer import PLAIN, Reading
 from npt_fast.transfer.check import Outcome, check, write_junit
 from npt_fast.transfer.facts import Fact
 from tests.transfer import models
@@ -23,7 +24,7 @@ class Tokenizer:
     def __call__(self, text: str, **options: Any) -> Any:
         return models.tokenizer(text, **options)
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: Any, **options: Any) -> str:
         letters = [(models.tokenizer.decode([int(i)]), int(i)) for i in ids]
         return "".join(
             a if a.isascii() and a.isprintable() else chr(0x4E00 + i) for a, i in letters
@@ -113,8 +114,10 @@ def test_an_injection_that_cannot_be_made_names_the_fact(model: Any) -> None:
 
 def test_junit(tmp_path: Path) -> None:
     outcomes = [
-        Outcome("fine", "p", "a", "b", [], 0.5),
-        Outcome("<bad>\x00", "p", "a", "b", ["got '\x1b' & \"<x>\"", "second"], 1.0),
+        Outcome("fine", "p", "s", ["p"], [0], "a", "b", [], 0.5),
+        Outcome(
+            "<bad>\x00", "p", "s", ["p"], [0], "a", "b", ["got '\x1b' & \"<x>\"", "second"], 1.0
+        ),
     ]
     write_junit(outcomes, tmp_path / "a.xml", "facts.yaml")
     suite = ElementTree.parse(tmp_path / "a.xml").getroot()[0]
@@ -135,3 +138,21 @@ def test_nothing_of_the_model_changes(model: Any) -> None:
     check(model, tokenizer, fact)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert sum(len(part._forward_hooks) for part in model.modules()) == hooks
+
+
+def test_bos_is_read_and_counted() -> None:
+    model, tokenizer = models.converted(vocab_size=258), models.bos_tokenizer
+    fact = Fact(name="x", prompt="abc", source="xyz", contains="", tokens=4)
+    inputs = tokenizer("abc", return_tensors="pt")
+    source = npt.extract(model, tokenizer, "xyz")
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    found = check(model, tokenizer, fact)
+    assert found.before == tokenizer.decode(model.generate(**inputs, **options)[0, 4:])
+    with npt.inject(model, source):
+        assert found.after == tokenizer.decode(model.generate(**inputs, **options)[0, 4:])
+    assert (found.tokens, found.positions) == (["<bos>", *"abc"], [3])
+    assert found.source == "\"xyz\" at 3 'z'"
+    alone = check(model, tokenizer, fact, PLAIN)
+    assert (alone.tokens, alone.positions) == (list("abc"), [2])
+    chat = check(model, tokenizer, fact, Reading(chat=True))
+    assert chat.tokens == ["<bos>", *"user:abc;me:"] and chat.source == "\"xyz\" at 12 ':'"

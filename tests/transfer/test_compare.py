@@ -10,11 +10,22 @@ from torch import Tensor
 
 import npt_fast as npt
 from npt_fast.config import Injection
+from npt_fast.hf.tokenizer import PLAIN, Reading
 from npt_fast.transfer.compare import Comparison, Sweep, compare, divergences, sweep
 from npt_fast.transfer.generate import Sampling
 from npt_fast.transfer.modulation import Modulation
-from tests.transfer.models import SOURCE, TEXT, converted, hooks, ids_of, logits, tokenizer
+from tests.transfer.models import (
+    SOURCE,
+    TEXT,
+    bos_tokenizer,
+    converted,
+    hooks,
+    ids_of,
+    logits,
+    tokenizer,
+)
 
+CHAT = Reading(chat=True)
 LETTERS = [tokenizer.decode([i]) for i in range(257)]
 
 
@@ -194,3 +205,35 @@ def test_sweep_over_the_tokens_of_a_prompt(model: Any, modulation: Modulation) -
             part = modulation.only(layers)
             after = next_token(model, TEXT, part, strength=0.25, position=position)
             assert found.kl[row][column] == pytest.approx(kl(before, after), rel=1e-3, abs=1e-9)
+
+
+def test_bos_is_read_and_counted() -> None:
+    """As in `generate(**tokenizer(prompt))`; left out, or written by a chat template, by option."""
+    model = converted(vocab_size=258)
+    source = npt.extract(model, bos_tokenizer, SOURCE)
+    inputs = bos_tokenizer(TEXT, return_tensors="pt")
+    options = {"max_new_tokens": 3, "do_sample": False}
+    found = compare(
+        model, bos_tokenizer, source, TEXT, Injection(position=1), sampling=Sampling(tokens=3)
+    )
+    assert found.prompt == ["<bos>", *TEXT] and found.positions == [1]
+    plain = model.generate(**inputs, **options)[0, 14:]
+    assert found.no_injection_text == bos_tokenizer.decode(plain)
+    with npt.inject(model, source, position=1):
+        injected = model.generate(**inputs, **options)[0, 14:]
+    assert found.injected_text == bos_tokenizer.decode(injected)
+    for reading, prompt in ((PLAIN, list(TEXT)), (CHAT, ["<bos>", *f"user:{TEXT};me:"])):
+        found = compare(model, bos_tokenizer, source, TEXT, Injection(), reading=reading)
+        assert found.prompt == prompt and found.positions == [len(prompt) - 1]
+
+
+def test_sweep_reads_and_counts_bos() -> None:
+    model = converted(vocab_size=258)
+    source = npt.extract(model, bos_tokenizer, SOURCE)
+    found = sweep(model, bos_tokenizer, source, "ab", Injection(position="all"), each_token=True)
+    assert found.columns == ["0 '<bos>'", "1 'a'", "2 'b'"]
+    assert (found.tokens, found.positions) == (["<bos>", "a", "b"], [0, 1, 2])
+    alone = sweep(model, bos_tokenizer, source, "ab", Injection(), strengths=[1.0], reading=PLAIN)
+    assert (alone.tokens, alone.positions) == (["a", "b"], [1])
+    one = compare(model, bos_tokenizer, source, "ab", Injection(), reading=PLAIN)
+    assert alone.kl[-1] == pytest.approx([one.kl])

@@ -19,6 +19,7 @@ from tests.transfer.models import (
     SOURCE,
     TEXT,
     attention_outputs,
+    bos_tokenizer,
     converted,
     hooks,
     ids_of,
@@ -74,7 +75,7 @@ def test_dw_is_what_the_reference_adds_to_the_weight() -> None:
     model = converted(num_ranks=2)
     m = npt.extract(model, tokenizer, SOURCE)
     x = attention_outputs(model, SOURCE, [2])[2][-1:]
-    state = components(model)[2].state_dict()
+    state = components(model)[2].split()
     a = torch.randn(1, 32, dtype=torch.float64)
     factors = (
         torch.stack([state[f"{stem}_up.{i}"] for i in range(2)])
@@ -205,7 +206,7 @@ def test_provenance() -> None:
     assert m.origin["text"] == "red 12"
     assert m.origin["tokens"] == ["r", "e", "d", " ", "1", "2"]
     assert m.origin["positions"] == [3]
-    assert (m.base.name, *m.base.sizes) == ("some/model", 32, 48, 4, 257)
+    assert (m.base.name, *m.base.sizes, m.base.vocab_size) == ("some/model", 32, 48, 4, 257)
 
 
 def test_digests_tell_checkpoints_apart() -> None:
@@ -218,3 +219,43 @@ def test_digests_tell_checkpoints_apart() -> None:
         components(model)[2].w_down[0, 0] += 1
     changed = npt.extract(model, tokenizer, TEXT).origin["weights"]
     assert changed["1"] == first["1"] and changed["2"] != first["2"]
+
+
+@pytest.mark.parametrize("position", [0, 1, -1, "at:b"])
+def test_a_position_is_the_same_token_for_the_model(position: Position) -> None:
+    """`extract` and `inject` count what `model(**tokenizer(text))` reads, BOS included."""
+    model = converted(vocab_size=258)
+    inputs = bos_tokenizer(SOURCE, return_tensors="pt")
+    m = npt.extract(model, bos_tokenizer, SOURCE, position=position)
+    before = model(**inputs, use_cache=False).logits
+    with npt.inject(model, m, position=position, tokenizer=bos_tokenizer) as hits:
+        after = model(**inputs, use_cache=False).logits
+    assert hits.positions == [m.origin["positions"]]
+    (place,) = m.origin["positions"]
+    assert m.origin["tokens"][place] == bos_tokenizer.decode(inputs["input_ids"][0, place])
+    # a token's own modulation, at its own place, changes nothing
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+
+
+def test_how_the_text_was_read_is_recorded() -> None:
+    model = converted(vocab_size=258)
+
+    def read(text: str, **how: Any) -> tuple[str, Any]:
+        origin = npt.extract(model, bos_tokenizer, text, **how).origin
+        return "".join(origin["tokens"]), (origin["special_tokens"], origin["chat"])
+
+    assert read("hi") == read("<bos>hi") == ("<bos>hi", (True, False))
+    assert read("hi", special_tokens=False) == ("hi", (False, False))
+    assert read("hi", chat=True) == ("<bos>user:hi;me:", (True, True))
+    with pytest.raises(ValueError, match="a chat template writes special tokens"):
+        read("hi", chat=True, special_tokens=False)
+
+
+def test_bos_makes_a_difference() -> None:
+    """The last token attends to BOS, so its modulation is another one without."""
+    model = converted(vocab_size=258)
+    last, alone = (
+        npt.extract(model, bos_tokenizer, SOURCE, special_tokens=given).dense(1, "gate")
+        for given in (True, False)
+    )
+    assert (last - alone).norm() > 0.01 * last.norm()

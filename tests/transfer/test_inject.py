@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import npt_fast as npt
 from npt_fast.config import InjectionMode, Position
@@ -24,7 +23,6 @@ from tests.transfer.models import (
     PROJECTIONS,
     SOURCE,
     TEXT,
-    Vectors,
     base,
     converted,
     greedy,
@@ -165,36 +163,6 @@ def test_more_tokens_than_are_formed_at_a_time() -> None:
         found = logits(model, ids)
     with truth(model, m, [list(range(ids.shape[1]))], "blend", 0.5):
         close(found, logits(model, ids))
-
-
-def test_injections_nest() -> None:
-    model = converted()
-    a, b = npt.extract(model, tokenizer, SOURCE), random_modulation(layers=(2,))
-    plain = logits(model, IDS)
-    with npt.inject(model, a, position=3):
-        alone = logits(model, IDS)
-        with npt.inject(model, b, position=[5, -1]):
-            both = logits(model, IDS)
-        assert torch.equal(logits(model, IDS), alone)
-    assert torch.equal(logits(model, IDS), plain) and not hooks(model)
-
-    def rule(layer: int, row: int, t: int, name: str, own: Vectors | None) -> Tensor | None:
-        source = {3: a, 5: b, 12: b}.get(t)
-        if source is None or layer not in source.layers:
-            return None
-        return source.dense(layer, name)
-
-    with spelled_out(model, rule):
-        close(both, logits(model, IDS))
-
-
-def test_where_two_meet_the_inner_one_counts() -> None:
-    model = converted()
-    a, b = random_modulation(1), random_modulation(2)
-    with npt.inject(model, b):
-        expected = logits(model, IDS)
-    with npt.inject(model, a), npt.inject(model, b):
-        close(logits(model, IDS), expected)
 
 
 def test_hooks_go_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:

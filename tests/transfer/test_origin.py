@@ -91,7 +91,7 @@ def test_a_line_that_says_where_it_comes_from() -> None:
     model = converted()
     a = npt.extract(model, tokenizer, "Köln")
     b = npt.extract(model, tokenizer, "Rom", position="all", reduce="mean")
-    assert a.description == '"Köln" at [4]'
+    assert a.description == "\"Köln\" at 4 'n'"
     assert b.description == '"Rom" mean of 3 tokens'
     assert (a - 2 * b).description == f"({a.description}) + (-1 * (2 * ({b.description})))"
     assert npt.mean([a, b]).description == f"mean of {a.description}, {b.description}"

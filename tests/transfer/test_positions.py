@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import npt_fast as npt
 from npt_fast.config import Position
-from npt_fast.transfer.positions import parse, resolve
+from npt_fast.transfer.positions import find, parse, reached, resolve
+from tests.transfer.models import bos_tokenizer
 
 TOKENS = ["The", " capital", " of", " Ger", "many", " is", " of", " note"]
 
@@ -125,3 +126,56 @@ def test_a_match_covers_the_text_and_no_token_more(tokens: list[str], data: st.D
 def test_a_match_is_written_as_it_is_read() -> None:
     for written in ("at:Germany", "after:is: not"):
         assert str(parse(written)) == written
+
+
+CHAT = ["<|begin of text|>", "the", " text", "<|end|>", " of", "<|end|>", " end"]
+SPECIAL = {0, 3, 5}
+
+
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [
+        (0, [0]),
+        (1, [1]),
+        ("at:text", [2]),  # not BOS, whose text has the word too
+        ("at:of", [4]),
+        ("at:end", [6]),
+        ("at:<|end|>", [3]),
+        ("after:text", [3]),
+        ("at: text<|end|>", [2, 3]),
+        ("after:<|begin of text|>", [1]),
+    ],
+)
+def test_a_special_token_is_no_part_of_a_word(position: Position, expected: list[int]) -> None:
+    assert resolve(position, CHAT, SPECIAL) == expected
+
+
+def test_a_word_that_only_a_special_token_has() -> None:
+    with pytest.raises(npt.TransferError, match=r"'begin' does not occur in '<.begin of text"):
+        resolve("at:begin", CHAT, SPECIAL)
+
+
+@pytest.mark.parametrize(
+    ("when", "line"),
+    [
+        ("prefill", "1 'the', 4 ' of'"),
+        ("both", "1 'the', 4 ' of', the generated ones"),
+        ("decode", "the generated ones"),
+    ],
+)
+def test_where_an_injection_was(when: Any, line: str) -> None:
+    assert reached([1, 4], CHAT, when) == line
+
+
+def test_positions_of_ids() -> None:
+    ids = bos_tokenizer("to be")["input_ids"]
+    assert find("at:b", ids, bos_tokenizer) == [4]  # not in <bos>
+    assert find(1, ids) == find(1, ids, bos_tokenizer) == [1]
+    with pytest.raises(npt.TransferError, match="the position at:b needs a tokenizer"):
+        find("at:b", ids)
+    with pytest.raises(npt.TransferError, match="6 tokens: 0 '<bos>', 1 't', 2 'o', 3 ' ', 4 'b'"):
+        find(6, ids, bos_tokenizer)
+    with pytest.raises(
+        npt.TransferError, match=r"position 6 is outside the text, which has 6 tokens$"
+    ):
+        find(6, ids)

@@ -12,6 +12,7 @@ import torch
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.errors import CheckpointError, ModelError, NPTError, TransferError
+from npt_fast.hf.tokenizer import PLAIN, Reading
 from npt_fast.transfer.session import Session, fingerprint
 from tests.transfer.sessions import new_session
 
@@ -66,9 +67,9 @@ def test_files_that_are_refused(two: Session, tmp_path: Path) -> None:
     refused(tmp_path / "missing", "cannot be opened: No such file")
     (tmp_path / "noise.safetensors").write_bytes(b"\xff" * 64)
     refused(tmp_path / "noise.safetensors", "not a safetensors file")
-    wide = new_session(tmp_path / "wide", num_attention_heads=4, vocab_size=300)
-    wide.extract("w", "text")
-    refused(wide.save(tmp_path / "foreign"), "another base model", ModelError)
+    deep = new_session(tmp_path / "deep", num_attention_heads=4, num_hidden_layers=5)
+    deep.extract("w", "text")
+    refused(deep.save(tmp_path / "foreign"), "another base model", ModelError)
     more = new_session(tmp_path / "more", 1, 2, 3)
     refused(more.save(tmp_path / "layers"), "layer 3 is not loaded", ModelError)
     index = json.loads((folder / "session.json").read_text())
@@ -151,3 +152,21 @@ def test_folders_of_others_are_not_replaced(two: Session, tmp_path: Path) -> Non
     with pytest.raises(TransferError, match="not a saved session"):
         two.save(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
+
+
+def test_how_texts_are_read_is_saved(two: Session, tmp_path: Path) -> None:
+    two.set(special_tokens=False)
+    two.save(tmp_path / "s")
+    other = new_session(tmp_path / "again")
+    other.load(tmp_path / "s")
+    assert other.state.reading == PLAIN
+    other.undo()
+    assert other.state.reading == Reading()
+    index = json.loads((tmp_path / "s" / "session.json").read_text())
+    for wrong in ({"special_tokens": True}, {"special_tokens": 1, "chat": False},
+                  {"special_tokens": False, "chat": True},
+                  {"special_tokens": True, "chat": True, "more": 1}):  # fmt: skip
+        changed = strict_json.dump({**index, "reading": wrong})
+        (tmp_path / "s" / "session.json").write_bytes(changed)
+        with pytest.raises(CheckpointError, match=r"session.json: is wrong: reading: "):
+            other.load(tmp_path / "s")

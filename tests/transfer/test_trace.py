@@ -12,11 +12,13 @@ import torch
 import npt_fast as npt
 from npt_fast.errors import NPTError, TransferError
 from npt_fast.hf.base_model import load_base_model
+from npt_fast.hf.tokenizer import PLAIN, Reading
 from npt_fast.transfer import trace as module
 from npt_fast.transfer.trace import trace
 from tests.training import tiny
 
 SOURCE, TARGET = "abcd efg", "xyz uv"
+CHAT = Reading(chat=True)
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +180,17 @@ def test_layer_23_has_the_capitals(smollm2: Path) -> None:
     assert found.strongest is found.patches[23]
     assert found.patches[23].tracked == pytest.approx([0.84, 0.001], abs=0.005)
     assert {patch.top for patch in found.patches if patch.layers != [23]} == {" Berlin"}
+
+
+def test_bos_is_read_and_counted() -> None:
+    model, tokenizer = tiny.model(vocab_size=258), tiny.bos_tokenizer()
+    found = trace(model, tokenizer, "abc", "xyz", source_position=1, tracked=["c"])
+    assert (found.source, found.target) == (["<bos>", *"abc"], ["<bos>", *"xyz"])
+    assert (found.source_positions, found.target_positions) == ([1], [3])
+    assert found.tracked == ["c"]  # a token that follows, not BOS
+    for text, value in (("abc", found.source_tracked), ("xyz", found.target_tracked)):
+        logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
+        letter = tokenizer.convert_tokens_to_ids("c")
+        assert value == pytest.approx([logits.double().softmax(-1)[letter].item()])
+    for reading, tokens in ((PLAIN, list("abc")), (CHAT, ["<bos>", *"user:abc;me:"])):
+        assert trace(model, tokenizer, "abc", "xyz", reading=reading).source == tokens

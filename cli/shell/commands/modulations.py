@@ -8,6 +8,7 @@ from npt_fast.cli.shell import views
 from npt_fast.cli.shell.command import Commands, Context, Reply, number
 from npt_fast.cli.shell.line import Arguments
 from npt_fast.errors import TransferError
+from npt_fast.transfer.positions import named
 
 if TYPE_CHECKING:
     from npt_fast.transfer.modulation import Modulation
@@ -20,11 +21,11 @@ def _extract(c: Context, a: Arguments) -> Reply:
     """Extract the modulation at a token of a text (default: the last) and put it on the shelf."""
     position = a.options.get("pos", "-1")
     found = c.session.extract(a["NAME"], a["TEXT"], position=position)
-    (place,) = found.origin["positions"]
+    places, tokens = found.origin["positions"], found.origin["tokens"]
     lines = [
         f"✓ Extracted modulation '{a['NAME']}'",
         *views.magnitudes(found),
-        f"  Token {place} of {len(found.origin['tokens'])}: {found.origin['tokens'][place]!r}",
+        f"  Token {named(places, tokens)} of {len(tokens)}",
     ]
     return _kept(a["NAME"], found, lines)
 

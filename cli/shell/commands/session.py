@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
-from npt_fast.cli.shell.command import Commands, Context, Reply, number, setting
+from npt_fast.cli.shell import views
+from npt_fast.cli.shell.command import Commands, Context, Reply, number, setting, settings
 from npt_fast.cli.shell.line import Arguments
 from npt_fast.errors import TransferError
 from npt_fast.paths import user_path
@@ -72,7 +71,7 @@ def _reset(c: Context, a: Arguments) -> Reply:
 
 @COMMANDS.command("set", "[KEY=VALUE...]")
 def _set(c: Context, a: Arguments) -> Reply:
-    """Show or set defaults of tokens, strategy, temperature, top_k, top_p, seed: set seed=3."""
+    """Show or set how tokens are chosen, special_tokens and chat: set seed=3 chat=true."""
     values = {}
     for pair in a.values["KEY=VALUE"]:
         key, equals, value = pair.partition("=")
@@ -81,9 +80,9 @@ def _set(c: Context, a: Arguments) -> Reply:
         values.update(setting(c, {"temp": "temperature"}.get(key, key), value))
     if values:
         c.session.set(**values)
-    settings = asdict(c.session.state.settings)
-    line = ", ".join(f"{key}={value}" for key, value in settings.items())
-    return Reply(settings, [f"✓ {line}" if values else line])
+    now = settings(c)
+    line = ", ".join(f"{key}={value}" for key, value in now.items())
+    return Reply(now, [f"✓ {line}" if values else line])
 
 
 @COMMANDS.command("save", "FILE [NAME]", log="recorded")
@@ -105,6 +104,12 @@ def _save(c: Context, a: Arguments) -> Reply:
 @COMMANDS.command("load", "FILE")
 def _load(c: Context, a: Arguments) -> Reply:
     """Load a saved session in place of this one, or a modulation's file onto the shelf."""
+    before = c.session.state.reading
     names = c.session.load(a["FILE"])
-    line = f"✓ Loaded {len(names)} modulations from {a['FILE']}: {', '.join(names)}"
-    return Reply({"loaded": names}, [line], changed=names)
+    lines = [f"✓ Loaded {len(names)} modulations from {a['FILE']}: {', '.join(names)}"]
+    reading = c.session.state.reading
+    if reading != before:
+        lines.append(f"Note: texts are read {reading} now, as in the saved session")
+    for name in names:
+        lines += views.other_reading(name, c.session.modulation(name), reading)
+    return Reply({"loaded": names}, lines, changed=names)

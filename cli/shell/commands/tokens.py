@@ -51,9 +51,9 @@ def _clear(c: Context, a: Arguments) -> Reply:
 @COMMANDS.command("tokens", "TEXT")
 def _tokens(c: Context, a: Arguments) -> Reply:
     """Show a text's tokens with their positions and ids."""
-    from npt_fast.transfer.extract import tokenize
+    from npt_fast.hf.tokenizer import read
 
-    ids, texts = tokenize(c.session.tokenizer, a["TEXT"])
+    ids, texts = read(c.session.tokenizer, a["TEXT"], c.session.state.reading)
     count = len(ids)
     rows = [
         [str(n), str(n - count), str(i), repr(t)]

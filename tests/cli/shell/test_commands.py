@@ -147,8 +147,8 @@ def test_bad_input_is_one_line_and_the_shell_lives_on(shell: Shell, tmp_path: Pa
     (tmp_path / "taken" / "file").touch()
     (tmp_path / "old.pkl").write_bytes(pickle.dumps({}))
     (tmp_path / "corrupt.safetensors").write_bytes(b"\x10" * 40)
-    other = tiny.model(vocab_size=300)
-    npt.load(other, shell.checkpoint)
+    other = tiny.model(num_hidden_layers=5)
+    npt.convert(other, npt.NPTConfig(layers=[1], rank=2))
     npt.extract(other, tiny.tokenizer(), "text").save(tmp_path / "other.safetensors")
     before = ["extract a first", "calc sum = a + a", "layers 1", "extract narrow first"]
     lines = [*before, "layers all", *(line for line, _ in BAD), "list"]
@@ -211,3 +211,51 @@ def test_a_bad_modulation_leaves_the_shelf_as_it_was(shell: Shell) -> None:
     assert code == 1 and [entry["ok"] for entry in found] == [True, *[False] * len(bad), True]
     assert [item["name"] for item in found[-1]["result"]["modulations"]] == ["a"]
     assert not any("please report" in entry.get("error", "") for entry in found)
+
+
+def test_bos_is_read_counted_and_shown(bos_shell: Shell) -> None:
+    lines = ["tokens ab", "extract a ab -pos 1", "inject a ab -pos 1", "compare a ab", "sweep a ab"]
+    code, out, err = bos_shell.pipe(*lines, "info a", "inject a <bos>ab -pos 1")
+    assert (code, err) == (0, "")
+    for line in (
+        "|        0 |           -3 | 257 | '<bos>' |", "  Token 1 'a' of 3", "  Position: 1 'a'",
+        "  Tokens: with special tokens", "Tokens: 2 'b' of 3",
+        "No effect: the injected modulation is the token's own",
+    ):  # fmt: skip
+        assert line in out.splitlines(), line
+    assert out.count("into layers [1, 2], tokens 1 'a' of 3, ") == 2
+    assert out.count("Tokens: 2 'b' of 3") == 2
+
+
+def test_how_texts_are_read_is_set(bos_shell: Shell) -> None:
+    changes = ["set special_tokens=false", "set special_tokens=True chat=true", "undo", "undo"]
+    _, found = bos_shell.json("tokens ab", *(line for c in changes for line in (c, "tokens ab")))
+    texts = ["".join(entry["result"]["tokens"]) for entry in found[::2]]
+    assert texts == ["<bos>ab", "ab", "<bos>user:ab;me:", "ab", "<bos>ab"]
+    assert found[3]["result"]["special_tokens"] is found[3]["result"]["chat"] is True
+    for option, text in (("--no-special-tokens", "ab"), ("--chat", "<bos>user:ab;me:")):
+        _, (entry,) = bos_shell.json("tokens ab", options=[option])
+        assert "".join(entry["result"]["tokens"]) == text
+    for line, problem in (
+        ("set chat=yes", "chat must be true or false, not 'yes'"),
+        ("set chat=true special_tokens=false", "a chat template writes special tokens"),
+    ):
+        _, (entry,) = bos_shell.json(line)
+        assert problem in entry["error"]
+
+
+def test_what_was_read_in_another_way_is_said(bos_shell: Shell) -> None:
+    """On loading it: a saved session goes on as it was, and a file of before has no BOS."""
+    bos_shell.json("set special_tokens=false", "extract a ab", "save session", "save one a")
+    _, out, _ = bos_shell.pipe("load one.safetensors", "load session", "tokens ab", "set")
+    assert "Note: 'one' was read without special tokens; this session reads texts with" in out
+    assert "Note: texts are read without special tokens now, as in the saved session" in out
+    assert "'<bos>'" not in out and "special_tokens=False, chat=False" in out
+    assert "Note: 'a'" not in out
+    older = npt.load_modulation("one.safetensors")
+    for key in ("special_tokens", "chat"):
+        del older.origin[key]  # type: ignore[attr-defined]
+    older.save("older.safetensors")
+    _, out, _ = bos_shell.pipe("load older.safetensors", "calc b = 2 * older", "info b")
+    assert "Note: 'older' was read without special tokens (older file); this session reads" in out
+    assert "  Tokens: without special tokens (older file)" in out.splitlines()

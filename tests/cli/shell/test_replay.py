@@ -89,3 +89,36 @@ def test_a_log_on_the_same_model_elsewhere(shell: Shell, tmp_path: Path) -> None
     hostile_models.change(elsewhere, "config.json", vocab_size=258)
     code, _, err = run(shell.capsys, *replay, "--model_name", elsewhere)
     assert code == 1 and "cannot be loaded" in err
+
+
+def test_a_log_says_how_texts_are_read(bos_shell: Shell) -> None:
+    again = ["interact", "--replay", "log", "--assert", "--device", "cpu"]
+    lines = ["tokens ab", "set chat=true", "extract a ab"]
+    for option in ([], ["--no-special-tokens"], ["--chat"]):
+        bos_shell.json(*lines[: len(lines) - 2 * bool(option)], options=["--log", "log", *option])
+        assert run(bos_shell.capsys, *again)[0] == 0
+        Path("log").unlink()
+    code, _, err = run(bos_shell.capsys, *again, "--no-special-tokens")
+    assert code == 2 and "--replay reads texts as its log says" in err
+
+
+def test_a_log_from_before_special_tokens(bos_shell: Shell) -> None:
+    """It is run again without them; what it did not record is not compared."""
+    lines = ["extract a ab", "calc b = 2 * a", "info b", "list", "sweep a ab", "set seed=1"]
+    bos_shell.json(*lines, options=["--log", "log", "--no-special-tokens"])
+    header, *entries = map(json.loads, Path("log").read_text().splitlines())
+    for place in (header, entries[2]["result"]["origin"]["of"], entries[5]["result"]):
+        del place["special_tokens"], place["chat"]
+    del entries[4]["result"]["tokens"], entries[4]["result"]["positions"]
+    for entry in entries[3]["result"]["modulations"]:
+        entry["source"] = "in other words"
+    Path("log").write_text("".join(json.dumps(line) + "\n" for line in (header, *entries)))
+    code, out, err = run(
+        bos_shell.capsys, "interact", "--replay", "log", "--assert", "--device", "cpu"
+    )
+    assert code == 0, err
+    assert "✓ Replayed 6 commands of log: results are equal" in out
+    header |= {"special_tokens": False, "chat": True}
+    Path("log").write_text(json.dumps(header) + "\n")
+    code, _, err = run(bos_shell.capsys, "interact", "--replay", "log")
+    assert code == 1 and err.startswith("Error: log, line 1: a chat template writes special")

@@ -1,0 +1,129 @@
+"""A modulated MLP that calls its projections: ``y = projection(a) + change``.
+
+Adapters, quantised or sharded weights and hooks then act as in the base model. `is_plain` tells
+where the fused path, which reads the projections' weights, computes the same faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from npt_fast.errors import ModelError
+from npt_fast.functional import is_shard, like
+
+_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_TENSORS = frozenset((nn.Parameter, Tensor))  # not DTensor, nor the classes of quantised weights
+
+Change = Callable[[str, Any, Tensor], Tensor | None]
+"""What is added to a projection's output, from its name, its module and its input, or None."""
+
+
+class Edit(Protocol):
+    """Replaces the weight change of some tokens; an injection is one."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """Mask of the tokens, in the shape of the attention output without its width."""
+
+    def at(self, rows: tuple[Tensor, ...]) -> Edit:
+        """The edit of the tokens that ``tokens[rows]`` are."""
+
+    def applied(self, change: Change, component: Any, attention: Tensor) -> Change:
+        """The change after this edit, for an NP component and its attention output."""
+
+
+def is_plain(mlp: Any) -> bool:
+    """Whether all that an MLP computes follows from its three weights, biases and activation.
+
+    That is so for projections of class `nn.Linear` with a float weight on a device, without hooks,
+    parametrizations, adapters or wrappers. Hooks of the MLP, of its activation and of all modules
+    count too. It is asked in every forward, since all of them can come and go.
+    """
+    return (
+        has_no_hooks(mlp)
+        and _has_no_own_hooks(getattr(mlp, "act_fn", None))
+        and is_plain_linear(mlp.gate_proj)
+        and is_plain_linear(mlp.up_proj)
+        and is_plain_linear(mlp.down_proj)
+    )
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether a projection's output is a product with its float weight, and its bias."""
+    if not has_plain_weight(module) or not _has_no_own_hooks(module):
+        return False
+    own = module.__dict__
+    # accelerate's dispatch puts a hook on every module, which matters only where it loads weights
+    return "forward" not in own or getattr(own.get("_hf_hook"), "offload", True) is False
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with a float weight on a device."""
+    if type(module) is not nn.Linear:
+        return False
+    weight: Any = module._parameters.get("weight")  # module.weight would take ten times as long
+    return type(weight) in _TENSORS and weight.dtype in _DTYPES and not weight.is_meta
+
+
+def has_no_hooks(module: Any) -> bool:
+    """Whether a call of a module is its forward alone: no hooks on it, nor on all modules."""
+    return _has_no_own_hooks(module) and not _has_any_global_hook()
+
+
+def _has_no_own_hooks(module: Any) -> bool:
+    return not isinstance(module, nn.Module) or not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def call_mlp(mlp: Any, h: Tensor, activation: Callable[[Tensor], Tensor], change: Change) -> Tensor:
+    """``down(activation(gate(h)) * up(h))`` by calling the projections.
+
+    Args:
+        mlp: module with gate_proj, up_proj and down_proj. Its own activation is called if it has
+            one, since it may have hooks.
+        h: MLP input, ``(..., D)``.
+        activation: the activation of an MLP that has no ``act_fn``.
+        change: what is added to each projection's output.
+
+    Returns:
+        ``(..., D)``.
+    """
+
+    def projected(name: str, a: Tensor) -> Tensor:
+        projection = getattr(mlp, f"{name}_proj")
+        y: Tensor = projection(a)
+        if a.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _check_gradient(y, name, projection)
+        added = change(name, projection, a)
+        if added is None:
+            return y
+        if is_shard(added):
+            added = like(added, y)
+        return y + added.to(y.dtype)
+
+    act = getattr(mlp, "act_fn", activation)
+    return projected("down", act(projected("gate", h)) * projected("up", h))
+
+
+def _check_gradient(y: Tensor, name: str, projection: Any) -> None:
+    """Raise ModelError if backward would leave a projection out; torch only warns, and then."""
+    steps = [y.grad_fn]
+    for _ in range(4):  # a cast, a view, or the sum of an adapter and its base may come last
+        if any(step is None or "NotImplemented" in step.name() for step in steps):
+            break
+        steps = [before for step in steps if step for before, _ in step.next_functions if before]
+    else:
+        return
+    raise ModelError(
+        f"{name}_proj ({type(projection).__module__}.{type(projection).__name__}) does not pass "
+        "gradients back in this mode; train on a base model of another quantisation or in floats"
+    )

@@ -1,0 +1,73 @@
+"""Tell base models of equal sizes apart by a few of their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npt_fast.errors import NPTWarning
+from npt_fast.functional import is_shard
+from npt_fast.hf.wrappers import unwrapped
+
+_ROWS = 16
+"""Rows of the embedding that count: the first ones, which a resized vocabulary keeps."""
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str | None:
+    """SHA-256 of a model's norms and first embeddings, rounded to bfloat16; None if not known.
+
+    LoRA, quantization of linear layers and a resized vocabulary leave these weights as they are.
+    bfloat16 is what float32 and bfloat16 loads of one file have in common. float16, which a file
+    may have been cast to, has lost small values, so that nothing is known of such a model.
+    """
+    weights = _weights(unwrapped(model))
+    if not weights or not all(map(_is_known, weights)):
+        return None
+    weights[0] = weights[0][:_ROWS]
+    # one copy from each device
+    parts = [weight.detach().flatten().to(torch.bfloat16) for weight in weights]
+    devices = dict.fromkeys(part.device for part in parts)
+    found = hashlib.sha256()
+    for device in devices:
+        own = torch.cat([part for part in parts if part.device == device]).cpu()
+        found.update(own.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _is_known(weight: Tensor) -> bool:
+    return not (weight.is_meta or weight.dtype == torch.float16 or is_shard(weight))
+
+
+def _weights(model: Any) -> list[Tensor]:
+    """The embedding and the norms."""
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    if not isinstance(embedding, Tensor) or not embedding.is_floating_point():
+        return []
+    norms = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 1 and "norm" in name and parameter.is_floating_point()
+    ]
+    return [embedding, *norms]
+
+
+def note_other_base(what: str, name: str | None, recorded: str | None, own: str | None) -> None:
+    """Warn if something belongs to another base model of the same sizes.
+
+    Args:
+        what: what belongs to it, for the message.
+        name: name of its base model, if known.
+        recorded: fingerprint of its base model, if known.
+        own: fingerprint of the model that it is used with, if known.
+    """
+    if recorded and own and recorded != own:
+        message = (
+            f"{what} belongs to another base model of the same sizes ({name or 'unnamed'}): "
+            "its weights are not this model's"
+        )
+        warnings.warn(NPTWarning(message), stacklevel=4)

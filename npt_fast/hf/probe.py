@@ -1,0 +1,346 @@
+"""The probe: run a few random tokens through a decoder layer to prove which block it is.
+
+Names of parts are not enough. Granite has Llama's names and scales what it adds, Gemma 2 has norms
+behind its parts, and published configs name another activation than the one that is used.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import chain
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from npt_fast.errors import ModelError
+from npt_fast.functional import ACTIVATIONS
+from npt_fast.hf.blocks import BLOCKS, Block, has_parts, obstacle
+from npt_fast.hf.wrappers import unwrapped
+
+OFFLOADED = "is offloaded; NP layers must be on a device"
+_TOKENS = 8
+# both sides round the same sums, but an implementation may fuse additions
+_ROUNDINGS = 2
+# functions: activations, and forwards that were replaced
+_CONSTANT = (int, float, str, FunctionType, BuiltinFunctionType, CodeType)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Fit(NamedTuple):
+    """What an NP component must know about a layer.
+
+    Attributes:
+        block: the layer's block.
+        hidden_size: model width D.
+        intermediate_size: MLP width F.
+        activation: the MLP's activation, a name of `npt_fast.functional.ACTIVATIONS`.
+    """
+
+    block: Block
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+
+
+def fit(decoder: Any, index: int, *, probe: bool = True) -> Fit:
+    """Find the block of a layer and, unless `probe` is false, prove it.
+
+    The model's weights, hooks, training mode and random state stay as they are.
+
+    Args:
+        decoder: decoder with a list ``layers``.
+        index: index of the layer.
+        probe: whether to run the layer on random tokens and compare it with its block. The MLP is
+            run in any case, which is how its activation is found.
+
+    Raises:
+        ModelError: the layer is no block of `BLOCKS`; the message names the part that differs.
+    """
+    layer = unwrapped(decoder.layers[index])
+    blocks = [block for block in BLOCKS if has_parts(layer, block)]
+    if not blocks:
+        raise ModelError(obstacle(layer))
+    if is_offloaded(layer):
+        raise ModelError(OFFLOADED)
+    gate = layer.mlp.gate_proj
+    dtype = getattr(decoder, "dtype", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, _TOKENS, gate.in_features, generator=generator)
+    x = x.to(device_of(layer), dtype)
+    with _undisturbed(layer):
+        activation = _activation(layer.mlp, x)
+        if probe:
+            call = _call(decoder, index, x)
+            problems = [_difference(layer, block, x, call) for block in blocks]
+            if all(problems):
+                raise ModelError(str(problems[0]))
+            block = blocks[problems.index(None)]
+        else:
+            block = blocks[0]
+    return Fit(block, gate.in_features, gate.out_features, activation)
+
+
+def device_of(layer: Any) -> torch.device:
+    """Device of a layer's MLP; quantized weights may be buffers, or neither (dynamic int8)."""
+    found: Tensor = next(chain(layer.mlp.parameters(), layer.mlp.buffers(), layer.parameters()))
+    return found.device
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether a layer's weights are elsewhere until accelerate loads them for a call.
+
+    NP layers use the weights of the MLP and its norm without that.
+    """
+    return any(parameter.is_meta for parameter in layer.parameters())
+
+
+def kind(layer: nn.Module) -> object:
+    """A value that is equal for layers that compute the same but for their weights."""
+    return tuple((name, type(part), _constants(part)) for name, part in layer.named_modules())
+
+
+def _constants(module: nn.Module) -> tuple[tuple[str, object], ...]:
+    """What a module was told when it was made, such as Granite's scale; not where it stands."""
+    return tuple(
+        (name, function)
+        for name, value in sorted(vars(module).items())
+        if isinstance(function := _function(value), _CONSTANT)
+        and name not in ("layer_idx", "training")
+    )
+
+
+def _function(value: Any) -> Any:
+    """The function of a method or partial, such as a forward of the module's own."""
+    if isinstance(value, partial):  # accelerate makes one of the same code for each module
+        return getattr(value.func, "__code__", value.func)
+    return value.__func__ if isinstance(value, MethodType) else value
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Context that runs a module in eval mode, without its hooks and with other norms and scales.
+
+    A norm whose weight is 1, or a scale of 1, would hide otherwise. Tensors are replaced, not
+    written to, and everything is put back as it was.
+    """
+    source = random.Random(0)
+    with ExitStack() as stack, torch.no_grad():
+        for part in module.modules():
+            state = vars(part)
+            tensors = state["_parameters"], state["_buffers"]
+            for values in (state, *tensors):  # rotary embeddings note how long the text was
+                stack.callback(values.update, dict(values))
+            # the wrapper of torch.compile has no mode of its own
+            state |= {name: OrderedDict() for name in _HOOKS} | dict.fromkeys(
+                state.keys() & {"training"}, False
+            )
+            for named in tensors:
+                for name, tensor in named.items():
+                    if tensor is None or not tensor.is_floating_point() or tensor.is_meta:
+                        continue
+                    # norms, biases and scales, but no weight of a projection
+                    if tensor.numel() == max(tensor.shape, default=1) and tensor.itemsize > 1:
+                        changed = tensor.detach() * source.uniform(1.5, 3) + source.uniform(0.1, 1)
+                        named[name] = changed
+        yield
+
+
+class _Called(Exception):
+    """Carries the arguments of a layer out of the model's forward."""
+
+
+class _Stub(nn.Module):
+    """Stands where a layer was, with the attributes that a decoder may ask it for."""
+
+    def __init__(self, layer: nn.Module, *, last: bool) -> None:
+        super().__init__()
+        self.__dict__.update(layer=layer, last=last)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.last:
+            raise _Called(args, kwargs)
+        return args[0] if args else kwargs["hidden_states"]
+
+
+def _call(decoder: Any, index: int, x: Tensor) -> dict[str, Any]:
+    """Keyword arguments that the model calls a layer with; no layer is run to find them."""
+    layers = decoder.layers
+    stubs = [_Stub(layer, last=i == index) for i, layer in enumerate(layers[: index + 1])]
+    words = decoder.get_input_embeddings().weight
+    ids = torch.arange(x.shape[1], device=words.device)[None]
+    # offloaded embeddings are not needed: some numbers of the right shape do as well
+    text = {"inputs_embeds": x} if words.is_meta else {"input_ids": ids}
+    args: tuple[Any, ...] = ()
+    given: dict[str, Any] = {}
+    try:
+        decoder.layers = nn.ModuleList(stubs)
+        with _undisturbed(decoder):
+            decoder.forward(**text, use_cache=False)
+    except _Called as called:
+        args, given = called.args
+    except Exception as error:
+        raise ModelError(f"cannot be reached by running the model: {_line(error)}") from error
+    finally:
+        decoder.layers = layers
+    call = {name: value for name, value in given.items() if name != "hidden_states"}
+    hidden = [*args, *(given[name] for name in given if name not in call)]
+    if len(hidden) != 1:
+        raise ModelError(f"is called with {len(args)} positional arguments, not with one")
+    if hidden[0].shape != x.shape:
+        shape = tuple(hidden[0].shape)
+        raise ModelError(f"has hidden states {shape}, not (batch, tokens, {x.shape[-1]})")
+    # device_map: the layer's own hook would move them
+    moved: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(x.device), call)
+    return moved
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _activation(mlp: Any, x: Tensor) -> str:
+    """The activation of a gated MLP, found by what the MLP does, since names may lie."""
+    try:
+        # inputs of the activation from -6 to 6, where activations differ most
+        x = x * (2 / mlp.gate_proj(x).float().std().clamp_min(1e-6)).to(x.dtype)
+        with _recorded(mlp.down_proj) as seen, ExitStack() as stack:
+            gate, up = (_visible(part, x, stack) for part in (mlp.gate_proj, mlp.up_proj))
+            output = mlp(x)
+    except Exception as error:
+        raise ModelError(f"has an MLP that cannot be run: {_line(error)}") from error
+    formula = (
+        f"has an MLP ({type(mlp).__name__}) that does not compute "
+        "down_proj(activation(gate_proj(x)) * up_proj(x))"
+    ) + _hint("it", mlp, ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    if not isinstance(output, Tensor) or not seen or not _close(output, seen["output"]):
+        raise ModelError(formula)
+    inner = seen["input"]
+    errors = {name: _error(act(gate) * up, inner) for name, (act, _) in ACTIVATIONS.items()}
+    best = min(errors, key=errors.__getitem__)
+    # fused kernels round the activation in float32
+    if errors[best] <= 4 * torch.finfo(x.dtype).eps:
+        return best
+    own = getattr(mlp, "act_fn", None)
+    if callable(own) and _close(own(gate) * up, inner):
+        name = getattr(own, "__name__", type(own).__name__)
+        raise ModelError(
+            f"has the activation {name} in its MLP; supported are {', '.join(ACTIVATIONS)}"
+        )
+    raise ModelError(formula)
+
+
+def _visible(projection: Any, x: Tensor, stack: ExitStack) -> Tensor:
+    """A projection's output, and another one in `stack` if its weights of 0 hide what follows."""
+    out: Tensor = projection(x)
+    if not out.any():
+        out = torch.linspace(-6, 6, out.numel()).view(out.shape).to(out)
+        stack.callback(projection.register_forward_hook(lambda *_: out).remove)
+    return out
+
+
+def _hint(owner: str, module: nn.Module, known: Sequence[str]) -> str:
+    """What a module has besides the known parts, which is likely why it differs."""
+    own = chain(module.named_children(), module.named_parameters(recurse=False))
+    others = [name for name, _ in own if not any(part.startswith(name) for part in known)]
+    return f" ({owner} also has {', '.join(others)})" if others else ""
+
+
+@contextmanager
+def _recorded(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Record the first input and the output of a module."""
+    seen: dict[str, Any] = {}
+
+    def record(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seen.update(input=args[0] if args else kwargs.get("hidden_states"), output=output)
+
+    handle = module.register_forward_hook(record, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _difference(layer: Any, block: Block, x: Tensor, call: dict[str, Any]) -> str | None:
+    """What a layer does otherwise than its block; None if nothing.
+
+    Args:
+        layer: decoder layer.
+        block: block that it may be.
+        x: random numbers, ``(1, S, D)``.
+        call: keyword arguments that the model calls the layer with.
+    """
+    with _recorded(layer.self_attn) as attention, _recorded(layer.mlp) as mlp:
+        try:
+            layer.forward(x, **call)
+        except Exception as error:
+            return f"cannot be run by itself: {_line(error)}"
+        if not attention:
+            return "does not call its self_attn"
+        if not mlp:
+            return "does not call its mlp"
+        returned = attention["output"]
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            count = f"{len(returned)} values" if isinstance(returned, tuple) else "one value"
+            return f"has an attention that returns {count}, not (output, weights)"
+        # a stream as large as what is added to it: rounding of the sum must not hide a part
+        added = returned[0] if returned[0].any() else mlp["output"]
+        size = added.float().norm() / x.float().norm()
+        h = x * size.to(x.dtype) if size > 0 else x
+        out = layer.forward(h, **call)
+    if not isinstance(out, Tensor):
+        return f"returns a {type(out).__name__}, not its hidden states alone"
+    try:
+        a = block.attention(layer, h, call)
+        m = layer.mlp(block.mlp_input(layer, h + a))
+    except Exception as error:
+        return f"has an attention that cannot be called as in Llama: {_line(error)}"
+    if _close(out, h + a + m, over=(h, a, m)):
+        return None
+    own, read, added = attention["output"][0], mlp["input"], mlp["output"]
+    hint = _hint("the layer", layer, block.parts)
+    if not _close(own, a):
+        return f"has an attention that does not read input_layernorm(h){hint}"
+    scales = _scales(h, out, a, added)
+    if scales is not None:
+        parts = [
+            f"{name}'s output by {scale:.3g}"
+            for name, part, scale in zip(("attention", "the MLP"), (a, added), scales, strict=True)
+            if part.any() and abs(scale - 1) > 8 * torch.finfo(a.dtype).eps
+        ]
+        if parts:
+            return f"scales {' and '.join(parts)} before adding it to the residual stream"
+    if _close(read, block.mlp_input(layer, h)):
+        return f"runs attention and MLP side by side: its MLP reads the layer's input{hint}"
+    if not _close(read, block.mlp_input(layer, h + a)):
+        return f"has an MLP that does not read post_attention_layernorm(h + a){hint}"
+    return f"does not add its MLP's output to the residual stream as it is{hint}"
+
+
+def _scales(h: Tensor, out: Tensor, a: Tensor, m: Tensor) -> tuple[float, float] | None:
+    """Factors with which ``out = h + s a + t m``; None if there are none."""
+    columns = torch.stack([a.flatten(), m.flatten()], 1).double()
+    found = torch.linalg.pinv(columns) @ (out.double() - h.double()).flatten()  # a part may be 0
+    s, t = found.tolist()
+    return (s, t) if _close(out, h + s * a + t * m, over=(h, a, m)) else None
+
+
+def _error(value: Tensor, truth: Tensor, over: Sequence[Tensor] = ()) -> float:
+    """Norm of the difference, relative to the norms of `over` or, without it, of `truth`."""
+    size = sum(float(t.double().norm()) for t in over or (truth,))
+    return float((value.double() - truth.double()).norm()) / max(size, 1e-30)
+
+
+def _close(value: Tensor, truth: Tensor, over: Sequence[Tensor] = ()) -> bool:
+    if value.shape != truth.shape:
+        return False
+    return _error(value, truth, over) <= _ROUNDINGS * torch.finfo(truth.dtype).eps

@@ -1,0 +1,164 @@
+"""Which types of transformers' causal language models are right, which are refused, and why.
+
+    python -m tests.hf.survey [TYPE ...]
+
+A layer is right if, with its NP component replaced by the ideal one, the converted model gives the
+base model's logits, and if the component at dW = 0 computes the base MLP. Both are judged by what
+hooks record in a pass of the base model, not by what the library believes of the block.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import npt_fast as npt
+from npt_fast.hf.convert import decoder_layers
+from npt_fast.tables import markdown_table
+from npt_fast.training.distillation import Distillation
+from tests.hf.small_models import TYPES, build
+
+IDS = torch.tensor([[3, 14, 15, 92, 6, 5, 35, 89]])
+
+
+class Found(NamedTuple):
+    """What became of one layer: ``"right"``, ``"refused"`` or ``"wrong"``, and the words for it."""
+
+    outcome: str
+    words: str = ""
+
+
+def perturb(model: nn.Module) -> None:
+    """Change norms, biases and scales, so that none of them can hide at 0 or 1."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and tensor.numel() == max(tensor.shape, default=1):
+                tensor += 0.5 + 0.5 * torch.rand(tensor.shape, generator=generator)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    out: Tensor = model(IDS, use_cache=False).logits
+    return out
+
+
+def judge(model: Any, layer: int, residual: Any) -> Found:
+    """Convert one layer and say what became of it; the model is a base model again afterwards."""
+    expected = logits(model)
+    base = decoder_layers(model)[layer]
+    try:
+        npt.convert(model, npt.NPTConfig(layers=[layer], rank=4, residual=residual))
+    except npt.ModelError as error:
+        return Found("refused", str(error))
+    try:
+        return _compare(model, base, layer, residual, expected)
+    finally:
+        npt.unload(model)
+
+
+def _compare(model: Any, layer: Any, index: int, residual: str, expected: Tensor) -> Found:
+    seen: dict[str, Any] = {}
+    handles = [
+        layer.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: seen.update({name: (args, output)})
+        )
+        for name in ("self_attn", "mlp")
+    ]
+    with npt.disabled(model):
+        base = logits(model)
+    for handle in handles:
+        handle.remove()
+    attention, mlp = seen["self_attn"][1][0], seen["mlp"][1]
+
+    def ideal(_: Any, args: Any, output: Tensor) -> Tensor:
+        seen["reads"] = args[0]
+        return attention + mlp if residual == "removed" else mlp
+
+    # at dW = 0 the component is the base MLP; inputs from -6 to 6 tell activations apart
+    x = 3 * torch.randn(1, 64, attention.shape[-1], generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        x = x / layer.mlp.gate_proj(x).std() * 3
+        same = layer.np_component(x, x, layer.mlp)
+        truth = layer.mlp(x)
+    handle = layer.np_component.register_forward_hook(ideal)
+    found = logits(model)
+    compared = Distillation(model)(IDS, evaluate=True).agreement
+    handle.remove()
+    targets, rows = IDS[0, 1:], expected[0, :-1].double()
+    perplexity = nn.functional.cross_entropy(rows, targets, reduction="sum")
+    assert compared is not None
+    checks = {
+        "the layer, off, is not the base layer": torch.equal(base, expected),
+        "the component at dW = 0 is not the MLP": _close(same, truth),
+        "the component does not read attention's output": torch.equal(seen["reads"], attention),
+        "the ideal component does not give the base model's logits": _close(found, expected),
+        "evaluation has another base loss": _close(compared.base_loss, perplexity),
+        "evaluation has another loss": _close(compared.loss, perplexity),
+    }
+    wrong = [words for words, passed in checks.items() if not passed]
+    return Found("wrong", "; ".join(wrong)) if wrong else Found("right")
+
+
+def _close(found: Tensor, truth: Tensor) -> bool:
+    return bool((found.double() - truth.double()).norm() <= 1e-5 * truth.double().norm())
+
+
+def survey(model_type: str, **changes: Any) -> dict[int, Found]:
+    """What becomes of each layer of a small model of a type; -1 is a model without such a list.
+
+    Raises:
+        Exception: the type cannot be built small.
+    """
+    model = build(model_type, **changes)
+    perturb(model)
+    logits(model)  # whatever cannot even run is not built
+    try:
+        count = len(decoder_layers(model))
+    except npt.ModelError as error:
+        return {-1: Found("refused", str(error))}
+    found = {}
+    for layer in range(count):
+        found[layer] = judge(model, layer, "kept")
+        if found[layer].outcome == "right":
+            found[layer] = judge(model, layer, "removed")
+    return found
+
+
+def main(types: Sequence[str]) -> int:
+    """Print the table, and return how many types have a layer that is wrong."""
+    rows, counts = [], dict.fromkeys(("right", "in part", "refused", "wrong", "not built"), 0)
+    for model_type in types:
+        try:
+            layers = survey(model_type)
+        except Exception as error:  # whatever transformers says of sizes that do not fit
+            found = {Found("not built", " ".join(str(error).split())[:100]): [0]}
+            whole = "not built"
+        else:
+            found = {}
+            for layer, outcome in layers.items():
+                # without the list of layers and the layer's number, which are the same words
+                words = outcome.words.partition(") ")[2] or outcome.words
+                found.setdefault(Found(outcome.outcome, words), []).append(layer)
+            outcomes = {outcome for outcome, _ in found}
+            whole = (
+                "wrong" if "wrong" in outcomes
+                else "in part" if len(outcomes) > 1
+                else outcomes.pop()
+            )  # fmt: skip
+        counts[whole] += 1
+        rows += [
+            [model_type, "" if layers == [-1] else ",".join(map(str, layers)), *outcome]
+            for outcome, layers in found.items()
+        ]
+    print(markdown_table(["type", "layers", "outcome", "words"], rows))
+    print(", ".join(f"{name} {count}" for name, count in counts.items()))
+    return counts["wrong"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or TYPES) > 0)
