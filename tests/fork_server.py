@@ -105,7 +105,7 @@ class ForkServer:
             self._begun = json.loads(self._channel.recv(1000))
         return int(self._begun["pid"])
 
-    def wait(self, seconds: float = 60) -> dict[str, Any]:
+    def wait(self, seconds: float = 300) -> dict[str, Any]:
         """How the run has ended; after so many seconds it is killed."""
         self._channel.settimeout(seconds)
         try:
@@ -120,7 +120,7 @@ class ForkServer:
         return found
 
     def run(
-        self, arguments: Sequence[object], *, input: str = "", seconds: float = 60, **options: Any
+        self, arguments: Sequence[object], *, input: str = "", seconds: float = 300, **options: Any
     ) -> Finished:
         """Run ``npt-fast`` to its end."""
         with TemporaryFile() as stdin, TemporaryFile() as stdout, TemporaryFile() as stderr:

@@ -289,7 +289,7 @@ def interrupt(case: Case, target: Path, where: str, number: int, *more: str) -> 
     if where == "rmtree":
         assert process.stdout.readline() == "cleaning\n"
         process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     return process.returncode, errors
 
 
@@ -334,7 +334,7 @@ def test_of_two_merges_at_once_one_wins(medium: Case, tmp_path: Path) -> None:
     for attempt in range(3):
         target = medium.prepare(tmp_path / f"work{attempt}", force=False)
         processes = [start_cli(medium, target) for _ in range(2)]
-        outputs = [process.communicate(timeout=60) for process in processes]
+        outputs = [process.communicate(timeout=120) for process in processes]
         codes = [process.returncode for process in processes]
         assert sorted(codes) == [0, 1], outputs
         said = outputs[codes.index(1)][1].splitlines()
@@ -348,7 +348,7 @@ def test_of_two_merges_at_once_one_wins(medium: Case, tmp_path: Path) -> None:
 def test_merges_that_replace_at_once_leave_one_of_them(medium: Case, tmp_path: Path) -> None:
     target = medium.prepare(tmp_path / "work", force=True)
     processes = [start_cli(medium, target, "--force") for _ in range(3)]
-    outputs = [process.communicate(timeout=60) for process in processes]
+    outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert medium.state(target) == "new"
     assert os.listdir(target.parent) == ["out"]

@@ -39,7 +39,7 @@ CASES = {f"pt/{name}": build for name, build in PT_CASES} | {
 }
 MAX_MEMORY = 64 << 20  # plus `MAX_MULTIPLE` times the size of the file, as docs/merging.md says
 MAX_MULTIPLE = 32
-MAX_SECONDS = 10  # of CPU time for one file; the slowest needs a quarter of it
+MAX_SECONDS = 25  # of CPU time for one file; the slowest needs a tenth of it
 
 CHILD = """
 import json, os, sys, time

@@ -56,7 +56,7 @@ def test_help_of_a_verb_shows_its_example(capsys: Any) -> None:
     assert code == 0 and "npt-fast compare --" not in out
 
 
-def test_help_loads_neither_torch_nor_numpy() -> None:
+def test_help_is_light() -> None:
     code = """
 import sys
 from npt_fast.cli.main import main
@@ -68,16 +68,9 @@ except SystemExit:
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert not {"torch", "numpy", "triton", "transformers"} & set(result.stdout.split())
-
-
-def test_help_is_quick() -> None:
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        shell("--help")
-        times.append(time.monotonic() - started)
-    assert min(times) < 1.5  # 0.4 s on an idle machine; torch alone would take 4
+    loaded = result.stdout.splitlines()[-1].split()
+    assert not {"torch", "numpy", "triton", "transformers"} & set(loaded)
+    assert len(loaded) < 500  # 329, in 0.4 s; torch alone would add 1,000
 
 
 USAGE = {
@@ -218,12 +211,12 @@ def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
          "--verify"],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.npt-fast-*")) and time.monotonic() < deadline:
         if process.poll() is not None:
             break
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=120)
     assert process.returncode in (143, 0)  # 0: it was done already
     assert b"Traceback" not in err
     left = sorted(p.name for p in tmp_path.iterdir())

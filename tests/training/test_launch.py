@@ -17,7 +17,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 import npt_fast as npt
-from npt_fast.training import launch
+from npt_fast.training import launch, run
 from npt_fast.training.run_directory import RunDirectory
 from tests.checkpoints import assert_same_tensors, load_state, read_weights
 from tests.forked import forkserver
@@ -160,6 +160,18 @@ def at_the_start(monkeypatch: pytest.MonkeyPatch, happens: Callable[[list[Any]],
     monkeypatch.setattr(launch, "_all_succeeded", instead)
 
 
+def _never_begins(index: int, tasks: list[npt.TrainOptions], *arguments: Any) -> None:
+    """Stand where training would begin, for good; a file says so. It runs in a started process."""
+
+    def stand(options: npt.TrainOptions) -> None:
+        Path(f"{options.output_dir}.{index}").touch()
+        while True:
+            time.sleep(60)
+
+    run.train_here = stand  # type: ignore[assignment]
+    launch._train_one(index, tasks, *arguments)
+
+
 @pytest.mark.parametrize("pause", [0, 1])
 def test_a_process_that_is_killed(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause: float
@@ -170,6 +182,7 @@ def test_a_process_that_is_killed(
         processes[0].kill()
         time.sleep(pause)
 
+    monkeypatch.setattr(launch, "_train_one", _never_begins)
     at_the_start(monkeypatch, happens)
     begun = time.monotonic()
     with pytest.raises(npt.TrainingError, match="process 0 terminated with signal SIGKILL"):
@@ -188,7 +201,15 @@ def test_a_signal_before_training_begins(
     error: type[BaseException],
 ) -> None:
     """There is nothing to save, so the program ends as it would without our handler."""
-    at_the_start(monkeypatch, lambda processes: os.kill(os.getpid(), number))
+
+    def happens(processes: list[Any]) -> None:
+        while not all((tmp_path / f"out.{index}").exists() for index in range(2)):
+            assert all(process.is_alive() for process in processes)
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(launch, "_train_one", _never_begins)
+    at_the_start(monkeypatch, happens)
     before = signal.getsignal(number)
     with pytest.raises(error) as caught:
         place.train(tmp_path / "out", num_processes=2)

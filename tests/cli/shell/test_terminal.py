@@ -79,7 +79,7 @@ def test_a_session_on_a_terminal(files: tuple[Path, Path], tmp_path: Path) -> No
     }  # fmt: skip
     environment.pop("NO_COLOR", None)
     child = pexpect.spawn(
-        sys.executable, arguments, env=environment, encoding="utf-8", timeout=40,
+        sys.executable, arguments, env=environment, encoding="utf-8", timeout=120,
         dimensions=(40, 120),
     )  # fmt: skip
     said = io.StringIO()
