@@ -200,11 +200,15 @@ class TrainOptions:
             teacher, mixed, student.
         layer_weights: Weights of the layers in the loss: uniform, linear (from 1.0 down to 0.5), or
             one number per layer.
-        loss: Measure of errors. relative: squared error over squared target per token, and KL for
-            the fidelity loss; mse: the original's mean squared errors.
+        loss: Measure of errors. relative: squared error over squared target per token, with bounds
+            for unusual tokens, and KL for the fidelity loss; mse: the original's mean squared
+            errors.
         direct_mlp_weight: Weight of each layer's direct loss.
         sink_weight: Weight of the error at the first token of each window, relative to the layer's
             output; nearly all tokens attend to the first one. Works with loss relative only.
+        virtual_stride: Positions from one virtual token to the next. Virtual tokens show a layer
+            attention outputs that the text does not have; 0 trains without them. They work with
+            loss relative only.
         fidelity_weight: Weight of the fidelity loss, which compares logits; above 0, all layers of
             the model are run.
         lambda_reg: Weight of the mean squares of v_a and v_b.
@@ -215,7 +219,7 @@ class TrainOptions:
             constant.
         warmup_steps: Steps of linear warm-up; defaults to the smaller of 1000 and max_steps / 10.
         weight_decay: Weight decay of AdamW.
-        gradient_clip: Largest norm of all gradients together; 0 turns clipping off.
+        gradient_clip: Largest norm of the gradients of each layer; 0 turns clipping off.
         max_steps: Optimizer steps in total, including those before resuming.
         teacher_cache: Memory for the base model's activations, e.g. 2GB. In the teacher stage with
             small data, later epochs then skip the base model.
@@ -258,8 +262,8 @@ class TrainOptions:
     stride: int | None = None
     num_workers: int = 4
     special_tokens: bool = True
-    np_rank: int = 256
-    num_ranks: int = 1
+    np_rank: int = 64
+    num_ranks: int = 4
     modulation: ModulationType = "triple"
     residual: Residual = "removed"
     init_strategy: Initialization = "zero"
@@ -269,6 +273,7 @@ class TrainOptions:
     loss: LossKind = "relative"
     direct_mlp_weight: float = 10.0
     sink_weight: float = 64.0
+    virtual_stride: int = 4
     fidelity_weight: float = 0.0
     lambda_reg: float = 0.0
     batch_size: int = 4
@@ -277,7 +282,7 @@ class TrainOptions:
     lr_schedule: LRSchedule = "cosine"
     warmup_steps: int | None = None
     weight_decay: float = 0.01
-    gradient_clip: float = 0.5
+    gradient_clip: float = 0.1
     max_steps: int = 30000
     teacher_cache: str = "0"
     mixed_precision: bool = False
@@ -373,6 +378,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "direct_mlp_weight",
     "sink_weight",
+    "virtual_stride",
     "fidelity_weight",
     "lambda_reg",
     "warmup_steps",

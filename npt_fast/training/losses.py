@@ -37,7 +37,32 @@ def direct_errors(output: Tensor, target: Tensor, kind: LossKind) -> Tensor:
     squares = (_wide(output) - target).square()
     if kind == "mse":
         return squares.mean(-1)
-    return squares.sum(-1) / target.square().sum(-1).clamp_min(_TINY)
+    return squares.sum(-1) / squared_length(target).clamp_min(_TINY)
+
+
+def bounded_errors(errors: Tensor, attention: Tensor, typical: Tensor) -> Tensor:
+    """Huber's loss: relative errors up to a bound, and beyond it their square roots.
+
+    A token's gradient grows with its relative error, which has no limit, and with the square of its
+    attention output. So the bound is 1 for tokens with an attention output of usual size and falls
+    with that square: no token's gradient is much larger than that of a usual one.
+
+    Args:
+        errors: squared errors over squared targets, ``(...)``.
+        attention: attention outputs, ``(..., D)``.
+        typical: the usual square of an attention output, a scalar.
+
+    Returns:
+        ``(...)``.
+    """
+    size = squared_length(attention).clamp_min(typical)
+    bound = typical / size
+    return torch.where(errors <= bound, errors, 2 * (bound * errors.maximum(bound)).sqrt() - bound)
+
+
+def squared_length(tensor: Tensor) -> Tensor:
+    """Squared lengths of vectors ``(..., D)``, in float32 or more, ``(...)``."""
+    return _wide(tensor).square().sum(-1)
 
 
 def sink_errors(output: Tensor, target: Tensor, hidden: Tensor) -> Tensor:

@@ -115,6 +115,7 @@ def train_here(options: TrainOptions) -> TrainReport:
             loss=options.loss,
             direct_weight=options.direct_mlp_weight,
             sink_weight=options.sink_weight,
+            virtual_stride=options.virtual_stride,
             fidelity_weight=options.fidelity_weight,
             reg_weight=options.lambda_reg,
             cache_bytes=parse_size(options.teacher_cache),
