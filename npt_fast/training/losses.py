@@ -55,9 +55,11 @@ def bounded_errors(errors: Tensor, attention: Tensor, typical: Tensor) -> Tensor
     Returns:
         ``(...)``.
     """
-    size = squared_length(attention).clamp_min(typical)
-    bound = typical / size
-    return torch.where(errors <= bound, errors, 2 * (bound * errors.maximum(bound)).sqrt() - bound)
+    bound = typical / squared_length(attention).clamp_min(typical)
+    squared = bound.square()
+    return torch.where(
+        errors <= squared, errors, 2 * bound * errors.maximum(squared).sqrt() - squared
+    )
 
 
 def squared_length(tensor: Tensor) -> Tensor:
