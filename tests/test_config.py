@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from npt_fast.config import TrainOptions, parse_layers, parse_size
+from npt_fast.config import TrainOptions, parse_size
+from npt_fast.layer_names import parse_layers
 
 
 @pytest.mark.parametrize(
