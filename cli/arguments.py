@@ -203,8 +203,8 @@ class InjectionOptions(Injection):
     """`Injection`, with its position as text.
 
     Attributes:
-        position: Tokens of the prompt to inject into: a number, 2:5, 1,4, last, first, all, at:WORD
-            or after:WORD.
+        position: Tokens of the prompt to inject into: a number, 2:5, 1,4, last, last_3, first, all,
+            at:WORD or after:WORD.
     """
 
     position: Text = "last"

@@ -80,21 +80,31 @@ def _judged(model: Any, index: int, seen: _Seen) -> Residual | None:
     layer = unwrapped(outer)
     start = layer.mlp(layer.np_block.mlp_input(layer, seen.hidden))
     y = outer(seen.hidden, scaffold=Scaffold(attention=seen.attention)).mlp
-    target = seen.attention.double() + seen.mlp.double()
-    size = target.norm(dim=-1, keepdim=True).clamp_min(1e-30)  # each token counts the same
+    return judge(start, y, seen.attention, seen.mlp)
 
-    def scaled(part: Tensor) -> Tensor:
-        rows: Tensor = part / size
-        return rows[:, 1:].flatten(1)  # without the first token, an attention sink
 
-    change = scaled(y.double() - start.double())
-    aims = torch.stack([scaled(seen.mlp.double() - start), scaled(seen.attention.double())], -1)
+def judge(start: Tensor, y: Tensor, attention: Tensor, mlp: Tensor) -> Residual | None:
+    """What training aimed at; None where the evidence is weak. All are ``(windows, tokens, D)``.
+
+    Args:
+        start: output of the base MLP that reads the residual stream without attention.
+        y: output of the modulated MLP.
+        attention: attention output.
+        mlp: output of the base MLP that reads the residual stream with attention.
+    """
+    start, y, attention, mlp = (part.double() for part in (start, y, attention, mlp))
+    change, aims = y - start, torch.stack([mlp - start, attention], -1)
+    # each token counts the same: its change grows with the square of its attention output
+    size = torch.stack([start, change, attention + mlp]).norm(dim=(0, -1)).clamp_min(1e-30)
+    # without the first token, an attention sink
+    change = (change / size[..., None])[:, 1:].flatten(1)
+    aims = (aims / size[..., None, None])[:, 1:].flatten(1, 2)
     if not (change.isfinite().all() and aims.isfinite().all()):
         return None
     fits = torch.linalg.lstsq(aims, change[..., None]).solution
     explained = (aims @ fits).square().sum() / change.square().sum()
     # two directions explain 2 / D of a random change
-    if not explained > 8 / seen.hidden.shape[-1]:
+    if not explained > 8 / start.shape[-1]:
         return None
     verdicts = {_verdict(*fit) for fit in fits[..., 0].tolist()}
     return verdicts.pop() if len(verdicts) == 1 else None
