@@ -140,7 +140,8 @@ def test_a_model_that_has_the_layer_keeps_its_residual(tmp_path: Path) -> None:
 def test_a_briefly_trained_layer_of_a_real_model(tmp_path: Path, residual: Residual) -> None:
     options = npt.TrainOptions(
         train_layers="2", model_name="smollm2-135m", data="python-docs",
-        output_dir=tmp_path / "run", modulation="dual", residual=residual, np_rank=32, learning_rate=3e-4, max_length=64,
+        output_dir=tmp_path / "run", modulation="dual", residual=residual, np_rank=32,
+        learning_rate=3e-4, max_length=64,
         batch_size=8, gradient_accumulation_steps=1, max_steps=30, warmup_steps=2, eval_steps=0,
         num_eval_samples=4, generation_steps=0, cpu=True,
     )  # fmt: skip

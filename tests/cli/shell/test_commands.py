@@ -50,6 +50,9 @@ def test_every_command_answers(shell: Shell) -> None:
     lines = [
         "help", "help inject", "track x yy", "track x", "track", "untrack x z", "tokens some text",
         "extract a first", "extract b second -pos 1", "extract-seq s third", "list", "info a",
+        "add a b v -vectors", "subtract a b v -vectors", "average a b s v -vectors",
+        "scale a 2 v -vectors", "negate a v -vectors", "inject-add v text -strength 0.5",
+        "layers upper_half", "layers all", "inject a text -pos last_2", "delete v",
         "add a b c", "subtract a b c", "average a b s c", "scale a -0.5 c", "negate a c",
         "calc d = 0.5*a - mean(b, s)", "delete c", "test text", "test text -tokens 3",
         "inject a text -strategy top_k -top_k 3 -temp 0.7 -tokens 4",
