@@ -73,7 +73,7 @@ def test_errors_of_scripts_are_those_of_verbs(tmp_path: Path) -> None:
     printed, problem = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (1, "")
     assert printed == "$ npt-fast merge --checkpoints 'a b' --output o"
-    assert problem.startswith("Error: a b: ")
+    assert problem == "Error: Checkpoint not found: a b"
     done = script("analyze_npt_checkpoint", folder=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 2
 

@@ -139,11 +139,11 @@ def test_a_model_that_has_the_layer_keeps_its_residual(tmp_path: Path) -> None:
 @pytest.mark.parametrize("residual", ["removed", "kept"])
 def test_a_briefly_trained_layer_of_a_real_model(tmp_path: Path, residual: Residual) -> None:
     options = npt.TrainOptions(
-        train_layers="2", model_name="smollm2-135m", data="python-docs",
-        output_dir=tmp_path / "run", modulation="dual", residual=residual, np_rank=32,
-        learning_rate=3e-4, max_length=64,
-        batch_size=8, gradient_accumulation_steps=1, max_steps=30, warmup_steps=2, eval_steps=0,
-        num_eval_samples=4, generation_steps=0, cpu=True,
+        train_layers="11", model_name="smollm2-135m", data="python-docs",
+        output_dir=tmp_path / "run", modulation="dual", residual=residual, np_rank=64,
+        learning_rate=2e-4, lr_schedule="constant", max_length=128,
+        batch_size=4, gradient_accumulation_steps=1, max_steps=40, warmup_steps=5, eval_steps=0,
+        num_eval_samples=8, generation_steps=0, cpu=True,
     )  # fmt: skip
     path = npt.train(options).checkpoint
     (path / "npt_config.json").unlink()

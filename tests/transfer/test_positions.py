@@ -81,7 +81,10 @@ OUTSIDE = "outside the text, which has 8 tokens: 0 'The', 1 ' capital'"
         ("at:France", "'France' does not occur in 'The capital of Germany is of note'"),
         ("after:note", "nothing follows 'note' in"),
         (npt.at(""), "'' does not occur"),
-        ("at:", "'at:' is not a position: a number, 2:5, 1,4, last, first, all, at:WORD or after:"),
+        (
+            "at:",
+            "'at:' is not a position: a number, 2:5, 1,4, last, last_3, first, all",
+        ),
         ("second", "'second' is not a position"),
         ("", "'' is not a position"),
         ("1:2:3", "'1:2:3' is not a position"),

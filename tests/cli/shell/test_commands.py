@@ -118,7 +118,7 @@ BAD = [
     ("scale a inf new", "cannot be multiplied by inf"),
     ("calc a", "write it like calc new = 0.7*a - b"),
     ("layers 3", "layer 3 is not loaded; loaded are 1, 2"),
-    ("layers one", "not a list of layers such as 11,13 or 11-15, nor one of all, upper_half"),
+    ("layers one", "not a list of layers such as 11,13 or 11-15 (all, upper_half"),
     ("set sed=1", "no setting is called 'sed'; did you mean 'seed'?"),
     ("set seed", "write it like set seed=3"),
     ("load missing", "missing: cannot be opened: No such file"),
