@@ -21,7 +21,11 @@ def _layers(c: Context, a: Arguments) -> Reply:
         from npt_fast.hf.convert import decoder_layers
 
         named = resolve_layers(text, len(decoder_layers(session.model)))
-        session.activate([layer for layer in named if layer in session.available])
+        chosen = [layer for layer in named if layer in session.available]
+        if not chosen:
+            loaded = ", ".join(map(str, session.available))
+            raise TransferError(f"no layer of {text} is loaded; loaded are {loaded}")
+        session.activate(chosen)
     elif text is not None:
         try:
             session.activate(layer_indices(text))

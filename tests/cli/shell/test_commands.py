@@ -141,7 +141,7 @@ BAD = [
     (f"inject a text -when {_LONG}", "-when must be one of"),
     (f"inject a text -strategy {_LONG}", "strategy must be one of greedy"),
     (f"scale a {_LONG} new", "FACTOR must be a number"),
-    (f"layers {_LONG}", "layers are numbers"),
+    (f"layers {_LONG}", "is not a list of layers"),
     (f"set {_LONG}=1", "no setting is called"),
     (f"set {_LONG}", "write it like set seed=3"),
     (f"clear {_LONG}", "is one argument too many"),
