@@ -10,16 +10,17 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 import npt_fast as npt
-from npt_fast.cli.arguments import ModelOptions, PathText, ReadingOptions
+from npt_fast.cli.arguments import LayerOptions, ModelOptions, PathText, ReadingOptions
 from npt_fast.cli.output import certificate_lines, print_json, say
 
-_MODEL, _READING = ModelOptions(), ReadingOptions()
+_MODEL, _LOADING, _READING = ModelOptions(), LayerOptions(), ReadingOptions()
 
 
 def evaluate(
     *,
     checkpoint: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
     model: ModelOptions = _MODEL,
+    loading: LayerOptions = _LOADING,
     reading: ReadingOptions = _READING,
     data: PathText = "medium",
     num_eval_samples: Annotated[int, Parameter(validator=Number(gte=1))] = 100,
@@ -53,6 +54,7 @@ def evaluate(
     """
     from npt_fast.training.evaluation import continue_text
 
+    opened = [loading.open(path) for path in checkpoint]
     loaded, tokenizer = model.load(checkpoint)
 
     def continuations() -> list[str]:
@@ -60,8 +62,8 @@ def evaluate(
 
     results = []
     texts = {"base": continuations()}
-    for path in checkpoint:
-        npt.load(loaded, path)
+    for path, layers_of in zip(checkpoint, opened, strict=True):
+        loading.load(loaded, layers_of)
         found = npt.evaluate(
             loaded,
             tokenizer,

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from cyclopts import App, CycloptsError, Parameter
 
 import npt_fast as npt
-from npt_fast.cli import streams
+from npt_fast.cli import retired, streams
 from npt_fast.cli.output import shortened, warn
 from npt_fast.errors import NPTError, NPTWarning, VerificationError, missing_package
 
@@ -90,12 +90,15 @@ def _parse(arguments: list[str]) -> Callable[[], object]:
     if verbs:
         app[verbs[0]].help = None  # shows the docstring; the line above is for the list of verbs
     try:
+        arguments, notes = retired.replaced(arguments)
         verb, options, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         reason = " ".join(str(error).split())
-    except ValueError as error:  # of a dataclass of options
+    except ValueError as error:  # of a dataclass of options, or of a retired option
         reason = str(error)
     else:
+        for note in notes:
+            print(f"Note: {note}", file=sys.stderr)
         return partial(verb, *options.args, **options.kwargs)
     lists = "lists its options" if verbs else "lists verbs"
     _exit(2, f"{reason} ({' '.join(['npt-fast', *verbs])} --help {lists})")

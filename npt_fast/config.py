@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from npt_fast.errors import PathError
+from npt_fast.layer_names import check_layers, parse_layers
 from npt_fast.paths import expand
 
 ConflictPolicy = Literal["first", "last", "error", "identical", "concat", "mean"]
@@ -175,7 +176,8 @@ class TrainOptions:
     Names are the original's, and so are the defaults except for a few (design.md#the-original).
 
     Attributes:
-        train_layers: Layers to train: 11 or 11,13 or 11-15; negative indices count from the end.
+        train_layers: Layers to train: 11 or 11,13 or 11-15, all, upper_half or lower_half;
+            negative indices count from the end.
         model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
         resume_from: Checkpoint to resume from: one of this run, a merge, or one with other layers.
         data: Training text: small, medium, large or xlarge (Hugging Face datasets, streamed);
@@ -192,7 +194,8 @@ class TrainOptions:
         modulation: Projections to modulate. single: gate; dual: gate and up; triple: gate, up and
             down.
         residual: What happens to the attention output. removed: the trained MLP replaces
-            attention + MLP; kept: the layer still adds it.
+            attention + MLP; kept: the layer still adds it. If not given, layers that start fresh
+            have removed, and those of resume_from what is recorded or found out of them.
         init_strategy: How fresh layers start: zero starts at the base MLP; improved and
             conservative are the original's.
         np_init_scale: Scale of the original's initializations.
@@ -265,7 +268,7 @@ class TrainOptions:
     np_rank: int = 64
     num_ranks: int = 4
     modulation: ModulationType = "triple"
-    residual: Residual = "removed"
+    residual: Residual | None = None
     init_strategy: Initialization = "zero"
     np_init_scale: float = 0.001
     curriculum_stages: str = "teacher:5000,mixed:5000:0.5,student:20000"
@@ -309,7 +312,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
             value, allowed = getattr(self, name), get_args(kind)
-            if value not in allowed and not (name == "wandb_mode" and value is None):
+            if value not in allowed and (value is not None or name not in _OPTIONAL):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -329,12 +332,16 @@ class TrainOptions:
             raise ValueError("direct_mlp_weight and fidelity_weight are both 0: nothing to learn")
         _check_paths(self, "model_name", "resume_from", "data", "eval_data", "output_dir")
         # only to raise: the fields keep what was given, which config.json records
-        parse_layers(self.train_layers)
+        check_layers(self.train_layers)
         parse_size(self.teacher_cache)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers to train, in the order given, which is the order of `layer_weights`."""
+        """Layers to train, in the order given, which is the order of `layer_weights`.
+
+        Raises:
+            ValueError: `train_layers` is a name, which needs a model.
+        """
         return parse_layers(self.train_layers)
 
 
@@ -360,6 +367,7 @@ _CHOICES = {
     "track": Tracker,
     "wandb_mode": WandbMode,
 }
+_OPTIONAL = ("residual", "wandb_mode")
 _POSITIVE = (
     "num_eval_samples",
     "num_workers",
@@ -387,45 +395,6 @@ _NOT_NEGATIVE = (
     "eval_steps",
     "generation_steps",
 )
-
-
-def parse_layers(layers: str | Sequence[int]) -> tuple[int, ...]:
-    """Parse ``"11,13"``, ``"11-15"`` or a sequence into layer indices, in the order given.
-
-    Raises:
-        ValueError: `layers` is not a list of layers, or names one twice.
-    """
-    found = layer_indices(layers) if isinstance(layers, str) else list(layers)
-    if not found or any(type(layer) is not int for layer in found):
-        raise ValueError(f"layers must be a list of layer indices, got {layers!r}")
-    if len(set(found)) < len(found):
-        raise ValueError(f"layers names a layer twice: {layers!r}")
-    return tuple(found)
-
-
-_MAX_LAYERS = 10_000  # bounds the memory that a short text such as "0-99999,0-99999" can take
-
-
-def layer_indices(text: str) -> list[int]:
-    """Parse ``"11,13"`` or ``"5,11-13"`` into layer indices, in the order given.
-
-    Raises:
-        ValueError: `text` is not a list of layers, has a range that runs backwards, or names more
-            layers than any model has.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        # five digits: int() of a long text of digits takes quadratic time
-        match = re.fullmatch(r"\s*(-?[0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
-        if match is None:
-            raise ValueError(f"{text!r:.80} is not a list of layers such as 11,13 or 11-15")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ValueError(f"{first}-{last} runs backwards; a range is written as 11-15")
-        found.extend(range(first, last + 1))
-        if len(found) > _MAX_LAYERS:
-            raise ValueError(f"{text!r:.80} names more than {_MAX_LAYERS:,} layers")
-    return found
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

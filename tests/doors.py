@@ -283,6 +283,7 @@ DOORS = (
         _shards(_WEIGHTS), JSON,
     ),
     Door("npt_config.json", "a/npt_config.json", _WEIGHTS, JSON),
+    Door("training_metadata.json", "a/training_metadata.json", _WEIGHTS, JSON),
     Door("config.json", "a/config.json", _WEIGHTS, JSON),
     Door("merge_summary.json", "a/merge_summary.json", _READ, JSON),
     Door("merge_digests.txt", "a/merge_digests.txt", _READ, {

@@ -53,6 +53,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> 
         place.train(folder / "run", train_layers="1", max_steps=2)
     trained = folder / "run" / "checkpoints" / "checkpoint-2"
     npt.merge(trained, folder / "a", verify=True)
+    (folder / "a" / "training_metadata.json").write_text('{"architecture_version": "v2"}')
     options = npt.MergeOptions(format="safetensors", max_shard_size=2000)
     npt.merge(trained, folder / "shards", verify=True, options=options)
     model, _ = load_base_model(str(folder / "base"))

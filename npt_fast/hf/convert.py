@@ -219,8 +219,14 @@ def unload(model: Model) -> Model:
         ModelError: another library has replaced a layer's forward since it was converted; the model
             is unchanged then.
     """
+    remove_layers(model, list(components(model)))
+    return model
+
+
+def remove_layers(model: Any, indices: Sequence[int]) -> None:
+    """`unload`, of some NP layers."""
     inner = _inner_layers(model)
-    layers = [inner[index] for index in components(model)]
+    layers = [inner[index] for index in indices]
     for layer in layers:  # before the first is changed
         patching.check_detachable(layer, _forward)
         patching.check_detachable(unwrapped(layer.mlp), _mlp_forward)
@@ -231,8 +237,7 @@ def unload(model: Model) -> Model:
                 patching.detach(mlp, _mlp_forward)
                 del mlp.np_act_fn
         del layer.np_component, layer.np_block
-    record(model, {})
-    return model
+    record(model, components(model))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from npt_fast.errors import TrainingError, printable
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.checkpoint import load
 from npt_fast.hf.convert import components, convert, decoder_layers
+from npt_fast.layer_names import is_name, resolve_layers
 from npt_fast.paths import user_path
 from npt_fast.training.curriculum import parse_curriculum
 from npt_fast.training.distillation import Distillation
@@ -177,7 +178,8 @@ def output_directory(options: TrainOptions) -> Path:
     name = options.wandb_name
     if name is None:
         base = re.sub(r"[^A-Za-z0-9._-]", "_", options.model_name.rstrip("/").split("/")[-1])
-        layers = "-".join(str(layer) for layer in options.layers)
+        named = is_name(options.train_layers)
+        layers = options.train_layers if named else "-".join(map(str, options.layers))
         name = f"npt_layers_{layers}_{base}_{time.strftime('%Y%m%d_%H%M%S')}"
     if name in (".", "..") or "/" in name:
         raise TrainingError(f"wandb_name {name!r} is not a folder name; use --output_dir")
@@ -255,7 +257,7 @@ def _add_layers(
         name = checkpoint.model_name
         if name is not None and name != options.model_name:
             say(f"Note: {checkpoint.given} was trained on {name}, this is {options.model_name}")
-        load(model, checkpoint, layers=known, trainable=True)
+        load(model, checkpoint, layers=known, residual=options.residual, trainable=True)
         left = [layer for layer in checkpoint.modules if layer not in layers]
         if left:
             say(
@@ -273,18 +275,12 @@ def _add_layers(
     return layers
 
 
-def _layer_indices(options: TrainOptions, model: Any) -> list[int]:
+def _layer_indices(options: TrainOptions, model: Any) -> tuple[int, ...]:
     """Indices of the layers from 0, in the order in which `train_layers` names them."""
-    count = len(decoder_layers(model))
-    for layer in options.layers:
-        if not -count <= layer < count:
-            raise TrainingError(
-                f"train_layers: there is no layer {layer}, the model has {count} layers"
-            )
-    layers = [layer % count for layer in options.layers]
-    if len(set(layers)) < len(layers):
-        raise TrainingError(f"train_layers names a layer twice: {layers}")
-    return layers
+    try:
+        return resolve_layers(options.train_layers, len(decoder_layers(model)))
+    except ValueError as error:
+        raise TrainingError(f"train_layers: {error}") from None
 
 
 def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
@@ -293,7 +289,7 @@ def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
         rank=options.np_rank,
         num_ranks=options.num_ranks,
         modulation=options.modulation,
-        residual=options.residual,
+        residual=options.residual or "removed",
         init=options.init_strategy,
         init_scale=options.np_init_scale,
     )

@@ -188,7 +188,7 @@ def _is_position(value: Any) -> bool:
         except TransferError:
             return False
         return is_text(value)
-    return WHOLE.fits(value)
+    return WHOLE.fits(value) or (bool(value) and list_of(WHOLE).fits(value))
 
 
 _WORDS = Kind("a text", lambda value: is_text(value) and bool(value))
@@ -207,7 +207,10 @@ _FACT = {
 _INJECT = {
     "from": _WORDS,
     "sequence": FLAG,
-    "position": Kind("a number, 2:5, first, last, all, at:WORD or after:WORD", _is_position),
+    "position": Kind(
+        "a number, a list of them, 2:5, first, last, last_3, all, at:WORD or after:WORD",
+        _is_position,
+    ),
     "mode": one_of(get_args(InjectionMode)),
     "strength": NUMBER,
     "when": one_of(get_args(InjectionTime)),

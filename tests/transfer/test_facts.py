@@ -34,6 +34,9 @@ facts:
     expect: {begins: a, contains: b}
     must_not_change: [c, d]
     tokens: 3
+  - prompt: q
+    inject: {from: s, position: [1, -1]}
+    expect: e
 """
     )
     assert read_facts(path) == [
@@ -48,6 +51,7 @@ facts:
             injection=Injection(position=-2, mode="add", strength=2, when="both"),
             begins="a", contains="b", must_not_change=["c", "d"], tokens=3,
         ),
+        Fact(name="q", prompt="q", source="s", injection=Injection(position=[1, -1]), contains="e"),
     ]  # fmt: skip
 
 
@@ -80,8 +84,10 @@ def wrong(**changes: Any) -> str:
         (wrong(inject={"from": "s", "when": "now"}), "when must be one of prefill"),
         (wrong(inject={"from": "s", "strength": "2"}), "strength must be a number, not '2'"),
         (wrong(inject={"from": "s", "strength": float("nan")}), "strength must be a number"),
-        (wrong(inject={"from": "s", "position": "there"}), "position must be a number, 2:5"),
-        (wrong(inject={"from": "s", "position": 1.5}), "position must be a number, 2:5"),
+        (wrong(inject={"from": "s", "position": "there"}), "position must be a number, a list"),
+        (wrong(inject={"from": "s", "position": 1.5}), "position must be a number, a list"),
+        (wrong(inject={"from": "s", "position": []}), "position must be a number, a list"),
+        (wrong(inject={"from": "s", "position": [True]}), "position must be a number, a list"),
         (wrong(inject={"from": "s", "sequence": 1}), "sequence must be true or false, not 1"),
         ("facts: [3]", ": fact 1: must be a mapping with prompt, inject"),
         ("facts: []", ": has no facts"),
