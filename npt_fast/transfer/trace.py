@@ -6,24 +6,22 @@ a window of neighbouring layers at a time. An NP layer there could transfer what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from npt_fast.config import Position
-from npt_fast.errors import ModelError, TransferError
+from npt_fast.errors import TransferError
 from npt_fast.hf.convert import decoder_layers, disabled
 from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, first_token, read
 from npt_fast.pictures import figure_class, save
+from npt_fast.transfer.attention import TOKENS, attention_hooks, next_logits
 from npt_fast.transfer.compare import divergences
 from npt_fast.transfer.positions import find
-
-_TOKENS = 1024  # per pass, over all rows of the batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +133,15 @@ def trace(
     follow = [first_token(tokenizer, text) for text in tracked]
     with disabled(model):
         outputs: list[Tensor] = []  # (taken, D) by layer
-        with _hooked(layers, lambda _, attention: outputs.append(attention[0, taken])):
-            source_logits = _next(model, [source_ids])
-        before = _next(model, [target_ids])
+        every = range(len(layers))
+        with attention_hooks(model, every, lambda _, out: outputs.append(out[0, taken])):
+            source_logits = next_logits(model, [source_ids])
+        before = next_logits(model, [target_ids])
         if not follow:
             tops = [int(logits.argmax()) for logits in (source_logits, before)]
             follow = list(dict.fromkeys(tops))
         starts = range(len(layers) - window + 1)
-        size = max(1, _TOKENS // len(target_ids))
+        size = max(1, TOKENS // len(target_ids))
         after = torch.cat(
             [
                 _patched(model, target_ids, put, outputs, starts[i : i + size], window)
@@ -192,34 +191,8 @@ def _patched(
             if start <= layer < start + window:
                 attention[row, put] = source
 
-    with _hooked(decoder_layers(model), patch):
-        return _next(model, [ids] * len(starts))
-
-
-def _next(model: Any, ids: list[list[int]]) -> Tensor:
-    """Logits of the next token, ``(rows, vocab)`` in float32 on the CPU."""
-    rows = torch.tensor(ids, device=model.device)
-    logits: Tensor = model(input_ids=rows, use_cache=False, logits_to_keep=1).logits
-    return logits[:, -1].float().cpu()
-
-
-@contextmanager
-def _hooked(layers: nn.ModuleList, visit: Any) -> Iterator[None]:
-    """Within the context, call `visit` with each layer's attention output, which it may change."""
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            attention = getattr(layer, "self_attn", None)
-            if attention is None:
-                raise ModelError(f"layer {index} ({type(layer).__name__}) has no self_attn")
-
-            def hook(_: Any, args: Any, output: Any, index: int = index) -> Any:
-                # a copy: `visit` may write to it, and others may hold the original
-                changed = output[0].clone()
-                visit(index, changed)
-                return (changed, *output[1:])
-
-            stack.callback(attention.register_forward_hook(hook).remove)
-        yield
+    with attention_hooks(model, range(len(outputs)), patch):
+        return next_logits(model, [ids] * len(starts))
 
 
 def draw(trace: Trace, path: str | Path) -> None:
