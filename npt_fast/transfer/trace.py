@@ -19,9 +19,10 @@ from npt_fast.errors import TransferError
 from npt_fast.hf.convert import decoder_layers, disabled
 from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, first_token, read
 from npt_fast.pictures import figure_class, save
-from npt_fast.transfer.attention import TOKENS, attention_hooks, next_logits
+from npt_fast.transfer.attention import attention_hooks, batches, next_logits
 from npt_fast.transfer.compare import divergences
-from npt_fast.transfer.positions import find
+from npt_fast.transfer.positions import find, named
+from npt_fast.transfer.suite import filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,29 @@ class Patch:
     kl: float
     top: str
 
+    @property
+    def name(self) -> str:
+        """The layers for people: ``23`` or ``22-24``."""
+        first, last = self.layers[0], self.layers[-1]
+        return str(first) if first == last else f"{first}-{last}"
+
+
+@dataclass(frozen=True, slots=True)
+class CrossRelation:
+    """What patches carry of a text about the same subject in another relation.
+
+    Attributes:
+        text: Text that attention outputs are taken from, at its last token.
+        subject: What the source has where the target differs; it is in the text as well.
+        top: Likeliest token after the text itself.
+        tops: Likeliest token after the target, by patch, in the order of `Trace.patches`.
+    """
+
+    text: str
+    subject: str
+    top: str
+    tops: list[str]
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -57,6 +81,7 @@ class Trace:
         target_top: Likeliest token after the target, unpatched.
         window: Number of layers patched at a time.
         patches: One per window, in the order of first layers.
+        cross: The cross-relation test; None if it was not asked for.
     """
 
     source: list[str]
@@ -70,6 +95,7 @@ class Trace:
     target_top: str
     window: int
     patches: list[Patch]
+    cross: CrossRelation | None = None
 
     @property
     def decisive(self) -> list[Patch]:
@@ -81,6 +107,32 @@ class Trace:
     def strongest(self) -> Patch:
         """The patch with the largest KL."""
         return max(self.patches, key=lambda patch: patch.kl)
+
+    @property
+    def finding(self) -> str:
+        """What the patch that changes the answer most carries, in one sentence."""
+        if not self.decisive:
+            patch = self.strongest
+            return (
+                f"No layer changes the answer, which stays {self.target_top!r}; layer {patch.name} "
+                f"changes it most (KL {patch.kl:.4f})."
+            )
+        patch = self.decisive[0]
+        where = named(self.target_positions, self.target)
+        begin = f"The attention of layer {patch.name} at token {where} carries"
+        cross = self.cross
+        if cross is None:
+            return f"{begin} what differs between the two texts: it puts {patch.top!r} on top."
+        top = cross.tops[self.patches.index(patch)]
+        if top == self.source_top != cross.top:
+            return (
+                f"{begin} the subject {cross.subject!r}: taken from {cross.text!r}, it puts "
+                f"{top!r} on top as well."
+            )
+        return (
+            f"{begin} what differs between the two texts: taken from {cross.text!r}, it puts "
+            f"{top!r} on top."
+        )
 
 
 @torch.no_grad()
@@ -94,6 +146,7 @@ def trace(
     window: int = 1,
     source_position: Position = -1,
     target_position: Position = -1,
+    cross_relation: str | None = None,
     reading: Reading = DEFAULT_READING,
 ) -> Trace:
     """Patch attention outputs of `source` into the pass of `target`, layer by layer.
@@ -111,11 +164,14 @@ def trace(
         window: Number of neighbouring layers patched at a time.
         source_position: Tokens that outputs are taken from.
         target_position: Tokens that they are put at: as many as are taken, or any number if one is.
-        reading: How both prompts become tokens.
+        cross_relation: Another relation's prompt with ``{}`` for the source's subject, which is
+            where the two prompts differ. Outputs at its last token are put into the target, too: if
+            the source's answer comes on top, the layer carries the subject, not the fact.
+        reading: How all prompts become tokens.
 
     Raises:
         TransferError: a text is empty, a position is outside it, `window` does not fit the model,
-            or the numbers of positions differ.
+            the numbers of positions differ, or `cross_relation` has no ``{}`` or finds no subject.
         ModelError: a layer has no `self_attn`.
     """
     layers = decoder_layers(model)
@@ -131,23 +187,23 @@ def trace(
             "give one, or as many"
         )
     follow = [first_token(tokenizer, text) for text in tracked]
+    subject = cross_text = ""
+    if cross_relation is not None:
+        subject = _subject(source, target)
+        if "{}" not in cross_relation:
+            raise TransferError(f"cross_relation {cross_relation!r}: write {{}} for the subject")
+        cross_text = filled(cross_relation, subject)
     with disabled(model):
-        outputs: list[Tensor] = []  # (taken, D) by layer
-        every = range(len(layers))
-        with attention_hooks(model, every, lambda _, out: outputs.append(out[0, taken])):
-            source_logits = next_logits(model, [source_ids])
+        outputs, source_logits = _outputs(model, source_ids, taken)
         before = next_logits(model, [target_ids])
         if not follow:
             tops = [int(logits.argmax()) for logits in (source_logits, before)]
             follow = list(dict.fromkeys(tops))
-        starts = range(len(layers) - window + 1)
-        size = max(1, TOKENS // len(target_ids))
-        after = torch.cat(
-            [
-                _patched(model, target_ids, put, outputs, starts[i : i + size], window)
-                for i in range(0, len(starts), size)
-            ]
-        )
+        after = _patched(model, target_ids, put, outputs, window)
+        if cross_text:
+            cross_ids = read(tokenizer, cross_text, reading).ids
+            cross_outputs, cross_logits = _outputs(model, cross_ids, [len(cross_ids) - 1])
+            crossed = _patched(model, target_ids, put, cross_outputs, window)
 
     def probabilities(logits: Tensor) -> list[float]:
         found: list[float] = logits.double().softmax(-1)[follow].tolist()
@@ -172,27 +228,58 @@ def trace(
             Patch(
                 list(range(start, start + window)),
                 probabilities(logits),
-                kl[row],
+                kl[start],
                 likeliest(logits),
             )
-            for row, (start, logits) in enumerate(zip(starts, after, strict=True))
+            for start, logits in enumerate(after)
         ],
+        cross=CrossRelation(
+            cross_text, subject, likeliest(cross_logits[0]), [likeliest(row) for row in crossed]
+        )
+        if cross_text
+        else None,
     )
 
 
+def _subject(source: str, target: str) -> str:
+    """The words of the source where the target differs."""
+    ours, other = source.split(), target.split()
+    for end in (0, -1):
+        while ours and other and ours[end] == other[end]:
+            del ours[end], other[end]
+    if not ours:
+        raise TransferError(
+            f"{source!r} has no subject of its own beside {target!r}; a cross-relation test needs "
+            "two prompts that differ in their subject"
+        )
+    return " ".join(ours)
+
+
+def _outputs(model: Any, ids: list[int], taken: list[int]) -> tuple[list[Tensor], Tensor]:
+    """Attention outputs ``(taken, D)`` of each layer, and the logits of the next token."""
+    outputs: list[Tensor] = []
+    every = range(len(decoder_layers(model)))
+    with attention_hooks(model, every, lambda _, out: outputs.append(out[0, taken])):
+        return outputs, next_logits(model, [ids])
+
+
 def _patched(
-    model: Any, ids: list[int], put: list[int], outputs: list[Tensor], starts: range, window: int
+    model: Any, ids: list[int], put: list[int], outputs: list[Tensor], window: int
 ) -> Tensor:
-    """Logits ``(len(starts), vocab)``; row b patches the window that begins at ``starts[b]``."""
+    """Logits ``(windows, vocab)``; row b patches the window that begins at layer b."""
+    starts = range(len(outputs) - window + 1)
+    found = []
+    for batch in batches([ids] * len(starts)):
 
-    def patch(layer: int, attention: Tensor) -> None:
-        source = outputs[layer].to(attention)
-        for row, start in enumerate(starts):
-            if start <= layer < start + window:
-                attention[row, put] = source
+        def patch(layer: int, attention: Tensor, batch: list[int] = batch) -> None:
+            source = outputs[layer].to(attention)
+            for row, start in enumerate(batch):
+                if start <= layer < start + window:
+                    attention[row, put] = source
 
-    with attention_hooks(model, range(len(outputs)), patch):
-        return next_logits(model, [ids] * len(starts))
+        with attention_hooks(model, range(len(outputs)), patch):
+            found.append(next_logits(model, [ids] * len(batch)))
+    return torch.cat(found)
 
 
 def draw(trace: Trace, path: str | Path) -> None:
