@@ -27,6 +27,7 @@ NEEDS = {
     "compare": (["compare", *TEXTS], "torch", "hf"),
     "sweep": (["sweep", *TEXTS], "torch", "hf"),
     "check": (["check", "facts.yaml", "--checkpoint", "a"], "torch", "hf"),
+    "study": (["study", "--checkpoint", "a", "--output", "o"], "torch", "hf"),
     "interact": (["interact", "--checkpoint", "a"], "torch", "interact"),
     "bench": (["bench"], "torch", "hf"),
     "bench-host": (["bench", "--host"], "torch", "hf"),

@@ -42,7 +42,7 @@ ALLOWED = {
     },
     "transfer": {
         *("config", "errors", "paths", "schema", "checkpoint"),
-        *("functional", "called_mlp", "modules", "hf", "pictures"),
+        *("functional", "called_mlp", "modules", "hf", "pictures", "tables"),
     },
 }
 FOREIGN = {

@@ -196,7 +196,7 @@ class _Run:
             tops = self._logits([relation.about(s) for s in relation.pairs]).argmax(-1).tolist()
         found = {}
         for (subject, text), top in zip(relation.pairs.items(), tops, strict=True):
-            token = first_token(self.tokenizer, f" {text}")
+            token = first_token(self.tokenizer, relation.separator + text)
             if token == top:
                 found[subject] = _Object(text, token)
         return found

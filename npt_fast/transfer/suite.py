@@ -5,7 +5,8 @@ relations:                            # what the study moves from one subject to
   - name: river
     prompt: The longest river of {} is the     # {} stands for the subject
     paraphrases: ["{}'s longest river is the"]
-    pairs: {France: Loire, Brazil: Amazon}     # subject and object, which follows with a space
+    pairs: {France: Loire, Brazil: Amazon}     # subjects and objects
+    separator: " "                    # between prompt and object; the default
     at_least: 0.5                     # for `check`: pairs whose injected object must be on top
 controls:                             # sentences that have nothing to do with any relation
   - Water boils at one hundred degrees
@@ -38,6 +39,8 @@ class Relation:
         prompt: Text with ``{}`` for the subject, which the object follows.
         pairs: Object of each subject.
         paraphrases: The same prompt in other words.
+        separator: What stands between prompt and object; empty after a quote, or in languages
+            without spaces.
         at_least: Share of pairs, from 0 to 1, whose injected object must be on top in a check.
     """
 
@@ -45,6 +48,7 @@ class Relation:
     prompt: str
     pairs: Mapping[str, str]
     paraphrases: Sequence[str] = ()
+    separator: str = " "
     at_least: float = 0.5
 
     def about(self, subject: str) -> str:
@@ -166,5 +170,6 @@ _RELATION = {
         lambda value: _PAIRS.fits(value) and len(value) > 1,
     ),
     "paraphrases": Kind("a list of texts with {} for the subject", list_of(_TEMPLATE).fits),
+    "separator": Kind("a text", is_text),
     "at_least": Kind("a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1),
 }
