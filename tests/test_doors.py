@@ -23,7 +23,7 @@ from npt_fast.tables import markdown_table
 from tests.doors import ATTACKS, DOORS, SHELL, Attack, Door, attacks, modulation
 from tests.fork_server import Finished, ForkServer
 from tests.training import runs, tiny
-from tests.transfer.known import known_relation
+from tests.transfer.known import known_relations
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 5
@@ -64,8 +64,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> 
     torch.save(model.state_dict(), folder / "bin" / "pytorch_model.bin")
     (folder / "m.safetensors").write_bytes(modulation())
     (folder / "facts.yaml").write_text(FACT)
-    relation = known_relation(tiny.model(initializer_range=0.2), tiny.tokenizer())
-    (folder / "suite.yaml").write_text(yaml.safe_dump({"relations": [relation]}))
+    relations = known_relations(tiny.model(initializer_range=0.2), tiny.tokenizer(), n="{}")
+    (folder / "suite.yaml").write_text(yaml.safe_dump({"relations": relations}))
     for name, content in SCRIPTS.items():
         (folder / name).write_text(content)
     for name in ("rows.jsonl", "rows.json"):

@@ -15,26 +15,26 @@ from npt_fast.transfer.study_report import study_json
 from tests.checkpoints import run
 from tests.training import tiny
 from tests.training.runs import Place
-from tests.transfer.known import known_relation
+from tests.transfer.known import known_relations
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
     base, tokenizer = tiny.model(initializer_range=0.2), tiny.tokenizer()
-    relations = [
-        known_relation(base, tokenizer, name="one"),
-        known_relation(base, tokenizer, name="two", prompt="of {}"),
-    ]
+    relations = known_relations(base, tokenizer, one="{}", two="of {}")
     path = tmp_path / "suite.yaml"
     path.write_text(yaml.safe_dump({"relations": relations, "controls": ["a", "b c"]}))
     return path
 
 
 def arguments(place: Place, checkpoint: Path, suite: Path, *more: object) -> list[object]:
-    return [
-        "study", "--checkpoint", checkpoint, "--model_name", place.base, "--cpu",
-        "--suite", suite, "--output", suite.parent / "out", *more,
-    ]  # fmt: skip
+    """A command line; what is in `more` is not given twice."""
+    given: dict[str, object] = {
+        "--checkpoint": checkpoint, "--model_name": place.base, "--suite": suite,
+        "--output": suite.parent / "out",
+    }  # fmt: skip
+    rest = [part for name, value in given.items() if name not in more for part in (name, value)]
+    return ["study", "--cpu", *rest, *more]
 
 
 def test_tables_and_a_folder(place: Place, checkpoint: Path, suite: Path, capsys: Any) -> None:

@@ -64,7 +64,6 @@ def test_what_is_wrong_is_one_line(place: Place, capsys: Any, tmp_path: Path) ->
         (["--from_position", "somewhere"], 1, "'somewhere' is not a position"),
         (["--to_position", "at:q"], 1, "'q' does not occur in 'dea'"),
         (["--cross_relation", "b"], 1, "cross_relation 'b': write {} for the subject"),
-        (["--from", "dea", "--cross_relation", "b {}"], 1, "'dea' has no subject of its own"),
         (["--plot", tmp_path / "none" / "a.png"], 1, "cannot be written"),
     ]
     for more, expected_code, expected in cases:

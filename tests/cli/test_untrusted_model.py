@@ -14,7 +14,7 @@ from tests.cli.test_check import HOLDS, facts
 from tests.fork_server import Finished, ForkServer
 from tests.training import tiny
 from tests.training.runs import Place
-from tests.transfer.known import known_relation
+from tests.transfer.known import known_relations
 
 VERBS = (
     "models", "trace", "evaluate", "check", "compare", "sweep", "study", "train", "interact",
@@ -71,9 +71,8 @@ class Program:
 
     def _study(self, model: str) -> list[str]:
         suite = self.folder / "suite.yaml"
-        suite.write_text(
-            yaml.safe_dump({"relations": [known_relation(tiny.model(), tiny.tokenizer())]})
-        )
+        relations = known_relations(tiny.model(), tiny.tokenizer(), n="{}")
+        suite.write_text(yaml.safe_dump({"relations": relations}))
         return ["--suite", str(suite), "--output", str(self.folder / f"{Path(model).name}-study")]
 
     def run(self, runs: list[list[str]], stdin: str = "y\n" * 99) -> list[Finished]:

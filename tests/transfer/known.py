@@ -11,19 +11,27 @@ import npt_fast as npt
 
 
 @torch.no_grad()
-def known_relation(
-    model: Any, tokenizer: Any, *, name: str = "n", prompt: str = "{}", subjects: int = 4
-) -> dict[str, Any]:
-    """A relation as a suite file has it, of two-letter subjects with objects that all differ."""
-    found: dict[str, str] = {}
+def known_relations(model: Any, tokenizer: Any, **prompts: str) -> list[dict[str, Any]]:
+    """Relations as a suite file has them, by name and prompt.
+
+    All have the same four subjects, of two letters, and no object is there twice.
+    """
     names = [a + b for a in ascii_letters[:20] for b in ascii_letters[:20]]
-    ids = tokenizer([prompt.replace("{}", subject) for subject in names])["input_ids"]
-    with npt.disabled(model):
-        tops = model(torch.tensor(ids)).logits[:, -1].argmax(-1).tolist()
-    for subject, top in zip(names, tops, strict=True):
-        text = tokenizer.decode([top])
-        plain = text.isascii() and text.isprintable() and text.strip()
-        if plain and tokenizer(text)["input_ids"] == [top] and text not in found.values():
-            found[subject] = text
-    pairs = dict(list(found.items())[:subjects])
-    return {"name": name, "prompt": prompt, "separator": "", "pairs": pairs}
+    pairs: dict[str, dict[str, str]] = {name: {} for name in prompts}
+    tops = []
+    for prompt in prompts.values():
+        ids = tokenizer([prompt.replace("{}", subject) for subject in names])["input_ids"]
+        with npt.disabled(model):
+            found = model(torch.tensor(ids)).logits[:, -1].argmax(-1)
+        tops.append([tokenizer.decode([top]) for top in found.tolist()])
+    seen: set[str] = set()
+    for subject, *texts in zip(names, *tops, strict=True):
+        plain = all(len(t) == 1 and t.isascii() and t.isprintable() and t != " " for t in texts)
+        if plain and len(seen | set(texts)) == len(seen) + len(texts) < 4 * len(prompts) + 1:
+            seen |= set(texts)
+            for name, text in zip(prompts, texts, strict=True):
+                pairs[name][subject] = text
+    return [
+        {"name": name, "prompt": prompt, "separator": "", "pairs": pairs[name]}
+        for name, prompt in prompts.items()
+    ]

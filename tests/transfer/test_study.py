@@ -16,7 +16,7 @@ from npt_fast.transfer.study_results import Row, Study
 from npt_fast.transfer.suite import Relation, Suite
 from tests.transfer import models
 from tests.transfer.injected import truth
-from tests.transfer.known import known_relation
+from tests.transfer.known import known_relations
 
 tokenizer = models.tokenizer
 CONTROLS = ("the wet road", "a kind of tea")
@@ -31,21 +31,9 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def suite(model: Any) -> Suite:
     """Two relations of the same subjects; one more subject of the first is not known."""
-    one = known_relation(model, tokenizer, name="one", subjects=400)
-    two = known_relation(model, tokenizer, name="two", prompt="of {}", subjects=400)
-    shared = [s for s in one["pairs"] if s in two["pairs"]][:4] or list(one["pairs"])[:4]
-    pairs = {s: one["pairs"][s] for s in shared}
-    with torch.no_grad(), npt.disabled(model):
-        others = {
-            s: tokenizer.decode(
-                [int(models.logits(model, models.ids_of(f"of {s}"))[0, -1].argmax())]
-            )
-            for s in shared
-        }
-    relations = [
-        Relation(name="one", prompt="{}", separator="", pairs={**pairs, "zz": "<eos>"}),
-        Relation(name="two", prompt="of {}", separator="", pairs=others),
-    ]
+    found = known_relations(model, tokenizer, one="{}", two="of {}")
+    found[0]["pairs"]["zz"] = "<eos>"
+    relations = [Relation(**relation) for relation in found]
     return Suite(relations=relations, controls=CONTROLS)
 
 
