@@ -240,7 +240,8 @@ def test_what_it_finds() -> None:
         (CrossRelation("the A", "A", "a", ["b", "a"]), "a"),  # the text itself says the same
     ):
         assert traced(cross, "b", "a").finding == (
-            f"{begin}what differs between the two texts: taken from 'the A', it puts {top!r} on top."
+            f"{begin}what differs between the two texts: "
+            f"taken from 'the A', it puts {top!r} on top."
         )
     assert traced(None, "b", "a").finding == (
         f"{begin}what differs between the two texts: it puts 'a' on top."
