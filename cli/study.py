@@ -29,6 +29,7 @@ def study(
     strengths: Annotated[Sequence[float], Parameter(consume_multiple=True)] = (1.0, 2.0),
     pairs: Annotated[int, Parameter(validator=Number(gte=1))] = 10,
     seed: int = 0,
+    bake: bool = False,
     reading: ReadingOptions = _READING,
     json: bool = False,
 ) -> None:
@@ -52,6 +53,8 @@ def study(
         Largest number of pairs of subjects in a relation.
     seed
         Seed of the choice of pairs, and of intervals.
+    bake
+        Measure baked texts, too: on prompts about other subjects, and on their paraphrases.
     json
         Print the contents of study.json, rows included.
     """
@@ -66,7 +69,7 @@ def study(
         loaded, tokenizer = model.load()
         found = library.study(
             loaded, tokenizer, chosen,
-            modes=modes, strengths=strengths, pairs=pairs, seed=seed,
+            modes=modes, strengths=strengths, pairs=pairs, seed=seed, baked=bake,
             **asdict(reading),
         )  # fmt: skip
         write(found)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,16 +23,18 @@ from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import components, disabled
 from npt_fast.hf.tokenizer import Reading, first_token, read
 from npt_fast.transfer.attention import attention_hooks, batches, next_logits
+from npt_fast.transfer.bake import bake
 from npt_fast.transfer.extract import enabled_layers, extract
 from npt_fast.transfer.inject import injecting
 from npt_fast.transfer.modulation import Modulation
 from npt_fast.transfer.study_report import report_folder
 from npt_fast.transfer.study_results import Condition, Known, Row, Study
-from npt_fast.transfer.suite import Relation, Suite, default_suite
+from npt_fast.transfer.suite import Relation, Suite, default_suite, filled
 
 MODES: tuple[InjectionMode, ...] = ("replace", "exact-add")
 STRENGTHS = (1.0, 2.0)
 NOTHING, SAME, OTHER, UNRELATED = "nothing", "same relation", "other relation", "unrelated"
+REWORDED = "same, paraphrased"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ def study(
     strengths: Sequence[float] = STRENGTHS,
     pairs: int = 10,
     seed: int = 0,
+    baked: bool = False,
     special_tokens: bool = True,
     chat: bool = False,
     output: str | Path | None = None,
@@ -92,6 +95,8 @@ def study(
         strengths: Strengths of the injections, in each mode.
         pairs: Largest number of pairs of a relation.
         seed: Seed of the choice of pairs, and of intervals.
+        baked: Measure what `npt_fast.bake` does with the source's text, too, at each strength: to the
+            prompt about the target, which it was not made for, and to paraphrases of that prompt.
         special_tokens: As in `npt_fast.extract`.
         chat: As in `npt_fast.extract`.
         output: Folder to create for tables and pictures; None for none.
@@ -111,8 +116,8 @@ def study(
         with report_folder(output) as write:
             found = study(
                 model, tokenizer, suite,
-                modes=modes, strengths=strengths, pairs=pairs, seed=seed, progress=progress,
-                **asdict(reading),
+                modes=modes, strengths=strengths, pairs=pairs, seed=seed, baked=baked,
+                progress=progress, **asdict(reading),
             )  # fmt: skip
             write(found)
             return found
@@ -136,6 +141,8 @@ def study(
         if chosen:
             tell(f"{relation.name}: {len(chosen)} pairs")
             rows += run.rows(relation, chosen, [(m, s) for m in modes for s in strengths])
+            if baked:
+                rows += run.baked(relation, chosen, strengths)
     if not rows:
         raise TransferError(
             "the base model knows no two subjects of a relation with different objects; "
@@ -232,6 +239,26 @@ class _Run:
                 during = partial(self._injected, injection, chosen)
                 logits = self._logits([pair.prompt for pair in some], during)
                 yield from self._scored(relation, some, Condition(mode, strength, what), logits)
+
+    def baked(
+        self, relation: Relation, pairs: list[_Pair], strengths: Sequence[float]
+    ) -> Iterator[Row]:
+        """Rows of all pairs with the source's modulation in the base weights."""
+        for strength, pair in product(strengths, pairs):
+            prompts = [pair.prompt, *(filled(p, pair.target) for p in relation.paraphrases)]
+            modulation = extract(
+                self.model, self.tokenizer, pair.texts[SAME], **asdict(self.reading)
+            )
+            changed = bake(self.model, modulation, strength)
+            try:
+                logits = self._logits(prompts)
+            finally:
+                changed.undo()
+            for number, prompt in enumerate(prompts):
+                what = REWORDED if number else SAME
+                asked = replace(pair, prompt=prompt, texts={**pair.texts, what: pair.texts[SAME]})
+                condition = Condition("baked", strength, what)
+                yield from self._scored(relation, [asked], condition, logits[number : number + 1])
 
     def _logits(
         self,

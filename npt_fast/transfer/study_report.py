@@ -256,8 +256,8 @@ def _bars(
             [value.mean for _, value in there],
             width,
             yerr=[
-                [value.mean - value.low for _, value in there],
-                [value.high - value.mean for _, value in there],
+                [max(0.0, value.mean - value.low) for _, value in there],
+                [max(0.0, value.high - value.mean) for _, value in there],
             ],
             capsize=2,
             label=name,

@@ -18,11 +18,13 @@ class Condition(NamedTuple):
     """What is done to the pass over a prompt.
 
     Attributes:
-        method: ``base model``, ``base patched``, ``no injection``, or the mode of an injection.
+        method: ``base model``, ``base patched``, ``no injection``, the mode of an injection, or
+            ``baked``.
         strength: Strength of the injection; None without one.
         injected: Text that is injected: ``nothing``; ``same relation``, the prompt about the
             source; ``other relation``, another relation's prompt about the source; ``unrelated``,
-            a control sentence.
+            a control sentence; ``same, paraphrased``, the same relation, where the prompt is a
+            paraphrase.
     """
 
     method: str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,34 @@ def test_every_condition_is_its_definition(model: Any, study: Study, suite: Suit
         assert row.top == top
         assert row.winner == next((name for name, text in tokens.items() if text == top), "")
         assert row.measures["source's above own"] == (row.moved_probability > row.own_probability)
+
+
+def test_baked(model: Any, suite: Suite) -> None:
+    """As if dW were added to the weights by hand, and undone."""
+    relation = replace(suite.relations[0], paraphrases=["so {}"])
+    one = Suite(relations=[relation], controls=CONTROLS)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    found = npt.study(model, tokenizer, one, modes=[], strengths=[0.5, 2.0], pairs=2, baked=True)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    rows = [row for row in found.rows if row.method == "baked"]
+    assert [(row.strength, row.injected, row.prompt) for row in rows] == [
+        (strength, what, template.format(pair.target))
+        for strength in (0.5, 2.0)
+        for pair in (r for r in found.rows if r.method == "base model")
+        for what, template in (("same relation", "{}"), ("same, paraphrased", "so {}"))
+    ]
+    for row in rows:
+        assert row.text == row.source and row.strength is not None
+        m = npt.extract(model, tokenizer, row.text)
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            for layer, name, terms in m.walk():
+                module = changed.model.layers[layer].mlp.get_submodule(f"{name}_proj")
+                module.weight += row.strength * terms.dense()
+        probabilities = models.logits(changed, models.ids_of(row.prompt))[0, -1].softmax(-1)
+        (token,) = tokenizer(row.moved)["input_ids"]
+        assert row.moved_probability == pytest.approx(probabilities[token].item(), rel=1e-4)
+        assert row.top == tokenizer.decode([int(probabilities.argmax())])
 
 
 def test_the_conditions(study: Study) -> None:
