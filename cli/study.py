@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
@@ -12,6 +13,7 @@ from cyclopts.validators import Number
 from npt_fast.cli.arguments import CheckpointOptions, PathText, ReadingOptions
 from npt_fast.cli.output import print_json, say
 from npt_fast.config import InjectionMode
+from npt_fast.errors import printable
 
 _READING = ReadingOptions()
 
@@ -70,6 +72,7 @@ def study(
         found = library.study(
             loaded, tokenizer, chosen,
             modes=modes, strengths=strengths, pairs=pairs, seed=seed, baked=bake,
+            progress=_tell if sys.stderr.isatty() else None,
             **asdict(reading),
         )  # fmt: skip
         write(found)
@@ -79,3 +82,7 @@ def study(
     for line in study_lines(found):
         say(line)
     say(f"Written to {output}")
+
+
+def _tell(line: str) -> None:
+    print(printable(line), file=sys.stderr)

@@ -89,7 +89,7 @@ print(json.dumps(found))
     core = {name for name, home in npt._HOMES.items() if home.split(".")[1] not in (
         "hf", "training", "transfer",
     )}  # fmt: skip
-    assert set(found) == {*npt.__all__, "functional"} - core - {"after", "at"}
+    assert set(found) == {*npt.__all__, "functional"} - core - {"Study", "after", "at"}
     for name, message in found.items():
         trains = npt._HOMES.get(name, "").startswith("npt_fast.training.")
         extra = "train" if trains else "hf"

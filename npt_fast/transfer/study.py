@@ -95,8 +95,8 @@ def study(
         strengths: Strengths of the injections, in each mode.
         pairs: Largest number of pairs of a relation.
         seed: Seed of the choice of pairs, and of intervals.
-        baked: Measure what `npt_fast.bake` does with the source's text, too, at each strength: to the
-            prompt about the target, which it was not made for, and to paraphrases of that prompt.
+        baked: Measure what `npt_fast.bake` does with the source's text, too, at each strength: to a
+            prompt about another subject, the target, and to paraphrases of it.
         special_tokens: As in `npt_fast.extract`.
         chat: As in `npt_fast.extract`.
         output: Folder to create for tables and pictures; None for none.
