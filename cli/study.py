@@ -13,7 +13,7 @@ from cyclopts.validators import Number
 from npt_fast.cli.arguments import CheckpointOptions, PathText, ReadingOptions
 from npt_fast.cli.output import print_json, say
 from npt_fast.config import InjectionMode
-from npt_fast.errors import printable
+from npt_fast.errors import TransferError, printable
 
 _READING = ReadingOptions()
 
@@ -24,11 +24,8 @@ def study(
     output: PathText,
     suite: PathText | None = None,
     relations: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
-    modes: Annotated[Sequence[InjectionMode], Parameter(consume_multiple=True)] = (
-        "replace",
-        "exact-add",
-    ),
-    strengths: Annotated[Sequence[float], Parameter(consume_multiple=True)] = (1.0, 2.0),
+    modes: Annotated[Sequence[InjectionMode], Parameter(consume_multiple=True)] = (),
+    strengths: Annotated[Sequence[float], Parameter(consume_multiple=True)] = (),
     pairs: Annotated[int, Parameter(validator=Number(gte=1))] = 10,
     seed: int = 0,
     bake: bool = False,
@@ -48,9 +45,9 @@ def study(
     relations
         Names of the suite's relations to study; all if not given.
     modes
-        Modes of the injections.
+        Modes of the injections; replace and exact-add if not given.
     strengths
-        Strengths of the injections, in each mode.
+        Strengths of the injections, in each mode; 1 and 2 if not given.
     pairs
         Largest number of pairs of subjects in a relation.
     seed
@@ -65,13 +62,16 @@ def study(
     from npt_fast.transfer.suite import DEFAULT, read_suite
 
     chosen = read_suite(suite or DEFAULT)
+    if not chosen.relations:
+        raise TransferError(f"{suite}: has no relations, which a study needs")
     if relations:
         chosen = chosen.only(relations)
     with report_folder(output) as write:  # before the model loads
         loaded, tokenizer = model.load()
         found = library.study(
             loaded, tokenizer, chosen,
-            modes=modes, strengths=strengths, pairs=pairs, seed=seed, baked=bake,
+            modes=modes or library.MODES, strengths=strengths or library.STRENGTHS,
+            pairs=pairs, seed=seed, baked=bake,
             progress=_tell if sys.stderr.isatty() else None,
             **asdict(reading),
         )  # fmt: skip

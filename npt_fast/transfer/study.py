@@ -111,44 +111,39 @@ def study(
             relation, a mode is unknown, or `output` exists or cannot be written.
     """
     suite = suite or default_suite()
-    reading = Reading(special_tokens=special_tokens, chat=chat)
-    if output is not None:
-        with report_folder(output) as write:
-            found = study(
-                model, tokenizer, suite,
-                modes=modes, strengths=strengths, pairs=pairs, seed=seed, baked=baked,
-                progress=progress, **asdict(reading),
-            )  # fmt: skip
-            write(found)
-            return found
     if not suite.relations:
         raise TransferError("the suite has no relations, which a study needs")
     on = enabled_layers(components(model))
     if not on:
         raise ModelError("the model has no NP layers that are on; load a checkpoint first")
+    reading = Reading(special_tokens=special_tokens, chat=chat)
+    settings = list(product(modes, strengths))
     run = _Run(model, tokenizer, reading, on)
     tell = progress or (lambda line: None)
-    tell("what the base model knows")
-    objects = {relation.name: run.known(relation) for relation in suite.relations}
-    known: list[Known] = []
-    rows: list[Row] = []
-    for relation in suite.relations:
-        chosen = list(islice(_pairs(relation, suite, objects, seed), pairs))
-        answered = list(objects[relation.name])
-        known.append(
-            Known(relation.name, relation.prompt, len(relation.pairs), answered, len(chosen))
-        )
-        if chosen:
-            tell(f"{relation.name}: {len(chosen)} pairs")
-            rows += run.rows(relation, chosen, [(m, s) for m in modes for s in strengths])
+    with nullcontext() if output is None else report_folder(output) as write:
+        tell("what the base model knows")
+        objects = {relation.name: run.known(relation) for relation in suite.relations}
+        known: list[Known] = []
+        rows: list[Row] = []
+        for relation in suite.relations:
+            name, answered = relation.name, list(objects[relation.name])
+            chosen = list(islice(_pairs(relation, suite, objects, seed), pairs))
+            known.append(Known(name, relation.prompt, len(relation.pairs), answered, len(chosen)))
+            if not chosen:
+                continue
+            tell(f"{name}: {len(chosen)} pairs")
+            rows += run.rows(relation, chosen, settings)
             if baked:
                 rows += run.baked(relation, chosen, strengths)
-    if not rows:
-        raise TransferError(
-            "the base model knows no two subjects of a relation with different objects; "
-            "see which token it gives, and write the prompts in another way"
-        )
-    return Study(on, str(reading), seed, known, rows)
+        if not rows:
+            raise TransferError(
+                "the base model knows no two subjects of a relation with different objects; "
+                "see which token it gives, and write the prompts in another way"
+            )
+        found = Study(on, str(reading), seed, known, rows)
+        if write is not None:
+            write(found)
+    return found
 
 
 def _pairs(

@@ -72,12 +72,15 @@ def test_what_is_wrong_is_one_line(
     """Before a model is loaded, where that can be; and nothing is left."""
     bad = tmp_path / "bad.yaml"
     bad.write_text("relations: [captial]")
+    facts = tmp_path / "facts.yaml"
+    facts.write_text("facts: [{prompt: a, inject: {from: b}, expect: c}]")
     nowhere = place.base / "none"
     (tmp_path / "there").mkdir()
     before = sorted(tmp_path.iterdir())
     early: list[tuple[list[object], int, str]] = [
         (["--suite", bad], 1, f"{bad}: relation 'captial': unknown relation"),
         (["--suite", tmp_path / "none"], 1, "none: cannot be opened"),
+        (["--suite", facts], 1, f"{facts}: has no relations, which a study needs"),
         (["--relations", "three"], 1, "unknown relation 'three'; there are one, two"),
         (["--output", tmp_path / "there"], 1, "there: exists already"),
         (["--output", bad / "a"], 1, "Not a directory"),
