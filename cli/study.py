@@ -43,7 +43,8 @@ def study(
     suite
         YAML file of relations and controls; the default suite if not given.
     relations
-        Names of the suite's relations to study; all if not given.
+        Names of the suite's relations to study; all if not given. The others are still injected
+        as other relations.
     modes
         Modes of the injections; replace and exact-add if not given.
     strengths
@@ -64,14 +65,13 @@ def study(
     chosen = read_suite(suite or DEFAULT)
     if not chosen.relations:
         raise TransferError(f"{suite}: has no relations, which a study needs")
-    if relations:
-        chosen = chosen.only(relations)
+    chosen.named(relations)  # a wrong name is told before the model loads
     with report_folder(output) as write:  # before the model loads
         loaded, tokenizer = model.load()
         found = library.study(
             loaded, tokenizer, chosen,
-            modes=modes or library.MODES, strengths=strengths or library.STRENGTHS,
-            pairs=pairs, seed=seed, baked=bake,
+            relations=relations, modes=modes or library.MODES,
+            strengths=strengths or library.STRENGTHS, pairs=pairs, seed=seed, baked=bake,
             progress=_tell if sys.stderr.isatty() else None,
             **asdict(reading),
         )  # fmt: skip

@@ -68,6 +68,7 @@ def study(
     tokenizer: Any,
     suite: Suite | None = None,
     *,
+    relations: Sequence[str] = (),
     modes: Sequence[InjectionMode] = MODES,
     strengths: Sequence[float] = STRENGTHS,
     pairs: int = 10,
@@ -91,6 +92,8 @@ def study(
         model: Model with NP layers; those that are on are extracted from and injected into.
         tokenizer: Tokenizer of the model.
         suite: Relations and controls; the default suite if None.
+        relations: Names of the suite's relations to study; all if empty. The others are still
+            injected as other relations.
         modes: Modes of the injections.
         strengths: Strengths of the injections, in each mode.
         pairs: Largest number of pairs of a relation.
@@ -107,8 +110,9 @@ def study(
 
     Raises:
         ModelError: no NP layer is on.
-        TransferError: the suite has no relations, the base model knows no two subjects of any
-            relation, a mode is unknown, or `output` exists or cannot be written.
+        TransferError: the suite has no relations or not one of `relations`, the base model knows
+            no two subjects of any relation, a mode is unknown, or `output` exists or cannot be
+            written.
     """
     suite = suite or default_suite()
     if not suite.relations:
@@ -125,7 +129,7 @@ def study(
         objects = {relation.name: run.known(relation) for relation in suite.relations}
         known: list[Known] = []
         rows: list[Row] = []
-        for relation in suite.relations:
+        for relation in suite.named(relations):
             name, answered = relation.name, list(objects[relation.name])
             chosen = list(islice(_pairs(relation, suite, objects, seed), pairs))
             known.append(Known(name, relation.prompt, len(relation.pairs), answered, len(chosen)))

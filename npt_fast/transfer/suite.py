@@ -70,8 +70,8 @@ class Suite:
     controls: Sequence[str] = ()
     facts: Sequence[Fact] = ()
 
-    def only(self, names: Sequence[str]) -> Suite:
-        """The suite with these relations alone.
+    def named(self, names: Sequence[str]) -> Sequence[Relation]:
+        """The relations of these names; all if there are none.
 
         Raises:
             TransferError: there is no relation of such a name.
@@ -80,7 +80,7 @@ class Suite:
         for name in names:
             if name not in known:
                 raise TransferError(_unknown(name, known))
-        return Suite(relations=[known[name] for name in names], controls=self.controls)
+        return [known[name] for name in names or known]
 
 
 def filled(template: str, subject: str) -> str:

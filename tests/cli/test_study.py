@@ -57,7 +57,7 @@ def test_json_is_the_librarys(place: Place, checkpoint: Path, suite: Path, capsy
     assert (code, err) == (0, "")
     model, tokenizer = load_base_model(str(place.base))
     expected = npt.study(
-        npt.load(model, checkpoint), tokenizer, npt.read_suite(suite).only(["two"]),
+        npt.load(model, checkpoint), tokenizer, npt.read_suite(suite), relations=["two"],
         modes=["exact-blend"], strengths=[0.5], pairs=2, seed=5,
     )  # fmt: skip
     document = json.loads(out)

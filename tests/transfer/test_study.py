@@ -180,7 +180,11 @@ def test_pairs(model: Any, suite: Suite) -> None:
     """The first use every subject once in each role; a seed decides, and all pairs differ."""
 
     def chosen(seed: int, pairs: int) -> list[tuple[str, str]]:
-        found = npt.study(model, tokenizer, suite.only(["one"]), modes=[], pairs=pairs, seed=seed)
+        found = npt.study(
+            model, tokenizer, suite, relations=["one"], modes=[], pairs=pairs, seed=seed
+        )
+        assert {row.relation for row in found.rows} == {"one"}
+        assert any(row.injected == "other relation" for row in found.rows)
         return [(r.target, r.source) for r in found.rows if r.method == "base model"]
 
     first = chosen(0, 4)
@@ -211,5 +215,5 @@ def test_what_cannot_be_studied(model: Any, suite: Suite, tmp_path: Path) -> Non
         npt.study(model, tokenizer, suite, modes=[mode], output=tmp_path / "out")
     assert not list(tmp_path.iterdir())
     with pytest.raises(TransferError, match="unknown relation 'onee'; did you mean 'one'"):
-        suite.only(["onee"])
+        npt.study(model, tokenizer, suite, relations=["onee"])
     assert models.hooks(model) == models.hooks(models.converted())
