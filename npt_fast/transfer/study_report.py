@@ -97,14 +97,18 @@ def study_lines(study: Study) -> Iterator[str]:
         ],
     ).splitlines()
     yield ""
-    yield "All relations: percent of pairs, with 95 % intervals"
+    yield "All relations: percent of pairs whose object is on top, with 95 % intervals"
+    yield ""
     yield from _share_table(
         ["model", "injected"],
         [([s.condition.how, s.condition.injected], s) for s in summaries if s.relation == ALL],
     )
     main = next((s.condition.how for s in summaries if s.condition.strength is not None), None)
+    if main is None:
+        return
     yield ""
     yield f"Each relation, {main}"
+    yield ""
     yield from _share_table(
         ["relation", "injected"],
         [
