@@ -34,6 +34,7 @@ app.command("npt_fast.cli.compare:compare", name="compare", help="Show what an i
 app.command(
     "npt_fast.cli.sweep:sweep", name="sweep", help="Inject into each layer, at several strengths."
 )
+app.command("npt_fast.cli.study:study", name="study", help="Measure what injections move.")
 app.command("npt_fast.cli.check:check", name="check", help="Score injections against expectations.")
 app.command(
     "npt_fast.cli.interact:interact", name="interact", help="Transfer knowledge in a shell."

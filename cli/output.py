@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from npt_fast.checkpoint.certificate import Certificate, Closeness, worst_of
 from npt_fast.errors import printable
+from npt_fast.schema import finite
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -31,15 +31,6 @@ def print_json(value: Any) -> None:
     """Print one JSON document; NaN and infinity, which JSON does not have, become null."""
     # allow_nan=False: NaN would print as something that JSON readers refuse
     print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def ranges(layers: Sequence[int]) -> str:

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from npt_fast.transfer.inject import Hits, inject
     from npt_fast.transfer.modulation import Modulation, load_modulation, mean
     from npt_fast.transfer.positions import after, at
+    from npt_fast.transfer.study import study
+    from npt_fast.transfer.study_results import Study
+    from npt_fast.transfer.suite import Suite, read_suite
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it, so that a source tree has it too
 
@@ -67,6 +70,8 @@ _HOMES = {
     "NPTConfig": "npt_fast.config",
     "NPTError": "npt_fast.errors",
     "StorageError": "npt_fast.errors",
+    "Study": "npt_fast.transfer.study_results",
+    "Suite": "npt_fast.transfer.suite",
     "TrainOptions": "npt_fast.config",
     "TrainReport": "npt_fast.training.run",
     "TrainingError": "npt_fast.errors",
@@ -89,8 +94,10 @@ _HOMES = {
     "mean": "npt_fast.transfer.modulation",
     "merge": "npt_fast.checkpoint.merge",
     "quantize": "npt_fast.hf.quantize",
+    "read_suite": "npt_fast.transfer.suite",
     "save": "npt_fast.hf.checkpoint",
     "status": "npt_fast.hf.convert",
+    "study": "npt_fast.transfer.study",
     "supported_layers": "npt_fast.hf.convert",
     "train": "npt_fast.training.train",
     "unload": "npt_fast.hf.convert",
@@ -114,6 +121,8 @@ __all__ = [
     "NPTConfig",
     "NPTError",
     "StorageError",
+    "Study",
+    "Suite",
     "TrainOptions",
     "TrainReport",
     "TrainingError",
@@ -136,8 +145,10 @@ __all__ = [
     "mean",
     "merge",
     "quantize",
+    "read_suite",
     "save",
     "status",
+    "study",
     "supported_layers",
     "train",
     "unload",

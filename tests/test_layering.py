@@ -43,7 +43,7 @@ ALLOWED = {
     },
     "transfer": {
         *("config", "errors", "layer_names", "paths", "schema", "checkpoint"),
-        *("functional", "called_mlp", "modules", "hf", "pictures"),
+        *("functional", "called_mlp", "modules", "hf", "pictures", "tables"),
     },
 }
 FOREIGN = {

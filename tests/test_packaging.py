@@ -107,6 +107,7 @@ def test_every_wheel_holds_the_same_files(built: Path) -> None:
         *modules,
         "npt_fast/py.typed",
         *(f"npt_fast/training/texts/{name}" for name in TEXTS),
+        "npt_fast/transfer/default_suite.yaml",
     }
 
 
