@@ -276,7 +276,7 @@ class TrainOptions:
     loss: LossKind = "relative"
     direct_mlp_weight: float = 10.0
     sink_weight: float = 64.0
-    virtual_stride: int = 4
+    virtual_stride: int = 2
     fidelity_weight: float = 0.0
     lambda_reg: float = 0.0
     batch_size: int = 4

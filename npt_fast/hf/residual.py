@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from npt_fast.config import Residual
-from npt_fast.hf.convert import Scaffold, decoder_layers, disabled
+from npt_fast.hf.convert import decoder_layers, disabled
+from npt_fast.hf.scaffold import Scaffold
 from npt_fast.hf.wrappers import unwrapped
 
 _WINDOWS, _TOKENS = 4, 64

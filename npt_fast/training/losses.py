@@ -41,11 +41,11 @@ def direct_errors(output: Tensor, target: Tensor, kind: LossKind) -> Tensor:
 
 
 def bounded_errors(errors: Tensor, attention: Tensor, typical: Tensor) -> Tensor:
-    """Huber's loss: relative errors up to a bound, and beyond it their square roots.
+    """Huber's loss of relative distances, whose squares are the relative errors.
 
-    A token's gradient grows with its relative error, which has no limit, and with the square of its
-    attention output. So the bound is 1 for tokens with an attention output of usual size and falls
-    with that square: no token's gradient is much larger than that of a usual one.
+    A token's gradient grows with its distance, which has no limit, and with the square of its
+    attention output. So the loss turns linear at 1 for tokens with an attention output of usual
+    size, and earlier, by that square, for larger ones (design.md#losses).
 
     Args:
         errors: squared errors over squared targets, ``(...)``.

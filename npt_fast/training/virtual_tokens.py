@@ -13,7 +13,7 @@ from torch import Tensor
 from npt_fast.hf.scaffold import VirtualTokens
 from npt_fast.training.teacher_pass import Activations
 
-_LARGEST = 3.0  # times the attention output: rare tokens have up to 5 times the usual length
+_LARGEST = 6.0  # times the attention output: rare tokens have up to 5 times the usual length
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly
 
 
@@ -21,7 +21,7 @@ class VirtualPlan:
     """Which virtual tokens belong to a batch: the same for a window, whatever batch it is in.
 
     Every `stride`-th token of a row lends its hidden state. The attention output is that of the
-    token half a row further on, cyclically, times a factor from 1 to 3 by position.
+    token half a row further on, cyclically, times a factor from 1 to 6 by position.
 
     Args:
         weights: 1 for tokens, 0 for padding at the end of rows, ``(B, S)``.

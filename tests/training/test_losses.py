@@ -87,7 +87,7 @@ def test_bounded_errors() -> None:
     attention = functional.normalize(normal(6, WIDTH), dim=-1) * lengths[:, None]
     found = bounded_errors(errors, attention, torch.tensor(4.0, dtype=torch.float64))
     for error, length, value in zip(*(t.tolist() for t in (errors, lengths, found)), strict=True):
-        turn = min(1.0, 2.0 / length)  # the usual length is 2
+        turn = min(1.0, 4.0 / length**2)  # the usual square is 4
         distance = math.sqrt(error)
         expected = error if distance <= turn else turn * (2 * distance - turn)
         assert value == pytest.approx(expected, rel=1e-12)
@@ -105,7 +105,7 @@ def test_no_token_has_a_large_gradient(length: float) -> None:
     typical = torch.tensor(1.0, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(bounded_errors(errors, attention, typical).sum(), output)
     lengths = gradient.norm(dim=-1).flatten()
-    turn = 1 / max(length, 1)
+    turn = 1 / max(length, 1) ** 2
     expected = [2 * min(step, turn) for step in steps.flatten().tolist()]
     torch.testing.assert_close(lengths, torch.tensor(expected, dtype=torch.float64))
 

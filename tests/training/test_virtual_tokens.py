@@ -22,7 +22,7 @@ def test_hosts_guests_and_factors() -> None:
     found = VirtualPlan(weights, 4).tokens(activations)
     assert found.hidden[0, :, 0].tolist() == [1000, 1004, 1008]
     factors = found.attention[0, :, 0] / -torch.tensor([1005.0, 1009.0, 1003.0])
-    expected = [3 ** (n * 0.6180339887 % 1) for n in range(3)]
+    expected = [6 ** (n * 0.6180339887 % 1) for n in range(3)]
     torch.testing.assert_close(factors, torch.tensor(expected))
 
 
@@ -39,11 +39,11 @@ def test_a_text_has_the_same_ones_in_every_batch() -> None:
             assert torch.equal(ours[row][real], theirs[0])
 
 
-def test_factors_are_spread_from_1_to_3() -> None:
+def test_factors_are_spread_from_1_to_6() -> None:
     activations, weights = seen(1000, length=1000)
     plan = VirtualPlan(weights, 1)
     guests = -(100_000 + (torch.arange(1000) + 500) % 1000)
     factors = plan.tokens(activations).attention[0, :, 0] / guests
-    assert 1 <= factors.min() < 1.01 and 2.98 < factors.max() < 3
+    assert 1 <= factors.min() < 1.01 and 5.95 < factors.max() < 6
     # their logarithms are spread evenly
-    assert (factors.log().mean() / torch.tensor(3.0).log() - 0.5).abs() < 0.01
+    assert (factors.log().mean() / torch.tensor(6.0).log() - 0.5).abs() < 0.01

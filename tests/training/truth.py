@@ -279,7 +279,7 @@ class Truth:
         typical = typical_square(seen.attention, mask)
         for row, count in enumerate(mask.sum(1).tolist()):
             for order, host in enumerate(range(0, count, stride) if stride else ()):
-                factor = 3.0 ** (order * (5**0.5 - 1) / 2 % 1)
+                factor = 6.0 ** (order * (5**0.5 - 1) / 2 % 1)
                 a = factor * seen.attention[row, (host + count // 2) % count][None]
                 h = seen.before[row, host][None]
                 target = self.mlp(layer, h + a) + (0 if self.residual == "kept" else a)
@@ -303,8 +303,8 @@ def bounds(attention: Tensor, mask: Tensor) -> Tensor:
 
 
 def bounded(error: Tensor, bound: Tensor) -> Tensor:
-    """Huber's loss of the root of the error, where it turns at the root of the bound."""
-    return torch.where(error > bound, 2 * (bound * error).sqrt() - bound, error)
+    """Huber's loss of the root of the error, where it turns at the bound."""
+    return torch.where(error.sqrt() > bound, bound * (2 * error.sqrt() - bound), error)
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
