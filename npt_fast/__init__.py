@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from npt_fast.hf.quantize import quantize
     from npt_fast.training.evaluation import Evaluation, evaluate
     from npt_fast.training.run import TrainReport
+    from npt_fast.training.sampling import sample_text
     from npt_fast.training.train import train
     from npt_fast.transfer.bake import Baked, bake, export_lora
     from npt_fast.transfer.extract import extract
@@ -89,6 +90,7 @@ _HOMES = {
     "mean": "npt_fast.transfer.modulation",
     "merge": "npt_fast.checkpoint.merge",
     "quantize": "npt_fast.hf.quantize",
+    "sample_text": "npt_fast.training.sampling",
     "save": "npt_fast.hf.checkpoint",
     "status": "npt_fast.hf.convert",
     "supported_layers": "npt_fast.hf.convert",
@@ -136,6 +138,7 @@ __all__ = [
     "mean",
     "merge",
     "quantize",
+    "sample_text",
     "save",
     "status",
     "supported_layers",

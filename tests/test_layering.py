@@ -16,10 +16,11 @@ PACKAGE = ROOT / "npt_fast"
 
 # part of the library -> the parts it may import, besides itself
 ALLOWED = {
-    "config": {"errors", "paths"},
+    "config": {"errors", "paths", "text_sources"},
     "errors": set[str](),
     "tables": set[str](),
     "paths": {"errors"},
+    "text_sources": {"errors", "paths"},
     "schema": {"errors"},
     "pictures": {"errors", "paths"},
     "kernels": set[str](),
@@ -37,7 +38,7 @@ ALLOWED = {
         *("functional", "modules"),
     },
     "training": {
-        *("config", "errors", "paths", "schema", "checkpoint"),
+        *("config", "errors", "paths", "schema", "text_sources", "checkpoint"),
         *("functional", "modules", "hf"),
     },
     "transfer": {
@@ -52,6 +53,7 @@ FOREIGN = {
     "kept_cast": {"torch"},
     "paths": set[str](),
     "schema": set[str](),
+    "text_sources": set[str](),
     "kernels": {"torch", "triton"},
     "cli": {"cyclopts", "prompt_toolkit", "rich"},
 }
