@@ -38,9 +38,7 @@ def untouchable(*args: Any, **options: Any) -> Any:
     raise AssertionError("sampled")
 
 
-def test_a_text_is_sampled_once(
-    model: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_is_sampled_once(model: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     first = kept(model, say=said.append)
     assert torch.equal(first.ids, sample_text(model, tiny.tokenizer(), **OPTIONS).int())
