@@ -35,7 +35,7 @@ def test_lengths_that_are_none(text: str) -> None:
 
 def test_texts_that_are_none() -> None:
     for text in ("", " ", "a,", ",a", "a,,b", "~nosuchuser/a,self"):
-        with pytest.raises(PathError, match="empty|no home"):
+        with pytest.raises(PathError, match=r"empty|no home"):
             parse_data(text)
     for text in ("a,a", "self,self:100000", "self:5,b,self:05"):
         with pytest.raises(ValueError, match="names a text twice"):

@@ -11,7 +11,6 @@ import torch
 
 import npt_fast as npt
 from npt_fast import text_sources
-from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.training import data as module
 from npt_fast.training import self_text as self_text_module
@@ -62,13 +61,11 @@ def test_a_resumed_run_goes_on_with_its_data(
 
 def test_a_checkpoint_does_not_say_which_files_are_read(place: Place, tmp_path: Path) -> None:
     first = place.train(tmp_path / "first", max_steps=2)
-    with pytest.raises(
-        npt.TrainingError, match=r"was trained on .*text\.txt'; name it with --data"
-    ):
+    with pytest.raises(npt.TrainingError, match=r"was trained on .*text\.txt'; name it with "):
         place.train(tmp_path / "last", data=None, resume_from=str(first), max_steps=4)
     plain = npt.TrainOptions(train_layers="1", resume_from="a")
     for source in ("python-docs,/etc/passwd", "self:x", "", "self:5,self:5"):
-        with pytest.raises(npt.TrainingError, match="^a: was trained on"):
+        with pytest.raises(npt.TrainingError, match=r"^a: was trained on"):
             with_data(plain, {"source": source}, said)
     assert with_data(plain, {"source": "large,self:5"}, said).data == "large,self:5"
 
@@ -141,8 +138,6 @@ def test_names_of_sampled_texts(place: Place, tmp_path: Path) -> None:
     assert report.data == SELF
     assert report.to_dict()["data"] == SELF
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == SELF
-    certificate = open_checkpoint(report.checkpoint).modules[1]
-    assert certificate is not None
     described = json.loads((report.checkpoint / "npt_config.json").read_text())
     assert described["layers"]["1"]["certificate"]["data"] == SELF
 
