@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.training.sampled_file import check, write_rows
 from npt_fast.training.text_files import read_documents
 from tests.training import runs, tiny
+from tests.training.runs import umask
 
 
 def ids_of(tokenizer: Any, *texts: str) -> Any:
@@ -29,11 +29,12 @@ def test_rows_are_read_back(tmp_path: Path) -> None:
         tokenizer, '<bos>ab "c"\n', "<bos>xx<eos><bos>yy\\", "abc<eos>de\u00e9", "ab<bos>cdefg"
     )
     path = tmp_path / "a.jsonl"
-    report = write_rows(ids, tokenizer, path)
+    with umask(0o027):
+        report = write_rows(ids, tokenizer, path)
     texts = list(read_documents(SourceFile.of(path)))
     assert texts == ['ab "c"\n', "xx<eos><bos>yy\\", "abc<eos>de\u00e9", "ab<bos>cdefg"]
     assert report == {"rows": 4, "tokens": 32, "same": 4}
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~os.umask(os.umask(0))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 def test_what_is_not_read_back(tmp_path: Path) -> None:

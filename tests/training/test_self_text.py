@@ -21,6 +21,7 @@ from npt_fast.training.sampling import sample_text
 from npt_fast.training.self_text import SelfText, self_text
 from tests.doors import EVERY_FILE, SAFETENSORS, Attack
 from tests.training import tiny
+from tests.training.runs import umask
 
 OPTIONS: dict[str, Any] = {"tokens": 90, "max_length": 10}
 
@@ -40,10 +41,11 @@ def untouchable(*args: Any, **options: Any) -> Any:
 
 def test_a_text_is_sampled_once(model: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    first = kept(model, say=said.append)
+    with umask(0o027):
+        first = kept(model, say=said.append)
     assert torch.equal(first.ids, sample_text(model, tiny.tokenizer(), **OPTIONS).int())
     assert list(cache.iterdir()) == [first.path] and str(first.path) in said[0]
-    assert stat.S_IMODE(first.path.stat().st_mode) == 0o644 & ~os.umask(os.umask(0))
+    assert stat.S_IMODE(first.path.stat().st_mode) == 0o640
     assert torch.equal(load_file(first.path)["ids"], first.ids)  # the library's reader
     monkeypatch.setattr(module, "sample_text", untouchable)
     again = kept(model, say=said.append)
