@@ -21,6 +21,7 @@ from npt_fast.errors import ModelError
 from npt_fast.hf.tokenizer import Reading
 from npt_fast.layer_names import check_layers, is_name, parse_layers, resolve_layers
 from npt_fast.paths import expand
+from npt_fast.text_sources import parse_data
 
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B"
 
@@ -33,6 +34,8 @@ def _check_path(kind: object, text: str | None) -> None:
 PathText = Annotated[str, Parameter(validator=_check_path)]
 """A path. A text that is not one is a usage error, before anything is loaded. It stays text, since
 ``Path("")`` is the current directory."""
+DataText = Annotated[str, Parameter(validator=lambda _, text: parse_data(text) and None)]
+"""Texts to train or measure on. As with paths, mistakes in their names are usage errors."""
 Layers = Annotated[str | None, Parameter(validator=lambda _, text: text and check_layers(text))]
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
 SpecialTokens = Annotated[bool, Parameter(negative="--no-special-tokens")]

@@ -28,6 +28,7 @@ app = App(
 app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints into one.")
 app.command("npt_fast.cli.analyze:analyze", name="analyze", help="Describe checkpoints.")
 app.command("npt_fast.cli.train:train", name="train", help="Train NP layers of a model.")
+app.command("npt_fast.cli.sample:sample", name="sample", help="Sample a text from a base model.")
 app.command("npt_fast.cli.evaluate:evaluate", name="evaluate", help="Measure checkpoints on text.")
 app.command("npt_fast.cli.trace:trace", name="trace", help="Find layers that are worth training.")
 app.command("npt_fast.cli.compare:compare", name="compare", help="Show what an injection does.")
@@ -44,7 +45,11 @@ app.command("npt_fast.cli.verify:verify", name="verify", help="Verify a merged c
 app.command("npt_fast.cli.bench:bench", name="bench", help="Time the modulated MLP.")
 app.command("npt_fast.cli.kernels:app", name="kernels", help="Compile the kernels without a GPU.")
 
-_EXTRAS = {"train": "train", "evaluate": "train", "interact": "interact", "kernels": "kernels"}
+_EXTRAS = {
+    **dict.fromkeys(("train", "sample", "evaluate"), "train"),
+    "interact": "interact",
+    "kernels": "kernels",
+}
 """Extra of each verb that ``hf`` is not enough for: one installation, not two in turn."""
 
 

@@ -63,7 +63,7 @@ BOXES = (
     Box(("checkpoint",), "read, merge, verify; no torch", 4, 310, 530, "#fce4ec"),
     Box(("kernels",), "Triton", 5, 40, 150, "#fff3e0"),
     Box(
-        ("config", "errors", "layer_names", "paths", "schema"),
+        ("config", "errors", "layer_names", "paths", "schema", "text_sources"),
         "the standard library only",
         5,
         170,

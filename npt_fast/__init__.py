@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from npt_fast.hf.quantize import quantize
     from npt_fast.training.evaluation import Evaluation, evaluate
     from npt_fast.training.run import TrainReport
+    from npt_fast.training.sampling import sample_text
     from npt_fast.training.train import train
     from npt_fast.transfer.bake import Baked, bake, export_lora
     from npt_fast.transfer.extract import extract
@@ -95,6 +96,7 @@ _HOMES = {
     "merge": "npt_fast.checkpoint.merge",
     "quantize": "npt_fast.hf.quantize",
     "read_suite": "npt_fast.transfer.suite",
+    "sample_text": "npt_fast.training.sampling",
     "save": "npt_fast.hf.checkpoint",
     "status": "npt_fast.hf.convert",
     "study": "npt_fast.transfer.study",
@@ -146,6 +148,7 @@ __all__ = [
     "merge",
     "quantize",
     "read_suite",
+    "sample_text",
     "save",
     "status",
     "study",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from npt_fast.errors import PathError
 from npt_fast.layer_names import check_layers, parse_layers
 from npt_fast.paths import expand
+from npt_fast.text_sources import parse_data
 
 ConflictPolicy = Literal["first", "last", "error", "identical", "concat", "mean"]
 BadStatePolicy = Literal["error", "skip"]
@@ -181,8 +181,12 @@ class TrainOptions:
         model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
         resume_from: Checkpoint to resume from: one of this run, a merge, or one with other layers.
         data: Training text: small, medium, large or xlarge (Hugging Face datasets, streamed);
-            python-docs (part of Python); or a file, folder or glob of .txt, .md, .jsonl, .json or
-            .parquet.
+            python-docs (part of Python); self or self:TOKENS (sampled from the base model); or a
+            file, folder or glob of .txt, .md, .jsonl, .json or .parquet. Several, with commas
+            between them, take turns. By default that of the resumed run, or medium, or self where
+            medium cannot be streamed.
+        first_tokens: Texts that rows of self begin with, in turn, instead of the model's own first
+            token.
         eval_data: Held-out text; by default the first windows of data are held out.
         num_eval_samples: Number of held-out windows.
         max_length: Tokens per window.
@@ -258,7 +262,8 @@ class TrainOptions:
     train_layers: str | Sequence[int]
     model_name: str = "meta-llama/Llama-3.2-1B"
     resume_from: str | Path | None = None
-    data: str = "medium"
+    data: str | None = None
+    first_tokens: Sequence[str] = ()
     eval_data: str | None = None
     num_eval_samples: int = 100
     max_length: int = 512
@@ -330,7 +335,9 @@ class TrainOptions:
             raise ValueError("mixed_precision is bfloat16; choose it or fp16, not both")
         if not self.direct_mlp_weight and not self.fidelity_weight:
             raise ValueError("direct_mlp_weight and fidelity_weight are both 0: nothing to learn")
-        _check_paths(self, "model_name", "resume_from", "data", "eval_data", "output_dir")
+        _check_paths(self, "model_name", "resume_from", "output_dir")
+        for name in ("data", "eval_data"):
+            _check(self, name, parse_data)
         # only to raise: the fields keep what was given, which config.json records
         check_layers(self.train_layers)
         parse_size(self.teacher_cache)
@@ -347,12 +354,17 @@ class TrainOptions:
 
 def _check_paths(options: MergeOptions | TrainOptions, *names: str) -> None:
     for name in names:
-        given = getattr(options, name)
-        try:
-            if given is not None:
-                expand(given)
-        except PathError as error:
-            raise PathError(f"{name}: {error}") from None
+        _check(options, name, expand)
+
+
+def _check(options: object, name: str, parse: Callable[[str], object]) -> None:
+    """Raise the error of a parser of an option, with the option's name in front."""
+    given = getattr(options, name)
+    try:
+        if given is not None:
+            parse(given)
+    except ValueError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 _CHOICES = {

@@ -255,6 +255,7 @@ _TRAIN = (
 SHELL = "interact --checkpoint {}/a --model_name {}/base --device cpu --log {out}"
 _CHECK = "check {}/facts.yaml --checkpoint {}/a --model_name {}/base --cpu"
 _STUDY = "study --suite {}/suite.yaml --checkpoint {}/a --model_name {}/base --cpu --output {out}"
+_SAMPLE = "sample --model_name {}/base --tokens 8 --max_length 8 --output {out}.jsonl --cpu"
 _READ = {
     "analyze": "analyze --checkpoint {}/a",
     "merge": "merge --checkpoints {}/a --output {out}",
@@ -264,8 +265,9 @@ _RESUME = {"train": _TRAIN.replace("_steps 2", "_steps 4") + " --resume_from {}/
 _SCRIPT = {"interact": f"{SHELL} --script {{}}/script"}
 _WEIGHTS = {**_READ, **_RESUME, "evaluate": _EVALUATE, **_SCRIPT}
 _MODELS = {
-    "evaluate": _EVALUATE, "train": _TRAIN, "check": _CHECK, "study": _STUDY, **_SCRIPT
-}  # fmt: skip
+    **{"evaluate": _EVALUATE, "train": _TRAIN, "sample": _SAMPLE, "check": _CHECK},
+    **{"study": _STUDY, **_SCRIPT},
+}
 _LOAD = {"interact": f"{SHELL} --script {{}}/load"}
 _LOAD_SESSION = {"interact": f"{SHELL} --script {{}}/load-session"}
 

@@ -21,6 +21,7 @@ DISTRIBUTIONS = {"yaml": "PyYAML"}
 TEXTS = ["--checkpoint", "a", "--from", "a", "--prompt", "b"]
 NEEDS = {
     "train": (["train", "--train_layers", "1"], "torch", "train"),
+    "sample": (["sample", "--output", "a.jsonl"], "torch", "train"),
     "evaluate": (["evaluate", "--checkpoint", "a"], "torch", "train"),
     "trace": (["trace", "--from", "a", "--to", "b"], "torch", "hf"),
     "models": (["models", "a"], "torch", "hf"),

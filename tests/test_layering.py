@@ -16,11 +16,12 @@ PACKAGE = ROOT / "npt_fast"
 
 # part of the library -> the parts it may import, besides itself
 ALLOWED = {
-    "config": {"errors", "layer_names", "paths"},
+    "config": {"errors", "layer_names", "paths", "text_sources"},
     "layer_names": set[str](),
     "errors": set[str](),
     "tables": set[str](),
     "paths": {"errors"},
+    "text_sources": {"errors", "paths"},
     "schema": {"errors"},
     "pictures": {"errors", "paths"},
     "kernels": set[str](),
@@ -38,7 +39,7 @@ ALLOWED = {
         *("functional", "modules"),
     },
     "training": {
-        *("config", "errors", "layer_names", "paths", "schema", "checkpoint"),
+        *("config", "errors", "layer_names", "paths", "schema", "text_sources", "checkpoint"),
         *("functional", "modules", "hf"),
     },
     "transfer": {
@@ -54,6 +55,7 @@ FOREIGN = {
     "layer_names": set[str](),
     "paths": set[str](),
     "schema": set[str](),
+    "text_sources": set[str](),
     "kernels": {"torch", "triton"},
     "cli": {"cyclopts", "prompt_toolkit", "rich"},
 }

@@ -120,6 +120,7 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
             seconds=time.monotonic() - begun,
             evaluation=None,
             stopped_by=stopped_by,
+            data=reports[0].data if reports else options.data,
         )
     finally:
         run.close()

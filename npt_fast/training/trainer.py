@@ -42,6 +42,7 @@ from npt_fast.training.evaluation import (
     evaluate_windows,
 )
 from npt_fast.training.metrics_log import MetricsLog
+from npt_fast.training.mixed_windows import MixedWindows
 from npt_fast.training.progress import Progress
 from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.samples import samples
@@ -81,7 +82,7 @@ class NPTTrainer(Trainer):
         *,
         tokenizer: Any,
         stages: Sequence[Stage],
-        windows: TokenWindows,
+        windows: TokenWindows | MixedWindows,
         held_out: Sequence[Mapping[str, Tensor]],
         texts: Mapping[str, Sequence[Mapping[str, Tensor]]],
         run: RunDirectory | None,

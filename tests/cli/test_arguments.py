@@ -28,6 +28,8 @@ USES = {
     "train-model": ["train", "--train_layers", "1", "--model_name"],
     "train-data": ["train", "--train_layers", "1", "--data"],
     "train-eval-data": ["train", "--train_layers", "1", "--eval_data"],
+    "sample-output": ["sample", "--output"],
+    "sample-model": ["sample", "--output", "o.jsonl", "--model_name"],
     "evaluate": ["evaluate", "--checkpoint", "a"],
     "evaluate-model": ["evaluate", "--checkpoint", "a", "--model_name"],
     "evaluate-data": ["evaluate", "--checkpoint", "a", "--data"],

@@ -17,9 +17,9 @@ from tests.training.runs import Place
 from tests.transfer.known import known_relations
 
 VERBS = (
-    "models", "trace", "evaluate", "check", "compare", "sweep", "study", "train", "interact",
-    "replay",
-)  # fmt: skip
+    *("models", "trace", "evaluate", "check", "compare", "sweep", "study", "train", "sample"),
+    *("interact", "replay"),
+)
 
 
 class Program:
@@ -58,10 +58,12 @@ class Program:
             log.write_text(f"{json.dumps({**header, 'trust_remote_code': True})}\n")
             return ["interact", "--replay", str(log), "--device", "cpu"]
         data = ["--data", str(self._place.text), "--max_length", "24", "--num_eval_samples", "1"]
+        sizes = ["--tokens", "8", "--max_length", "8"]
         return {
             "models": ["models", model],
             "trace": ["trace", "--from", "abc", "--to", "abd", *named, "--cpu"],
             "evaluate": ["evaluate", *loaded, *data, "--cpu"],
+            "sample": ["sample", *named, "--output", str(self.folder / "s.jsonl"), *sizes, "--cpu"],
             "check": ["check", self._facts, *loaded, "--cpu"],
             "compare": ["compare", *loaded, *texts, "--tokens", "1", "--cpu"],
             "sweep": ["sweep", *loaded, *texts, "--strength", "1", "--cpu"],
