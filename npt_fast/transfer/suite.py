@@ -99,7 +99,7 @@ def read_suite(path: str | Path) -> Suite:
     Relations without controls get those of the default suite.
 
     Raises:
-        MistakesError: the file cannot be read or has mistakes; all of them are listed.
+        DataError: the file cannot be read or has mistakes; all of them are listed.
     """
     path = user_path(path)
     problems: list[str] = []
