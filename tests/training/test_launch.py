@@ -35,6 +35,7 @@ def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     forkserver()
     start = partial(start_processes, start_method="forkserver")
     monkeypatch.setattr(torch.multiprocessing, "spawn", start)
+    monkeypatch.setattr(launch, "_GRACE", 600.0)  # a loaded machine takes its time to start them
 
 
 @pytest.mark.slow
