@@ -63,7 +63,12 @@ BOXES = (
     Box(("checkpoint",), "read, merge, verify; no torch", 4, 310, 530, "#fce4ec"),
     Box(("kernels",), "Triton", 5, 40, 150, "#fff3e0"),
     Box(
-        ("config", "errors", "paths", "schema"), "the standard library only", 5, 170, 720, "#f5f5f5"
+        ("config", "errors", "layer_names", "paths", "schema", "text_sources"),
+        "the standard library only",
+        5,
+        170,
+        720,
+        "#f5f5f5",
     ),
 )
 

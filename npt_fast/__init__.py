@@ -41,12 +41,16 @@ if TYPE_CHECKING:
     from npt_fast.hf.quantize import quantize
     from npt_fast.training.evaluation import Evaluation, evaluate
     from npt_fast.training.run import TrainReport
+    from npt_fast.training.sampling import sample_text
     from npt_fast.training.train import train
     from npt_fast.transfer.bake import Baked, bake, export_lora
     from npt_fast.transfer.extract import extract
     from npt_fast.transfer.inject import Hits, inject
     from npt_fast.transfer.modulation import Modulation, load_modulation, mean
     from npt_fast.transfer.positions import after, at
+    from npt_fast.transfer.study import study
+    from npt_fast.transfer.study_results import Study
+    from npt_fast.transfer.suite import Suite, read_suite
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it, so that a source tree has it too
 
@@ -67,6 +71,8 @@ _HOMES = {
     "NPTConfig": "npt_fast.config",
     "NPTError": "npt_fast.errors",
     "StorageError": "npt_fast.errors",
+    "Study": "npt_fast.transfer.study_results",
+    "Suite": "npt_fast.transfer.suite",
     "TrainOptions": "npt_fast.config",
     "TrainReport": "npt_fast.training.run",
     "TrainingError": "npt_fast.errors",
@@ -89,8 +95,11 @@ _HOMES = {
     "mean": "npt_fast.transfer.modulation",
     "merge": "npt_fast.checkpoint.merge",
     "quantize": "npt_fast.hf.quantize",
+    "read_suite": "npt_fast.transfer.suite",
+    "sample_text": "npt_fast.training.sampling",
     "save": "npt_fast.hf.checkpoint",
     "status": "npt_fast.hf.convert",
+    "study": "npt_fast.transfer.study",
     "supported_layers": "npt_fast.hf.convert",
     "train": "npt_fast.training.train",
     "unload": "npt_fast.hf.convert",
@@ -114,6 +123,8 @@ __all__ = [
     "NPTConfig",
     "NPTError",
     "StorageError",
+    "Study",
+    "Suite",
     "TrainOptions",
     "TrainReport",
     "TrainingError",
@@ -136,8 +147,11 @@ __all__ = [
     "mean",
     "merge",
     "quantize",
+    "read_suite",
+    "sample_text",
     "save",
     "status",
+    "study",
     "supported_layers",
     "train",
     "unload",

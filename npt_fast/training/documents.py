@@ -43,6 +43,9 @@ _PRESETS = {
     ),
 }
 
+WITHOUT_A_PATH = ("python-docs", *_PRESETS)
+"""Sources that name no files of the user."""
+
 
 def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
     """Open a stream of documents: rows ``{"text": str}``, in the same order every time.
@@ -86,7 +89,7 @@ def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
         remedy = "install zstandard" if "zstd" in str(error) else "check the network"
         raise DataError(
             f"{preset}: cannot open {dataset.path} of the Hugging Face Hub: {reason(error)}; "
-            f"{remedy}, or give a file or folder of text, or python-docs"
+            f"{remedy}, or give a file or folder of text, python-docs or self"
         ) from error
 
 
@@ -106,7 +109,7 @@ def _find_files(source: str) -> list[str]:
     if not files and not found and not folder:
         raise DataError(
             f"{source}: no such file or folder, and no file matches; give one, or one of "
-            f"python-docs, {', '.join(_PRESETS)}"
+            f"{', '.join(WITHOUT_A_PATH)}, self"
         )
     if not files:
         raise DataError(f"{source}: has no text files; they end in {', '.join(text_files.READERS)}")

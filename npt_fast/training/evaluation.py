@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from npt_fast.checkpoint.certificate import Certificate, Closeness, finite_or_none, worst_of
+from npt_fast.config import Progress
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import components
 from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, read
+from npt_fast.training.data import open_windows
 from npt_fast.training.distillation import Distillation, Losses
 from npt_fast.training.other_texts import other_texts
-from npt_fast.training.token_windows import TokenWindows
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class Evaluation(Figures):
             **{f"eval_worst/{n}": math.nan if v is None else v for n, v in self.worst.items()},
         }
 
-    def certificate(self, data: str, step: int | None = None) -> Certificate:
+    def certificate(self, data: str | None, step: int | None = None) -> Certificate:
         """What checkpoints record of an evaluation.
 
         Args:
@@ -174,6 +175,8 @@ def evaluate(
     max_length: int = 512,
     batch_size: int = 4,
     special_tokens: bool = True,
+    first_tokens: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a model with NP layers on the text that training with these options holds out.
 
@@ -188,6 +191,8 @@ def evaluate(
         max_length: tokens per window.
         batch_size: windows per batch.
         special_tokens: let the tokenizer add its special tokens, such as BOS, to each document.
+        first_tokens: texts that rows of a sampled text begin with, as for `sample_text`.
+        progress: called while a text is sampled, as by `sample_text`.
 
     Raises:
         DataError: the text cannot be read, or there is too little of it.
@@ -195,12 +200,15 @@ def evaluate(
     """
     if not any(part.enabled for part in components(model).values()):
         raise ModelError("the model has no NP layers that are on")
-    held_out = TokenWindows(
+    held_out = open_windows(
         data,
+        model,
         tokenizer,
         max_length=max_length,
         held_out=windows,
         special_tokens=special_tokens,
+        first_tokens=first_tokens,
+        progress=progress,
     ).held_out_windows()
     texts = other_texts(model, tokenizer, special_tokens=special_tokens)
     device = next(model.parameters()).device
