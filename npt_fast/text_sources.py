@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import NamedTuple
 
@@ -31,13 +32,14 @@ class Source(NamedTuple):
     tokens: int | None = None
 
 
-def parse_data(text: str) -> tuple[Source, ...]:
+def parse_data(text: str | os.PathLike[str]) -> tuple[Source, ...]:
     """The texts of ``"self:200000,python-docs"``, in the order given.
 
     Raises:
         ValueError: a text is named twice, or a sampled one has no such length.
         PathError: a text is neither sampled nor a path.
     """
+    text = os.fspath(text)
     sources = tuple(_source(part.strip()) for part in text.split(","))
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
@@ -45,7 +47,7 @@ def parse_data(text: str) -> tuple[Source, ...]:
     return sources
 
 
-def data_name(text: str) -> str:
+def data_name(text: str | os.PathLike[str]) -> str:
     """What reports call ``--data``: sampled texts with their lengths; raises like `parse_data`."""
     return ",".join(source.name for source in parse_data(text))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def sampled_beforehand(options: TrainOptions, progress: Progress | None, say: Sa
 
 
 def open_windows(
-    data: str,
+    data: str | Path,
     model: Any,
     tokenizer: Any,
     *,
@@ -158,7 +159,7 @@ def open_windows(
     texts = [open_one(number, source) for number, source in enumerate(sources)]
     if count == 1:
         return texts[0]
-    return MixedWindows(texts, data, 0 if start is None else start["windows"])
+    return MixedWindows(texts, str(data), 0 if start is None else start["windows"])
 
 
 def open_data(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ def _exp(value: float) -> float:
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
-    data: str = "python-docs",
+    data: str | Path = "python-docs",
     *,
     windows: int = 100,
     max_length: int = 512,
