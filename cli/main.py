@@ -30,6 +30,7 @@ app.command("npt_fast.cli.analyze:analyze", name="analyze", help="Describe check
 app.command("npt_fast.cli.train:train", name="train", help="Train NP layers of a model.")
 app.command("npt_fast.cli.sample:sample", name="sample", help="Sample a text from a base model.")
 app.command("npt_fast.cli.evaluate:evaluate", name="evaluate", help="Measure checkpoints on text.")
+app.command("npt_fast.cli.plan:plan", name="plan", help="Plan which layers to convert first.")
 app.command("npt_fast.cli.trace:trace", name="trace", help="Find layers that are worth training.")
 app.command("npt_fast.cli.compare:compare", name="compare", help="Show what an injection does.")
 app.command(
@@ -46,7 +47,7 @@ app.command("npt_fast.cli.bench:bench", name="bench", help="Time the modulated M
 app.command("npt_fast.cli.kernels:app", name="kernels", help="Compile the kernels without a GPU.")
 
 _EXTRAS = {
-    **dict.fromkeys(("train", "sample", "evaluate"), "train"),
+    **dict.fromkeys(("train", "sample", "evaluate", "plan"), "train"),
     "interact": "interact",
     "kernels": "kernels",
 }

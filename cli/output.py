@@ -57,8 +57,13 @@ def certificate_lines(found: Certificate) -> Iterator[str]:
 
 
 def _figures(text: Closeness) -> Iterator[str]:
-    for figure in (text.kl, text.perplexity_ratio):
-        yield "not finite" if figure is None else f"{figure:.4f}"
+    yield figure(text.kl)
+    yield figure(text.perplexity_ratio)
+
+
+def figure(value: float | None) -> str:
+    """A figure of a certificate, None if it is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def warn(message: str) -> None:
@@ -138,7 +143,7 @@ def shortened(lines: list[str], limit: int = 20) -> list[str]:
 
 @contextmanager
 def progress_bar(
-    unit: Literal["bytes", "tokens"] = "bytes",
+    unit: Literal["bytes", "tokens", "counts"] = "bytes",
 ) -> Iterator[Callable[[str, int, int], None] | None]:
     """A progress bar on a terminal while there is work; None elsewhere: logs stay clean."""
     if not sys.stderr.isatty():
@@ -158,6 +163,7 @@ def progress_bar(
     figures = {
         "bytes": (DownloadColumn(), TransferSpeedColumn()),
         "tokens": (MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()),
+        "counts": (MofNCompleteColumn(), TimeRemainingColumn()),
     }
     columns = (TextColumn("{task.description}"), BarColumn(), *figures[unit])
     bar = Progress(*columns, console=Console(stderr=True), transient=True)

@@ -59,14 +59,14 @@ def study(
         Print the contents of study.json, rows included.
     """
     from npt_fast.transfer import study as library
-    from npt_fast.transfer.study_report import report_folder, study_json, study_lines
+    from npt_fast.transfer.study_report import study_folder, study_json, study_lines
     from npt_fast.transfer.suite import DEFAULT, read_suite
 
     chosen = read_suite(suite or DEFAULT)
     if not chosen.relations:
         raise TransferError(f"{suite}: has no relations, which a study needs")
     chosen.named(relations)  # a wrong name is told before the model loads
-    with report_folder(output) as write:  # before the model loads
+    with study_folder(output) as write:  # before the model loads
         loaded, tokenizer = model.load()
         found = library.study(
             loaded, tokenizer, chosen,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from npt_fast.hf.quantize import quantize
     from npt_fast.training.evaluation import Evaluation, evaluate
+    from npt_fast.training.plan import Plan, plan
     from npt_fast.training.run import TrainReport
     from npt_fast.training.sampling import sample_text
     from npt_fast.training.train import train
@@ -70,6 +71,7 @@ _HOMES = {
     "Modulation": "npt_fast.transfer.modulation",
     "NPTConfig": "npt_fast.config",
     "NPTError": "npt_fast.errors",
+    "Plan": "npt_fast.training.plan",
     "StorageError": "npt_fast.errors",
     "Study": "npt_fast.transfer.study_results",
     "Suite": "npt_fast.transfer.suite",
@@ -94,6 +96,7 @@ _HOMES = {
     "load_modulation": "npt_fast.transfer.modulation",
     "mean": "npt_fast.transfer.modulation",
     "merge": "npt_fast.checkpoint.merge",
+    "plan": "npt_fast.training.plan",
     "quantize": "npt_fast.hf.quantize",
     "read_suite": "npt_fast.transfer.suite",
     "sample_text": "npt_fast.training.sampling",
@@ -122,6 +125,7 @@ __all__ = [
     "Modulation",
     "NPTConfig",
     "NPTError",
+    "Plan",
     "StorageError",
     "Study",
     "Suite",
@@ -146,6 +150,7 @@ __all__ = [
     "load_modulation",
     "mean",
     "merge",
+    "plan",
     "quantize",
     "read_suite",
     "sample_text",

@@ -23,6 +23,7 @@ NEEDS = {
     "train": (["train", "--train_layers", "1"], "torch", "train"),
     "sample": (["sample", "--output", "a.jsonl"], "torch", "train"),
     "evaluate": (["evaluate", "--checkpoint", "a"], "torch", "train"),
+    "plan": (["plan", "--checkpoint", "a"], "torch", "train"),
     "trace": (["trace", "--from", "a", "--to", "b"], "torch", "hf"),
     "models": (["models", "a"], "torch", "hf"),
     "compare": (["compare", *TEXTS], "torch", "hf"),

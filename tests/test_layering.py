@@ -24,6 +24,7 @@ ALLOWED = {
     "text_sources": {"errors", "paths"},
     "schema": {"errors"},
     "pictures": {"errors", "paths"},
+    "report_files": {"checkpoint", "errors", "paths", "schema"},
     "kernels": set[str](),
     "checkpoint": {"config", "errors", "layer_names", "paths", "schema"},
     "functional": {"config", "errors", "kernels"},
@@ -44,7 +45,7 @@ ALLOWED = {
     },
     "transfer": {
         *("config", "errors", "layer_names", "paths", "schema", "checkpoint"),
-        *("functional", "called_mlp", "modules", "hf", "pictures", "tables"),
+        *("functional", "called_mlp", "modules", "hf", "pictures", "report_files", "tables"),
     },
 }
 FOREIGN = {

@@ -199,6 +199,36 @@ def evaluate(
         DataError: the text cannot be read, or there is too little of it.
         ModelError: the model has no NP layers, or all are off.
     """
+    return open_evaluation(
+        model,
+        tokenizer,
+        data,
+        windows=windows,
+        max_length=max_length,
+        batch_size=batch_size,
+        special_tokens=special_tokens,
+        first_tokens=first_tokens,
+        progress=progress,
+    )()
+
+
+def open_evaluation(
+    model: nn.Module,
+    tokenizer: Any,
+    data: str | Path,
+    *,
+    windows: int,
+    max_length: int,
+    batch_size: int,
+    special_tokens: bool,
+    first_tokens: Sequence[str],
+    progress: Progress | None,
+) -> Callable[[], Evaluation]:
+    """Read the texts of `evaluate`, whose arguments and errors these are.
+
+    Returns:
+        Evaluates the model with the NP layers that are on when it is called.
+    """
     if not any(part.enabled for part in components(model).values()):
         raise ModelError("the model has no NP layers that are on")
     held_out = open_windows(
@@ -218,7 +248,9 @@ def evaluate(
     def measure(windows: Sequence[Mapping[str, Tensor]]) -> Figures:
         return evaluate_windows(distillation, windows, batch_size=batch_size, device=device)
 
-    return Evaluation.of(measure(held_out), {name: measure(text) for name, text in texts.items()})
+    return lambda: Evaluation.of(
+        measure(held_out), {name: measure(text) for name, text in texts.items()}
+    )
 
 
 def prompt_inputs(

@@ -27,7 +27,7 @@ from npt_fast.transfer.bake import bake
 from npt_fast.transfer.extract import enabled_layers, extract
 from npt_fast.transfer.inject import injecting
 from npt_fast.transfer.modulation import Modulation
-from npt_fast.transfer.study_report import report_folder
+from npt_fast.transfer.study_report import study_folder
 from npt_fast.transfer.study_results import Condition, Known, Row, Study
 from npt_fast.transfer.suite import Relation, Suite, default_suite, filled
 
@@ -124,7 +124,7 @@ def study(
     settings = list(product(modes, strengths))
     run = _Run(model, tokenizer, reading, on)
     tell = progress or (lambda line: None)
-    with nullcontext() if output is None else report_folder(output) as write:
+    with nullcontext() if output is None else study_folder(output) as write:
         tell("what the base model knows")
         objects = {relation.name: run.known(relation) for relation in suite.relations}
         known: list[Known] = []

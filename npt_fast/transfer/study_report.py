@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, fields
@@ -12,11 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.errors import TransferError
-from npt_fast.paths import exists, path_errors, user_path
-from npt_fast.pictures import figure_class
-from npt_fast.schema import finite
+from npt_fast.pictures import figure_class, png
+from npt_fast.report_files import csv_file, json_file, report_folder
 from npt_fast.tables import markdown_table
 from npt_fast.transfer.report import document, escaped, heat, table
 from npt_fast.transfer.study_results import ALL, MEASURES, Condition, Interval, Row, Study, Summary
@@ -31,11 +26,8 @@ _NOTE = (
 
 
 @contextmanager
-def report_folder(output: str | Path) -> Iterator[Callable[[Study], None]]:
-    """Make a folder, hidden until a study is written to it.
-
-    So a folder that cannot be written is found before a model is loaded, and nothing is left if
-    the study fails.
+def study_folder(output: str | Path) -> Iterator[Callable[[Study], None]]:
+    """Make a folder, hidden until a study is written to it, as `report_folder` does.
 
     Args:
         output: Folder to create.
@@ -47,26 +39,19 @@ def report_folder(output: str | Path) -> Iterator[Callable[[Study], None]]:
     Raises:
         TransferError: the folder exists already or cannot be written.
     """
-    target = user_path(output)
-    with path_errors(target, TransferError):
-        if exists(target):
-            raise TransferError(f"{target}: exists already; choose another folder")
-    with disk_errors(target, TransferError), StagedDirectory(target, replace=False) as staged:
+    with report_folder(output, TransferError) as write_files:
 
         def write(study: Study) -> None:
             summaries = study.summaries()
             files = {
                 "rows.csv": _rows_csv(study.rows),
                 "summary.csv": _summary_csv(summaries),
-                "study.json": _json(study_json(study, summaries)),
+                "study.json": json_file(study_json(study, summaries)),
                 "study.html": study_html(study, summaries).encode(),
             }
             if find_spec("matplotlib") is not None:
                 files["study.png"] = draw(summaries)
-            for name, content in files.items():
-                with staged.file(name) as file:
-                    file.write(content)
-            staged.publish()
+            write_files(files)
 
         yield write
 
@@ -177,11 +162,11 @@ def _html_row(summary: Summary) -> list[str]:
 
 def _rows_csv(rows: Sequence[Row]) -> bytes:
     names = [field.name for field in fields(Row)]
-    return _csv(names, [[getattr(row, name) for name in names] for row in rows])
+    return csv_file(names, [[getattr(row, name) for name in names] for row in rows])
 
 
 def _summary_csv(summaries: Sequence[Summary]) -> bytes:
-    return _csv(
+    return csv_file(
         ["relation", *Condition._fields, "pairs", "measure", *(f.name for f in fields(Interval))],
         [
             [s.relation, *s.condition, s.pairs, name, *astuple(found)]
@@ -189,18 +174,6 @@ def _summary_csv(summaries: Sequence[Summary]) -> bytes:
             for name, found in s.measures.items()
         ],
     )
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return f"{json.dumps(finite(value), indent=1, ensure_ascii=False)}\n".encode()
-
-
-def _csv(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(heads)
-    writer.writerows(rows)
-    return out.getvalue().encode()
 
 
 def draw(summaries: Sequence[Summary]) -> bytes:
@@ -243,9 +216,7 @@ def draw(summaries: Sequence[Summary]) -> bytes:
     ]
     _bars(below, names, series)
     below.set_title(how)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150)
-    return out.getvalue()
+    return png(figure)
 
 
 def _bars(

@@ -18,7 +18,7 @@ from tests.transfer.known import known_relations
 
 VERBS = (
     *("models", "trace", "evaluate", "check", "compare", "sweep", "study", "train", "sample"),
-    *("interact", "replay"),
+    *("plan", "interact", "replay"),
 )
 
 
@@ -63,6 +63,7 @@ class Program:
             "models": ["models", model],
             "trace": ["trace", "--from", "abc", "--to", "abd", *named, "--cpu"],
             "evaluate": ["evaluate", *loaded, *data, "--cpu"],
+            "plan": ["plan", *loaded, *data, "--cpu"],
             "sample": ["sample", *named, "--output", str(self.folder / "s.jsonl"), *sizes, "--cpu"],
             "check": ["check", self._facts, *loaded, "--cpu"],
             "compare": ["compare", *loaded, *texts, "--tokens", "1", "--cpu"],

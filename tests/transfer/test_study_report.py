@@ -14,7 +14,7 @@ import pytest
 
 from npt_fast.errors import TransferError
 from npt_fast.transfer import study_report
-from npt_fast.transfer.study_report import report_folder, study_html, study_lines
+from npt_fast.transfer.study_report import study_folder, study_html, study_lines
 from npt_fast.transfer.study_results import MEASURES
 from tests.transfer.test_report import HOSTILE, Reader
 from tests.transfer.test_study_results import ROW, study
@@ -24,7 +24,7 @@ NAMES = ["rows.csv", "study.html", "study.json", "study.png", "summary.csv"]
 
 def test_the_files(tmp_path: Path) -> None:
     found = study()
-    with report_folder(tmp_path / "a") as write:
+    with study_folder(tmp_path / "a") as write:
         assert not (tmp_path / "a").exists()
         write(found)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == NAMES
@@ -53,7 +53,7 @@ def test_the_files(tmp_path: Path) -> None:
 
 def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(study_report, "find_spec", lambda name: None)
-    with report_folder(tmp_path / "a") as write:
+    with study_folder(tmp_path / "a") as write:
         write(study())
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         name for name in NAMES if name != "study.png"
@@ -69,11 +69,11 @@ def test_complete_or_absent(tmp_path: Path) -> None:
         ("file", "exists already"),
         ("file/a", "Not a directory"),
     ):
-        with pytest.raises(TransferError, match=problem) as caught, report_folder(tmp_path / name):
+        with pytest.raises(TransferError, match=problem) as caught, study_folder(tmp_path / name):
             raise AssertionError
         assert "\n" not in str(caught.value)
     for name in ("a", "none/a"):
-        with pytest.raises(KeyError), report_folder(tmp_path / name):
+        with pytest.raises(KeyError), study_folder(tmp_path / name):
             raise KeyError
     assert sorted(tmp_path.iterdir()) == before
 
@@ -81,7 +81,7 @@ def test_complete_or_absent(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     """A broken layer gives NaN, which JSON does not have."""
     broken = replace(ROW, own_probability=math.nan)
-    with report_folder(tmp_path / "a") as write:
+    with study_folder(tmp_path / "a") as write:
         write(replace(study(), rows=[broken]))
     document = json.loads((tmp_path / "a" / "study.json").read_text())
     assert document["rows"][0]["own_probability"] is None
