@@ -143,6 +143,16 @@ def test_the_hubs_address_is_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch)
     done.set()
 
 
+def test_processes_do_not_look_for_the_default_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("npt_fast.training.train.launch", lambda options: options.data)
+    given = npt.TrainOptions(train_layers="1,2", num_processes=2, parallel="layers")
+    assert npt.train(given) == "self:100000"
+    assert capsys.readouterr().err.count("Note: no --data is named") == 1
+
+
 def test_windows_are_the_sampled_ids(place: Place, tmp_path: Path) -> None:
     model, tokenizer = load_base_model(str(place.base))
     windows, held_out = open_data(
