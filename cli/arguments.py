@@ -31,10 +31,15 @@ def _check_path(kind: object, text: str | None) -> None:
         expand(text)
 
 
+def _check_data(kind: object, text: str | None) -> None:
+    if text is not None:
+        parse_data(text)
+
+
 PathText = Annotated[str, Parameter(validator=_check_path)]
 """A path. A text that is not one is a usage error, before anything is loaded. It stays text, since
 ``Path("")`` is the current directory."""
-DataText = Annotated[str, Parameter(validator=lambda _, text: parse_data(text) and None)]
+DataText = Annotated[str, Parameter(validator=_check_data)]
 """Texts to train or measure on. As with paths, mistakes in their names are usage errors."""
 Layers = Annotated[str | None, Parameter(validator=lambda _, text: text and check_layers(text))]
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]

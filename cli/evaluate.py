@@ -23,7 +23,7 @@ def evaluate(
     model: ModelOptions = _MODEL,
     loading: LayerOptions = _LOADING,
     reading: ReadingOptions = _READING,
-    data: DataText = "medium",
+    data: DataText | None = None,
     first_tokens: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
     num_eval_samples: Annotated[int, Parameter(validator=Number(gte=1))] = 100,
     max_length: Annotated[int, Parameter(validator=Number(gte=2))] = 512,
@@ -40,7 +40,8 @@ def evaluate(
     checkpoint
         Checkpoint directories or weight files, each measured on its own.
     data
-        Text to measure on, given as for train; only windows that train holds out are used.
+        Text to measure on, given as for train; by default medium, or self where medium cannot be
+        streamed. Only windows that train holds out are used.
     first_tokens
         Texts that rows of self begin with, given as for train.
     num_eval_samples
@@ -59,6 +60,11 @@ def evaluate(
     from npt_fast.training.evaluation import continue_text
 
     opened = [loading.open(path) for path in checkpoint]
+    if data is None:
+        from npt_fast.training.data import default_data
+        from npt_fast.training.run import say as note
+
+        data = default_data(note)
     loaded, tokenizer = model.load(checkpoint)
 
     def continuations() -> list[str]:

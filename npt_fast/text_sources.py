@@ -36,12 +36,14 @@ def parse_data(text: str | os.PathLike[str]) -> tuple[Source, ...]:
     """The texts of ``"self:200000,python-docs"``, in the order given.
 
     Raises:
-        ValueError: a text is named twice, or a sampled one has no such length.
+        ValueError: a text is named twice, be it sampled with two lengths, or a sampled one has no
+            such length.
         PathError: a text is neither sampled nor a path.
     """
     text = os.fspath(text)
     sources = tuple(_source(part.strip()) for part in text.split(","))
-    names = [source.name for source in sources]
+    # of two sampled texts the longer one has the rows of the other, those held out too
+    names = [source.name if source.tokens is None else SAMPLED for source in sources]
     if len(set(names)) < len(names):
         raise ValueError(f"{text!r:.80} names a text twice")
     return sources

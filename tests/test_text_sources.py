@@ -37,6 +37,6 @@ def test_texts_that_are_none() -> None:
     for text in ("", " ", "a,", ",a", "a,,b", "~nosuchuser/a,self"):
         with pytest.raises(PathError, match=r"empty|no home"):
             parse_data(text)
-    for text in ("a,a", "self,self:100000", "self:5,b,self:05"):
+    for text in ("a,a", "self,self:100000", "self:5,b,self:05", "self:5,self:9"):
         with pytest.raises(ValueError, match="names a text twice"):
             parse_data(text)

@@ -15,7 +15,7 @@ from npt_fast.config import Progress, TrainOptions
 from npt_fast.errors import DataError, TrainingError
 from npt_fast.hf.base_model import default_device, load_base_model
 from npt_fast.text_sources import SAMPLED, STREAMED, Source, data_name, parse_data
-from npt_fast.training.documents import WITHOUT_A_PATH, open_documents
+from npt_fast.training.documents import WITHOUT_A_PATH, check_hub, open_documents
 from npt_fast.training.mixed_windows import MixedWindows
 from npt_fast.training.progress import read_progress
 from npt_fast.training.self_text import self_text
@@ -40,13 +40,23 @@ def with_data(options: TrainOptions, recorded: Mapping[str, Any] | None, say: Sa
     if data is None and recorded is not None:
         data = _recorded(str(recorded["source"]), options)
     elif data is None:
-        data = STREAMED
-        try:
-            open_documents(data, seed=options.seed)
-        except DataError as error:
-            data = SAMPLED
-            say(f"Note: no --data is named; {error}. The base model's own text takes its place")
+        data = default_data(say)
     return dataclasses.replace(options, data=data_name(data))
+
+
+def default_data(say: Say) -> str:
+    """The text of a run or an evaluation that names none: ``medium`` if it can be streamed.
+
+    Args:
+        say: called with a line if it cannot, so that it is ``self``.
+    """
+    try:
+        check_hub(STREAMED)
+        open_documents(STREAMED, seed=0)
+    except DataError as error:
+        say(f"Note: no --data is named; {error}. The base model's own text takes its place")
+        return SAMPLED
+    return STREAMED
 
 
 def _recorded(source: str, options: TrainOptions) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from npt_fast.config import Progress
 from npt_fast.errors import DataError, ModelError
@@ -22,15 +23,17 @@ BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """Tokens that begin and end documents.
+    """Tokens that begin and end documents, and those that are never drawn.
 
     Attributes:
         starts: ids that a row begins with; the rows take turns with them.
         end: id of the token that ends a document.
+        unknown: ids that the model has and the tokenizer does not, as where a vocabulary is padded.
     """
 
     starts: tuple[tuple[int, ...], ...]
     end: int
+    unknown: tuple[int, ...]
 
     def start(self, row: int) -> tuple[int, ...]:
         """Ids that a row begins with."""
@@ -55,7 +58,7 @@ def marks(model: Any, tokenizer: Any, first_tokens: Sequence[str] = ()) -> Marks
         first_tokens: texts of one or more tokens that rows begin with instead.
 
     Raises:
-        DataError: a text of `first_tokens` is empty.
+        DataError: `first_tokens` is no list, or a text of it is empty.
         ModelError: the tokenizer has no such end, or the model does not know these tokens.
     """
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
@@ -67,15 +70,18 @@ def marks(model: Any, tokenizer: Any, first_tokens: Sequence[str] = ()) -> Marks
             f"{name}: the tokenizer has no token that ends a text, which separates documents; "
             "set eos_token in its tokenizer_config.json, or name another text with --data"
         )
+    if isinstance(first_tokens, str):  # or its letters would take turns
+        raise DataError(f"first_tokens: give a list of texts, not the text {first_tokens!r:.80}")
     starts = []
     for text in first_tokens:
         ids = encode(tokenizer, text, add_special_tokens=False).input_ids if text else []
         if not ids:
             raise DataError("first_tokens: a text is empty; leave it out")
         starts.append(tuple(ids))
-    found = Marks(tuple(starts) or (front(tokenizer) or (end,),), end)
-    largest = max(end, *(i for start in found.starts for i in start))
     vocabulary = model.get_input_embeddings().num_embeddings
+    unknown = set(range(vocabulary)).difference(tokenizer.get_vocab().values())
+    found = Marks(tuple(starts) or (front(tokenizer) or (end,),), end, tuple(sorted(unknown)))
+    largest = max(end, *(i for start in found.starts for i in start))
     if largest >= vocabulary:
         raise ModelError(
             f"{name}: the tokenizer has a token {largest}, the model knows {vocabulary} tokens"
@@ -108,14 +114,14 @@ def sample_text(
     batch_size: int = BATCH,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Sample a text from a base model, at temperature 1 and from all tokens.
+    """Sample a text from a base model, at temperature 1 and from all tokens of its tokenizer.
 
     Each row begins with the model's first token. Behind the end of a document the row goes on with
     another one. A row depends on the seed and its number, and not on the rows that are sampled
     beside it, except for the rounding of logits.
 
     Args:
-        model: causal language model; its NP layers are off meanwhile.
+        model: causal language model; meanwhile its NP layers are off, and it is in eval mode.
         tokenizer: the model's tokenizer, which tells the tokens that begin and end documents.
         tokens: number of tokens; the last row is sampled to its end.
         max_length: tokens per row.
@@ -130,8 +136,9 @@ def sample_text(
 
     Raises:
         ValueError: a number is out of range.
-        DataError: a text of `first_tokens` is empty, or fills a whole row.
-        ModelError: the tokenizer has no token that ends a text, or the logits are not numbers.
+        DataError: `first_tokens` is no list, or a text of it is empty or fills a whole row.
+        ModelError: the tokenizer has no token that ends a text, the model reads no rows of
+            `max_length`, or the logits are not numbers.
     """
     for name, value, least in (("tokens", tokens, 1), ("batch_size", batch_size, 1)):
         if value < least:
@@ -142,9 +149,15 @@ def sample_text(
             f"first_tokens: {max(map(len, found.starts))} tokens leave nothing to sample of "
             f"{max_length}; give shorter texts or a larger max_length"
         )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ModelError(
+            f"max_length {max_length}: the base model reads at most {longest} tokens, and writes "
+            f"no text that is longer; give {longest} or less"
+        )
     rows = -(-tokens // max_length)
     ids = torch.empty(rows, max_length, dtype=torch.long)
-    with disabled(model), torch.no_grad():
+    with disabled(model), _evaluating(model), torch.no_grad():
         for first in range(0, rows, batch_size):
             batch = ids[first : first + batch_size]
             for column in _sample(model, found, batch, first, seed):
@@ -152,6 +165,18 @@ def sample_text(
                     done = first * max_length + len(batch) * (column + 1)
                     progress("Sampling", done, ids.numel())
     return ids
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Context in eval mode: dropout would draw another text, and checkpointing leaves no cache."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _sample(model: Any, marks: Marks, ids: Tensor, first: int, seed: int) -> Iterator[int]:
@@ -165,6 +190,7 @@ def _sample(model: Any, marks: Marks, ids: Tensor, first: int, seed: int) -> Ite
     # float64: 0 comes once in 2^53 numbers, which would choose its token whatever its logit is
     generators = [np.random.default_rng([seed % 2**64, number]) for number in numbers]
     given = [list(marks.start(number)) for number in numbers]  # what is not drawn
+    unknown = list(marks.unknown)
     noise = None
     cache = None
     for column in range(ids.shape[1]):
@@ -180,6 +206,7 @@ def _sample(model: Any, marks: Marks, ids: Tensor, first: int, seed: int) -> Ite
             sums = logits - torch.from_numpy(noise).log().to(logits)
             if sums.isnan().any():
                 raise ModelError("the base model's logits are not numbers; nothing can be sampled")
+            sums[:, unknown] = -torch.inf
             ids[:, column] = sums.argmax(-1).cpu()
         for row, number in enumerate(numbers):
             if given[row]:

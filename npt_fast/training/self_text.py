@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -51,8 +51,9 @@ class SelfText(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Folder of the sampled texts: ``$XDG_CACHE_HOME/npt_fast``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npt_fast"
+    """Folder of the sampled texts: ``$XDG_CACHE_HOME/npt_fast``, where that is an absolute path."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "npt_fast"
 
 
 def self_text(
@@ -92,9 +93,11 @@ def self_text(
     facts = {
         "version": VERSION,
         "weights": _digest(model),
+        "positions": getattr(model.config.get_text_config(), "rope_parameters", None),
         "dtype": str(model.dtype),
         "starts": found.starts,
         "end": found.end,
+        "unknown": found.unknown,
         "seed": seed,
         "shape": shape,
     }
@@ -129,11 +132,14 @@ def _being_written(path: Path, say: Callable[[str], None]) -> Iterator[BinaryIO 
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise DataError(f"{part}: not a regular file; remove it")
             _wait_for_lock(file, path, say)
+            # until it was locked, another process may have written it and its name be gone
+            named = _has_name(file, part)
             if exists(path):
+                if named:  # opened after the other process had renamed its own
+                    part.unlink()
                 yield None
                 return
-            # until it was locked, another process may have written it and its name be gone
-            if exists(part) and os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+            if named:
                 try:
                     file.truncate()
                     yield file
@@ -141,9 +147,15 @@ def _being_written(path: Path, say: Callable[[str], None]) -> Iterator[BinaryIO 
                     os.fsync(file.fileno())
                     part.replace(path)
                 except BaseException:
-                    part.unlink()
+                    part.unlink(missing_ok=True)
                     raise
                 return
+
+
+def _has_name(file: BinaryIO, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def _wait_for_lock(file: BinaryIO, path: Path, say: Callable[[str], None]) -> None:

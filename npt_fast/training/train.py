@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from npt_fast.config import Progress, TrainOptions
-from npt_fast.training.data import sampled_beforehand
+from npt_fast.training.data import sampled_beforehand, with_data
 from npt_fast.training.launch import launch
 from npt_fast.training.run import TrainReport, say, train_here
 
@@ -29,6 +29,9 @@ def train(options: TrainOptions, *, progress: Progress | None = None) -> TrainRe
     in_group = "LOCAL_RANK" in os.environ  # torchrun sets it
     if in_group or (options.num_processes > 1 and options.parallel != "layers"):
         options = sampled_beforehand(options, progress, say)
+    elif options.num_processes > 1 and not options.resume_from:
+        # the processes could find different defaults, and each would say so
+        options = with_data(options, None, say)
     if options.num_processes > 1 and not in_group:
         return launch(options)
     return train_here(options, progress)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 import npt_fast as npt
 from npt_fast import text_sources
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.training import data as module
+from npt_fast.training import documents
 from npt_fast.training import self_text as self_text_module
-from npt_fast.training.data import open_data, sampled_beforehand, with_data
+from npt_fast.training.data import default_data, open_data, sampled_beforehand, with_data
 from npt_fast.training.sampling import sample_text
 from tests.checkpoints import load_state
 from tests.training import runs
@@ -25,6 +31,10 @@ SELF = f"self:{30 * LENGTH}"
 
 def said(line: str) -> None:
     raise AssertionError(line)
+
+
+def untouchable(*args: Any, **options: Any) -> Any:
+    raise AssertionError("touched")
 
 
 def options(place: Place, output: Path, **changes: Any) -> npt.TrainOptions:
@@ -79,6 +89,7 @@ def test_another_model_or_seed_starts_over(place: Place, tmp_path: Path, capsys:
 
 def test_the_default(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = npt.TrainOptions(train_layers="1")
+    monkeypatch.setattr(module, "check_hub", lambda source: None)
     monkeypatch.setattr(module, "open_documents", lambda source, seed: None)
     assert with_data(nothing, None, said).data == "medium"
 
@@ -90,8 +101,56 @@ def test_the_default(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_data(nothing, None, lines.append).data == "self:100000"
     (line,) = lines
     assert "no --data is named; medium: cannot be reached. The base model's own text" in line
+    monkeypatch.setattr(module, "check_hub", lambda source: unreachable(source, 0))
+    monkeypatch.setattr(module, "open_documents", untouchable)
+    assert with_data(nothing, None, lines.append).data == "self:100000"
+    assert lines == [line, line]
     named = npt.TrainOptions(train_layers="1", data="medium")
     assert with_data(named, {"source": "self:5"}, said).data == "medium"
+
+
+def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any answer will do, and none within the patience; then nothing of the library is tried."""
+    monkeypatch.setattr(module, "open_documents", lambda source, seed: None)
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers HEAD with 501
+    Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    address = f"http://127.0.0.1:{hub.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(BaseHTTPRequestHandler, "log_message", lambda *args: None)
+    assert default_data(said) == "medium"
+    hub.shutdown()
+    hub.server_close()
+    monkeypatch.setattr(module, "open_documents", untouchable)
+    lines: list[str] = []
+    assert default_data(lines.append) == "self"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with monkeypatch.context() as patch:
+            patch.setattr(documents, "_PATIENCE", 0.3)
+            assert default_data(lines.append) == "self"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert default_data(lines.append) == "self"
+    for line, problem in zip(lines, ("[Cc]onnection refused", "", "offline mode"), strict=True):
+        assert re.search(rf"medium: cannot reach http://127\.0\.0\.1:\d+: .*{problem}", line)
+
+
+def test_the_hubs_address_is_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_PATIENCE", 0.2)
+    done = Event()
+    monkeypatch.setattr(documents, "get_session", done.wait)
+    with pytest.raises(npt.DataError, match=r"^large: cannot reach .*: no answer within 0\.2 sec"):
+        documents.check_hub("large")
+    done.set()
+
+
+def test_processes_do_not_look_for_the_default_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("npt_fast.training.train.launch", lambda options: options.data)
+    given = npt.TrainOptions(train_layers="1,2", num_processes=2, parallel="layers")
+    assert npt.train(given) == "self:100000"
+    assert capsys.readouterr().err.count("Note: no --data is named") == 1
 
 
 def test_windows_are_the_sampled_ids(place: Place, tmp_path: Path) -> None:
@@ -158,9 +217,6 @@ def test_a_text_is_sampled_before_processes_form_a_group(
     given = options(place, tmp_path / "run", data=f"{SELF},python-docs", eval_data="self:96")
     assert sampled_beforehand(given, None, lines.append).data == given.data
     assert len(list(cache.iterdir())) == len(lines) == 2
-
-    def untouchable(*args: Any, **options: Any) -> Any:
-        raise AssertionError("sampled")
 
     monkeypatch.setattr(self_text_module, "sample_text", untouchable)
     npt.train(given)

@@ -34,6 +34,7 @@ def drawn_alone(model: Any, found: Marks, row: int, seed: int) -> list[int]:
     ids = [first]
     while len(ids) < LENGTH:
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double()
+        logits[list(found.unknown)] = -torch.inf
         clocks = torch.from_numpy(noise.standard_exponential(len(logits)))
         if given:
             ids.append(given.pop(0))
@@ -67,10 +68,10 @@ def test_draws_have_the_probabilities_of_the_model() -> None:
     base = model()
     ids = sample_text(base, tiny.tokenizer(), 6000, max_length=2, batch_size=3000)
     with torch.no_grad():
-        expected = base(input_ids=torch.tensor([[EOS]])).logits[0, -1].softmax(-1) * 3000
-    counted = torch.bincount(ids[:, 1], minlength=258)
+        expected = base(input_ids=torch.tensor([[EOS]])).logits[0, -1, :257].softmax(-1) * 3000
+    counted = torch.bincount(ids[:, 1], minlength=257)
     chi_square = float(((counted - expected) ** 2 / expected).sum())
-    freedom = 257
+    freedom = 256
     assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
 
 
@@ -114,6 +115,40 @@ def test_np_layers_are_off_meanwhile() -> None:
     assert components(base)[1].enabled
 
 
+def test_tokens_that_the_tokenizer_does_not_know_are_not_drawn() -> None:
+    base = model(vocab_size=320)
+    with torch.no_grad():
+        base.lm_head.weight[257:] = base.lm_head.weight[EOS]  # the likeliest of all
+    ids = sample_text(base, tiny.tokenizer(), 20 * LENGTH, max_length=LENGTH)
+    assert int(ids.max()) < 257
+    assert len(ids.unique()) > 100
+    assert marks(base, tiny.tokenizer()).unknown == tuple(range(257, 320))
+
+
+def test_a_model_that_is_being_trained() -> None:
+    """Dropout and checkpointing are off meanwhile; the model and the caller's draws go on."""
+    base, tokenizer = model(attention_dropout=0.5), tiny.tokenizer()
+    expected = sample_text(base, tokenizer, 50, max_length=25)
+    base.train()
+    for layer in base.model.layers:
+        layer.gradient_checkpointing = True
+    base.model.layers[2].eval()  # modules are restored one by one
+    modes = [module.training for module in base.modules()]
+    before = torch.get_rng_state(), np.random.get_state()[1]
+    assert torch.equal(sample_text(base, tokenizer, 50, max_length=25), expected)
+    assert [module.training for module in base.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+
+
+def test_settings_of_generation_do_not_matter() -> None:
+    base, tokenizer = model(), tiny.tokenizer()
+    expected = sample_text(base, tokenizer, 50, max_length=25)
+    base.generation_config.update(top_k=1, temperature=0.1, suppress_tokens=[1], max_length=3)
+    base.config.use_cache = False
+    assert torch.equal(sample_text(base, tokenizer, 50, max_length=25), expected)
+
+
 def test_progress_counts_tokens() -> None:
     seen: list[tuple[str, int, int]] = []
     sample_text(
@@ -133,6 +168,12 @@ def test_what_cannot_be_sampled() -> None:
         sample_text(base, tokenizer, max_length=5, first_tokens=["a", "abcde"])
     with pytest.raises(npt.DataError, match="first_tokens: a text is empty"):
         sample_text(base, tokenizer, first_tokens=["a", ""])
+    with pytest.raises(
+        npt.DataError, match="first_tokens: give a list of texts, not the text 'ab'"
+    ):
+        sample_text(base, tokenizer, first_tokens="ab")
+    with pytest.raises(npt.ModelError, match="max_length 257: the base model reads at most 256 "):
+        sample_text(base, tokenizer, max_length=257)
     with pytest.raises(npt.ModelError, match="a token 257, the model knows 257 tokens"):
         sample_text(model(vocab_size=257), tiny.bos_tokenizer())
     tokenizer.eos_token = None

@@ -56,7 +56,14 @@ def test_all_that_decides_a_text_is_in_its_name(model: Any) -> None:
     trained = tiny.model(initializer_range=0.2)
     with torch.no_grad():  # norms and embeddings stay, of which fingerprints are made
         trained.model.layers[3].mlp.up_proj.weight += 1e-3
-    models = (model, trained, tiny.model(initializer_range=0.2, layers=3))
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    models = (
+        model,
+        trained,
+        tiny.model(initializer_range=0.2, layers=3),
+        tiny.model(initializer_range=0.2, rope_parameters=rope),
+        tiny.model(initializer_range=0.2).bfloat16(),
+    )
     changes = ({}, {"seed": 7}, {"tokens": 100}, {"max_length": 9}, {"first_tokens": ["a"]})
     keys = {kept(m).key for m in models} | {kept(model, **change).key for change in changes}
     assert len(keys) == len(models) + len(changes) - 1
@@ -179,6 +186,28 @@ def test_one_process_samples_and_the_others_wait(
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert (tmp_path / "samplers").read_text() == "x"
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
+
+
+def test_a_process_that_comes_when_the_text_is_there(
+    model: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked for the text before the other one had published it."""
+    found = kept(model)
+    seen = iter([False])
+    monkeypatch.setattr(module, "exists", lambda path: next(seen, True))
+    monkeypatch.setattr(module, "sample_text", untouchable)
+    assert torch.equal(kept(model).ids, found.ids)
+    assert list(cache.iterdir()) == [found.path]
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = tmp_path / ".cache" / "npt_fast"
+    for given, expected in (("/a", Path("/a/npt_fast")), ("a", own), ("", own), ("../a", own)):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert module.cache_folder() == expected
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert module.cache_folder() == own
 
 
 def test_a_killed_process_keeps_nobody_waiting(
