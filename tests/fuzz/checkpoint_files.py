@@ -123,10 +123,12 @@ def _trained(folder: Path) -> None:
     npt.merge([made], merged, verify=True)
     for file in merged.iterdir():
         shutil.copy(file, folder)
+    # one of the original's tools writes it, and merges do not
+    (folder / "training_metadata.json").write_text('{"architecture_version": "v2"}')
 
 
 def _beside(name: str, *more: Mapping[str, Any]) -> Callable[[Path], list[bytes]]:
-    """The content of a file as a merge writes it, and other valid contents."""
+    """The content of a file of `_trained`, and other valid contents."""
 
     def prepare(folder: Path) -> list[bytes]:
         _trained(folder)
