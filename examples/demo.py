@@ -2,6 +2,7 @@
 
 The demo prints every command as a user would type it, runs it, and ends with a table and a picture.
 It works in the folder ``demo`` and leaves its results there. Two CPU cores are enough.
+With ``--quick`` it takes a few steps where it takes hundreds: everything runs, little is learnt.
 
 The layers train on the model's own text, which took minutes to sample and is therefore kept in
 ``examples/smollm2_self_text.jsonl``. This command, run in ``examples``, made it:
@@ -23,17 +24,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
-MODEL = "--model_name smollm2-135m --max_length 256 --num_eval_samples 20"
+QUICK = sys.argv[1:] == ["--quick"]
+STEPS, MORE, WINDOWS = (10, 2, 2) if QUICK else (250, 20, 20)
+MODEL = f"--model_name smollm2-135m --max_length 256 --num_eval_samples {WINDOWS}"
 TEXT = "--data ../examples/smollm2_self_text.jsonl"
 BATCHES = "--batch_size 4 --gradient_accumulation_steps 1 --eval_steps 0 --generation_steps 0"
-STEPS = 250
 ALONE = f"--max_steps {STEPS} --learning_rate 5e-4 --teacher_cache 2GB --logging_steps 20"
 LAYER11 = f"experiments/layer11_training/checkpoint-{STEPS}"
 LAYER13 = f"experiments/layer13_training/checkpoint-{STEPS}"
 LAYER23 = f"experiments/layer23_training/checkpoint-{STEPS}"
 MERGED = "experiments/merged_11_13"
 MERGED_V2 = "experiments/merged_11_13_23"
-END = STEPS + 20
+END = STEPS + MORE
 CONTINUED = f"experiments/continued/checkpoint-{END}"
 TOGETHER = (
     f"--max_steps {END} --curriculum_stages student:{END} --fidelity_weight 100 "
