@@ -2,6 +2,7 @@
 
 The demo prints every command as a user would type it, runs it, and ends with a table and a picture.
 It works in the folder ``demo`` and leaves its results there. Two CPU cores are enough.
+With ``--quick`` it takes a few steps where it takes hundreds: everything runs, little is learnt.
 """
 
 from __future__ import annotations
@@ -17,16 +18,22 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
-MODEL = "--model_name smollm2-135m --data python-docs --max_length 256 --num_eval_samples 20"
+QUICK = sys.argv[1:] == ["--quick"]
+STEPS, STEPS_23, MORE = (10, 10, 2) if QUICK else (500, 300, 8)
+WINDOWS = 2 if QUICK else 20
+MODEL = (
+    f"--model_name smollm2-135m --data python-docs --max_length 256 --num_eval_samples {WINDOWS}"
+)
 BATCHES = "--batch_size 4 --gradient_accumulation_steps 1 --eval_steps 0 --generation_steps 0"
 ALONE = "--num_ranks 4 --np_rank 64 --learning_rate 5e-4 --teacher_cache 2GB --logging_steps 25"
-TOGETHER = "--curriculum_stages student:508 --learning_rate 2e-5 --lr_schedule constant"
-LAYER11 = "experiments/layer11_training/checkpoint-500"
-LAYER13 = "experiments/layer13_training/checkpoint-500"
-LAYER23 = "experiments/layer23_training/checkpoint-300"
+END = STEPS + MORE
+TOGETHER = f"--curriculum_stages student:{END} --learning_rate 2e-5 --lr_schedule constant"
+LAYER11 = f"experiments/layer11_training/checkpoint-{STEPS}"
+LAYER13 = f"experiments/layer13_training/checkpoint-{STEPS}"
+LAYER23 = f"experiments/layer23_training/checkpoint-{STEPS_23}"
 MERGED = "experiments/merged_11_13"
 MERGED_V2 = "experiments/merged_11_13_23"
-CONTINUED = "experiments/continued/checkpoint-508"
+CONTINUED = f"experiments/continued/checkpoint-{END}"
 PROMPT = "The capital of France is"
 TARGET = "The capital of Germany is"
 TRACE = f'--from "{PROMPT}" --to "{TARGET}" --track " Paris" " Berlin"'
@@ -78,10 +85,10 @@ def main() -> None:
     seconds: dict[str, float] = {}
 
     say("1. Train layer 11")
-    seconds[LAYER11] = train(11, 500)
+    seconds[LAYER11] = train(11, STEPS)
 
     say("2. Train layer 13 separately")
-    seconds[LAYER13] = train(13, 500)
+    seconds[LAYER13] = train(13, STEPS)
 
     say("3. Analyze both: can they be merged?")
     run(f"npt-fast analyze --checkpoint {LAYER11} {LAYER13}")
@@ -91,13 +98,13 @@ def main() -> None:
     seconds[MERGED] = run(merging)[0]
 
     say("5. Add a layer later: train layer 23, merge it into the merge")
-    seconds[LAYER23] = train(23, 300)
+    seconds[LAYER23] = train(23, STEPS_23)
     merging = f"npt-fast merge --checkpoints {MERGED} {LAYER23} --output {MERGED_V2} --verify"
     seconds[MERGED_V2] = run(merging)[0]
 
     say("6. Continue to train all three layers from their merged optimizer state")
     seconds[CONTINUED] = run(
-        f"npt-fast train --train_layers 11,13,23 --resume_from {MERGED_V2} --max_steps 508 "
+        f"npt-fast train --train_layers 11,13,23 --resume_from {MERGED_V2} --max_steps {END} "
         f"--wandb_name continued {MODEL} {BATCHES} {TOGETHER} --warmup_steps 0 --logging_steps 2"
     )[0]
 
