@@ -79,6 +79,8 @@ def train(layer: int, steps: int) -> float:
 
 def main() -> None:
     """Run the demo."""
+    if sys.argv[1:] and not QUICK:
+        sys.exit(__doc__)
     begun = time.perf_counter()
     shutil.rmtree(DEMO, ignore_errors=True)
     DEMO.mkdir()
