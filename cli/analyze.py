@@ -138,7 +138,7 @@ def _print_layer(info: LayerInfo, verbose: bool) -> None:
     say()
     say(f"Layer {info.layer}:")
     say(f"  Modulation: {info.architecture}")
-    residual = info.residual or "not recorded (removed is assumed)"
+    residual = info.residual or "not recorded (found out when it is loaded)"
     say(f"  Dtype: {', '.join(info.dtypes)}; residual: {residual}")
     say(f"  Parameters: {info.tensors} tensors, {size(info.nbytes)}")
     say(f"  Total elements: {info.parameters:,}")

@@ -9,15 +9,19 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 import npt_fast as npt
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.config import (
     BaseDType,
     Injection,
     InjectionMode,  # noqa: F401  cyclopts resolves the hints of `Injection` in this module
     InjectionTime,  # noqa: F401
-    parse_layers,
+    Residual,
 )
+from npt_fast.errors import ModelError
 from npt_fast.hf.tokenizer import Reading
+from npt_fast.layer_names import check_layers, is_name, parse_layers, resolve_layers
 from npt_fast.paths import expand
+from npt_fast.text_sources import parse_data
 
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B"
 
@@ -27,10 +31,17 @@ def _check_path(kind: object, text: str | None) -> None:
         expand(text)
 
 
+def _check_data(kind: object, text: str | None) -> None:
+    if text is not None:
+        parse_data(text)
+
+
 PathText = Annotated[str, Parameter(validator=_check_path)]
 """A path. A text that is not one is a usage error, before anything is loaded. It stays text, since
 ``Path("")`` is the current directory."""
-Layers = Annotated[str | None, Parameter(validator=lambda _, text: text and parse_layers(text))]
+DataText = Annotated[str, Parameter(validator=_check_data)]
+"""Texts to train or measure on. As with paths, mistakes in their names are usage errors."""
+Layers = Annotated[str | None, Parameter(validator=lambda _, text: text and check_layers(text))]
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
 SpecialTokens = Annotated[bool, Parameter(negative="--no-special-tokens")]
 Texts = Annotated[Sequence[str], Parameter(consume_multiple=True)]
@@ -91,24 +102,72 @@ class ModelOptions:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """Which layers of a checkpoint are loaded, and how.
+
+    Attributes:
+        layers: Layers of the checkpoint to load: 11,13 or 11-15, all, upper_half or lower_half; all
+            if not given.
+        residual: What happens to the attention output in layers of which no file says it: removed
+            or kept; if not given, they are run on random tokens to find out.
+    """
+
+    layers: Layers = None
+    residual: Residual | None = None
+
+    def open(self, path: str) -> Checkpoint:
+        """Open a checkpoint that must have these layers: said now, not after loading a model.
+
+        Raises:
+            CheckpointError: it cannot be read.
+            ModelError: it lacks a layer.
+        """
+        checkpoint = open_checkpoint(path)
+        if self.layers is not None and not is_name(self.layers):
+            checkpoint.require(n for n in parse_layers(self.layers) if n >= 0)
+        return checkpoint
+
+    def load(self, model: Any, checkpoint: Checkpoint, default: Any = None) -> Any:
+        """Load the layers into a model, and return it; without `layers` those of `default`.
+
+        Raises:
+            NPTError: as `npt_fast.load`; or the model or the checkpoint has none of the layers.
+        """
+        from npt_fast.hf.convert import decoder_layers
+
+        if self.layers is not None:
+            try:
+                default = resolve_layers(self.layers, len(decoder_layers(model)))
+            except ValueError as error:
+                raise ModelError(f"--layers: {error}") from None
+            if is_name(self.layers):
+                default = [layer for layer in default if layer in checkpoint.modules]
+                if not default:
+                    has = list(checkpoint.modules)
+                    raise ModelError(f"{checkpoint.given}: has layers {has}, none of {self.layers}")
+        return npt.load(model, checkpoint, layers=default, residual=self.residual)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
     """A base model with the layers of a checkpoint.
 
     Attributes:
         checkpoint: Checkpoint directory or weights file.
         base: The base model.
-        layers: Layers of the checkpoint to load, as 11,13 or 11-15; all if not given.
+        loading: Which of its layers are loaded, and how.
     """
 
     checkpoint: PathText
     base: ModelOptions = field(default_factory=ModelOptions)
-    layers: Layers = None
+    loading: LayerOptions = field(default_factory=LayerOptions)
 
     def load(self) -> tuple[Any, Any]:
         """The base model with these layers, and its tokenizer."""
+        checkpoint = self.loading.open(self.checkpoint)
         model, tokenizer = self.base.load([self.checkpoint])
-        layers = None if self.layers is None else parse_layers(self.layers)
-        return npt.load(model, self.checkpoint, layers=layers), tokenizer
+        return self.loading.load(model, checkpoint), tokenizer
 
 
 @Parameter(name="*")
@@ -152,8 +211,8 @@ class InjectionOptions(Injection):
     """`Injection`, with its position as text.
 
     Attributes:
-        position: Tokens of the prompt to inject into: a number, 2:5, 1,4, last, first, all, at:WORD
-            or after:WORD.
+        position: Tokens of the prompt to inject into: a number, 2:5, 1,4, last, last_3, first, all,
+            at:WORD or after:WORD.
     """
 
     position: Text = "last"

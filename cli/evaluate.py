@@ -10,18 +10,21 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 import npt_fast as npt
-from npt_fast.cli.arguments import ModelOptions, PathText, ReadingOptions
-from npt_fast.cli.output import certificate_lines, print_json, say
+from npt_fast.cli.arguments import DataText, LayerOptions, ModelOptions, PathText, ReadingOptions
+from npt_fast.cli.output import certificate_lines, print_json, progress_bar, say
+from npt_fast.text_sources import data_name
 
-_MODEL, _READING = ModelOptions(), ReadingOptions()
+_MODEL, _LOADING, _READING = ModelOptions(), LayerOptions(), ReadingOptions()
 
 
 def evaluate(
     *,
     checkpoint: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
     model: ModelOptions = _MODEL,
+    loading: LayerOptions = _LOADING,
     reading: ReadingOptions = _READING,
-    data: PathText = "medium",
+    data: DataText | None = None,
+    first_tokens: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
     num_eval_samples: Annotated[int, Parameter(validator=Number(gte=1))] = 100,
     max_length: Annotated[int, Parameter(validator=Number(gte=2))] = 512,
     batch_size: Annotated[int, Parameter(validator=Number(gte=1))] = 4,
@@ -37,7 +40,10 @@ def evaluate(
     checkpoint
         Checkpoint directories or weight files, each measured on its own.
     data
-        Text to measure on, given as for train; only windows that train holds out are used.
+        Text to measure on, given as for train; by default medium, or self where medium cannot be
+        streamed. Only windows that train holds out are used.
+    first_tokens
+        Texts that rows of self begin with, given as for train.
     num_eval_samples
         Number of windows.
     max_length
@@ -53,6 +59,12 @@ def evaluate(
     """
     from npt_fast.training.evaluation import continue_text
 
+    opened = [loading.open(path) for path in checkpoint]
+    if data is None:
+        from npt_fast.training.data import default_data
+        from npt_fast.training.run import say as note
+
+        data = default_data(note)
     loaded, tokenizer = model.load(checkpoint)
 
     def continuations() -> list[str]:
@@ -60,17 +72,20 @@ def evaluate(
 
     results = []
     texts = {"base": continuations()}
-    for path in checkpoint:
-        npt.load(loaded, path)
-        found = npt.evaluate(
-            loaded,
-            tokenizer,
-            data,
-            windows=num_eval_samples,
-            max_length=max_length,
-            batch_size=batch_size,
-            special_tokens=reading.special_tokens,
-        )
+    for path, layers_of in zip(checkpoint, opened, strict=True):
+        loading.load(loaded, layers_of)
+        with progress_bar("tokens") as progress:
+            found = npt.evaluate(
+                loaded,
+                tokenizer,
+                data,
+                windows=num_eval_samples,
+                max_length=max_length,
+                batch_size=batch_size,
+                special_tokens=reading.special_tokens,
+                first_tokens=first_tokens,
+                progress=progress,
+            )
         layers = [status.layer for status in npt.status(loaded)]
         texts[path] = continuations()
         npt.unload(loaded)
@@ -87,7 +102,7 @@ def evaluate(
             )
             say(f"  direct loss: {errors}")
             say(f"  {found.tokens:,} tokens")
-            for line in certificate_lines(found.certificate(data)):
+            for line in certificate_lines(found.certificate(data_name(data))):
                 say(line)
     if json:
         print_json({"results": results, "prompts": list(prompt), "texts": texts})

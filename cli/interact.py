@@ -5,17 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.cli import streams
-from npt_fast.cli.arguments import DEFAULT_MODEL, PathText, ReadingOptions, WeightOptions
+from npt_fast.cli.arguments import (
+    DEFAULT_MODEL,
+    LayerOptions,
+    PathText,
+    ReadingOptions,
+    WeightOptions,
+)
 from npt_fast.cli.output import warn
-from npt_fast.config import parse_layers
+from npt_fast.config import Residual
 from npt_fast.errors import ModelError, NPTError, TransferError, VerificationError
 from npt_fast.hf.tokenizer import Reading
 
@@ -33,7 +39,7 @@ class InteractOptions:
     Attributes:
         checkpoint: Checkpoint directory or weights file.
         model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
-        layers: Layers of the checkpoint to load, as 11,13 or 11-15; all if not given.
+        loading: Which layers of the checkpoint are loaded, and how.
         device: Device to run the model on; a GPU if there is one and none is given.
         weights: How the weights of the base model are read.
         reading: How texts become tokens; the command set changes it.
@@ -47,7 +53,7 @@ class InteractOptions:
 
     checkpoint: PathText | None = None
     model_name: PathText | None = None
-    layers: str | None = None
+    loading: LayerOptions = field(default_factory=LayerOptions)
     device: str | None = None
     weights: WeightOptions = field(default_factory=WeightOptions)
     reading: ReadingOptions = field(default_factory=ReadingOptions)
@@ -65,8 +71,6 @@ class InteractOptions:
             raise ValueError("--replay reads texts as its log says; leave the option out")
         if self.exact and self.replay is None:
             raise ValueError("--assert needs --replay")
-        if self.layers is not None:
-            parse_layers(self.layers)
 
 
 class UsageError(NPTError):
@@ -159,6 +163,10 @@ def _replay(options: InteractOptions) -> int:
         )
     except ValueError as error:
         raise TransferError(f"{path}, line 1: {error}") from None
+    if header.get("residual") not in (None, *get_args(Residual)):
+        raise TransferError(f"{path}, line 1: residual must be removed or kept")
+    loading = replace(options.loading, residual=options.loading.residual or header.get("residual"))
+    options = replace(options, loading=loading)
     session = _session(options, checkpoint, model, reading, header.get("layers"))
     output = JsonOutput() if options.json else PlainOutput()
     try:
@@ -181,8 +189,7 @@ def _session(
     from npt_fast.transfer.session import Session
 
     name = model_name or DEFAULT_MODEL
-    if options.layers is not None:
-        layers = parse_layers(options.layers)
+    opened = options.loading.open(checkpoint)
     with _waiting(f"Loading model from {name}..."):
         device = options.device or default_device()
         try:
@@ -190,7 +197,7 @@ def _session(
         except (RuntimeError, AssertionError) as error:  # torch: no such device
             reason = str(error).splitlines()[0]
             raise ModelError(f"{name} cannot be put on {device!r}: {reason}") from error
-        npt.load(model, checkpoint, layers=layers)
+        options.loading.load(model, opened, layers)
     return Session(model, tokenizer, reading)
 
 
@@ -221,6 +228,8 @@ def _journal(options: InteractOptions, session: Session) -> Journal | None:
         "checkpoint": options.checkpoint,
         **session.description(),
     }
+    if options.loading.residual is not None:
+        header["residual"] = options.loading.residual
     try:
         return journal.Journal(options.log or journal.default_path(), header)
     except TransferError as error:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from cyclopts import App, CycloptsError, Parameter
 
 import npt_fast as npt
-from npt_fast.cli import streams
+from npt_fast.cli import retired, streams
 from npt_fast.cli.output import shortened, warn
 from npt_fast.errors import NPTError, NPTWarning, VerificationError, missing_package
 
@@ -28,12 +28,15 @@ app = App(
 app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints into one.")
 app.command("npt_fast.cli.analyze:analyze", name="analyze", help="Describe checkpoints.")
 app.command("npt_fast.cli.train:train", name="train", help="Train NP layers of a model.")
+app.command("npt_fast.cli.sample:sample", name="sample", help="Sample a text from a base model.")
 app.command("npt_fast.cli.evaluate:evaluate", name="evaluate", help="Measure checkpoints on text.")
+app.command("npt_fast.cli.plan:plan", name="plan", help="Plan which layers to convert first.")
 app.command("npt_fast.cli.trace:trace", name="trace", help="Find layers that are worth training.")
 app.command("npt_fast.cli.compare:compare", name="compare", help="Show what an injection does.")
 app.command(
     "npt_fast.cli.sweep:sweep", name="sweep", help="Inject into each layer, at several strengths."
 )
+app.command("npt_fast.cli.study:study", name="study", help="Measure what injections move.")
 app.command("npt_fast.cli.check:check", name="check", help="Score injections against expectations.")
 app.command(
     "npt_fast.cli.interact:interact", name="interact", help="Transfer knowledge in a shell."
@@ -43,7 +46,11 @@ app.command("npt_fast.cli.verify:verify", name="verify", help="Verify a merged c
 app.command("npt_fast.cli.bench:bench", name="bench", help="Time the modulated MLP.")
 app.command("npt_fast.cli.kernels:app", name="kernels", help="Compile the kernels without a GPU.")
 
-_EXTRAS = {"train": "train", "evaluate": "train", "interact": "interact", "kernels": "kernels"}
+_EXTRAS = {
+    **dict.fromkeys(("train", "sample", "evaluate", "plan"), "train"),
+    "interact": "interact",
+    "kernels": "kernels",
+}
 """Extra of each verb that ``hf`` is not enough for: one installation, not two in turn."""
 
 
@@ -90,12 +97,15 @@ def _parse(arguments: list[str]) -> Callable[[], object]:
     if verbs:
         app[verbs[0]].help = None  # shows the docstring; the line above is for the list of verbs
     try:
+        arguments, notes = retired.replaced(arguments)
         verb, options, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         reason = " ".join(str(error).split())
-    except ValueError as error:  # of a dataclass of options
+    except ValueError as error:  # of a dataclass of options, or of a retired option
         reason = str(error)
     else:
+        for note in notes:
+            print(f"Note: {note}", file=sys.stderr)
         return partial(verb, *options.args, **options.kwargs)
     lists = "lists its options" if verbs else "lists verbs"
     _exit(2, f"{reason} ({' '.join(['npt-fast', *verbs])} --help {lists})")

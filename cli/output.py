@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from npt_fast.checkpoint.certificate import Certificate, Closeness, worst_of
 from npt_fast.errors import printable
+from npt_fast.schema import finite
 from npt_fast.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -31,15 +31,6 @@ def print_json(value: Any) -> None:
     """Print one JSON document; NaN and infinity, which JSON does not have, become null."""
     # allow_nan=False: NaN would print as something that JSON readers refuse
     print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def ranges(layers: Sequence[int]) -> str:
@@ -66,8 +57,13 @@ def certificate_lines(found: Certificate) -> Iterator[str]:
 
 
 def _figures(text: Closeness) -> Iterator[str]:
-    for figure in (text.kl, text.perplexity_ratio):
-        yield "not finite" if figure is None else f"{figure:.4f}"
+    yield figure(text.kl)
+    yield figure(text.perplexity_ratio)
+
+
+def figure(value: float | None) -> str:
+    """A figure of a certificate, None if it is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def warn(message: str) -> None:
@@ -146,26 +142,42 @@ def shortened(lines: list[str], limit: int = 20) -> list[str]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress bar in bytes on a terminal; None elsewhere, so that logs stay clean."""
+def progress_bar(
+    unit: Literal["bytes", "tokens", "counts"] = "bytes",
+) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress bar on a terminal while there is work; None elsewhere: logs stay clean."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
 
-        def show(activity: str, done: int, total: int) -> None:
-            if activity not in tasks:
-                tasks[activity] = bar.add_task(activity, total=total)
-            bar.update(tasks[activity], completed=done, total=total)
+    figures = {
+        "bytes": (DownloadColumn(), TransferSpeedColumn()),
+        "tokens": (MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()),
+        "counts": (MofNCompleteColumn(), TimeRemainingColumn()),
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(), *figures[unit])
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    tasks: dict[str, Any] = {}
 
+    def show(activity: str, done: int, total: int) -> None:
+        if activity not in tasks:
+            tasks[activity] = bar.add_task(activity, total=total)
+        bar.start()
+        bar.update(tasks[activity], completed=done, total=total)
+        if bar.finished:  # what follows may print lines of its own
+            bar.stop()
+
+    try:
         yield show
+    finally:
+        bar.stop()

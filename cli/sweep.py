@@ -33,8 +33,8 @@ def sweep(
     Parameters
     ----------
     position
-        Tokens of the prompt to inject into: a number, 2:5, 1,4, last, first, all, at:WORD or
-        after:WORD; if not given, last, and with --each_token all.
+        Tokens of the prompt to inject into: a number, 2:5, 1,4, last, last_3, first, all, at:WORD
+        or after:WORD; if not given, last, and with --each_token all.
     each_token
         Make one column per token of --position instead of one per strength, all at the first
         strength, or at 1 if none is given.

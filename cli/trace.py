@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from npt_fast.cli.arguments import ModelOptions, PathText, ReadingOptions
+from npt_fast.cli.arguments import ModelOptions, PathText, ReadingOptions, Text
 from npt_fast.cli.output import print_json, say
 from npt_fast.tables import markdown_table
 from npt_fast.transfer.positions import named
 
 if TYPE_CHECKING:
-    from npt_fast.transfer.trace import Patch, Trace
+    from npt_fast.transfer.trace import Trace
 
 _MODEL, _READING = ModelOptions(), ReadingOptions()
 
@@ -30,6 +30,7 @@ def trace(
     window: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
     from_position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
     to_position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
+    cross_relation: Text | None = None,
     json: bool = False,
     plot: PathText | None = None,
 ) -> None:
@@ -52,6 +53,9 @@ def trace(
         Tokens to take outputs from: a number, 2:5, 1,4, last, first, all, at:WORD or after:WORD.
     to_position
         Tokens to put them into, written the same way.
+    cross_relation
+        Another relation's prompt, as "The official language of {} is", to see whether a layer
+        carries the subject: {} becomes the word in which --from differs from --to.
     json
         Print everything as JSON.
     plot
@@ -66,14 +70,15 @@ def trace(
     found = library.trace(
         loaded, tokenizer, source, target,
         tracked=track, window=window, source_position=from_position, target_position=to_position,
-        reading=reading,
+        cross_relation=cross_relation, reading=reading,
     )  # fmt: skip
     if plot is not None:
         library.draw(found, plot)
     if json:
         decisive = [patch.layers for patch in found.decisive]
         strongest = found.strongest.layers
-        print_json({**asdict(found), "decisive": decisive, "strongest": strongest})
+        more = {"decisive": decisive, "strongest": strongest, "finding": found.finding}
+        print_json({**asdict(found), **more})
     else:
         _print(found)
 
@@ -92,7 +97,7 @@ def _print(found: Trace) -> None:
     heads = ["layer", *map(repr, found.tracked), "KL", "top-1"]
     body = [
         [
-            _name(patch),
+            patch.name,
             *(
                 f"{before:.4f} -> {after:.4f}"
                 for before, after in zip(found.target_tracked, patch.tracked, strict=True)
@@ -105,16 +110,6 @@ def _print(found: Trace) -> None:
     for line in markdown_table(heads, body).splitlines():
         say(line)
     if decisive:
-        what = "; ".join(f"{_name(p)} (top-1 {p.top!r}, KL {p.kl:.4f})" for p in decisive)
+        what = "; ".join(f"{p.name} (top-1 {p.top!r}, KL {p.kl:.4f})" for p in decisive)
         say(f"Layers that change the answer: {what}")
-    else:
-        patch = found.strongest
-        say(
-            f"No layer changes the answer, which stays {found.target_top!r}; layer "
-            f"{_name(patch)} changes it most (KL {patch.kl:.4f})"
-        )
-
-
-def _name(patch: Patch) -> str:
-    first, last = patch.layers[0], patch.layers[-1]
-    return str(first) if first == last else f"{first}-{last}"
+    say(found.finding)

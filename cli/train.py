@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.cli.arguments import SpecialTokens
-from npt_fast.cli.output import certificate_lines, print_json, say
+from npt_fast.cli.output import certificate_lines, print_json, progress_bar, say
 from npt_fast.config import (  # noqa: F401  cyclopts resolves the hints of `TrainOptions` here
     BaseDType,
     FileFormat,
@@ -48,7 +48,8 @@ def train(
     json
         Print the report as JSON.
     """
-    report = npt.train(options)
+    with progress_bar("tokens") as progress:
+        report = npt.train(options, progress=progress)
     if json:
         print_json(report.to_dict())
     else:
@@ -62,7 +63,7 @@ def train(
                 f"Perplexity {found.perplexity:.3f} (base model {found.base_perplexity:.3f}), "
                 f"KL {found.kl:.4f} nats, top-1 agreement {found.top1_agreement:.4f}"
             )
-            for line in certificate_lines(found.certificate(options.eval_data or options.data)):
+            for line in certificate_lines(found.certificate(report.data)):
                 say(line)
         say(f"Final checkpoint: {report.checkpoint}")
     return 128 + report.stopped_by if report.stopped_by else 0

@@ -49,21 +49,26 @@ BOXES = (
     Box(("cli",), "npt-fast: one file per verb", 0, 40, 720, "#e8eaf6"),
     Box(("training",), "data, losses, curriculum, the loop", 1, 40, 290, "#e3f2fd"),
     Box(("transfer",), "extract, inject, bake, trace, compare, check", 1, 310, 720, "#e3f2fd"),
-    Box(("hf",), "Hugging Face models: convert, load, save", 2, 40, 530, "#e0f2f1"),
-    Box(("pictures", "tables"), "how results are shown", 2, 550, 720, "#f5f5f5"),
+    Box(("hf",), "Hugging Face models: convert, load, save", 2, 40, 480, "#e0f2f1"),
+    Box(("pictures", "report_files", "tables"), "how results are shown", 2, 500, 720, "#f5f5f5"),
     Box(
         ("modules", "called_mlp", "initialization", "kept_cast"),
         "the NP component",
         3,
         40,
-        530,
+        480,
         "#e0f2f1",
     ),
     Box(("functional",), "the modulated MLP as a function", 4, 40, 290, "#fff3e0"),
-    Box(("checkpoint",), "read, merge, verify; no torch", 4, 310, 530, "#fce4ec"),
+    Box(("checkpoint",), "read, merge, verify; no torch", 4, 310, 720, "#fce4ec"),
     Box(("kernels",), "Triton", 5, 40, 150, "#fff3e0"),
     Box(
-        ("config", "errors", "paths", "schema"), "the standard library only", 5, 170, 720, "#f5f5f5"
+        ("config", "errors", "layer_names", "paths", "schema", "text_sources"),
+        "the standard library only",
+        5,
+        170,
+        720,
+        "#f5f5f5",
     ),
 )
 

@@ -3,6 +3,12 @@
 The demo prints every command as a user would type it, runs it, and ends with a table and a picture.
 It works in the folder ``demo`` and leaves its results there. Two CPU cores are enough.
 With ``--quick`` it takes a few steps where it takes hundreds: everything runs, little is learnt.
+
+The layers train on the model's own text, which took minutes to sample and is therefore kept in
+``examples/smollm2_self_text.jsonl``. This command, run in ``examples``, made it:
+
+    npt-fast sample --model_name smollm2-135m --tokens 100000 --max_length 256 --seed 42 \\
+      --output smollm2_self_text.jsonl
 """
 
 from __future__ import annotations
@@ -19,28 +25,32 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
 QUICK = sys.argv[1:] == ["--quick"]
-STEPS, STEPS_23, MORE = (10, 10, 2) if QUICK else (500, 300, 8)
-WINDOWS = 2 if QUICK else 20
-MODEL = (
-    f"--model_name smollm2-135m --data python-docs --max_length 256 --num_eval_samples {WINDOWS}"
-)
+STEPS, MORE, WINDOWS = (10, 2, 2) if QUICK else (250, 20, 20)
+MODEL = f"--model_name smollm2-135m --max_length 256 --num_eval_samples {WINDOWS}"
+TEXT = "--data ../examples/smollm2_self_text.jsonl"
 BATCHES = "--batch_size 4 --gradient_accumulation_steps 1 --eval_steps 0 --generation_steps 0"
-ALONE = "--num_ranks 4 --np_rank 64 --learning_rate 5e-4 --teacher_cache 2GB --logging_steps 25"
-END = STEPS + MORE
-TOGETHER = f"--curriculum_stages student:{END} --learning_rate 2e-5 --lr_schedule constant"
+ALONE = f"--max_steps {STEPS} --learning_rate 5e-4 --teacher_cache 2GB --logging_steps 20"
 LAYER11 = f"experiments/layer11_training/checkpoint-{STEPS}"
 LAYER13 = f"experiments/layer13_training/checkpoint-{STEPS}"
-LAYER23 = f"experiments/layer23_training/checkpoint-{STEPS_23}"
+LAYER23 = f"experiments/layer23_training/checkpoint-{STEPS}"
 MERGED = "experiments/merged_11_13"
 MERGED_V2 = "experiments/merged_11_13_23"
+END = STEPS + MORE
 CONTINUED = f"experiments/continued/checkpoint-{END}"
+TOGETHER = (
+    f"--max_steps {END} --curriculum_stages student:{END} --fidelity_weight 100 "
+    "--learning_rate 2e-4 --lr_schedule constant --warmup_steps 0 --logging_steps 1"
+)
 PROMPT = "The capital of France is"
 TARGET = "The capital of Germany is"
 TRACE = f'--from "{PROMPT}" --to "{TARGET}" --track " Paris" " Berlin"'
+UNRELATED = "Water boils at one hundred degrees"
 TRANSFER = f"""\
 track " Paris" " Berlin"
 extract-seq knowledge "{PROMPT} Paris"
 inject knowledge "{TARGET}"
+extract-seq unrelated "{UNRELATED}"
+inject unrelated "{TARGET}"
 """
 
 
@@ -70,11 +80,10 @@ def run(command: str, *, keep_output: bool = False) -> tuple[float, str]:
     return time.perf_counter() - started, result.stdout or ""
 
 
-def train(layer: int, steps: int) -> float:
+def train(layer: int) -> float:
     """Train one layer alone; returns the seconds that it took."""
-    name = f"--wandb_name layer{layer}_training"
-    what = f"--train_layers {layer} --max_steps {steps} {name}"
-    return run(f"npt-fast train {what} {MODEL} {BATCHES} {ALONE}")[0]
+    what = f"--train_layers {layer} --wandb_name layer{layer}_training"
+    return run(f"npt-fast train {what} {MODEL} {TEXT} {BATCHES} {ALONE}")[0]
 
 
 def main() -> None:
@@ -87,10 +96,10 @@ def main() -> None:
     seconds: dict[str, float] = {}
 
     say("1. Train layer 11")
-    seconds[LAYER11] = train(11, STEPS)
+    seconds[LAYER11] = train(11)
 
     say("2. Train layer 13 separately")
-    seconds[LAYER13] = train(13, STEPS)
+    seconds[LAYER13] = train(13)
 
     say("3. Analyze both: can they be merged?")
     run(f"npt-fast analyze --checkpoint {LAYER11} {LAYER13}")
@@ -100,20 +109,20 @@ def main() -> None:
     seconds[MERGED] = run(merging)[0]
 
     say("5. Add a layer later: train layer 23, merge it into the merge")
-    seconds[LAYER23] = train(23, STEPS_23)
+    seconds[LAYER23] = train(23)
     merging = f"npt-fast merge --checkpoints {MERGED} {LAYER23} --output {MERGED_V2} --verify"
     seconds[MERGED_V2] = run(merging)[0]
 
-    say("6. Continue to train all three layers from their merged optimizer state")
+    say("6. Continue to train the three together, also towards the base model's predictions")
     seconds[CONTINUED] = run(
-        f"npt-fast train --train_layers 11,13,23 --resume_from {MERGED_V2} --max_steps {END} "
-        f"--wandb_name continued {MODEL} {BATCHES} {TOGETHER} --warmup_steps 0 --logging_steps 2"
+        f"npt-fast train --train_layers 11,13,23 --resume_from {MERGED_V2} "
+        f"--wandb_name continued {MODEL} {TEXT} {BATCHES} {TOGETHER}"
     )[0]
 
-    say("7. Evaluate all checkpoints on held-out text, and continue a prompt")
-    checkpoints = [LAYER11, LAYER13, MERGED, MERGED_V2, CONTINUED]
+    say("7. Evaluate all checkpoints on Python's docs and on other kinds of text")
+    checkpoints = [LAYER11, LAYER13, LAYER23, MERGED_V2, CONTINUED]
     _, output = run(
-        f"npt-fast evaluate --checkpoint {' '.join(checkpoints)} {MODEL} "
+        f"npt-fast evaluate --checkpoint {' '.join(checkpoints)} {MODEL} --data python-docs "
         f"--prompt {shlex.quote(PROMPT)} --json",
         keep_output=True,
     )
@@ -122,10 +131,10 @@ def main() -> None:
     say("8. Which layer knows about capitals? Trace it in the base model")
     run(f"npt-fast trace --model_name smollm2-135m {TRACE}")
 
-    say("9. Transfer knowledge: extract the modulation of one sentence, inject it into another")
+    say("9. Transfer knowledge: inject the modulation of one sentence, and of an unrelated one")
     (DEMO / "transfer.txt").write_text(TRANSFER)
     run(
-        f"npt-fast interact --checkpoint {MERGED_V2} --model_name smollm2-135m --layers 11,13,23 "
+        f"npt-fast interact --checkpoint {CONTINUED} --model_name smollm2-135m --layers 11,13,23 "
         "--script transfer.txt"
     )
 
@@ -142,20 +151,23 @@ def main() -> None:
 
 def print_table(found: dict[str, Any], seconds: dict[str, float]) -> None:
     """Print one row per checkpoint: its metrics, training time and size."""
-    base = found["results"][0]["base_perplexity"]
+    kinds = list(found["results"][0]["texts"])
     tokens = found["results"][0]["tokens"]
-    print(f"Metrics over all {tokens:,} positions of the held-out text:\n")
-    print("| model | layers | perplexity | ratio | KL, nats | top-1 | seconds | MB |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    print(f"| base model | | {base:.3f} | 1 | 0 | 1 | | |")
+    print(
+        f"Perplexity of the NPT model over the base model's, on {tokens:,} tokens of Python docs,"
+    )
+    print("and KL(base model, NPT model) in nats on these and on texts of other kinds:\n")
+    print(f"| model | layers | ratio | docs | {' | '.join(kinds)} | worst | seconds | MB |")
+    print(f"| --- | --- | {'---: | ' * (len(kinds) + 5)}")
     for row in found["results"]:
         path = row["checkpoint"]
         real = DEMO / path.replace("/checkpoint-", "/checkpoints/checkpoint-")
         size = sum(file.stat().st_size for file in real.iterdir())
         print(
             f"| {path.removeprefix('experiments/')} | {', '.join(map(str, row['layers']))} "
-            f"| {row['perplexity']:.3f} | {row['perplexity'] / base:.4f} | {row['kl']:.4f} "
-            f"| {row['top1_agreement']:.4f} | {seconds[path]:.1f} | {size / 1e6:.1f} |"
+            f"| {row['perplexity_ratio']:.4f} | {row['kl']:.4f} "
+            + "".join(f"| {row['texts'][kind]['kl']:.4f} " for kind in kinds)
+            + f"| {row['worst']['kl']:.4f} | {seconds[path]:.1f} | {size / 1e6:.1f} |"
         )
 
 

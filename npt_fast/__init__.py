@@ -40,13 +40,18 @@ if TYPE_CHECKING:
     )
     from npt_fast.hf.quantize import quantize
     from npt_fast.training.evaluation import Evaluation, evaluate
+    from npt_fast.training.plan import Plan, plan
     from npt_fast.training.run import TrainReport
+    from npt_fast.training.sampling import sample_text
     from npt_fast.training.train import train
     from npt_fast.transfer.bake import Baked, bake, export_lora
     from npt_fast.transfer.extract import extract
     from npt_fast.transfer.inject import Hits, inject
     from npt_fast.transfer.modulation import Modulation, load_modulation, mean
     from npt_fast.transfer.positions import after, at
+    from npt_fast.transfer.study import study
+    from npt_fast.transfer.study_results import Study
+    from npt_fast.transfer.suite import Suite, read_suite
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it, so that a source tree has it too
 
@@ -66,7 +71,10 @@ _HOMES = {
     "Modulation": "npt_fast.transfer.modulation",
     "NPTConfig": "npt_fast.config",
     "NPTError": "npt_fast.errors",
+    "Plan": "npt_fast.training.plan",
     "StorageError": "npt_fast.errors",
+    "Study": "npt_fast.transfer.study_results",
+    "Suite": "npt_fast.transfer.suite",
     "TrainOptions": "npt_fast.config",
     "TrainReport": "npt_fast.training.run",
     "TrainingError": "npt_fast.errors",
@@ -88,9 +96,13 @@ _HOMES = {
     "load_modulation": "npt_fast.transfer.modulation",
     "mean": "npt_fast.transfer.modulation",
     "merge": "npt_fast.checkpoint.merge",
+    "plan": "npt_fast.training.plan",
     "quantize": "npt_fast.hf.quantize",
+    "read_suite": "npt_fast.transfer.suite",
+    "sample_text": "npt_fast.training.sampling",
     "save": "npt_fast.hf.checkpoint",
     "status": "npt_fast.hf.convert",
+    "study": "npt_fast.transfer.study",
     "supported_layers": "npt_fast.hf.convert",
     "train": "npt_fast.training.train",
     "unload": "npt_fast.hf.convert",
@@ -113,7 +125,10 @@ __all__ = [
     "Modulation",
     "NPTConfig",
     "NPTError",
+    "Plan",
     "StorageError",
+    "Study",
+    "Suite",
     "TrainOptions",
     "TrainReport",
     "TrainingError",
@@ -135,9 +150,13 @@ __all__ = [
     "load_modulation",
     "mean",
     "merge",
+    "plan",
     "quantize",
+    "read_suite",
+    "sample_text",
     "save",
     "status",
+    "study",
     "supported_layers",
     "train",
     "unload",

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from npt_fast.errors import PathError
+from npt_fast.layer_names import check_layers, parse_layers
 from npt_fast.paths import expand
+from npt_fast.text_sources import parse_data
 
 ConflictPolicy = Literal["first", "last", "error", "identical", "concat", "mean"]
 BadStatePolicy = Literal["error", "skip"]
@@ -175,12 +176,17 @@ class TrainOptions:
     Names are the original's, and so are the defaults except for a few (design.md#the-original).
 
     Attributes:
-        train_layers: Layers to train: 11 or 11,13 or 11-15; negative indices count from the end.
+        train_layers: Layers to train: 11 or 11,13 or 11-15, all, upper_half or lower_half;
+            negative indices count from the end.
         model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
         resume_from: Checkpoint to resume from: one of this run, a merge, or one with other layers.
         data: Training text: small, medium, large or xlarge (Hugging Face datasets, streamed);
-            python-docs (part of Python); or a file, folder or glob of .txt, .md, .jsonl, .json or
-            .parquet.
+            python-docs (part of Python); self or self:TOKENS (sampled from the base model); or a
+            file, folder or glob of .txt, .md, .jsonl, .json or .parquet. Several, with commas
+            between them, take turns. By default that of the resumed run, or medium, or self where
+            medium cannot be streamed.
+        first_tokens: Texts that rows of self begin with, in turn, instead of the model's own first
+            token.
         eval_data: Held-out text; by default the first windows of data are held out.
         num_eval_samples: Number of held-out windows.
         max_length: Tokens per window.
@@ -192,7 +198,8 @@ class TrainOptions:
         modulation: Projections to modulate. single: gate; dual: gate and up; triple: gate, up and
             down.
         residual: What happens to the attention output. removed: the trained MLP replaces
-            attention + MLP; kept: the layer still adds it.
+            attention + MLP; kept: the layer still adds it. If not given, layers that start fresh
+            have removed, and those of resume_from what is recorded or found out of them.
         init_strategy: How fresh layers start: zero starts at the base MLP; improved and
             conservative are the original's.
         np_init_scale: Scale of the original's initializations.
@@ -200,11 +207,15 @@ class TrainOptions:
             teacher, mixed, student.
         layer_weights: Weights of the layers in the loss: uniform, linear (from 1.0 down to 0.5), or
             one number per layer.
-        loss: Measure of errors. relative: squared error over squared target per token, and KL for
-            the fidelity loss; mse: the original's mean squared errors.
+        loss: Measure of errors. relative: squared error over squared target per token, with bounds
+            for unusual tokens, and KL for the fidelity loss; mse: the original's mean squared
+            errors.
         direct_mlp_weight: Weight of each layer's direct loss.
         sink_weight: Weight of the error at the first token of each window, relative to the layer's
             output; nearly all tokens attend to the first one. Works with loss relative only.
+        virtual_stride: Positions from one virtual token to the next. Virtual tokens show a layer
+            attention outputs that the text does not have; 0 trains without them. They work with
+            loss relative only.
         fidelity_weight: Weight of the fidelity loss, which compares logits; above 0, all layers of
             the model are run.
         lambda_reg: Weight of the mean squares of v_a and v_b.
@@ -215,7 +226,7 @@ class TrainOptions:
             constant.
         warmup_steps: Steps of linear warm-up; defaults to the smaller of 1000 and max_steps / 10.
         weight_decay: Weight decay of AdamW.
-        gradient_clip: Largest norm of all gradients together; 0 turns clipping off.
+        gradient_clip: Largest norm of the gradients of each layer; 0 turns clipping off.
         max_steps: Optimizer steps in total, including those before resuming.
         teacher_cache: Memory for the base model's activations, e.g. 2GB. In the teacher stage with
             small data, later epochs then skip the base model.
@@ -251,17 +262,18 @@ class TrainOptions:
     train_layers: str | Sequence[int]
     model_name: str = "meta-llama/Llama-3.2-1B"
     resume_from: str | Path | None = None
-    data: str = "medium"
+    data: str | None = None
+    first_tokens: Sequence[str] = ()
     eval_data: str | None = None
     num_eval_samples: int = 100
     max_length: int = 512
     stride: int | None = None
     num_workers: int = 4
     special_tokens: bool = True
-    np_rank: int = 256
-    num_ranks: int = 1
+    np_rank: int = 64
+    num_ranks: int = 4
     modulation: ModulationType = "triple"
-    residual: Residual = "removed"
+    residual: Residual | None = None
     init_strategy: Initialization = "zero"
     np_init_scale: float = 0.001
     curriculum_stages: str = "teacher:5000,mixed:5000:0.5,student:20000"
@@ -269,6 +281,7 @@ class TrainOptions:
     loss: LossKind = "relative"
     direct_mlp_weight: float = 10.0
     sink_weight: float = 64.0
+    virtual_stride: int = 2
     fidelity_weight: float = 0.0
     lambda_reg: float = 0.0
     batch_size: int = 4
@@ -277,7 +290,7 @@ class TrainOptions:
     lr_schedule: LRSchedule = "cosine"
     warmup_steps: int | None = None
     weight_decay: float = 0.01
-    gradient_clip: float = 0.5
+    gradient_clip: float = 0.1
     max_steps: int = 30000
     teacher_cache: str = "0"
     mixed_precision: bool = False
@@ -304,7 +317,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
             value, allowed = getattr(self, name), get_args(kind)
-            if value not in allowed and not (name == "wandb_mode" and value is None):
+            if value not in allowed and (value is not None or name not in _OPTIONAL):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -322,25 +335,36 @@ class TrainOptions:
             raise ValueError("mixed_precision is bfloat16; choose it or fp16, not both")
         if not self.direct_mlp_weight and not self.fidelity_weight:
             raise ValueError("direct_mlp_weight and fidelity_weight are both 0: nothing to learn")
-        _check_paths(self, "model_name", "resume_from", "data", "eval_data", "output_dir")
+        _check_paths(self, "model_name", "resume_from", "output_dir")
+        for name in ("data", "eval_data"):
+            _check(self, name, parse_data)
         # only to raise: the fields keep what was given, which config.json records
-        parse_layers(self.train_layers)
+        check_layers(self.train_layers)
         parse_size(self.teacher_cache)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers to train, in the order given, which is the order of `layer_weights`."""
+        """Layers to train, in the order given, which is the order of `layer_weights`.
+
+        Raises:
+            ValueError: `train_layers` is a name, which needs a model.
+        """
         return parse_layers(self.train_layers)
 
 
 def _check_paths(options: MergeOptions | TrainOptions, *names: str) -> None:
     for name in names:
-        given = getattr(options, name)
-        try:
-            if given is not None:
-                expand(given)
-        except PathError as error:
-            raise PathError(f"{name}: {error}") from None
+        _check(options, name, expand)
+
+
+def _check(options: object, name: str, parse: Callable[[str], object]) -> None:
+    """Raise the error of a parser of an option, with the option's name in front."""
+    given = getattr(options, name)
+    try:
+        if given is not None:
+            parse(given)
+    except ValueError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 _CHOICES = {
@@ -355,6 +379,7 @@ _CHOICES = {
     "track": Tracker,
     "wandb_mode": WandbMode,
 }
+_OPTIONAL = ("residual", "wandb_mode")
 _POSITIVE = (
     "num_eval_samples",
     "num_workers",
@@ -373,6 +398,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "direct_mlp_weight",
     "sink_weight",
+    "virtual_stride",
     "fidelity_weight",
     "lambda_reg",
     "warmup_steps",
@@ -381,45 +407,6 @@ _NOT_NEGATIVE = (
     "eval_steps",
     "generation_steps",
 )
-
-
-def parse_layers(layers: str | Sequence[int]) -> tuple[int, ...]:
-    """Parse ``"11,13"``, ``"11-15"`` or a sequence into layer indices, in the order given.
-
-    Raises:
-        ValueError: `layers` is not a list of layers, or names one twice.
-    """
-    found = layer_indices(layers) if isinstance(layers, str) else list(layers)
-    if not found or any(type(layer) is not int for layer in found):
-        raise ValueError(f"layers must be a list of layer indices, got {layers!r}")
-    if len(set(found)) < len(found):
-        raise ValueError(f"layers names a layer twice: {layers!r}")
-    return tuple(found)
-
-
-_MAX_LAYERS = 10_000  # bounds the memory that a short text such as "0-99999,0-99999" can take
-
-
-def layer_indices(text: str) -> list[int]:
-    """Parse ``"11,13"`` or ``"5,11-13"`` into layer indices, in the order given.
-
-    Raises:
-        ValueError: `text` is not a list of layers, has a range that runs backwards, or names more
-            layers than any model has.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        # five digits: int() of a long text of digits takes quadratic time
-        match = re.fullmatch(r"\s*(-?[0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
-        if match is None:
-            raise ValueError(f"{text!r:.80} is not a list of layers such as 11,13 or 11-15")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ValueError(f"{first}-{last} runs backwards; a range is written as 11-15")
-        found.extend(range(first, last + 1))
-        if len(found) > _MAX_LAYERS:
-            raise ValueError(f"{text!r:.80} names more than {_MAX_LAYERS:,} layers")
-    return found
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

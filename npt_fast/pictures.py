@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,10 @@ def save(figure: Any, path: str | Path) -> None:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise NPTError(f"{path}: cannot be written: {error}") from error
+
+
+def png(figure: Any) -> bytes:
+    """A figure as the content of a file, 150 dots per inch."""
+    out = BytesIO()
+    figure.savefig(out, format="png", dpi=150)
+    return out.getvalue()

@@ -188,6 +188,15 @@ def checked(
     return {key: given[key] for key in kinds if key in given}
 
 
+def finite(value: Any) -> Any:
+    """`value` with None for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def shown(value: Any) -> str:
     """A value for a message; a container is shown by its type, since it may be very large."""
     if isinstance(value, (str, bytes)):

@@ -197,6 +197,17 @@ FACTS = {
     "width": replaced("facts: [" + "{}, " * 240_000 + "]\n"),
     "numbers": replaced(_FACT + "    tokens: 1" + "0" * 400_000 + "\n"),
 }
+_RELATION = "relations:\n  - {name: a, prompt: '{}', pairs: {a: b, c: d}, at_least: %s}\n"
+SUITE = {
+    **{name: replaced(f"relations: {value}\n") for name, value in (
+        ("code", '!!python/object/apply:os.system ["touch canary"]'),
+        ("depth", "[" * 20_000 + "]" * 20_000),
+        ("cycle", "&a [*a]"),
+        ("width", "[" + "{}, " * 240_000 + "]"),
+    )},
+    "alias": FACTS["alias"],
+    "numbers": replaced(_RELATION % ("1" + "0" * 400_000)),
+}  # fmt: skip
 _LOG = '{"npt_session": 1, "checkpoint": "x", "model_name": "y", %s}\n'
 JOURNAL = {
     "code": CODE,
@@ -243,6 +254,8 @@ _TRAIN = (
 )
 SHELL = "interact --checkpoint {}/a --model_name {}/base --device cpu --log {out}"
 _CHECK = "check {}/facts.yaml --checkpoint {}/a --model_name {}/base --cpu"
+_STUDY = "study --suite {}/suite.yaml --checkpoint {}/a --model_name {}/base --cpu --output {out}"
+_SAMPLE = "sample --model_name {}/base --tokens 8 --max_length 8 --output {out}.jsonl --cpu"
 _READ = {
     "analyze": "analyze --checkpoint {}/a",
     "merge": "merge --checkpoints {}/a --output {out}",
@@ -251,7 +264,10 @@ _READ = {
 _RESUME = {"train": _TRAIN.replace("_steps 2", "_steps 4") + " --resume_from {}/a"}
 _SCRIPT = {"interact": f"{SHELL} --script {{}}/script"}
 _WEIGHTS = {**_READ, **_RESUME, "evaluate": _EVALUATE, **_SCRIPT}
-_MODELS = {"evaluate": _EVALUATE, "train": _TRAIN, "check": _CHECK, **_SCRIPT}
+_MODELS = {
+    **{"evaluate": _EVALUATE, "train": _TRAIN, "sample": _SAMPLE, "check": _CHECK},
+    **{"study": _STUDY, **_SCRIPT},
+}
 _LOAD = {"interact": f"{SHELL} --script {{}}/load"}
 _LOAD_SESSION = {"interact": f"{SHELL} --script {{}}/load-session"}
 
@@ -283,6 +299,7 @@ DOORS = (
         _shards(_WEIGHTS), JSON,
     ),
     Door("npt_config.json", "a/npt_config.json", _WEIGHTS, JSON),
+    Door("training_metadata.json", "a/training_metadata.json", _WEIGHTS, JSON),
     Door("config.json", "a/config.json", _WEIGHTS, JSON),
     Door("merge_summary.json", "a/merge_summary.json", _READ, JSON),
     Door("merge_digests.txt", "a/merge_digests.txt", _READ, {
@@ -312,6 +329,7 @@ DOORS = (
         "interact --script": _SCRIPT["interact"], "run": f"{SHELL} --script {{}}/run-script",
     }, {"width": replaced("nothing\n" * 2_000_000)}),
     Door("facts.yaml", "facts.yaml", {"check": _CHECK}, FACTS),
+    Door("suite.yaml", "suite.yaml", {"study": _STUDY}, SUITE),
     Door("base model: config.json", "base/config.json", {**_MODELS, "models": "models {}/base"},
          {**JSON, "code": _auto_map(model_type="own")}),
     Door("base model: tokenizer_config.json", "base/tokenizer_config.json", _MODELS,

@@ -70,6 +70,7 @@ class ForkServer:
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
             "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": str(folder / "cache"),
             "XDG_STATE_HOME": str(folder / "state"),
             "HF_HUB_OFFLINE": "1",
             "HF_MODULES_CACHE": str(folder / "modules"),

@@ -6,30 +6,7 @@ from typing import Any
 
 import pytest
 
-from npt_fast.config import TrainOptions, parse_layers, parse_size
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"),
-    [
-        ("11", (11,)),
-        ("13, 11", (13, 11)),
-        ("11-13,20", (11, 12, 13, 20)),
-        ("7-7", (7,)),
-        ("-1", (-1,)),
-        ([4, -2], (4, -2)),
-    ],
-)
-def test_layers(text: Any, layers: tuple[int, ...]) -> None:
-    assert parse_layers(text) == layers
-
-
-@pytest.mark.parametrize(
-    "text", ["", "a", "1,,2", "3-1", "1,1", "1-3,2", "5,3-1", "0-99999", "1-2-3", [], [1.5], [True]]
-)
-def test_what_is_no_list_of_layers(text: Any) -> None:
-    with pytest.raises(ValueError):
-        parse_layers(text)
+from npt_fast.config import TrainOptions, parse_size
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,15 @@ DISTRIBUTIONS = {"yaml": "PyYAML"}
 TEXTS = ["--checkpoint", "a", "--from", "a", "--prompt", "b"]
 NEEDS = {
     "train": (["train", "--train_layers", "1"], "torch", "train"),
+    "sample": (["sample", "--output", "a.jsonl"], "torch", "train"),
     "evaluate": (["evaluate", "--checkpoint", "a"], "torch", "train"),
+    "plan": (["plan", "--checkpoint", "a"], "torch", "train"),
     "trace": (["trace", "--from", "a", "--to", "b"], "torch", "hf"),
     "models": (["models", "a"], "torch", "hf"),
     "compare": (["compare", *TEXTS], "torch", "hf"),
     "sweep": (["sweep", *TEXTS], "torch", "hf"),
     "check": (["check", "facts.yaml", "--checkpoint", "a"], "torch", "hf"),
+    "study": (["study", "--checkpoint", "a", "--output", "o"], "torch", "hf"),
     "interact": (["interact", "--checkpoint", "a"], "torch", "interact"),
     "bench": (["bench"], "torch", "hf"),
     "bench-host": (["bench", "--host"], "torch", "hf"),
@@ -88,7 +91,7 @@ print(json.dumps(found))
     core = {name for name, home in npt._HOMES.items() if home.split(".")[1] not in (
         "hf", "training", "transfer",
     )}  # fmt: skip
-    assert set(found) == {*npt.__all__, "functional"} - core - {"after", "at"}
+    assert set(found) == {*npt.__all__, "functional"} - core - {"Study", "after", "at"}
     for name, message in found.items():
         trains = npt._HOMES.get(name, "").startswith("npt_fast.training.")
         extra = "train" if trains else "hf"

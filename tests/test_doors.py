@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 from pyarrow import parquet
 
 import npt_fast as npt
@@ -21,7 +22,8 @@ from npt_fast.hf.base_model import load_base_model
 from npt_fast.tables import markdown_table
 from tests.doors import ATTACKS, DOORS, SHELL, Attack, Door, attacks, modulation
 from tests.fork_server import Finished, ForkServer
-from tests.training import runs
+from tests.training import runs, tiny
+from tests.transfer.known import known_relations
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 20  # of CPU time: the slowest takes 2, and 5.6 was seen on a loaded machine
@@ -53,6 +55,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> 
         place.train(folder / "run", train_layers="1", max_steps=2)
     trained = folder / "run" / "checkpoints" / "checkpoint-2"
     npt.merge(trained, folder / "a", verify=True)
+    (folder / "a" / "training_metadata.json").write_text('{"architecture_version": "v2"}')
     options = npt.MergeOptions(format="safetensors", max_shard_size=2000)
     npt.merge(trained, folder / "shards", verify=True, options=options)
     model, _ = load_base_model(str(folder / "base"))
@@ -62,6 +65,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> 
     torch.save(model.state_dict(), folder / "bin" / "pytorch_model.bin")
     (folder / "m.safetensors").write_bytes(modulation())
     (folder / "facts.yaml").write_text(FACT)
+    relations = known_relations(tiny.model(initializer_range=0.2), tiny.tokenizer(), n="{}")
+    (folder / "suite.yaml").write_text(yaml.safe_dump({"relations": relations}))
     for name, content in SCRIPTS.items():
         (folder / name).write_text(content)
     for name in ("rows.jsonl", "rows.json"):

@@ -16,14 +16,17 @@ PACKAGE = ROOT / "npt_fast"
 
 # part of the library -> the parts it may import, besides itself
 ALLOWED = {
-    "config": {"errors", "paths"},
+    "config": {"errors", "layer_names", "paths", "text_sources"},
+    "layer_names": set[str](),
     "errors": set[str](),
     "tables": set[str](),
     "paths": {"errors"},
+    "text_sources": {"errors", "paths"},
     "schema": {"errors"},
     "pictures": {"errors", "paths"},
+    "report_files": {"checkpoint", "errors", "paths", "schema"},
     "kernels": set[str](),
-    "checkpoint": {"config", "errors", "paths", "schema"},
+    "checkpoint": {"config", "errors", "layer_names", "paths", "schema"},
     "functional": {"config", "errors", "kernels"},
     "initialization": {"config", "checkpoint"},
     "called_mlp": {"errors", "functional"},
@@ -33,16 +36,16 @@ ALLOWED = {
         "kept_cast",
     },
     "hf": {
-        *("config", "errors", "paths", "schema", "checkpoint"),
+        *("config", "errors", "layer_names", "paths", "schema", "checkpoint"),
         *("functional", "modules"),
     },
     "training": {
-        *("config", "errors", "paths", "schema", "checkpoint"),
+        *("config", "errors", "layer_names", "paths", "schema", "text_sources", "checkpoint"),
         *("functional", "modules", "hf"),
     },
     "transfer": {
-        *("config", "errors", "paths", "schema", "checkpoint"),
-        *("functional", "called_mlp", "modules", "hf", "pictures"),
+        *("config", "errors", "layer_names", "paths", "schema", "checkpoint"),
+        *("functional", "called_mlp", "modules", "hf", "pictures", "report_files", "tables"),
     },
 }
 FOREIGN = {
@@ -50,8 +53,10 @@ FOREIGN = {
     "config": set[str](),
     "errors": set[str](),
     "kept_cast": {"torch"},
+    "layer_names": set[str](),
     "paths": set[str](),
     "schema": set[str](),
+    "text_sources": set[str](),
     "kernels": {"torch", "triton"},
     "cli": {"cyclopts", "prompt_toolkit", "rich"},
 }

@@ -31,7 +31,8 @@ VERSIONS = [line.split(" :: ")[-1] for line in PROJECT["classifiers"] if CLASSIF
 
 NEEDS = {
     **dict.fromkeys(("__init__", "__main__", "checkpoint", "config", "errors"), "core"),
-    **dict.fromkeys(("paths", "schema", "tables"), "core"),
+    **dict.fromkeys(("layer_names", "paths", "report_files", "schema"), "core"),
+    **dict.fromkeys(("tables", "text_sources"), "core"),
     **dict.fromkeys(("called_mlp", "functional", "hf", "initialization"), "hf"),
     **dict.fromkeys(("kept_cast", "modules"), "hf"),
     "testing": "hf",
@@ -107,6 +108,7 @@ def test_every_wheel_holds_the_same_files(built: Path) -> None:
         *modules,
         "npt_fast/py.typed",
         *(f"npt_fast/training/texts/{name}" for name in TEXTS),
+        "npt_fast/transfer/default_suite.yaml",
     }
 
 

@@ -18,7 +18,7 @@ from npt_fast.errors import NPTError, PathError
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.paths import expand, path_list, user_path
 from npt_fast.training.token_windows import TokenWindows
-from npt_fast.transfer import check, facts, journal, report
+from npt_fast.transfer import check, journal, report, suite
 from npt_fast.transfer.session import Session
 from tests.checkpoints import layer_weights, read_weights, write_checkpoint
 from tests.transfer import models
@@ -171,7 +171,7 @@ READ: dict[str, Callable[[Session, str], object]] = {
     "load": lambda session, path: npt.load(session.model, path),
     "modulation": lambda _, path: npt.load_modulation(path),
     "session": lambda session, path: session.load(path),
-    "facts": lambda _, path: facts.read_facts(path),
+    "facts": lambda _, path: suite.read_suite(path),
     "journal": lambda _, path: journal.read(path),
     "script": lambda _, path: read_script(path),
     "base-model": lambda _, path: load_base_model(f"{path}.gguf"),

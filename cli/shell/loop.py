@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from npt_fast.cli.output import finite
 from npt_fast.cli.shell.command import Context, Reply
 from npt_fast.cli.shell.commands import find
 from npt_fast.errors import NPTError, TransferError, printable
+from npt_fast.schema import finite
 
 if TYPE_CHECKING:
     from npt_fast.transfer.journal import Journal

@@ -44,11 +44,14 @@ def shelf_table(items: dict[str, Item]) -> list[str]:
             ",".join(map(str, sorted(item.modulation.layers))),
             kind(item.modulation),
             str(item.modulation.terms),
+            textwrap.shorten(printable(position(item.modulation.origin)), _CELL, placeholder="…"),
             printable(item.modulation.description)[:30],
         ]
         for name, item in items.items()
     ]
-    return markdown_table(["Name", "Layers", "Type", "Ranks", "Source"], rows).splitlines()
+    return markdown_table(
+        ["Name", "Layers", "Type", "Ranks", "Position", "Source"], rows
+    ).splitlines()
 
 
 def details(name: str, item: Item) -> list[str]:
@@ -56,7 +59,7 @@ def details(name: str, item: Item) -> list[str]:
     lines = [
         f"Modulation '{name}'",
         f"  Source: {found.description}",
-        f"  Position: {_position(found.origin)}",
+        f"  Position: {position(found.origin)}",
         f"  Tokens: {'; '.join(readings(found.origin)) or 'unknown'}",
         f"  Timestamp: {item.created}",
         f"  Base model: {found.base.name}",
@@ -83,7 +86,8 @@ def other_reading(name: str, modulation: Modulation, reading: Reading) -> list[s
     return [f"Note: '{name}' was read {way}; this session reads texts {reading}" for way in ways]
 
 
-def _position(origin: Mapping[str, Any]) -> str:
+def position(origin: Mapping[str, Any]) -> str:
+    """The tokens that a modulation was extracted at, for people."""
     try:
         return named(origin["positions"], origin["tokens"])
     except (LookupError, TypeError):  # of several, or from a file, which may hold anything

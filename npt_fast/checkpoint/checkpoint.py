@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,9 +28,10 @@ from npt_fast.checkpoint.tensor_source import (
     locate_checkpoint,
     open_tensors,
 )
+from npt_fast.checkpoint.training_metadata import TRAINING_METADATA, parse_residual
 from npt_fast.checkpoint.training_state import MULTI_LAYER_STATE, TRAINING_STATE
-from npt_fast.config import layer_indices
-from npt_fast.errors import CheckpointError, MergeError
+from npt_fast.errors import CheckpointError, MergeError, ModelError
+from npt_fast.layer_names import layer_indices
 from npt_fast.paths import expand, path_errors
 
 CONFIG = "config.json"
@@ -47,6 +48,7 @@ _FILES = {
     NPT_CONFIG,
     MERGE_SUMMARY,
     DIGESTS,
+    TRAINING_METADATA,
 }
 T = TypeVar("T")
 _OWN_SHARD = re.compile(r"npt_weights-[0-9]+-of-[0-9]+\.safetensors")
@@ -59,7 +61,8 @@ class LayerRecord:
     """What a checkpoint records about one layer; unknown facts are None.
 
     Attributes:
-        residual: ``"removed"`` or ``"kept"`` (design.md#layer).
+        residual: ``"removed"`` or ``"kept"``, as a file says or triple modulation implies
+            (design.md#layer).
         step: optimizer steps that the layer was trained for.
         fidelity: measured error of the layer, as training recorded it.
         source: checkpoint that a merge took the layer from; None if it was not merged.
@@ -89,6 +92,8 @@ class Checkpoint:
         config: content of ``config.json``, unchecked; None if it was not read.
         description: content of ``npt_config.json``, or of the same in the safetensors metadata.
         summary: content of ``merge_summary.json``; None if it was not read.
+        old_residual: residual of layers that `description` is silent about, by
+            ``training_metadata.json``; None if that does not tell.
         unread: for each of these files that exists but cannot be read, a line that says why.
     """
 
@@ -100,6 +105,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     description: Description | None
     summary: MergeSummary | None
+    old_residual: str | None
     unread: Mapping[str, str]
 
     @property
@@ -123,14 +129,26 @@ class Checkpoint:
         """The fingerprint of the base model; None if it is not recorded."""
         return self.description.fingerprint if self.description else None
 
+    def recorded_residual(self, layer: int) -> str | None:
+        """The residual of a layer, ``"removed"`` or ``"kept"``, if a file says it."""
+        # ``v1`` at three projections is a default of the tool that wrote it (design.md#layer)
+        old = None if self._is_triple(layer) else self.old_residual
+        return self._described(layer).residual or old
+
+    def _is_triple(self, layer: int) -> bool:
+        return self.modules[layer].architecture.modulation == "triple"
+
+    def _described(self, layer: int) -> LayerDescription:
+        layers = self.description.layers if self.description else None
+        return (layers or {}).get(layer) or LayerDescription()
+
     def record(self, layer: int) -> LayerRecord:
         """What is recorded about a layer; unknown facts are None."""
-        described = self.description and (self.description.layers or {}).get(layer)
-        described = described or LayerDescription()
+        described = self._described(layer)
         merged = self.summary and self.summary.layers.get(layer)
         merged = merged or Provenance()
-        residual = described.residual
-        if residual is None and self.modules[layer].architecture.modulation == "triple":
+        residual = self.recorded_residual(layer)
+        if residual is None and self._is_triple(layer):
             residual = "removed"  # the original has triple modulation only with removed residuals
         step = merged.step if described.step is None else described.step
         return LayerRecord(
@@ -141,6 +159,12 @@ class Checkpoint:
             merged.chain,
             described.certificate,
         )
+
+    def require(self, layers: Iterable[int]) -> None:
+        """Raise ModelError if the checkpoint lacks one of these layers."""
+        for layer in layers:
+            if layer not in self.modules:
+                raise ModelError(f"{self.given}: has no layer {layer}, only {list(self.modules)}")
 
     def digests(self) -> Iterator[TensorDigest]:
         """The recorded digests of the checkpoint's tensors.
@@ -213,7 +237,8 @@ def _open(given: str) -> Checkpoint:
         except LaterVersionError:
             raise
         except CheckpointError as error:
-            if name == NPT_CONFIG:  # without it, layers with kept residual would lose the residual
+            # without it, layers with kept residual would lose the residual
+            if name in (NPT_CONFIG, TRAINING_METADATA):
                 raise CheckpointError(f"{error}; {_RESTORE}") from None
             unread[name] = f"{error}; {_WITHOUT[name]}"
             return None
@@ -224,6 +249,7 @@ def _open(given: str) -> Checkpoint:
         # the same reader as for the file: metadata of a header is untrusted too
         raw = weights.metadata["npt_config"].encode()
         description = Description.parse(strict_json.parse_foreign(raw, where), where)
+    old_residual = read(TRAINING_METADATA, parse_residual)
     summary = read(MERGE_SUMMARY, MergeSummary.parse)
     config = read(CONFIG, lambda content, where: content)
     if weights.path.name in WHOLE_MODEL or whole_model.holds_np_layers(weights.tensors):
@@ -242,6 +268,7 @@ def _open(given: str) -> Checkpoint:
         config,
         description,
         summary,
+        old_residual,
         unread,
     )
 

@@ -147,7 +147,7 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
         if merged.residual is None:
             warnings.append(
                 f"Layer {merged.layer} does not record whether its residual was removed or kept; "
-                "loaders will assume removed"
+                "npt_fast finds it out when it is loaded"
             )
     dtype = BY_TORCH_NAME[options.dtype] if options.dtype else None
     weights = tuple(recipe for merged in layers for recipe in merged.recipes(dtype))

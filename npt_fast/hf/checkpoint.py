@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,8 +17,8 @@ from npt_fast.checkpoint.npt_config import NPT_CONFIG
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
-from npt_fast.config import FileFormat, NPTConfig
-from npt_fast.errors import ModelError, NPTWarning
+from npt_fast.config import FileFormat, NPTConfig, Residual
+from npt_fast.errors import ModelError, NPTError, NPTWarning
 from npt_fast.hf.convert import (
     Model,
     add_layers,
@@ -26,10 +26,12 @@ from npt_fast.hf.convert import (
     computes_in,
     decoder_layers,
     inference_dtype,
+    remove_layers,
 )
 from npt_fast.hf.description import describe, record
 from npt_fast.hf.fingerprint import fingerprint, note_other_base
 from npt_fast.hf.quantize import quantize
+from npt_fast.hf.residual import probe_residuals
 from npt_fast.hf.weights_file import read_tensor, write_weights
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.modules import NPComponent
@@ -41,6 +43,7 @@ def load(
     path: str | Path | Checkpoint,
     *,
     layers: Sequence[int] | None = None,
+    residual: Residual | None = None,
     probe: bool = True,
     trainable: bool = False,
     dtype: torch.dtype | None = None,
@@ -55,6 +58,10 @@ def load(
         model: Hugging Face causal language model.
         path: checkpoint directory or weights file, or a checkpoint that is open already.
         layers: indices of the layers to load; all layers if not given.
+        residual: ``"removed"`` or ``"kept"``: what happens to the attention output in layers of
+            which no file says it, as in the original's. If not given, layers that the model has
+            keep theirs, and the others are run on random tokens to find out; an `NPTWarning` says
+            what was found.
         probe: as for `npt_fast.convert`.
         trainable: whether the layers will be trained: their parameters are float32 then, and
             require gradients. Otherwise they require none, and have the dtype of their MLP's
@@ -73,9 +80,12 @@ def load(
         ModelError: the checkpoint was trained on another base model or lacks one of `layers`, or a
             layer of the model cannot be converted, or is with another architecture, or a number of
             the checkpoint is too large for the dtype; or int8 factors are to be trained or to have
-            another dtype.
-        ValueError: `dtype` is no float of 16 bits or more, or `factors` is another word.
+            another dtype; or a file contradicts `residual`, or nothing tells a layer's.
+        ValueError: `dtype` is no float of 16 bits or more, or `residual` or `factors` is another
+            word.
     """
+    if residual not in (None, *get_args(Residual)):
+        raise ValueError(f"residual must be removed, kept or None, got {residual!r}")
     if factors not in (None, "int8"):
         raise ValueError(f"factors must be int8 or None, got {factors!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and computes_in(dtype)):
@@ -83,11 +93,8 @@ def load(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     check_base(model, checkpoint)
     chosen = list(checkpoint.modules) if layers is None else list(layers)
+    checkpoint.require(chosen)
     for layer in chosen:
-        if layer not in checkpoint.modules:
-            raise ModelError(
-                f"{checkpoint.given}: has no layer {layer}, only {list(checkpoint.modules)}"
-            )
         if (trainable or dtype) and (factors or checkpoint.modules[layer].factors):
             raise ModelError(
                 f"{checkpoint.given}: layer {layer}: int8 factors cannot be trained and have no "
@@ -95,15 +102,24 @@ def load(
             )
     present = components(model)
     fresh: dict[tuple[Architecture, str], list[int]] = {}
+    unknown: list[int] = []
     # all are compared before the first is converted, so that an error changes nothing
     for layer in chosen:
-        # taken for removed where nothing tells (design.md#layer)
-        residual = checkpoint.record(layer).residual or "removed"
-        wanted = checkpoint.modules[layer].architecture, residual
+        recorded = checkpoint.recorded_residual(layer)
+        if residual and recorded and residual != recorded:
+            raise ModelError(
+                f"{checkpoint.given}: layer {layer} is recorded with residual {recorded}, which "
+                f"residual {residual} contradicts; leave it out"
+            )
+        known = recorded or residual
         if layer not in present:
+            if known is None:
+                unknown.append(layer)
+            wanted = checkpoint.modules[layer].architecture, known or "removed"
             fresh.setdefault(wanted, []).append(layer)
             continue
         found = present[layer].architecture, present[layer].residual
+        wanted = checkpoint.modules[layer].architecture, known or found[1]
         if found != wanted:
             raise ModelError(
                 f"{checkpoint.given}: layer {layer} is {wanted[0]}, residual {wanted[1]}; "
@@ -123,6 +139,17 @@ def load(
     # together: each call of convert probes one layer of a kind, and describes the model anew
     for wanted, alike in fresh.items():
         add_layers(model, _config(alike, *wanted), probe=probe, trainable=trainable, dtype=dtype)
+    reader = NearbyReader()
+    converted = components(model)
+    for layer in chosen:
+        if layer not in present:
+            _fill(converted[layer], checkpoint.modules[layer], reader)
+    if unknown:
+        try:
+            _find_residuals(model, checkpoint, unknown)
+        except NPTError:
+            remove_layers(model, [layer for alike in fresh.values() for layer in alike])
+            raise
     for layer in present.keys() & chosen:
         wide = dtype_of(layer)
         if present[layer].is_int8 and not checkpoint.modules[layer].factors:
@@ -130,10 +157,7 @@ def load(
         present[layer].to(wide)
         if trainable:
             present[layer].requires_grad_()
-    reader = NearbyReader()
-    converted = components(model)
-    for layer in chosen:
-        _fill(converted[layer], checkpoint.modules[layer], reader)
+        _fill(present[layer], checkpoint.modules[layer], reader)
     if factors:
         quantize(model, chosen)
     else:
@@ -197,6 +221,34 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
         )
         warnings.warn(NPTWarning(message), stacklevel=2)
     return target
+
+
+def _find_residuals(model: Any, checkpoint: Checkpoint, layers: Sequence[int]) -> None:
+    """Set the residual of fresh layers of which no file tells it.
+
+    Raises:
+        ModelError: nothing tells it. A guess would be wrong in silence.
+    """
+    found: dict[str, list[int]] = {}
+    for layer, probed in probe_residuals(model, layers).items():
+        # the original's layers of three projections are all removed (design.md#layer)
+        residual = probed or checkpoint.record(layer).residual
+        if residual is None:
+            raise ModelError(
+                f"{checkpoint.given}: no file says whether layer {layer} keeps attention in the "
+                "residual stream, and what it computes does not tell; give the residual, removed "
+                "or kept (--residual)"
+            )
+        components(model)[layer].residual = residual
+        if residual != checkpoint.record(layer).residual:
+            found.setdefault(residual, []).append(layer)
+    if found:
+        said = ", ".join(f"residual {name} for layers {layers}" for name, layers in found.items())
+        message = (
+            f"{checkpoint.given}: no file says whether layers keep attention in the residual "
+            f"stream; what they compute tells {said} (--residual overrides it)"
+        )
+        warnings.warn(NPTWarning(message), stacklevel=3)
 
 
 def _fill(component: NPComponent, module: NPModule, reader: NearbyReader) -> None:

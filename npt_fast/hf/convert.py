@@ -6,10 +6,10 @@ weights stay as they are. `blocks` says which decoder layers can be converted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,12 @@ from npt_fast.checkpoint.keys import PROJECTIONS
 from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.config import NPTConfig
 from npt_fast.errors import ModelError
-from npt_fast.functional import VectorNorms, vector_norms
+from npt_fast.functional import vector_norms
 from npt_fast.hf import patching
 from npt_fast.hf.blocks import BLOCKS, Block
 from npt_fast.hf.description import record
 from npt_fast.hf.probe import OFFLOADED, Fit, device_of, fit, is_offloaded, kind
+from npt_fast.hf.scaffold import Parts, Scaffold
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.modules import NPComponent
 
@@ -50,42 +51,6 @@ class LayerStatus:
     nbytes: int
     dtype: str
     enabled: bool
-
-
-class Scaffold(NamedTuple):
-    """Options of a training step for one NP layer: other inputs than its own, and more outputs.
-
-    A layer that is called with ``scaffold=`` returns `Parts`. All use of the layer's weights is
-    within this one call, while FSDP has them gathered.
-
-    Attributes:
-        attention_input: hidden states for attention, ``(..., D)``; None for the layer's input.
-        attention: attention output, ``(..., D)``, if it is already known; else None.
-        norms: whether to measure norms of v_a and v_b, without gradients.
-        squares: weights of the tokens in a sum of mean squares of v_a and v_b, ``(...)``; None
-            for no sum.
-    """
-
-    attention_input: Tensor | None = None
-    attention: Tensor | None = None
-    norms: bool = False
-    squares: Tensor | None = None
-
-
-class Parts(NamedTuple):
-    """The parts of an NP layer's output.
-
-    Attributes:
-        attention: attention output, ``(..., D)``.
-        mlp: output of the modulated MLP, ``(..., D)``.
-        norms: norms of v_a and v_b, without gradients; None unless asked for.
-        squares: sum over tokens of the mean squares of v_a and v_b; None unless asked for.
-    """
-
-    attention: Tensor
-    mlp: Tensor
-    norms: VectorNorms | None = None
-    squares: Tensor | None = None
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -254,8 +219,14 @@ def unload(model: Model) -> Model:
         ModelError: another library has replaced a layer's forward since it was converted; the model
             is unchanged then.
     """
+    remove_layers(model, list(components(model)))
+    return model
+
+
+def remove_layers(model: Any, indices: Sequence[int]) -> None:
+    """`unload`, of some NP layers."""
     inner = _inner_layers(model)
-    layers = [inner[index] for index in components(model)]
+    layers = [inner[index] for index in indices]
     for layer in layers:  # before the first is changed
         patching.check_detachable(layer, _forward)
         patching.check_detachable(unwrapped(layer.mlp), _mlp_forward)
@@ -266,8 +237,7 @@ def unload(model: Model) -> Model:
                 patching.detach(mlp, _mlp_forward)
                 del mlp.np_act_fn
         del layer.np_component, layer.np_block
-    record(model, {})
-    return model
+    record(model, components(model))
 
 
 @contextmanager
@@ -364,24 +334,45 @@ def _forward(
     if not component.enabled:
         base: Tensor = patching.call_base(layer, hidden_states, **options)
         return base
-    source, attention, norms, weights = scaffold or Scaffold()
+    if scaffold is not None:
+        return _parts(layer, hidden_states, scaffold, options)
+    attention = block.attention(layer, hidden_states, options)
+    # the MLP reads the layer's input: attention reaches it through its weights alone
+    h = block.mlp_input(layer, hidden_states)
+    # a function: accelerate would move a module among the arguments, also one that is offloaded
+    out: Tensor = hidden_states + component(attention, h, lambda: _mlp(layer))
+    return out + attention if component.residual == "kept" else out
+
+
+def _parts(
+    layer: Any, hidden_states: Tensor, scaffold: Scaffold, options: Mapping[str, Any]
+) -> Parts:
+    component: NPComponent = layer.np_component
+    block: Block = layer.np_block
+    source, attention, norms, weights, virtual = scaffold
     if attention is None:
         attention = block.attention(layer, hidden_states if source is None else source, options)
-    # the MLP reads the layer's input: attention reaches it through its weights alone
-    # a function: accelerate would move a module among the arguments, also one that is offloaded
+    states, read = hidden_states, attention
+    base = None
+    if virtual is not None:  # one product for all tokens
+        states = torch.cat((states, virtual.hidden), -2)
+        read = torch.cat((read, virtual.attention), -2)
+        with torch.no_grad():
+            base = layer.mlp(block.mlp_input(layer, virtual.hidden + virtual.attention))
     found: list[Tensor] = []
-    h = block.mlp_input(layer, hidden_states)
-    mlp = component(attention, h, lambda: _mlp(layer), bottleneck=found)
-    if scaffold is not None:
-        if not (norms or weights is not None):
-            return Parts(attention, mlp)
-        u = found[0] if found else component.bottleneck(attention)
+    h = block.mlp_input(layer, states)
+    outputs = component(read, h, lambda: _mlp(layer), bottleneck=found)
+    count = hidden_states.shape[-2]
+    parts = Parts(attention, outputs[..., :count, :])
+    if virtual is not None:
+        parts = parts._replace(virtual=outputs[..., count:, :], virtual_base=base)
+    if norms or weights is not None:
+        u = found[0][..., :count, :] if found else component.bottleneck(attention)
         with torch.no_grad():
             measured = vector_norms(attention, component.factors, u) if norms else None
         squares = None if weights is None else component.sum_of_mean_squares(u, weights)
-        return Parts(attention, mlp, measured, squares)
-    out: Tensor = hidden_states + mlp
-    return out + attention if component.residual == "kept" else out
+        parts = parts._replace(norms=measured, squares=squares)
+    return parts
 
 
 def _mlp(layer: Any) -> Any:

@@ -15,16 +15,19 @@ from torch import Tensor, nn
 
 from npt_fast.config import LossKind
 from npt_fast.functional import VectorNorms
-from npt_fast.hf.convert import Parts, Scaffold, components, decoder_layers
+from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.hf.logits import head_of
+from npt_fast.hf.scaffold import Parts, Scaffold, VirtualTokens
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.training.curriculum import Stage
 from npt_fast.training.losses import (
     Agreement,
     agreement,
+    bounded_errors,
     direct_errors,
     fidelity_sum,
     sink_errors,
+    squared_length,
 )
 from npt_fast.training.teacher_pass import (
     Activations,
@@ -34,6 +37,7 @@ from npt_fast.training.teacher_pass import (
     run_teacher,
     trained_layers,
 )
+from npt_fast.training.virtual_tokens import VirtualPlan
 
 STUDENT = Stage("student", 0, 1.0, 1.0)
 
@@ -43,7 +47,8 @@ class Losses(NamedTuple):
 
     Attributes:
         total: the weighted sum to minimise; divide it by the number of tokens.
-        direct: direct loss of each trained layer, without its weight and without sink errors.
+        direct: error of each trained layer, without its weight, bounds, sink errors and virtual
+            tokens.
         fidelity: fidelity loss, None if its weight is 0.
         regularization: mean squares of v_a and v_b of each trained layer, None if their weight
             is 0.
@@ -70,6 +75,8 @@ class Distillation(nn.Module):
         direct_weight: weight of the direct losses.
         sink_weight: weight of `sink_errors` relative to the direct loss, which they are added to if
             `loss` is relative; `Losses.direct` does not include them.
+        virtual_stride: positions from one virtual token to the next, if `loss` is relative; 0
+            trains without (`npt_fast.training.virtual_tokens`).
         fidelity_weight: weight of the fidelity loss; 0 skips it.
         reg_weight: weight of the mean squares of v_a and v_b; 0 skips them.
         cache_bytes: memory for the teacher's activations of windows seen before, used in steps that
@@ -87,6 +94,7 @@ class Distillation(nn.Module):
         loss: LossKind = "relative",
         direct_weight: float = 1.0,
         sink_weight: float = 0.0,
+        virtual_stride: int = 0,
         fidelity_weight: float = 0.0,
         reg_weight: float = 0.0,
         cache_bytes: int = 0,
@@ -98,9 +106,11 @@ class Distillation(nn.Module):
         self.loss = loss
         self.direct_weight = direct_weight
         self.sink_weight = sink_weight if loss == "relative" else 0.0
+        self.virtual_stride = virtual_stride if loss == "relative" else 0
         self.fidelity_weight = fidelity_weight
         self.reg_weight = reg_weight
         self.cache = TeacherCache(cache_bytes)
+        self._typical: dict[int, Tensor] = {}  # squares of attention outputs
 
     @property
     def config(self) -> Any:
@@ -141,7 +151,8 @@ class Distillation(nn.Module):
         runs_student = all_layers or (stage.name != "teacher" and len(trained) > 1)
         present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         weights = present.to(torch.float32)
-        regularised = weights if self.reg_weight else None
+        adds = self.virtual_stride and not evaluate
+        plan = VirtualPlan(weights, self.virtual_stride) if adds else None
 
         if not runs_student and windows is not None and self.cache.limit:
             activations = self.cache.get(windows, input_ids, attention_mask, self._activations)
@@ -155,29 +166,28 @@ class Distillation(nn.Module):
             )
             activations = teacher.activations
 
+        scaffolds = {
+            index: Scaffold(
+                attention=seen.attention,
+                norms=measure_norms,
+                squares=weights if self.reg_weight else None,
+                virtual=plan.tokens(seen) if plan else None,
+            )
+            for index, seen in activations.items()
+        }
         parts: dict[int, Parts] = {}
         if runs_student:
-            final = self._student(
-                teacher, stage, parts, all_layers=all_layers, measure_norms=measure_norms,
-                regularised=regularised,
-            )  # fmt: skip
+            final = self._student(teacher, stage, scaffolds, parts, all_layers=all_layers)
         else:
             for index, seen in activations.items():
-                scaffold = Scaffold(
-                    attention=seen.attention, norms=measure_norms, squares=regularised
-                )
-                parts[index] = decoder_layers(self.model)[index](seen.hidden, scaffold=scaffold)
+                layer = decoder_layers(self.model)[index]
+                parts[index] = layer(seen.hidden, scaffold=scaffolds[index])
 
         direct, minimised = {}, {}
         for index, seen in activations.items():
-            kept = trained[index].residual == "kept"
-            target = seen.mlp if kept else seen.attention + seen.mlp
-            errors = direct_errors(parts[index].mlp, target, self.loss) * weights
-            direct[index] = errors.sum()
-            minimised[index] = direct[index]
-            if self.sink_weight:
-                sink = sink_errors(parts[index].mlp, target, seen.output) * weights[:, 0]
-                minimised[index] = direct[index] + self.sink_weight * sink.sum()
+            direct[index], minimised[index] = self._direct(
+                index, seen, parts[index], weights, scaffolds[index].virtual, plan
+            )
         losses = Losses(self._weighted(minimised) * self.direct_weight, direct)
         if self.reg_weight:
             squares = {n: part.squares for n, part in parts.items() if part.squares is not None}
@@ -209,7 +219,8 @@ class Distillation(nn.Module):
     def calibrate(self, input_ids: Tensor, layers: Sequence[int]) -> None:
         """Scale W_down of fresh layers so that the bottleneck's median RMS on a text is 1.
 
-        On the way, `check_teacher` proves on this text what training relies on.
+        The text also tells how large attention outputs usually are (`bounded_errors`). On the way,
+        `check_teacher` proves on it what training relies on.
 
         The weight change grows with the square of the attention output, whose size differs by a
         factor of 10 between layers. Without calibration, the largest stable learning rate would
@@ -223,10 +234,48 @@ class Distillation(nn.Module):
             ModelError: a base layer does more than the targets say.
         """
         activations = check_teacher(self.model, input_ids)
+        trained = trained_layers(self.model)
+        for layer, seen in activations.items():
+            self._typical_square(layer, seen.attention, torch.ones_like(input_ids))
         for layer in layers:
-            w_down = trained_layers(self.model)[layer].w_down
+            w_down = trained[layer].w_down
             u = activations[layer].attention.to(w_down.dtype) @ w_down
             w_down.div_(u.square().mean(-1).sqrt().median())
+
+    def _direct(
+        self,
+        index: int,
+        seen: Activations,
+        part: Parts,
+        weights: Tensor,
+        virtual: VirtualTokens | None,
+        plan: VirtualPlan | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of a layer's errors, and what is minimised in its place."""
+        kept = trained_layers(self.model)[index].residual == "kept"
+        target = seen.mlp if kept else seen.attention + seen.mlp
+        errors = direct_errors(part.mlp, target, self.loss) * weights
+        if self.loss != "relative":
+            return errors.sum(), errors.sum()
+        typical = self._typical_square(index, seen.attention, weights)
+        minimised = bounded_errors(errors, seen.attention, typical).sum()
+        if self.sink_weight:
+            sink = sink_errors(part.mlp, target, seen.output) * weights[:, 0]
+            sink = bounded_errors(sink, seen.attention[:, 0], typical)
+            minimised = minimised + self.sink_weight * sink.sum()
+        if plan is not None and virtual is not None:
+            assert part.virtual is not None and part.virtual_base is not None
+            target = part.virtual_base if kept else virtual.attention + part.virtual_base
+            more = direct_errors(part.virtual, target, self.loss) * plan.weights
+            minimised = minimised + bounded_errors(more, virtual.attention, typical).sum()
+        return errors.sum(), minimised
+
+    def _typical_square(self, index: int, attention: Tensor, weights: Tensor) -> Tensor:
+        """Median of the squared attention outputs of a layer, measured once."""
+        if index not in self._typical:
+            lengths = squared_length(attention)[weights > 0]
+            self._typical[index] = lengths.median().clamp_min(torch.finfo(lengths.dtype).tiny)
+        return self._typical[index]
 
     def _weighted(self, by_layer: Mapping[int, Tensor]) -> Tensor:
         return torch.stack([self.layer_weights[n] * value for n, value in by_layer.items()]).sum()
@@ -240,11 +289,10 @@ class Distillation(nn.Module):
         self,
         teacher: TeacherPass,
         stage: Stage,
+        scaffolds: Mapping[int, Scaffold],
         parts: dict[int, Parts],
         *,
         all_layers: bool,
-        measure_norms: bool,
-        regularised: Tensor | None,
     ) -> Tensor:
         """Run the student from the first trained layer on (design.md#training-step).
 
@@ -254,11 +302,9 @@ class Distillation(nn.Module):
         Args:
             teacher: pass over the same batch, with calls.
             stage: decides the input of the trained layers.
+            scaffolds: scaffold of each trained layer, with the teacher's attention output.
             parts: filled with the output of each trained layer.
             all_layers: whether to run the layers after the last trained one too.
-            measure_norms: whether to measure v_a and v_b.
-            regularised: weights of the tokens in the mean squares of v_a and v_b, ``(B, S)``; None
-                without regularisation.
 
         Returns:
             Hidden states, normed if `all_layers`, ``(B, S, D)``.
@@ -272,15 +318,11 @@ class Distillation(nn.Module):
             if index not in trained:
                 state = layers[index](state, **call)
                 continue
-            seen = teacher.activations[index]
+            seen, scaffold = teacher.activations[index], scaffolds[index]
             # the same input gives the attention output that the teacher computed
-            same = index == first or not stage.attention_ratio
-            scaffold = Scaffold(
-                attention_input=_mixed(seen.hidden, state, stage.attention_ratio),
-                attention=seen.attention if same else None,
-                norms=measure_norms,
-                squares=regularised,
-            )
+            if index != first and stage.attention_ratio:
+                read = _mixed(seen.hidden, state, stage.attention_ratio)
+                scaffold = scaffold._replace(attention_input=read, attention=None)
             residual = _mixed(seen.hidden, state, stage.mlp_ratio)
             parts[index] = layers[index](residual, scaffold=scaffold, **call)
             state = state + parts[index].mlp

@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from threading import Thread
 from typing import NamedTuple
 
 import datasets  # type: ignore[import-untyped]
+from huggingface_hub import constants, get_session
 
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import CheckpointError, DataError
@@ -43,6 +45,11 @@ _PRESETS = {
     ),
 }
 
+WITHOUT_A_PATH = ("python-docs", *_PRESETS)
+"""Sources that name no files of the user."""
+
+_PATIENCE = 4  # seconds
+
 
 def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
     """Open a stream of documents: rows ``{"text": str}``, in the same order every time.
@@ -75,6 +82,33 @@ def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
     return datasets.IterableDataset.from_generator(_read_rows, gen_kwargs={"files": files})
 
 
+def check_hub(source: str) -> None:
+    """Ask the Hub for one answer, whatever it is: the libraries try for half a minute.
+
+    Args:
+        source: preset that is wanted, for the message.
+
+    Raises:
+        DataError: there is no answer within 4 seconds, or the Hub is turned off (HF_HUB_OFFLINE).
+    """
+    problems: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+            problems.append(None)
+        except Exception as error:  # the network and its library fail in their own ways
+            problems.append(reason(error))
+
+    # the request's own limit counts for each address anew, and not for looking up the name
+    asking = Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    problem = problems[0] if problems else f"no answer within {_PATIENCE} seconds"
+    if problem is not None:
+        raise DataError(f"{source}: cannot reach {constants.ENDPOINT}: {problem.rstrip('.')}")
+
+
 def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
     try:
         stream = datasets.load_dataset(
@@ -86,7 +120,7 @@ def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
         remedy = "install zstandard" if "zstd" in str(error) else "check the network"
         raise DataError(
             f"{preset}: cannot open {dataset.path} of the Hugging Face Hub: {reason(error)}; "
-            f"{remedy}, or give a file or folder of text, or python-docs"
+            f"{remedy}, or give a file or folder of text, python-docs or self"
         ) from error
 
 
@@ -106,7 +140,7 @@ def _find_files(source: str) -> list[str]:
     if not files and not found and not folder:
         raise DataError(
             f"{source}: no such file or folder, and no file matches; give one, or one of "
-            f"python-docs, {', '.join(_PRESETS)}"
+            f"{', '.join(WITHOUT_A_PATH)}, self"
         )
     if not files:
         raise DataError(f"{source}: has no text files; they end in {', '.join(text_files.READERS)}")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from npt_fast.checkpoint.certificate import Certificate, Closeness, finite_or_none, worst_of
+from npt_fast.config import Progress
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import components
 from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, read
+from npt_fast.training.data import open_windows
 from npt_fast.training.distillation import Distillation, Losses
 from npt_fast.training.other_texts import other_texts
-from npt_fast.training.token_windows import TokenWindows
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Evaluation(Figures):
             **{f"eval_worst/{n}": math.nan if v is None else v for n, v in self.worst.items()},
         }
 
-    def certificate(self, data: str, step: int | None = None) -> Certificate:
+    def certificate(self, data: str | None, step: int | None = None) -> Certificate:
         """What checkpoints record of an evaluation.
 
         Args:
@@ -168,12 +170,14 @@ def _exp(value: float) -> float:
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
-    data: str = "python-docs",
+    data: str | Path = "python-docs",
     *,
     windows: int = 100,
     max_length: int = 512,
     batch_size: int = 4,
     special_tokens: bool = True,
+    first_tokens: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a model with NP layers on the text that training with these options holds out.
 
@@ -188,19 +192,54 @@ def evaluate(
         max_length: tokens per window.
         batch_size: windows per batch.
         special_tokens: let the tokenizer add its special tokens, such as BOS, to each document.
+        first_tokens: texts that rows of a sampled text begin with, as for `sample_text`.
+        progress: called while a text is sampled, as by `sample_text`.
 
     Raises:
         DataError: the text cannot be read, or there is too little of it.
         ModelError: the model has no NP layers, or all are off.
     """
+    return open_evaluation(
+        model,
+        tokenizer,
+        data,
+        windows=windows,
+        max_length=max_length,
+        batch_size=batch_size,
+        special_tokens=special_tokens,
+        first_tokens=first_tokens,
+        progress=progress,
+    )()
+
+
+def open_evaluation(
+    model: nn.Module,
+    tokenizer: Any,
+    data: str | Path,
+    *,
+    windows: int,
+    max_length: int,
+    batch_size: int,
+    special_tokens: bool,
+    first_tokens: Sequence[str],
+    progress: Progress | None,
+) -> Callable[[], Evaluation]:
+    """Read the texts of `evaluate`, whose arguments and errors these are.
+
+    Returns:
+        Evaluates the model with the NP layers that are on when it is called.
+    """
     if not any(part.enabled for part in components(model).values()):
         raise ModelError("the model has no NP layers that are on")
-    held_out = TokenWindows(
+    held_out = open_windows(
         data,
+        model,
         tokenizer,
         max_length=max_length,
         held_out=windows,
         special_tokens=special_tokens,
+        first_tokens=first_tokens,
+        progress=progress,
     ).held_out_windows()
     texts = other_texts(model, tokenizer, special_tokens=special_tokens)
     device = next(model.parameters()).device
@@ -209,7 +248,9 @@ def evaluate(
     def measure(windows: Sequence[Mapping[str, Tensor]]) -> Figures:
         return evaluate_windows(distillation, windows, batch_size=batch_size, device=device)
 
-    return Evaluation.of(measure(held_out), {name: measure(text) for name, text in texts.items()})
+    return lambda: Evaluation.of(
+        measure(held_out), {name: measure(text) for name, text in texts.items()}
+    )
 
 
 def prompt_inputs(

@@ -19,6 +19,7 @@ from npt_fast.checkpoint.merge import merge
 from npt_fast.checkpoint.training_run import FINAL
 from npt_fast.config import TrainOptions
 from npt_fast.errors import NPTError, TrainingError
+from npt_fast.layer_names import is_name
 from npt_fast.paths import user_path
 from npt_fast.training.run_directory import RunDirectory, checkpoints
 
@@ -72,6 +73,11 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
         raise TrainingError(
             "layer_weights have no effect where each layer is trained independently; leave them out"
         )
+    if is_name(options.train_layers):
+        raise TrainingError(
+            f"train_layers: {options.train_layers} cannot be shared out by --parallel layers; "
+            "give numbers such as 11-15"
+        )
     output = output_directory(options)
     count = min(options.num_processes, len(options.layers))
     tasks = []
@@ -114,6 +120,7 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
             seconds=time.monotonic() - begun,
             evaluation=None,
             stopped_by=stopped_by,
+            data=reports[0].data if reports else options.data,
         )
     finally:
         run.close()

@@ -37,7 +37,34 @@ def direct_errors(output: Tensor, target: Tensor, kind: LossKind) -> Tensor:
     squares = (_wide(output) - target).square()
     if kind == "mse":
         return squares.mean(-1)
-    return squares.sum(-1) / target.square().sum(-1).clamp_min(_TINY)
+    return squares.sum(-1) / squared_length(target).clamp_min(_TINY)
+
+
+def bounded_errors(errors: Tensor, attention: Tensor, typical: Tensor) -> Tensor:
+    """Huber's loss of relative distances, whose squares are the relative errors.
+
+    A token's gradient grows with its distance, which has no limit, and with the square of its
+    attention output. So the loss turns linear at 1 for tokens with an attention output of usual
+    size, and earlier, by that square, for larger ones (design.md#losses).
+
+    Args:
+        errors: squared errors over squared targets, ``(...)``.
+        attention: attention outputs, ``(..., D)``.
+        typical: the usual square of an attention output, a scalar.
+
+    Returns:
+        ``(...)``.
+    """
+    bound = typical / squared_length(attention).clamp_min(typical)
+    squared = bound.square()
+    return torch.where(
+        errors <= squared, errors, 2 * bound * errors.maximum(squared).sqrt() - squared
+    )
+
+
+def squared_length(tensor: Tensor) -> Tensor:
+    """Squared lengths of vectors ``(..., D)``, in float32 or more, ``(...)``."""
+    return _wide(tensor).square().sum(-1)
 
 
 def sink_errors(output: Tensor, target: Tensor, hidden: Tensor) -> Tensor:

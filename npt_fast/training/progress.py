@@ -24,7 +24,8 @@ class Progress:
         micro_batches: micro-batches trained on.
         best_kl: lowest KL on the held-out text, in nats, None before the first evaluation.
         scaler: state of float16's gradient scaler, None without one.
-        data: position in the text, from `TokenWindows.state_after`, None if unknown.
+        data: position in the text, from `TokenWindows.state_after` or that of `MixedWindows`, None
+            if unknown.
     """
 
     micro_batches: int = 0
@@ -116,8 +117,10 @@ _DATA = {
     "documents": Kind("a JSON object as text", _is_json_object),
     "tokens": schema.list_of(schema.COUNT),
 }
-_OPTIONAL = {"special_tokens": schema.COUNT}
-"""In data_state only if it is 0."""
+_OPTIONAL = {"special_tokens": schema.COUNT, "text": schema.TEXT}
+"""In data_state only if it is 0, and only of a sampled text."""
+_MIXED = {"source": _PATH, "windows": _POSITION, "parts": schema.list_of(schema.MAPPING)}
+"""The data_state of several texts."""
 
 
 def read_progress(saved: TrainingState | None) -> Progress:
@@ -142,14 +145,22 @@ def read_progress(saved: TrainingState | None) -> Progress:
     scaler, data = content.get("scaler_state_dict"), content.get("data_state")
     if scaler:  # a scaler that is turned off has an empty state
         scaler = checked(scaler, _SCALER, "scaler_state_dict", complete=True)
-    if data is not None:
-        data = checked(data, _DATA, "data_state", complete=True) | checked(
-            data, _OPTIONAL, "data_state"
-        )
-        if not 0 <= data["windows"] - data["before"] <= data["block"]:
+
+    def position(given: Mapping[str, Any], key: str) -> dict[str, Any]:
+        found = checked(given, _DATA, key, complete=True) | checked(given, _OPTIONAL, key)
+        if not 0 <= found["windows"] - found["before"] <= found["block"]:
             raise CheckpointError(
-                f"{saved.path}: data_state: windows must be from before to before + block"
+                f"{saved.path}: {key}: windows must be from before to before + block"
             )
+        return found
+
+    if data is not None and "parts" in data:
+        data = checked(data, _MIXED, "data_state", complete=True)
+        data["parts"] = [
+            position(part, f"data_state: parts: {n}") for n, part in enumerate(data["parts"])
+        ]
+    elif data is not None:
+        data = position(data, "data_state")
     best = content.get("best_val_loss")
     if isinstance(best, TensorEntry):
         best = read_number(best)

@@ -22,21 +22,22 @@ from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.checkpoint.training_run import FINAL
 from npt_fast.checkpoint.training_state import TrainingState
-from npt_fast.config import NPTConfig, TrainOptions, parse_size
+from npt_fast.config import NPTConfig, Progress, TrainOptions, parse_size
 from npt_fast.errors import TrainingError, printable
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.checkpoint import load
 from npt_fast.hf.convert import components, convert, decoder_layers
+from npt_fast.layer_names import is_name, resolve_layers
 from npt_fast.paths import user_path
 from npt_fast.training.curriculum import parse_curriculum
+from npt_fast.training.data import open_data, with_data
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate
 from npt_fast.training.metrics_log import MetricsLog
 from npt_fast.training.other_texts import other_texts
-from npt_fast.training.progress import Progress, read_progress
+from npt_fast.training.progress import read_progress
 from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.state import read_state
-from npt_fast.training.token_windows import TokenWindows
 from npt_fast.training.trainer import NPTTrainer
 
 
@@ -52,6 +53,7 @@ class TrainReport:
         seconds: duration of the run, including evaluation and saving.
         evaluation: the last evaluation, None if there was none.
         stopped_by: number of the signal that stopped the run early, 0 if none did.
+        data: name of the text whose held-out windows are evaluated.
     """
 
     output: Path
@@ -61,36 +63,46 @@ class TrainReport:
     seconds: float
     evaluation: Evaluation | None
     stopped_by: int
+    data: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
 
-def train_here(options: TrainOptions) -> TrainReport:
+def say(line: str) -> None:
+    """Print a line on stderr, in the first of several processes."""
+    if _is_main_process():
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def train_here(options: TrainOptions, progress: Progress | None = None) -> TrainReport:
     """Train in this process, which may be one of several.
+
+    Args:
+        options: how to train.
+        progress: called while a text is sampled.
 
     Raises:
         NPTError: as `npt_fast.train`.
     """
     begun = time.monotonic()
-    is_main_process = int(os.environ.get("RANK", "0")) == 0
-
-    def say(line: str) -> None:
-        if is_main_process:
-            print(printable(line), file=sys.stderr, flush=True)
-
     stages = parse_curriculum(options.curriculum_stages)
     checkpoint, training_state = _open_resumed(options)
-    progress = read_progress(training_state)
+    resumed = read_progress(training_state)
     first_step = training_state.global_step if training_state else 0
     if first_step >= options.max_steps:
         raise TrainingError(
             f"{options.resume_from}: is at step {first_step}, so --max_steps {options.max_steps} "
             "leaves nothing to do; max_steps includes the steps before resuming"
         )
+    options = with_data(options, resumed.data, say)
     output = output_directory(options)
-    run = RunDirectory(output, resuming=checkpoint is not None) if is_main_process else None
+    run = RunDirectory(output, resuming=checkpoint is not None) if _is_main_process() else None
     metrics = None
     try:
         arguments = _training_arguments(options, output)
@@ -102,8 +114,8 @@ def train_here(options: TrainOptions) -> TrainReport:
             trust_remote_code=options.trust_remote_code,
             checkpoints=[options.resume_from] if options.resume_from else [],
         )
-        layers = _add_layers(model, options, checkpoint, say)
-        windows, held_out = _open_data(options, model, tokenizer, checkpoint, progress, say)
+        layers = _add_layers(model, options, checkpoint)
+        windows, held_out = open_data(options, model, tokenizer, resumed.data, progress, say)
         texts = (
             other_texts(model, tokenizer, special_tokens=options.special_tokens)
             if options.eval_steps
@@ -115,6 +127,7 @@ def train_here(options: TrainOptions) -> TrainReport:
             loss=options.loss,
             direct_weight=options.direct_mlp_weight,
             sink_weight=options.sink_weight,
+            virtual_stride=options.virtual_stride,
             fidelity_weight=options.fidelity_weight,
             reg_weight=options.lambda_reg,
             cache_bytes=parse_size(options.teacher_cache),
@@ -129,7 +142,7 @@ def train_here(options: TrainOptions) -> TrainReport:
             with disk_errors(output, TrainingError):
                 metrics = MetricsLog(output, options, first_step, config)
                 (output / CONFIG).write_bytes(strict_json.dump(config))
-        _say_setup(say, options, model, layers, output, first_step)
+        _say_setup(options, model, layers, output, first_step)
         with _deferred_signals() as stop_signal:
             trainer = NPTTrainer(
                 distillation,
@@ -144,7 +157,7 @@ def train_here(options: TrainOptions) -> TrainReport:
                 metrics=metrics,
                 resumed=checkpoint,
                 training_state=training_state,
-                progress=progress,
+                progress=resumed,
                 stop_signal=stop_signal,
                 say=say,
             )
@@ -161,6 +174,7 @@ def train_here(options: TrainOptions) -> TrainReport:
             seconds=time.monotonic() - begun,
             evaluation=trainer.evaluation,
             stopped_by=trainer.stopped_by,
+            data=options.eval_data or options.data,
         )
     finally:
         if metrics is not None:
@@ -176,7 +190,8 @@ def output_directory(options: TrainOptions) -> Path:
     name = options.wandb_name
     if name is None:
         base = re.sub(r"[^A-Za-z0-9._-]", "_", options.model_name.rstrip("/").split("/")[-1])
-        layers = "-".join(str(layer) for layer in options.layers)
+        named = is_name(options.train_layers)
+        layers = options.train_layers if named else "-".join(map(str, options.layers))
         name = f"npt_layers_{layers}_{base}_{time.strftime('%Y%m%d_%H%M%S')}"
     if name in (".", "..") or "/" in name:
         raise TrainingError(f"wandb_name {name!r} is not a folder name; use --output_dir")
@@ -233,9 +248,7 @@ def _training_arguments(options: TrainOptions, output: Path) -> TrainingArgument
     )
 
 
-def _add_layers(
-    model: Any, options: TrainOptions, checkpoint: Checkpoint | None, say: Callable[[str], None]
-) -> list[int]:
+def _add_layers(model: Any, options: TrainOptions, checkpoint: Checkpoint | None) -> list[int]:
     """Add NP layers: those in the checkpoint as they are there, the others fresh.
 
     Returns:
@@ -254,7 +267,7 @@ def _add_layers(
         name = checkpoint.model_name
         if name is not None and name != options.model_name:
             say(f"Note: {checkpoint.given} was trained on {name}, this is {options.model_name}")
-        load(model, checkpoint, layers=known, trainable=True)
+        load(model, checkpoint, layers=known, residual=options.residual, trainable=True)
         left = [layer for layer in checkpoint.modules if layer not in layers]
         if left:
             say(
@@ -272,18 +285,12 @@ def _add_layers(
     return layers
 
 
-def _layer_indices(options: TrainOptions, model: Any) -> list[int]:
+def _layer_indices(options: TrainOptions, model: Any) -> tuple[int, ...]:
     """Indices of the layers from 0, in the order in which `train_layers` names them."""
-    count = len(decoder_layers(model))
-    for layer in options.layers:
-        if not -count <= layer < count:
-            raise TrainingError(
-                f"train_layers: there is no layer {layer}, the model has {count} layers"
-            )
-    layers = [layer % count for layer in options.layers]
-    if len(set(layers)) < len(layers):
-        raise TrainingError(f"train_layers names a layer twice: {layers}")
-    return layers
+    try:
+        return resolve_layers(options.train_layers, len(decoder_layers(model)))
+    except ValueError as error:
+        raise TrainingError(f"train_layers: {error}") from None
 
 
 def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
@@ -292,7 +299,7 @@ def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
         rank=options.np_rank,
         num_ranks=options.num_ranks,
         modulation=options.modulation,
-        residual=options.residual,
+        residual=options.residual or "removed",
         init=options.init_strategy,
         init_scale=options.np_init_scale,
     )
@@ -318,59 +325,7 @@ def _layer_weights(options: TrainOptions, model: Any) -> dict[int, float]:
     return dict(zip(layers, values, strict=True))
 
 
-def _open_data(
-    options: TrainOptions,
-    model: Any,
-    tokenizer: Any,
-    checkpoint: Checkpoint | None,
-    progress: Progress,
-    say: Callable[[str], None],
-) -> tuple[TokenWindows, list[Any]]:
-    """Open the training text where the run resumes, and return the held-out windows with it."""
-    # read once, when a fast tokenizer first uses threads
-    os.environ.setdefault("RAYON_NUM_THREADS", str(options.num_workers))
-
-    def open_windows(start: Any) -> TokenWindows:
-        return TokenWindows(
-            options.data,
-            tokenizer,
-            max_length=options.max_length,
-            stride=options.stride,
-            seed=options.seed,
-            held_out=0 if options.eval_data else options.num_eval_samples,
-            special_tokens=options.special_tokens,
-            start=start,
-        )
-
-    windows = open_windows(None)
-    state = progress.data
-    if state is not None and checkpoint is not None:
-        if not windows.accepts(state):
-            say("Note: the data or the windows are not those of before, so the text starts over")
-        elif max(state["tokens"], default=0) >= model.get_input_embeddings().num_embeddings:
-            raise TrainingError(
-                f"{checkpoint.given}: data_state: its tokens are not in the vocabulary of "
-                f"{options.model_name}"
-            )
-        else:
-            try:
-                windows = open_windows(state)
-            except ValueError as error:
-                raise TrainingError(f"{checkpoint.given}: data_state: {error}") from None
-    if options.eval_data is None:
-        return windows, windows.held_out_windows()
-    other = TokenWindows(
-        options.eval_data,
-        tokenizer,
-        max_length=options.max_length,
-        held_out=options.num_eval_samples,
-        special_tokens=options.special_tokens,
-    )
-    return windows, other.held_out_windows()
-
-
 def _say_setup(
-    say: Callable[[str], None],
     options: TrainOptions,
     model: Any,
     layers: list[int],
@@ -385,6 +340,7 @@ def _say_setup(
             f"Layer {layer}: {component.modulation_type}, num_ranks {component.num_ranks}, "
             f"rank {component.rank}, residual {component.residual}, {count:,} parameters"
         )
+    say(f"Data: {options.data}")
     say(f"Steps: {first_step} to {options.max_steps}, curriculum {options.curriculum_stages}")
     say(
         f"Losses: {options.loss}, direct {options.direct_mlp_weight}, fidelity "

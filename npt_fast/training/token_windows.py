@@ -1,9 +1,9 @@
 """Windows of tokens cut from a text, in a reproducible order that can be resumed anywhere.
 
-Documents are tokenised, joined, and cut into windows. The content of a window depends only on the
-text; the seed decides the order of the windows. A place in the stream is a position of the
-documents' reader (kept by `datasets`) and the left-over tokens, fewer than a window has, so that
-resuming does not read the text from its beginning.
+Documents are tokenised, joined, and cut into windows; rows of a sampled text are tokens already.
+The content of a window depends only on the text; the seed decides the order of the windows. A place
+in the stream is a position of the documents' reader (kept by `datasets`) and the left-over tokens,
+fewer than a window has, so that resuming does not read the text from its beginning.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from npt_fast.errors import DataError
 from npt_fast.hf.tokenizer import encode
 from npt_fast.training.documents import open_documents, reason
+from npt_fast.training.self_text import SelfText
 
 Window = dict[str, Tensor]
 """``input_ids``: int64 ``(max_length,)``. ``attention_mask``: likewise, 0 on padding. ``window``:
@@ -71,6 +72,25 @@ def _fits(position: Any, first: Any) -> bool:
     return first is None or (type(position) is type(first) and position >= 0)
 
 
+class _Rows:
+    """Reads the rows of a sampled text as `datasets` reads documents, from any position."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self._ids = ids
+        self._next = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"row": self._next}
+
+    def load_state_dict(self, position: Mapping[str, Any]) -> None:
+        self._next = position["row"]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while self._next < len(self._ids):
+            self._next += 1
+            yield {"ids": self._ids[self._next - 1].tolist()}
+
+
 class TokenWindows(IterableDataset[Window]):
     """Endless stream of windows; each epoch has the same windows in another order.
 
@@ -88,6 +108,7 @@ class TokenWindows(IterableDataset[Window]):
         held_out: number of windows at the beginning of the text to keep from training.
         block: number of windows that are shuffled together.
         special_tokens: let the tokenizer add its special tokens to each document.
+        sampled: a sampled text, in place of the documents that `source` would name.
         start: result of `state_after`, to resume there.
 
     Attributes:
@@ -110,6 +131,7 @@ class TokenWindows(IterableDataset[Window]):
         held_out: int = 0,
         block: int = 2048,
         special_tokens: bool = True,
+        sampled: SelfText | None = None,
         start: Mapping[str, Any] | None = None,
     ) -> None:
         stride = max_length if stride is None else stride
@@ -132,6 +154,7 @@ class TokenWindows(IterableDataset[Window]):
             "block": block,
             # only if they are left out: states of before do not say, and added them
             **({} if special_tokens else {"special_tokens": 0}),
+            **({} if sampled is None else {"text": sampled.key}),
         }
         if start is not None and (field := self._misfit(start)):
             raise ValueError(f"cannot resume with this data: {field} is not as it was")
@@ -146,7 +169,9 @@ class TokenWindows(IterableDataset[Window]):
         self._block = block
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._padding = next(token for token in candidates if token is not None)
-        self._documents = open_documents(source, seed=seed)
+        self._documents = (
+            open_documents(source, seed=seed) if sampled is None else _Rows(sampled.ids)
+        )
         self._first_document = self._documents.state_dict()
         self._held = self._hold_out(held_out)
         self.held_out = len(self._held)
@@ -190,7 +215,7 @@ class TokenWindows(IterableDataset[Window]):
         return isinstance(state, Mapping) and self._misfit(state) is None
 
     def _misfit(self, state: Mapping[str, Any]) -> str | None:
-        for name in (*self._settings, "special_tokens"):
+        for name in (*self._settings, "special_tokens", "text"):
             if state.get(name) != self._settings.get(name):
                 return name
         kinds = {"documents": str, "tokens": list}
@@ -264,12 +289,16 @@ class TokenWindows(IterableDataset[Window]):
         self._documents.load_state_dict(documents)
         rows = iter(self._documents)
         while batch := self._next_rows(rows):
-            texts = [row["text"] for row in batch if row["text"] and not row["text"].isspace()]
-            # a blank document would give special tokens only; a tokenizer needs one text or more
-            options = {"verbose": False, "add_special_tokens": self._special_tokens}
-            ids = encode(self._tokenizer, texts, **options).input_ids if texts else []
-            yield documents, list(chain.from_iterable(ids))
+            yield documents, list(chain.from_iterable(self._ids(batch)))
             documents = self._documents.state_dict()
+
+    def _ids(self, batch: list[dict[str, Any]]) -> Iterable[list[int]]:
+        if "ids" in batch[0]:
+            return (row["ids"] for row in batch)
+        texts = [row["text"] for row in batch if row["text"] and not row["text"].isspace()]
+        # a blank document would give special tokens only; a tokenizer needs one text or more
+        options = {"verbose": False, "add_special_tokens": self._special_tokens}
+        return encode(self._tokenizer, texts, **options).input_ids if texts else []
 
     def _next_rows(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         try:
@@ -277,7 +306,7 @@ class TokenWindows(IterableDataset[Window]):
             characters = 0
             for row in islice(rows, _BATCH):
                 batch.append(row)
-                characters += len(row["text"] or "")
+                characters += len(row.get("text") or "")
                 if characters >= _BATCH_TEXT:
                     break
             return batch

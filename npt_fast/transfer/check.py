@@ -1,9 +1,9 @@
-"""Score facts: generate text with an injection and compare it with what is expected."""
+"""Score facts and relations: compare what injections do with what is expected."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,23 @@ from npt_fast.transfer.extract import extract
 from npt_fast.transfer.facts import Fact
 from npt_fast.transfer.generate import Sampling, continue_ids
 from npt_fast.transfer.inject import injecting
+from npt_fast.transfer.study import NOTHING, SAME, UNRELATED, study
+from npt_fast.transfer.study_results import Row
+from npt_fast.transfer.suite import Suite
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of checking one fact.
+    """The result of checking one fact or relation.
 
     Attributes:
-        name: Name of the fact.
-        prompt: Prompt of the fact.
+        name: Name of the fact or relation.
+        prompt: Its prompt.
         source: Text and tokens that the modulation comes from.
-        tokens: Texts of the prompt's tokens.
-        positions: Positions in the prompt that received the modulation.
-        before: Continuation without injection.
-        after: Continuation with the injection.
+        tokens: Texts of the prompt's tokens; empty for a relation.
+        positions: Positions in the prompt that received the modulation; empty for a relation.
+        before: Continuation without injection, or what is on top for how many pairs.
+        after: The same with the injection.
         problems: One line per expectation that was not met.
         seconds: Duration of the check.
     """
@@ -97,6 +100,63 @@ def check(model: Any, tokenizer: Any, fact: Fact, reading: Reading = DEFAULT_REA
         problems=problems,
         seconds=time.perf_counter() - begun,
     )
+
+
+def check_relations(
+    model: Any, tokenizer: Any, suite: Suite, reading: Reading = DEFAULT_READING
+) -> Iterator[Outcome]:
+    """Score relations by a study with `replace` at strength 1.
+
+    A relation holds if the source's object comes on top in at least a share `Relation.at_least` of
+    its pairs, and in none after an unrelated sentence.
+
+    Args:
+        model: Model with NP layers; those that are on are extracted from and injected into.
+        tokenizer: Tokenizer of the model.
+        suite: Suite with relations.
+        reading: How the texts become tokens.
+
+    Raises:
+        TransferError: as in `study`.
+    """
+    begun = time.perf_counter()
+    found = study(model, tokenizer, suite, modes=["replace"], strengths=[1.0], **asdict(reading))
+    seconds = (time.perf_counter() - begun) / len(suite.relations)
+    for relation in suite.relations:
+        rows = [
+            row for row in found.rows
+            if row.relation == relation.name and not row.method.startswith("base")
+        ]  # fmt: skip
+        pairs = sum(row.injected == NOTHING for row in rows)
+
+        def on_top(injected: str, winner: str, rows: Sequence[Row] = rows) -> int:
+            return sum(row.injected == injected and row.winner == winner for row in rows)
+
+        moved, by_control = on_top(SAME, "moved"), on_top(UNRELATED, "moved")
+        problems = []
+        if not pairs:
+            problems.append("the base model knows no two subjects with different objects")
+        elif moved < relation.at_least * pairs:
+            problems.append(
+                f"the source's object is on top in {moved} of {pairs} pairs; at_least is "
+                f"{relation.at_least:g}"
+            )
+        if by_control:
+            problems.append(
+                f"unrelated sentences put the source's object on top in {by_control} of {pairs} "
+                "pairs; none may"
+            )
+        yield Outcome(
+            name=relation.name,
+            prompt=relation.prompt,
+            source="the prompt about another subject",
+            tokens=[],
+            positions=[],
+            before=f"own object on top in {on_top(NOTHING, 'own')} of {pairs} pairs",
+            after=f"source's object on top in {moved} of {pairs} pairs",
+            problems=problems,
+            seconds=seconds,
+        )
 
 
 def write_junit(outcomes: Sequence[Outcome], path: str | Path, suite: str) -> None:

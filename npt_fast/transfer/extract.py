@@ -99,13 +99,7 @@ def extract(
     found = {}
     for layer in chosen:
         vectors = component_vectors(converted[layer], seen[layer])
-        # (positions, k, width) -> (k, width); the mean is taken in float32
-        found[layer] = {
-            name: Terms(v_a.float().mean(0).to(v_a.dtype), v_b.float().mean(0).to(v_b.dtype))
-            if len(places) > 1
-            else Terms(v_a[0], v_b[0])
-            for name, (v_a, v_b) in vectors.items()
-        }
+        found[layer] = {name: Terms(*map(_mean, pair)) for name, pair in vectors.items()}
     origin = {
         "text": text,
         "tokens": tokens,
@@ -114,6 +108,14 @@ def extract(
         "weights": {str(layer): digest(converted[layer]) for layer in chosen},
     }
     return Modulation(found, BaseModel.of(model), origin, vectors=True)
+
+
+def _mean(vectors: Tensor) -> Tensor:
+    """The mean over positions, ``(positions, k, width)`` -> ``(k, width)``, in float32 at least."""
+    if len(vectors) == 1:
+        return vectors[0]
+    wide = torch.promote_types(vectors.dtype, torch.float32)
+    return vectors.to(wide).mean(0).to(vectors.dtype)
 
 
 def enabled_layers(converted: dict[int, NPComponent]) -> list[int]:

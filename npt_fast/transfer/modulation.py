@@ -204,6 +204,56 @@ def mean(modulations: Sequence[Modulation]) -> Modulation:
     return _concatenated(scaled, bounded({"mean": [m.origin for m in modulations]}))
 
 
+def combine_vectors(modulations: Sequence[Modulation], factors: Sequence[float]) -> Modulation:
+    """Sum of the vectors v_a and v_b, each times its factor: the original's arithmetic.
+
+    That is no arithmetic on dW: -m has the same dW as m, 2 m four times that of m, and a sum has
+    cross terms (design.md#modulation-arithmetic).
+
+    Args:
+        modulations: Modulations whose terms are vectors of NP components.
+        factors: A finite number for each of them.
+
+    Returns:
+        A modulation whose terms are vectors, which all modes take.
+
+    Raises:
+        TransferError: a factor is not finite, a modulation has no vectors, or base models, layers,
+            projections or numbers of vectors differ.
+    """
+    if not all(map(math.isfinite, factors)):
+        raise TransferError("a modulation cannot be multiplied by a number that is not finite")
+    for one in modulations:
+        if not one.vectors:
+            raise TransferError(
+                f"{one.description:.80}: was combined on dW and has no vectors; leave out -vectors"
+            )
+    _check_alike(modulations)
+
+    def combined(layer: int, projection: str) -> Terms:
+        terms = [one.layers[layer][projection] for one in modulations]
+        if len({len(t.v_a) for t in terms}) > 1:
+            counts = ", ".join(str(len(t.v_a)) for t in terms)
+            raise TransferError(f"layer {layer}, {projection}: they have {counts} vectors")
+        device = terms[0].v_a.device
+        return Terms(
+            *(
+                torch.stack([f * t.to(device) for f, t in zip(factors, ts, strict=True)]).sum(0)
+                for ts in zip(*terms, strict=True)
+            )
+        )
+
+    parts = [
+        {"factor": float(factor), "of": one.origin}
+        for factor, one in zip(factors, modulations, strict=True)
+    ]
+    first = modulations[0]
+    layers = {
+        n: {p: combined(n, p) for p in projections} for n, projections in first.layers.items()
+    }
+    return Modulation(layers, first.base, bounded({"vectors": parts}), vectors=True)
+
+
 def _mapped(layers: Layers, function: Callable[[Terms], Terms]) -> Layers:
     return {
         layer: {projection: function(terms) for projection, terms in projections.items()}
@@ -213,6 +263,23 @@ def _mapped(layers: Layers, function: Callable[[Terms], Terms]) -> Layers:
 
 def _concatenated(parts: Sequence[Modulation], origin: Mapping[str, Any]) -> Modulation:
     """The sum of dW: the terms of all parts, concatenated."""
+    _check_alike(parts)
+    first = parts[0]
+
+    def joined(layer: int, projection: str) -> Terms:
+        terms = [part.layers[layer][projection] for part in parts]
+        device = terms[0].v_a.device
+        return Terms(*(torch.cat([t.to(device) for t in ts]) for ts in zip(*terms, strict=True)))
+
+    layers = {
+        layer: {projection: joined(layer, projection) for projection in projections}
+        for layer, projections in first.layers.items()
+    }
+    return Modulation(layers, first.base, origin)
+
+
+def _check_alike(parts: Sequence[Modulation]) -> None:
+    """Raise TransferError if base models, layers or projections differ."""
     first = parts[0]
     for other in parts[1:]:
         if other.base.sizes != first.base.sizes:
@@ -231,14 +298,3 @@ def _concatenated(parts: Sequence[Modulation], origin: Mapping[str, Any]) -> Mod
                     f"layer {layer}: one changes {', '.join(projections)}, the other "
                     f"{', '.join(other.layers[layer])}"
                 )
-
-    def joined(layer: int, projection: str) -> Terms:
-        terms = [part.layers[layer][projection] for part in parts]
-        device = terms[0].v_a.device
-        return Terms(*(torch.cat([t.to(device) for t in ts]) for ts in zip(*terms, strict=True)))
-
-    layers = {
-        layer: {projection: joined(layer, projection) for projection in projections}
-        for layer, projections in first.layers.items()
-    }
-    return Modulation(layers, first.base, origin)

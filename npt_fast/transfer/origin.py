@@ -62,6 +62,10 @@ def _pieces(origin: Mapping[str, Any]) -> Iterator[str]:
         yield f"{origin['factor']:g} * ("
         yield from _pieces(origin["of"])
         yield ")"
+    elif "vectors" in origin:
+        for number, part in enumerate(origin["vectors"]):
+            yield " + " if number else "on vectors "
+            yield from _pieces(part)
     elif "mean" in origin:
         for number, part in enumerate(origin["mean"]):
             yield ", " if number else "mean of "

@@ -1,9 +1,9 @@
 """Positions in a text, counted on the tokens that the model reads: with BOS, without padding.
 
-A position is ``-1`` or ``"last"``, ``0`` or ``"first"``, ``"all"``, a slice or ``"2:5"``, a list,
-or given by the text itself: `at` (``"at:Germany"``) means all tokens of the words, `after`
-(``"after:is"``) the token that follows them. A special token is no part of a word: it is found by
-its whole text only.
+A position is ``-1`` or ``"last"``, ``0`` or ``"first"``, ``"all"``, ``"last_3"`` (the last three
+tokens), a slice or ``"2:5"``, a list or ``"1,4"``, or given by the text itself: `at`
+(``"at:Germany"``) means all tokens of the words, `after` (``"after:is"``) the token that follows
+them. A special token is no part of a word: it is found by its whole text only.
 
 The last token of a prompt produces the first new token.
 """
@@ -105,6 +105,8 @@ def parse(text: str) -> int | slice | list[int] | Match:
         return names[text]
     if match := re.fullmatch(r"(at|after):(.+)", text, re.DOTALL):
         return Match(match[2], match[1] == "after")
+    if match := re.fullmatch(r"last_([1-9][0-9]{0,17})", text):
+        return slice(-int(match[1]), None)
     if re.fullmatch(_NUMBER, text):
         return int(text)
     if match := re.fullmatch(rf"({_NUMBER})?:({_NUMBER})?", text):
@@ -113,8 +115,8 @@ def parse(text: str) -> int | slice | list[int] | Match:
     if re.fullmatch(rf"{_NUMBER}(,{_NUMBER})+", text):
         return [int(part) for part in text.split(",")]
     raise TransferError(
-        f"{shown(text)} is not a position: a number, 2:5, 1,4, last, first, all, at:WORD or "
-        "after:WORD"
+        f"{shown(text)} is not a position: a number, 2:5, 1,4, last, last_3, first, all, at:WORD "
+        "or after:WORD"
     )
 
 

@@ -63,12 +63,12 @@ def comparison_html(
     """
     hit = comparison.positions if when != "decode" else []
     prompt = "".join(
-        f'<span class="{"hit" if i in hit else "prompt"}">{_text(token)}</span>'
+        f'<span class="{"hit" if i in hit else "prompt"}">{escaped(token)}</span>'
         for i, token in enumerate(comparison.prompt)
     )
-    plain = _text(comparison.no_injection_text)
+    plain = escaped(comparison.no_injection_text)
     injected = "".join(
-        f'<span style="{_heat(kl / _FULL)}" title="KL {kl:.4f}">{_text(token)}</span>'
+        f'<span style="{heat(kl / _FULL)}" title="KL {kl:.4f}">{escaped(token)}</span>'
         for token, kl in zip(comparison.injected, comparison.kls, strict=True)
     )
     seen = {t.text: t for t in (*comparison.tracked, *comparison.top, *comparison.no_injection_top)}
@@ -86,19 +86,19 @@ def comparison_html(
         "</div>",
         f'<p class="note">Outlined: tokens that received the modulation. {_scale()}</p>',
         "<h2>Next token</h2>",
-        _table(["token", "before", "after"], [_probabilities(t) for t in seen.values()]),
+        table(["token", "before", "after"], [_probabilities(t) for t in seen.values()]),
         "<details><summary>Every generated token</summary>",
-        _table(
+        table(
             ["token", "no injection", "injected", "KL, nats"],
             [
-                [*_probabilities(token), f'<td style="{_heat(kl / _FULL)}">{kl:.4f}</td>']
+                [*_probabilities(token), f'<td style="{heat(kl / _FULL)}">{kl:.4f}</td>']
                 for token, kl in zip(comparison.generated, comparison.kls, strict=True)
             ],
         ),
         '<p class="note">No injection: the probability of the token after the same text.</p>',
         "</details>",
     ]
-    return _document("What an injection does", head, sections)
+    return document("What an injection does", head, sections)
 
 
 def sweep_html(sweep: Sweep, details: Mapping[str, str] | None = None) -> str:
@@ -115,10 +115,10 @@ def sweep_html(sweep: Sweep, details: Mapping[str, str] | None = None) -> str:
     sections = ["<h2>KL of the next token, nats</h2>", _map(sweep, sweep.kl, _FULL)]
     sections.append(f'<p class="note">{_scale()}</p>')
     for text, values in sweep.tracked.items():
-        sections.append(f"<h2>Probability of {_text(repr(text))}</h2>")
+        sections.append(f"<h2>Probability of {escaped(repr(text))}</h2>")
         sections.append(f'<p class="note">{sweep.no_injection[text]:.4f} without injection</p>')
         sections.append(_map(sweep, values, 1.0))
-    return _document("Layer by layer", head, sections)
+    return document("Layer by layer", head, sections)
 
 
 def write(html: str, path: str | Path) -> None:
@@ -132,8 +132,8 @@ def write(html: str, path: str | Path) -> None:
         target.write_text(html, encoding="utf-8")
 
 
-def _document(title: str, details: Mapping[str, str], sections: Sequence[str]) -> str:
-    head = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in details.items())
+def document(title: str, details: Mapping[str, str], sections: Sequence[str]) -> str:
+    head = "".join(f"<dt>{escaped(k)}</dt><dd>{escaped(v)}</dd>" for k, v in details.items())
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -142,15 +142,15 @@ def _document(title: str, details: Mapping[str, str], sections: Sequence[str]) -
             # whatever a prompt contains, the browser fetches and runs nothing
             '<meta http-equiv="Content-Security-Policy" '
             "content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-            f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>",
-            f"<h1>{_text(title)}</h1><dl>{head}</dl>",
+            f"<title>{escaped(title)}</title><style>{_STYLE}</style></head><body>",
+            f"<h1>{escaped(title)}</h1><dl>{head}</dl>",
             *sections,
             "</body></html>\n",
         ]
     )
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
     """Escape a text; characters that HTML does not allow become the replacement character."""
     shown = "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
@@ -160,11 +160,11 @@ def _text(text: str) -> str:
 
 def _probabilities(token: Token) -> list[str]:
     """Cells of a row: the token and its probability before and after."""
-    values = (f'<td style="{_heat(p)}">{p:.4f}</td>' for p in (token.before, token.after))
-    return [f'<td class="token">{_text(repr(token.text))}</td>', *values]
+    values = (f'<td style="{heat(p)}">{p:.4f}</td>' for p in (token.before, token.after))
+    return [f'<td class="token">{escaped(repr(token.text))}</td>', *values]
 
 
-def _heat(share: float) -> str:
+def heat(share: float) -> str:
     """A translucent background, on which text is readable in light and dark mode."""
     opacity = 0.65 * max(0.0, min(share, 1.0)) ** 0.5  # square root: small values stay visible
     return f"background: rgb(var(--heat) / {opacity:.3f})"
@@ -172,7 +172,7 @@ def _heat(share: float) -> str:
 
 def _scale() -> str:
     steps = "".join(
-        f'<span style="{_heat(kl / _FULL)}">{kl:g}</span>' for kl in (0, 0.25, 0.5, 1, 1.5, _FULL)
+        f'<span style="{heat(kl / _FULL)}">{kl:g}</span>' for kl in (0, 0.25, 0.5, 1, 1.5, _FULL)
     )
     return f'Colour: KL from no injection, nats <span class="scale">{steps}</span>'
 
@@ -181,13 +181,13 @@ def _map(sweep: Sweep, values: Sequence[Sequence[float]], full: float) -> str:
     rows = [
         [
             f"<th>{', '.join(map(str, layers))}</th>",
-            *(f'<td style="{_heat(value / full)}">{value:.4f}</td>' for value in row),
+            *(f'<td style="{heat(value / full)}">{value:.4f}</td>' for value in row),
         ]
         for layers, row in zip(sweep.layers, values, strict=True)
     ]
-    return _table(["layers", *sweep.columns], rows)
+    return table(["layers", *sweep.columns], rows)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<th>{_text(head)}</th>" for head in heads), *map("".join, rows)]
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<th>{escaped(head)}</th>" for head in heads), *map("".join, rows)]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

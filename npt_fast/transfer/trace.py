@@ -6,24 +6,23 @@ a window of neighbouring layers at a time. An NP layer there could transfer what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from npt_fast.config import Position
-from npt_fast.errors import ModelError, TransferError
+from npt_fast.errors import TransferError
 from npt_fast.hf.convert import decoder_layers, disabled
 from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, first_token, read
 from npt_fast.pictures import figure_class, save
+from npt_fast.transfer.attention import attention_hooks, batches, next_logits
 from npt_fast.transfer.compare import divergences
-from npt_fast.transfer.positions import find
-
-_TOKENS = 1024  # per pass, over all rows of the batch
+from npt_fast.transfer.positions import find, named
+from npt_fast.transfer.suite import filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,29 @@ class Patch:
     kl: float
     top: str
 
+    @property
+    def name(self) -> str:
+        """The layers for people: ``23`` or ``22-24``."""
+        first, last = self.layers[0], self.layers[-1]
+        return str(first) if first == last else f"{first}-{last}"
+
+
+@dataclass(frozen=True, slots=True)
+class CrossRelation:
+    """What patches carry of a text about the same subject in another relation.
+
+    Attributes:
+        text: Text that attention outputs are taken from, at its last token.
+        subject: What the source has where the target differs; it is in the text as well.
+        top: Likeliest token after the text itself.
+        tops: Likeliest token after the target, by patch, in the order of `Trace.patches`.
+    """
+
+    text: str
+    subject: str
+    top: str
+    tops: list[str]
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -59,6 +81,7 @@ class Trace:
         target_top: Likeliest token after the target, unpatched.
         window: Number of layers patched at a time.
         patches: One per window, in the order of first layers.
+        cross: The cross-relation test; None if it was not asked for.
     """
 
     source: list[str]
@@ -72,6 +95,7 @@ class Trace:
     target_top: str
     window: int
     patches: list[Patch]
+    cross: CrossRelation | None = None
 
     @property
     def decisive(self) -> list[Patch]:
@@ -83,6 +107,32 @@ class Trace:
     def strongest(self) -> Patch:
         """The patch with the largest KL."""
         return max(self.patches, key=lambda patch: patch.kl)
+
+    @property
+    def finding(self) -> str:
+        """What the patch that changes the answer most carries, in one sentence."""
+        if not self.decisive:
+            patch = self.strongest
+            return (
+                f"No layer changes the answer, which stays {self.target_top!r}; layer {patch.name} "
+                f"changes it most (KL {patch.kl:.4f})."
+            )
+        patch = self.decisive[0]
+        where = named(self.target_positions, self.target)
+        begin = f"The attention of layer {patch.name} at token {where} carries"
+        cross = self.cross
+        if cross is None:
+            return f"{begin} what differs between the two texts: it puts {patch.top!r} on top."
+        top = cross.tops[self.patches.index(patch)]
+        if top == self.source_top != cross.top:
+            return (
+                f"{begin} the subject {cross.subject!r}: taken from {cross.text!r}, it puts "
+                f"{top!r} on top as well."
+            )
+        return (
+            f"{begin} what differs between the two texts: taken from {cross.text!r}, it puts "
+            f"{top!r} on top."
+        )
 
 
 @torch.no_grad()
@@ -96,6 +146,7 @@ def trace(
     window: int = 1,
     source_position: Position = -1,
     target_position: Position = -1,
+    cross_relation: str | None = None,
     reading: Reading = DEFAULT_READING,
 ) -> Trace:
     """Patch attention outputs of `source` into the pass of `target`, layer by layer.
@@ -113,11 +164,14 @@ def trace(
         window: Number of neighbouring layers patched at a time.
         source_position: Tokens that outputs are taken from.
         target_position: Tokens that they are put at: as many as are taken, or any number if one is.
-        reading: How both prompts become tokens.
+        cross_relation: Another relation's prompt with ``{}`` for the source's subject, which is
+            where the two prompts differ. Outputs at its last token are put into the target, too: if
+            the source's answer comes on top, the layer carries the subject, not the fact.
+        reading: How all prompts become tokens.
 
     Raises:
         TransferError: a text is empty, a position is outside it, `window` does not fit the model,
-            or the numbers of positions differ.
+            the numbers of positions differ, or `cross_relation` has no ``{}`` or finds no subject.
         ModelError: a layer has no `self_attn`.
     """
     layers = decoder_layers(model)
@@ -133,22 +187,23 @@ def trace(
             "give one, or as many"
         )
     follow = [first_token(tokenizer, text) for text in tracked]
+    subject = cross_text = ""
+    if cross_relation is not None:
+        subject = _subject(source, target)
+        if "{}" not in cross_relation:
+            raise TransferError(f"cross_relation {cross_relation!r}: write {{}} for the subject")
+        cross_text = filled(cross_relation, subject)
     with disabled(model):
-        outputs: list[Tensor] = []  # (taken, D) by layer
-        with _hooked(layers, lambda _, attention: outputs.append(attention[0, taken])):
-            source_logits = _next(model, [source_ids])
-        before = _next(model, [target_ids])
+        outputs, source_logits = _outputs(model, source_ids, taken)
+        before = next_logits(model, [target_ids])
         if not follow:
             tops = [int(logits.argmax()) for logits in (source_logits, before)]
             follow = list(dict.fromkeys(tops))
-        starts = range(len(layers) - window + 1)
-        size = max(1, _TOKENS // len(target_ids))
-        after = torch.cat(
-            [
-                _patched(model, target_ids, put, outputs, starts[i : i + size], window)
-                for i in range(0, len(starts), size)
-            ]
-        )
+        after = _patched(model, target_ids, put, outputs, window)
+        if cross_text:
+            cross_ids = read(tokenizer, cross_text, reading).ids
+            cross_outputs, cross_logits = _outputs(model, cross_ids, [len(cross_ids) - 1])
+            crossed = _patched(model, target_ids, put, cross_outputs, window)
 
     def probabilities(logits: Tensor) -> list[float]:
         found: list[float] = logits.double().softmax(-1)[follow].tolist()
@@ -173,53 +228,58 @@ def trace(
             Patch(
                 list(range(start, start + window)),
                 probabilities(logits),
-                kl[row],
+                kl[start],
                 likeliest(logits),
             )
-            for row, (start, logits) in enumerate(zip(starts, after, strict=True))
+            for start, logits in enumerate(after)
         ],
+        cross=CrossRelation(
+            cross_text, subject, likeliest(cross_logits[0]), [likeliest(row) for row in crossed]
+        )
+        if cross_text
+        else None,
     )
 
 
+def _subject(source: str, target: str) -> str:
+    """The words of the source where the target differs."""
+    ours, other = source.split(), target.split()
+    for end in (0, -1):
+        while ours and other and ours[end] == other[end]:
+            del ours[end], other[end]
+    if not ours:
+        raise TransferError(
+            f"{source!r} has no subject of its own beside {target!r}; a cross-relation test needs "
+            "two prompts that differ in their subject"
+        )
+    return " ".join(ours)
+
+
+def _outputs(model: Any, ids: list[int], taken: list[int]) -> tuple[list[Tensor], Tensor]:
+    """Attention outputs ``(taken, D)`` of each layer, and the logits of the next token."""
+    outputs: list[Tensor] = []
+    every = range(len(decoder_layers(model)))
+    with attention_hooks(model, every, lambda _, out: outputs.append(out[0, taken])):
+        return outputs, next_logits(model, [ids])
+
+
 def _patched(
-    model: Any, ids: list[int], put: list[int], outputs: list[Tensor], starts: range, window: int
+    model: Any, ids: list[int], put: list[int], outputs: list[Tensor], window: int
 ) -> Tensor:
-    """Logits ``(len(starts), vocab)``; row b patches the window that begins at ``starts[b]``."""
+    """Logits ``(windows, vocab)``; row b patches the window that begins at layer b."""
+    starts = range(len(outputs) - window + 1)
+    found = []
+    for batch in batches([ids] * len(starts)):
 
-    def patch(layer: int, attention: Tensor) -> None:
-        source = outputs[layer].to(attention)
-        for row, start in enumerate(starts):
-            if start <= layer < start + window:
-                attention[row, put] = source
+        def patch(layer: int, attention: Tensor, batch: list[int] = batch) -> None:
+            source = outputs[layer].to(attention)
+            for row, start in enumerate(batch):
+                if start <= layer < start + window:
+                    attention[row, put] = source
 
-    with _hooked(decoder_layers(model), patch):
-        return _next(model, [ids] * len(starts))
-
-
-def _next(model: Any, ids: list[list[int]]) -> Tensor:
-    """Logits of the next token, ``(rows, vocab)`` in float32 on the CPU."""
-    rows = torch.tensor(ids, device=model.device)
-    logits: Tensor = model(input_ids=rows, use_cache=False, logits_to_keep=1).logits
-    return logits[:, -1].float().cpu()
-
-
-@contextmanager
-def _hooked(layers: nn.ModuleList, visit: Any) -> Iterator[None]:
-    """Within the context, call `visit` with each layer's attention output, which it may change."""
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            attention = getattr(layer, "self_attn", None)
-            if attention is None:
-                raise ModelError(f"layer {index} ({type(layer).__name__}) has no self_attn")
-
-            def hook(_: Any, args: Any, output: Any, index: int = index) -> Any:
-                # a copy: `visit` may write to it, and others may hold the original
-                changed = output[0].clone()
-                visit(index, changed)
-                return (changed, *output[1:])
-
-            stack.callback(attention.register_forward_hook(hook).remove)
-        yield
+        with attention_hooks(model, range(len(outputs)), patch):
+            found.append(next_logits(model, [ids] * len(batch)))
+    return torch.cat(found)
 
 
 def draw(trace: Trace, path: str | Path) -> None:

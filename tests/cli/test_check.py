@@ -10,8 +10,11 @@ from xml.etree import ElementTree
 
 import yaml  # type: ignore[import-untyped]
 
+import npt_fast as npt
+from npt_fast.hf.base_model import load_base_model
 from tests.checkpoints import run
 from tests.training.runs import Place
+from tests.transfer.known import known_relations
 
 
 def facts(tmp_path: Path, *given: dict[str, Any]) -> Path:
@@ -103,3 +106,37 @@ def test_how_texts_are_read(
     ):
         code, out, err = run(capsys, *arguments(bos, checkpoint, path, *option))
         assert (code, err) == (0, "") and out.splitlines()[2] == where
+
+
+def test_relations(place: Place, checkpoint: Path, capsys: Any, tmp_path: Path) -> None:
+    """A suite's relations are checked by a study, beside facts."""
+    model, tokenizer = load_base_model(str(place.base))
+    relations = known_relations(model, tokenizer, one="{}", two="of {}")
+    relations[0]["at_least"] = 0
+    relations[1]["at_least"] = 1
+    path, junit = tmp_path / "suite.yaml", tmp_path / "junit.xml"
+    suite = {"facts": [HOLDS], "relations": relations, "controls": ["a", "b c"]}
+    path.write_text(yaml.safe_dump(suite))
+    code, out, err = run(capsys, *arguments(place, checkpoint, path, "--junit", junit, "--json"))
+    assert (code, err) == (3, "")
+    found = npt.study(
+        npt.load(model, checkpoint), tokenizer, npt.read_suite(path),
+        modes=["replace"], strengths=[1.0],
+    )  # fmt: skip
+    fact, one, two = json.loads(out)["facts"]
+    assert fact["name"] == "holds" and fact["passed"]
+    for outcome, name, at_least in ((one, "one", 0), (two, "two", 1)):
+        rows = [row for row in found.rows if (row.relation, row.method) == (name, "replace")]
+        same = [row.winner == "moved" for row in rows if row.injected == "same relation"]
+        control = [row.winner == "moved" for row in rows if row.injected == "unrelated"]
+        assert outcome["name"] == name and len(same) == 10
+        assert outcome["after"] == f"source's object on top in {sum(same)} of 10 pairs"
+        missed = sum(same) < at_least * 10
+        assert len(outcome["problems"]) == missed + any(control)
+        assert any("at_least is 1" in problem for problem in outcome["problems"]) == missed
+        assert any("none may" in problem for problem in outcome["problems"]) == any(control)
+    assert not two["passed"]
+    (suite_element,) = ElementTree.parse(junit).getroot()
+    assert suite_element.get("tests") == "3"
+    code, out, _ = run(capsys, *arguments(place, checkpoint, path))
+    assert code == 3 and "FAIL two (" in out and "own object on top in " in out

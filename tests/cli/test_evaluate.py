@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import npt_fast as npt
+from npt_fast import text_sources
 from npt_fast.hf.base_model import load_base_model
 from tests.checkpoints import layer_weights, read_weights, run, write_checkpoint
 from tests.training import runs
@@ -182,3 +183,23 @@ def test_how_texts_are_read(place: Place, bos_base: Path, capsys: Any, tmp_path:
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
         told = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids.input_ids.shape[1] :]
         assert found["texts"][str(path)] == [tokenizer.decode(told, skip_special_tokens=True)]
+
+
+def test_without_data_it_reads_what_training_would(
+    place: Place, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(text_sources, "DEFAULT_TOKENS", 20 * LENGTH)
+    checkpoint = runs.start(tmp_path / "a", 1)
+    given = arguments(place, "--checkpoint", checkpoint, "--json")
+    at = given.index("--data")
+    code, out, err = run(capsys, *given[:at], *given[at + 2 :])
+    assert code == 0
+    assert (
+        err.startswith("Note: no --data is named; medium: cannot reach ") and err.count("\n") == 1
+    )
+    (found,) = json.loads(out)["results"]
+    given[at + 1] = "self"
+    code, out, err = run(capsys, *given)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["results"] == [found]

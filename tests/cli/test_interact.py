@@ -49,8 +49,17 @@ def test_wrong_usage_is_exit_code_2(shell: Shell, options: list[str], problem: s
 def test_layers_are_chosen(shell: Shell) -> None:
     _, found = shell.json("layers", options=["--layers", "2"])
     assert found[0]["result"] == {"on": [2], "off": []}
-    code, _, err = shell.pipe(options=["--layers", "2,3"])
-    assert code == 1 and "has no layer 3, only [1, 2]" in err
+    _, found = shell.json("layers", options=["--layers", "upper_half"])
+    assert found[0]["result"] == {"on": [2], "off": []}  # the model has four layers
+
+
+@pytest.mark.parametrize(("layers", "problem"), [("2,3", "has no layer 3, only [1, 2]")])
+def test_layers_are_checked_before_the_model_is_loaded(
+    shell: Shell, layers: str, problem: str
+) -> None:
+    code, out, err = run(shell.capsys, *shell.options, "--layers", layers)
+    assert (code, out) == (1, "") and problem in err
+    assert err.startswith("Error: ") and err.count("\n") == 1
 
 
 def test_a_terminal_needs_prompt_toolkit(shell: Shell) -> None:

@@ -29,6 +29,7 @@ def test_json_is_the_librarys(place: Place, capsys: Any) -> None:
     found = json.loads(out)
     assert found.pop("decisive") == [patch.layers for patch in expected.decisive]
     assert found.pop("strongest") == expected.strongest.layers
+    assert found.pop("finding") == expected.finding
     assert found == json.loads(json.dumps(asdict(expected)))
 
 
@@ -40,10 +41,12 @@ def test_a_table_and_a_picture(place: Place, capsys: Any, tmp_path: Path) -> Non
     assert lines[0].startswith("From: 'abc' at token 2 'c'; likeliest ")
     assert lines[1].startswith("To: 'dea' at token 2 'a'; likeliest ")
     assert lines[2].split("|")[1].strip() == "layer" and "'a'" in lines[2] and "top-1" in lines[2]
-    assert [line.split("|")[1].strip() for line in lines[4:-1]] == ["0", "1", "2", "3"]
-    assert all(line.count(" -> ") >= 1 for line in lines[4:-1])
-    changed = [line for line in lines[4:-1] if "->" in line.split("|")[4]]
-    assert lines[-1].startswith("Layers that change the answer: " if changed else "No layer")
+    table = lines[4:8]
+    assert [line.split("|")[1].strip() for line in table] == ["0", "1", "2", "3"]
+    assert all(line.count(" -> ") >= 1 for line in table)
+    changed = [line for line in table if "->" in line.split("|")[4]]
+    assert lines[8].startswith("Layers that change the answer: " if changed else "No layer")
+    assert lines[-1].startswith("The attention of layer" if changed else "No layer")
 
 
 def test_no_layer_matters(place: Place, capsys: Any) -> None:
@@ -60,6 +63,7 @@ def test_what_is_wrong_is_one_line(place: Place, capsys: Any, tmp_path: Path) ->
         (["--window", 9], 1, "a window of 9 layers: the model has 4"),
         (["--from_position", "somewhere"], 1, "'somewhere' is not a position"),
         (["--to_position", "at:q"], 1, "'q' does not occur in 'dea'"),
+        (["--cross_relation", "b"], 1, "cross_relation 'b': write {} for the subject"),
         (["--plot", tmp_path / "none" / "a.png"], 1, "cannot be written"),
     ]
     for more, expected_code, expected in cases:

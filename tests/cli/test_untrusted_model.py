@@ -7,13 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 
 from tests import hostile_models
 from tests.cli.test_check import HOLDS, facts
 from tests.fork_server import Finished, ForkServer
+from tests.training import tiny
 from tests.training.runs import Place
+from tests.transfer.known import known_relations
 
-VERBS = ("models", "trace", "evaluate", "check", "compare", "sweep", "train", "interact", "replay")
+VERBS = (
+    *("models", "trace", "evaluate", "check", "compare", "sweep", "study", "train", "sample"),
+    *("plan", "interact", "replay"),
+)
 
 
 class Program:
@@ -52,15 +58,25 @@ class Program:
             log.write_text(f"{json.dumps({**header, 'trust_remote_code': True})}\n")
             return ["interact", "--replay", str(log), "--device", "cpu"]
         data = ["--data", str(self._place.text), "--max_length", "24", "--num_eval_samples", "1"]
+        sizes = ["--tokens", "8", "--max_length", "8"]
         return {
             "models": ["models", model],
             "trace": ["trace", "--from", "abc", "--to", "abd", *named, "--cpu"],
             "evaluate": ["evaluate", *loaded, *data, "--cpu"],
+            "plan": ["plan", *loaded, *data, "--cpu"],
+            "sample": ["sample", *named, "--output", str(self.folder / "s.jsonl"), *sizes, "--cpu"],
             "check": ["check", self._facts, *loaded, "--cpu"],
             "compare": ["compare", *loaded, *texts, "--tokens", "1", "--cpu"],
             "sweep": ["sweep", *loaded, *texts, "--strength", "1", "--cpu"],
+            "study": ["study", *loaded, *self._study(model), "--cpu"],
             "interact": ["interact", *loaded, "--device", "cpu"],
         }[verb]
+
+    def _study(self, model: str) -> list[str]:
+        suite = self.folder / "suite.yaml"
+        relations = known_relations(tiny.model(), tiny.tokenizer(), n="{}")
+        suite.write_text(yaml.safe_dump({"relations": relations}))
+        return ["--suite", str(suite), "--output", str(self.folder / f"{Path(model).name}-study")]
 
     def run(self, runs: list[list[str]], stdin: str = "y\n" * 99) -> list[Finished]:
         found = [self._fork_server.run(arguments, input=stdin) for arguments in runs]

@@ -123,10 +123,12 @@ def _trained(folder: Path) -> None:
     npt.merge([made], merged, verify=True)
     for file in merged.iterdir():
         shutil.copy(file, folder)
+    # one of the original's tools writes it, and merges do not
+    (folder / "training_metadata.json").write_text('{"architecture_version": "v2"}')
 
 
 def _beside(name: str, *more: Mapping[str, Any]) -> Callable[[Path], list[bytes]]:
-    """The content of a file as a merge writes it, and other valid contents."""
+    """The content of a file of `_trained`, and other valid contents."""
 
     def prepare(folder: Path) -> list[bytes]:
         _trained(folder)
@@ -287,6 +289,9 @@ TARGETS = [
            _multi_layer_state, _same_multi_layer_state),
     Target("npt_config", "npt_config.json", mutations.JSON,
            _beside("npt_config.json", _described()), _every_verb, _same_as_json),
+    Target("training_metadata", "training_metadata.json", mutations.JSON,
+           _beside("training_metadata.json", {"architecture_version": "v1", "more": [1]}),
+           _every_verb, _same_as_json),
     Target("merge_summary", "merge_summary.json", mutations.JSON,
            _beside("merge_summary.json", _ORIGINAL_SUMMARY), _every_verb, _same_as_json),
     Target("merge_digests", "merge_digests.txt", mutations.TEXT, _beside("merge_digests.txt"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from npt_fast.cli.shell.commands import find, scripts
 from npt_fast.cli.shell.loop import bare
 from npt_fast.errors import NPTError
 from npt_fast.transfer import journal
-from npt_fast.transfer.facts import read_facts
 from npt_fast.transfer.modulation import Modulation, load_modulation
 from npt_fast.transfer.session import Session
+from npt_fast.transfer.suite import Suite, read_suite
 from tests.fuzz import mutations
 from tests.fuzz.target import Target, check_line, fixed, same_values
 from tests.second_readers import as_bytes
@@ -132,13 +131,22 @@ _FACTS = """facts:
         two lines
     tokens: 10
   - {prompt: "a", inject: {from: 'b', position: 2:5}, expect: c}
+relations:
+  - capital
+  - {name: n, prompt: "{} is", pairs: {a: b, c: "d"}, paraphrases: ["is {}"], at_least: 0.5}
+controls: [x, "y z"]
 """
 
 
-def _same_facts(path: Path, found: Sequence[Any]) -> None:
-    given = yaml.safe_load(path.read_text("utf-8"))["facts"]
-    assert len(found) == len(given)
-    for fact, other in zip(found, given, strict=True):
+def _same_facts(path: Path, found: Suite) -> None:
+    document = yaml.safe_load(path.read_text("utf-8"))
+    for relation, other in zip(found.relations, document.get("relations", []), strict=True):
+        if isinstance(other, dict):
+            same_values(
+                (relation.name, relation.prompt, dict(relation.pairs), list(relation.paraphrases)),
+                (other["name"], other["prompt"], other["pairs"], other.get("paraphrases", [])),
+            )
+    for fact, other in zip(found.facts, document.get("facts", []), strict=True):
         injection, expected = other["inject"], other.get("expect") or {}
         expected = {"contains": expected} if isinstance(expected, str) else expected
         same_values(
@@ -190,6 +198,6 @@ TARGETS = [
            _modulation, _same_terms),
     Target("session", "session.json", mutations.JSON, _sessions, _load_session, _same_session),
     Target("journal", "log.jsonl", mutations.JSON_LINES, _journals, _journal, _same_journal),
-    Target("facts", "facts.yaml", mutations.YAML, fixed(_FACTS), read_facts, _same_facts),
+    Target("facts", "facts.yaml", mutations.YAML, fixed(_FACTS), read_suite, _same_facts),
     Target("script", "script.txt", mutations.TEXT, fixed(SCRIPT), _script, _same_script),
 ]  # fmt: skip

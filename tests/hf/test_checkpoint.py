@@ -83,7 +83,7 @@ def test_architecture_per_layer(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", layer_weights(0, rank=3, modulation="dual", **SIZES))
     write_checkpoint(tmp_path / "b", layer_weights(2, rank=5, num_ranks=3, **SIZES))
     npt.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged", verify=True)
-    model = npt.load(tiny(), tmp_path / "merged")
+    model = npt.load(tiny(), tmp_path / "merged", residual="removed")
     assert [(s.layer, str(s.architecture)) for s in npt.status(model)] == [
         (0, "dual, num_ranks 1, rank 3"),
         (2, "triple, num_ranks 3, rank 5"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -35,6 +36,13 @@ def offline(
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with runs.place(tmp_path_factory.mktemp("place")) as found:
         yield found
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of sampled texts of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "npt_fast"
 
 
 @pytest.fixture(autouse=True)

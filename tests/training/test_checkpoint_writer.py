@@ -65,7 +65,7 @@ def test_the_guides_layout(place: Place, tmp_path: Path) -> None:
         "max_steps": 5,
         "gradient_accumulation_steps": 2,
         "mixed_precision": False,
-        "gradient_clip_value": 0.5,
+        "gradient_clip_value": 0.1,
     }
     assert spec.items() <= config.items()
     described = json.loads((path / "npt_config.json").read_text())

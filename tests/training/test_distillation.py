@@ -116,6 +116,28 @@ def test_the_weight_of_first_tokens(stage: Stage, residual: Residual, kind: Loss
     )
 
 
+@pytest.mark.parametrize("kind", ["relative", "mse"])
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("residual", ["removed", "kept"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_virtual_tokens(
+    stage: Stage, residual: Residual, stride: int, padded: bool, kind: LossKind
+) -> None:
+    """They are in the total, not in the reported losses; the original's loss has none."""
+    check(
+        converted(llama(), [1, 3], residual),
+        [1, 3],
+        stage,
+        inputs=batch(padded=padded),
+        residual=residual,
+        kind=kind,
+        reg_weight=0.2,
+        sink_weight=5.0,
+        virtual_stride=stride,
+    )
+
+
 @pytest.mark.parametrize(("attention_ratio", "mlp_ratio"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.4)])
 def test_ratios_at_their_ends(attention_ratio: float, mlp_ratio: float) -> None:
     """Attention reads as in one stage and the MLP as in another, so other work can be skipped."""
@@ -142,7 +164,7 @@ def test_other_families(stage: Stage, family: str, fidelity_weight: float, padde
 def test_padding_changes_nothing() -> None:
     """A text gives the same alone and in a batch of longer ones."""
     model = converted(llama(), [1, 3])
-    step = Distillation(model, fidelity_weight=0.7, reg_weight=0.2)
+    step = Distillation(model, fidelity_weight=0.7, reg_weight=0.2, virtual_stride=2)
     together = batch()
     alone: list[Tensor] = []
     for ids, mask in zip(together["input_ids"], together["attention_mask"], strict=True):

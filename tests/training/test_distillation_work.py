@@ -135,6 +135,8 @@ def test_a_stop_empties_the_cache_and_shows_in_no_bit() -> None:
     fresh = Distillation(model, cache_bytes=10**9)
     windows = torch.tensor([0, 1, 2])
     padded = {**batch(), "windows": windows}
+    for step in (kept, fresh):
+        step.calibrate(padded["input_ids"], [])
     outcome(kept, **padded)  # the first epoch, before the stop
     for rows in ([2, 0], [0], [1, 1, 2]):
         epoch = {name: tensor[rows] for name, tensor in padded.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ from torch.nn import functional
 
 from npt_fast.config import LossKind
 from npt_fast.training import losses
-from npt_fast.training.losses import agreement, direct_errors, fidelity_sum, sink_errors
+from npt_fast.training.losses import (
+    agreement,
+    bounded_errors,
+    direct_errors,
+    fidelity_sum,
+    sink_errors,
+)
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 5, 6, 11
 KINDS: list[LossKind] = ["relative", "mse"]
@@ -71,6 +78,36 @@ def test_relative_errors_do_not_depend_on_the_length_of_the_target() -> None:
     low = direct_errors((output * scale).half(), (target * scale).half(), "relative")
     assert low.dtype == torch.float32
     torch.testing.assert_close(low.double(), found, rtol=1e-2, atol=0)
+
+
+def test_bounded_errors() -> None:
+    """The truth is Huber's loss of the relative distance, spelled out."""
+    errors = torch.tensor([0.0, 0.2, 1.0, 9.0, 0.2, 9.0], dtype=torch.float64)
+    lengths = torch.tensor([1.0, 1.0, 1.0, 1.0, 10.0, 10.0], dtype=torch.float64)
+    attention = functional.normalize(normal(6, WIDTH), dim=-1) * lengths[:, None]
+    found = bounded_errors(errors, attention, torch.tensor(4.0, dtype=torch.float64))
+    for error, length, value in zip(*(t.tolist() for t in (errors, lengths, found)), strict=True):
+        turn = min(1.0, 4.0 / length**2)  # the usual square is 4
+        distance = math.sqrt(error)
+        expected = error if distance <= turn else turn * (2 * distance - turn)
+        assert value == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("length", [0.0, 1.0, 30.0])
+def test_no_token_has_a_large_gradient(length: float) -> None:
+    """However far off it is; with an error of 0 and without attention nothing is NaN."""
+    target = functional.normalize(normal(1, 4, WIDTH), dim=-1)
+    attention = torch.full((1, 4, WIDTH), length / math.sqrt(WIDTH), dtype=torch.float64)
+    steps = torch.tensor([0.0, 0.01, 10.0, 1e6], dtype=torch.float64).view(1, 4, 1)
+    output = (target + steps * functional.normalize(normal(1, 4, WIDTH, seed=1), dim=-1)).detach()
+    output.requires_grad_()
+    errors = direct_errors(output, target, "relative")
+    typical = torch.tensor(1.0, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(bounded_errors(errors, attention, typical).sum(), output)
+    lengths = gradient.norm(dim=-1).flatten()
+    turn = 1 / max(length, 1) ** 2
+    expected = [2 * min(step, turn) for step in steps.flatten().tolist()]
+    torch.testing.assert_close(lengths, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_no_target_is_no_division_by_zero() -> None:

@@ -224,6 +224,7 @@ class Truth:
         fidelity_weight: float,
         reg_weight: float,
         sink_weight: float = 0.0,
+        virtual_stride: int = 0,
     ) -> dict[str, Tensor]:
         """Sum losses over the real tokens, running all layers of both models, needed or not."""
         teacher, teacher_logits = self.teacher(ids, mask)
@@ -252,11 +253,15 @@ class Truth:
             found[f"direct.{layer}"] = (error * mask).sum()
             leaving = seen.before + seen.attention + seen.mlp
             sink = ((y - target)[:, 0] ** 2).sum(-1) / (leaving[:, 0] ** 2).sum(-1)
-            added = sink_weight * sink.sum() if kind == "relative" else 0.0
+            minimised = (error * mask).sum()
+            if kind == "relative":
+                bound = bounds(seen.attention, mask)
+                minimised = (bounded(error, bound) * mask).sum()
+                minimised = minimised + sink_weight * bounded(sink, bound[:, 0]).sum()
+                minimised = minimised + self.virtual(layer, seen, mask, virtual_stride)
             found[f"regularization.{layer}"] = (squares * mask).sum()
             total = total + layer_weights.get(layer, 1.0) * (
-                direct_weight * (found[f"direct.{layer}"] + added)
-                + reg_weight * found[f"regularization.{layer}"]
+                direct_weight * minimised + reg_weight * found[f"regularization.{layer}"]
             )
         logits = self.logits(state)
         if kind == "mse":
@@ -268,9 +273,38 @@ class Truth:
         found["total"] = total + fidelity_weight * found["fidelity"]
         return found
 
+    def virtual(self, layer: int, seen: Teacher, mask: Tensor, stride: int) -> Tensor:
+        """Sum the bounded errors of virtual tokens, one by one."""
+        total = torch.zeros((), dtype=torch.float64)
+        typical = typical_square(seen.attention, mask)
+        for row, count in enumerate(mask.sum(1).tolist()):
+            for order, host in enumerate(range(0, count, stride) if stride else ()):
+                factor = 6.0 ** (order * (5**0.5 - 1) / 2 % 1)
+                a = factor * seen.attention[row, (host + count // 2) % count][None]
+                h = seen.before[row, host][None]
+                target = self.mlp(layer, h + a) + (0 if self.residual == "kept" else a)
+                error = ((self.mlp(layer, h, a) - target) ** 2).sum() / (target**2).sum()
+                total = total + bounded(error, (typical / (a**2).sum()).clamp(max=1))
+        return total
+
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         found = torch.autograd.grad(loss, list(self.weights.values()))
         return dict(zip(self.weights, found, strict=True))
+
+
+def typical_square(attention: Tensor, mask: Tensor) -> Tensor:
+    """Median of the squared lengths of the real tokens' attention outputs."""
+    lengths = (attention**2).sum(-1)[mask == 1].sort().values
+    return lengths[(len(lengths) - 1) // 2]
+
+
+def bounds(attention: Tensor, mask: Tensor) -> Tensor:
+    return (typical_square(attention, mask) / (attention**2).sum(-1)).clamp(max=1)
+
+
+def bounded(error: Tensor, bound: Tensor) -> Tensor:
+    """Huber's loss of the root of the error, where it turns at the bound."""
+    return torch.where(error.sqrt() > bound, bound * (2 * error.sqrt() - bound), error)
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -299,6 +333,7 @@ def check(
     fidelity_weight: float = 0.0,
     reg_weight: float = 0.0,
     sink_weight: float = 0.0,
+    virtual_stride: int = 0,
 ) -> None:
     """Assert that losses and gradients equal those of the truth."""
     options: dict[str, Any] = {
@@ -307,6 +342,7 @@ def check(
         "fidelity_weight": fidelity_weight,
         "reg_weight": reg_weight,
         "sink_weight": sink_weight,
+        "virtual_stride": virtual_stride,
     }
     truth = Truth(model, layers, residual)
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))

@@ -119,13 +119,12 @@ def test_positions(position: Position, place: int) -> None:
 def test_the_mean_of_vectors_over_positions(position: Position, places: list[int]) -> None:
     model = converted()
     m = npt.extract(model, tokenizer, SOURCE, position=position, reduce="mean")
-    # the mean is taken in float32
     attention = attention_outputs(model, SOURCE, [1, 2])
     for layer in (1, 2):
         expected = own_vectors(components(model)[layer], attention[layer])
         for name, terms in m.layers[layer].items():
             for v, every in zip(terms, expected[name], strict=True):
-                torch.testing.assert_close(v, every[places].mean(0), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(v, every[places].mean(0), rtol=1e-12, atol=1e-12)
     assert m.origin["positions"] == places and m.vectors
 
 

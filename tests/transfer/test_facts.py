@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npt_fast.config import Injection
-from npt_fast.transfer.facts import Fact, FactsError, read_facts
+from npt_fast.transfer.facts import Fact
+from npt_fast.transfer.strict_yaml import MistakesError
+from npt_fast.transfer.suite import read_suite
 
 
 def test_a_file_of_facts(tmp_path: Path) -> None:
@@ -34,9 +36,12 @@ facts:
     expect: {begins: a, contains: b}
     must_not_change: [c, d]
     tokens: 3
+  - prompt: q
+    inject: {from: s, position: [1, -1]}
+    expect: e
 """
     )
-    assert read_facts(path) == [
+    assert read_suite(path).facts == [
         Fact(
             name="The capital of Germany is",
             prompt="The capital of Germany is",
@@ -48,6 +53,7 @@ facts:
             injection=Injection(position=-2, mode="add", strength=2, when="both"),
             begins="a", contains="b", must_not_change=["c", "d"], tokens=3,
         ),
+        Fact(name="q", prompt="q", source="s", injection=Injection(position=[1, -1]), contains="e"),
     ]  # fmt: skip
 
 
@@ -80,8 +86,10 @@ def wrong(**changes: Any) -> str:
         (wrong(inject={"from": "s", "when": "now"}), "when must be one of prefill"),
         (wrong(inject={"from": "s", "strength": "2"}), "strength must be a number, not '2'"),
         (wrong(inject={"from": "s", "strength": float("nan")}), "strength must be a number"),
-        (wrong(inject={"from": "s", "position": "there"}), "position must be a number, 2:5"),
-        (wrong(inject={"from": "s", "position": 1.5}), "position must be a number, 2:5"),
+        (wrong(inject={"from": "s", "position": "there"}), "position must be a number, a list"),
+        (wrong(inject={"from": "s", "position": 1.5}), "position must be a number, a list"),
+        (wrong(inject={"from": "s", "position": []}), "position must be a number, a list"),
+        (wrong(inject={"from": "s", "position": [True]}), "position must be a number, a list"),
         (wrong(inject={"from": "s", "sequence": 1}), "sequence must be true or false, not 1"),
         ("facts: [3]", ": fact 1: must be a mapping with prompt, inject"),
         ("facts: []", ": has no facts"),
@@ -136,8 +144,8 @@ def wrong(**changes: Any) -> str:
 def test_a_mistake_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "facts.yaml"
     path.write_text(text)
-    with pytest.raises(FactsError) as caught:
-        read_facts(path)
+    with pytest.raises(MistakesError) as caught:
+        read_suite(path)
     assert caught.value.problems[0].startswith(str(path)) and "\n" not in str(caught.value)
     assert any(expected in problem for problem in caught.value.problems), caught.value.problems
 
@@ -147,28 +155,28 @@ def test_all_mistakes_are_told(tmp_path: Path) -> None:
     second = {**RIGHT, "prompt": 3, "inject": {"from": "", "mode": "x"}}
     third = {**RIGHT, "name": "other", "tokens": "many"}
     path.write_text(json.dumps({"facts": [RIGHT, second, third]}))
-    with pytest.raises(FactsError, match=r"\(and 4 more\)") as caught:
-        read_facts(path)
+    with pytest.raises(MistakesError, match=r"\(and 4 more\)") as caught:
+        read_suite(path)
     assert (
         len(caught.value.problems) == 5
     )  # three and a repeated name of the second, one of the third
     assert sum("fact 'n'" in problem for problem in caught.value.problems) == 4
     path.write_bytes(b"facts: \xff")
-    with pytest.raises(FactsError, match="is not valid YAML"):
-        read_facts(path)
-    with pytest.raises(FactsError, match="No such file"):
-        read_facts(tmp_path / "none.yaml")
+    with pytest.raises(MistakesError, match="is not valid YAML"):
+        read_suite(path)
+    with pytest.raises(MistakesError, match="No such file"):
+        read_suite(tmp_path / "none.yaml")
     path.write_text("facts: [" + "{q: 1}," * 9_000 + "]")
-    with pytest.raises(FactsError) as caught:
-        read_facts(path)
+    with pytest.raises(MistakesError) as caught:
+        read_suite(path)
     assert 100 < len(caught.value.problems) < 110  # then the reader stops
 
 
 def test_facts_that_are_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
-        with pytest.raises(FactsError, match=r"not a regular file|is a directory"):
-            read_facts(path)
+        with pytest.raises(MistakesError, match=r"not a regular file|is a directory"):
+            read_suite(path)
 
 
 def bombs() -> Iterator[str]:
@@ -188,8 +196,8 @@ def test_a_bomb_takes_no_memory(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     tracemalloc.start()
     try:
-        with pytest.raises(FactsError, match=r"\*a: write the value out again"):
-            read_facts(path)
+        with pytest.raises(MistakesError, match=r"\*a: write the value out again"):
+            read_suite(path)
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
         tracemalloc.stop()
@@ -201,6 +209,6 @@ def test_any_text_is_facts_or_one_line(text: str) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder, "facts.yaml")
         path.write_text(text)
-        with pytest.raises(FactsError, match=r"^[^\n]*$") as caught:
-            read_facts(path)
+        with pytest.raises(MistakesError, match=r"^[^\n]*$") as caught:
+            read_suite(path)
         assert str(caught.value).startswith(f"{path}: ")

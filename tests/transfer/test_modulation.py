@@ -16,7 +16,7 @@ from torch import Tensor
 import npt_fast as npt
 from npt_fast.errors import NPTWarning
 from npt_fast.transfer.base_model import BaseModel
-from npt_fast.transfer.modulation import Modulation
+from npt_fast.transfer.modulation import Modulation, combine_vectors
 from tests.transfer.models import PROJECTIONS, SOURCE, base, converted, random_modulation, tokenizer
 
 Combination = Callable[[Any, Any], Any]
@@ -49,6 +49,43 @@ def test_arithmetic_is_that_of_dense_changes(name: str) -> None:
             for actual in (dense(found, layer, projection), found.dense(layer, projection)):
                 torch.testing.assert_close(actual, exact, rtol=0, atol=1e-12)
     assert found.base == a.base and not found.vectors
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (1.0, -1.0), (0.5, 0.5), (-3.0, 0.25)])
+def test_arithmetic_on_vectors_is_elementwise(factors: tuple[float, float]) -> None:
+    a, b = (replace(random_modulation(seed), vectors=True) for seed in (1, 2))
+    found = combine_vectors([a, b], factors)
+    for layer, projection, terms in found.walk():
+        for v, x, y in zip(
+            terms, a.layers[layer][projection], b.layers[layer][projection], strict=True
+        ):
+            torch.testing.assert_close(v, factors[0] * x + factors[1] * y, rtol=0, atol=1e-15)
+    assert found.vectors and found.base == a.base
+    assert found.description == (
+        f"on vectors {factors[0]:g} * ({a.description}) + {factors[1]:g} * ({b.description})"
+    )
+
+
+def test_what_vectors_do_to_dw() -> None:
+    """The original's scale and negate, which are not what their names say."""
+    m = replace(random_modulation(1), vectors=True)
+    for factor in (2.0, -1.0):
+        found = combine_vectors([m], [factor])
+        torch.testing.assert_close(found.dense(1, "up"), factor**2 * m.dense(1, "up"))
+        assert found.magnitude(1) == pytest.approx(abs(factor) * m.magnitude(1))
+
+
+def test_vectors_must_be_alike() -> None:
+    m = replace(random_modulation(1), vectors=True)
+    more = replace(random_modulation(2, terms=3), vectors=True)
+    for others, factors, problem in (
+        ([m, 2 * m], [1, 1], "has no vectors; leave out -vectors"),
+        ([m, more], [1, 1], "layer 1, gate: they have 2, 3 vectors"),
+        ([m, replace(random_modulation(layers=[1]), vectors=True)], [1, 1], "different layers"),
+        ([m], [math.inf], "not finite"),
+    ):
+        with pytest.raises(npt.TransferError, match=problem):
+            combine_vectors(others, factors)
 
 
 def test_operands_stay_as_they_are() -> None:

@@ -13,8 +13,8 @@ import npt_fast as npt
 from npt_fast.errors import NPTError, TransferError
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.tokenizer import PLAIN, Reading
-from npt_fast.transfer import trace as module
-from npt_fast.transfer.trace import trace
+from npt_fast.transfer import attention
+from npt_fast.transfer.trace import CrossRelation, Patch, Trace, draw, trace
 from tests.training import tiny
 
 SOURCE, TARGET = "abcd efg", "xyz uv"
@@ -103,7 +103,7 @@ def test_rows_are_single_runs(
 
 def test_several_passes_are_one(model: Any, tokenizer: Any, monkeypatch: Any) -> None:
     whole = trace(model, tokenizer, SOURCE, TARGET)
-    monkeypatch.setattr(module, "_TOKENS", 3 * len(TARGET))
+    monkeypatch.setattr(attention, "TOKENS", 3 * len(TARGET))
     parts = trace(model, tokenizer, SOURCE, TARGET)
     for a, b in zip(whole.patches, parts.patches, strict=True):
         assert (a.layers, a.top) == (b.layers, b.top)
@@ -150,11 +150,11 @@ def test_what_is_wrong_is_said(model: Any, tokenizer: Any) -> None:
 
 def test_a_picture(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     found = trace(model, tokenizer, "$x_1^ $", TARGET)  # matplotlib would parse this as a formula
-    module.draw(found, tmp_path / "trace.png")
+    draw(found, tmp_path / "trace.png")
     assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
     for name in ("none/trace.png", "trace.xyz"):
         with pytest.raises(NPTError, match="cannot be written"):
-            module.draw(found, tmp_path / name)
+            draw(found, tmp_path / name)
     imported = builtins.__import__
 
     def without(name: str, *args: Any) -> Any:
@@ -164,7 +164,7 @@ def test_a_picture(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any)
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(NPTError, match=r"pip install 'npt_fast\[plot\]'"):
-        module.draw(found, tmp_path / "trace.png")
+        draw(found, tmp_path / "trace.png")
 
 
 @pytest.mark.slow
@@ -194,3 +194,58 @@ def test_bos_is_read_and_counted() -> None:
         assert value == pytest.approx([logits.double().softmax(-1)[letter].item()])
     for reading, tokens in ((PLAIN, list("abc")), (CHAT, ["<bos>", *"user:abc;me:"])):
         assert trace(model, tokenizer, "abc", "xyz", reading=reading).source == tokens
+
+
+def test_another_relation(model: Any, tokenizer: Any) -> None:
+    """The subject is what differs; its text is patched in like the source is."""
+    found = trace(model, tokenizer, "abcd efg", "abcd uv", cross_relation="the {} of")
+    assert found.cross is not None
+    assert (found.cross.subject, found.cross.text) == ("efg", "the efg of")
+    alone = trace(model, tokenizer, "the efg of", "abcd uv")
+    assert found.cross.tops == [patch.top for patch in alone.patches]
+    assert found.cross.top == alone.source_top
+    assert trace(model, tokenizer, "abcd efg", "abcd uv").cross is None
+
+
+def test_the_subject(model: Any, tokenizer: Any) -> None:
+    for source, target, subject in (
+        ("of the big city is", "of Rome is", "the big city"),
+        ("a b", "c b", "a"),
+        ("a a b", "a b", "a"),
+    ):
+        found = trace(model, tokenizer, source, target, cross_relation="{}!{}")
+        assert found.cross is not None
+        assert (found.cross.subject, found.cross.text) == (subject, f"{subject}!{subject}")
+    with pytest.raises(TransferError, match="has no subject of its own"):
+        trace(model, tokenizer, "a b", "a b", cross_relation="{}")
+    with pytest.raises(TransferError, match=r"write \{\} for the subject"):
+        trace(model, tokenizer, "a b", "c b", cross_relation="x")
+
+
+def traced(cross: CrossRelation | None, *tops: str) -> Trace:
+    """A trace from A, after which a comes, to B, after which b comes."""
+    patches = [Patch([n], [0.0], 1.0 + n, top) for n, top in enumerate(tops)]
+    return Trace(["A"], ["of", " B"], [0], [1], ["a"], [1.0], [0.0], "a", "b", 1, patches, cross)
+
+
+def test_what_it_finds() -> None:
+    begin = "The attention of layer 1 at token 1 ' B' carries "
+    subject = CrossRelation("the A", "A", "x", ["b", "a"])
+    assert traced(subject, "b", "a").finding == (
+        f"{begin}the subject 'A': taken from 'the A', it puts 'a' on top as well."
+    )
+    for cross, top in (
+        (CrossRelation("the A", "A", "x", ["a", "x"]), "x"),  # the fact goes along
+        (CrossRelation("the A", "A", "x", ["a", "b"]), "b"),
+        (CrossRelation("the A", "A", "a", ["b", "a"]), "a"),  # the text itself says the same
+    ):
+        assert traced(cross, "b", "a").finding == (
+            f"{begin}what differs between the two texts: "
+            f"taken from 'the A', it puts {top!r} on top."
+        )
+    assert traced(None, "b", "a").finding == (
+        f"{begin}what differs between the two texts: it puts 'a' on top."
+    )
+    assert traced(subject, "b", "b").finding == (
+        "No layer changes the answer, which stays 'b'; layer 1 changes it most (KL 2.0000)."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from npt_fast.cli.shell import views
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from npt_fast.transfer.modulation import Modulation
 
 COMMANDS = Commands()
+_EXACT = "exact, on dW"
 
 
 @COMMANDS.command("extract", "NAME TEXT", options=("-pos",))
@@ -53,6 +55,7 @@ def _list(c: Context, a: Arguments) -> Reply:
             "layers": sorted(item.modulation.layers),
             "type": views.kind(item.modulation),
             "ranks": item.modulation.terms,
+            "position": views.position(item.modulation.origin),
             "source": item.modulation.description,
         }
         for name, item in shelf.items()
@@ -86,45 +89,64 @@ def _calc(c: Context, a: Arguments) -> Reply:
     return _made(name, c.session.calculate(name, expression), expression.strip())
 
 
-@COMMANDS.command("add", "A B NEW")
+_VECTORS = ("-vectors",)
+
+
+@COMMANDS.command("add", "A B NEW", flags=_VECTORS)
 def _add(c: Context, a: Arguments) -> Reply:
-    """NEW = A + B, exact on dW."""
-    found = c.session.modulation(a["A"]) + c.session.modulation(a["B"])
-    return _made(a["NEW"], c.session.combine(a["NEW"], found), f"{a['A']} + {a['B']}")
+    """NEW = A + B, exact on dW; -vectors: on v_a and v_b, as the original does."""
+    formula = f"{a['A']} + {a['B']}"
+    return _combined(c, a, [a["A"], a["B"]], [1, 1], formula, lambda x, y: x + y)
 
 
-@COMMANDS.command("subtract", "A B NEW")
+@COMMANDS.command("subtract", "A B NEW", flags=_VECTORS)
 def _subtract(c: Context, a: Arguments) -> Reply:
-    """NEW = A - B, exact on dW."""
-    found = c.session.modulation(a["A"]) - c.session.modulation(a["B"])
-    return _made(a["NEW"], c.session.combine(a["NEW"], found), f"{a['A']} - {a['B']}")
+    """NEW = A - B, exact on dW; -vectors: on v_a and v_b, as the original does."""
+    formula = f"{a['A']} - {a['B']}"
+    return _combined(c, a, [a["A"], a["B"]], [1, -1], formula, lambda x, y: x - y)
 
 
-@COMMANDS.command("average", "A... NEW")
+@COMMANDS.command("average", "A... NEW", flags=_VECTORS)
 def _average(c: Context, a: Arguments) -> Reply:
-    """NEW = the mean of two or more modulations, exact on dW."""
+    """NEW = the mean of two or more modulations, exact on dW; -vectors: of v_a and v_b."""
     from npt_fast.transfer.modulation import mean
 
     names = a.values["A"]
     if len(names) < 2:
         raise TransferError(f"average takes two modulations or more: {COMMANDS['average'].usage}")
-    found = mean([c.session.modulation(name) for name in names])
-    return _made(a["NEW"], c.session.combine(a["NEW"], found), f"mean({', '.join(names)})")
+    shares = [1 / len(names)] * len(names)
+    return _combined(c, a, names, shares, f"mean({', '.join(names)})", lambda *parts: mean(parts))
 
 
-@COMMANDS.command("scale", "A FACTOR NEW")
+@COMMANDS.command("scale", "A FACTOR NEW", flags=_VECTORS)
 def _scale(c: Context, a: Arguments) -> Reply:
-    """NEW = FACTOR * A, exact on dW."""
+    """NEW = FACTOR * A, exact on dW; -vectors: on v_a and v_b, FACTOR squared on dW."""
     factor = number("FACTOR", a["FACTOR"])
-    found = factor * c.session.modulation(a["A"])
-    return _made(a["NEW"], c.session.combine(a["NEW"], found), f"{factor:g} * {a['A']}")
+    formula = f"{factor:g} * {a['A']}"
+    return _combined(c, a, [a["A"]], [factor], formula, lambda x: factor * x)
 
 
-@COMMANDS.command("negate", "A NEW")
+@COMMANDS.command("negate", "A NEW", flags=_VECTORS)
 def _negate(c: Context, a: Arguments) -> Reply:
-    """NEW = -A, exact on dW."""
-    found = -c.session.modulation(a["A"])
-    return _made(a["NEW"], c.session.combine(a["NEW"], found), f"-{a['A']}")
+    """NEW = -A, exact on dW; -vectors: on v_a and v_b, which leaves dW as it is."""
+    return _combined(c, a, [a["A"]], [-1], f"-{a['A']}", lambda x: -x)
+
+
+def _combined(
+    c: Context,
+    a: Arguments,
+    names: Sequence[str],
+    factors: Sequence[float],
+    formula: str,
+    exact: Callable[..., Modulation],
+) -> Reply:
+    from npt_fast.transfer.modulation import combine_vectors
+
+    parts = [c.session.modulation(name) for name in names]
+    on_vectors = "vectors" in a.options
+    found = combine_vectors(parts, factors) if on_vectors else exact(*parts)
+    c.session.combine(a["NEW"], found)
+    return _made(a["NEW"], found, formula, "on vectors" if on_vectors else _EXACT)
 
 
 def _described(name: str, found: Modulation) -> dict[str, Any]:
@@ -151,12 +173,12 @@ def _kept(name: str, found: Modulation, lines: list[str]) -> Reply:
     return Reply(data, lines, changed=[name])
 
 
-def _made(name: str, found: Modulation, formula: str) -> Reply:
+def _made(name: str, found: Modulation, formula: str, how: str = _EXACT) -> Reply:
     data = {
         "name": name,
         "formula": formula,
         "ranks": found.terms,
         "magnitudes": {str(n): found.magnitude(n) for n in sorted(found.layers)},
     }
-    lines = [f"✓ Created modulation '{name}' = {formula} (exact, on dW)", *views.magnitudes(found)]
+    lines = [f"✓ Created modulation '{name}' = {formula} ({how})", *views.magnitudes(found)]
     return Reply(data, lines, changed=[name])

@@ -6,6 +6,7 @@ from npt_fast.cli.shell import views
 from npt_fast.cli.shell.command import Commands, Context, Reply, number, setting, settings
 from npt_fast.cli.shell.line import Arguments
 from npt_fast.errors import TransferError
+from npt_fast.layer_names import is_name, layer_indices, resolve_layers
 from npt_fast.paths import user_path
 from npt_fast.schema import shown
 
@@ -14,17 +15,22 @@ COMMANDS = Commands()
 
 @COMMANDS.command("layers", "[LAYERS]")
 def _layers(c: Context, a: Arguments) -> Reply:
-    """Show which layers are on; with 11,13 or all, turn these on and the others off."""
+    """Show which layers are on; with 11,13, all or upper_half, turn these on, the others off."""
     session, text = c.session, a.get("LAYERS")
-    if text == "all":
-        session.activate(session.available)
+    if text is not None and is_name(text):
+        from npt_fast.hf.convert import decoder_layers
+
+        named = resolve_layers(text, len(decoder_layers(session.model)))
+        chosen = [layer for layer in named if layer in session.available]
+        if not chosen:
+            loaded = ", ".join(map(str, session.available))
+            raise TransferError(f"no layer of {text} is loaded; loaded are {loaded}")
+        session.activate(chosen)
     elif text is not None:
         try:
-            session.activate([int(part) for part in text.split(",")])
-        except ValueError:
-            raise TransferError(
-                f"layers are numbers like 11,13, or all, not {shown(text)}"
-            ) from None
+            session.activate(layer_indices(text))
+        except ValueError as error:
+            raise TransferError(str(error)) from None
     on = list(session.state.layers)
     off = [layer for layer in session.available if layer not in on]
     line = f"Active layers: {on}" + (f" (off: {off})" if off else "")
