@@ -37,7 +37,7 @@ from npt_fast.training.teacher_pass import (
     run_teacher,
     trained_layers,
 )
-from npt_fast.training.virtual_tokens import VirtualPlan
+from npt_fast.training.virtual_tokens import WEIGHT, VirtualPlan
 
 STUDENT = Stage("student", 0, 1.0, 1.0)
 
@@ -267,7 +267,8 @@ class Distillation(nn.Module):
             assert part.virtual is not None and part.virtual_base is not None
             target = part.virtual_base if kept else virtual.attention + part.virtual_base
             more = direct_errors(part.virtual, target, self.loss) * plan.weights
-            minimised = minimised + bounded_errors(more, virtual.attention, typical).sum()
+            more = bounded_errors(more, virtual.attention, typical)
+            minimised = minimised + WEIGHT * more.sum()
         return errors.sum(), minimised
 
     def _typical_square(self, index: int, attention: Tensor, weights: Tensor) -> Tensor:

@@ -274,7 +274,7 @@ class Truth:
         return found
 
     def virtual(self, layer: int, seen: Teacher, mask: Tensor, stride: int) -> Tensor:
-        """Sum the bounded errors of virtual tokens, one by one."""
+        """Sum a tenth of the bounded errors of virtual tokens, one by one."""
         total = torch.zeros((), dtype=torch.float64)
         typical = typical_square(seen.attention, mask)
         for row, count in enumerate(mask.sum(1).tolist()):
@@ -284,7 +284,7 @@ class Truth:
                 h = seen.before[row, host][None]
                 target = self.mlp(layer, h + a) + (0 if self.residual == "kept" else a)
                 error = ((self.mlp(layer, h, a) - target) ** 2).sum() / (target**2).sum()
-                total = total + bounded(error, (typical / (a**2).sum()).clamp(max=1))
+                total = total + 0.1 * bounded(error, (typical / (a**2).sum()).clamp(max=1))
         return total
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
