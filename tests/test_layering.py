@@ -37,7 +37,7 @@ ALLOWED = {
     },
     "hf": {
         *("config", "errors", "layer_names", "paths", "schema", "checkpoint"),
-        *("functional", "modules"),
+        *("functional", "modules", "tables"),
     },
     "training": {
         *("config", "errors", "layer_names", "paths", "schema", "text_sources", "checkpoint"),
