@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+from cyclopts.validators import MutuallyExclusive
+
 import npt_fast as npt
 from npt_fast.cli.arguments import Layers, PathText
 from npt_fast.cli.output import print_json, print_verification, progress_bar, say, size, warn
+
+# a reference has no weights to link
+_WEIGHTS = Group("Base weights", validator=MutuallyExclusive())
 
 
 def export(
@@ -13,8 +21,8 @@ def export(
     output: PathText,
     model_name: PathText | None = None,
     layers: Layers = None,
-    reference: bool = False,
-    hardlink: bool = False,
+    reference: Annotated[bool, Parameter(group=_WEIGHTS)] = False,
+    hardlink: Annotated[bool, Parameter(group=_WEIGHTS)] = False,
     verify: bool = False,
     allow_different_base: bool = False,
     json: bool = False,
@@ -45,8 +53,6 @@ def export(
     json
         Print the report as JSON.
     """
-    if reference and hardlink:
-        raise ValueError("--reference has no weights to link: leave out one of the two")
     with progress_bar() as progress:
         report = npt.export(
             checkpoint,

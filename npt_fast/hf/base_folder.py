@@ -95,7 +95,7 @@ def _exported(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     given, architectures = config.get("model_type"), config.get("architectures")
     if given == "mistral" and "layer_types" in config:
         given = "ministral"  # as transformers reads such a file
-    if given not in MODEL_TYPES:
+    if not isinstance(given, str) or given not in MODEL_TYPES:
         raise ModelError(
             f"{name}: {CONFIG}: models of type {shown(given)} cannot be exported; npt-fast models "
             "lists the types"

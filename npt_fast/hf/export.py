@@ -31,6 +31,7 @@ from npt_fast.hf.model_card import MODEL_CARD, model_card
 from npt_fast.hf.model_folder import CONFIG, SMOLLM2
 from npt_fast.layer_names import is_name, resolve_layers
 from npt_fast.paths import exists, expand, path_errors, user_path
+from npt_fast.schema import is_count
 
 # one file, which an engine opens; the fingerprint of the base model is compared here
 _OPTIONS = MergeOptions(
@@ -81,11 +82,11 @@ def export(
         CheckpointError: the checkpoint cannot be read.
         MergeError: the output lies in the checkpoint.
         ModelError: the base model is not known, missing or unsafe, does not fit the NP layers, or
-            cannot be exported; or the output exists or cannot be written;
-            or the checkpoint lacks one of the layers.
+            cannot be exported; `layers` is no list of layers, or the checkpoint lacks one; or the
+            output exists or cannot be written.
         PathError: a path is not valid.
         StorageError: the disk is full or would become full.
-        ValueError: `layers` is no list of layers, or both `reference` and `hardlink` are given.
+        ValueError: both `reference` and `hardlink` are given.
         VerificationError: the output differs from its sources and was not published.
     """
     if reference and hardlink:
@@ -120,6 +121,7 @@ def export(
         mover = write_files(plan, staged, advance)
         for file in linked:
             _link(file, staged)
+            mover.moved["hard link"] += file.stat().st_size
         if verify:
             _compare(copied, staged, target)
         if made_here:
@@ -150,9 +152,15 @@ def _open_base(name: str, staged: StagedDirectory, *, weights: bool) -> BaseFold
 
     folder = staged.path / _CONVERTED
     model, tokenizer = load_base_model(name, dtype="float32")
+    # its numbers are floats by now, but transformers still takes it for quantised
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     with library_errors(f"{name}: the base model cannot be written as safetensors"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():  # some of them only their owner may read
+        file.chmod(folder.stat().st_mode & 0o666)
     return replace(open_base(str(folder), weights=True), name=name)
 
 
@@ -164,12 +172,13 @@ def _plan(
     base: BaseFolder,
 ) -> MergePlan:
     """The plan that copies the NP layers, after a check that they fit the base model."""
-    sizes = {name: base.config.get(name) for name in SIZES}
+    sizes = {name: base.config[name] for name in SIZES if is_count(base.config.get(name))}
     opened.check_sizes(sizes)
     if layers is not None:
-        count = sizes["num_hidden_layers"]
         try:
-            selected = resolve_layers(layers, max(opened.modules) + 1 if count is None else count)
+            selected = resolve_layers(
+                layers, sizes.get("num_hidden_layers", max(opened.modules) + 1)
+            )
         except ValueError as error:
             raise ModelError(f"--layers: {error}") from None
         if is_name(layers):
@@ -184,7 +193,7 @@ def _plan(
 
 
 def _check_fingerprint(opened: Checkpoint, base: BaseFolder) -> None:
-    if opened.fingerprint is None or not base.weights:
+    if opened.fingerprint is None:
         return
     from npt_fast.hf.fingerprint import stored_fingerprint
 
