@@ -104,7 +104,7 @@ def test_options_of_the_loader(options: dict[str, Any], parts: Parts, exported: 
 
 def test_what_cannot_be_loaded_as_asked(exported: Path, tmp_path: Path) -> None:
     options = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
-    with pytest.raises(npt.ModelError, match="layer 1 .*device"):
+    with pytest.raises(npt.ModelError, match=r"layer 1 .*device"):
         load(exported, **options)
     with pytest.raises(npt.ModelError, match="use from_pretrained"):
         load_skeleton(str(exported))
