@@ -108,6 +108,7 @@ HARMLESS = (
     r".*json-.*-text",  # odd text under a key that nobody asks for
     r"config\.json-(evaluate|interact|export)-.*",  # these verbs do not need the file
     r"base model: tokenizer\.json-export-.*",  # copied; who loads it reads it
+    r"base model: tokenizer_config\.json-export-code",  # copied, without the code that it names
     r"multi_layer_state\.pt-train-.*",
     r"training_log\.jsonl-train-.*",  # lines that are none are dropped: a killed run leaves some
     r"merge_digests\.txt-merge-width",  # digests of files that are not there

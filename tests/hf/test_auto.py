@@ -62,6 +62,8 @@ def test_every_type_that_is_listed(model_type: str, tmp_path: Path) -> None:
     if model_type not in TYPES:
         pytest.skip("this transformers has no such type")
     model = build(model_type, **VARIANTS.get(model_type, {}))
+    if model.config.model_type != model_type:
+        pytest.skip("its causal language model is of another type")
     model.save_pretrained(tmp_path / "base")
     layer = RIGHT[model_type][0]
     base = load(tmp_path / "base")
