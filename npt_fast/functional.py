@@ -113,6 +113,11 @@ def modulated_mlp(
     return y.view(shape)
 
 
+def takes_kernels(tensor: Tensor) -> bool:
+    """Whether Triton's kernels compute calls with `tensor` by default."""
+    return _takes_triton("auto", tensor, "silu")
+
+
 def _takes_triton(impl: Implementation, h: Tensor, activation: str) -> bool:
     """Whether Triton's kernels compute a call: on request, or by default if they can on a GPU."""
     if impl == "factored" or (impl == "auto" and not h.is_cuda):
@@ -197,7 +202,7 @@ def change_from_bottleneck(
     """
     dtype = compute_dtype(a)
     steps = None
-    if _takes_triton("auto", u, "silu"):
+    if takes_kernels(u):
         from npt_fast.kernels.modulated_mlp import GEMM_STEPS
 
         steps = GEMM_STEPS

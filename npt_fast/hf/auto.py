@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.tensor_source import SAFETENSORS_WEIGHTS
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import ModelError
@@ -74,6 +75,38 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def open_exported(exported: str | Path, config: Any, **hub: Any) -> tuple[Exported, Checkpoint]:
+    """The NP layers of an exported model, of which no tensor data is kept.
+
+    Args:
+        exported: folder or Hub id of the exported model.
+        config: config of the exported model.
+        **hub: where and how it is found on the Hub, as for transformers' ``cached_file``.
+
+    Raises:
+        CheckpointError: the NP weights cannot be read, are not those that were exported, or are of
+            another version of the format.
+        ModelError: the base model is missing.
+    """
+    from transformers.utils.hub import cached_file
+
+    found = Exported.parse(getattr(config, NPT, None), f"{exported}: config.json: {NPT}")
+    if found.sha256 is None:  # saved by save_pretrained, among the other weights
+        checkpoint = open_checkpoint(Path(str(cached_file(exported, "config.json", **hub))).parent)
+    else:
+        path = Path(str(cached_file(exported, SAFETENSORS_WEIGHTS, **hub)))
+        found.check_weights(path)
+        checkpoint = open_checkpoint(path)
+    if found.base is not None and found.base.folder is not None:
+        place = found.base.place(exported)
+        if not Path(place).is_dir():
+            raise ModelError(
+                f"{exported}: its base model is missing: no such folder: {place}; put it there or "
+                f"export {checkpoint.given} again"
+            )
+    return found, checkpoint
+
+
 class NPTForCausalLM:
     """What AutoModelForCausalLM calls for an exported model, of whatever type."""
 
@@ -97,30 +130,16 @@ class NPTForCausalLM:
             ModelError: the base model is missing, or the NP layers do not fit it.
         """
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-        from transformers.utils.hub import cached_file
 
-        from npt_fast.checkpoint.checkpoint import open_checkpoint
         from npt_fast.hf.checkpoint import load
 
-        found = Exported.parse(getattr(config, NPT, None), f"{exported}: config.json: {NPT}")
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-        if found.sha256 is None:  # saved by save_pretrained
-            folder = Path(str(cached_file(exported, "config.json", **hub))).parent
-            checkpoint = open_checkpoint(folder)
-        else:
-            path = Path(str(cached_file(exported, SAFETENSORS_WEIGHTS, **hub)))
-            found.check_weights(path)
-            checkpoint = open_checkpoint(path)
+        found, checkpoint = open_exported(exported, config, **hub)
         place: str | Path = exported
         if found.base is not None:
             place = found.base.place(exported)
             options["revision"] = found.base.revision
             options.pop("subfolder", None)
-            if found.base.folder is not None and not Path(place).is_dir():
-                raise ModelError(
-                    f"{exported}: its base model is missing: no such folder: {place}; put it there "
-                    f"or export {checkpoint.given} again"
-                )
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__mro__[1]]
         loaded = model_class.from_pretrained(place, *args, config=config, **options)
         load(loaded[0] if isinstance(loaded, tuple) else loaded, checkpoint)

@@ -223,6 +223,23 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
     return target
 
 
+def read_component(checkpoint: Checkpoint, layer: int) -> NPComponent:
+    """One layer of a checkpoint on the CPU, with its numbers in float32 or int8, for inference."""
+    architecture = checkpoint.modules[layer].architecture
+    component = NPComponent(
+        architecture.hidden_size,
+        architecture.intermediate_size,
+        rank=architecture.rank,
+        num_ranks=architecture.num_ranks,
+        modulation=architecture.modulation,
+        residual=checkpoint.record(layer).residual or "removed",
+        device="cpu",
+        dtype=torch.float32,
+    ).requires_grad_(False)
+    _fill(component, checkpoint.modules[layer], NearbyReader())
+    return component
+
+
 def _find_residuals(model: Any, checkpoint: Checkpoint, layers: Sequence[int]) -> None:
     """Set the residual of fresh layers of which no file tells it.
 
