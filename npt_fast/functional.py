@@ -113,11 +113,6 @@ def modulated_mlp(
     return y.view(shape)
 
 
-def takes_kernels(tensor: Tensor) -> bool:
-    """Whether Triton's kernels compute calls with `tensor` by default."""
-    return _takes_triton("auto", tensor, "silu")
-
-
 def _takes_triton(impl: Implementation, h: Tensor, activation: str) -> bool:
     """Whether Triton's kernels compute a call: on request, or by default if they can on a GPU."""
     if impl == "factored" or (impl == "auto" and not h.is_cuda):
@@ -202,7 +197,7 @@ def change_from_bottleneck(
     """
     dtype = compute_dtype(a)
     steps = None
-    if takes_kernels(u):
+    if _takes_triton("auto", u, "silu"):
         from npt_fast.kernels.modulated_mlp import GEMM_STEPS
 
         steps = GEMM_STEPS
@@ -216,6 +211,27 @@ def change_from_bottleneck(
         copies or (_detached(w_a, dtype), _detached(w_b, dtype)),
     )
     return y.view(*a.shape[:-1], w_b.shape[-1])
+
+
+def scaled_bottlenecks(u: Tensor, p: Tensor, *, num_ranks: int) -> Tensor:
+    """Bottlenecks times their coefficients, for inference where a probe is a sum over devices.
+
+    Args:
+        u: bottlenecks of c projections, ``(c, T, R)``.
+        p: their probes, ``(c, T, R)``.
+        num_ranks: number of components k.
+
+    Returns:
+        ``(c, T, R)`` in the dtype of `u`; the coefficients are float32 or wider in between.
+    """
+    if _takes_triton("auto", u, "silu"):
+        from npt_fast.kernels.coefficients import coefficients_fwd
+
+        return coefficients_fwd(u, p, num_ranks)[1]
+    wide = torch.promote_types(u.dtype, torch.float32)
+    heads = u.unflatten(-1, (num_ranks, -1))
+    s = (heads.to(wide) * p.unflatten(-1, (num_ranks, -1)).to(wide)).sum(-1, keepdim=True)
+    return (heads * s).to(u.dtype).flatten(-2)
 
 
 def _detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:

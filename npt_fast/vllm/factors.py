@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from npt_fast.functional import takes_kernels
+from npt_fast.functional import scaled_bottlenecks
 from npt_fast.modules import NPComponent
 
 _BY_WIDTH = ("w_a_mid", "w_b_gate", "w_b_up")
@@ -82,7 +82,7 @@ class ShardedFactors(nn.Module):
         """
         count = 1 + self.modulates_up
         p = (h @ self.w_a_in.t()).unflatten(-1, (count, -1)).movedim(-2, 0)
-        z = _scaled(u[:count], p, self.num_ranks)
+        z = scaled_bottlenecks(u[:count], p, num_ranks=self.num_ranks)
         gate = z[0] @ self.w_b_gate
         if not self.modulates_up:
             return pad(gate, (0, gate.shape[-1]))
@@ -101,16 +101,7 @@ class ShardedFactors(nn.Module):
         if not self.modulates_down:
             return None
         p = self._reduce(inner @ self.w_a_mid.t())
-        change: Tensor = _scaled(u[2:], p.unsqueeze(0), self.num_ranks)[0] @ self.w_b_down
+        change: Tensor = (
+            scaled_bottlenecks(u[2:], p.unsqueeze(0), num_ranks=self.num_ranks)[0] @ self.w_b_down
+        )
         return change
-
-
-def _scaled(u: Tensor, p: Tensor, num_ranks: int) -> Tensor:
-    """Scaled bottlenecks of bottlenecks and probes, all ``(c, T, R)``."""
-    if takes_kernels(u):
-        from npt_fast.kernels.coefficients import coefficients_fwd
-
-        return coefficients_fwd(u, p, num_ranks)[1]
-    heads = u.unflatten(-1, (num_ranks, -1))
-    s = (heads.float() * p.unflatten(-1, (num_ranks, -1)).float()).sum(-1, keepdim=True)
-    return (heads * s).to(u.dtype).flatten(-2)
