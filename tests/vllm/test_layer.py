@@ -1,4 +1,4 @@
-"""NP layers of an engine: by the definition in float64, whole, and in parts on several processes."""
+"""NP layers of an engine are as defined, in float64: whole, and in parts on several processes."""
 
 from __future__ import annotations
 
@@ -156,10 +156,8 @@ def test_int8_factors_become_floats() -> None:
 def test_parts_are_small() -> None:
     """Only what is as wide as the model is on every device."""
     whole = component("triple", "removed")
-    parts = [
-        ShardedFactors(whole, device="cpu", dtype=torch.float64, shard=n, shards=3)
-        for n in range(3)
-    ]
+    options: Any = {"device": "cpu", "dtype": torch.float64, "shards": 3}
+    parts = [ShardedFactors(whole, shard=shard, **options) for shard in range(3)]
     shapes = {name: tuple(tensor.shape) for name, tensor in parts[0].named_buffers()}
     assert shapes == {
         "w_down": (D, 18), "w_a_in": (12, D), "w_b_down": (6, D),
