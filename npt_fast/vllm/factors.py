@@ -101,7 +101,6 @@ class ShardedFactors(nn.Module):
         if not self.modulates_down:
             return None
         p = self._reduce(inner @ self.w_a_mid.t())
-        change: Tensor = (
-            scaled_bottlenecks(u[2:], p.unsqueeze(0), num_ranks=self.num_ranks)[0] @ self.w_b_down
-        )
+        z = scaled_bottlenecks(u[2:], p.unsqueeze(0), num_ranks=self.num_ranks)[0]
+        change: Tensor = z @ self.w_b_down
         return change

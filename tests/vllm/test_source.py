@@ -47,7 +47,7 @@ def test_what_is_refused_at_the_start(parts: Parts, tmp_path: Path) -> None:
     given = model_config(tmp_path / "out")
     source = open_source(given)
     check(source, given.hf_config, 3)
-    with pytest.raises(npt.ModelError, match="tensor parallel size 5 does not divide .* width 48"):
+    with pytest.raises(npt.ModelError, match=r"tensor parallel size 5 does not divide .* width 48"):
         check(source, given.hf_config, 5)
     with pytest.raises(npt.ModelError, match="hidden_size 32, the model has 64"):
         check(source, AutoConfig.for_model("llama", hidden_size=64, num_hidden_layers=4), 1)
