@@ -1,10 +1,11 @@
-"""vLLM's entry point: it calls `register` in each of its processes (``vllm.general_plugins``)."""
+"""vLLM's entry point: it calls `register` in each of its processes (``vllm.general_plugins``).
+
+By then npt_fast is imported, and transformers knows the model types of exports.
+"""
 
 from __future__ import annotations
 
 from typing import Any
-
-import npt_fast  # noqa: F401  (tells transformers of the model types)
 
 ARCHITECTURES = tuple(
     f"NPT{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
