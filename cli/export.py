@@ -12,7 +12,7 @@ from npt_fast.cli.arguments import Layers, PathText
 from npt_fast.cli.output import print_json, print_verification, progress_bar, say, size, warn
 
 # a reference has no weights to link
-_WEIGHTS = Group("Base weights", validator=MutuallyExclusive())
+_WEIGHTS = Group("Base weights", validator=MutuallyExclusive())  # type: ignore[no-untyped-call]
 
 
 def export(

@@ -231,7 +231,8 @@ def scaled_bottlenecks(u: Tensor, p: Tensor, *, num_ranks: int) -> Tensor:
     wide = torch.promote_types(u.dtype, torch.float32)
     heads = u.unflatten(-1, (num_ranks, -1))
     s = (heads.to(wide) * p.unflatten(-1, (num_ranks, -1)).to(wide)).sum(-1, keepdim=True)
-    return (heads * s).to(u.dtype).flatten(-2)
+    z: Tensor = (heads * s).to(u.dtype).flatten(-2)
+    return z
 
 
 def _detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -47,6 +47,6 @@ class NPLayer:
 
 
 @cache
-def np_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+def np_layer_class(layer_class: Any) -> type[nn.Module]:
     """The class of NP layers whose parts are those of a class of vLLM's layers."""
     return type(f"NP{layer_class.__name__}", (NPLayer, layer_class), {})

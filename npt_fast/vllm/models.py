@@ -42,7 +42,7 @@ class _NPModel:
             place, revision = source.base
             self.secondary_weights = (DefaultModelLoader.Source(place, revision),)
         for index in source.checkpoint.modules:
-            layer = self.model.layers[index]
+            layer: Any = self.model.layers[index]
             if isinstance(layer, PPMissingLayer):
                 continue
             layer.np_factors = ShardedFactors(
@@ -53,7 +53,7 @@ class _NPModel:
                 shards=get_tensor_model_parallel_world_size(),
                 reduce=tensor_model_parallel_all_reduce,
             )
-            layer.__class__ = np_layer_class(type(layer))
+            layer.__class__ = np_layer_class(layer.__class__)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the base weights. The NP weights that vLLM finds beside them are loaded already."""

@@ -18,7 +18,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    class Check(VerifyAndUpdateConfig):  # type: ignore[misc]
+    class Check(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             from npt_fast.vllm.source import check, open_source

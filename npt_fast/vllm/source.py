@@ -41,7 +41,7 @@ def open_source(model_config: Any) -> Source:
         return Source(open_checkpoint(other), None)
     exported, checkpoint = open_exported(model, config, revision=model_config.revision)
     base = exported.base
-    return Source(checkpoint, base and (base.place(model), base.revision))
+    return Source(checkpoint, (base.place(model), base.revision) if base else None)
 
 
 def check(source: Source, config: Any, shards: int) -> None:
