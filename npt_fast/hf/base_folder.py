@@ -146,4 +146,6 @@ def _download(name: str, *, weights: bool) -> Path:
         if not weights:
             return fetch()
         folder = fetch("model*.safetensors")
-        return folder if weights_of(folder) else fetch("pytorch_model*.bin")
+        if any(path.suffix == ".safetensors" for path in weights_of(folder)):
+            return folder
+        return fetch("pytorch_model*.bin")

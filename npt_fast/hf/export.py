@@ -121,7 +121,7 @@ def export(
         mover = write_files(plan, staged, advance)
         for file in linked:
             _link(file, staged)
-            mover.moved["hard link"] += file.stat().st_size
+            mover.moved["computed" if made_here else "hard link"] += file.stat().st_size
         if verify:
             _compare(copied, staged, target)
         if made_here:

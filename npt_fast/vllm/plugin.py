@@ -21,11 +21,14 @@ def register() -> None:
     class Check(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            from npt_fast.vllm.source import check, open_source
+            from npt_fast.vllm.source import check, describe, open_source
 
             model_config = vllm_config.model_config
             shards = vllm_config.parallel_config.tensor_parallel_size
-            check(open_source(model_config), model_config.hf_config, shards)
+            source = open_source(model_config)
+            check(source, model_config.hf_config, shards)
+            # vLLM keeps compiled graphs by a hash of this config, and a path may get other layers
+            model_config.hf_config.npt_layers = describe(source)
 
     for architecture in ARCHITECTURES:
         if architecture not in ModelRegistry.get_supported_archs():

@@ -67,3 +67,12 @@ def check(source: Source, config: Any, shards: int) -> None:
             f"{checkpoint.given}: tensor parallel size {shards} does not divide the MLP's width "
             f"{width}"
         )
+
+
+def describe(source: Source) -> dict[str, str]:
+    """What the NP layers compute, apart from their numbers, by layer."""
+    checkpoint = source.checkpoint
+    return {
+        str(layer): f"{module.architecture}, {checkpoint.record(layer).residual}"
+        for layer, module in checkpoint.modules.items()
+    }

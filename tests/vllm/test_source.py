@@ -13,7 +13,7 @@ from transformers import AutoConfig
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.vllm.plugin import ARCHITECTURES
-from npt_fast.vllm.source import OVERRIDE, check, open_source
+from npt_fast.vllm.source import OVERRIDE, check, describe, open_source
 from tests.checkpoints import flip_byte, layer_weights, write_checkpoint
 from tests.hf.exports import Parts, write_parts
 
@@ -34,6 +34,8 @@ def test_sources(parts: Parts, tmp_path: Path) -> None:
     npt.export(parts.checkpoint, tmp_path / "whole")
     found = open_source(model_config(tmp_path / "whole"))
     assert list(found.checkpoint.modules) == [1, 2] and found.base is None
+    layer = "triple, num_ranks 2, rank 3, removed"
+    assert describe(found) == {"1": layer, "2": layer}
     npt.export(parts.checkpoint, tmp_path / "named", reference=True)
     assert open_source(model_config(tmp_path / "named")).base == (str(parts.base), None)
     npt.merge(f"{parts.checkpoint}:2", tmp_path / "other")
