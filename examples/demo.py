@@ -38,7 +38,7 @@ MERGED_V2 = "experiments/merged_11_13_23"
 END = STEPS + MORE
 CONTINUED = f"experiments/continued/checkpoint-{END}"
 TOGETHER = (
-    f"--max_steps {END} --curriculum_stages student:{END} --fidelity_weight 100 "
+    f"--max_steps {END} --curriculum_stages student:{END} --fidelity_weight 10 "
     "--learning_rate 2e-4 --lr_schedule constant --warmup_steps 0 --logging_steps 1"
 )
 PROMPT = "The capital of France is"
