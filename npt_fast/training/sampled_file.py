@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 from torch import Tensor
 
 from npt_fast.checkpoint.publish import disk_errors
+from npt_fast.checkpoint.replaced_file import replacing
 from npt_fast.errors import DataError
 from npt_fast.hf.tokenizer import encode, library_errors
 from npt_fast.paths import is_directory, path_errors, user_path
@@ -66,16 +65,9 @@ def write_rows(ids: Tensor, tokenizer: Any, given: str | Path) -> dict[str, int]
             text = tokenizer.decode(own, clean_up_tokenization_spaces=False).rstrip("\ufffd")
         same += encode(tokenizer, text, add_special_tokens=False).input_ids == own if text else 0
         lines.append(json.dumps({"text": text}, ensure_ascii=False))
-    # a name that nobody can foresee, so that nothing lies there already
-    temporary = path.with_name(f".{token_hex(16)}.npt-fast")
-    try:
-        with disk_errors(path, DataError):
-            with temporary.open("x", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with disk_errors(path, DataError), replacing(path) as temporary:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
     return {"rows": len(lines), "tokens": ids.numel(), "same": same}

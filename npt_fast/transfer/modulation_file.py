@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ from safetensors.torch import save
 
 from npt_fast.checkpoint import file_kind, strict_json
 from npt_fast.checkpoint.keys import PROJECTIONS
+from npt_fast.checkpoint.replaced_file import replacing
 from npt_fast.checkpoint.safetensors_file import read_safetensors
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_entry import TensorEntry
@@ -71,22 +70,17 @@ def write(contents: Contents, path: Path) -> None:
     Raises:
         TransferError: the folder cannot be written to, or the file could not be read back.
     """
-    # a name that nobody can foresee, so that nothing lies there already
-    temporary = path.with_name(f".{token_hex(16)}.npt-fast")
     try:
-        data = packed(contents, temporary)
-        with temporary.open("xb") as file:  # exclusive: follows no link that was planted there
-            file.write(data)
-        read_back(temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            data = packed(contents, temporary)
+            with temporary.open("xb") as file:  # exclusive: follows no link that was planted there
+                file.write(data)
+            read_back(temporary)
     except NPTError as error:
         problem = str(error).removeprefix(f"{temporary}: ")
         raise TransferError(f"{path}: cannot be written: {problem}") from None
     except OSError as error:
         raise TransferError(f"{path}: cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def packed(contents: Contents, path: Path) -> bytes:

@@ -152,7 +152,7 @@ def test_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if somebody guesses the name of the temporary file."""
-    monkeypatch.setattr("npt_fast.transfer.modulation_file.token_hex", lambda count: "foreseen")
+    monkeypatch.setattr("npt_fast.checkpoint.replaced_file.token_hex", lambda count: "foreseen")
     (tmp_path / "victim").write_bytes(b"precious")
     (tmp_path / ".foreseen.npt-fast").symlink_to("victim")
     with pytest.raises(npt.TransferError, match=r"cannot be written: .*exists"):
