@@ -24,8 +24,9 @@ from torch import nn
 import npt_fast as npt
 from npt_fast.benchmarks.harness import MB, Timed, machine_facts, report, save, time_in_turn
 from npt_fast.benchmarks.step_counts import Counts, counts_of_token
-from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.convert import components
+from npt_fast.hf.model_folder import SMOLLM2
 from npt_fast.tables import markdown_table
 from npt_fast.testing import implementation
 

@@ -28,7 +28,8 @@ from npt_fast.benchmarks.harness import (
     save,
     time_in_turn,
 )
-from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from npt_fast.hf.base_model import load_base_model
+from npt_fast.hf.model_folder import SMOLLM2
 from npt_fast.hf.tokenizer import read
 from npt_fast.tables import markdown_table
 

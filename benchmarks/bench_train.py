@@ -30,8 +30,9 @@ import torch
 
 import npt_fast as npt
 from npt_fast.benchmarks.harness import MB, ROOT, machine_facts, save
-from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.convert import components, decoder_layers
+from npt_fast.hf.model_folder import SMOLLM2
 from npt_fast.tables import markdown_table
 from npt_fast.testing import implementation
 from npt_fast.training.curriculum import Stage

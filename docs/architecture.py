@@ -47,10 +47,11 @@ class Box(NamedTuple):
 
 BOXES = (
     Box(("cli",), "npt-fast: one file per verb", 0, 40, 720, "#e8eaf6"),
-    Box(("training",), "data, losses, curriculum, the loop", 1, 40, 290, "#e3f2fd"),
-    Box(("transfer",), "extract, inject, bake, trace, compare, check", 1, 310, 720, "#e3f2fd"),
-    Box(("hf",), "Hugging Face models: convert, load, save", 2, 40, 480, "#e0f2f1"),
-    Box(("pictures", "report_files", "tables"), "how results are shown", 2, 500, 720, "#f5f5f5"),
+    Box(("training",), "data, losses, the loop", 1, 40, 230, "#e3f2fd"),
+    Box(("vllm",), "plugin", 1, 250, 370, "#e3f2fd"),
+    Box(("transfer",), "extract, inject, bake, trace, compare, check", 1, 390, 720, "#e3f2fd"),
+    Box(("hf",), "Hugging Face models: convert, load, save, export", 2, 40, 720, "#e0f2f1"),
+    Box(("pictures", "report_files", "tables"), "how results are shown", 3, 500, 720, "#f5f5f5"),
     Box(
         ("modules", "called_mlp", "initialization", "kept_cast"),
         "the NP component",

@@ -6,6 +6,8 @@ import itself brings neither torch nor transformers.
 
 from __future__ import annotations
 
+from npt_fast.hf import registration
+
 # for type checkers, who know the name: `typing` would be most of what this import takes, and until
 # it is done, nothing answers Ctrl-C
 TYPE_CHECKING = False
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
         supported_layers,
         unload,
     )
+    from npt_fast.hf.export import export
     from npt_fast.hf.quantize import quantize
     from npt_fast.training.evaluation import Evaluation, evaluate
     from npt_fast.training.plan import Plan, plan
@@ -88,6 +91,7 @@ _HOMES = {
     "convert": "npt_fast.hf.convert",
     "disabled": "npt_fast.hf.convert",
     "evaluate": "npt_fast.training.evaluation",
+    "export": "npt_fast.hf.export",
     "export_lora": "npt_fast.transfer.bake",
     "extract": "npt_fast.transfer.extract",
     "inject": "npt_fast.transfer.inject",
@@ -142,6 +146,7 @@ __all__ = [
     "convert",
     "disabled",
     "evaluate",
+    "export",
     "export_lora",
     "extract",
     "inject",
@@ -181,6 +186,9 @@ def __getattr__(name: str) -> Any:
             raise
         raise ModuleNotFoundError(problem, name=error.name) from None
     return module if name == "functional" else getattr(module, name)
+
+
+registration.install()
 
 
 def __dir__() -> list[str]:

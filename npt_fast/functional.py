@@ -213,6 +213,28 @@ def change_from_bottleneck(
     return y.view(*a.shape[:-1], w_b.shape[-1])
 
 
+def scaled_bottlenecks(u: Tensor, p: Tensor, *, num_ranks: int) -> Tensor:
+    """Bottlenecks times their coefficients, for inference where a probe is a sum over devices.
+
+    Args:
+        u: bottlenecks of c projections, ``(c, T, R)``.
+        p: their probes, ``(c, T, R)``.
+        num_ranks: number of components k.
+
+    Returns:
+        ``(c, T, R)`` in the dtype of `u`; the coefficients are float32 or wider in between.
+    """
+    if _takes_triton("auto", u, "silu"):
+        from npt_fast.kernels.coefficients import coefficients_fwd
+
+        return coefficients_fwd(u, p, num_ranks)[1]
+    wide = torch.promote_types(u.dtype, torch.float32)
+    heads = u.unflatten(-1, (num_ranks, -1))
+    s = (heads.to(wide) * p.unflatten(-1, (num_ranks, -1)).to(wide)).sum(-1, keepdim=True)
+    z: Tensor = (heads * s).to(u.dtype).flatten(-2)
+    return z
+
+
 def _detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A parameter as products in `dtype` read it: itself, or cast without a graph.
 

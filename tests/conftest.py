@@ -80,7 +80,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "tokenizer.json").exists():
             import gguf
 
-            from npt_fast.hf.base_model import SMOLLM2, load_base_model
+            from npt_fast.hf.base_model import load_base_model
+            from npt_fast.hf.model_folder import SMOLLM2
 
             with pytest.MonkeyPatch.context() as patch:
                 # transformers parses the file's header three times, at 3 s each, and makes the

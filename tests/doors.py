@@ -256,6 +256,7 @@ SHELL = "interact --checkpoint {}/a --model_name {}/base --device cpu --log {out
 _CHECK = "check {}/facts.yaml --checkpoint {}/a --model_name {}/base --cpu"
 _STUDY = "study --suite {}/suite.yaml --checkpoint {}/a --model_name {}/base --cpu --output {out}"
 _SAMPLE = "sample --model_name {}/base --tokens 8 --max_length 8 --output {out}.jsonl --cpu"
+_EXPORT = "export --checkpoint {}/a --model_name {}/base --output {out}"
 _READ = {
     "analyze": "analyze --checkpoint {}/a",
     "merge": "merge --checkpoints {}/a --output {out}",
@@ -263,10 +264,10 @@ _READ = {
 }
 _RESUME = {"train": _TRAIN.replace("_steps 2", "_steps 4") + " --resume_from {}/a"}
 _SCRIPT = {"interact": f"{SHELL} --script {{}}/script"}
-_WEIGHTS = {**_READ, **_RESUME, "evaluate": _EVALUATE, **_SCRIPT}
+_WEIGHTS = {**_READ, **_RESUME, "evaluate": _EVALUATE, **_SCRIPT, "export": _EXPORT}
 _MODELS = {
     **{"evaluate": _EVALUATE, "train": _TRAIN, "sample": _SAMPLE, "check": _CHECK},
-    **{"study": _STUDY, **_SCRIPT},
+    **{"study": _STUDY, **_SCRIPT, "export": _EXPORT},
 }
 _LOAD = {"interact": f"{SHELL} --script {{}}/load"}
 _LOAD_SESSION = {"interact": f"{SHELL} --script {{}}/load-session"}
@@ -314,6 +315,9 @@ DOORS = (
     Door("whole model: model.safetensors", "whole/model.safetensors", _whole("whole"), SAFETENSORS),
     Door("whole model: pytorch_model.bin", "bin/pytorch_model.bin", _whole("bin"), _pickled()),
     Door("whole model: config.json", "whole/config.json", _whole("whole"), JSON),
+    Door("exported model: config.json", "exported/config.json",
+         {"evaluate": _EVALUATE.replace("{}/a", "{}/exported").replace("{}/base", "{}/exported")},
+         {**JSON, "code": _auto_map(model_type="own")}),
     Door("training_log.jsonl", "run/training_log.jsonl",
          {
              "train": _RESUME["train"].replace("{out}", "{}/run").replace(

@@ -29,8 +29,9 @@ from typing import IO, Any
 import npt_fast
 
 ROOT = Path(__file__).parent.parent
-NOT_PRELOADED = ("npt_fast.__main__", "npt_fast.benchmarks", "npt_fast.kernels")
-"""What is run, and what chooses between Triton's compiler and its interpreter as it is imported."""
+NOT_PRELOADED = ("npt_fast.__main__", "npt_fast.benchmarks", "npt_fast.kernels", "npt_fast.vllm")
+"""What is run, what chooses between Triton's compiler and its interpreter as it is imported, and
+what only vLLM imports."""
 LIBRARIES = (
     "datasets.io.generator",
     "datasets.packaged_modules.generator.generator",

@@ -14,6 +14,7 @@ IMPORTED = [
     "npt_fast.training.run",
     "tests.kernels.test_parallel",
     "tests.kernels.test_sharded_change",
+    "tests.vllm.test_layer",
 ]
 
 

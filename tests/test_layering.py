@@ -37,7 +37,7 @@ ALLOWED = {
     },
     "hf": {
         *("config", "errors", "layer_names", "paths", "schema", "checkpoint"),
-        *("functional", "modules"),
+        *("functional", "modules", "tables"),
     },
     "training": {
         *("config", "errors", "layer_names", "paths", "schema", "text_sources", "checkpoint"),
@@ -47,6 +47,7 @@ ALLOWED = {
         *("config", "errors", "layer_names", "paths", "schema", "checkpoint"),
         *("functional", "called_mlp", "modules", "hf", "pictures", "report_files", "tables"),
     },
+    "vllm": {"checkpoint", "errors", "functional", "hf", "modules"},
 }
 FOREIGN = {
     "checkpoint": {"numpy"},

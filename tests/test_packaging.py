@@ -36,6 +36,7 @@ NEEDS = {
     **dict.fromkeys(("called_mlp", "functional", "hf", "initialization"), "hf"),
     **dict.fromkeys(("kept_cast", "modules"), "hf"),
     "testing": "hf",
+    "vllm": "hf",
     "transfer": "hf",
     "kernels": "kernels",
     "training": "train",
@@ -44,7 +45,7 @@ NEEDS = {
     "benchmarks": "dev",
 }
 """Part of the library -> the extra that brings what it imports."""
-IF_THERE = {"_typeshed", "liger_kernel", "ttsem"}
+IF_THERE = {"_typeshed", "liger_kernel", "ttsem", "vllm"}
 """What no extra brings: type checkers know the first; the others are used where installed."""
 
 

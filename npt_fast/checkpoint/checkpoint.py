@@ -166,6 +166,29 @@ class Checkpoint:
             if layer not in self.modules:
                 raise ModelError(f"{self.given}: has no layer {layer}, only {list(self.modules)}")
 
+    def check_sizes(self, base: Mapping[str, int | None]) -> None:
+        """Raise ModelError if the checkpoint was trained on a base model of other sizes.
+
+        Args:
+            base: sizes of the base model, as far as they are known.
+        """
+        architecture = next(iter(self.modules.values())).architecture
+        sizes = {  # not vocab_size: it changes when a token is added
+            "hidden_size": architecture.hidden_size,
+            "intermediate_size": architecture.intermediate_size,
+            "num_hidden_layers": self.base_size("num_hidden_layers"),
+        }
+        for name, value in sizes.items():
+            own = base.get(name)
+            if value is not None and own is not None and own != value:
+                raise ModelError(
+                    f"{self.given}: was trained on another base model: "
+                    f"{name} {value}, the model has {own}"
+                )
+        count, last = base.get("num_hidden_layers"), max(self.modules)
+        if count is not None and last >= count:
+            raise ModelError(f"{self.given}: has layer {last}, the model has {count}")
+
     def digests(self) -> Iterator[TensorDigest]:
         """The recorded digests of the checkpoint's tensors.
 
@@ -252,6 +275,8 @@ def _open(given: str) -> Checkpoint:
     old_residual = read(TRAINING_METADATA, parse_residual)
     summary = read(MERGE_SUMMARY, MergeSummary.parse)
     config = read(CONFIG, lambda content, where: content)
+    if config is not None and whole_model.NPT in config:
+        config = None  # of an exported model, not of a run
     if weights.path.name in WHOLE_MODEL or whole_model.holds_np_layers(weights.tensors):
         description = _of_whole_model(weights.path.parent / CONFIG)
         layers = description.layers if description else None

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import PAGE
+from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.safetensors_file import build_header
 from npt_fast.checkpoint.source_file import SourceFile
@@ -124,6 +125,27 @@ class BytesFile:
 
     def frame(self, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
         yield 0, self.data
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedFile:
+    """A file that is copied as a whole, whatever it holds."""
+
+    name: str
+    source: SourceFile
+    header: bytes = b""
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        content = TensorEntry(self.name, BY_TORCH_NAME["uint8"], (self.size,), self.source, 0)
+        return [Piece(Recipe.unchanged(content), 0)]
+
+    def frame(self, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
+        yield from ()
 
 
 @dataclass(slots=True)

@@ -75,29 +75,18 @@ def merge(
     plan = plan_merge(path_list(checkpoints), options)
     with path_errors(target, MergeError):
         check_target(target, [item.checkpoint for item in plan.inputs], force=force)
-        expected, free, needed = _space(plan, target)
+        expected, free, needed = space(plan, target)
     if dry_run:
         return report_of(plan, target, expected, free, needed, started, dry_run=True)
     if needed > free:
         raise StorageError(f"{target}: {needed:,} bytes needed, {free:,} free on its file system")
     report_progress = progress or (lambda activity, done, total: None)
     with disk_errors(target, MergeError), StagedDirectory(target, replace=force) as staged:
-        mover = _write_files(plan, staged, report_progress)
+        mover = write_files(plan, staged, report_progress)
         written = read_back(staged.path, target)
-        proof: VerifyReport | None = None
-        with DigestWriter(staged.open) as digests:
-            if verify:
-                # imported here, so that a merge without verification starts faster
-                from npt_fast.checkpoint.verify import verify_plan
-
-                proof = verify_plan(plan, written, digests, report_progress)
-                if not proof.passed:
-                    raise VerificationError(f"{target}: not written", proof.problems)
-            else:
-                for digest in plan.known_digests():
-                    digests.add(*digest)
+        digests, proof = prove(plan, written, staged, target, report_progress, verify=verify)
         summary = strict_json.dump(summary_of(plan, target, digests).to_dict())
-        _write_file(BytesFile(MERGE_SUMMARY, summary), staged, mover, lambda count: None)
+        write_file(BytesFile(MERGE_SUMMARY, summary), staged, mover, lambda count: None)
         read_back_records(staged.path, target)
         # checked again: during a long merge, other files may have been put there
         if force and paths.exists(target):
@@ -112,6 +101,35 @@ def merge(
         for left in staged.left
     )
     return report
+
+
+def prove(
+    plan: MergePlan,
+    written: Checkpoint,
+    staged: StagedDirectory,
+    target: Path,
+    progress: Progress,
+    *,
+    verify: bool,
+) -> tuple[DigestWriter, VerifyReport | None]:
+    """Compare what was written with its sources if `verify`, and record the digests that are known.
+
+    Raises:
+        VerificationError: the output differs from its sources.
+    """
+    proof: VerifyReport | None = None
+    with DigestWriter(staged.open) as digests:
+        if verify:
+            # imported here, so that a merge without verification starts faster
+            from npt_fast.checkpoint.verify import verify_plan
+
+            proof = verify_plan(plan, written, digests, progress)
+            if not proof.passed:
+                raise VerificationError(f"{target}: not written", proof.problems)
+        else:
+            for digest in plan.known_digests():
+                digests.add(*digest)
+    return digests, proof
 
 
 def check_target(target: Path, inputs: Sequence[Checkpoint], *, force: bool) -> None:
@@ -165,7 +183,7 @@ def _same_file(a: Path, b: Path) -> bool:
     return any(p.exists() and a.exists() and p.samefile(a) for p in (b, *b.parents))
 
 
-def _space(plan: MergePlan, target: Path) -> tuple[dict[str, int], int, int]:
+def space(plan: MergePlan, target: Path) -> tuple[dict[str, int], int, int]:
     """Expected bytes by way, and free and needed bytes on the target's file system."""
     parent = next(p for p in Path(os.path.realpath(target)).parents if p.exists())
     kinds = plan.bytes_by_kind()
@@ -190,7 +208,8 @@ def _can_clone(plan: MergePlan, directory: Path) -> bool:
     )
 
 
-def _write_files(plan: MergePlan, staged: StagedDirectory, progress: Progress) -> ByteMover:
+def write_files(plan: MergePlan, staged: StagedDirectory, progress: Progress) -> ByteMover:
+    """Write and sync the files of a plan; the result has counted their bytes."""
     total = plan.total_bytes
     done = 0
 
@@ -202,13 +221,14 @@ def _write_files(plan: MergePlan, staged: StagedDirectory, progress: Progress) -
     mover = ByteMover(advance, reserve=not _can_clone(plan, staged.path))
     advance(0)
     for file in plan.files:
-        _write_file(file, staged, mover, advance)
+        write_file(file, staged, mover, advance)
     return mover
 
 
-def _write_file(
+def write_file(
     file: OutputFile, staged: StagedDirectory, mover: ByteMover, advance: Callable[[int], None]
 ) -> None:
+    """Write and sync one file."""
     fd = staged.open(file.name)
     try:
         mover.start_file(fd, file.size)

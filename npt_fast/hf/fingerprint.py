@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from npt_fast.checkpoint.source_file import NearbyReader
+from npt_fast.checkpoint.tensor_source import open_tensors
 from npt_fast.errors import NPTWarning
 from npt_fast.functional import is_shard
+from npt_fast.hf.weights_file import read_tensor
 from npt_fast.hf.wrappers import unwrapped
+from npt_fast.paths import exists
 
 _ROWS = 16
 """Rows of the embedding that count: the first ones, which a resized vocabulary keeps."""
@@ -37,6 +43,38 @@ def fingerprint(model: nn.Module) -> str | None:
         own = torch.cat([part for part in parts if part.device == device]).cpu()
         found.update(own.view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def stored_fingerprint(folder: Path) -> str | None:
+    """The `fingerprint` of the model in a folder, of which only a few weights are read.
+
+    Returns:
+        The fingerprint; None if it is not known, as for weights that are no safetensors.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+        ModelError: the folder holds no model that transformers can build.
+    """
+    from npt_fast.hf.base_model import load_skeleton
+
+    names = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
+    stored = next((path for path in names if exists(path)), None)
+    if stored is None:
+        return None
+    tensors = open_tensors(stored).tensors
+    model = load_skeleton(str(folder))
+    needed, reader = _weights(model), NearbyReader()
+    for name, parameter in list(model.named_parameters()):
+        if any(parameter is weight for weight in needed):
+            if name not in tensors or tensors[name].shape != tuple(parameter.shape):
+                return None
+            entry = tensors[name]
+            if len(entry.shape) > 1:
+                entry = replace(entry, shape=(min(_ROWS, entry.shape[0]), *entry.shape[1:]))
+            owner = model.get_submodule(name.rpartition(".")[0])
+            value = nn.Parameter(read_tensor(entry, reader), requires_grad=False)
+            setattr(owner, name.rpartition(".")[2], value)
+    return fingerprint(model)
 
 
 def _is_known(weight: Tensor) -> bool:

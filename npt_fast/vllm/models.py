@@ -1,0 +1,78 @@
+"""NPT classes for vLLM's models: its own classes, some of whose decoder layers are NP layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from npt_fast.checkpoint.keys import parse_key
+from npt_fast.hf.checkpoint import read_component
+from npt_fast.vllm.factors import ShardedFactors
+from npt_fast.vllm.layer import np_layer_class
+from npt_fast.vllm.source import open_source
+
+
+class _NPModel:
+    """What a causal language model of vLLM gets more: NP layers, and their weights.
+
+    Attributes:
+        secondary_weights: where vLLM finds the base weights if the exported folder has none.
+    """
+
+    model: Any
+    secondary_weights: tuple[Any, ...] = ()
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        source = open_source(vllm_config.model_config)
+        if source.base is not None:
+            place, revision = source.base
+            self.secondary_weights = (DefaultModelLoader.Source(place, revision),)
+        for index in source.checkpoint.modules:
+            layer: Any = self.model.layers[index]
+            if isinstance(layer, PPMissingLayer):
+                continue
+            layer.np_factors = ShardedFactors(
+                read_component(source.checkpoint, index),
+                device=layer.input_layernorm.weight.device,
+                dtype=vllm_config.model_config.dtype,
+                shard=get_tensor_model_parallel_rank(),
+                shards=get_tensor_model_parallel_world_size(),
+                reduce=tensor_model_parallel_all_reduce,
+            )
+            layer.__class__ = np_layer_class(layer.__class__)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the base weights. The NP weights that vLLM finds beside them are loaded already."""
+        base = ((name, tensor) for name, tensor in weights if parse_key(name) is None)
+        loaded: set[str] = super().load_weights(base)  # type: ignore[misc]
+        return loaded
+
+
+class NPTLlamaForCausalLM(_NPModel, LlamaForCausalLM):
+    """Llama with NP layers."""
+
+
+class NPTMistralForCausalLM(_NPModel, MistralForCausalLM):
+    """Mistral with NP layers."""
+
+
+class NPTQwen2ForCausalLM(_NPModel, Qwen2ForCausalLM):
+    """Qwen2 with NP layers."""
+
+
+class NPTQwen3ForCausalLM(_NPModel, Qwen3ForCausalLM):
+    """Qwen3 with NP layers."""

@@ -1,0 +1,78 @@
+"""Where an engine finds the NP layers of a model, and whether it can serve them; no vLLM here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from npt_fast.checkpoint.npt_config import SIZES
+from npt_fast.errors import ModelError
+from npt_fast.hf.auto import open_exported
+
+OVERRIDE = "npt_checkpoint"
+"""Key of ``--hf-overrides`` that names another NPT checkpoint than the exported one."""
+
+
+class Source(NamedTuple):
+    """The NP layers of a model.
+
+    Attributes:
+        checkpoint: the checkpoint that holds them.
+        base: folder or Hub id of the base weights, and the commit; None if the model has them.
+    """
+
+    checkpoint: Checkpoint
+    base: tuple[str, str | None] | None
+
+
+def open_source(model_config: Any) -> Source:
+    """Find the NP layers of a model.
+
+    Args:
+        model_config: vLLM's ``ModelConfig``.
+
+    Raises:
+        CheckpointError: they cannot be read, or are not those that were exported.
+        ModelError: the base model of an export is missing.
+    """
+    config, model = model_config.hf_config, model_config.model
+    if other := getattr(config, OVERRIDE, None):
+        return Source(open_checkpoint(other), None)
+    exported, checkpoint = open_exported(model, config, revision=model_config.revision)
+    base = exported.base
+    return Source(checkpoint, (base.place(model), base.revision) if base else None)
+
+
+def check(source: Source, config: Any, shards: int) -> None:
+    """Raise ModelError unless an engine can serve the NP layers of `source`.
+
+    Args:
+        source: the NP layers.
+        config: config of the base model, as transformers has it.
+        shards: number of devices that share a layer.
+    """
+    checkpoint = source.checkpoint
+    sizes: Mapping[str, Any] = {name: getattr(config, name, None) for name in SIZES}
+    checkpoint.check_sizes(sizes)
+    for layer in checkpoint.modules:
+        if checkpoint.record(layer).residual is None:
+            raise ModelError(
+                f"{checkpoint.given}: no file says whether layer {layer} keeps attention in the "
+                "residual stream; npt.load it, which finds out, and npt.save and export that"
+            )
+    width = config.intermediate_size
+    if width % shards:
+        raise ModelError(
+            f"{checkpoint.given}: tensor parallel size {shards} does not divide the MLP's width "
+            f"{width}"
+        )
+
+
+def describe(source: Source) -> dict[str, str]:
+    """What the NP layers compute, apart from their numbers, by layer."""
+    checkpoint = source.checkpoint
+    return {
+        str(layer): f"{module.architecture}, {checkpoint.record(layer).residual}"
+        for layer, module in checkpoint.modules.items()
+    }

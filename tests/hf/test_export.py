@@ -1,0 +1,379 @@
+"""Exports: what the folder holds, what is refused, and that its parts fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import npt_fast as npt
+from npt_fast.hf import base_model
+from npt_fast.hf import export as module
+from tests.checkpoints import flip_byte, layer_weights, write_checkpoint
+from tests.hf.exports import Parts, load, logits, write_parts
+from tests.training import tiny
+from tests.transfer import models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = {"d": 32, "f": 48}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """Parts that no test changes."""
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+def change(folder: Path, **content: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+def test_the_folder(shared: Parts, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = npt.export(shared.checkpoint, out, verify=True)
+    own = {"npt_weights.safetensors", "npt_config.json", "merge_summary.json", "merge_digests.txt"}
+    assert set(os.listdir(out)) == {*os.listdir(shared.base), *own, "README.md"}
+    for path in shared.base.iterdir():
+        assert path.name == "config.json" or (out / path.name).read_bytes() == path.read_bytes()
+    before, after = (
+        load_file(shared.checkpoint / "npt_weights.safetensors"),
+        load_file(out / "npt_weights.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [info.layer for info in report.layers] == [1, 2]
+    assert report.verification is not None and report.verification.compared == len(before)
+    assert report.output == report.verification.path == str(out)
+
+    base, found = config_of(shared.base), config_of(out)
+    described = found.pop("npt")
+    assert found == {
+        **base, "model_type": "npt_fast-llama", "architectures": ["NPTLlamaForCausalLM"]
+    }  # fmt: skip
+    raw = (out / "npt_weights.safetensors").read_bytes()
+    assert described.pop("weights") == {"sha256": hashlib.sha256(raw).hexdigest()}
+    assert described == json.loads((out / "npt_config.json").read_text())
+
+
+def test_the_folder_is_a_checkpoint_too(shared: Parts, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    npt.export(shared.checkpoint, out, verify=True)
+    found = npt.verify(out)
+    assert found.passed and found.notes == [] and found.compared == found.digests_matched == 36
+    model = npt.load(load(shared.base), out)
+    assert torch.equal(logits(model), logits(shared.by_hand()))
+    assert [info.layer for info in npt.inspect(out).layers] == [1, 2]
+    npt.merge(out, tmp_path / "merged")
+    assert not (tmp_path / "merged" / "config.json").exists()  # the model's is not that of a run
+    change(out, vocab_size=3)
+    assert npt.verify(out).problems == ["config.json has changed"]
+
+
+@pytest.mark.parametrize("form", ["shards", "pickle"])
+def test_forms_of_base_weights(form: str, tmp_path: Path) -> None:
+    saving = {"max_shard_size": "40KB"} if form == "shards" else {}
+    parts = write_parts(tmp_path, **saving)
+    if form == "pickle":
+        torch.save(load(parts.base).state_dict(), parts.base / "pytorch_model.bin")
+        (parts.base / "model.safetensors").unlink()
+    npt.export(parts.checkpoint, tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out")), logits(parts.by_hand()))
+
+
+def test_what_is_not_the_models_is_not_taken(tmp_path: Path) -> None:
+    parts = write_parts(tmp_path)
+    for name in ("README.md", "model.py", "training_state.pt", "onnx.bin", "pytorch_model.bin"):
+        (parts.base / name).write_bytes(b"other")
+    change(parts.base, auto_map={"AutoConfig": "model.Own"})
+    npt.export(parts.checkpoint, tmp_path / "out")
+    assert not {"model.py", "training_state.pt", "onnx.bin"} & set(os.listdir(tmp_path / "out"))
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    assert "other" not in (tmp_path / "out" / "README.md").read_text()
+    assert "auto_map" not in config_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("layers", [[2], "2", "upper_half"])
+def test_selected_layers(layers: Any, shared: Parts, tmp_path: Path) -> None:
+    npt.export(shared.checkpoint, tmp_path / "out", layers=layers)
+    npt.export(f"{shared.checkpoint}:2", tmp_path / "same")
+    for name in ("npt_weights.safetensors", "config.json"):
+        same = (tmp_path / "same" / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == same
+    model = load(tmp_path / "out")
+    assert [status.layer for status in npt.status(model)] == [2]
+    alone = npt.load(load(shared.base), shared.checkpoint, layers=[2])
+    assert torch.equal(logits(model), logits(alone))
+
+
+def test_int8_factors_travel(shared: Parts, tmp_path: Path) -> None:
+    model = npt.quantize(shared.by_hand())
+    npt.save(model, tmp_path / "int8")
+    npt.export(tmp_path / "int8", tmp_path / "out", verify=True)
+    found = load(tmp_path / "out")
+    assert {status.dtype for status in npt.status(found)} == {"int8"}
+    assert torch.equal(logits(found), logits(model))
+
+
+def test_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = write_parts(tmp_path / "tree")
+    monkeypatch.chdir(tmp_path / "tree")
+    npt.export(parts.checkpoint, "out", model_name="base", reference=True)
+    assert config_of(Path("out"))["npt"]["base"] == {"folder": "../base"}
+    assert not list(Path("out").glob("model*")) and Path("out", "tokenizer.json").exists()
+    expected = logits(parts.by_hand())
+    monkeypatch.chdir("/")
+    moved = (tmp_path / "tree").rename(tmp_path / "moved")
+    assert torch.equal(logits(load(moved / "out")), expected)
+    shutil.rmtree(moved / "base")
+    with pytest.raises(npt.ModelError, match=rf"base model is missing: no such .*{moved}/base"):
+        load(moved / "out")
+
+
+def test_a_reference_by_an_absolute_path_stays_one(shared: Parts, tmp_path: Path) -> None:
+    npt.export(shared.checkpoint, tmp_path / "out", reference=True)
+    assert config_of(tmp_path / "out")["npt"]["base"] == {"folder": str(shared.base)}
+    assert torch.equal(logits(load(tmp_path / "out")), logits(shared.by_hand()))
+
+
+def test_hard_links(shared: Parts, tmp_path: Path) -> None:
+    report = npt.export(shared.checkpoint, tmp_path / "out", hardlink=True)
+    linked = tmp_path / "out" / "model.safetensors"
+    assert linked.samefile(shared.base / "model.safetensors")
+    assert report.ways["hard link"] == linked.stat().st_size
+    assert not (tmp_path / "out" / "tokenizer.json").samefile(shared.base / "tokenizer.json")
+    with pytest.raises(ValueError, match="leave out reference or hardlink"):
+        npt.export(shared.checkpoint, tmp_path / "x", hardlink=True, reference=True)
+
+
+def test_a_model_of_the_hub(shared: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found in the Hub's cache, which consists of links."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    cached = tmp_path / "models--org--tiny"
+    snapshot = cached / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "blobs").mkdir()
+    for number, path in enumerate(sorted(shared.base.iterdir())):
+        blob = f"{number:040x}"
+        shutil.copy(path, cached / "blobs" / blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    npt.export(shared.checkpoint, tmp_path / "out", model_name="org/tiny", verify=True)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    expected = logits(shared.by_hand())
+    assert torch.equal(logits(load(tmp_path / "out")), expected)
+    npt.export(shared.checkpoint, tmp_path / "named", model_name="org/tiny", reference=True)
+    where = {"hub_id": "org/tiny", "revision": commit}
+    assert config_of(tmp_path / "named")["npt"]["base"] == where
+    assert torch.equal(logits(load(tmp_path / "named", cache_dir=tmp_path)), expected)
+    with pytest.raises(npt.ModelError, match="org/none: the base model cannot be found"):
+        npt.export(shared.checkpoint, tmp_path / "x", model_name="org/none")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_gguf_file_becomes_safetensors(
+    tmp_path: Path, shared: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' reader of such files is not asked here, only what follows it."""
+
+    def read(name: str, **options: Any) -> tuple[Any, Any]:
+        assert (name, options) == ("x.gguf", {"dtype": "float32"})
+        return load(shared.base), tiny.tokenizer()
+
+    monkeypatch.setattr(base_model, "load_base_model", read)
+    before = os.umask(0o022)
+    try:
+        npt.export(shared.checkpoint, tmp_path / "out", model_name="x.gguf")
+    finally:
+        os.umask(before)
+    assert torch.equal(logits(load(tmp_path / "out")), logits(shared.by_hand()))
+    paths = list((tmp_path / "out").iterdir())
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o644}
+    with pytest.raises(npt.ModelError, match="GGUF file cannot be a reference"):
+        npt.export(shared.checkpoint, tmp_path / "x", model_name="x.gguf", reference=True)
+
+
+def without_fingerprint(parts: Parts, folder: Path) -> Path:
+    """The same weights as the original writes them, which knows no fingerprint and no base."""
+    weights = load_file(parts.checkpoint / "npt_weights.safetensors")
+    return write_checkpoint(folder, weights)
+
+
+def test_writing_needs_no_torch(shared: Parts, tmp_path: Path) -> None:
+    """Without a fingerprint to compare; merges need none either."""
+    checkpoint = without_fingerprint(shared, tmp_path / "np")
+    out = tmp_path / "out"
+    code = (
+        "import sys, npt_fast as npt\n"
+        f"npt.export({str(checkpoint)!r}, {str(out)!r}, model_name={str(shared.base)!r})\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys(), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert torch.equal(logits(load(out)), logits(shared.by_hand()))
+
+
+def refuse(match: str, out: Path, checkpoint: Path | str, **options: Any) -> None:
+    """An export raises one line, and leaves nothing."""
+    with pytest.raises(npt.NPTError, match=match) as raised:
+        npt.export(checkpoint, out, **options)
+    assert "\n" not in str(raised.value)
+    assert not out.exists() and not list(out.parent.glob(".*"))
+
+
+def test_a_base_that_is_not_known_or_gone(shared: Parts, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refuse(
+        r"np: does not record its base model; give it \(--model_name\)",
+        out, without_fingerprint(shared, tmp_path / "np"),
+    )  # fmt: skip
+    gone = write_parts(tmp_path / "gone")
+    shutil.rmtree(gone.base)
+    refuse(rf"{gone.base}: no such folder; give the base model", out, gone.checkpoint)
+    npt.merge(gone.checkpoint, tmp_path / "merged")
+    refuse(rf"{gone.base}: no such folder", out, tmp_path / "merged")
+
+
+def test_another_base(shared: Parts, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    wide = tiny.save(tmp_path / "wide", intermediate_size=64)
+    options = {"model_name": str(wide)}
+    refuse("intermediate_size 48, the model has 64", out, shared.checkpoint, **options)
+    short = tiny.save(tmp_path / "short", layers=2)
+    bare = without_fingerprint(shared, tmp_path / "np")
+    refuse("has layer 2, the model has 2", out, bare, model_name=str(short))
+    other = tiny.save(tmp_path / "other")
+    options = {"model_name": str(other)}
+    refuse("another base model of the same sizes", out, shared.checkpoint, **options)
+    npt.export(shared.checkpoint, out, **options, allow_different_base=True)
+    with pytest.warns(npt.errors.NPTWarning, match="another base model of the same sizes"):
+        load(out)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"model_type": "gpt2"}, "models of type 'gpt2' cannot be exported"),
+        ({"model_type": ["llama"]}, "models of type a list cannot be exported"),
+        ({"hidden_size": 64}, "hidden_size 32, the model has 64"),
+        ({"architectures": ["LlamaModel"]}, "architectures must begin with a causal language mod"),
+        ({"architectures": None}, "architectures must begin with a causal language model"),
+        ({"npt": {}}, r"has NP layers itself; give its base model \(--model_name\)"),
+        ({"attn_implementation": "a/b"}, "asks for a kernel from the Hub"),
+    ],
+)
+def test_configs_that_are_refused(content: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    parts = write_parts(tmp_path / "parts")
+    change(parts.base, **content)
+    refuse(problem, tmp_path / "out", parts.checkpoint)
+
+
+def test_base_folders_that_are_refused(tmp_path: Path) -> None:
+    parts, out = write_parts(tmp_path / "parts", max_shard_size="40KB"), tmp_path / "out"
+    shard = next(parts.base.glob("model-00002*"))
+    shard.rename(tmp_path / shard.name)
+    refuse(f"{shard.name} is not in the folder", out, parts.checkpoint)
+    os.mkfifo(shard)
+    refuse(f"{shard.name}: not a regular file", out, parts.checkpoint)
+    for path in parts.base.glob("model*"):
+        path.unlink()
+    refuse("holds no model.safetensors or pytorch_model.bin", out, parts.checkpoint)
+    (parts.base / "config.json").unlink()
+    refuse("has no config.json: it is no base model", out, parts.checkpoint)
+
+
+def test_outputs_and_layers_that_are_refused(shared: Parts, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refuse(r"has no layer 3, only \[1, 2\]", out, shared.checkpoint, layers=[3])
+    refuse("--layers: there is no layer 9, the model has 4", out, shared.checkpoint, layers="9")
+    refuse("lies in, the input", shared.checkpoint / "out", shared.checkpoint)
+    one = npt.export(f"{shared.checkpoint}:2", tmp_path / "one")
+    refuse(r"has layers \[2\], none of lower_half", out, one.output, layers="lower_half",
+           model_name=str(shared.base))  # fmt: skip
+    out.mkdir()
+    with pytest.raises(npt.ModelError, match="exists already; choose another directory"):
+        npt.export(shared.checkpoint, out)
+
+
+@pytest.mark.parametrize("name", ["npt_weights.safetensors", "model.safetensors"])
+def test_a_copy_that_differs_is_not_published(
+    name: str, shared: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = module.write_files
+
+    def damage(plan: Any, staged: Any, progress: Any) -> Any:
+        moved = write(plan, staged, progress)
+        flip_byte(staged.path / name, -5)
+        return moved
+
+    monkeypatch.setattr(module, "write_files", damage)
+    refuse(f"out: not written: .*{name}", tmp_path / "out", shared.checkpoint, verify=True)
+
+
+def test_a_full_disk(shared: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "space", lambda plan, target: ({}, 5, 6))
+    refuse("out: 6 bytes needed, 5 free on its file system", tmp_path / "out", shared.checkpoint)
+
+
+def test_the_card(shared: Parts, tmp_path: Path) -> None:
+    """Provenance through merges, measured fidelity, and text that cannot be Markdown."""
+    evil = tmp_path / "a|b`c"
+    shutil.copytree(shared.checkpoint, evil)
+    described = json.loads((evil / "npt_config.json").read_text())
+    text = {"tokens": 70, "kl": 0.0123, "perplexity_ratio": None}
+    described["layers"]["1"] |= {
+        "step": 500,
+        "certificate": {"layers": [1], "step": 500, "data": "se|f", **text, "texts": {"C": text}},
+    }
+    (evil / "npt_config.json").write_text(json.dumps(described))
+    npt.merge(evil, tmp_path / "merged")
+    npt.export(tmp_path / "merged", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    row = next(line for line in card.splitlines() if line.startswith("|     1 |"))
+    assert "| triple" in row and "| 500 " in row and f"`{tmp_path}/a/b'c`" in row
+    assert row.count("|") == 9
+    assert "| `se/f` |     70 | 0.0123 | not finite |" in card
+    assert "| `C`    |     70 | 0.0123 | not finite |" in card
+    assert "Nobody has measured all layers of this folder, [1, 2], together." in card
+    assert f"The base model is `{shared.base}`. Its weights are in this folder." in card
+    assert "pip install 'npt_fast[hf]'" in card and "npt_fast-llama" in card
+
+
+def test_layers_without_a_residual_are_probed_when_they_are_loaded(tmp_path: Path) -> None:
+    """As by `npt.load`: untrained layers tell nothing, and are refused in a line."""
+    base = tiny.save(tmp_path / "base")
+    dual = write_checkpoint(tmp_path / "np", layer_weights(1, modulation="dual", **SIZES))
+    npt.export(dual, tmp_path / "out", model_name=str(base))
+    with pytest.raises(npt.ModelError, match="give the residual, removed or kept"):
+        load(tmp_path / "out")
+
+
+def test_float16_weights_have_no_fingerprint(shared: Parts, tmp_path: Path) -> None:
+    base = shutil.copytree(shared.base, tmp_path / "base")
+    halves = {k: v.half() for k, v in load_file(base / "model.safetensors").items()}
+    save_file(halves, base / "model.safetensors", {"format": "pt"})
+    npt.export(shared.checkpoint, tmp_path / "out", model_name=str(base))
+
+
+def test_fingerprints_of_folders(tmp_path: Path) -> None:
+    from npt_fast.hf.fingerprint import fingerprint, stored_fingerprint
+
+    for family in models.FAMILIES:
+        parts = write_parts(tmp_path / family, family, max_shard_size="40KB")
+        assert stored_fingerprint(parts.base) == fingerprint(load(parts.base)) is not None
