@@ -1,4 +1,4 @@
-"""Projections in int8: as files of compressed-tensors hold them, and as plain PyTorch computes them.
+"""Projections in int8: as compressed-tensors writes them, and as plain PyTorch computes.
 
 Weights have one scale for each output, and inputs one for each token.
 """

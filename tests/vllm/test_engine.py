@@ -1,4 +1,4 @@
-"""The engine itself, where vLLM is installed: exports of tiny models give the tokens of `generate`."""
+"""The engine itself: exports of tiny models give the tokens of `generate`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import npt_fast as npt
 from tests.hf.exports import load
 from tests.transfer import models
-from tests.vllm import engine
+from tests.vllm import engine, int8
 from tests.vllm.exports import PROMPTS, TOKENS, write_export
 
 pytest.importorskip("vllm")
@@ -28,7 +29,7 @@ def test_tokens_are_those_of_generate(case: str, tmp_path: Path) -> None:
     family, options = CASES[case]
     exported = write_export(tmp_path, family)
     found = engine.run(exported, PROMPTS, TOKENS, max_model_len=128, **options)
-    engine.assert_same(found.answers, engine.by_hand(load(exported), PROMPTS, TOKENS), TOKENS)
+    engine.assert_same(found.answers, engine.by_hand(load(exported), PROMPTS, TOKENS))
 
 
 def test_adapters_act_on_np_layers(tmp_path: Path) -> None:
@@ -52,7 +53,28 @@ def test_adapters_act_on_np_layers(tmp_path: Path) -> None:
     )  # fmt: skip
     expected = engine.by_hand(model, PROMPTS, TOKENS)
     assert all(a.tokens != b.tokens for a, b in zip(expected, without, strict=True))
-    engine.assert_same(found.answers, expected, TOKENS)
+    engine.assert_same(found.answers, expected)
+
+
+def test_np_layers_on_int8_projections(tmp_path: Path) -> None:
+    """Most answers are those of plain PyTorch: rounding decides where an input lies midway."""
+    exported, tokens = write_export(tmp_path), 4
+    prompts = [[17 * n % 257, 5 + n, 100 - n] for n in range(1, 17)]
+    model = load(exported)
+    in_float = engine.by_hand(model, prompts, tokens)
+    int8.imitate(model)
+    expected = engine.by_hand(model, prompts, tokens)
+    int8.write_quantised(tmp_path / "base")
+    npt.export(
+        tmp_path / "np", tmp_path / "int8", model_name=str(tmp_path / "base"),
+        allow_different_base=True,
+    )  # fmt: skip
+    found = engine.run(
+        tmp_path / "int8", prompts, tokens, enforce_eager=True, max_model_len=128
+    ).answers
+    same = [engine.is_same(*pair) for pair in zip(found, expected, strict=True)]
+    assert sum(same) >= 0.75 * len(prompts)
+    assert not any(engine.is_same(*pair) for pair in zip(found, in_float, strict=True))
 
 
 def test_mistakes_are_found_before_there_are_workers(tmp_path: Path) -> None:
