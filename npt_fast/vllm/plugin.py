@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from npt_fast.hf.exported import ARCHITECTURE_PREFIX
+from npt_fast.hf.model_types import MODEL_TYPES
+
 ARCHITECTURES = tuple(
-    f"NPT{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+    f"{ARCHITECTURE_PREFIX}{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
 )
-"""What ``architectures`` of ``config.json`` may name."""
+"""What ``architectures`` of ``config.json`` may name for vLLM to serve it."""
 
 
 def register() -> None:
@@ -30,7 +33,15 @@ def register() -> None:
             # vLLM keeps compiled graphs by a hash of this config, and a path may get other layers
             model_config.hf_config.npt_layers = describe(source)
 
-    for architecture in ARCHITECTURES:
+    for architecture in {*ARCHITECTURES, *_exported()}:
         if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(architecture, f"npt_fast.vllm.models:{architecture}")
+            own = architecture if architecture in ARCHITECTURES else ARCHITECTURES[0]
+            ModelRegistry.register_model(architecture, f"npt_fast.vllm.models:{own}")
             MODELS_CONFIG_MAP[architecture] = Check
+
+
+def _exported() -> set[str]:
+    """What ``architectures`` of an export may name; `check` refuses those that are not served."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return {ARCHITECTURE_PREFIX + NAMES[base] for base in MODEL_TYPES if base in NAMES}

@@ -9,6 +9,7 @@ from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.npt_config import SIZES
 from npt_fast.errors import ModelError
 from npt_fast.hf.auto import open_exported
+from npt_fast.vllm.plugin import ARCHITECTURES
 
 OVERRIDE = "npt_checkpoint"
 """Key of ``--hf-overrides`` that names another NPT checkpoint than the exported one."""
@@ -53,6 +54,12 @@ def check(source: Source, config: Any, shards: int) -> None:
         shards: number of devices that share a layer.
     """
     checkpoint = source.checkpoint
+    for architecture in config.architectures or ():
+        if architecture not in ARCHITECTURES:
+            raise ModelError(
+                f"{checkpoint.given}: vLLM serves NP layers in {', '.join(ARCHITECTURES)}, not in "
+                f"{architecture}; load it with AutoModelForCausalLM"
+            )
     sizes: Mapping[str, Any] = {name: getattr(config, name, None) for name in SIZES}
     checkpoint.check_sizes(sizes)
     for layer in checkpoint.modules:

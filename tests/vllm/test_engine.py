@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GemmaConfig
 
 import npt_fast as npt
 from tests.hf.exports import load
@@ -80,6 +81,17 @@ def test_np_layers_on_int8_projections(tmp_path: Path) -> None:
 def test_mistakes_are_found_before_there_are_workers(tmp_path: Path) -> None:
     exported = write_export(tmp_path)
     (exported / "npt_weights.safetensors").write_bytes(b"other")
+    refused(exported, "its SHA-256 differs; copy the folder")
+
+
+def test_a_type_that_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM has Gemma, but without NP layers."""
+    monkeypatch.setitem(models.FAMILIES, "gemma", GemmaConfig)
+    exported = write_export(tmp_path, "gemma")
+    refused(exported, "not in NPTGemmaForCausalLM; load it with AutoModelForCausalLM")
+
+
+def refused(exported: Path, message: str) -> None:
     done = engine.start(exported, PROMPTS, TOKENS, enforce_eager=True)
     assert done.returncode != 0 and "Worker" not in done.stderr
-    assert "its SHA-256 differs; copy the folder" in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]

@@ -53,6 +53,9 @@ def test_what_is_refused_at_the_start(parts: Parts, tmp_path: Path) -> None:
         check(source, given.hf_config, 5)
     with pytest.raises(npt.ModelError, match="hidden_size 32, the model has 64"):
         check(source, AutoConfig.for_model("llama", hidden_size=64, num_hidden_layers=4), 1)
+    gemma = AutoConfig.for_model("gemma", architectures=["NPTGemmaForCausalLM"])
+    with pytest.raises(npt.ModelError, match="not in NPTGemmaForCausalLM; load it with"):
+        check(source, gemma, 1)
     dual = write_checkpoint(tmp_path / "np", layer_weights(1, modulation="dual", d=32, f=48))
     other = open_source(model_config(tmp_path / "out", **{OVERRIDE: str(dual)}))
     with pytest.raises(npt.ModelError, match="no file says whether layer 1 keeps attention"):
