@@ -119,9 +119,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(exported: Path) -> Iterator[Server]:
     found = Server(exported, exported.parent / "log")
-    found.start()
-    yield found
-    found.stop()
+    try:
+        found.start()
+        yield found
+    finally:
+        if found.process.poll() is None:
+            found.stop()
 
 
 @pytest.fixture(scope="module")
