@@ -45,13 +45,13 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)  # or Triton's library lists what it takes for leaks
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def layer11() -> Path:
     """A real checkpoint: layer 11 of SmolLM2-135M, 800 steps, no training state."""
     return DATA / "layer11" / "checkpoint-800"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def layer13() -> Path:
     """A real checkpoint: layer 13 of SmolLM2-135M, 600 steps, no training state."""
     return DATA / "layer13" / "checkpoint-600"
