@@ -9,11 +9,7 @@ from typing import Any
 
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX
 from npt_fast.hf.model_types import MODEL_TYPES
-
-ARCHITECTURES = tuple(
-    f"{ARCHITECTURE_PREFIX}{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
-)
-"""What ``architectures`` of ``config.json`` may name for vLLM to serve it."""
+from npt_fast.vllm.source import ARCHITECTURES, check, describe, open_source
 
 
 def register() -> None:
@@ -24,8 +20,6 @@ def register() -> None:
     class Check(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            from npt_fast.vllm.source import check, describe, open_source
-
             model_config = vllm_config.model_config
             shards = vllm_config.parallel_config.tensor_parallel_size
             source = open_source(model_config)
@@ -33,7 +27,7 @@ def register() -> None:
             # vLLM keeps compiled graphs by a hash of this config, and a path may get other layers
             model_config.hf_config.npt_layers = describe(source)
 
-    for architecture in {*ARCHITECTURES, *_exported()}:
+    for architecture in _exported():
         if architecture not in ModelRegistry.get_supported_archs():
             own = architecture if architecture in ARCHITECTURES else ARCHITECTURES[0]
             ModelRegistry.register_model(architecture, f"npt_fast.vllm.models:{own}")

@@ -9,8 +9,12 @@ from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.npt_config import SIZES
 from npt_fast.errors import ModelError
 from npt_fast.hf.auto import open_exported
-from npt_fast.vllm.plugin import ARCHITECTURES
+from npt_fast.hf.exported import ARCHITECTURE_PREFIX
 
+ARCHITECTURES = tuple(
+    f"{ARCHITECTURE_PREFIX}{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+)
+"""What ``architectures`` of ``config.json`` may name for vLLM to serve it."""
 OVERRIDE = "npt_checkpoint"
 """Key of ``--hf-overrides`` that names another NPT checkpoint than the exported one."""
 

@@ -12,8 +12,7 @@ from transformers import AutoConfig
 
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import open_checkpoint
-from npt_fast.vllm.plugin import ARCHITECTURES
-from npt_fast.vllm.source import OVERRIDE, check, describe, open_source
+from npt_fast.vllm.source import ARCHITECTURES, OVERRIDE, check, describe, open_source
 from tests.checkpoints import flip_byte, layer_weights, write_checkpoint
 from tests.hf.exports import Parts, write_parts
 
