@@ -1,4 +1,4 @@
-"""Fake tensors and half-compiled kernels for GPUs that do not exist: a stub driver launches them."""
+"""Fake tensors and half-compiled kernels for GPUs that exist only as stub drivers."""
 
 from __future__ import annotations
 

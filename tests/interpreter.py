@@ -23,5 +23,5 @@ def _patch_builtin(package: Any, *scope: Any) -> None:
 
 
 def quicken() -> None:
-    """Let it list once what it replaces in its language: this takes half of a small kernel's time."""
+    """Let it list once what it replaces in its language, a quarter of a small kernel's time."""
     interpreter._patch_builtin = _patch_builtin

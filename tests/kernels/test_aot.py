@@ -47,7 +47,7 @@ print(json.dumps([names, some]))
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
-    """Arch, kernel and config of all that can be launched; for each arch, a third of the kernels."""
+    """Arch, kernel and config of all that can be launched; a third of the kernels, for each."""
     return compiler(SOME)
 
 
