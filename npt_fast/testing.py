@@ -66,13 +66,12 @@ def make_inputs(
         generator: generator of the numbers, on its own device; None means one on the CPU, seed 0.
     """
     source = torch.Generator().manual_seed(0) if generator is None else generator
+    drawn_on = device if device == "meta" else source.device  # numbers for no tensor take as long
     p = problem
     d, f, r = p.hidden, p.intermediate, p.num_ranks * p.rank
 
     def tensor(*shape: int, fan_in: int = 1) -> Tensor:
-        values: Tensor = torch.randn(
-            shape, generator=source, device=source.device, dtype=torch.float64
-        )
+        values: Tensor = torch.randn(shape, generator=source, device=drawn_on, dtype=torch.float64)
         # drawn in float64 and rounded, so that all dtypes get the same problem
         values = (values / fan_in**0.5).to(device, dtype).requires_grad_(requires_grad)
         return values

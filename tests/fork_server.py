@@ -90,11 +90,16 @@ class ForkServer:
         arguments: Sequence[object],
         streams: Sequence[IO[Any]],
         *,
+        script: Path | None = None,
         folder: Path = ROOT,
         environment: Mapping[str, str] | None = None,
     ) -> int:
-        """Start ``npt-fast`` with stdin, stdout and stderr; its process id. `wait` must follow."""
+        """Start ``npt-fast``, or a script, with stdin, stdout and stderr; its process id.
+
+        `wait` must follow.
+        """
         job = {
+            "script": script and str(script),
             "arguments": [str(argument) for argument in arguments],
             "folder": str(folder),
             "environment": {**self.environment, **(environment or {})},
@@ -124,7 +129,7 @@ class ForkServer:
     def run(
         self, arguments: Sequence[object], *, input: str = "", seconds: float = 300, **options: Any
     ) -> Finished:
-        """Run ``npt-fast`` to its end."""
+        """Run ``npt-fast``, or a script, to its end."""
         with TemporaryFile() as stdin, TemporaryFile() as stdout, TemporaryFile() as stderr:
             stdin.write(input.encode())
             stdin.seek(0)
@@ -197,13 +202,16 @@ def main() -> None:
     sys.stdout = sys.__stdout__ = open(1, "w", errors="strict")
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace")
     torch.multiprocessing.spawn = partial(start_processes, start_method="fork")
-    sys.argv = ["npt-fast", *job["arguments"]]
+    sys.argv = [job["script"] or "npt-fast", *job["arguments"]]
     with channel:
         begun = {"pid": os.getpid(), "resident": _resident()}
         channel.send(json.dumps(begun).encode())
     code: object = 0
     try:
-        runpy.run_module("npt_fast", run_name="__main__", alter_sys=True)
+        if job["script"]:
+            runpy.run_path(job["script"], run_name="__main__")
+        else:
+            runpy.run_module("npt_fast", run_name="__main__", alter_sys=True)
     except SystemExit as stop:
         code = stop.code
     except BaseException:

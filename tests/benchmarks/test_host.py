@@ -39,7 +39,7 @@ from npt_fast.kernels import modulated_mlp as paths
 from npt_fast.kernels._launch import INTERPRETED, Target, Tiles, launch, recorded_launches
 from npt_fast.kernels.factored import Factors, MLPWeights, ModulatedMLPFunction
 from npt_fast.testing import Problem, make_inputs
-from tests.fake_gpus import use_fake_gpus
+from tests.fake_gpus import compile_without_code, use_fake_gpus
 from tests.hf.test_convert import converted
 from tests.kernels.cases import Inputs, arranged, padded, transposed
 
@@ -97,7 +97,8 @@ def test_the_interpreter_has_no_host_times() -> None:
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
-    """A stub driver, with tiles that compile fast."""
+    """A stub driver, with tiles that are quick to compile, to no code."""
+    compile_without_code(monkeypatch)
     tiles = Tiles(16, 16, 16, 1, 1)
     monkeypatch.setattr(decode, "decode_tiles", lambda *sizes: [tiles])
     with _tuning.forced_tiles(tiles), stub_driver() as driver:

@@ -13,6 +13,7 @@ import pytest
 import npt_fast as npt
 from npt_fast.cli import retired
 from tests.checkpoints import run, trained_checkpoint
+from tests.fork_server import Finished, ForkServer
 from tests.training.runs import Place
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
@@ -22,44 +23,46 @@ TINY = [
 ]  # fmt: skip
 
 
-def script(name: str, *options: object, folder: Path, lines: str = "") -> Any:
-    """Run a script from another folder, as the guide does from the repository's."""
+def script(name: str, *options: object, folder: Path) -> Any:
+    """Run a script from another folder, in a process of its own."""
     command = [sys.executable, SCRIPTS / f"{name}.py", *options]
-    return subprocess.run(
-        list(map(str, command)), cwd=folder, input=lines, capture_output=True, text=True
-    )
+    return subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
 
 
-def test_the_guides_workflow(place: Place, tmp_path: Path) -> None:
+def test_the_guides_workflow(place: Place, tmp_path: Path, fork_server: ForkServer) -> None:
     """Train two layers, analyze, merge, transfer, continue: the guide's lines with a tiny model."""
+
+    def script(name: str, *options: object, lines: str = "") -> Finished:
+        file = SCRIPTS / f"{name}.py"
+        return fork_server.run(options, script=file, folder=tmp_path, input=lines)
+
     model = ["--model_name", place.base, "--data", place.text, *TINY]
     for layer, steps in ((1, 4), (2, 3)):
         line = ["--train_layers", layer, "--max_steps", steps, "--wandb_name", f"l{layer}_training"]
         line += (
             ["--triple_modulation"] if layer == 1 else ["--dual_modulation", "--model_size", "1b"]
         )
-        done = script("train_multi_layer_npt", *line, *model, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.startswith(f"$ npt-fast train --train_layers {layer} ")
+        done = script("train_multi_layer_npt", *line, *model)
+        assert done.code == 0, done.err
+        assert done.err.startswith(f"$ npt-fast train --train_layers {layer} ")
         kind = "triple" if layer == 1 else "dual"
-        assert f"Note: --{kind}_modulation is --modulation {kind} here\n" in done.stderr
+        assert f"Note: --{kind}_modulation is --modulation {kind} here\n" in done.err
     one, two = "experiments/l1_training/checkpoint-4", "experiments/l2_training/checkpoint-3"
-    done = script("analyze_npt_checkpoint", "--checkpoint", one, "--verbose", folder=tmp_path)
-    assert done.returncode == 0 and "Modulation type: triple" in done.stdout
+    done = script("analyze_npt_checkpoint", "--checkpoint", one, "--verbose")
+    assert done.code == 0 and "Modulation type: triple" in done.out
     merge = ["--checkpoints", one, two, "--output", "experiments/merged", "--verify"]
-    done = script("merge_npt_checkpoints", *merge, folder=tmp_path)
-    assert done.returncode == 0 and "✓ Verification passed!" in done.stdout
-    assert done.stderr.startswith(f"$ npt-fast merge --checkpoints {one} {two} --output ")
+    done = script("merge_npt_checkpoints", *merge)
+    assert done.code == 0 and "✓ Verification passed!" in done.out
+    assert done.err.startswith(f"$ npt-fast merge --checkpoints {one} {two} --output ")
     merged = ["--checkpoint", "experiments/merged", "--model_name", place.base]
     done = script(
         "interactive_knowledge_transfer_tool", *merged, "--layers", "1,2", "--device", "cpu",
-        folder=tmp_path,
         lines='extract-seq knowledge "dead"\ninject knowledge "beef"\n',
     )  # fmt: skip
-    assert done.returncode == 0 and "KL Divergence: " in done.stdout, done.stderr
+    assert done.code == 0 and "KL Divergence: " in done.out, done.err
     resume = ["--train_layers", "1,2", "--resume_from", "experiments/merged", "--max_steps", "5"]
-    done = script("train_multi_layer_npt", *resume, *model, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = script("train_multi_layer_npt", *resume, *model)
+    assert done.code == 0, done.err
     kinds = [
         info.architecture.modulation
         for folder in (tmp_path / "experiments").glob("npt_layers_1-2_*")

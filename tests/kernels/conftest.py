@@ -15,8 +15,11 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from npt_fast.kernels._tiles import INTERPRETED
+from tests.interpreter import quicken
 from tests.kernels.cases import DEVICE, SIMULATED
 
+if INTERPRETED:
+    quicken()
 if SIMULATED:  # of the compiler ttsem needs the first stage; the others would take most of the time
     from ttsem import harness, mlir
 

@@ -50,11 +50,17 @@ def kernel_mlp(path: kernels.Path, **options: Any) -> Callable[[Inputs], Tensor]
 
 
 @paths
-@pytest.mark.parametrize("projections", [1, 2, 3], ids=["single", "dual", "triple"])
 @pytest.mark.parametrize(
-    "num_ranks", [1, pytest.param(3, marks=pytest.mark.ttsem), 8], ids="k{}".format
+    ("projections", "num_ranks", "rank"),
+    [
+        # all pairs of numbers, and all three at k=3, which ttsem runs
+        pytest.param(c, k, r, marks=[pytest.mark.ttsem] if k == 3 else [], id=f"c{c}-k{k}-r{r}")
+        for k, shift in ((1, 0), (3, None), (8, 1))
+        for c in (1, 2, 3)
+        for place, r in enumerate((3, 16, 64))
+        if shift is None or place == (c + shift) % 3
+    ],
 )
-@pytest.mark.parametrize("rank", [3, 16, 64], ids="r{}".format)
 def test_every_gradient(path: kernels.Path, projections: int, num_ranks: int, rank: int) -> None:
     problem = Problem(
         tokens=19,

@@ -24,7 +24,7 @@ from npt_fast.benchmarks.stub_driver import Launched, StubDriver, stub_driver
 from npt_fast.kernels import _plan, decode
 from npt_fast.kernels._launch import INTERPRETED
 from npt_fast.testing import Problem, make_inputs
-from tests.fake_gpus import use_fake_gpus
+from tests.fake_gpus import compile_without_code, use_fake_gpus
 
 compiler = pytest.mark.skipif(INTERPRETED, reason="is run by test_all_of_it_with_the_compiler")
 PROBLEM = Problem(tokens=3, hidden=32, intermediate=48, num_ranks=2, rank=16, bias=True)
@@ -44,7 +44,8 @@ def test_all_of_it_with_the_compiler(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def stub() -> Iterator[StubDriver]:
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
+    compile_without_code(monkeypatch)
     with stub_driver() as driver:
         yield driver
 
