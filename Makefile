@@ -6,7 +6,7 @@ GPU_PYTHON ?= python3
 # a worker takes 2 GB; one that is done takes over half of what another still has to do
 PYTEST = -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: install install-oldest install-serve docs demo test test-oldest test-quantised serve-test lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-generate bench-inject fuzz kernels gpu clean
+.PHONY: install install-oldest install-serve docs demo test test-oldest test-quantised serve-test lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-generate bench-inject bench-serve fuzz kernels gpu clean
 
 install: .venv/.installed
 
@@ -119,6 +119,9 @@ bench-generate: install
 
 bench-inject: install
 	$(BIN)/python -m benchmarks.bench_inject
+
+bench-serve: install-serve
+	.venv-serve/bin/python -m benchmarks.bench_serve
 
 clean:
 	rm -rf .venv .venv-oldest .venv-serve demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis

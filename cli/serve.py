@@ -7,7 +7,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from npt_fast.cli.arguments import PathText
-from npt_fast.vllm.server import serve as become_server
 
 
 def serve(
@@ -26,4 +25,6 @@ def serve(
     model
         Folder that npt-fast export has written, or its Hub id.
     """
+    from npt_fast.vllm.server import serve as become_server
+
     become_server(model, options)

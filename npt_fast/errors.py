@@ -35,6 +35,7 @@ EXTRAS = {
     "zstandard": "train",
     "prompt_toolkit": "interact",
     "triton": "kernels",
+    "pydantic": "serve",
     "vllm": "serve",
     "matplotlib": "plot",
     "gguf": "demo",

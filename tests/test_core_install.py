@@ -21,6 +21,7 @@ DISTRIBUTIONS = {"yaml": "PyYAML"}
 TEXTS = ["--checkpoint", "a", "--from", "a", "--prompt", "b"]
 NEEDS = {
     "train": (["train", "--train_layers", "1"], "torch", "train"),
+    "serve": (["serve", "a"], "safetensors", "serve"),
     "export": (["export", "--checkpoint", "a", "--output", "o"], "safetensors", "hf"),
     "sample": (["sample", "--output", "a.jsonl"], "torch", "train"),
     "evaluate": (["evaluate", "--checkpoint", "a"], "torch", "train"),

@@ -36,7 +36,7 @@ NEEDS = {
     **dict.fromkeys(("called_mlp", "functional", "hf", "initialization"), "hf"),
     **dict.fromkeys(("kept_cast", "modules"), "hf"),
     "testing": "hf",
-    "vllm": "hf",
+    "vllm": "serve",
     "transfer": "hf",
     "kernels": "kernels",
     "training": "train",
@@ -45,8 +45,9 @@ NEEDS = {
     "benchmarks": "dev",
 }
 """Part of the library -> the extra that brings what it imports."""
-IF_THERE = {"_typeshed", "liger_kernel", "ttsem", "vllm"}
-"""What no extra brings: type checkers know the first; the others are used where installed."""
+IF_THERE = {"_typeshed", "liger_kernel", "ttsem", "vllm", "httpx", "openai", "psutil"}
+"""What no extra of the tests brings: type checkers know the first; the others are used where they
+are installed, the last three with vLLM."""
 
 
 def output_of(*command: object, cwd: Path = ROOT) -> str:
