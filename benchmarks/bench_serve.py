@@ -109,8 +109,9 @@ def serving_table(found: dict[str, Timed]) -> str:
 
 
 NOTE = f"""\
-{REQUESTS} prompts of {PROMPT} tokens at once, {TOKENS} new tokens each. `x base` is a way's time divided
-by that of the base model in vLLM right before: the median of the rounds, smaller is faster."""
+{REQUESTS} prompts of {PROMPT} tokens at once, {TOKENS} new tokens each. `x base` is the time
+divided by that of the base model in vLLM right before: the median of the rounds; smaller is
+faster."""
 
 
 def save_results(found: dict[str, Timed], rounds: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,47 @@ def test_a_sharded_layer_is_as_defined(shards: int, tmp_path: Path) -> None:
     mp.start_processes(
         work, (str(tmp_path / "store"), shards), nprocs=shards, start_method="forkserver"
     )
+
+
+def np_layer(modulation: str, residual: str) -> Any:
+    layer = Layer(0, 1)
+    part = component(modulation, residual)
+    layer.np_factors = ShardedFactors(part, device="cpu", dtype=torch.float64)
+    layer.__class__ = np_layer_class(Layer)  # type: ignore[assignment]
+    return layer
+
+
+@torch.no_grad()
+def run(layers: Sequence[Any], states: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+    for layer in layers:
+        states, stream = layer(torch.arange(5), states, stream)
+    assert stream is not None
+    return states, stream
+
+
+def stage(rank: int, store: str) -> None:
+    """Half of a pipeline: what a layer returns goes on in another process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    layers = [np_layer(*case) for case in CASES]
+    given = torch.randn(5, D, dtype=torch.float64, generator=seeded(4))
+    if rank == 0:
+        for tensor in run(layers[:2], given, None):
+            dist.send(tensor, 1)
+    else:
+        received = torch.empty_like(given), torch.empty_like(given)
+        for tensor in received:
+            dist.recv(tensor, 0)
+        torch.testing.assert_close(
+            run(layers[2:], *received), run(layers, given, None), rtol=0, atol=0
+        )
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_layers_on_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    forkserver()
+    mp.start_processes(stage, (str(tmp_path / "store"),), nprocs=2, start_method="forkserver")
 
 
 def test_int8_factors_become_floats() -> None:
