@@ -33,6 +33,8 @@ Prompts = list[list[int]]
 def write_models(folder: Path) -> tuple[Path, Path]:
     """The base model, and an export of it with NP layers of the default sizes."""
     base, tokenizer = load_base_model(SMOLLM2)
+    base.hf_quantizer = None  # it refuses to save what it has read from a GGUF file
+    del base.config.quantization_config
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     torch.manual_seed(0)

@@ -64,7 +64,8 @@ def start(
     order = [str(model), prompts, tokens, [path and str(path) for path in adapters], options]
     return subprocess.run(
         [sys.executable, "-m", __name__], input=json.dumps(order), capture_output=True, text=True,
-        env=ENVIRONMENT, cwd=ROOT,
+        # the engine in that process, which saves the imports of another one; servers have two
+        env={**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, cwd=ROOT,
     )  # fmt: skip
 
 
