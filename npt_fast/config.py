@@ -286,7 +286,7 @@ class TrainOptions:
     lambda_reg: float = 0.0
     batch_size: int = 4
     gradient_accumulation_steps: int = 4
-    learning_rate: float = 5e-5
+    learning_rate: float = 2e-4
     lr_schedule: LRSchedule = "cosine"
     warmup_steps: int | None = None
     weight_decay: float = 0.01
