@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
 QUICK = sys.argv[1:] == ["--quick"]
-STEPS, MORE, WINDOWS = (10, 2, 2) if QUICK else (250, 20, 10)
+STEPS, MORE, WINDOWS = (10, 2, 2) if QUICK else (400, 20, 10)
 MODEL = f"--model_name smollm2-135m --max_length 256 --num_eval_samples {WINDOWS}"
 TEXT = "--data ../examples/smollm2_self_text.jsonl"
 BATCHES = "--batch_size 4 --gradient_accumulation_steps 1 --eval_steps 0 --generation_steps 0"
