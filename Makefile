@@ -75,7 +75,7 @@ test-quantised: install
 # real engines and servers, one at a time: each takes the cores, and starts in a minute
 serve-test: install-serve
 	.venv-serve/bin/python -c "import vllm"
-	.venv-serve/bin/python -m pytest tests/vllm
+	.venv-serve/bin/python -m pytest tests/vllm $(SERVE)
 
 # new inputs for every reader of files, on all cores; those that fail are kept in build/fuzz
 MINUTES ?= 30

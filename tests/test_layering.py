@@ -47,7 +47,7 @@ ALLOWED = {
         *("config", "errors", "layer_names", "paths", "schema", "checkpoint"),
         *("functional", "called_mlp", "modules", "hf", "pictures", "report_files", "tables"),
     },
-    "vllm": {"checkpoint", "errors", "functional", "hf", "modules", "paths"},
+    "vllm": {"checkpoint", "errors", "functional", "hf", "modules", "paths", "schema"},
 }
 FOREIGN = {
     "checkpoint": {"numpy"},

@@ -13,9 +13,10 @@ from typing import Any
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.tensor_source import SAFETENSORS_WEIGHTS
 from npt_fast.checkpoint.whole_model import NPT
-from npt_fast.errors import ModelError
+from npt_fast.errors import CheckpointError, ModelError
 from npt_fast.hf.exported import MODEL_TYPE_PREFIX, Exported
 from npt_fast.hf.model_types import MODEL_TYPES
+from npt_fast.paths import exists
 
 _CONFIG_PREFIX = "NPT_"  # a pickled config, as engines send to their workers, finds its class by it
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -92,7 +93,13 @@ def open_exported(exported: str | Path, config: Any, **hub: Any) -> tuple[Export
 
     found = Exported.parse(getattr(config, NPT, None), f"{exported}: config.json: {NPT}")
     if found.sha256 is None:  # saved by save_pretrained, among the other weights
-        checkpoint = open_checkpoint(Path(str(cached_file(exported, "config.json", **hub))).parent)
+        folder = Path(str(cached_file(exported, "config.json", **hub))).parent
+        if exists(folder / SAFETENSORS_WEIGHTS):
+            raise CheckpointError(
+                f"{folder / SAFETENSORS_WEIGHTS}: is of an older export: save_pretrained wrote "
+                "newer NP layers among the other weights; delete it, or save to another folder"
+            )
+        checkpoint = open_checkpoint(folder)
     else:
         path = Path(str(cached_file(exported, SAFETENSORS_WEIGHTS, **hub)))
         found.check_weights(path)

@@ -94,6 +94,8 @@ def export(
     started = time.monotonic()
     target = user_path(output)
     path, selected = split_selection(expand(checkpoint))
+    if selected is not None and layers is not None:
+        raise ModelError(f"{expand(checkpoint)}: names layers itself; leave them out, or --layers")
     opened = open_checkpoint(path)
     name = opened.model_name if model_name is None else expand(model_name)
     if name is None:
@@ -231,7 +233,8 @@ def _reference(base: BaseFolder, target: Path) -> BaseReference:
         return BaseReference(hub_id=base.name, revision=base.revision)
     if os.path.isabs(base.name):
         return BaseReference(folder=base.name)
-    return BaseReference(folder=os.path.relpath(base.folder, os.path.realpath(target)))
+    real = os.path.realpath(base.folder), os.path.realpath(target)
+    return BaseReference(folder=os.path.relpath(*real))
 
 
 def _describe(

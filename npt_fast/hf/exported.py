@@ -49,7 +49,8 @@ class BaseReference:
 
     def place(self, exported: str | Path) -> str:
         """The folder or Hub id of the base model of the model in the folder `exported`."""
-        return self.hub_id or os.path.normpath(os.path.join(exported, self.folder or ""))
+        real = os.path.realpath(exported)  # a link to it is not where its neighbours are
+        return self.hub_id or os.path.normpath(os.path.join(real, self.folder or ""))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import ModelError
-from npt_fast.hf.exported import base_type
+from npt_fast.hf.exported import Exported, base_type
 from npt_fast.hf.model_folder import CONFIG, read_small
 from npt_fast.hf.tokenizer import library_errors
 from npt_fast.paths import exists, is_file, path_errors, user_path
@@ -83,6 +84,11 @@ def check_exported(model: str) -> None:
         with library_errors(f"{model}: is no folder, and the Hub does not have it"):
             found = Path(str(cached_file(model, CONFIG)))
     with path_errors(found, ModelError):
-        exported = is_file(found) and base_type(read_small(found)) is not None
-    if not exported:
+        content = read_small(found) if is_file(found) else {}
+    if base_type(content) is None:
         raise ModelError(f"{model}: is no exported model; npt-fast export writes one")
+    if Exported.parse(content.get(NPT), f"{found}: {NPT}").sha256 is None:
+        raise ModelError(
+            f"{model}: was saved by save_pretrained, with NP layers among the other weights; "
+            "npt.save them, and serve an export of that"
+        )

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.npt_config import SIZES
+from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import ModelError
 from npt_fast.hf.auto import open_exported
-from npt_fast.hf.exported import ARCHITECTURE_PREFIX
+from npt_fast.hf.exported import ARCHITECTURE_PREFIX, Exported
+from npt_fast.schema import shown
 
 ARCHITECTURES = tuple(
     f"{ARCHITECTURE_PREFIX}{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -42,10 +44,15 @@ def open_source(model_config: Any) -> Source:
         ModelError: the base model of an export is missing.
     """
     config, model = model_config.hf_config, model_config.model
-    if other := getattr(config, OVERRIDE, None):
-        return Source(open_checkpoint(other), None)
-    exported, checkpoint = open_exported(model, config, revision=model_config.revision)
-    base = exported.base
+    other, content = getattr(config, OVERRIDE, None), getattr(config, NPT, None)
+    if other is None:
+        exported, checkpoint = open_exported(model, config, revision=model_config.revision)
+        base = exported.base
+    else:
+        if not isinstance(other, str) or not other:
+            raise ModelError(f"{OVERRIDE} must be the path of a checkpoint, not {shown(other)}")
+        checkpoint = open_checkpoint(other)
+        base = Exported.parse(content, f"{model}: {NPT}").base if content else None
     return Source(checkpoint, (base.place(model), base.revision) if base else None)
 
 

@@ -377,3 +377,29 @@ def test_fingerprints_of_folders(tmp_path: Path) -> None:
     for family in models.FAMILIES:
         parts = write_parts(tmp_path / family, family, max_shard_size="40KB")
         assert stored_fingerprint(parts.base) == fingerprint(load(parts.base)) is not None
+
+
+def test_layers_are_named_once(shared: Parts, tmp_path: Path) -> None:
+    with pytest.raises(npt.ModelError, match="names layers itself"):
+        npt.export(f"{shared.checkpoint}:1", tmp_path / "out", layers="2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_is_found_through_links(
+    shared: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep").mkdir()
+    base = shutil.copytree(shared.base, tmp_path / "deep" / "base")
+    (tmp_path / "way").symlink_to(tmp_path / "deep")
+    monkeypatch.chdir(tmp_path / "deep")
+    npt.export(shared.checkpoint, tmp_path / "way" / "out", model_name="base", reference=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "out")
+    for folder in (tmp_path / "way" / "out", tmp_path / "link"):
+        assert logits(load(folder)).equal(logits(npt.load(load(base), shared.checkpoint)))
+
+
+def test_newer_layers_over_an_export_are_not_mixed_up(shared: Parts, tmp_path: Path) -> None:
+    npt.export(shared.checkpoint, tmp_path / "out")
+    load(tmp_path / "out").save_pretrained(tmp_path / "out")
+    with pytest.raises(npt.CheckpointError, match="is of an older export"):
+        load(tmp_path / "out")

@@ -41,6 +41,10 @@ def test_sources(parts: Parts, tmp_path: Path) -> None:
     other = {OVERRIDE: str(tmp_path / "other")}
     for folder in (tmp_path / "whole", parts.base):  # an export, or a plain base model
         assert list(open_source(model_config(folder, **other)).checkpoint.modules) == [2]
+    found = open_source(model_config(tmp_path / "named", **other))
+    assert list(found.checkpoint.modules) == [2] and found.base == (str(parts.base), None)
+    with pytest.raises(npt.ModelError, match="npt_checkpoint must be the path of a checkpoint"):
+        open_source(model_config(tmp_path / "whole", **{OVERRIDE: 5}))
 
 
 def test_what_is_refused_at_the_start(parts: Parts, tmp_path: Path) -> None:
