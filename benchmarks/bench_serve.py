@@ -19,7 +19,7 @@ from torch import nn
 
 import npt_fast as npt
 from npt_fast.benchmarks.harness import Timed, machine_facts, report, save, time_in_turn
-from npt_fast.hf.base_model import load_base_model
+from npt_fast.hf.base_model import load_base_model, save_base_model
 from npt_fast.hf.convert import components
 from npt_fast.hf.model_folder import SMOLLM2
 from npt_fast.tables import markdown_table
@@ -33,10 +33,7 @@ Prompts = list[list[int]]
 def write_models(folder: Path) -> tuple[Path, Path]:
     """The base model, and an export of it with NP layers of the default sizes."""
     base, tokenizer = load_base_model(SMOLLM2)
-    base.hf_quantizer = None  # it refuses to save what it has read from a GGUF file
-    del base.config.quantization_config
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    save_base_model(base, tokenizer, folder / "base")
     torch.manual_seed(0)
     npt.convert(base, npt.NPTConfig(layers=LAYERS))
     for component in components(base).values():

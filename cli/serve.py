@@ -6,11 +6,17 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from npt_fast.cli.arguments import PathText
+from npt_fast.paths import expand
+
+
+def _check_model(kind: object, text: str) -> None:
+    if text.startswith("-"):
+        raise ValueError(f"the model comes first: npt-fast serve MODEL {text} ...")
+    expand(text)
 
 
 def serve(
-    model: PathText,
+    model: Annotated[str, Parameter(allow_leading_hyphen=True, validator=_check_model)],
     /,
     *options: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
 ) -> None:
@@ -18,7 +24,7 @@ def serve(
 
     npt-fast serve served --port 8000 --tensor-parallel-size 2
 
-    All other options go to vllm serve. vllm serve --help=all lists them.
+    All options go to vllm serve, which lists them with --help=all.
 
     Parameters
     ----------

@@ -80,7 +80,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "tokenizer.json").exists():
             import gguf
 
-            from npt_fast.hf.base_model import load_base_model
+            from npt_fast.hf.base_model import load_base_model, save_base_model
             from npt_fast.hf.model_folder import SMOLLM2
 
             with pytest.MonkeyPatch.context() as patch:
@@ -89,11 +89,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for name in ("GGUFReader", "get_tensor_name_map"):
                     patch.setattr(gguf, name, cache(getattr(gguf, name)))
                 model, tokenizer = load_base_model(SMOLLM2, dtype="float32")
-            model.hf_quantizer = None  # it refuses to save what it has read
-            del model.config.quantization_config
-            model.save_pretrained(folder)
+            save_base_model(model, tokenizer, folder)
             (folder / "name").write_text(model.config._name_or_path)
-            tokenizer.save_pretrained(folder)
     return folder
 
 

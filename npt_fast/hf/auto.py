@@ -14,9 +14,12 @@ from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.tensor_source import SAFETENSORS_WEIGHTS
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import CheckpointError, ModelError
+from npt_fast.hf.base_folder import base_weights
 from npt_fast.hf.exported import MODEL_TYPE_PREFIX, Exported
+from npt_fast.hf.model_folder import check_files
 from npt_fast.hf.model_types import MODEL_TYPES
-from npt_fast.paths import exists
+from npt_fast.hf.tokenizer import library_errors
+from npt_fast.paths import exists, is_directory, path_errors
 
 _CONFIG_PREFIX = "NPT_"  # a pickled config, as engines send to their workers, finds its class by it
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -86,8 +89,8 @@ def open_exported(exported: str | Path, config: Any, **hub: Any) -> tuple[Export
 
     Raises:
         CheckpointError: the NP weights cannot be read, are not those that were exported, or are of
-            another version of the format.
-        ModelError: the base model is missing.
+            another version of the format, or two files describe a layer differently.
+        ModelError: the NP weights or the base model's are missing.
     """
     from transformers.utils.hub import cached_file
 
@@ -101,17 +104,29 @@ def open_exported(exported: str | Path, config: Any, **hub: Any) -> tuple[Export
             )
         checkpoint = open_checkpoint(folder)
     else:
-        path = Path(str(cached_file(exported, SAFETENSORS_WEIGHTS, **hub)))
+        with library_errors(f"{exported}: {SAFETENSORS_WEIGHTS} is missing"):
+            path = Path(str(cached_file(exported, SAFETENSORS_WEIGHTS, **hub)))
         found.check_weights(path)
         checkpoint = open_checkpoint(path)
-    if found.base is not None and found.base.folder is not None:
-        place = found.base.place(exported)
-        if not Path(place).is_dir():
-            raise ModelError(
-                f"{exported}: its base model is missing: no such folder: {place}; put it there or "
-                f"export {checkpoint.given} again"
-            )
+        found.check_layers(checkpoint)
+    _check_base(found, Path(exported, hub.get("subfolder") or ""))
     return found, checkpoint
+
+
+def _check_base(found: Exported, folder: Path) -> None:
+    """Raise ModelError unless the base weights are there; those on the Hub are not looked for."""
+    name = str(folder)
+    if found.base is not None:
+        if found.base.folder is None:
+            return
+        folder = Path(found.base.place(folder))
+        name = f"{name}: its base model {folder}"
+    with path_errors(folder, ModelError):
+        if is_directory(folder):
+            check_files(folder)
+            base_weights(name, folder)
+        elif found.base is not None:
+            raise ModelError(f"{name} is missing: no such folder; put it there, or export again")
 
 
 class NPTForCausalLM:
@@ -134,23 +149,28 @@ class NPTForCausalLM:
         Raises:
             CheckpointError: the NP weights cannot be read, are not those that were exported, or are
                 of another version of the format.
-            ModelError: the base model is missing, or the NP layers do not fit it.
+            ModelError: the base model is missing or incomplete, or the NP layers do not fit it.
         """
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+        from npt_fast.hf.base_model import check_complete
         from npt_fast.hf.checkpoint import load
 
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
         found, checkpoint = open_exported(exported, config, **hub)
         place: str | Path = exported
         if found.base is not None:
-            place = found.base.place(exported)
+            place = found.base.place(Path(exported, options.get("subfolder") or ""))
             options["revision"] = found.base.revision
             options.pop("subfolder", None)
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__mro__[1]]
-        loaded = model_class.from_pretrained(place, *args, config=config, **options)
-        load(loaded[0] if isinstance(loaded, tuple) else loaded, checkpoint)
-        return loaded
+        asked = options.pop("output_loading_info", False)
+        model, about = model_class.from_pretrained(
+            place, *args, config=config, output_loading_info=True, **options
+        )
+        check_complete(str(exported), about)
+        load(model, checkpoint)
+        return (model, about) if asked else model
 
     @classmethod
     def _from_config(cls, config: Any, **options: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from npt_fast.checkpoint.checkpoint import is_checkpoint_file
+from npt_fast.checkpoint.npt_config import SIZES
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import ModelError
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX, MODEL_TYPE_PREFIX
@@ -20,13 +22,15 @@ from npt_fast.hf.model_folder import (
     WEIGHTS,
     check_files,
     check_keys,
+    check_sizes,
+    held,
     read_small,
     weights_of,
 )
 from npt_fast.hf.model_types import MODEL_TYPES
 from npt_fast.hf.tokenizer import library_errors
 from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
-from npt_fast.schema import shown
+from npt_fast.schema import COUNT, checked, shown
 
 _SMALL_PATTERNS = tuple(f"*{ending}" for ending in READ_WHOLE)
 
@@ -53,14 +57,15 @@ class BaseFolder:
 
 
 def open_base(name: str, *, weights: bool) -> BaseFolder:
-    """Find and check a base model; no weights are read.
+    """Find and check a base model; of the weights only their headers are read.
 
     Args:
         name: folder, or id on the Hub.
-        weights: whether the weights are needed, which are downloaded then.
+        weights: whether the weights are taken over; those on the Hub are downloaded only then.
 
     Raises:
-        ModelError: there is no such model, a file is unsafe, or it has NP layers itself.
+        ModelError: there is no such model, a file is unsafe or cannot be read, the weights are not
+            those of its ``config.json``, or it has NP layers itself.
     """
     path, revision = user_path(name), None
     with path_errors(path, ModelError):
@@ -79,14 +84,16 @@ def open_base(name: str, *, weights: bool) -> BaseFolder:
     config = contents[CONFIG]
     if NPT in config:
         raise ModelError(f"{name}: has NP layers itself; give its base model (--model_name)")
+    exported = _exported(name, config)
+    found = base_weights(name, path) if local or weights else []
     with path_errors(path, ModelError):
         small = [file for file in sorted(path.iterdir()) if _is_taken(file)]
     return BaseFolder(
         name,
         path,
-        _exported(name, config),
+        exported,
         small,
-        _weights(name, path) if weights else (),
+        found if weights else (),
         revision,
     )
 
@@ -106,6 +113,12 @@ def _exported(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{name}: {CONFIG}: architectures must begin with a causal language model, such as "
             f"LlamaForCausalLM, not {shown(own)}"
         )
+    checked(config, dict.fromkeys(SIZES, COUNT), SIZES, f"{name}: {CONFIG}", ModelError)
+    for key, number in _numbers(config):
+        if not math.isfinite(number):
+            raise ModelError(
+                f"{name}: {CONFIG}: {key} is {number}, which JSON does not have; correct it"
+            )
     changed = {
         "architectures": [ARCHITECTURE_PREFIX + own],
         "model_type": MODEL_TYPE_PREFIX + given,
@@ -113,13 +126,37 @@ def _exported(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**config, **changed}.items() if key != "auto_map"}
 
 
-def _weights(name: str, folder: Path) -> list[Path]:
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict):
+        for inner, item in value.items():
+            yield from _numbers(item, inner)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, key)
+
+
+def base_weights(name: str, folder: Path) -> list[Path]:
+    """The weights files of a base model, with their index if there is one, after a check.
+
+    Args:
+        name: name of the model, for messages.
+        folder: folder of the model, which `check_files` has passed.
+
+    Raises:
+        ModelError: the folder holds no weights, a file of them is missing or unreadable, or they
+            are less than ``config.json`` describes.
+    """
     found = weights_of(folder)
     if not found:
-        raise ModelError(f"{name}: holds no {' or '.join(WEIGHTS)}; --reference needs none")
+        raise ModelError(f"{name}: holds no {' or '.join(WEIGHTS)}")
     for path in found:
         if not exists(path) or path.parent != folder:
             raise ModelError(f"{name}: {path.relative_to(folder)} is not in the folder")
+    there = held(folder)
+    if there is not None and is_file(folder / CONFIG):
+        check_sizes(read_small(folder / CONFIG), there, folder)
     if found[0].name in WEIGHTS:
         return found
     return [*found, *(folder / index for index in INDEXES if f"{found[0].suffix}." in index)]

@@ -101,12 +101,7 @@ def load_base_model(
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, **options
             )
-    made_up = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if made_up:  # transformers initializes missing weights and only warns
-        raise ModelError(
-            f"{name}: the base model cannot be loaded: {made_up[0]} is missing or of another shape "
-            f"than config.json says, {len(made_up)} tensors in all"
-        )
+    check_complete(name, found)
     layers = exported or np_layers(found["unexpected_keys"])
     _without_np_layers(model, layers, name, checkpoints)
     # the user's name for it, not the temporary folder of a GGUF file
@@ -117,8 +112,38 @@ def load_base_model(
     return model.to("cpu" if keep_on_cpu else device).eval(), tokenizer
 
 
+def check_complete(name: str, found: Mapping[str, Any]) -> None:
+    """Raise ModelError if transformers has initialized weights itself, of which it only warns.
+
+    Args:
+        name: name of the model, for messages.
+        found: what its loader says with ``output_loading_info``.
+    """
+    made_up = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if made_up:
+        raise ModelError(
+            f"{name}: the base model cannot be loaded: {made_up[0]} is missing or of another shape "
+            f"than config.json says, {len(made_up)} tensors in all"
+        )
+
+
+def save_base_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a base model and its tokenizer into a folder, as safetensors.
+
+    A model from a GGUF file has floats by now, but transformers still takes it for quantised, and
+    refuses to save it.
+    """
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
     """A causal language model without its weights: its modules with parameters on the meta device.
+
+    A converted model's folder gives its base model.
 
     Args:
         name: as for `load_base_model`; only the config is read, or downloaded.
@@ -129,9 +154,12 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     with _opened(name, trust_remote_code) as (folder, options, contents):
         with _load_errors(name, CONFIG, contents):
-            config = AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, **options
-            )
+            if base_type(contents.get(CONFIG, {})):
+                config = _base_config(contents[CONFIG])
+            else:
+                config = AutoConfig.from_pretrained(
+                    folder, trust_remote_code=trust_remote_code, **options
+                )
             layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
             if layers > _MAX_LAYERS:  # a folder without weights has no sizes to compare with
                 raise ModelError(f"{name}: {CONFIG}: num_hidden_layers {layers} is too large")

@@ -108,8 +108,7 @@ def export(
     with disk_errors(target, ModelError), StagedDirectory(target, replace=False) as staged:
         base = _open_base(name, staged, weights=not reference)
         own = _plan(opened, path, selected, layers, base)
-        if not allow_different_base:
-            _check_fingerprint(opened, base)
+        fingerprint = _fingerprint(opened, base, any_base=allow_different_base)
         made_here = base.folder.parent == staged.path
         linked = base.weights if hardlink or made_here else ()
         copied = [file for file in (*base.small, *base.weights) if file not in linked]
@@ -131,7 +130,7 @@ def export(
         written = read_back(staged.path, target)
         digests, proof = prove(own, written, staged, target, advance, verify=verify)
         place = _reference(base, target) if reference else None
-        _describe(own, base, place, digests, staged, target)
+        _describe(own, base, place, fingerprint, digests, staged, target)
         read_back_records(staged.path, target)
         staged.publish()
         if proof is not None:
@@ -149,18 +148,13 @@ def _open_base(name: str, staged: StagedDirectory, *, weights: bool) -> BaseFold
         return open_base(name, weights=weights)
     if not weights:
         raise ModelError(f"{name}: a GGUF file cannot be a reference; leave out --reference")
-    from npt_fast.hf.base_model import load_base_model
+    from npt_fast.hf.base_model import load_base_model, save_base_model
     from npt_fast.hf.tokenizer import library_errors
 
     folder = staged.path / _CONVERTED
     model, tokenizer = load_base_model(name, dtype="float32")
-    # its numbers are floats by now, but transformers still takes it for quantised
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
     with library_errors(f"{name}: the base model cannot be written as safetensors"):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_base_model(model, tokenizer, folder)
     for file in folder.iterdir():  # some of them only their owner may read
         file.chmod(folder.stat().st_mode & 0o666)
     return replace(open_base(str(folder), weights=True), name=name)
@@ -194,18 +188,22 @@ def _plan(
     return replace(plan, files=tuple(file for file in plan.files if file.name != CONFIG))
 
 
-def _check_fingerprint(opened: Checkpoint, base: BaseFolder) -> None:
+def _fingerprint(opened: Checkpoint, base: BaseFolder, *, any_base: bool) -> str | None:
+    """The base model's fingerprint if it is known; unless `any_base`, it is the checkpoint's."""
     if opened.fingerprint is None:
-        return
+        return None
     from npt_fast.hf.fingerprint import stored_fingerprint
 
     own = stored_fingerprint(base.folder)
+    if any_base:
+        return own
     if own not in (None, opened.fingerprint):
         raise ModelError(
             f"{opened.given}: belongs to another base model of the same sizes "
             f"({opened.model_name or 'unnamed'}) than {base.name}: its weights are others; "
             "use --allow-different-base if that is meant"
         )
+    return opened.fingerprint
 
 
 def _link(file: Path, staged: StagedDirectory) -> None:
@@ -241,12 +239,13 @@ def _describe(
     plan: MergePlan,
     base: BaseFolder,
     place: BaseReference | None,
+    fingerprint: str | None,
     digests: DigestWriter,
     staged: StagedDirectory,
     target: Path,
 ) -> None:
     """Write the files that say what the folder holds."""
-    description = description_of(plan.inputs, plan.layers)
+    description = replace(description_of(plan.inputs, plan.layers), fingerprint=fingerprint)
     exported = Exported(description, file_sha256(staged.path / SAFETENSORS_WEIGHTS), place)
     config = BytesFile(CONFIG, strict_json.dump({**base.config, NPT: exported.to_dict()}))
     summary = summary_of(replace(plan, files=(*plan.files, config)), target, digests).to_dict()

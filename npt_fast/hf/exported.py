@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from npt_fast.checkpoint.checkpoint import Checkpoint
 from npt_fast.checkpoint.npt_config import Description
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import CheckpointError
-from npt_fast.schema import MAPPING, PATH, TEXT, checked, or_none
+from npt_fast.schema import MAPPING, TEXT, Kind, checked, or_none
 
 MODEL_TYPE_PREFIX = "npt_fast-"
 """In front of the base model's ``model_type``. transformers goes by the type, not by
@@ -25,7 +27,13 @@ ARCHITECTURE_PREFIX = "NPT"
 
 _KINDS = {"weights": or_none(MAPPING), "base": or_none(MAPPING)}
 _WEIGHTS = {"sha256": TEXT}
-_BASE = {"folder": or_none(PATH), "hub_id": or_none(TEXT), "revision": or_none(TEXT)}
+_LONGEST = 4096  # characters of a path, on Linux
+_FOLDER = Kind("the path of a folder", lambda v: isinstance(v, str) and 0 < len(v) <= _LONGEST)
+_HUB_ID = Kind(
+    "the id of a model on the Hub",
+    lambda v: isinstance(v, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", v, re.A) is not None,
+)
+_BASE = {"folder": or_none(_FOLDER), "hub_id": or_none(_HUB_ID), "revision": or_none(TEXT)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +66,8 @@ class Exported:
     """The content of ``npt`` in ``config.json``.
 
     Attributes:
-        description: what ``npt_config.json`` says.
+        description: what ``npt_config.json`` says; its fingerprint is that of the base model that
+            the layers were exported with.
         sha256: SHA-256 of ``npt_weights.safetensors``; None if the NP layers are among the weights
             of the model, as save_pretrained writes them.
         base: where the base model is; None if the folder holds it.
@@ -100,6 +109,20 @@ class Exported:
             if (base.folder is None) == (base.hub_id is None):
                 raise CheckpointError(f"{about}: must name either a folder or a hub_id")
         return cls(Description.parse(content, where), sha256, base)
+
+    def check_layers(self, checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError unless `checkpoint` has the layers that were exported.
+
+        What its tensors say, it has compared with its own ``npt_config.json`` by now.
+        """
+        for layer in sorted({*checkpoint.modules, *(self.description.layers or {})}):
+            own = (self.description.layers or {}).get(layer)
+            there = layer in checkpoint.modules
+            if own is None or not there or own.residual != checkpoint.recorded_residual(layer):
+                raise CheckpointError(
+                    f"{checkpoint.given}: layer {layer} is not as config.json describes it; copy "
+                    "the folder or export the checkpoint again"
+                )
 
     def check_weights(self, path: Path) -> None:
         """Raise CheckpointError unless `path` is the weights file that was exported."""

@@ -269,7 +269,7 @@ def held(folder: Path) -> Held | None:
             tensors += size  # an upper bound: pickles are not opened here
             continue
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "np") as file:  # for torch it would import that
                 tensors += len(file.keys())
         except SafetensorError as error:
             raise ModelError(f"{path}: cannot be read: {error}") from None

@@ -23,7 +23,7 @@ def register() -> None:
             model_config = vllm_config.model_config
             shards = vllm_config.parallel_config.tensor_parallel_size
             source = open_source(model_config)
-            check(source, model_config.hf_config, shards)
+            check(source, model_config, shards)
             # vLLM keeps compiled graphs by a hash of this config, and a path may get other layers
             model_config.hf_config.npt_layers = describe(source)
 

@@ -84,6 +84,8 @@ def check_exported(model: str) -> None:
         with library_errors(f"{model}: is no folder, and the Hub does not have it"):
             found = Path(str(cached_file(model, CONFIG)))
     with path_errors(found, ModelError):
+        if not exists(found.parent):
+            raise ModelError(f"{model}: no such folder")
         content = read_small(found) if is_file(found) else {}
     if base_type(content) is None:
         raise ModelError(f"{model}: is no exported model; npt-fast export writes one")

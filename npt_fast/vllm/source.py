@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -11,6 +12,7 @@ from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import ModelError
 from npt_fast.hf.auto import open_exported
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX, Exported
+from npt_fast.hf.fingerprint import stored_fingerprint
 from npt_fast.schema import shown
 
 ARCHITECTURES = tuple(
@@ -27,10 +29,12 @@ class Source(NamedTuple):
     Attributes:
         checkpoint: the checkpoint that holds them.
         base: folder or Hub id of the base weights, and the commit; None if the model has them.
+        fingerprint: fingerprint of the base model that they belong to, if it is recorded.
     """
 
     checkpoint: Checkpoint
     base: tuple[str, str | None] | None
+    fingerprint: str | None
 
 
 def open_source(model_config: Any) -> Source:
@@ -47,24 +51,25 @@ def open_source(model_config: Any) -> Source:
     other, content = getattr(config, OVERRIDE, None), getattr(config, NPT, None)
     if other is None:
         exported, checkpoint = open_exported(model, config, revision=model_config.revision)
-        base = exported.base
+        base, fingerprint = exported.base, exported.description.fingerprint
     else:
         if not isinstance(other, str) or not other:
             raise ModelError(f"{OVERRIDE} must be the path of a checkpoint, not {shown(other)}")
         checkpoint = open_checkpoint(other)
+        fingerprint = checkpoint.fingerprint
         base = Exported.parse(content, f"{model}: {NPT}").base if content else None
-    return Source(checkpoint, (base.place(model), base.revision) if base else None)
+    return Source(checkpoint, (base.place(model), base.revision) if base else None, fingerprint)
 
 
-def check(source: Source, config: Any, shards: int) -> None:
+def check(source: Source, model_config: Any, shards: int) -> None:
     """Raise ModelError unless an engine can serve the NP layers of `source`.
 
     Args:
         source: the NP layers.
-        config: config of the base model, as transformers has it.
+        model_config: vLLM's ``ModelConfig``.
         shards: number of devices that share a layer.
     """
-    checkpoint = source.checkpoint
+    checkpoint, config = source.checkpoint, model_config.hf_config
     for architecture in config.architectures or ():
         if architecture not in ARCHITECTURES:
             raise ModelError(
@@ -78,6 +83,15 @@ def check(source: Source, config: Any, shards: int) -> None:
             raise ModelError(
                 f"{checkpoint.given}: no file says whether layer {layer} keeps attention in the "
                 "residual stream; npt.load it, which finds out, and npt.save and export that"
+            )
+    # a commit on the Hub is the same for ever
+    folder = Path(source.base[0] if source.base else model_config.model)
+    if source.fingerprint is not None and folder.is_dir():
+        if stored_fingerprint(folder) not in (None, source.fingerprint):
+            raise ModelError(
+                f"{checkpoint.given}: belongs to another base model of the same sizes than "
+                f"{folder}: its weights are others; give the right one, or export both with "
+                "--allow-different-base if that is meant"
             )
     width = config.intermediate_size
     if width % shards:

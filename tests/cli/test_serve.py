@@ -29,6 +29,11 @@ def refused(capsys: Any, model: Any) -> str:
     return str(err)
 
 
+def test_the_model_comes_first(capsys: Any) -> None:
+    code, _, err = run(capsys, "serve", "--port", "1", "served")
+    assert code == 2 and "the model comes first: npt-fast serve MODEL --port" in err
+
+
 def test_vllm_is_missing(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "find_spec", lambda _: None)
     assert "needs the package vllm; pip install 'npt_fast[serve]'" in refused(capsys, "x")
@@ -50,7 +55,8 @@ def test_the_folder_is_no_export(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for folder in (*files, tmp_path, tmp_path / "gone"):
+    assert "gone: no such folder" in refused(capsys, tmp_path / "gone")
+    for folder in (*files, tmp_path):
         assert "is no exported model; npt-fast export writes one" in refused(capsys, folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "is no folder, and the Hub does not have it" in refused(capsys, "nobody/nothing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import npt_fast as npt
 from npt_fast.hf.base_model import load_base_model, load_skeleton
@@ -108,8 +117,9 @@ def test_what_cannot_be_loaded_as_asked(exported: Path, tmp_path: Path) -> None:
     options = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
     with pytest.raises(npt.ModelError, match=r"layer 1 .*device"):
         load(exported, **options)
+    auto: Any = AutoModelForCausalLM
     with pytest.raises(npt.ModelError, match="use from_pretrained"):
-        load_skeleton(str(exported))
+        auto.from_config(AutoConfig.from_pretrained(exported))
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
         AutoModel.from_pretrained(exported)  # it would have no NP layers
 
@@ -129,7 +139,14 @@ def change(folder: Path, **npt: Any) -> None:
         ({"weights": []}, "npt: weights must be a mapping, or null, not a list"),
         ({"base": {}}, "npt: base: must name either a folder or a hub_id"),
         ({"base": {"folder": "a", "hub_id": "b"}}, "must name either a folder or a hub_id"),
-        ({"base": {"folder": "gone"}}, "its base model is missing: no such folder: .*/out/gone"),
+        ({"base": {"folder": "gone"}}, "its base model .*/out/gone is missing: no such folder"),
+        ({"base": {"folder": "/dev"}}, "its base model /dev: holds no model.safetensors"),
+        ({"base": {"folder": ""}}, "folder must be the path of a folder, or null, not ''"),
+        ({"base": {"folder": "x" * 5000}}, "folder must be the path of a folder"),
+        ({"base": {"folder": "x" * 300}}, "File name too long"),
+        ({"base": {"hub_id": ""}}, "hub_id must be the id of a model on the Hub, or null, not ''"),
+        ({"base": {"hub_id": "/etc"}}, "hub_id must be the id of a model on the Hub"),
+        ({"base": {"hub_id": "../.."}}, "hub_id must be the id of a model on the Hub"),
         ({"layers": {"x": {}}}, "npt: layers must be"),
     ],
 )
@@ -146,8 +163,48 @@ def test_weights_that_are_refused(exported: Path) -> None:
     with pytest.raises(npt.CheckpointError, match="its SHA-256 differs; copy the folder"):
         load(exported)
     weights.unlink()
-    with pytest.raises(OSError, match=weights.name):
+    with pytest.raises(npt.ModelError, match=f"out: {weights.name} is missing"):
         load(exported)
+
+
+@pytest.mark.parametrize("part", ["another residual", "a layer more", "a layer less"])
+def test_files_that_describe_a_layer_differently(part: str, exported: Path) -> None:
+    """The digest does not cover what is beside the weights."""
+    path = exported / "npt_config.json"
+    described = json.loads(path.read_text())
+    layers = described["layers"]
+    if part == "another residual":
+        layers["2"]["residual"] = "kept"
+        path.write_text(json.dumps(described))
+    elif part == "a layer more":
+        change(exported, layers={**layers, "3": layers["2"]})
+    else:
+        change(exported, layers={"1": layers["1"]})
+    with pytest.raises(npt.CheckpointError, match=r"layer [23] is not as config.json describes it"):
+        load(exported)
+
+
+def test_base_weights_that_are_missing_or_broken(exported: Path) -> None:
+    weights = exported / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(npt.ModelError, match=r"model\.norm\.weight is missing or of another"):
+        load(exported)
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(npt.ModelError, match="safetensors: cannot be read"):
+        load(exported)
+    weights.unlink()
+    with pytest.raises(npt.ModelError, match="out: holds no model"):
+        load(exported)
+
+
+def test_a_folder_in_a_folder(parts: Parts, exported: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(exported.parent)
+    shutil.copytree(parts.base, "base")
+    npt.export(parts.checkpoint, "all/one", model_name="base", reference=True)
+    expected = logits(parts.by_hand())
+    assert torch.equal(logits(load("all", subfolder="one")), expected)
 
 
 def test_a_config_without_layers(exported: Path) -> None:
@@ -193,6 +250,8 @@ def test_an_export_as_a_base_model(parts: Parts, exported: Path, tmp_path: Path)
     assert torch.equal(logits(model), logits(load(parts.base)))
     model, _ = load_base_model(str(exported), checkpoints=[exported])
     assert torch.equal(logits(npt.load(model, exported)), logits(load(exported)))
+    skeletons = [load_skeleton(str(folder)) for folder in (parts.base, exported)]
+    assert type(skeletons[0]) is type(skeletons[1]) and not npt.status(skeletons[1])
     npt.export(parts.checkpoint, tmp_path / "named", reference=True)
     with pytest.raises(npt.ModelError, match=rf"whose base model is {parts.base}; give that as"):
         load_base_model(str(tmp_path / "named"))
@@ -201,6 +260,11 @@ def test_an_export_as_a_base_model(parts: Parts, exported: Path, tmp_path: Path)
 ORDERS = {
     "npt_fast first": "import npt_fast; from transformers import AutoConfig",
     "transformers first": "from transformers import AutoConfig; import npt_fast",
+    "looked for before": """
+import importlib.util, npt_fast
+importlib.util.find_spec("transformers.models.auto.configuration_auto")
+from transformers import AutoConfig
+""",
     "transformers alone": "from transformers import AutoConfig",
 }
 

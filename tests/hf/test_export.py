@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import npt_fast as npt
 from npt_fast.hf import base_model
 from npt_fast.hf import export as module
+from npt_fast.hf.fingerprint import fingerprint, stored_fingerprint
 from tests.checkpoints import flip_byte, layer_weights, write_checkpoint
 from tests.hf.exports import Parts, load, logits, write_parts
 from tests.training import tiny
@@ -140,7 +142,7 @@ def test_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = (tmp_path / "tree").rename(tmp_path / "moved")
     assert torch.equal(logits(load(moved / "out")), expected)
     shutil.rmtree(moved / "base")
-    with pytest.raises(npt.ModelError, match=rf"base model is missing: no such .*{moved}/base"):
+    with pytest.raises(npt.ModelError, match=rf"its base model {moved}/base is missing"):
         load(moved / "out")
 
 
@@ -262,6 +264,9 @@ def test_another_base(shared: Parts, tmp_path: Path) -> None:
     options = {"model_name": str(other)}
     refuse("another base model of the same sizes", out, shared.checkpoint, **options)
     npt.export(shared.checkpoint, out, **options, allow_different_base=True)
+    own = fingerprint(load(other))
+    assert config_of(out)["npt"]["base_model"]["fingerprint"] == own
+    assert json.loads((out / "npt_config.json").read_text())["base_model"]["fingerprint"] != own
     with pytest.warns(npt.errors.NPTWarning, match="another base model of the same sizes"):
         load(out)
 
@@ -276,12 +281,29 @@ def test_another_base(shared: Parts, tmp_path: Path) -> None:
         ({"architectures": None}, "architectures must begin with a causal language model"),
         ({"npt": {}}, r"has NP layers itself; give its base model \(--model_name\)"),
         ({"attn_implementation": "a/b"}, "asks for a kernel from the Hub"),
+        ({"rms_norm_eps": math.nan}, "config.json: rms_norm_eps is nan, which JSON does not have"),
+        ({"rope": {"long": [1.0, -math.inf]}}, "config.json: long is -inf"),
+        ({"vocab_size": None}, "config.json: vocab_size must be a whole number"),
+        ({"hidden_size": "32"}, "config.json: hidden_size must be a whole number .* not '32'"),
+        ({"vocab_size": 1 << 40}, "vocab_size 1099511627776 does not fit the weights"),
     ],
 )
 def test_configs_that_are_refused(content: dict[str, Any], problem: str, tmp_path: Path) -> None:
     parts = write_parts(tmp_path / "parts")
     change(parts.base, **content)
     refuse(problem, tmp_path / "out", parts.checkpoint)
+
+
+@pytest.mark.parametrize("options", [{}, {"reference": True}, {"hardlink": True}], ids=str)
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", "short"])
+def test_base_weights_that_cannot_be_read(
+    content: bytes | str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    parts = write_parts(tmp_path / "parts")
+    weights = parts.base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] if isinstance(content, str) else content)
+    options |= {"allow_different_base": True}
+    refuse("base/model.safetensors: cannot be read", tmp_path / "out", parts.checkpoint, **options)
 
 
 def test_base_folders_that_are_refused(tmp_path: Path) -> None:
@@ -293,7 +315,11 @@ def test_base_folders_that_are_refused(tmp_path: Path) -> None:
     refuse(f"{shard.name}: not a regular file", out, parts.checkpoint)
     for path in parts.base.glob("model*"):
         path.unlink()
-    refuse("holds no model.safetensors or pytorch_model.bin", out, parts.checkpoint)
+    for reference in (True, False):
+        refuse(
+            "holds no model.safetensors or pytorch_model.bin",
+            out, parts.checkpoint, reference=reference,
+        )  # fmt: skip
     (parts.base / "config.json").unlink()
     refuse("has no config.json: it is no base model", out, parts.checkpoint)
 
@@ -372,8 +398,6 @@ def test_float16_weights_have_no_fingerprint(shared: Parts, tmp_path: Path) -> N
 
 
 def test_fingerprints_of_folders(tmp_path: Path) -> None:
-    from npt_fast.hf.fingerprint import fingerprint, stored_fingerprint
-
     for family in models.FAMILIES:
         parts = write_parts(tmp_path / family, family, max_shard_size="40KB")
         assert stored_fingerprint(parts.base) == fingerprint(load(parts.base)) is not None

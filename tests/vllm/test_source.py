@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.vllm.source import ARCHITECTURES, OVERRIDE, check, describe, open_source
 from tests.checkpoints import flip_byte, layer_weights, write_checkpoint
 from tests.hf.exports import Parts, write_parts
+from tests.training import tiny
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +53,47 @@ def test_what_is_refused_at_the_start(parts: Parts, tmp_path: Path) -> None:
     npt.export(parts.checkpoint, tmp_path / "out")
     given = model_config(tmp_path / "out")
     source = open_source(given)
-    check(source, given.hf_config, 3)
+    check(source, given, 3)
     with pytest.raises(npt.ModelError, match=r"tensor parallel size 5 does not divide .* width 48"):
-        check(source, given.hf_config, 5)
+        check(source, given, 5)
     with pytest.raises(npt.ModelError, match="hidden_size 32, the model has 64"):
-        check(source, AutoConfig.for_model("llama", hidden_size=64, num_hidden_layers=4), 1)
-    gemma = AutoConfig.for_model("gemma", architectures=["NPTGemmaForCausalLM"])
+        check(source, model_config(tmp_path / "out", hidden_size=64), 1)
+    gemma = ["NPTGemmaForCausalLM"]
     with pytest.raises(npt.ModelError, match="not in NPTGemmaForCausalLM; load it with"):
-        check(source, gemma, 1)
+        check(source, model_config(tmp_path / "out", architectures=gemma), 1)
     dual = write_checkpoint(tmp_path / "np", layer_weights(1, modulation="dual", d=32, f=48))
     other = open_source(model_config(tmp_path / "out", **{OVERRIDE: str(dual)}))
     with pytest.raises(npt.ModelError, match="no file says whether layer 1 keeps attention"):
-        check(other, given.hf_config, 1)
+        check(other, given, 1)
     flip_byte(tmp_path / "out" / "npt_weights.safetensors", -5)
     with pytest.raises(npt.CheckpointError, match="its SHA-256 differs"):
         open_source(given)
+
+
+def test_another_base_of_the_same_sizes(parts: Parts, tmp_path: Path) -> None:
+    other = tiny.save(tmp_path / "other")
+    options = {"allow_different_base": True, "model_name": str(other)}
+    npt.export(parts.checkpoint, tmp_path / "meant", **options)
+    meant = model_config(tmp_path / "meant")
+    check(open_source(meant), meant, 1)
+    problem = r"np: belongs to another base model of the same sizes than .*/meant"
+    with pytest.raises(npt.ModelError, match=problem):
+        named = model_config(tmp_path / "meant", **{OVERRIDE: str(parts.checkpoint)})
+        check(open_source(named), named, 1)
+    for reference in (True, False):
+        out = tmp_path / f"out-{reference}"
+        npt.export(parts.checkpoint, out, model_name=str(parts.base), reference=reference)
+        given = model_config(out)
+        check(open_source(given), given, 1)
+        content = json.loads((out / "config.json").read_text())
+        if reference:
+            content["npt"]["base"]["folder"] = str(other)
+            (out / "config.json").write_text(json.dumps(content))
+        else:
+            shutil.copy(other / "model.safetensors", out)
+        given = model_config(out)
+        with pytest.raises(npt.ModelError, match="belongs to another base model"):
+            check(open_source(given), given, 1)
 
 
 def test_the_architectures_are_those_of_exports(tmp_path: Path) -> None:
