@@ -1,9 +1,10 @@
 """The modulation, which users extract from a text, combine, save and inject.
 
 Each layer and projection has ``dW = sum_i v_b_i v_a_i'``, stored as ``v_a (n, in)`` and
-``v_b (n, out)``. Arithmetic (``a + b``, ``a - b``, ``2 * a``, ``-a``, `mean`) acts on dW and is
-exact: it concatenates terms or scales v_b. Arithmetic on the vectors would not be: twice the
-vectors is four times dW, and their negatives are the same dW (design.md#modulation-arithmetic).
+``v_b (n, out)``. Arithmetic (``a + b``, ``a - b``, ``2 * a``, ``a / 2``, ``-a``, ``sum``, `mean`)
+acts on dW and is exact: it concatenates terms or scales v_b. Arithmetic on the vectors would not
+be: twice the vectors is four times dW, and their negatives are the same dW
+(design.md#modulation-arithmetic).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from npt_fast.transfer.origin import bounded, describe
 from npt_fast.transfer.terms import Layers, Terms, truncated
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Modulation:
     """Weight changes dW of some NP layers, as rank-1 terms.
 
@@ -50,6 +52,10 @@ class Modulation:
 
     def __add__(self, other: Modulation) -> Modulation:
         return _concatenated([self, other], bounded({"sum": [self.origin, other.origin]}))
+
+    def __radd__(self, other: int) -> Modulation:
+        """``sum(modulations)`` begins with 0."""
+        return self if other == 0 else NotImplemented
 
     def __sub__(self, other: Modulation) -> Modulation:
         return self + -other
@@ -74,6 +80,17 @@ class Modulation:
         )
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Modulation:
+        """Divide dW by a number that is not 0."""
+        if divisor == 0:
+            raise TransferError("a modulation cannot be divided by 0")
+        return self * (1 / divisor)
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        about = shorten(self.description, 80, placeholder=" ...")
+        return f"<Modulation of layers {layers}: {about}; terms: {self.terms}>"
 
     @property
     def terms(self) -> int:

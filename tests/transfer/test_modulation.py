@@ -25,6 +25,8 @@ COMBINATIONS: dict[str, tuple[Combination, Combination]] = {
     "a - b": (lambda a, b: a - b, lambda a, b: a - b),
     "2 * a": (lambda a, b: 2 * a, lambda a, b: a + a),
     "a * 0.5": (lambda a, b: a * 0.5, lambda a, b: a / 2),
+    "a / 4": (lambda a, b: a / 4, lambda a, b: 0.25 * a),
+    "sum": (lambda a, b: sum([a, b, b]), lambda a, b: a + b + b),  # type: ignore[return-value]
     "-a": (lambda a, b: -a, lambda a, b: 0 - a),
     "mean": (lambda a, b: npt.mean([a, b, b]), lambda a, b: (a + b + b) / 3),
     "0.7 * a - (b - a)": (lambda a, b: 0.7 * a - (b - a), lambda a, b: 1.7 * a - b),
@@ -171,6 +173,12 @@ def test_magnitude_is_the_mean_norm_of_the_tensors() -> None:
     assert m.magnitude(2) == pytest.approx(expected, rel=1e-12)
 
 
+def test_its_repr_is_a_line_without_numbers() -> None:
+    found = repr(npt.extract(converted(), tokenizer, SOURCE) / 2)
+    assert found.startswith("<Modulation of layers 1, 2: 0.5 * ") and "lake" in found
+    assert "\n" not in found and "tensor" not in found and len(found) < 140
+
+
 def test_terms_of_extracted_ones_are_vectors_and_of_combined_ones_are_not() -> None:
     m = npt.extract(converted(), tokenizer, SOURCE)
     assert m.vectors and m.terms == 2 and m.only([2]).vectors and m.to("cpu").vectors
@@ -219,6 +227,8 @@ def test_nothing_and_what_is_no_number() -> None:
     for factor in (math.nan, math.inf, 10**400):
         with pytest.raises(npt.TransferError, match="cannot be multiplied by"):
             factor * random_modulation()
+    with pytest.raises(npt.TransferError, match="cannot be divided by 0"):
+        random_modulation() / 0
     with pytest.raises(TypeError):
         random_modulation() * random_modulation()  # type: ignore[operator]
 
