@@ -57,9 +57,11 @@ def compare(
     facts = {
         "checkpoint": model.checkpoint,
         "model": model.base.model_name,
-        "injected": modulation.description,
-        "reading": str(texts.reading),
-        "mode": f"{injection.mode}, strength {injection.strength:g}, {injection.when}",
+        "modulation": modulation.description,
+        "reading": texts.reading,
+        "mode": injection.mode,
+        "strength": injection.strength,
+        "when": injection.when,
     }
     lines = partial(_lines, injection.when)
     page = partial(report.comparison_html, when=injection.when)

@@ -72,7 +72,7 @@ def warn(message: str) -> None:
 
 
 def show_report(
-    facts: Mapping[str, str],
+    facts: Mapping[str, Any],
     found: Found,
     lines: Callable[[Found], Iterable[str]],
     page: Callable[[Found, Mapping[str, str]], str],
@@ -83,22 +83,25 @@ def show_report(
     """Show what an injection did: a page if `html` is a path, and JSON or lines.
 
     Args:
-        facts: What was injected, and how.
+        facts: What was injected, and how: values of JSON, and how texts are read.
         found: A dataclass with the results.
         lines: Renders the results as lines.
         page: Renders the results and the facts as HTML.
         html: File for the page.
         json: Print JSON in place of lines.
     """
+    from npt_fast.hf.tokenizer import Reading
     from npt_fast.transfer.report import write
 
+    texts = {name: str(value) for name, value in facts.items()}
     if html is not None:
-        write(page(found, facts), html)
+        write(page(found, texts), html)
     if json:
-        print_json({**facts, **asdict(found)})
+        data = {name: asdict(v) if isinstance(v, Reading) else v for name, v in facts.items()}
+        print_json({**data, **asdict(found)})
         return
-    for name, value in facts.items():
-        say(f"{name.capitalize()}: {value}")
+    for name, text in texts.items():
+        say(f"{name.capitalize()}: {text}")
     for line in lines(found):
         say(line)
 

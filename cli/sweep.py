@@ -61,8 +61,8 @@ def sweep(
     facts = {
         "checkpoint": model.checkpoint,
         "model": model.base.model_name,
-        "injected": modulation.description,
-        "reading": str(texts.reading),
+        "modulation": modulation.description,
+        "reading": texts.reading,
         "prompt": texts.prompt,
         "position": position,
         "mode": mode,

@@ -47,7 +47,9 @@ def test_json_is_the_librarys(place: Place, checkpoint: Path, capsys: Any) -> No
     assert [t["after"] for t in found["tracked"]] == pytest.approx(
         [token.after for token in expected.tracked]
     )
-    assert found["mode"] == "exact-add, strength -1.5, both"
+    assert (found["mode"], found["strength"], found["when"]) == ("exact-add", -1.5, "both")
+    assert found["reading"] == {"special_tokens": True, "chat": False}
+    assert found["modulation"] == source.description
     assert found["injected"] != found["no_injection"]
 
 
@@ -114,7 +116,7 @@ def test_how_texts_are_read(
     how = {"--chat": "as a chat message", "--no-special-tokens": "without special tokens"}
     assert f"Reading: {how.get(*option, '') if option else 'with special tokens'}" in out
     source = [*tokens[: tokens.index("d")], *"abc", *tokens[tokens.index("d") + 4 :]]
-    assert f'Injected: "abc" at {len(source) - 1} {source[-1]!r}' in out.splitlines()
+    assert f'Modulation: "abc" at {len(source) - 1} {source[-1]!r}' in out.splitlines()
 
 
 def test_a_chat_without_a_template(place: Place, checkpoint: Path, capsys: Any) -> None:
