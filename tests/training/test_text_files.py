@@ -24,7 +24,7 @@ ALPHABET = 'ab \n\t"\\{}[],:é語😀\u2028\x7f'
 
 
 def texts(path: Path) -> list[str]:
-    return list(text_files.read_documents(SourceFile.of(path)))
+    return list(text_files.read_contents(SourceFile.of(path)))
 
 
 # ---- their documents
