@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub.utils import (
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
 )
-from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 

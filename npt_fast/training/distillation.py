@@ -252,8 +252,13 @@ class Distillation(nn.Module):
                 losses = losses._replace(agreement=compared)
         return losses
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibrate` was called."""
+        return self._typical.keys() == self.layer_weights.keys()
+
     @torch.no_grad()
-    def calibrate(self, input_ids: Tensor, layers: Sequence[int]) -> None:
+    def calibrate(self, input_ids: Tensor, layers: Sequence[int] | None = None) -> None:
         """Scale W_down of fresh layers so that the bottleneck's median RMS on a text is 1.
 
         The text also tells how large attention outputs usually are (`bounded_errors`). On the way,
@@ -265,7 +270,8 @@ class Distillation(nn.Module):
 
         Args:
             input_ids: the text, ``(B, S)``.
-            layers: fresh layers; there may be none.
+            layers: fresh layers; there may be none. By default those that are the base model's yet,
+                as ``npt.convert`` leaves them.
 
         Raises:
             ModelError: a base layer does more than the targets say.
@@ -274,10 +280,14 @@ class Distillation(nn.Module):
         trained = trained_layers(self.model)
         for layer, seen in activations.items():
             self._typical_square(layer, seen.attention, torch.ones_like(input_ids))
-        for layer in layers:
+        for layer in filter(self._is_fresh, trained) if layers is None else layers:
             w_down = trained[layer].w_down
             u = activations[layer].attention.to(w_down.dtype) @ w_down
             w_down.div_(u.square().mean(-1).sqrt().median())
+
+    def _is_fresh(self, layer: int) -> bool:
+        views = components(self.model)[layer].split().items()
+        return not any(view.any() for name, view in views if "W_b_up" in name)
 
     def _direct(
         self,

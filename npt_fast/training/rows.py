@@ -22,7 +22,7 @@ from npt_fast.paths import user_path
 
 _LARGEST_TEMPLATE = 1 << 20  # bytes; the longest that models come with has 20 KB
 
-_COLUMNS = ("text", "messages", "prompt and completion", "input_ids")
+_COLUMNS = "text, messages, prompt and completion, or input_ids"
 
 Document = str | list[int]
 
@@ -33,7 +33,7 @@ class MissingContent(ValueError):
     @classmethod
     def of(cls, kinds: Mapping[str, str], column: str | None) -> MissingContent:
         """The error of a row with columns of these types, where `column` is wanted, if given."""
-        wanted = f"named {column}" if column else ", ".join(_COLUMNS)
+        wanted = f"named {column}" if column else _COLUMNS
         has = ", ".join(f"{name!s:.40} ({kind})" for name, kind in islice(kinds.items(), 20))
         return cls(f"needs a text in a column {wanted}, has {has or 'nothing'}")
 
@@ -138,7 +138,7 @@ def open_rows(rows: Iterable[Any]) -> Any:
     Returns:
         An iterable with ``state_dict`` and ``load_state_dict``; it leaves `rows` as it is.
     """
-    if isinstance(rows, datasets.Dataset):
+    if isinstance(rows, datasets.Dataset) and len(rows):
         return rows.with_format(None).to_iterable_dataset()
     if isinstance(rows, datasets.IterableDataset):
         rows = rows.with_format(None)  # a copy, which gives Python's own objects

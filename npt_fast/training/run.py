@@ -154,7 +154,7 @@ def train_here(
         if run is not None:
             with disk_errors(output, TrainingError):
                 metrics = MetricsLog(output, first_step)
-                (output / CONFIG).write_bytes(strict_json.dump(arguments.config))
+                (output / CONFIG).write_bytes(strict_json.dump(dict(arguments.config)))
         _say_setup(options, model, layers, output, first_step)
         with _deferred_signals() as stop_signal, tracked(options, output):
             trainer = RunTrainer(
@@ -225,7 +225,7 @@ class _Arguments(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         # not every tracker accepts lists
         plain = {n: str(v) if isinstance(v, list) else v for n, v in self.config.items()}
-        return {**super().to_dict(), **plain}
+        return {**super().to_dict(), **plain}  # type: ignore[no-untyped-call]
 
 
 def _training_arguments(options: TrainOptions, output: Path) -> _Arguments:

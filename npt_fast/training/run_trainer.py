@@ -47,7 +47,7 @@ from npt_fast.training.samples import samples
 from npt_fast.training.state import restore_optimizer
 from npt_fast.training.step_metrics import StepMetrics
 from npt_fast.training.token_windows import TokenWindows
-from npt_fast.training.trackers import start_trackers
+from npt_fast.training.trackers import start_tracker, tracker_of
 from npt_fast.training.trainer import NPTTrainer
 
 
@@ -99,7 +99,7 @@ class RunTrainer(NPTTrainer):
             train_dataset=windows,
             eval_dataset=held_out,
         )
-        start_trackers(self)
+        start_tracker(self, tracker_of(options))
         # they print to stdout, which is for the report
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
@@ -291,11 +291,11 @@ class RunTrainer(NPTTrainer):
         begun = time.monotonic()
         last = step >= options.max_steps
         self.stopped_by = 0 if last else self._agreed_stop()
-        due = options.eval_steps and (step % options.eval_steps == 0 or last)
-        better = self._evaluate_now() if due or control.should_evaluate else False
-        due = step % options.save_steps == 0 or last or self.stopped_by
-        if due or control.should_save or better:
-            self._write(step, numbered=bool(due or control.should_save), best=better)
+        evaluates = options.eval_steps and (step % options.eval_steps == 0 or last)
+        better = self._evaluate_now() if evaluates or control.should_evaluate else False
+        saves = step % options.save_steps == 0 or last or self.stopped_by or control.should_save
+        if saves or better:
+            self._write(step, numbered=bool(saves), best=better)
         if options.generation_steps and step % options.generation_steps == 0:
             self._sample()
         self._step_metrics.exclude(time.monotonic() - begun)

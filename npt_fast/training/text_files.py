@@ -75,7 +75,7 @@ def _json_contents(file: SourceFile, column: str | None) -> Iterator[Any]:
                 content = content_of(row, column)
             except MissingContent as error:
                 raise DataError(f"{file.path}: row {number} {error}") from None
-            if not isinstance(content, str | list):
+            if not _is_content(content):
                 kinds = {name: type(value).__name__ for name, value in row.items()}
                 raise _no_text(file, number, kinds, column)
             if len(content) > LONGEST:
@@ -90,6 +90,12 @@ def _json_contents(file: SourceFile, column: str | None) -> Iterator[Any]:
             yield content
 
 
+def _is_content(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and set(map(type, value)) in ({dict}, {int})
+    )
+
+
 def _parquet_contents(file: SourceFile, column: str | None) -> Iterator[Any]:
     """Yield a column of texts, or chats of the columns ``prompt`` and ``completion``."""
     with file.open() as fd, open(fd, "rb", closefd=False) as stream:
@@ -99,12 +105,12 @@ def _parquet_contents(file: SourceFile, column: str | None) -> Iterator[Any]:
         if values is None and column is None and kinds.keys() >= {"prompt", "completion"}:
             names = ("prompt", "completion")
             found = {name: parquet_values(stream, name, LONGEST)[1] for name in names}
-        columns = [values for values in found.values() if values is not None]
+        columns = [texts for texts in found.values() if texts is not None]
         if len(columns) < len(found):
             raise _no_text(file, 0, kinds, column)
-        for number, values in enumerate(zip(*columns, strict=True)):
-            row = dict(zip(found, values, strict=True))
-            if None in values:
+        for number, texts in enumerate(zip(*columns, strict=True)):
+            row = dict(zip(found, texts, strict=True))
+            if None in texts:
                 empty = {name: "NoneType" for name, text in row.items() if text is None}
                 raise _no_text(file, number, {**kinds, **empty}, column)
             yield content_of(row, column)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from transformers import Trainer
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from npt_fast.config import Tracker, TrainOptions
 from npt_fast.errors import TrainingError
@@ -72,13 +72,13 @@ def tracked(options: TrainOptions, folder: Path) -> Iterator[None]:
                     library.finish()
 
 
-def start_trackers(trainer: Trainer) -> None:
-    """Start the trackers of a Trainer now, which it would do when training begins.
+def start_tracker(trainer: Trainer, name: str) -> None:
+    """Start a tracker of a Trainer now, which it would do when training begins.
 
     Raises:
-        TrainingError: a tracker does not start.
+        TrainingError: it does not start.
     """
-    for kind in get_reporting_integration_callbacks(trainer.args.report_to):
+    for kind in get_reporting_integration_callbacks(name):  # type: ignore[no-untyped-call]
         for callback in trainer.callback_handler.callbacks:
             if not isinstance(callback, kind):
                 continue
@@ -89,8 +89,7 @@ def start_trackers(trainer: Trainer) -> None:
             except Exception as error:  # a tracker fails in its own ways: no key, no network, ...
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise TrainingError(
-                    f"track {trainer.args.report_to[0]}: does not start: {reason}; {LOG} has the "
-                    "metrics without it too"
+                    f"track {name}: does not start: {reason}; {LOG} has the metrics without it too"
                 ) from error
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from npt_fast.config import CURRICULUM, TrainOptions
 from npt_fast.errors import ModelError
@@ -72,6 +73,18 @@ class NPTTrainer(Trainer):
         super().__init__(model, args, **options)
         model.config.use_cache = use_cache  # Trainer turns it off, but the base model is run apart
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as Trainer does; before, the first rows calibrate the `Distillation`, if none have."""
+        if not self.distillation.calibrated:
+            batch = next(iter(self.get_eval_dataloader(self.train_dataset)))
+            ids, mask = batch["input_ids"], batch.get("attention_mask")
+            if mask is not None:  # the longest rows, without their padding
+                lengths = mask.sum(-1)
+                longest = lengths == lengths.max()
+                ids = ids[longest][:, mask[longest][0] > 0]
+            self.distillation.calibrate(ids)
+        return super().train(*args, **kwargs)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create AdamW with one group over all NP parameters."""
         if self.optimizer is None:
@@ -123,7 +136,7 @@ class NPTTrainer(Trainer):
         metrics = {
             f"{metric_key_prefix}_{name}": value for name, value in figures.numbers().items()
         }
-        return EvalLoopOutput(None, None, metrics, self.num_examples(dataloader))
+        return EvalLoopOutput(np.empty(0), None, metrics, self.num_examples(dataloader))
 
     def _losses(self, model: Any, inputs: Mapping[str, Any]) -> Losses:
         losses: Losses = model(**inputs, stage=self._current_stage(self.state.global_step))
@@ -143,7 +156,7 @@ class NPTTrainer(Trainer):
         """Write the NP layers alone, where Trainer would write the whole model."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".npt-fast-", dir=folder) as temporary:
             for file in save(self.distillation.model, Path(temporary, "layers")).iterdir():

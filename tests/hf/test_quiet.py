@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub.utils import (
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
 )
-from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 import npt_fast as npt

@@ -151,11 +151,11 @@ BAD_JSON = {
     '{"text": "a", "text": "b"}': "row 0: a key occurs twice",
     '{"text": "\\ud800"}': "row 0: its text holds half a character",
     '{"text": "a", "n": 1' + "0" * 5000 + "}": "row 0: Exceeds the limit",
-    '{"n": 1}': r"row 0 needs .* text, has n \(int\)",
-    "{}": "row 0 needs .* text, has nothing",
-    '{"text": "a"}\n{"text": null}': r"row 1 needs .* text, has text \(NoneType\)",
-    '{"text": "a"}\n{"text": ["b"]}': r"row 1 needs .* text, has text \(list\)",
-    '{"text": "a"}\n{"n": 2}': r"row 1 needs .* text, has n \(int\)",
+    '{"n": 1}': r"row 0 needs .*, has n \(int\)",
+    "{}": "row 0 needs .*, has nothing",
+    '{"text": "a"}\n{"text": null}': r"row 1 needs .*, has text \(NoneType\)",
+    '{"text": "a"}\n{"text": ["b"]}': r"row 1 needs .*, has text \(list\)",
+    '{"text": "a"}\n{"n": 2}': r"row 1 needs .*, has n \(int\)",
 }
 
 
