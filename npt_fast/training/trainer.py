@@ -74,7 +74,7 @@ class NPTTrainer(Trainer):
         model.config.use_cache = use_cache  # Trainer turns it off, but the base model is run apart
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as Trainer does; before, the first rows calibrate the `Distillation`, if none have."""
+        """Train as Trainer does; the first rows calibrate a `Distillation` that is not."""
         if not self.distillation.calibrated:
             batch = next(iter(self.get_eval_dataloader(self.train_dataset)))
             ids, mask = batch["input_ids"], batch.get("attention_mask")
