@@ -256,6 +256,7 @@ class RunTrainer(NPTTrainer):
     def begin(self) -> None:
         """Restore the run from the checkpoint, once Trainer has created model and optimizer."""
         self.state.global_step = self._globalstep_last_logged = self.first_step
+        self.state.best_metric = self.best_kl
         if self.training_state is not None and self.resumed is not None:
             fresh = restore_optimizer(
                 self._unwrapped_optimizer(), self._components(), self.training_state, self.resumed

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from npt_fast.config import CURRICULUM, TrainOptions
-from npt_fast.errors import ModelError
+from npt_fast.errors import ModelError, TrainingError
 from npt_fast.hf.checkpoint import load, save
 from npt_fast.hf.convert import components
 from npt_fast.modules import NPComponent
@@ -69,7 +69,7 @@ class NPTTrainer(Trainer):
                 "npt.load(..., trainable=True) reads some"
             )
         self.stages = parse_curriculum(curriculum_stages)
-        use_cache = model.config.use_cache
+        use_cache = getattr(model.config, "use_cache", True)
         super().__init__(model, args, **options)
         model.config.use_cache = use_cache  # Trainer turns it off, but the base model is run apart
 
@@ -153,7 +153,16 @@ class NPTTrainer(Trainer):
         return clip_each(self._components().values(), self.args.max_grad_norm)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the NP layers alone, where Trainer would write the whole model."""
+        """Write the NP layers alone, where Trainer would write the whole model.
+
+        Raises:
+            TrainingError: FSDP has shared them out.
+        """
+        if self.is_fsdp_enabled:
+            raise TrainingError(
+                "NPTTrainer does not save layers that FSDP has shared out; npt.train does, with "
+                "parallel='fsdp2'"
+            )
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir or ".")
