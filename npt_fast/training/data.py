@@ -14,6 +14,7 @@ from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.config import Progress, TrainOptions
 from npt_fast.errors import DataError, TrainingError
 from npt_fast.hf.base_model import default_device, load_base_model
+from npt_fast.hf.wrappers import unwrapped
 from npt_fast.text_sources import (
     SAMPLED,
     STREAMED,
@@ -179,7 +180,7 @@ def open_windows(
             sampled=sampled,
             rows=source.rows,
             text_column=text_column if sampled is None else None,
-            vocabulary=model.get_input_embeddings().num_embeddings,
+            vocabulary=unwrapped(model).get_input_embeddings().num_embeddings,
             start=parts[number] if start is not None else None,
         )
 
