@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
+
+from torch import nn
 
 from npt_fast.config import Progress, TrainOptions
 from npt_fast.text_sources import TextData
@@ -13,18 +15,15 @@ from npt_fast.training.given import Given
 from npt_fast.training.launch import launch
 from npt_fast.training.run import TrainReport, say, train_here
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-
 
 def train(
     options: TrainOptions,
     *,
-    model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
     train_dataset: TextData | None = None,
     eval_dataset: TextData | None = None,
-    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    callbacks: Sequence[Any] = (),
     progress: Progress | None = None,
 ) -> TrainReport:
     """Train NP layers of a base model, from scratch or from a checkpoint.
