@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from npt_fast.errors import DataError
 from npt_fast.layer_names import check_layers, parse_layers
 from npt_fast.paths import expand
 from npt_fast.text_sources import parse_data
@@ -265,6 +266,7 @@ class TrainOptions:
     Raises:
         ValueError: an option has a value that is not allowed, or two exclude each other.
         PathError: a path cannot be expanded.
+        DataError: a text is an object, which `npt_fast.train` takes.
     """
 
     train_layers: str | Sequence[int]
@@ -373,7 +375,7 @@ def _check(options: object, name: str, parse: Callable[[str], object]) -> None:
     try:
         if given is not None:
             parse(given)
-    except ValueError as error:
+    except (ValueError, DataError) as error:
         raise type(error)(f"{name}: {error}") from None
 
 

@@ -51,7 +51,7 @@ def parse_data(text: str | os.PathLike[str]) -> tuple[Source, ...]:
     """
     if not isinstance(text, str | os.PathLike):
         raise DataError(
-            f"a {type(text).__name__} is no name of a text; npt.train takes data sets as "
+            f"{type(text).__name__}: is no name of a text; npt.train takes data sets as "
             "train_dataset and eval_dataset"
         )
     text = os.fspath(text)
@@ -75,15 +75,15 @@ def sources_of(data: TextData) -> tuple[Source, ...]:
     name = type(data).__name__
     if isinstance(data, Mapping):
         parts = ", ".join(f"{part!s:.40}" for part in list(data)[:20])
-        raise DataError(f"a {name} is several data sets; give one of them: {parts}")
+        raise DataError(f"{name}: is several data sets; give one of them: {parts}")
     if isinstance(data, bytes | bytearray) or not hasattr(data, "__iter__"):
         raise DataError(
-            f"a {name} is no text; give a data set, an iterable of texts or of lists of token ids, "
+            f"{name}: is no text; give a data set, an iterable of texts or of lists of token ids, "
             "or the name of a text"
         )
     if iter(data) is data:
         raise DataError(
-            f"a {name} can be read once, but a text is read from its beginning several times; give "
+            f"{name}: can be read once, but a text is read from its beginning several times; give "
             "a list, or an object whose __iter__ starts anew"
         )
     return (Source(name, rows=data),)

@@ -35,18 +35,22 @@ class Given:
     def check(self, options: TrainOptions) -> None:
         """Raise TrainingError if an object is of another kind, or does not go with the options."""
         if not isinstance(options, TrainOptions):
-            raise TrainingError(f"options is a {type(options).__name__}; give npt.TrainOptions")
+            raise TrainingError(
+                f"options: is of type {type(options).__name__}; give npt.TrainOptions"
+            )
         if (self.model is None) != (self.tokenizer is None):
             raise TrainingError("model and tokenizer belong together; give both or none")
         if self.model is not None and not isinstance(self.model, nn.Module):
             raise TrainingError(
-                f"model is a {type(self.model).__name__}; give a causal language model, or name it "
-                "with model_name in the options"
+                f"model: is of type {type(self.model).__name__}; give a causal language model, or "
+                "name it with model_name in the options"
             )
         if self.tokenizer is not None and not hasattr(self.tokenizer, "eos_token_id"):
-            raise TrainingError(f"tokenizer is a {type(self.tokenizer).__name__}, no tokenizer")
+            raise TrainingError(
+                f"tokenizer: is of type {type(self.tokenizer).__name__}; give a tokenizer"
+            )
         if not isinstance(self.callbacks, Sequence) or not all(map(_is_callback, self.callbacks)):
-            raise TrainingError("callbacks must be a list of transformers' TrainerCallback")
+            raise TrainingError("callbacks: must be a list of transformers' TrainerCallback")
         for name, data in (("data", self.train_dataset), ("eval_data", self.eval_dataset)):
             if data is not None and getattr(options, name) is not None:
                 raise TrainingError(f"{name} is named, and a data set is given; leave one out")

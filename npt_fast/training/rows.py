@@ -85,7 +85,9 @@ def document_of(content: Any, tokenizer: Any, vocabulary: int | None = None) -> 
     if isinstance(content, list | tuple) and content and isinstance(content[0], Mapping):
         return chat_ids(tokenizer, content, remedy="give one with chat_template")
     if not hasattr(content, "__len__") or isinstance(content, Mapping | bytes):
-        raise MissingContent(f"is a {type(content).__name__}, not a text, a chat or token ids")
+        raise MissingContent(
+            f"is of type {type(content).__name__}, not a text, a chat or token ids"
+        )
     if not len(content):
         return []
     try:
@@ -94,8 +96,8 @@ def document_of(content: Any, tokenizer: Any, vocabulary: int | None = None) -> 
         ids = np.empty((0, 0))
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise MissingContent(
-            f"is a {type(content).__name__} of {type(content[0]).__name__}, not a text, a chat or "
-            "token ids"
+            f"is of type {type(content).__name__} of {type(content[0]).__name__}, not a text, a "
+            "chat or token ids"
         )
     if vocabulary is not None and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise MissingContent(

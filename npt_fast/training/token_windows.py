@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from npt_fast.errors import DataError, NPTError
+from npt_fast.errors import DataError, ModelError, NPTError
 from npt_fast.hf.tokenizer import encode
 from npt_fast.training.documents import WITHOUT_A_PATH, open_documents, reason
 from npt_fast.training.rows import (
@@ -333,6 +333,8 @@ class TokenWindows(IterableDataset[Window]):
             yield
         except MissingContent as error:
             raise DataError(f"{self._source}: a row {error}") from None
+        except ModelError as error:  # of the chat template
+            raise ModelError(f"{self._source}: {error}") from error
         except NPTError:
             raise
         except Exception as error:  # the network, the Hub and every loader fail in their own way

@@ -122,7 +122,7 @@ def test_a_chat_template_of_a_file(tmp_path: Path) -> None:
     assert plain.chat_template is None
     assert tokens(rows, chat_template=template) == tokens(["why?!so!"] * 40, special_tokens=False)
     assert TOKENIZER.chat_template == own
-    with pytest.raises(npt.ModelError, match="has no chat template; give one with chat_template"):
+    with pytest.raises(npt.ModelError, match=r"^list: .*has no chat template; give one with "):
         open_windows(rows, MODEL, plain, max_length=8, held_out=3)
 
 
@@ -133,17 +133,20 @@ def test_a_chat_template_of_a_file(tmp_path: Path) -> None:
         (dataset(text=[]), r"^Dataset: is empty"),
         (dataset(body=["a"]), r"^Dataset: a row needs a text in a column text, .*has body \(str\)"),
         ([{}], "has nothing$"),
-        (dataset(text=[1]), r"^Dataset: a row is a int, not a text, a chat or token ids$"),
-        ([["a", "b"]], r"^list: a row is a list of str, not a text"),
+        (dataset(text=[1]), r"^Dataset: a row is of type int, not a text, a chat or token ids$"),
+        ([["a", "b"]], r"^list: a row is of type list of str, not a text"),
         ([[1, 258]], r"^list: a row has token ids from 1 to 258, the model has 0 to 257$"),
         ([[-1, 2]], "has token ids from -1 to 2"),
-        ([[[1], [2, 3]]], "is a list of list, not"),
-        ([1.5], "is a float, not"),
+        ([[[1], [2, 3]]], "is of type list of list, not"),
+        ([1.5], "is of type float, not"),
         (["ab", None], "has 3 tokens, "),
-        ((text for text in TEXTS), r"^a generator can be read once, .* give a list, or an"),
-        (datasets.DatasetDict(a=dataset(text=["a"]), b=dataset(text=["a"])), "of them: a, b$"),
-        (b"text", r"^a bytes is no text; give a data set"),
-        (5, r"^a int is no text; give a data set"),
+        ((text for text in TEXTS), r"^generator: can be read once, .* give a list, or an"),
+        (
+            datasets.DatasetDict(a=dataset(text=["a"]), b=dataset(text=["a"])),
+            r"^DatasetDict: is several .* of them: a, b$",
+        ),
+        (b"text", r"^bytes: is no text; give a data set"),
+        (5, r"^int: is no text; give a data set"),
     ],
 )
 def test_what_is_refused(rows: Any, message: str) -> None:
@@ -178,7 +181,7 @@ def test_rows_that_break_off() -> None:
 
 
 def test_options_take_names_alone() -> None:
-    with pytest.raises(npt.DataError, match=r"a list is no name of a text; .* train_dataset"):
+    with pytest.raises(npt.DataError, match=r"data: list: is no name of a text; .* train_dataset"):
         npt.TrainOptions(train_layers="1", data=TEXTS)  # type: ignore[arg-type]
     assert data_name(dataset(text=["a"])) == "Dataset"
 
