@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from npt_fast.config import TrainOptions
 from npt_fast.errors import TrainingError
+from npt_fast.hf.wrappers import unwrapped
 from npt_fast.text_sources import TextData, data_name
 
 
@@ -69,8 +70,9 @@ class Given:
         """
         changes: dict[str, Any] = {}
         if self.model is not None:
-            own = getattr(self.model, "name_or_path", "")
-            changes["model_name"] = own or type(self.model).__name__
+            model = unwrapped(self.model)
+            # a model's own name_or_path is the temporary folder of a GGUF file
+            changes["model_name"] = model.config.name_or_path or type(model).__name__
         if self.train_dataset is not None:
             changes["data"] = data_name(self.train_dataset)
         if self.eval_dataset is not None:

@@ -32,7 +32,7 @@ def train(
         options: how to train.
         model: the base model, in place of the one that the options name. It has the trained NP
             layers afterwards. Those of ``options.train_layers`` that it has before go on as they
-            are. Its files and messages call it ``model.name_or_path``.
+            are. Files and messages call it by the name in its config.
         tokenizer: the model's tokenizer; given together with it.
         train_dataset: training text, in place of ``options.data``: a ``datasets.Dataset`` or
             ``IterableDataset``, or any iterable that starts anew whenever it is iterated. Its rows

@@ -219,7 +219,7 @@ def test_a_model_of_ones_own(place: Place, tmp_path: Path) -> None:
     """It ends as the run that loads the same model by its name, and has the layers."""
     expected = place.train(tmp_path / "named")
     model = tiny.model(initializer_range=0.2)
-    model.name_or_path = "mine"
+    model.config._name_or_path = "mine"
     report = npt.train(options(place, tmp_path / "given"), model=model, tokenizer=tiny.tokenizer())
     runs.assert_same_end(report.checkpoint, expected)
     assert '"mine"' in (report.checkpoint / "npt_config.json").read_text()
