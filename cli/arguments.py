@@ -67,7 +67,9 @@ class WeightOptions:
     ) -> tuple[Any, Any]:
         """A base model on a device, for these checkpoints, and its tokenizer."""
         from npt_fast.hf.base_model import load_base_model
+        from npt_fast.hf.quiet import silence
 
+        silence()  # also what comes later: the program's output is its own
         return load_base_model(
             model_name,
             dtype=self.base_dtype,
@@ -176,6 +178,20 @@ class ReadingOptions(Reading):
     """`Reading`, of all texts that a verb reads."""
 
     special_tokens: SpecialTokens = True
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """Where the documents of a data set are.
+
+    Attributes:
+        text_column: Column of the data that holds texts, chats or token ids, given as for train.
+        chat_template: File with the template that makes texts of chats, given as for train.
+    """
+
+    text_column: str | None = None
+    chat_template: PathText | None = None
 
 
 @Parameter(name="*")

@@ -10,11 +10,18 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 import npt_fast as npt
-from npt_fast.cli.arguments import DataText, LayerOptions, ModelOptions, PathText, ReadingOptions
+from npt_fast.cli.arguments import (
+    DataText,
+    LayerOptions,
+    ModelOptions,
+    PathText,
+    ReadingOptions,
+    RowOptions,
+)
 from npt_fast.cli.output import certificate_lines, print_json, progress_bar, say
 from npt_fast.text_sources import data_name
 
-_MODEL, _LOADING, _READING = ModelOptions(), LayerOptions(), ReadingOptions()
+_MODEL, _LOADING, _READING, _ROWS = ModelOptions(), LayerOptions(), ReadingOptions(), RowOptions()
 
 
 def evaluate(
@@ -24,6 +31,7 @@ def evaluate(
     loading: LayerOptions = _LOADING,
     reading: ReadingOptions = _READING,
     data: DataText | None = None,
+    rows: RowOptions = _ROWS,
     first_tokens: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
     num_eval_samples: Annotated[int, Parameter(validator=Number(gte=1))] = 100,
     max_length: Annotated[int, Parameter(validator=Number(gte=2))] = 512,
@@ -84,6 +92,7 @@ def evaluate(
                 batch_size=batch_size,
                 special_tokens=reading.special_tokens,
                 first_tokens=first_tokens,
+                **asdict(rows),
                 progress=progress,
             )
         layers = [status.layer for status in npt.status(loaded)]

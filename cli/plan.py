@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
 from cyclopts.validators import Number
 
 import npt_fast as npt
-from npt_fast.cli.arguments import CheckpointOptions, DataText, PathText, SpecialTokens
+from npt_fast.cli.arguments import (
+    CheckpointOptions,
+    DataText,
+    PathText,
+    RowOptions,
+    SpecialTokens,
+)
 from npt_fast.cli.output import print_json, progress_bar, say
 from npt_fast.cli.plan_report import plan_folder, plan_json, plan_lines
+
+_ROWS = RowOptions()
 
 
 def _numbers(kind: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
@@ -28,6 +37,7 @@ def plan(
     *,
     model: CheckpointOptions,
     data: DataText = "python-docs",
+    rows: RowOptions = _ROWS,
     first_tokens: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
     counts: Annotated[
         tuple[int, ...],
@@ -89,6 +99,7 @@ def plan(
                 batch_size=batch_size,
                 special_tokens=special_tokens,
                 first_tokens=first_tokens,
+                **asdict(rows),
                 progress=progress,
             )
         if write is not None:

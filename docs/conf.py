@@ -39,7 +39,8 @@ nitpicky = (
 )
 myst_heading_anchors = 4  # so does a link to a section that does not exist
 nitpick_ignore_regex = [
-    ("py:.*", r"(collections|contextlib|pathlib|torch|typing)\..*|Tensor"),  # documented elsewhere
+    # documented elsewhere
+    ("py:.*", r"(collections|contextlib|os|pathlib|torch|transformers|typing)\..*|Tensor"),
     ("py:class", r"npt_fast\.hf\.convert\.Model"),  # a type variable: any torch module
     ("py:class", r"npt_fast\.checkpoint\.checkpoint\.Checkpoint"),  # an argument of our own calls
 ]

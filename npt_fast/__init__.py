@@ -42,11 +42,13 @@ if TYPE_CHECKING:
     )
     from npt_fast.hf.export import export
     from npt_fast.hf.quantize import quantize
+    from npt_fast.training.distillation import Distillation
     from npt_fast.training.evaluation import Evaluation, evaluate
     from npt_fast.training.plan import Plan, plan
     from npt_fast.training.run import TrainReport
     from npt_fast.training.sampling import sample_text
     from npt_fast.training.train import train
+    from npt_fast.training.trainer import NPTTrainer
     from npt_fast.transfer.bake import Baked, bake, export_lora
     from npt_fast.transfer.extract import extract
     from npt_fast.transfer.inject import Hits, inject
@@ -63,6 +65,7 @@ _HOMES = {
     "CheckpointError": "npt_fast.errors",
     "CheckpointReport": "npt_fast.checkpoint.inspect",
     "DataError": "npt_fast.errors",
+    "Distillation": "npt_fast.training.distillation",
     "Evaluation": "npt_fast.training.evaluation",
     "Hits": "npt_fast.transfer.inject",
     "LayerStatus": "npt_fast.hf.convert",
@@ -74,6 +77,7 @@ _HOMES = {
     "Modulation": "npt_fast.transfer.modulation",
     "NPTConfig": "npt_fast.config",
     "NPTError": "npt_fast.errors",
+    "NPTTrainer": "npt_fast.training.trainer",
     "Plan": "npt_fast.training.plan",
     "StorageError": "npt_fast.errors",
     "Study": "npt_fast.transfer.study_results",
@@ -118,6 +122,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointReport",
     "DataError",
+    "Distillation",
     "Evaluation",
     "Hits",
     "LayerStatus",
@@ -129,6 +134,7 @@ __all__ = [
     "Modulation",
     "NPTConfig",
     "NPTError",
+    "NPTTrainer",
     "Plan",
     "StorageError",
     "Study",

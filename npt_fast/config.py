@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from npt_fast.errors import DataError
 from npt_fast.layer_names import check_layers, parse_layers
 from npt_fast.paths import expand
 from npt_fast.text_sources import parse_data
@@ -30,6 +31,9 @@ WandbMode = Literal["online", "offline", "disabled"]
 InjectionMode = Literal["replace", "blend", "add", "exact-blend", "exact-add"]
 InjectionTime = Literal["prefill", "decode", "both"]
 SamplingStrategy = Literal["greedy", "top_k", "top_p", "sample"]
+
+
+CURRICULUM = "teacher:5000,mixed:5000:0.5,student:20000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +186,14 @@ class TrainOptions:
         resume_from: Checkpoint to resume from: one of this run, a merge, or one with other layers.
         data: Training text: small, medium, large or xlarge (Hugging Face datasets, streamed);
             python-docs (part of Python); self or self:TOKENS (sampled from the base model); or a
-            file, folder or glob of .txt, .md, .jsonl, .json or .parquet. Several, with commas
-            between them, take turns. By default that of the resumed run, or medium, or self where
-            medium cannot be streamed.
+            file, folder or glob of .txt, .md, .jsonl, .json or .parquet; or a data set of the
+            Hugging Face Hub, org/name:config:split, streamed. Several, with commas between them,
+            take turns. By default that of the resumed run, or medium, or self where medium cannot
+            be streamed.
+        text_column: Column of the data that holds texts, chats or token ids. By default the first
+            of text, messages, prompt with completion, and input_ids that there is.
+        chat_template: File with the Jinja template that makes texts of chats, instead of the
+            tokenizer's own.
         first_tokens: Texts that rows of self begin with, in turn, instead of the model's own first
             token.
         eval_data: Held-out text; by default the first windows of data are held out.
@@ -257,12 +266,15 @@ class TrainOptions:
     Raises:
         ValueError: an option has a value that is not allowed, or two exclude each other.
         PathError: a path cannot be expanded.
+        DataError: a text is an object, which `npt_fast.train` takes.
     """
 
     train_layers: str | Sequence[int]
     model_name: str = "meta-llama/Llama-3.2-1B"
     resume_from: str | Path | None = None
     data: str | None = None
+    text_column: str | None = None
+    chat_template: str | Path | None = None
     first_tokens: Sequence[str] = ()
     eval_data: str | None = None
     num_eval_samples: int = 100
@@ -276,7 +288,7 @@ class TrainOptions:
     residual: Residual | None = None
     init_strategy: Initialization = "zero"
     np_init_scale: float = 0.001
-    curriculum_stages: str = "teacher:5000,mixed:5000:0.5,student:20000"
+    curriculum_stages: str = CURRICULUM
     layer_weights: str = "uniform"
     loss: LossKind = "relative"
     direct_mlp_weight: float = 10.0
@@ -335,7 +347,7 @@ class TrainOptions:
             raise ValueError("mixed_precision is bfloat16; choose it or fp16, not both")
         if not self.direct_mlp_weight and not self.fidelity_weight:
             raise ValueError("direct_mlp_weight and fidelity_weight are both 0: nothing to learn")
-        _check_paths(self, "model_name", "resume_from", "output_dir")
+        _check_paths(self, "model_name", "resume_from", "output_dir", "chat_template")
         for name in ("data", "eval_data"):
             _check(self, name, parse_data)
         # only to raise: the fields keep what was given, which config.json records
@@ -363,7 +375,7 @@ def _check(options: object, name: str, parse: Callable[[str], object]) -> None:
     try:
         if given is not None:
             parse(given)
-    except ValueError as error:
+    except (ValueError, DataError) as error:
         raise type(error)(f"{name}: {error}") from None
 
 

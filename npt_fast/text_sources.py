@@ -1,12 +1,18 @@
-"""What ``--data`` names: one text, or several that take turns."""
+"""What ``--data`` names: one text, or several that take turns; and data sets that are objects."""
 
 from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+from npt_fast.errors import DataError
 from npt_fast.paths import expand
+
+TextData = str | os.PathLike[str] | Iterable[Any]
+"""Text to train or measure on: what `TrainOptions.data` names, or a data set of rows, such as a
+``datasets.Dataset``, or an iterable of texts or of lists of token ids."""
 
 STREAMED = "medium"
 """What training reads if no data is named, provided that it can be reached."""
@@ -26,10 +32,12 @@ class Source(NamedTuple):
         name: what `npt_fast.training.documents.open_documents` opens; of a sampled text its name
             with its length, as ``self:100000``.
         tokens: number of tokens to sample from the base model; None if the text is read.
+        rows: the data set itself if it is an object, which its type names.
     """
 
     name: str
     tokens: int | None = None
+    rows: Iterable[Any] | None = None
 
 
 def parse_data(text: str | os.PathLike[str]) -> tuple[Source, ...]:
@@ -39,7 +47,13 @@ def parse_data(text: str | os.PathLike[str]) -> tuple[Source, ...]:
         ValueError: a text is named twice, be it sampled with two lengths, or a sampled one has no
             such length.
         PathError: a text is neither sampled nor a path.
+        DataError: `text` is another object.
     """
+    if not isinstance(text, str | os.PathLike):
+        raise DataError(
+            f"{type(text).__name__}: is no name of a text; npt.train takes data sets as "
+            "train_dataset and eval_dataset"
+        )
     text = os.fspath(text)
     sources = tuple(_source(part.strip()) for part in text.split(","))
     # of two sampled texts the longer one has the rows of the other, those held out too
@@ -49,9 +63,35 @@ def parse_data(text: str | os.PathLike[str]) -> tuple[Source, ...]:
     return sources
 
 
-def data_name(text: str | os.PathLike[str]) -> str:
-    """What reports call ``--data``: sampled texts with their lengths; raises like `parse_data`."""
-    return ",".join(source.name for source in parse_data(text))
+def sources_of(data: TextData) -> tuple[Source, ...]:
+    """The texts that are named, as `parse_data` reads them, or the one data set that is given.
+
+    Raises:
+        DataError: the object is no data set, has several parts, or can be read only once.
+        ValueError: as `parse_data`.
+    """
+    if isinstance(data, str | os.PathLike):
+        return parse_data(data)
+    name = type(data).__name__
+    if isinstance(data, Mapping):
+        parts = ", ".join(f"{part!s:.40}" for part in list(data)[:20])
+        raise DataError(f"{name}: is several data sets; give one of them: {parts}")
+    if isinstance(data, bytes | bytearray) or not hasattr(data, "__iter__"):
+        raise DataError(
+            f"{name}: is no text; give a data set, an iterable of texts or of lists of token ids, "
+            "or the name of a text"
+        )
+    if iter(data) is data:
+        raise DataError(
+            f"{name}: can be read once, but a text is read from its beginning several times; give "
+            "a list, or an object whose __iter__ starts anew"
+        )
+    return (Source(name, rows=data),)
+
+
+def data_name(data: TextData) -> str:
+    """What reports call a text: sampled texts with their lengths; raises like `sources_of`."""
+    return ",".join(source.name for source in sources_of(data))
 
 
 def _source(text: str) -> Source:

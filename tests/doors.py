@@ -348,6 +348,10 @@ DOORS = (
     Door("data: .txt", "text.txt", _data("text.txt"), {"width": replaced("a\n\n" * 1_000_000)}),
     Door("data: .jsonl", "rows.jsonl", _data("rows.jsonl"), ROWS),
     Door("data: .json", "rows.json", _data("rows.json"), ROWS),
+    Door("chat template", "chat.jinja", {
+        verb: f"{line} --chat_template {{}}/chat.jinja"
+        for verb, line in _data("chats.jsonl").items()
+    }, {}),
     Door("data: .parquet", "rows.parquet", _data("rows.parquet"),
          {"code": CODE, "alias": _dictionary}),
 )  # fmt: skip

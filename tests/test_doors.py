@@ -72,6 +72,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> 
         (folder / name).write_text(content)
     for name in ("rows.jsonl", "rows.json"):
         (folder / name).write_text('{"text": "a word and one more"}\n' * 50)
+    chat = '{"messages": [{"role": "user", "content": "a word"}]}\n'
+    (folder / "chats.jsonl").write_text(chat * 90)
+    (folder / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
     parquet.write_table(pa.table({"text": ["a word and one more"] * 50}), folder / "rows.parquet")
     line = SHELL.replace("{out}", "{}/log.jsonl") + " --script {}/keep"
     found = run(fork_server, line, folder)

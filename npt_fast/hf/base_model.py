@@ -18,10 +18,8 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging as transformers_logging
 
 from npt_fast.checkpoint.whole_model import NPT, np_layers
 from npt_fast.errors import CheckpointError, ModelError, NPTWarning
@@ -38,6 +36,7 @@ from npt_fast.hf.model_folder import (
     read_small,
     refusal,
 )
+from npt_fast.hf.quiet import quiet
 from npt_fast.hf.tokenizer import library_errors
 from npt_fast.paths import exists, expand, is_directory, is_file, path_errors, user_path
 
@@ -180,8 +179,8 @@ def _opened(
     All of them are checked. The libraries are quiet, and cannot ask the user.
     """
     place = _locate(name)
-    _be_quiet()
     with ExitStack() as stack:
+        stack.enter_context(quiet())
         stack.enter_context(redirect_stderr(io.StringIO()))  # the GGUF reader's progress bar
         stack.enter_context(_deaf())
         if isinstance(place, str):
@@ -232,13 +231,6 @@ def _without_np_layers(
             f"not have; --checkpoint {name} or npt.load(model, {name!r}) loads them"
         )
         warnings.warn(NPTWarning(message), stacklevel=3)
-
-
-def _be_quiet() -> None:
-    """Silence warnings and progress bars of the libraries; our own errors say what is wrong."""
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Libraries that read untrusted files fail in their own ways; failures become `Mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from textwrap import shorten
@@ -112,9 +112,32 @@ def encode(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
         return tokenizer(texts, **options)
 
 
+def chat_ids(
+    tokenizer: Any, messages: Sequence[Any], *, answer: bool = False, remedy: str
+) -> list[int]:
+    """The tokens of a chat, as the tokenizer's chat template writes them.
+
+    Args:
+        tokenizer: the tokenizer.
+        messages: mappings with ``role`` and ``content``.
+        answer: whether the beginning of the model's answer follows.
+        remedy: what to do without a template, for the message.
+
+    Raises:
+        ModelError: the tokenizer has no chat template, or it cannot be applied.
+    """
+    name = _name(tokenizer)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(f"{name}: the tokenizer has no chat template; {remedy}")
+    with library_errors(f"{name}: the chat template cannot be applied"):
+        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=answer)
+    return list(found["input_ids"])
+
+
 def _ids(tokenizer: Any, text: str, reading: Reading) -> list[int]:
     if reading.chat:
-        return _chat(tokenizer, text)
+        messages = [{"role": "user", "content": text}]
+        return chat_ids(tokenizer, messages, answer=True, remedy="leave out the chat")
     plain = list(encode(tokenizer, text, add_special_tokens=False)["input_ids"])
     if not plain or not reading.special_tokens:
         return plain
@@ -127,16 +150,6 @@ def _ids(tokenizer: Any, text: str, reading: Reading) -> list[int]:
         f"{_name(tokenizer)}: the tokenizer splits the text in another way when it adds special "
         "tokens; leave them out"
     )
-
-
-def _chat(tokenizer: Any, text: str) -> list[int]:
-    name = _name(tokenizer)
-    if not getattr(tokenizer, "chat_template", None):
-        raise ModelError(f"{name}: the tokenizer has no chat template; leave out the chat")
-    message = {"role": "user", "content": text}
-    with library_errors(f"{name}: the chat template cannot be applied"):
-        found = tokenizer.apply_chat_template([message], add_generation_prompt=True)
-    return list(found["input_ids"])
 
 
 def _name(tokenizer: Any) -> str:

@@ -14,10 +14,20 @@ from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.config import Progress, TrainOptions
 from npt_fast.errors import DataError, TrainingError
 from npt_fast.hf.base_model import default_device, load_base_model
-from npt_fast.text_sources import SAMPLED, STREAMED, Source, data_name, parse_data
+from npt_fast.hf.wrappers import unwrapped
+from npt_fast.text_sources import (
+    SAMPLED,
+    STREAMED,
+    Source,
+    TextData,
+    data_name,
+    parse_data,
+    sources_of,
+)
 from npt_fast.training.documents import WITHOUT_A_PATH, check_hub, open_documents
 from npt_fast.training.mixed_windows import MixedWindows
 from npt_fast.training.progress import read_progress
+from npt_fast.training.rows import with_chat_template
 from npt_fast.training.self_text import self_text
 from npt_fast.training.state import read_state
 from npt_fast.training.token_windows import TokenWindows, Window
@@ -100,7 +110,7 @@ def sampled_beforehand(options: TrainOptions, progress: Progress | None, say: Sa
 
 
 def open_windows(
-    data: str | Path,
+    data: TextData,
     model: Any,
     tokenizer: Any,
     *,
@@ -111,14 +121,16 @@ def open_windows(
     sampling_seed: int = 42,
     special_tokens: bool = True,
     first_tokens: Sequence[str] = (),
+    text_column: str | None = None,
+    chat_template: str | Path | None = None,
     start: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     say: Say = lambda line: None,
 ) -> TokenWindows | MixedWindows:
-    """Open the windows of ``--data``; what is to be sampled is sampled now.
+    """Open the windows of a text; what is to be sampled is sampled now.
 
     Args:
-        data: what `npt_fast.text_sources.parse_data` reads.
+        data: what `npt_fast.text_sources.sources_of` reads.
         model: base model to sample from; its NP layers do not matter.
         tokenizer: its tokenizer.
         max_length: tokens per window.
@@ -128,6 +140,8 @@ def open_windows(
         sampling_seed: seed of sampled texts.
         special_tokens: let the tokenizer add its special tokens.
         first_tokens: as for `npt_fast.sample_text`.
+        text_column: as for `npt_fast.TrainOptions`, and so is `chat_template`.
+        chat_template: file of a chat template.
         start: result of `state_after`, to resume there.
         progress: called while a text is sampled.
         say: called with a line before that.
@@ -137,7 +151,8 @@ def open_windows(
         DataError: a text cannot be read, kept or sampled, or is too short.
         ModelError: the tokenizer has no token that ends a text.
     """
-    sources = parse_data(data)
+    sources = sources_of(data)
+    tokenizer = with_chat_template(tokenizer, chat_template)
     count = len(sources)
     parts = [start] if count == 1 or start is None else start["parts"]
 
@@ -163,13 +178,16 @@ def open_windows(
             held_out=(held_out + count - 1 - number) // count,
             special_tokens=special_tokens,
             sampled=sampled,
+            rows=source.rows,
+            text_column=text_column if sampled is None else None,
+            vocabulary=unwrapped(model).get_input_embeddings().num_embeddings,
             start=parts[number] if start is not None else None,
         )
 
     texts = [open_one(number, source) for number, source in enumerate(sources)]
     if count == 1:
         return texts[0]
-    return MixedWindows(texts, str(data), 0 if start is None else start["windows"])
+    return MixedWindows(texts, data_name(data), 0 if start is None else start["windows"])
 
 
 def open_data(
@@ -179,6 +197,9 @@ def open_data(
     position: Mapping[str, Any] | None,
     progress: Progress | None,
     say: Say,
+    *,
+    data: TextData | None = None,
+    eval_data: TextData | None = None,
 ) -> tuple[TokenWindows | MixedWindows, list[Window]]:
     """Open the training text where the run resumes, and return the held-out windows with it.
 
@@ -189,30 +210,36 @@ def open_data(
         position: place in the text where the resumed run ended, None if there is none.
         progress: called while a text is sampled.
         say: called with notes.
+        data: a data set in place of the one that the options name.
+        eval_data: likewise.
 
     Raises:
         TrainingError: the position does not fit the text or the model.
         DataError: as `open_windows`.
         ModelError: as `open_windows`.
     """
-    assert options.data is not None
+    data = options.data if data is None else data
+    eval_data = options.eval_data if eval_data is None else eval_data
+    assert data is not None
     # read once, when a fast tokenizer first uses threads
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.num_workers))
     common: dict[str, Any] = {
         "max_length": options.max_length,
         "special_tokens": options.special_tokens,
         "first_tokens": options.first_tokens,
+        "text_column": options.text_column,
+        "chat_template": options.chat_template,
         "progress": progress,
         "say": say,
     }
     own = {
         **common,
-        "held_out": 0 if options.eval_data else options.num_eval_samples,
+        "held_out": options.num_eval_samples if eval_data is None else 0,
         "stride": options.stride,
         "seed": options.seed,
         "sampling_seed": options.seed,
     }
-    windows = open_windows(options.data, model, tokenizer, **own)
+    windows = open_windows(data, model, tokenizer, **own)
     if position is not None:
         tokens = [t for part in position.get("parts", [position]) for t in part["tokens"]]
         if not windows.accepts(position):
@@ -224,13 +251,13 @@ def open_data(
             )
         else:
             try:
-                windows = open_windows(options.data, model, tokenizer, **own, start=position)
+                windows = open_windows(data, model, tokenizer, **own, start=position)
             except ValueError as error:
                 raise TrainingError(f"{options.resume_from}: data_state: {error}") from None
-    if options.eval_data is None:
+    if eval_data is None:
         return windows, windows.held_out_windows()
     other = open_windows(
-        options.eval_data,
+        eval_data,
         model,
         tokenizer,
         held_out=options.num_eval_samples,

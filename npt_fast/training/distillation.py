@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from npt_fast.config import LossKind
+from npt_fast.config import LossKind, TrainOptions, parse_size
 from npt_fast.functional import VectorNorms
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.hf.logits import head_of
@@ -43,9 +43,11 @@ STUDENT = Stage("student", 0, 1.0, 1.0)
 
 
 class Losses(NamedTuple):
-    """Losses, summed over the real tokens of a batch; padding does not count.
+    """Losses, summed over the tokens of a batch that count.
 
     Attributes:
+        tokens: number of these tokens, int64 scalar: all but padding, and of those that have
+            labels all but -100.
         total: the weighted sum to minimise; divide it by the number of tokens.
         direct: error of each trained layer, without its weight, bounds, sink errors and virtual
             tokens.
@@ -57,6 +59,7 @@ class Losses(NamedTuple):
         agreement: comparison of predictions, None unless evaluating.
     """
 
+    tokens: Tensor
     total: Tensor
     direct: dict[int, Tensor]
     fidelity: Tensor | None = None
@@ -64,9 +67,18 @@ class Losses(NamedTuple):
     norms: dict[int, Tensor] | None = None
     agreement: Agreement | None = None
 
+    @property
+    def loss(self) -> Tensor:
+        """The mean of `total` over tokens, a scalar to call ``backward`` on."""
+        return self.total / self.tokens
+
 
 class Distillation(nn.Module):
-    """A training step: a model with NP layers off is the teacher, with them on the student.
+    """A training step as a module: with NP layers off a model is the teacher, with them on the
+    student.
+
+    Its parameters that require gradients are those of the NP layers. `forward` takes a batch of any
+    collator for language models, and returns `Losses`.
 
     Args:
         model: model with NP layers, all of which are trained.
@@ -112,6 +124,26 @@ class Distillation(nn.Module):
         self.cache = TeacherCache(cache_bytes)
         self._typical: dict[int, Tensor] = {}  # squares of attention outputs
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        options: TrainOptions,
+        layer_weights: Mapping[int, float] | None = None,
+    ) -> Distillation:
+        """The training step with the losses of a run's options."""
+        return cls(
+            model,
+            layer_weights=layer_weights,
+            loss=options.loss,
+            direct_weight=options.direct_mlp_weight,
+            sink_weight=options.sink_weight,
+            virtual_stride=options.virtual_stride,
+            fidelity_weight=options.fidelity_weight,
+            reg_weight=options.lambda_reg,
+            cache_bytes=parse_size(options.teacher_cache),
+        )
+
     @property
     def config(self) -> Any:
         """The model's config, where Trainer looks for it."""
@@ -128,6 +160,7 @@ class Distillation(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         *,
         stage: Stage = STUDENT,
         windows: Tensor | None = None,
@@ -139,6 +172,8 @@ class Distillation(nn.Module):
         Args:
             input_ids: ``(B, S)``.
             attention_mask: ``(B, S)``, 1 for tokens, 0 for padding; None without padding.
+            labels: ``(B, S)``; a token whose label is -100 is read and does not count. Other values
+                do not matter, since the base model is what is learned.
             stage: decides the input of the trained layers.
             windows: numbers of the rows' windows, ``(B,)``; equal numbers mean equal texts.
             measure_norms: whether to measure v_a and v_b.
@@ -150,6 +185,8 @@ class Distillation(nn.Module):
         # reads the same in all stages and needs no student pass
         runs_student = all_layers or (stage.name != "teacher" and len(trained) > 1)
         present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if labels is not None:
+            present = present * labels.ne(-100)
         weights = present.to(torch.float32)
         adds = self.virtual_stride and not evaluate
         plan = VirtualPlan(weights, self.virtual_stride) if adds else None
@@ -188,7 +225,7 @@ class Distillation(nn.Module):
             direct[index], minimised[index] = self._direct(
                 index, seen, parts[index], weights, scaffolds[index].virtual, plan
             )
-        losses = Losses(self._weighted(minimised) * self.direct_weight, direct)
+        losses = Losses(present.sum(), self._weighted(minimised) * self.direct_weight, direct)
         if self.reg_weight:
             squares = {n: part.squares for n, part in parts.items() if part.squares is not None}
             losses = losses._replace(
@@ -215,8 +252,13 @@ class Distillation(nn.Module):
                 losses = losses._replace(agreement=compared)
         return losses
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibrate` was called."""
+        return self._typical.keys() == self.layer_weights.keys()
+
     @torch.no_grad()
-    def calibrate(self, input_ids: Tensor, layers: Sequence[int]) -> None:
+    def calibrate(self, input_ids: Tensor, layers: Sequence[int] | None = None) -> None:
         """Scale W_down of fresh layers so that the bottleneck's median RMS on a text is 1.
 
         The text also tells how large attention outputs usually are (`bounded_errors`). On the way,
@@ -228,7 +270,8 @@ class Distillation(nn.Module):
 
         Args:
             input_ids: the text, ``(B, S)``.
-            layers: fresh layers; there may be none.
+            layers: fresh layers; there may be none. By default those that are the base model's yet,
+                as ``npt.convert`` leaves them.
 
         Raises:
             ModelError: a base layer does more than the targets say.
@@ -237,10 +280,14 @@ class Distillation(nn.Module):
         trained = trained_layers(self.model)
         for layer, seen in activations.items():
             self._typical_square(layer, seen.attention, torch.ones_like(input_ids))
-        for layer in layers:
+        for layer in filter(self._is_fresh, trained) if layers is None else layers:
             w_down = trained[layer].w_down
             u = activations[layer].attention.to(w_down.dtype) @ w_down
             w_down.div_(u.square().mean(-1).sqrt().median())
+
+    def _is_fresh(self, layer: int) -> bool:
+        views = components(self.model)[layer].split().items()
+        return not any(view.any() for name, view in views if "W_b_up" in name)
 
     def _direct(
         self,

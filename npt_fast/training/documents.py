@@ -1,13 +1,14 @@
-"""Streams of documents: Hugging Face datasets, local files, or Python's own help texts."""
+"""Streams of rows by name: Hugging Face datasets, local files, or Python's own help texts."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets  # type: ignore[import-untyped]
 from huggingface_hub import constants, get_session
@@ -22,6 +23,7 @@ class _HubDataset(NamedTuple):
     path: str
     name: str | None = None
     revision: str | None = None
+    split: str = "train"
 
 
 _BOOKCORPUS = _HubDataset(
@@ -49,17 +51,27 @@ WITHOUT_A_PATH = ("python-docs", *_PRESETS)
 """Sources that name no files of the user."""
 
 _PATIENCE = 4  # seconds
+_HUB_NAME = re.compile(
+    r"(?P<path>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<name>[\w.-]*))?(:(?P<split>[\w.-]+))?", re.ASCII
+)
 
 
-def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
-    """Open a stream of documents: rows ``{"text": str}``, in the same order every time.
+def open_documents(
+    source: str, *, seed: int, column: str | None = None
+) -> datasets.IterableDataset:
+    """Open a stream of rows, in the same order every time.
+
+    In presets and text files a row is ``{"text": str}``; in others it holds what
+    `npt_fast.training.rows.content_of` finds.
 
     Args:
         source: ``python-docs``: Python's own help texts, always available; ``small``, ``medium``,
-            ``large`` or ``xlarge``: presets of Hugging Face datasets; or a file, folder or glob of
+            ``large`` or ``xlarge``: presets of Hugging Face datasets; a file, folder or glob of
             .txt and .md (a paragraph is a document), .jsonl, .json and .parquet (with a column
-            ``text``).
+            ``text``); or a data set of the Hub, ``org/name:config:split``, whose split is
+            ``train`` if it is not given. A file or folder of that name wins.
         seed: seed of the order in which the datasets of a preset are drawn, each equally likely.
+        column: column that holds the documents, as for `npt_fast.training.rows.content_of`.
 
     Raises:
         DataError: the source does not exist, or cannot be read.
@@ -76,10 +88,32 @@ def open_documents(source: str, *, seed: int) -> datasets.IterableDataset:
             # each document once: held-out text must not come again
             stopping_strategy="all_exhausted_without_replacement",
         )
+    if (named := _on_hub(source)) is not None:
+        try:
+            if not constants.HF_HUB_OFFLINE:  # then it may be in the cache
+                check_hub(source)
+            return _open_on_hub(source, named)
+        except DataError as error:
+            raise DataError(f"{error}; no file or folder has this name either") from error
     files = _find_files(source)
     for file in files:
-        next(_read_rows([file]), None)  # a file of the wrong kind must fail now, not after hours
-    return datasets.IterableDataset.from_generator(_read_rows, gen_kwargs={"files": files})
+        # a file of the wrong kind must fail now, not after hours
+        next(_read_rows([file], column), None)
+    return datasets.IterableDataset.from_generator(
+        _read_rows, gen_kwargs={"files": files, "column": column}
+    )
+
+
+def _on_hub(source: str) -> _HubDataset | None:
+    """The data set of the Hub that a source names, if it is no file, folder or pattern."""
+    match = _HUB_NAME.fullmatch(source)
+    if match is None or Path(source).suffix.lower() in text_files.READERS:
+        return None
+    path = user_path(source)
+    with path_errors(path, DataError):
+        if exists(path):
+            return None
+    return _HubDataset(match["path"], match["name"] or None, split=match["split"] or "train")
 
 
 def check_hub(source: str) -> None:
@@ -109,17 +143,23 @@ def check_hub(source: str) -> None:
         raise DataError(f"{source}: cannot reach {constants.ENDPOINT}: {problem.rstrip('.')}")
 
 
-def _open_on_hub(preset: str, dataset: _HubDataset) -> datasets.IterableDataset:
+def _open_on_hub(source: str, dataset: _HubDataset) -> datasets.IterableDataset:
     try:
         stream = datasets.load_dataset(
-            dataset.path, dataset.name, revision=dataset.revision, split="train", streaming=True
+            dataset.path,
+            dataset.name,
+            revision=dataset.revision,
+            split=dataset.split,
+            streaming=True,
         )
         # wikipedia also has ids, addresses and titles
-        return stream.select_columns(["text"])
+        return stream.select_columns(["text"]) if source in _PRESETS else stream
     except Exception as error:  # the network, the Hub and every loader fail in their own way
         remedy = "install zstandard" if "zstd" in str(error) else "check the network"
+        if source not in _PRESETS:
+            remedy += " and the name, org/name:config:split"
         raise DataError(
-            f"{preset}: cannot open {dataset.path} of the Hugging Face Hub: {reason(error)}; "
+            f"{source}: cannot open {dataset.path} of the Hugging Face Hub: {reason(error)}; "
             f"{remedy}, or give a file or folder of text, python-docs or self"
         ) from error
 
@@ -139,8 +179,8 @@ def _find_files(source: str) -> list[str]:
             raise DataError(f"{source}: not a regular file; give a file or folder of text")
     if not files and not found and not folder:
         raise DataError(
-            f"{source}: no such file or folder, and no file matches; give one, or one of "
-            f"{', '.join(WITHOUT_A_PATH)}, self"
+            f"{source}: no such file or folder, and no file matches; give one, a data set of the "
+            f"Hub as org/name, or one of {', '.join(WITHOUT_A_PATH)}, self"
         )
     if not files:
         raise DataError(f"{source}: has no text files; they end in {', '.join(text_files.READERS)}")
@@ -166,13 +206,13 @@ def _matches(pattern: Path) -> list[Path]:
     return [p for p in found if not any(n.startswith(".") and n not in named for n in p.parts)]
 
 
-def _read_rows(files: list[str]) -> Iterator[dict[str, str]]:
+def _read_rows(files: list[str], column: str | None) -> Iterator[dict[str, Any]]:
     """Yield the rows of local files, opening each file when its turn comes."""
     for name in files:
         try:
             file = SourceFile.of(Path(name), follow_links=True)
-            for text in text_files.read_documents(file) if file.size else ():
-                yield {"text": text}
+            for content in text_files.read_contents(file, column) if file.size else ():
+                yield {column or "text": content}
         except CheckpointError as error:
             raise DataError(str(error)) from None
         except DataError:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from npt_fast.checkpoint.certificate import Certificate, Closeness, finite_or_none, worst_of
 from npt_fast.config import Progress
-from npt_fast.errors import ModelError
+from npt_fast.errors import DataError, ModelError, NPTWarning
 from npt_fast.hf.convert import components
 from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, read
-from npt_fast.training.data import open_windows
+from npt_fast.text_sources import TextData
+from npt_fast.training.data import default_data, open_windows
 from npt_fast.training.distillation import Distillation, Losses
 from npt_fast.training.other_texts import other_texts
 
@@ -44,6 +46,11 @@ class Figures:
     top1_agreement: float
     loss: float
     direct: Mapping[int, float]
+
+    def numbers(self) -> dict[str, float]:
+        """The figures by the names that Trainer has for them, without the prefix ``eval_``."""
+        found = {f.name: getattr(self, f.name) for f in fields(Figures) if f.name != "direct"}
+        return {**found, **{f"direct_layer_{n}": value for n, value in self.direct.items()}}
 
     @property
     def closeness(self) -> Closeness:
@@ -98,6 +105,9 @@ class Evaluation(Figures):
         return Certificate(tuple(self.direct), step, data, self.closeness, texts)
 
 
+_INPUTS = ("input_ids", "attention_mask", "labels")
+
+
 def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack windows into a batch.
 
@@ -113,7 +123,6 @@ def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {**padded, "input_ids": batch["input_ids"], "windows": batch["window"], "labels": labels}
 
 
-@torch.no_grad()
 def evaluate_windows(
     distillation: Callable[..., Losses],
     windows: Sequence[Mapping[str, Tensor]],
@@ -131,12 +140,33 @@ def evaluate_windows(
         device: device of the model.
         sum_over_processes: adds up a tensor of sums over processes that evaluate other windows.
     """
+    batches = (
+        collate(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)
+    )
+    return evaluate_batches(
+        distillation, batches, device=device, sum_over_processes=sum_over_processes
+    )
+
+
+@torch.no_grad()
+def evaluate_batches(
+    distillation: Callable[..., Losses],
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    device: torch.device,
+    sum_over_processes: Callable[[Tensor], Tensor],
+) -> Figures:
+    """Evaluate on batches of ``input_ids``, with or without ``attention_mask`` and ``labels``; the
+    other arguments are those of `evaluate_windows`.
+
+    Raises:
+        DataError: there is no batch.
+    """
     sums: Tensor | None = None
     layers: list[int] = []
-    for start in range(0, len(windows), batch_size):
-        batch = collate(windows[start : start + batch_size])
-        del batch["labels"], batch["windows"]
-        losses = distillation(**{k: v.to(device) for k, v in batch.items()}, evaluate=True)
+    for batch in batches:
+        inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
+        losses = distillation(**inputs, evaluate=True)
         assert losses.agreement is not None
         layers = list(losses.direct)
         row = torch.stack(
@@ -147,7 +177,8 @@ def evaluate_windows(
             ]
         )
         sums = row if sums is None else sums + row
-    assert sums is not None
+    if sums is None:
+        raise DataError("there is nothing to evaluate on: the data set is empty")
     loss, base_loss, predicted, kl, agreed, tokens, whole, *direct = sum_over_processes(
         sums
     ).tolist()
@@ -170,13 +201,15 @@ def _exp(value: float) -> float:
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
-    data: str | Path = "python-docs",
+    data: TextData | None = None,
     *,
     windows: int = 100,
     max_length: int = 512,
     batch_size: int = 4,
     special_tokens: bool = True,
     first_tokens: Sequence[str] = (),
+    text_column: str | None = None,
+    chat_template: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a model with NP layers on the text that training with these options holds out.
@@ -187,18 +220,27 @@ def evaluate(
     Args:
         model: model with NP layers; layers that are off count as part of the base model.
         tokenizer: the model's tokenizer.
-        data: text, as for `TrainOptions.data`.
+        data: text, as for `TrainOptions.data`; or a data set: a ``datasets.Dataset`` or
+            ``IterableDataset``, or any iterable of such rows, of texts, or of lists of token ids,
+            which starts anew whenever it is iterated. By default ``medium``, or ``self`` where that
+            cannot be streamed, of which an `NPTWarning` tells.
         windows: number of windows.
         max_length: tokens per window.
         batch_size: windows per batch.
         special_tokens: let the tokenizer add its special tokens, such as BOS, to each document.
         first_tokens: texts that rows of a sampled text begin with, as for `sample_text`.
+        text_column: column of the documents, as for `TrainOptions`, and so is `chat_template`.
+        chat_template: file of a chat template.
         progress: called while a text is sampled, as by `sample_text`.
 
     Raises:
-        DataError: the text cannot be read, or there is too little of it.
-        ModelError: the model has no NP layers, or all are off.
+        DataError: the text cannot be read, or there is too little of it, or an object is no data
+            set, or it lacks the column.
+        ModelError: the model has no NP layers, or all are off; or the tokenizer has no chat
+            template for chats.
     """
+    if data is None:
+        data = default_data(lambda line: warnings.warn(NPTWarning(line), stacklevel=4))
     return open_evaluation(
         model,
         tokenizer,
@@ -208,6 +250,8 @@ def evaluate(
         batch_size=batch_size,
         special_tokens=special_tokens,
         first_tokens=first_tokens,
+        text_column=text_column,
+        chat_template=chat_template,
         progress=progress,
     )()
 
@@ -215,13 +259,15 @@ def evaluate(
 def open_evaluation(
     model: nn.Module,
     tokenizer: Any,
-    data: str | Path,
+    data: TextData,
     *,
     windows: int,
     max_length: int,
     batch_size: int,
     special_tokens: bool,
     first_tokens: Sequence[str],
+    text_column: str | None,
+    chat_template: str | Path | None,
     progress: Progress | None,
 ) -> Callable[[], Evaluation]:
     """Read the texts of `evaluate`, whose arguments and errors these are.
@@ -239,6 +285,8 @@ def open_evaluation(
         held_out=windows,
         special_tokens=special_tokens,
         first_tokens=first_tokens,
+        text_column=text_column,
+        chat_template=chat_template,
         progress=progress,
     ).held_out_windows()
     texts = other_texts(model, tokenizer, special_tokens=special_tokens)

@@ -20,7 +20,7 @@ from npt_fast.config import Progress
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import components, disabled, status
 from npt_fast.layer_names import parse_layers
-from npt_fast.text_sources import data_name
+from npt_fast.text_sources import TextData, data_name
 from npt_fast.training.evaluation import Evaluation, open_evaluation
 from npt_fast.training.teacher_pass import trained_layers
 
@@ -92,7 +92,7 @@ class Plan:
 def plan(
     model: nn.Module,
     tokenizer: Any,
-    data: str | Path = "python-docs",
+    data: TextData = "python-docs",
     *,
     layers: Sequence[int] | None = None,
     counts: Sequence[int] = COUNTS,
@@ -102,6 +102,8 @@ def plan(
     batch_size: int = 4,
     special_tokens: bool = True,
     first_tokens: Sequence[str] = (),
+    text_column: str | None = None,
+    chat_template: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan in which order layers are converted: those that are closest to the base model first.
@@ -123,6 +125,8 @@ def plan(
         batch_size: windows per batch.
         special_tokens: let the tokenizer add its special tokens, such as BOS, to each document.
         first_tokens: texts that rows of a sampled text begin with.
+        text_column: column of the documents, as for `npt_fast.evaluate`.
+        chat_template: file of a chat template, likewise.
         progress: called while a text is sampled, and after each evaluation with their number.
 
     Raises:
@@ -147,6 +151,8 @@ def plan(
         batch_size=batch_size,
         special_tokens=special_tokens,
         first_tokens=first_tokens,
+        text_column=text_column,
+        chat_template=chat_template,
         progress=progress,
     )
     found: dict[tuple[int, ...], Measured] = {}

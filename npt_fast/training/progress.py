@@ -117,8 +117,8 @@ _DATA = {
     "documents": Kind("a JSON object as text", _is_json_object),
     "tokens": schema.list_of(schema.COUNT),
 }
-_OPTIONAL = {"special_tokens": schema.COUNT, "text": schema.TEXT}
-"""In data_state only if it is 0, and only of a sampled text."""
+_OPTIONAL = {"special_tokens": schema.COUNT, "text": schema.TEXT, "text_column": schema.TEXT}
+"""In data_state only if it is 0, of a sampled text or an object, and if it was chosen."""
 _MIXED = {"source": _PATH, "windows": _POSITION, "parts": schema.list_of(schema.MAPPING)}
 """The data_state of several texts."""
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,23 +22,27 @@ from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.checkpoint.training_run import FINAL
 from npt_fast.checkpoint.training_state import TrainingState
-from npt_fast.config import NPTConfig, Progress, TrainOptions, parse_size
+from npt_fast.config import NPTConfig, Progress, TrainOptions
 from npt_fast.errors import TrainingError, printable
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.checkpoint import load
 from npt_fast.hf.convert import components, convert, decoder_layers
+from npt_fast.hf.quiet import quiet
 from npt_fast.layer_names import is_name, resolve_layers
+from npt_fast.modules import NPComponent
 from npt_fast.paths import user_path
 from npt_fast.training.curriculum import parse_curriculum
 from npt_fast.training.data import open_data, with_data
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate
+from npt_fast.training.given import Given
 from npt_fast.training.metrics_log import MetricsLog
 from npt_fast.training.other_texts import other_texts
 from npt_fast.training.progress import read_progress
 from npt_fast.training.run_directory import RunDirectory
+from npt_fast.training.run_trainer import RunTrainer
 from npt_fast.training.state import read_state
-from npt_fast.training.trainer import NPTTrainer
+from npt_fast.training.trackers import tracked, tracker_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,9 @@ class TrainReport:
         return {name: _plain(value) for name, value in asdict(self).items()}
 
 
+_NOTHING = Given()
+
+
 def say(line: str) -> None:
     """Print a line on stderr, in the first of several processes."""
     if _is_main_process():
@@ -80,18 +87,22 @@ def _is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def train_here(options: TrainOptions, progress: Progress | None = None) -> TrainReport:
+@quiet()
+def train_here(
+    options: TrainOptions, given: Given = _NOTHING, progress: Progress | None = None
+) -> TrainReport:
     """Train in this process, which may be one of several.
 
     Args:
         options: how to train.
+        given: objects that take the place of what the options name.
         progress: called while a text is sampled.
 
     Raises:
         NPTError: as `npt_fast.train`.
     """
     begun = time.monotonic()
-    stages = parse_curriculum(options.curriculum_stages)
+    parse_curriculum(options.curriculum_stages)  # a mistake is said before a model is loaded
     checkpoint, training_state = _open_resumed(options)
     resumed = read_progress(training_state)
     first_step = training_state.global_step if training_state else 0
@@ -106,53 +117,55 @@ def train_here(options: TrainOptions, progress: Progress | None = None) -> Train
     metrics = None
     try:
         arguments = _training_arguments(options, output)
-        model, tokenizer = load_base_model(
-            options.model_name,
-            dtype=options.base_dtype,
-            device=arguments.device,
-            keep_on_cpu=bool(arguments.fsdp),  # the whole model may not fit on one device
-            trust_remote_code=options.trust_remote_code,
-            checkpoints=[options.resume_from] if options.resume_from else [],
-        )
+        model, tokenizer = given.model, given.tokenizer
+        if model is None:
+            model, tokenizer = load_base_model(
+                options.model_name,
+                dtype=options.base_dtype,
+                device=arguments.device,
+                keep_on_cpu=bool(arguments.fsdp),  # the whole model may not fit on one device
+                trust_remote_code=options.trust_remote_code,
+                checkpoints=[options.resume_from] if options.resume_from else [],
+            )
+        elif not arguments.fsdp and model.device != arguments.device:
+            model.to(arguments.device)
+        present = components(model)
         layers = _add_layers(model, options, checkpoint)
-        windows, held_out = open_data(options, model, tokenizer, resumed.data, progress, say)
+        windows, held_out = open_data(
+            options,
+            model,
+            tokenizer,
+            resumed.data,
+            progress,
+            say,
+            data=given.train_dataset,
+            eval_data=given.eval_dataset,
+        )
         texts = (
             other_texts(model, tokenizer, special_tokens=options.special_tokens)
             if options.eval_steps
             else {}
         )
-        distillation = Distillation(
-            model,
-            layer_weights=_layer_weights(options, model),
-            loss=options.loss,
-            direct_weight=options.direct_mlp_weight,
-            sink_weight=options.sink_weight,
-            virtual_stride=options.virtual_stride,
-            fidelity_weight=options.fidelity_weight,
-            reg_weight=options.lambda_reg,
-            cache_bytes=parse_size(options.teacher_cache),
-        )
+        distillation = Distillation.of(model, options, _layer_weights(options, model))
         known = checkpoint.modules if checkpoint else {}
-        fresh = [layer for layer in layers if layer not in known]
+        fresh = [layer for layer in layers if layer not in known and layer not in present]
         text = collate(held_out[:4])["input_ids"].to(model.device)
         distillation.calibrate(text, fresh if options.init_strategy == "zero" else [])
-        config = {name: _plain(value) for name, value in asdict(options).items()}
-        del config["trust_remote_code"]  # must be repeated for every run, never read from a file
         if run is not None:
             with disk_errors(output, TrainingError):
-                metrics = MetricsLog(output, options, first_step, config)
-                (output / CONFIG).write_bytes(strict_json.dump(config))
+                metrics = MetricsLog(output, first_step)
+                (output / CONFIG).write_bytes(strict_json.dump(dict(arguments.config)))
         _say_setup(options, model, layers, output, first_step)
-        with _deferred_signals() as stop_signal:
-            trainer = NPTTrainer(
+        with _deferred_signals() as stop_signal, tracked(options, output):
+            trainer = RunTrainer(
                 distillation,
                 options,
                 arguments,
                 tokenizer=tokenizer,
-                stages=stages,
                 windows=windows,
                 held_out=held_out,
                 texts=texts,
+                callbacks=given.callbacks,
                 run=run,
                 metrics=metrics,
                 resumed=checkpoint,
@@ -162,6 +175,7 @@ def train_here(options: TrainOptions, progress: Progress | None = None) -> Train
                 say=say,
             )
             trainer.train()
+            trainer.finish()
         step = trainer.state.global_step
         if run is not None and not trainer.stopped_by:
             run.link(step, FINAL)
@@ -177,8 +191,6 @@ def train_here(options: TrainOptions, progress: Progress | None = None) -> Train
             data=options.eval_data or options.data,
         )
     finally:
-        if metrics is not None:
-            metrics.close()
         if run is not None:
             run.close()
 
@@ -205,7 +217,18 @@ def _open_resumed(options: TrainOptions) -> tuple[Checkpoint | None, TrainingSta
     return checkpoint, read_state(checkpoint)
 
 
-def _training_arguments(options: TrainOptions, output: Path) -> TrainingArguments:
+class _Arguments(TrainingArguments):
+    """Trainer's arguments, and the options of the run, which trackers show."""
+
+    config: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        # not every tracker accepts lists
+        plain = {n: str(v) if isinstance(v, list) else v for n, v in self.config.items()}
+        return {**super().to_dict(), **plain}  # type: ignore[no-untyped-call]
+
+
+def _training_arguments(options: TrainOptions, output: Path) -> _Arguments:
     warmup = options.warmup_steps
     if warmup is None:
         # of a short run at most a tenth, or it would end before its full rate
@@ -214,7 +237,7 @@ def _training_arguments(options: TrainOptions, output: Path) -> TrainingArgument
     fsdp: dict[str, Any] = {}
     if options.parallel == "fsdp2" and "LOCAL_RANK" in os.environ:
         fsdp = {"fsdp": True, "fsdp_config": {"version": 2}}
-    return TrainingArguments(
+    arguments = _Arguments(
         output_dir=str(output),
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
@@ -239,13 +262,23 @@ def _training_arguments(options: TrainOptions, output: Path) -> TrainingArgument
         # or Trainer would put an average in the place of NaN
         logging_nan_inf_filter=False,
         save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
+        # for callbacks that ask; `RunTrainer` evaluates by itself
+        eval_strategy="steps" if options.eval_steps else "no",
+        eval_steps=options.eval_steps or None,
+        metric_for_best_model="eval_kl",
+        greater_is_better=False,
+        report_to=tracker_of(options),
+        run_name=options.wandb_name or output.name,
+        project=options.wandb_project,
         disable_tqdm=True,
         seed=options.seed,
         log_level="error",
         **fsdp,
     )
+    config = {name: _plain(value) for name, value in asdict(options).items()}
+    del config["trust_remote_code"]  # must be repeated for every run, never read from a file
+    arguments.config = config
+    return arguments
 
 
 def _add_layers(model: Any, options: TrainOptions, checkpoint: Checkpoint | None) -> list[int]:
@@ -255,6 +288,8 @@ def _add_layers(model: Any, options: TrainOptions, checkpoint: Checkpoint | None
         The layers, ascending.
     """
     layers = sorted(_layer_indices(options, model))
+    present = components(model)
+    _check_present(present, layers)
     known = [layer for layer in layers if checkpoint and layer in checkpoint.modules]
     if checkpoint is not None:
         for line in (*checkpoint.notes, *checkpoint.unread.values()):
@@ -275,7 +310,7 @@ def _add_layers(model: Any, options: TrainOptions, checkpoint: Checkpoint | None
                 "new checkpoints; merge them in afterwards"
             )
     for layer in layers:
-        if layer in known:
+        if layer in known or layer in present:
             continue
         # a seed per layer: a layer starts the same whichever layers are trained beside it
         with torch.random.fork_rng(devices=[]):
@@ -283,6 +318,22 @@ def _add_layers(model: Any, options: TrainOptions, checkpoint: Checkpoint | None
             torch.manual_seed(options.seed * 1_000_003 + layer)
             convert(model, _npt_config(options, layer))
     return layers
+
+
+def _check_present(present: Mapping[int, NPComponent], layers: Sequence[int]) -> None:
+    """Check that the NP layers that a given model has already can be trained as they are."""
+    others = [layer for layer in present if layer not in layers]
+    if others:
+        raise TrainingError(
+            f"the model has NP layers {others}, which are not among train_layers {list(layers)}; "
+            "name them too, or npt.unload the model"
+        )
+    frozen = [n for n, part in present.items() if not part.w_down.requires_grad]
+    if frozen:
+        raise TrainingError(
+            f"NP layers {frozen} of the model require no gradients; npt.load them with "
+            "trainable=True"
+        )
 
 
 def _layer_indices(options: TrainOptions, model: Any) -> tuple[int, ...]:

@@ -44,8 +44,9 @@ class StepMetrics:
         """Exclude seconds that passed without training."""
         self._since += seconds
 
-    def add(self, losses: Losses, tokens: Tensor) -> None:
-        """Add the losses of a micro-batch of `tokens` real tokens."""
+    def add(self, losses: Losses) -> None:
+        """Add the losses of a micro-batch."""
+        tokens = losses.tokens
         values = {"loss/total": losses.total, "tokens": tokens}
         if losses.fidelity is not None:
             values["loss/fidelity"] = losses.fidelity

@@ -1,4 +1,4 @@
-"""Read the documents in a file of text, JSON or Parquet that anybody may have written.
+"""Read the rows of a file of text, JSON or Parquet that anybody may have written.
 
 A file is read in pieces, so memory grows only with its largest document, which is bounded. The size
 of an object, page or paragraph is checked before it is decoded.
@@ -10,13 +10,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 from npt_fast.checkpoint import file_kind
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import DataError
 from npt_fast.training.parquet_file import parquet_values
+from npt_fast.training.rows import MissingContent, content_of
 
 LONGEST = 1 << 23
 """Largest number of characters in a document; tokenising takes a hundred bytes per character."""
@@ -32,19 +32,27 @@ _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(")?|[][{},]', re.DOTALL)
 _Read = Callable[[int], str]
 
 
-def read_documents(file: SourceFile) -> Iterator[str]:
-    """Yield the documents of a file in order; its suffix must be one of `READERS`.
+def read_contents(file: SourceFile, column: str | None = None) -> Iterator[Any]:
+    """Yield what the rows of a file hold, in order; its suffix must be one of `READERS`.
+
+    Args:
+        file: the file.
+        column: column that holds it, as for `npt_fast.training.rows.content_of`; text files have
+            none.
+
+    Yields:
+        Texts, of JSON files also messages and token ids, unchecked.
 
     Raises:
-        DataError: a row has no text.
+        DataError: a row has none.
         ValueError: the content does not fit the suffix, or exceeds a limit.
         OSError: the file cannot be read.
         CheckpointError: the file changed while it was being read.
     """
-    yield from READERS[file.path.suffix.lower()](file)
+    yield from READERS[file.path.suffix.lower()](file, column)
 
 
-def _paragraphs(file: SourceFile) -> Iterator[str]:
+def _paragraphs(file: SourceFile, column: str | None) -> Iterator[str]:
     """Yield paragraphs, which blank lines separate."""
     with _opened(file) as read:
         begun = ""
@@ -59,53 +67,69 @@ def _paragraphs(file: SourceFile) -> Iterator[str]:
             yield begun
 
 
-def _json_texts(file: SourceFile) -> Iterator[str]:
-    """Yield the value of ``text`` in each JSON object."""
+def _json_contents(file: SourceFile, column: str | None) -> Iterator[Any]:
+    """Yield the content of each JSON object."""
     with _opened(file) as read:
         for number, row in enumerate(_JsonReader(read).rows()):
-            text = row.get("text")
-            if not isinstance(text, str):
-                types = {name: type(value).__name__ for name, value in row.items()}
-                raise _no_text(file, number, types)
-            if len(text) > LONGEST:
+            try:
+                content = content_of(row, column)
+            except MissingContent as error:
+                raise DataError(f"{file.path}: row {number} {error}") from None
+            if not _is_content(content):
+                kinds = {name: type(value).__name__ for name, value in row.items()}
+                raise _no_text(file, number, kinds, column)
+            if len(content) > LONGEST:
                 raise ValueError(f"row {number}: a text of more than {LONGEST:,} characters")
-            if not text.isascii():
+            if isinstance(content, str) and not content.isascii():
                 try:
-                    text.encode()
+                    content.encode()
                 except UnicodeEncodeError:
                     raise ValueError(
                         f"row {number}: its text holds half a character (a lone surrogate)"
                     ) from None
-            yield text
+            yield content
 
 
-def _parquet_texts(file: SourceFile) -> Iterator[str]:
-    """Yield the column ``text``."""
+def _is_content(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and set(map(type, value)) in ({dict}, {int})
+    )
+
+
+def _parquet_contents(file: SourceFile, column: str | None) -> Iterator[Any]:
+    """Yield a column of texts, or chats of the columns ``prompt`` and ``completion``."""
     with file.open() as fd, open(fd, "rb", closefd=False) as stream:
-        columns, values = parquet_values(stream, "text", LONGEST)
-        if values is None:
-            raise _no_text(file, 0, columns)
-        for number, value in enumerate(values):
-            if value is None:
-                raise _no_text(file, number, {**columns, "text": "NoneType"})
-            yield value
+        first = column or "text"
+        kinds, values = parquet_values(stream, first, LONGEST)
+        found = {first: values}
+        if values is None and column is None and kinds.keys() >= {"prompt", "completion"}:
+            names = ("prompt", "completion")
+            found = {name: parquet_values(stream, name, LONGEST)[1] for name in names}
+        columns = [texts for texts in found.values() if texts is not None]
+        if len(columns) < len(found):
+            raise _no_text(file, 0, kinds, column)
+        for number, texts in enumerate(zip(*columns, strict=True)):
+            row = dict(zip(found, texts, strict=True))
+            if None in texts:
+                empty = {name: "NoneType" for name, text in row.items() if text is None}
+                raise _no_text(file, number, {**kinds, **empty}, column)
+            yield content_of(row, column)
 
 
-READERS: Mapping[str, Callable[[SourceFile], Iterator[str]]] = {
+READERS: Mapping[str, Callable[[SourceFile, str | None], Iterator[Any]]] = {
     ".txt": _paragraphs,
     ".md": _paragraphs,
-    ".jsonl": _json_texts,
-    ".json": _json_texts,
-    ".parquet": _parquet_texts,
+    ".jsonl": _json_contents,
+    ".json": _json_contents,
+    ".parquet": _parquet_contents,
 }
 """Reader of each suffix that a text file may have."""
 
 
-def _no_text(file: SourceFile, number: int, columns: Mapping[str, str]) -> DataError:
-    has = ", ".join(f"{name[:40]} ({kind})" for name, kind in islice(columns.items(), 20))
-    return DataError(
-        f"{file.path}: row {number} needs a string in a column named text, has {has or 'nothing'}"
-    )
+def _no_text(
+    file: SourceFile, number: int, kinds: Mapping[str, str], column: str | None
+) -> DataError:
+    return DataError(f"{file.path}: row {number} {MissingContent.of(kinds, column)}")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Windows of tokens cut from a text, in a reproducible order that can be resumed anywhere.
 
-Documents are tokenised, joined, and cut into windows; rows of a sampled text are tokens already.
+Documents are tokenised, joined, and cut into windows; those of a sampled text, of a chat and of a
+data set of token ids are tokens already.
 The content of a window depends only on the text; the seed decides the order of the windows. A place
 in the stream is a position of the documents' reader (kept by `datasets`) and the left-over tokens,
 fewer than a window has, so that resuming does not read the text from its beginning.
@@ -8,10 +9,12 @@ fewer than a window has, so that resuming does not read the text from its beginn
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -20,9 +23,16 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from npt_fast.errors import DataError
+from npt_fast.errors import DataError, ModelError, NPTError
 from npt_fast.hf.tokenizer import encode
-from npt_fast.training.documents import open_documents, reason
+from npt_fast.training.documents import WITHOUT_A_PATH, open_documents, reason
+from npt_fast.training.rows import (
+    Document,
+    MissingContent,
+    content_of,
+    document_of,
+    open_rows,
+)
 from npt_fast.training.self_text import SelfText
 
 Window = dict[str, Tensor]
@@ -72,25 +82,6 @@ def _fits(position: Any, first: Any) -> bool:
     return first is None or (type(position) is type(first) and position >= 0)
 
 
-class _Rows:
-    """Reads the rows of a sampled text as `datasets` reads documents, from any position."""
-
-    def __init__(self, ids: Tensor) -> None:
-        self._ids = ids
-        self._next = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"row": self._next}
-
-    def load_state_dict(self, position: Mapping[str, Any]) -> None:
-        self._next = position["row"]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while self._next < len(self._ids):
-            self._next += 1
-            yield {"ids": self._ids[self._next - 1].tolist()}
-
-
 class TokenWindows(IterableDataset[Window]):
     """Endless stream of windows; each epoch has the same windows in another order.
 
@@ -109,6 +100,9 @@ class TokenWindows(IterableDataset[Window]):
         block: number of windows that are shuffled together.
         special_tokens: let the tokenizer add its special tokens to each document.
         sampled: a sampled text, in place of the documents that `source` would name.
+        rows: a data set, likewise.
+        text_column: column of the documents, as for `npt_fast.training.rows.content_of`.
+        vocabulary: number of token ids that the model knows, to check those of `rows`.
         start: result of `state_after`, to resume there.
 
     Attributes:
@@ -132,6 +126,9 @@ class TokenWindows(IterableDataset[Window]):
         block: int = 2048,
         special_tokens: bool = True,
         sampled: SelfText | None = None,
+        rows: Iterable[Any] | None = None,
+        text_column: str | None = None,
+        vocabulary: int | None = None,
         start: Mapping[str, Any] | None = None,
     ) -> None:
         stride = max_length if stride is None else stride
@@ -145,6 +142,18 @@ class TokenWindows(IterableDataset[Window]):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if stride > max_length:
             raise ValueError(f"stride must not exceed max_length {max_length}, got {stride}")
+        self._source = source
+        self._tokenizer = tokenizer
+        self._column = None if source in WITHOUT_A_PATH else text_column
+        self._vocabulary = vocabulary
+        if sampled is not None:
+            self._documents = open_rows(sampled.ids)
+        elif rows is not None:
+            self._documents = open_rows(rows)
+        else:
+            self._documents = open_documents(source, seed=seed, column=self._column)
+        self._first_document = self._documents.state_dict()
+        key = self._first_key() if rows is not None else sampled and sampled.key
         self._settings = {
             "source": source,
             "max_length": max_length,
@@ -154,13 +163,12 @@ class TokenWindows(IterableDataset[Window]):
             "block": block,
             # only if they are left out: states of before do not say, and added them
             **({} if special_tokens else {"special_tokens": 0}),
-            **({} if sampled is None else {"text": sampled.key}),
+            **({} if key is None else {"text": key}),
+            **({} if self._column is None else {"text_column": self._column}),
         }
         if start is not None and (field := self._misfit(start)):
             raise ValueError(f"cannot resume with this data: {field} is not as it was")
 
-        self._source = source
-        self._tokenizer = tokenizer
         self._special_tokens = special_tokens
         self._length = max_length
         self._shortest = min(_SHORTEST if max_length >= _SHORTEST else 2, max_length)
@@ -169,10 +177,6 @@ class TokenWindows(IterableDataset[Window]):
         self._block = block
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._padding = next(token for token in candidates if token is not None)
-        self._documents = (
-            open_documents(source, seed=seed) if sampled is None else _Rows(sampled.ids)
-        )
-        self._first_document = self._documents.state_dict()
         self._held = self._hold_out(held_out)
         self.held_out = len(self._held)
 
@@ -215,7 +219,7 @@ class TokenWindows(IterableDataset[Window]):
         return isinstance(state, Mapping) and self._misfit(state) is None
 
     def _misfit(self, state: Mapping[str, Any]) -> str | None:
-        for name in (*self._settings, "special_tokens", "text"):
+        for name in (*self._settings, "special_tokens", "text", "text_column"):
             if state.get(name) != self._settings.get(name):
                 return name
         kinds = {"documents": str, "tokens": list}
@@ -288,29 +292,50 @@ class TokenWindows(IterableDataset[Window]):
         """Yield the reader's position before each batch of documents, and the batch's tokens."""
         self._documents.load_state_dict(documents)
         rows = iter(self._documents)
-        while batch := self._next_rows(rows):
+        while batch := self._next_documents(rows):
             yield documents, list(chain.from_iterable(self._ids(batch)))
             documents = self._documents.state_dict()
 
-    def _ids(self, batch: list[dict[str, Any]]) -> Iterable[list[int]]:
-        if "ids" in batch[0]:
-            return (row["ids"] for row in batch)
-        texts = [row["text"] for row in batch if row["text"] and not row["text"].isspace()]
+    def _ids(self, batch: list[Document]) -> Iterator[list[int]]:
         # a blank document would give special tokens only; a tokenizer needs one text or more
+        texts = [text for text in batch if isinstance(text, str) and text and not text.isspace()]
         options = {"verbose": False, "add_special_tokens": self._special_tokens}
-        return encode(self._tokenizer, texts, **options).input_ids if texts else []
+        encoded = encode(self._tokenizer, texts, **options).input_ids if texts else []
+        tokens = iter(encoded)
+        for document in batch:
+            if not isinstance(document, str):
+                yield document
+            elif document and not document.isspace():
+                yield next(tokens)
 
-    def _next_rows(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        try:
-            batch: list[dict[str, Any]] = []
-            characters = 0
+    def _next_documents(self, rows: Iterator[Any]) -> list[Document]:
+        batch: list[Document] = []
+        size = 0
+        with self._read_errors():
             for row in islice(rows, _BATCH):
-                batch.append(row)
-                characters += len(row.get("text") or "")
-                if characters >= _BATCH_TEXT:
+                content = content_of(row, self._column)
+                batch.append(document_of(content, self._tokenizer, self._vocabulary))
+                size += len(batch[-1])
+                if size >= _BATCH_TEXT:
                     break
-            return batch
-        except DataError:
+        return batch
+
+    def _first_key(self) -> str:
+        """Digest of the first document of a data set, which has no name to know it by."""
+        found = self._next_documents(islice(self._documents, 1))
+        if not found:
+            raise DataError(f"{self._source}: is empty; give a data set with texts")
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    @contextmanager
+    def _read_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except MissingContent as error:
+            raise DataError(f"{self._source}: a row {error}") from None
+        except ModelError as error:  # of the chat template
+            raise ModelError(f"{self._source}: {error}") from error
+        except NPTError:
             raise
         except Exception as error:  # the network, the Hub and every loader fail in their own way
             raise DataError(

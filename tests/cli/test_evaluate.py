@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 
 import npt_fast as npt
 from npt_fast import text_sources
+from npt_fast.cli.arguments import ReadingOptions, RowOptions
+from npt_fast.cli.evaluate import evaluate
+from npt_fast.errors import NPTWarning
 from npt_fast.hf.base_model import load_base_model
 from tests.checkpoints import layer_weights, read_weights, run, write_checkpoint
 from tests.training import runs
@@ -203,3 +207,48 @@ def test_without_data_it_reads_what_training_would(
     code, out, err = run(capsys, *given)
     assert (code, err) == (0, "")
     assert json.loads(out)["results"] == [found]
+
+
+def test_defaults_are_those_of_python(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where no text can be streamed, Python warns as the verb notes."""
+    theirs = {"windows": "num_eval_samples"}
+    verb = signature(evaluate).parameters
+    options = {"special_tokens": ReadingOptions(), "text_column": RowOptions()}
+    options["chat_template"] = options["text_column"]
+    for name, parameter in signature(npt.evaluate).parameters.items():
+        if name in options:
+            assert getattr(options[name], name) == parameter.default, name
+        elif name not in ("model", "tokenizer", "progress"):
+            assert verb[theirs.get(name, name)].default == parameter.default, name
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(text_sources, "DEFAULT_TOKENS", 20 * LENGTH)
+    model, tokenizer = load_base_model(str(place.base))
+    npt.load(model, runs.start(tmp_path / "a", 1))
+    settings: dict[str, Any] = {"windows": 2, "max_length": LENGTH}
+    with pytest.warns(NPTWarning, match="medium: cannot reach .*own text") as told:
+        found = npt.evaluate(model, tokenizer, **settings)
+    assert [warning.filename for warning in told] == [__file__]
+    assert found == npt.evaluate(model, tokenizer, "self", **settings)
+
+
+def test_columns_and_chats(place: Place, capsys: Any, tmp_path: Path) -> None:
+    """A chat by the template of a file is the text that it writes."""
+    text = place.text.read_text()
+    pieces = [text[n : n + 40] for n in range(0, len(text), 40)]
+    chats = [{"turns": [{"role": "user", "content": piece}]} for piece in pieces]
+    (tmp_path / "chats.jsonl").write_text("".join(f"{json.dumps(chat)}\n" for chat in chats))
+    (tmp_path / "template").write_text("{{ messages[0].content }}")
+    (tmp_path / "texts.txt").write_text("\n\n".join(pieces))
+    given = arguments(place, "--checkpoint", runs.start(tmp_path / "a", 1), "--json")
+    at = given.index("--data") + 1
+    given[at] = tmp_path / "texts.txt"
+    _, expected, _ = run(capsys, *given)
+    given[at] = tmp_path / "chats.jsonl"
+    given += ["--text_column", "turns"]
+    code, out, err = run(capsys, *given)
+    assert (code, out) == (1, "") and "no chat template; give one with chat_template" in err
+    code, out, err = run(capsys, *given, "--chat_template", tmp_path / "template")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["results"] == json.loads(expected)["results"]

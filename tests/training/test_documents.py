@@ -10,6 +10,7 @@ import datasets
 import pytest
 
 import npt_fast as npt
+from npt_fast.training import documents as module
 from npt_fast.training.documents import open_documents
 from tests.training.texts import random_texts, texts_of, write_texts
 
@@ -82,6 +83,50 @@ def test_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["bookcorpus/bookcorpus"] == (None, "refs/convert/parquet")
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("org/name", ("org/name", None, "train")),
+        ("org/name:en.2", ("org/name", "en.2", "train")),
+        ("org/name:en:test", ("org/name", "en", "test")),
+        ("org/name::test", ("org/name", None, "test")),
+    ],
+)
+def test_a_data_set_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, source: str, expected: tuple[str | None, ...]
+) -> None:
+    opened = []
+
+    def load(path: str, name: str | None, *, split: str, streaming: bool, revision: None) -> Any:
+        opened.append((path, name, split))
+        assert streaming
+        return datasets.Dataset.from_dict({"id": [1], "body": ["a"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(module, "check_hub", lambda source: None)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(open_documents(source, seed=0, column="body")) == [{"id": 1, "body": "a"}]
+    assert opened == [expected]
+
+
+def test_a_folder_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_texts(tmp_path / "org" / "name" / "a.txt", ["here"])
+    monkeypatch.chdir(tmp_path)
+    assert texts_of("org/name") == ["here"]
+    with pytest.raises(npt.DataError, match=r"^org/b\.txt: no such file or folder"):
+        open_documents("org/b.txt", seed=0)
+
+
+def test_a_data_set_without_a_network_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        npt.DataError,
+        match=r"^org/name:en: cannot open org/name .*the network and the name, "
+        r"org/name:config:split.*; no file or folder has this name either$",
+    ) as e:
+        open_documents("org/name:en", seed=0)
+    assert "\n" not in str(e.value)
+
+
 def test_a_preset_without_a_network_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
@@ -124,7 +169,7 @@ def test_unknown_sources(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
 def test_a_file_without_a_column_text(tmp_path: Path, name: str) -> None:
     path = write_texts(tmp_path / name, ["x"], column="content")
-    with pytest.raises(npt.DataError, match=rf"{name}: row 0 needs .* text, has .*content \(str\)"):
+    with pytest.raises(npt.DataError, match=rf"{name}: row 0 needs a .*, has .*content \(str\)"):
         open_documents(str(path), seed=0)
     with pytest.raises(npt.DataError, match=r"text \(int\)"):
         open_documents(str(write_texts(tmp_path / name, [1, 2])), seed=0)

@@ -145,7 +145,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda path: path.write_text(
             "{" + ",".join(f'"{n}":1' for n in range(400_000)) + "}", newline=""
         ),
-        "row 0 needs a string in a column named text, has 0 (int), 1 (int)",
+        "prompt and completion, or input_ids, has 0 (int), 1 (int)",
     ),
     "a paragraph without an end": (
         "a.txt",

@@ -13,7 +13,7 @@ import torch
 import npt_fast as npt
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.training.sampled_file import check, write_rows
-from npt_fast.training.text_files import read_documents
+from npt_fast.training.text_files import read_contents
 from tests.training import runs, tiny
 from tests.training.runs import umask
 
@@ -31,7 +31,7 @@ def test_rows_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with umask(0o027):
         report = write_rows(ids, tokenizer, path)
-    texts = list(read_documents(SourceFile.of(path)))
+    texts = list(read_contents(SourceFile.of(path)))
     assert texts == ['ab "c"\n', "xx<eos><bos>yy\\", "abc<eos>de\u00e9", "ab<bos>cdefg"]
     assert report == {"rows": 4, "tokens": 32, "same": 4}
     assert stat.S_IMODE(path.stat().st_mode) == 0o640

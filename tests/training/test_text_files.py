@@ -24,7 +24,7 @@ ALPHABET = 'ab \n\t"\\{}[],:é語😀\u2028\x7f'
 
 
 def texts(path: Path) -> list[str]:
-    return list(text_files.read_documents(SourceFile.of(path)))
+    return list(text_files.read_contents(SourceFile.of(path)))
 
 
 # ---- their documents
@@ -151,11 +151,11 @@ BAD_JSON = {
     '{"text": "a", "text": "b"}': "row 0: a key occurs twice",
     '{"text": "\\ud800"}': "row 0: its text holds half a character",
     '{"text": "a", "n": 1' + "0" * 5000 + "}": "row 0: Exceeds the limit",
-    '{"n": 1}': r"row 0 needs .* text, has n \(int\)",
-    "{}": "row 0 needs .* text, has nothing",
-    '{"text": "a"}\n{"text": null}': r"row 1 needs .* text, has text \(NoneType\)",
-    '{"text": "a"}\n{"text": ["b"]}': r"row 1 needs .* text, has text \(list\)",
-    '{"text": "a"}\n{"n": 2}': r"row 1 needs .* text, has n \(int\)",
+    '{"n": 1}': r"row 0 needs .*, has n \(int\)",
+    "{}": "row 0 needs .*, has nothing",
+    '{"text": "a"}\n{"text": null}': r"row 1 needs .*, has text \(NoneType\)",
+    '{"text": "a"}\n{"text": ["b"]}': r"row 1 needs .*, has text \(list\)",
+    '{"text": "a"}\n{"n": 2}': r"row 1 needs .*, has n \(int\)",
 }
 
 

@@ -171,7 +171,7 @@ def test_reading_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("connection reset\nby peer")
 
     broken = datasets.IterableDataset.from_generator(rows)
-    monkeypatch.setattr(token_windows, "open_documents", lambda source, seed: broken)
+    monkeypatch.setattr(token_windows, "open_documents", lambda source, **options: broken)
     with pytest.raises(npt.DataError, match="anything: reading broke off: connection reset; "):
         take(stream("anything"), 10_000)
 

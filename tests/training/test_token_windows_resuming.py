@@ -44,7 +44,7 @@ def test_going_on_after_every_window(
 ) -> None:
     """A resumed stream can be resumed too, and windows that were read ahead are read again."""
 
-    def open_quickly(source: str, *, seed: int) -> datasets.IterableDataset:
+    def open_quickly(source: str, **options: Any) -> datasets.IterableDataset:
         rows = {"text": random_texts(16, longest=20)}
         return datasets.IterableDataset.from_dict(rows, num_shards=3)
 
@@ -121,9 +121,9 @@ def test_going_on_does_not_read_from_the_beginning(
     opened = []
     read = documents._read_rows
 
-    def watch(files: list[str]) -> Iterator[dict[str, str]]:
+    def watch(files: list[str], column: None) -> Iterator[dict[str, str]]:
         opened.extend(files)
-        yield from read(files)
+        yield from read(files, column)
 
     monkeypatch.setattr(documents, "_read_rows", watch)
     for used in range(0, count - 1, 9):
