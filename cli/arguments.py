@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from npt_fast.cli.output import note
 from npt_fast.config import (
     BaseDType,
     Injection,
@@ -22,8 +23,6 @@ from npt_fast.hf.tokenizer import Reading
 from npt_fast.layer_names import check_layers, is_name, parse_layers, resolve_layers
 from npt_fast.paths import expand
 from npt_fast.text_sources import parse_data
-
-DEFAULT_MODEL = "meta-llama/Llama-3.2-1B"
 
 
 def _check_path(kind: object, text: str | None) -> None:
@@ -39,6 +38,13 @@ def _check_data(kind: object, text: str | None) -> None:
 PathText = Annotated[str, Parameter(validator=_check_path)]
 """A path. A text that is not one is a usage error, before anything is loaded. It stays text, since
 ``Path("")`` is the current directory."""
+CheckpointText = Annotated[PathText, Parameter(name=("--checkpoint", "--checkpoints"))]
+"""A checkpoint: the verb's argument, or either option."""
+CheckpointTexts = Annotated[
+    list[PathText],
+    Parameter(name=("--checkpoint", "--checkpoints"), consume_multiple=(1, None)),
+]
+"""Checkpoints, one or more, given likewise."""
 DataText = Annotated[str, Parameter(validator=_check_data)]
 """Texts to train or measure on. As with paths, mistakes in their names are usage errors."""
 Layers = Annotated[str | None, Parameter(validator=lambda _, text: text and check_layers(text))]
@@ -62,42 +68,59 @@ class WeightOptions:
     base_dtype: BaseDType = "auto"
     trust_remote_code: bool = False
 
-    def load(
-        self, model_name: str, device: str, checkpoints: Sequence[str] = ()
-    ) -> tuple[Any, Any]:
-        """A base model on a device, for these checkpoints, and its tokenizer."""
-        from npt_fast.hf.base_model import load_base_model
-
-        return load_base_model(
-            model_name,
-            dtype=self.base_dtype,
-            device=device,
-            trust_remote_code=self.trust_remote_code,
-            checkpoints=checkpoints,
-        )
-
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """A base model.
+    """A base model, and the device that it runs on.
 
     Attributes:
-        model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
+        model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m; if not given, the one
+            that the checkpoint records, or meta-llama/Llama-3.2-1B without a checkpoint.
         weights: How its weights are read.
-        cpu: Use the CPU even if there is a GPU.
+        device: Device to run the model on, such as cpu or cuda:1; a GPU if there is one and none is
+            given.
+        cpu: Use the CPU even if there is a GPU, as --device cpu does.
     """
 
-    model_name: PathText = DEFAULT_MODEL
+    model_name: PathText | None = None
     weights: WeightOptions = field(default_factory=WeightOptions)
+    device: str | None = None
     cpu: bool = False
 
-    def load(self, checkpoints: Sequence[str] = ()) -> tuple[Any, Any]:
-        """The base model, for these checkpoints, and its tokenizer."""
-        from npt_fast.hf.base_model import default_device
+    def __post_init__(self) -> None:
+        if self.cpu and self.device not in (None, "cpu"):
+            raise ValueError(f"--cpu and --device {self.device} exclude each other")
 
-        device = "cpu" if self.cpu else default_device()
-        return self.weights.load(self.model_name, device, checkpoints)
+    def named(self, checkpoints: Sequence[Checkpoint] = ()) -> ModelOptions:
+        """The same with the name of the base model, which is told if it was not given.
+
+        Raises:
+            NPTError: as `npt_fast.hf.base_name.base_name`.
+        """
+        from npt_fast.hf.base_name import base_name
+
+        code = self.weights.trust_remote_code
+        name = base_name(self.model_name, checkpoints, note, trust_remote_code=code)
+        return replace(self, model_name=name)
+
+    def load(self, checkpoints: Sequence[Checkpoint] = ()) -> tuple[Any, Any]:
+        """The base model, for these checkpoints, and its tokenizer."""
+        from npt_fast.hf.base_model import default_device, load_base_model
+
+        name = str(self.named(checkpoints).model_name)
+        device = "cpu" if self.cpu else self.device or default_device()
+        try:
+            return load_base_model(
+                name,
+                dtype=self.weights.base_dtype,
+                device=device,
+                trust_remote_code=self.weights.trust_remote_code,
+                checkpoints=[checkpoint.given for checkpoint in checkpoints],
+            )
+        except (RuntimeError, AssertionError) as error:  # torch: no such device
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{name} cannot be put on {device!r}: {reason}") from error
 
 
 @Parameter(name="*")
@@ -149,7 +172,7 @@ class LayerOptions:
 
 
 @Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CheckpointOptions:
     """A base model with the layers of a checkpoint.
 
@@ -159,14 +182,15 @@ class CheckpointOptions:
         loading: Which of its layers are loaded, and how.
     """
 
-    checkpoint: PathText
+    checkpoint: CheckpointText
+    _: KW_ONLY
     base: ModelOptions = field(default_factory=ModelOptions)
     loading: LayerOptions = field(default_factory=LayerOptions)
 
     def load(self) -> tuple[Any, Any]:
         """The base model with these layers, and its tokenizer."""
         checkpoint = self.loading.open(self.checkpoint)
-        model, tokenizer = self.base.load([self.checkpoint])
+        model, tokenizer = self.base.load([checkpoint])
         return self.loading.load(model, checkpoint), tokenizer
 
 

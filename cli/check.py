@@ -20,8 +20,8 @@ _READING = ReadingOptions()
 def check(
     facts: PathText,
     /,
-    *,
     model: CheckpointOptions,
+    *,
     reading: ReadingOptions = _READING,
     junit: PathText | None = None,
     json: bool = False,

@@ -10,7 +10,13 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 import npt_fast as npt
-from npt_fast.cli.arguments import DataText, LayerOptions, ModelOptions, PathText, ReadingOptions
+from npt_fast.cli.arguments import (
+    CheckpointTexts,
+    DataText,
+    LayerOptions,
+    ModelOptions,
+    ReadingOptions,
+)
 from npt_fast.cli.output import certificate_lines, print_json, progress_bar, say
 from npt_fast.text_sources import data_name
 
@@ -18,8 +24,8 @@ _MODEL, _LOADING, _READING = ModelOptions(), LayerOptions(), ReadingOptions()
 
 
 def evaluate(
+    checkpoint: CheckpointTexts,
     *,
-    checkpoint: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
     model: ModelOptions = _MODEL,
     loading: LayerOptions = _LOADING,
     reading: ReadingOptions = _READING,
@@ -65,7 +71,7 @@ def evaluate(
         from npt_fast.training.run import say as note
 
         data = default_data(note)
-    loaded, tokenizer = model.load(checkpoint)
+    loaded, tokenizer = model.load(opened)
 
     def continuations() -> list[str]:
         return [continue_text(loaded, tokenizer, p, max_new_tokens, reading) for p in prompt]

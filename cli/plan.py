@@ -25,8 +25,8 @@ def _numbers(kind: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
 
 
 def plan(
-    *,
     model: CheckpointOptions,
+    *,
     data: DataText = "python-docs",
     first_tokens: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
     counts: Annotated[

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    *,
     model: CheckpointOptions,
+    *,
     texts: SourceOptions,
     position: Text = "",
     each_token: bool = False,
@@ -60,7 +60,7 @@ def sweep(
     )  # fmt: skip
     facts = {
         "checkpoint": model.checkpoint,
-        "model": model.base.model_name,
+        "model": loaded.config.name_or_path,
         "injected": modulation.description,
         "reading": str(texts.reading),
         "prompt": texts.prompt,

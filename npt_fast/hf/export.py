@@ -136,6 +136,8 @@ def export(
         if proof is not None:
             proof.path = str(target)
     report = report_of(plan, target, mover.moved, free, needed, started, proof=proof)
+    if model_name is None:
+        report.notes.append(f"the base model is {name}, which {path} records")
     report.warnings.extend(
         f"{left}: was not removed: nothing proves who left it" for left in staged.left
     )

@@ -30,7 +30,7 @@ from npt_fast.hf.convert import components, convert, decoder_layers
 from npt_fast.layer_names import is_name, resolve_layers
 from npt_fast.paths import user_path
 from npt_fast.training.curriculum import parse_curriculum
-from npt_fast.training.data import open_data, with_data
+from npt_fast.training.data import open_data, with_base_model, with_data
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate
 from npt_fast.training.metrics_log import MetricsLog
@@ -93,6 +93,7 @@ def train_here(options: TrainOptions, progress: Progress | None = None) -> Train
     begun = time.monotonic()
     stages = parse_curriculum(options.curriculum_stages)
     checkpoint, training_state = _open_resumed(options)
+    options = with_base_model(options, checkpoint, say)
     resumed = read_progress(training_state)
     first_step = training_state.global_step if training_state else 0
     if first_step >= options.max_steps:
@@ -107,7 +108,7 @@ def train_here(options: TrainOptions, progress: Progress | None = None) -> Train
     try:
         arguments = _training_arguments(options, output)
         model, tokenizer = load_base_model(
-            options.model_name,
+            options.base_name,
             dtype=options.base_dtype,
             device=arguments.device,
             keep_on_cpu=bool(arguments.fsdp),  # the whole model may not fit on one device
@@ -189,7 +190,7 @@ def output_directory(options: TrainOptions) -> Path:
         return user_path(options.output_dir)
     name = options.wandb_name
     if name is None:
-        base = re.sub(r"[^A-Za-z0-9._-]", "_", options.model_name.rstrip("/").split("/")[-1])
+        base = re.sub(r"[^A-Za-z0-9._-]", "_", options.base_name.rstrip("/").split("/")[-1])
         named = is_name(options.train_layers)
         layers = options.train_layers if named else "-".join(map(str, options.layers))
         name = f"npt_layers_{layers}_{base}_{time.strftime('%Y%m%d_%H%M%S')}"
@@ -265,8 +266,8 @@ def _add_layers(model: Any, options: TrainOptions, checkpoint: Checkpoint | None
                 f"--train_layers {layers}; leave out --resume_from"
             )
         name = checkpoint.model_name
-        if name is not None and name != options.model_name:
-            say(f"Note: {checkpoint.given} was trained on {name}, this is {options.model_name}")
+        if name is not None and name != options.base_name:
+            say(f"Note: {checkpoint.given} was trained on {name}, this is {options.base_name}")
         load(model, checkpoint, layers=known, residual=options.residual, trainable=True)
         left = [layer for layer in checkpoint.modules if layer not in layers]
         if left:
@@ -332,7 +333,7 @@ def _say_setup(
     output: Path,
     first_step: int,
 ) -> None:
-    say(f"Base model: {options.model_name}")
+    say(f"Base model: {options.base_name}")
     for layer in layers:
         component = components(model)[layer]
         count = sum(parameter.numel() for parameter in component.parameters())
