@@ -49,7 +49,7 @@ DataText = Annotated[str, Parameter(validator=_check_data)]
 """Texts to train or measure on. As with paths, mistakes in their names are usage errors."""
 Layers = Annotated[str | None, Parameter(validator=lambda _, text: text and check_layers(text))]
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
-SpecialTokens = Annotated[bool, Parameter(negative="--no-special-tokens")]
+SpecialTokens = Annotated[bool, Parameter(negative="--no_special_tokens")]
 Texts = Annotated[Sequence[str], Parameter(consume_multiple=True)]
 
 

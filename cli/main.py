@@ -27,10 +27,10 @@ def _snake(name: str) -> str:
 app = App(
     name="npt-fast",
     help="Train, merge, verify and measure Neuro-Plastic Transformer layers.",
-    name_transform=_snake,
     version=lambda: npt.__version__,
     suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(negative=()),  # flags have no --no- form: all are off by default
+    # flags have no --no- form: all are off by default
+    default_parameter=Parameter(negative=(), name_transform=_snake),
 )
 # as text: --help takes 0.4 s, and importing torch alone would take 4
 app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints into one.")

@@ -39,7 +39,10 @@ def base_name(
     if not checkpoints:
         say(f"Note: the base model is {DEFAULT_MODEL}, the default; --model_name takes another")
         return DEFAULT_MODEL
-    found = {name: one.given for one in checkpoints if (name := _own_base(one))}
+    found: dict[str, str] = {}
+    for one in checkpoints:
+        if own := _own_base(one):
+            found.setdefault(own, one.given)
     if not found:
         raise ModelError(
             f"{checkpoints[0].given}: does not record its base model; give it (--model_name)"
