@@ -226,17 +226,7 @@ JOURNAL = {
     "numbers": replaced(_LOG % f'"layers": [{VALUES["numbers"]}]'),
     "text": replaced(_LOG % '"dtype": "\\ud800"'),
 }
-TRAININGCONFIG = {
-    **{name: replaced(f"checkpoints: {value}\n") for name, value in (
-        ("code", '!!python/object/apply:os.system ["touch canary"]'),
-        ("depth", "[" * 20_000 + "]" * 20_000),
-        ("cycle", "&a [*a]"),
-        ("width", "[" + "{}, " * 240_000 + "]"),
-    )},
-    "alias": FACTS["alias"],
-    "numbers": replaced("max_shard_size: 1" + "0" * 400_000 + "\n"),
-}  # fmt: skip
-_LOG = {
+TRAINING_LOG = {
     "depth": replaced(f'{{"step": {VALUES["depth"]}}}\n'),
     "width": replaced(f'{{"step": 1, "x": {VALUES["width"]}}}\n'),
     "numbers": replaced(f'{{"step": {VALUES["numbers"]}}}\n'),

@@ -203,7 +203,7 @@ def _fingerprint(opened: Checkpoint, base: BaseFolder, *, any_base: bool) -> str
         raise ModelError(
             f"{opened.given}: belongs to another base model of the same sizes "
             f"({opened.model_name or 'unnamed'}) than {base.name}: its weights are others; "
-            "use --allow-different-base if that is meant"
+            "use --allow_different_base if that is meant"
         )
     return opened.fingerprint
 
