@@ -21,6 +21,8 @@ def analyze(
 ) -> None:
     """Show what checkpoints hold and, for several, whether they can be merged.
 
+    npt-fast analyze layer11/checkpoint-800 layer13/checkpoint-600
+
     Reads headers only, however large the checkpoint, unless --verbose asks for values.
 
     Parameters

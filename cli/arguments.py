@@ -35,7 +35,7 @@ def _check_data(kind: object, text: str | None) -> None:
         parse_data(text)
 
 
-PathText = Annotated[str, Parameter(validator=_check_path)]
+PathText = Annotated[str, Parameter(validator=_check_path, metavar="PATH")]
 """A path. A text that is not one is a usage error, before anything is loaded. It stays text, since
 ``Path("")`` is the current directory."""
 CheckpointText = Annotated[PathText, Parameter(name=("--checkpoint", "--checkpoints"))]

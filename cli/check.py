@@ -28,6 +28,8 @@ def check(
 ) -> int:
     """Score injections against a suite of facts and relations; the exit code is 3 if one fails.
 
+    npt-fast check facts.yaml experiments/merged_11_13_23 --junit report.xml
+
     Parameters
     ----------
     facts

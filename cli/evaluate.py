@@ -41,6 +41,8 @@ def evaluate(
     """Measure how closely a model with each checkpoint follows its base model on held-out text,
     and on four texts of other kinds: news, a story, code and French.
 
+    npt-fast evaluate experiments/merged_11_13 --prompt "The capital of France is"
+
     Parameters
     ----------
     checkpoint

@@ -24,13 +24,18 @@ def _snake(name: str) -> str:
     return name.lower().strip("_")
 
 
+def _shown_default(value: Any) -> str | None:
+    """What the help shows: nothing for what is off, empty or not given."""
+    return None if value is None or value is False or value == () else str(value)
+
+
 app = App(
     name="npt-fast",
     help="Train, merge, verify and measure Neuro-Plastic Transformer layers.",
     version=lambda: npt.__version__,
     suppress_keyboard_interrupt=False,
     # flags have no --no- form: all are off by default
-    default_parameter=Parameter(negative=(), name_transform=_snake),
+    default_parameter=Parameter(negative=(), name_transform=_snake, show_default=_shown_default),
 )
 # as text: --help takes 0.4 s, and importing torch alone would take 4
 app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints into one.")
@@ -125,13 +130,13 @@ class _Command(NamedTuple):
     quiet: bool = False
 
 
-_COMMON = Parameter(group=Group("Options of every verb", sort_key=99))
+_COMMON = Parameter(group=Group("Options of every verb", sort_key=99), negative=())
 
 
 @app.meta.default
 def _with_common_options(
     *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Annotated[str | None, _COMMON] = None,
+    config: Annotated[str | None, _COMMON, Parameter(metavar="PATH")] = None,
     quiet: Annotated[bool, _COMMON, Parameter(alias="-q")] = False,
 ) -> _Command:
     """Parse a verb and its options, beside those that every verb has.
@@ -143,12 +148,14 @@ def _with_common_options(
     quiet
         Print results and errors only: no notes, warnings or progress.
     """
-    app.config = ()
     if config is not None:
         from npt_fast.cli.config_file import ConfigFile
 
-        app.config = (ConfigFile(config),)
-    verb, options, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+        app.config = ConfigFile(config)
+    try:
+        verb, options, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    finally:
+        app.config = ()
     return _Command(partial(verb, *options.args, **options.kwargs), quiet)
 
 

@@ -30,6 +30,9 @@ def sweep(
 ) -> None:
     """Inject into every layer alone and into all layers, at several strengths or tokens.
 
+    npt-fast sweep experiments/merged_11_13_23 --from "The capital of France is" --prompt "The
+    capital of Germany is" --track " Paris" " Berlin" --html sweep.html
+
     Parameters
     ----------
     position

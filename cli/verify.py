@@ -10,6 +10,8 @@ from npt_fast.cli.output import print_json, print_verification, progress_bar
 def verify(checkpoint: CheckpointText, *, json: bool = False) -> int:
     """Check every tensor of a merged checkpoint: digests, CRCs, values, and sources if they exist.
 
+    npt-fast verify experiments/merged_11_13
+
     Parameters
     ----------
     checkpoint

@@ -135,7 +135,7 @@ class MergeOptions:
         max_shard_size: Bytes of tensors per safetensors file; larger outputs become shards with an
             index.
         weights_only: Leave out optimizer, scheduler, step and curriculum.
-        copy_multi_layer_state: ``multi_layer_state.pt`` to take the curriculum from.
+        copy_multi_layer_state: File ``multi_layer_state.pt`` to take the curriculum from.
         allow_different_base: Merge even if the configs name different base models.
         on_bad_state: What to do when an input's training state cannot be used: ``error`` refuses,
             ``skip`` merges its weights and leaves its state out.

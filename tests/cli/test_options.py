@@ -11,7 +11,6 @@ from cyclopts.argument import Argument
 
 from npt_fast.cli.main import app
 from npt_fast.cli.train import TrainArguments
-from npt_fast.tables import markdown_table
 from tests.checkpoints import run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,8 +36,8 @@ def table() -> str:
             names = [name for name in option.names if name.startswith("--")]
             if names:
                 verbs_of.setdefault(", ".join(sorted(names)), []).append(verb)
-    rows = [(f"`{names}`", ", ".join(verbs)) for names, verbs in sorted(verbs_of.items())]
-    return markdown_table(["option", "verbs"], rows)
+    rows = [f"| `{names}` | {', '.join(verbs)} |" for names, verbs in sorted(verbs_of.items())]
+    return "\n".join(["| option | verbs |", "| --- | --- |", *rows]) + "\n"
 
 
 def test_the_documentation_has_the_table() -> None:
