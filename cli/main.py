@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except NPTError as error:
         _exit(error.exit_code, str(error))
     except ModuleNotFoundError as error:
-        verb = given[0] if given else ""
+        verb = next((word for word in given if word in app), "")
         line = missing_package(error, f"npt-fast {verb}", needs=_EXTRAS.get(verb, "hf"))
         if line is None:
             raise
@@ -166,7 +166,7 @@ def _parse(arguments: list[str]) -> _Command:
         app[verbs[0]].help = None  # shows the docstring; the line above is for the list of verbs
     try:
         arguments, notes = retired.replaced(arguments)
-        parser = app if verbs == ["serve"] else app.meta  # whose options all go to vLLM
+        parser = app if arguments[:1] == ["serve"] else app.meta  # its options all go to vLLM
         parse, options, _ = parser.parse_args(arguments, exit_on_error=False, print_error=False)
         found = partial(parse, *options.args, **options.kwargs)
         command = found() if parse is _with_common_options else _Command(found)

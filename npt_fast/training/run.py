@@ -137,12 +137,10 @@ def train_here(options: TrainOptions, progress: Progress | None = None) -> Train
         fresh = [layer for layer in layers if layer not in known]
         text = collate(held_out[:4])["input_ids"].to(model.device)
         distillation.calibrate(text, fresh if options.init_strategy == "zero" else [])
-        config = {name: _plain(value) for name, value in asdict(options).items()}
-        del config["trust_remote_code"]  # must be repeated for every run, never read from a file
         if run is not None:
             with disk_errors(output, TrainingError):
-                metrics = MetricsLog(output, options, first_step, config)
-                (output / CONFIG).write_bytes(strict_json.dump(config))
+                metrics = MetricsLog(output, options, first_step, configuration(options))
+                write_configuration(output, options)
         _say_setup(options, model, layers, output, first_step)
         with _deferred_signals() as stop_signal:
             trainer = NPTTrainer(
@@ -197,6 +195,18 @@ def output_directory(options: TrainOptions) -> Path:
     if name in (".", "..") or "/" in name:
         raise TrainingError(f"wandb_name {name!r} is not a folder name; use --output_dir")
     return Path("experiments") / name
+
+
+def configuration(options: TrainOptions) -> dict[str, Any]:
+    """The options of a run as JSON values, which ``npt-fast train --config`` takes."""
+    content = {name: _plain(value) for name, value in asdict(options).items()}
+    del content["trust_remote_code"]  # must be repeated for every run, never read from a file
+    return content
+
+
+def write_configuration(folder: Path, options: TrainOptions) -> None:
+    """Write the options of a run into its folder."""
+    (folder / CONFIG).write_bytes(strict_json.dump(configuration(options)))
 
 
 def _open_resumed(options: TrainOptions) -> tuple[Checkpoint | None, TrainingState | None]:

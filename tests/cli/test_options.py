@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from cyclopts.argument import Argument
 from npt_fast.cli.main import app
 from npt_fast.cli.train import TrainArguments
 from tests.checkpoints import run
+from tests.training.runs import Place
 
 ROOT = Path(__file__).parent.parent.parent
 VERBS = [name for name in app if not name.startswith("-")]
@@ -121,3 +123,48 @@ def test_quiet_leaves_results_and_errors(capsys: Any, tmp_path: Path, layer11: P
     code, out, err = run(capsys, "merge", layer11, "--output", tmp_path / "b", "-q")
     assert (code, err) == (0, "")
     assert len(out.splitlines()) == len(loud[1].splitlines())
+
+
+def test_devices_that_there_are_not(
+    capsys: Any, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    sample = ["sample", "--model_name", place.base, "--tokens", 8, "--output", tmp_path / "a.jsonl"]
+    train = [word for word in place.arguments(tmp_path / "out") if word != "--cpu"]
+    for arguments, expected, problem in (
+        ([*sample, "--device", "nowhere"], 1, "cannot be put on 'nowhere'"),
+        ([*sample, "--device", "cuda", "--cpu"], 2, "--cpu and --device cuda exclude each other"),
+        ([*train, "--device", "cuda"], 1, "torch sees no GPU"),
+        ([*train, "--device", "cuda", "--cpu"], 1, "--cpu and --device cuda exclude each other"),
+        ([*train, "--device", "cuda:1"], 2, "cuda:1"),
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (expected, "")
+        assert err.startswith("Error: ") and err.count("\n") == 1 and problem in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_there_is(capsys: Any, place: Place, tmp_path: Path) -> None:
+    train = [word for word in place.arguments(tmp_path / "out", max_steps=1) if word != "--cpu"]
+    code, *_ = run(capsys, *train, "--device", "cpu")
+    assert code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["cpu"] is True
+
+
+def test_completion_is_installed(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("cyclopts.completion.detect.detect_shell", lambda: "bash")
+    code, out, err = run(capsys, "--install-completion")
+    assert (code, err) == (0, "")
+    script = Path(out.removeprefix("Written to ").partition(";")[0])
+    assert script.is_relative_to(tmp_path)
+    assert {"merge", "interact", "--max_steps", "--on_conflict"} <= set(
+        re.findall(r"[\w-]+", script.read_text())
+    )
+    script.unlink()
+    script.mkdir()
+    code, out, err = run(capsys, "--install-completion")
+    assert (code, out) == (1, "")
+    assert err.startswith("Error: completion cannot be installed: ") and err.count("\n") == 1
