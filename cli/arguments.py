@@ -55,36 +55,24 @@ Texts = Annotated[Sequence[str], Parameter(consume_multiple=True)]
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class WeightOptions:
-    """How the weights of a base model are read.
-
-    Attributes:
-        base_dtype: Type of the base model's weights; auto is the checkpoint's on a GPU, else
-            float32.
-        trust_remote_code: Run the code that comes with the base model or that its files name,
-            with all your rights.
-    """
-
-    base_dtype: BaseDType = "auto"
-    trust_remote_code: bool = False
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """A base model, and the device that it runs on.
+    """A base model: its name, how its weights are read, and where it runs.
 
     Attributes:
         model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m; if not given, the one
             that the checkpoint records, or meta-llama/Llama-3.2-1B without a checkpoint.
-        weights: How its weights are read.
+        base_dtype: Type of the base model's weights; auto is the checkpoint's on a GPU, else
+            float32.
+        trust_remote_code: Run the code that comes with the base model or that its files name,
+            with all your rights.
         device: Device to run the model on, such as cpu or cuda:1; a GPU if there is one and none is
             given.
         cpu: Use the CPU even if there is a GPU, as --device cpu does.
     """
 
     model_name: PathText | None = None
-    weights: WeightOptions = field(default_factory=WeightOptions)
+    base_dtype: BaseDType = "auto"
+    trust_remote_code: bool = False
     device: str | None = None
     cpu: bool = False
 
@@ -100,7 +88,7 @@ class ModelOptions:
         """
         from npt_fast.hf.base_name import base_name
 
-        code = self.weights.trust_remote_code
+        code = self.trust_remote_code
         name = base_name(self.model_name, checkpoints, note, trust_remote_code=code)
         return replace(self, model_name=name)
 
@@ -113,9 +101,9 @@ class ModelOptions:
         try:
             return load_base_model(
                 name,
-                dtype=self.weights.base_dtype,
+                dtype=self.base_dtype,
                 device=device,
-                trust_remote_code=self.weights.trust_remote_code,
+                trust_remote_code=self.trust_remote_code,
                 checkpoints=[checkpoint.given for checkpoint in checkpoints],
             )
         except (RuntimeError, AssertionError) as error:  # torch: no such device

@@ -164,7 +164,7 @@ def _replay(options: InteractOptions) -> int:
     if header.get("residual") not in (None, *get_args(Residual)):
         raise TransferError(f"{path}, line 1: residual must be removed or kept")
     loading = replace(options.loading, residual=options.loading.residual or header.get("residual"))
-    if options.base.weights.trust_remote_code and options.base.model_name is None:
+    if options.base.trust_remote_code and options.base.model_name is None:
         raise TransferError(
             f"{path}: names the base model {model}; to run its code, repeat the name (--model_name)"
         )
