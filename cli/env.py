@@ -30,13 +30,8 @@ def env(*, json: bool = False) -> None:
 def _devices() -> dict[str, str]:
     """What torch runs on, or why torch does not work."""
     try:
-        import torch
+        from npt_fast.benchmarks.device import device_facts, device_state
     except (ImportError, OSError) as error:  # a library of CUDA's is missing, or is another's
-        return {"devices": f"not known: {str(error).splitlines()[0]}"}
-    found = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-    return {
-        "CUDA": str(torch.version.cuda),
-        "ROCm": str(torch.version.hip),
-        "devices": ", ".join(f"{one.name} ({one.total_memory / 1e9:.0f} GB)" for one in found)
-        or "cpu",
-    }
+        return {"device": f"not known: {str(error).splitlines()[0]}"}
+    state = {"nvidia-smi": "; ".join(lines)} if (lines := device_state()) else {}
+    return {**device_facts(), **state}

@@ -166,7 +166,9 @@ def _parse(arguments: list[str]) -> _Command:
         app[verbs[0]].help = None  # shows the docstring; the line above is for the list of verbs
     try:
         arguments, notes = retired.replaced(arguments)
-        parser = app if arguments[:1] == ["serve"] else app.meta  # its options all go to vLLM
+        # options of serve all go to vLLM; help of an unknown verb is a mistake for `app` alone
+        plain = arguments[:1] == ["serve"] or not {"--help", "-h"}.isdisjoint(arguments)
+        parser = app if plain else app.meta
         parse, options, _ = parser.parse_args(arguments, exit_on_error=False, print_error=False)
         found = partial(parse, *options.args, **options.kwargs)
         command = found() if parse is _with_common_options else _Command(found)

@@ -115,10 +115,10 @@ def train(
 
 
 def _on(device: str, options: TrainArguments) -> TrainArguments:
-    import torch
+    from npt_fast.hf.base_model import default_device
 
     if options.cpu and device != "cpu":
         raise TrainingError(f"--cpu and --device {device} exclude each other")
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and default_device() == "cpu":
         raise TrainingError("--device cuda: torch sees no GPU")
     return replace(options, cpu=device == "cpu")

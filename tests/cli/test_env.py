@@ -19,23 +19,20 @@ def test_what_it_shows(capsys: Any) -> None:
     found = json.loads(out)
     assert found["npt_fast"] == npt.__version__
     assert found["torch"] == version("torch") and found["triton"] == version("triton")
-    assert found["commit"] and found["devices"]
+    assert found["commit"] and found["device"]
     _, out, _ = run(capsys, "env")
     assert out.splitlines() == [f"{name}: {value}" for name, value in found.items()]
 
 
-def test_gpus_are_named(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Properties:
-        name, total_memory = "NVIDIA H200", 150_000_000_000
-
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: Properties)
+def test_every_gpu_is_listed(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["uuid, name", "GPU-1, NVIDIA H200", "GPU-2, NVIDIA H200"]
+    monkeypatch.setattr("npt_fast.benchmarks.device.device_state", lambda: lines)
     _, out, _ = run(capsys, "env", "--json")
-    assert json.loads(out)["devices"] == "NVIDIA H200 (150 GB), NVIDIA H200 (150 GB)"
+    assert json.loads(out)["nvidia-smi"] == "; ".join(lines)
 
 
 def test_a_torch_that_cannot_be_imported(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "npt_fast.benchmarks.device", None)
     code, out, _ = run(capsys, "env", "--json")
     assert code == 0
-    assert json.loads(out)["devices"].startswith("not known: ")
+    assert json.loads(out)["device"].startswith("not known: ")

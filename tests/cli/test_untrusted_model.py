@@ -153,7 +153,8 @@ def test_every_verb_has_the_flag(program: Program) -> None:
     for verb in VERBS:
         program.canary = program.folder / f"ran-{verb}"
         model = program.plant(f"base-{verb}", spoil)
-        runs.append([*program.arguments(verb, model), "--trust_remote_code"])
+        named = ["--model_name", model] if verb == "replay" else []  # a log does not choose it
+        runs.append([*program.arguments(verb, model), *named, "--trust_remote_code"])
     found = program.run(runs)
     for verb, each in zip(VERBS, found, strict=True):
         assert each.code == 1 and "has no attribute 'Own'" in errors(each.err)[0], verb
