@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 import npt_fast as npt
 from npt_fast.checkpoint.certificate import Certificate
 from npt_fast.checkpoint.inspect import CheckpointReport, LayerInfo
-from npt_fast.cli.arguments import PathText
+from npt_fast.cli.arguments import CheckpointTexts
 from npt_fast.cli.output import certificate_lines, print_json, ranges, say, size, warn
 
 
 def analyze(
+    checkpoint: CheckpointTexts,
     *,
-    checkpoint: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
     verbose: bool = False,
     json: bool = False,
 ) -> None:
     """Show what checkpoints hold and, for several, whether they can be merged.
+
+    npt-fast analyze layer11/checkpoint-800 layer13/checkpoint-600
 
     Reads headers only, however large the checkpoint, unless --verbose asks for values.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from npt_fast.cli.output import note
 from npt_fast.config import (
     BaseDType,
     Injection,
@@ -23,8 +24,6 @@ from npt_fast.layer_names import check_layers, is_name, parse_layers, resolve_la
 from npt_fast.paths import expand
 from npt_fast.text_sources import parse_data
 
-DEFAULT_MODEL = "meta-llama/Llama-3.2-1B"
-
 
 def _check_path(kind: object, text: str | None) -> None:
     if text is not None:
@@ -36,70 +35,82 @@ def _check_data(kind: object, text: str | None) -> None:
         parse_data(text)
 
 
-PathText = Annotated[str, Parameter(validator=_check_path)]
+PathText = Annotated[str, Parameter(validator=_check_path, metavar="PATH")]
 """A path. A text that is not one is a usage error, before anything is loaded. It stays text, since
 ``Path("")`` is the current directory."""
+CheckpointText = Annotated[PathText, Parameter(name=("--checkpoint", "--checkpoints"))]
+"""A checkpoint: the verb's argument, or either option."""
+CheckpointTexts = Annotated[
+    list[PathText],
+    Parameter(name=("--checkpoint", "--checkpoints"), consume_multiple=(1, None)),
+]
+"""Checkpoints, one or more, given likewise."""
 DataText = Annotated[str, Parameter(validator=_check_data)]
 """Texts to train or measure on. As with paths, mistakes in their names are usage errors."""
 Layers = Annotated[str | None, Parameter(validator=lambda _, text: text and check_layers(text))]
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
-SpecialTokens = Annotated[bool, Parameter(negative="--no-special-tokens")]
+SpecialTokens = Annotated[bool, Parameter(negative="--no_special_tokens")]
 Texts = Annotated[Sequence[str], Parameter(consume_multiple=True)]
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class WeightOptions:
-    """How the weights of a base model are read.
+class ModelOptions:
+    """A base model: its name, how its weights are read, and where it runs.
 
     Attributes:
+        model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m; if not given, the one
+            that the checkpoint records, or meta-llama/Llama-3.2-1B without a checkpoint.
         base_dtype: Type of the base model's weights; auto is the checkpoint's on a GPU, else
             float32.
         trust_remote_code: Run the code that comes with the base model or that its files name,
             with all your rights.
+        device: Device to run the model on, such as cpu or cuda:1; a GPU if there is one and none is
+            given.
+        cpu: Use the CPU even if there is a GPU, as --device cpu does.
     """
 
+    model_name: PathText | None = None
     base_dtype: BaseDType = "auto"
     trust_remote_code: bool = False
+    device: str | None = None
+    cpu: bool = False
 
-    def load(
-        self, model_name: str, device: str, checkpoints: Sequence[str] = ()
-    ) -> tuple[Any, Any]:
-        """A base model on a device, for these checkpoints, and its tokenizer."""
-        from npt_fast.hf.base_model import load_base_model
+    def __post_init__(self) -> None:
+        if self.cpu and self.device not in (None, "cpu"):
+            raise ValueError(f"--cpu and --device {self.device} exclude each other")
+
+    def named(self, checkpoints: Sequence[Checkpoint] = ()) -> ModelOptions:
+        """The same with the name of the base model, which is told if it was not given.
+
+        Raises:
+            NPTError: as `npt_fast.hf.base_name.base_name`.
+        """
+        from npt_fast.hf.base_name import base_name
+
+        code = self.trust_remote_code
+        name = base_name(self.model_name, checkpoints, note, trust_remote_code=code)
+        return replace(self, model_name=name)
+
+    def load(self, checkpoints: Sequence[Checkpoint] = ()) -> tuple[Any, Any]:
+        """The base model, for these checkpoints, and its tokenizer."""
+        from npt_fast.hf.base_model import default_device, load_base_model
         from npt_fast.hf.quiet import silence
 
         silence()  # also what comes later: the program's output is its own
-        return load_base_model(
-            model_name,
-            dtype=self.base_dtype,
-            device=device,
-            trust_remote_code=self.trust_remote_code,
-            checkpoints=checkpoints,
-        )
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """A base model.
-
-    Attributes:
-        model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
-        weights: How its weights are read.
-        cpu: Use the CPU even if there is a GPU.
-    """
-
-    model_name: PathText = DEFAULT_MODEL
-    weights: WeightOptions = field(default_factory=WeightOptions)
-    cpu: bool = False
-
-    def load(self, checkpoints: Sequence[str] = ()) -> tuple[Any, Any]:
-        """The base model, for these checkpoints, and its tokenizer."""
-        from npt_fast.hf.base_model import default_device
-
-        device = "cpu" if self.cpu else default_device()
-        return self.weights.load(self.model_name, device, checkpoints)
+        name = str(self.named(checkpoints).model_name)
+        device = "cpu" if self.cpu else self.device or default_device()
+        try:
+            return load_base_model(
+                name,
+                dtype=self.base_dtype,
+                device=device,
+                trust_remote_code=self.trust_remote_code,
+                checkpoints=[checkpoint.given for checkpoint in checkpoints],
+            )
+        except (RuntimeError, AssertionError) as error:  # torch: no such device
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{name} cannot be put on {device!r}: {reason}") from error
 
 
 @Parameter(name="*")
@@ -151,7 +162,7 @@ class LayerOptions:
 
 
 @Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CheckpointOptions:
     """A base model with the layers of a checkpoint.
 
@@ -161,14 +172,15 @@ class CheckpointOptions:
         loading: Which of its layers are loaded, and how.
     """
 
-    checkpoint: PathText
+    checkpoint: CheckpointText
+    _: KW_ONLY
     base: ModelOptions = field(default_factory=ModelOptions)
     loading: LayerOptions = field(default_factory=LayerOptions)
 
     def load(self) -> tuple[Any, Any]:
         """The base model with these layers, and its tokenizer."""
         checkpoint = self.loading.open(self.checkpoint)
-        model, tokenizer = self.base.load([self.checkpoint])
+        model, tokenizer = self.base.load([checkpoint])
         return self.loading.load(model, checkpoint), tokenizer
 
 

@@ -20,13 +20,15 @@ _READING = ReadingOptions()
 def check(
     facts: PathText,
     /,
-    *,
     model: CheckpointOptions,
+    *,
     reading: ReadingOptions = _READING,
     junit: PathText | None = None,
     json: bool = False,
 ) -> int:
     """Score injections against a suite of facts and relations; the exit code is 3 if one fails.
+
+    npt-fast check facts.yaml experiments/merged_11_13_23 --junit report.xml
 
     Parameters
     ----------

@@ -22,8 +22,8 @@ _DEFAULT = InjectionOptions()
 
 
 def compare(
-    *,
     model: CheckpointOptions,
+    *,
     texts: SourceOptions,
     injection: InjectionOptions = _DEFAULT,
     tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 20,
@@ -56,7 +56,7 @@ def compare(
     )  # fmt: skip
     facts = {
         "checkpoint": model.checkpoint,
-        "model": model.base.model_name,
+        "model": loaded.config.name_or_path,
         "modulation": modulation.description,
         "reading": texts.reading,
         "mode": injection.mode,

@@ -11,10 +11,10 @@ from cyclopts.validators import Number
 
 import npt_fast as npt
 from npt_fast.cli.arguments import (
+    CheckpointTexts,
     DataText,
     LayerOptions,
     ModelOptions,
-    PathText,
     ReadingOptions,
     RowOptions,
 )
@@ -25,8 +25,8 @@ _MODEL, _LOADING, _READING, _ROWS = ModelOptions(), LayerOptions(), ReadingOptio
 
 
 def evaluate(
+    checkpoint: CheckpointTexts,
     *,
-    checkpoint: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
     model: ModelOptions = _MODEL,
     loading: LayerOptions = _LOADING,
     reading: ReadingOptions = _READING,
@@ -42,6 +42,8 @@ def evaluate(
 ) -> None:
     """Measure how closely a model with each checkpoint follows its base model on held-out text,
     and on four texts of other kinds: news, a story, code and French.
+
+    npt-fast evaluate experiments/merged_11_13 --prompt "The capital of France is"
 
     Parameters
     ----------
@@ -73,7 +75,7 @@ def evaluate(
         from npt_fast.training.run import say as note
 
         data = default_data(note)
-    loaded, tokenizer = model.load(checkpoint)
+    loaded, tokenizer = model.load(opened)
 
     def continuations() -> list[str]:
         return [continue_text(loaded, tokenizer, p, max_new_tokens, reading) for p in prompt]

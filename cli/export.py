@@ -8,16 +8,24 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import MutuallyExclusive
 
 import npt_fast as npt
-from npt_fast.cli.arguments import Layers, PathText
-from npt_fast.cli.output import print_json, print_verification, progress_bar, say, size, warn
+from npt_fast.cli.arguments import CheckpointText, Layers, PathText
+from npt_fast.cli.output import (
+    note,
+    print_json,
+    print_verification,
+    progress_bar,
+    say,
+    size,
+    warn,
+)
 
 # a reference has no weights to link
 _WEIGHTS = Group("Base weights", validator=MutuallyExclusive())  # type: ignore[no-untyped-call]
 
 
 def export(
+    checkpoint: CheckpointText,
     *,
-    checkpoint: PathText,
     output: PathText,
     model_name: PathText | None = None,
     layers: Layers = None,
@@ -65,6 +73,8 @@ def export(
             allow_different_base=allow_different_base,
             progress=progress,
         )
+    for line in report.notes:
+        note(f"Note: {line}")
     for warning in report.warnings:
         warn(warning)
     if json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -14,15 +14,15 @@ from cyclopts import Parameter
 import npt_fast as npt
 from npt_fast.cli import streams
 from npt_fast.cli.arguments import (
-    DEFAULT_MODEL,
+    CheckpointText,
     LayerOptions,
+    ModelOptions,
     PathText,
     ReadingOptions,
-    WeightOptions,
 )
 from npt_fast.cli.output import warn
 from npt_fast.config import Residual
-from npt_fast.errors import ModelError, NPTError, TransferError, VerificationError
+from npt_fast.errors import NPTError, TransferError, VerificationError
 from npt_fast.hf.tokenizer import Reading
 
 if TYPE_CHECKING:
@@ -32,16 +32,14 @@ if TYPE_CHECKING:
 
 
 @Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class InteractOptions:
     """Options of `interact`.
 
     Attributes:
         checkpoint: Checkpoint directory or weights file.
-        model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
+        base: The base model.
         loading: Which layers of the checkpoint are loaded, and how.
-        device: Device to run the model on; a GPU if there is one and none is given.
-        weights: How the weights of the base model are read.
         reading: How texts become tokens; the command set changes it.
         script: File of commands, one per line, to run instead of reading the terminal or stdin.
         json: Print one JSON object per command.
@@ -51,11 +49,10 @@ class InteractOptions:
         exact: Exit with 3 at the first result that differs from the log.
     """
 
-    checkpoint: PathText | None = None
-    model_name: PathText | None = None
+    checkpoint: CheckpointText | None = None
+    _: KW_ONLY
+    base: ModelOptions = field(default_factory=ModelOptions)
     loading: LayerOptions = field(default_factory=LayerOptions)
-    device: str | None = None
-    weights: WeightOptions = field(default_factory=WeightOptions)
     reading: ReadingOptions = field(default_factory=ReadingOptions)
     script: PathText | None = None
     json: bool = False
@@ -102,7 +99,7 @@ def interact(options: InteractOptions = _NOTHING) -> int:
     script = None if options.script is None else read_script(options.script)
     if options.replay is not None:
         return _replay(options)
-    session = _session(options, options.checkpoint or "", options.model_name, options.reading)
+    session = _session(options, options.checkpoint or "", options.reading)
     journal = _journal(options, session)
     output = JsonOutput() if options.json else PlainOutput()
     shell = Shell(Context(session), output, journal, keep_going=options.keep_going)
@@ -128,7 +125,8 @@ def _converse(options: InteractOptions, shell: Shell) -> int:
         if shell.journal is not None:
             shell.output.note(f"Log: {shell.journal.path}")
         shell.output.note("help lists the commands, Tab completes, Ctrl-D leaves")
-    terminal.run(shell, _name(options), state_folder() / "history")
+    name = Path(session.model.config.name_or_path).name
+    terminal.run(shell, name, state_folder() / "history")
     return 0
 
 
@@ -151,7 +149,7 @@ def _replay(options: InteractOptions) -> int:
     path = str(options.replay)
     header, entries = journal.read(path)
     checkpoint = options.checkpoint or header.get("checkpoint")
-    model = options.model_name or header.get("model_name")
+    model = options.base.model_name or header.get("model_name")
     if not isinstance(checkpoint, str) or not isinstance(model, str):
         raise TransferError(
             f"{path}: does not name a checkpoint and a model; give --checkpoint and --model_name"
@@ -166,8 +164,13 @@ def _replay(options: InteractOptions) -> int:
     if header.get("residual") not in (None, *get_args(Residual)):
         raise TransferError(f"{path}, line 1: residual must be removed or kept")
     loading = replace(options.loading, residual=options.loading.residual or header.get("residual"))
-    options = replace(options, loading=loading)
-    session = _session(options, checkpoint, model, reading, header.get("layers"))
+    if options.base.trust_remote_code and options.base.model_name is None:
+        raise TransferError(
+            f"{path}: names the base model {model}; to run its code, repeat the name (--model_name)"
+        )
+    base = replace(options.base, model_name=model)
+    options = replace(options, base=base, loading=loading)
+    session = _session(options, checkpoint, reading, header.get("layers"))
     output = JsonOutput() if options.json else PlainOutput()
     try:
         output.note(replay(Shell(Context(session), output), path, header, entries))
@@ -179,30 +182,16 @@ def _replay(options: InteractOptions) -> int:
 
 
 def _session(
-    options: InteractOptions,
-    checkpoint: str,
-    model_name: str | None,
-    reading: Reading,
-    layers: Any = None,
+    options: InteractOptions, checkpoint: str, reading: Reading, layers: Any = None
 ) -> Session:
-    from npt_fast.hf.base_model import default_device
     from npt_fast.transfer.session import Session
 
-    name = model_name or DEFAULT_MODEL
     opened = options.loading.open(checkpoint)
-    with _waiting(f"Loading model from {name}..."):
-        device = options.device or default_device()
-        try:
-            model, tokenizer = options.weights.load(name, device, [checkpoint])
-        except (RuntimeError, AssertionError) as error:  # torch: no such device
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"{name} cannot be put on {device!r}: {reason}") from error
+    base = options.base.named([opened])
+    with _waiting(f"Loading model from {base.model_name}..."):
+        model, tokenizer = base.load([opened])
         options.loading.load(model, opened, layers)
     return Session(model, tokenizer, reading)
-
-
-def _name(options: InteractOptions) -> str:
-    return Path(options.model_name or DEFAULT_MODEL).name
 
 
 @contextmanager
@@ -224,7 +213,7 @@ def _journal(options: InteractOptions, session: Session) -> Journal | None:
 
     header = {
         "npt_fast": npt.__version__,
-        "model_name": options.model_name or DEFAULT_MODEL,
+        "model_name": session.model.config.name_or_path,
         "checkpoint": options.checkpoint,
         **session.description(),
     }

@@ -6,23 +6,36 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 import npt_fast as npt
 from npt_fast.cli import retired, streams
-from npt_fast.cli.output import shortened, warn
+from npt_fast.cli.output import note, say, shortened, warn
 from npt_fast.errors import NPTError, NPTWarning, VerificationError, missing_package
+
+
+def _snake(name: str) -> str:
+    """The spelling of an option in the users' guides; cyclopts takes ``--max-steps`` likewise."""
+    return name.lower().strip("_")
+
+
+def _shown_default(value: Any) -> str | None:
+    """What the help shows: nothing for what is off, empty or not given."""
+    return None if value is None or value is False or value == () else str(value)
+
 
 app = App(
     name="npt-fast",
     help="Train, merge, verify and measure Neuro-Plastic Transformer layers.",
     version=lambda: npt.__version__,
     suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(negative=()),  # flags have no --no- form: all are off by default
+    # flags have no --no- form: all are off by default
+    default_parameter=Parameter(negative=(), name_transform=_snake, show_default=_shown_default),
 )
 # as text: --help takes 0.4 s, and importing torch alone would take 4
 app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints into one.")
@@ -44,9 +57,23 @@ app.command(
     "npt_fast.cli.interact:interact", name="interact", help="Transfer knowledge in a shell."
 )
 app.command("npt_fast.cli.models:models", name="models", help="Show which layers can be NP layers.")
+app.command("npt_fast.cli.env:env", name="env", help="Show versions and devices.")
 app.command("npt_fast.cli.verify:verify", name="verify", help="Verify a merged checkpoint.")
 app.command("npt_fast.cli.bench:bench", name="bench", help="Time the modulated MLP.")
 app.command("npt_fast.cli.kernels:app", name="kernels", help="Compile the kernels without a GPU.")
+
+
+@app.command(name="--install-completion")
+def _install_completion() -> None:
+    """Install completion of verbs and options for bash, zsh or fish, whichever is running."""
+    from cyclopts.completion.detect import ShellDetectionError
+
+    try:
+        script = app.install_completion()
+    except (OSError, ShellDetectionError) as error:
+        raise NPTError(f"completion cannot be installed: {error}") from error
+    say(f"Written to {script}; it works in new shells")
+
 
 _EXTRAS = {
     **dict.fromkeys(("train", "sample", "evaluate", "plan"), "train"),
@@ -64,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         signal.signal(signal.SIGTERM, _terminate)
         streams.install()
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
-        result = _parse(given)()
+        command = _parse(given)
+        with streams.quiet() if command.quiet else nullcontext():
+            result = command.run()
         code = result if isinstance(result, int) else 0
         if failed := streams.failure(sys.stdout):
             problem = f"not all output could be printed: {failed.strerror}; the work itself is done"
@@ -74,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except NPTError as error:
         _exit(error.exit_code, str(error))
     except ModuleNotFoundError as error:
-        verb = given[0] if given else ""
+        verb = next((word for word in given if word in app), "")
         line = missing_package(error, f"npt-fast {verb}", needs=_EXTRAS.get(verb, "hf"))
         if line is None:
             raise
@@ -94,22 +123,63 @@ def let_signals_end_us() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _parse(arguments: list[str]) -> Callable[[], object]:
+class _Command(NamedTuple):
+    """A verb with its options, and whether notes, warnings and progress are left out."""
+
+    run: Callable[[], object]
+    quiet: bool = False
+
+
+_COMMON = Parameter(group=Group("Options of every verb", sort_key=99), negative=())
+
+
+@app.meta.default
+def _with_common_options(
+    *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[str | None, _COMMON, Parameter(metavar="PATH")] = None,
+    quiet: Annotated[bool, _COMMON, Parameter(alias="-q")] = False,
+) -> _Command:
+    """Parse a verb and its options, beside those that every verb has.
+
+    Parameters
+    ----------
+    config
+        YAML file of options, such as max_steps: 400; options that are given count instead.
+    quiet
+        Print results and errors only: no notes, warnings or progress.
+    """
+    if config is not None:
+        from npt_fast.cli.config_file import ConfigFile
+
+        app.config = ConfigFile(config)
+    try:
+        verb, options, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    finally:
+        app.config = ()
+    return _Command(partial(verb, *options.args, **options.kwargs), quiet)
+
+
+def _parse(arguments: list[str]) -> _Command:
     """The verb with its options. All are checked here: what fails later is not a usage error."""
     verbs = [word for word in app.parse_commands(arguments)[0] if not word.startswith("-")]
     if verbs:
         app[verbs[0]].help = None  # shows the docstring; the line above is for the list of verbs
     try:
         arguments, notes = retired.replaced(arguments)
-        verb, options, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+        # options of serve all go to vLLM; help of an unknown verb is a mistake for `app` alone
+        plain = arguments[:1] == ["serve"] or not {"--help", "-h"}.isdisjoint(arguments)
+        parser = app if plain else app.meta
+        parse, options, _ = parser.parse_args(arguments, exit_on_error=False, print_error=False)
+        found = partial(parse, *options.args, **options.kwargs)
+        command = found() if parse is _with_common_options else _Command(found)
     except CycloptsError as error:
         reason = " ".join(str(error).split())
     except ValueError as error:  # of a dataclass of options, or of a retired option
         reason = str(error)
     else:
-        for note in notes:
-            print(f"Note: {note}", file=sys.stderr)
-        return partial(verb, *options.args, **options.kwargs)
+        for line in () if command.quiet else notes:
+            note(f"Note: {line}")
+        return command
     lists = "lists its options" if verbs else "lists verbs"
     _exit(2, f"{reason} ({' '.join(['npt-fast', *verbs])} --help {lists})")
 

@@ -10,7 +10,7 @@ from cyclopts import Parameter, Token
 
 import npt_fast as npt
 from npt_fast.checkpoint.merge_report import MergeReport
-from npt_fast.cli.arguments import PathText
+from npt_fast.cli.arguments import CheckpointTexts, PathText
 from npt_fast.cli.output import print_json, print_verification, progress_bar, say, size, warn
 from npt_fast.config import (
     BadStatePolicy,  # noqa: F401  cyclopts resolves the hints of `MergeOptions` in this module
@@ -43,8 +43,8 @@ _DEFAULT = Options()
 
 
 def merge(
+    checkpoints: Annotated[CheckpointTexts, Parameter(name=("--checkpoints", "--checkpoint"))],
     *,
-    checkpoints: Annotated[list[PathText], Parameter(consume_multiple=(1, None))],
     output: PathText,
     options: Options = _DEFAULT,
     verify: bool = False,

@@ -19,6 +19,8 @@ def models(
 ) -> None:
     """Show which models, or which layers of one model, can have NP layers.
 
+    npt-fast models meta-llama/Llama-3.2-1B
+
     Without MODEL, it lists model types. With one, it builds the model from its config, gives one
     layer of each kind random weights, and compares what that computes with what an NP layer
     assumes. The model's own weights are neither downloaded nor read.

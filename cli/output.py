@@ -66,6 +66,11 @@ def figure(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
+def note(line: str) -> None:
+    """Print a line on stderr that needs no attention."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
 def warn(message: str) -> None:
     """Print a warning on stderr."""
     print(printable(f"Warning: {message}"), file=sys.stderr)

@@ -34,8 +34,8 @@ def _numbers(kind: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
 
 
 def plan(
-    *,
     model: CheckpointOptions,
+    *,
     data: DataText = "python-docs",
     rows: RowOptions = _ROWS,
     first_tokens: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),

@@ -62,8 +62,8 @@ def sample(
         )
     report = write_rows(ids, tokenizer, output)
     if json:
-        print_json({"model_name": model.model_name, "seed": seed, **report})
+        print_json({"model_name": loaded.config.name_or_path, "seed": seed, **report})
         return
-    say(f"Sampled {report['tokens']:,} tokens from {model.model_name}, seed {seed}")
+    say(f"Sampled {report['tokens']:,} tokens from {loaded.config.name_or_path}, seed {seed}")
     say(f"{report['same']} of {report['rows']} rows are read back as the same tokens")
     say(f"Text saved to: {output}")

@@ -10,6 +10,8 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import TextIO
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -101,6 +103,19 @@ def install() -> None:
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
         setattr(sys, name, stream)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Discard what is printed on stderr, also by child processes, and show no progress."""
+    kept = os.dup(2)
+    silence(2)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def failure(stream: TextIO) -> OSError | None:

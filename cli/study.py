@@ -19,8 +19,8 @@ _READING = ReadingOptions()
 
 
 def study(
-    *,
     model: CheckpointOptions,
+    *,
     output: PathText,
     suite: PathText | None = None,
     relations: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),

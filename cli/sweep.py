@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    *,
     model: CheckpointOptions,
+    *,
     texts: SourceOptions,
     position: Text = "",
     each_token: bool = False,
@@ -29,6 +29,9 @@ def sweep(
     json: bool = False,
 ) -> None:
     """Inject into every layer alone and into all layers, at several strengths or tokens.
+
+    npt-fast sweep experiments/merged_11_13_23 --from "The capital of France is" --prompt "The
+    capital of Germany is" --track " Paris" " Berlin" --html sweep.html
 
     Parameters
     ----------
@@ -60,7 +63,7 @@ def sweep(
     )  # fmt: skip
     facts = {
         "checkpoint": model.checkpoint,
-        "model": model.base.model_name,
+        "model": loaded.config.name_or_path,
         "modulation": modulation.description,
         "reading": texts.reading,
         "prompt": texts.prompt,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import npt_fast as npt
-from npt_fast.cli.arguments import PathText
+from npt_fast.cli.arguments import CheckpointText
 from npt_fast.cli.output import print_json, print_verification, progress_bar
 
 
-def verify(checkpoint: PathText, /, *, json: bool = False) -> int:
+def verify(checkpoint: CheckpointText, *, json: bool = False) -> int:
     """Check every tensor of a merged checkpoint: digests, CRCs, values, and sources if they exist.
+
+    npt-fast verify experiments/merged_11_13
 
     Parameters
     ----------

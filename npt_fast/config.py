@@ -31,6 +31,8 @@ WandbMode = Literal["online", "offline", "disabled"]
 InjectionMode = Literal["replace", "blend", "add", "exact-blend", "exact-add"]
 InjectionTime = Literal["prefill", "decode", "both"]
 SamplingStrategy = Literal["greedy", "top_k", "top_p", "sample"]
+DEFAULT_MODEL = "meta-llama/Llama-3.2-1B"
+"""The base model where neither the user nor a checkpoint names one."""
 
 
 CURRICULUM = "teacher:5000,mixed:5000:0.5,student:20000"
@@ -137,7 +139,7 @@ class MergeOptions:
         max_shard_size: Bytes of tensors per safetensors file; larger outputs become shards with an
             index.
         weights_only: Leave out optimizer, scheduler, step and curriculum.
-        copy_multi_layer_state: ``multi_layer_state.pt`` to take the curriculum from.
+        copy_multi_layer_state: File ``multi_layer_state.pt`` to take the curriculum from.
         allow_different_base: Merge even if the configs name different base models.
         on_bad_state: What to do when an input's training state cannot be used: ``error`` refuses,
             ``skip`` merges its weights and leaves its state out.
@@ -182,7 +184,8 @@ class TrainOptions:
     Attributes:
         train_layers: Layers to train: 11 or 11,13 or 11-15, all, upper_half or lower_half;
             negative indices count from the end.
-        model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m.
+        model_name: Base model: Hub id, folder, .gguf file, or smollm2-135m; if not given, the one
+            that resume_from records, or meta-llama/Llama-3.2-1B for a new run.
         resume_from: Checkpoint to resume from: one of this run, a merge, or one with other layers.
         data: Training text: small, medium, large or xlarge (Hugging Face datasets, streamed);
             python-docs (part of Python); self or self:TOKENS (sampled from the base model); or a
@@ -270,7 +273,7 @@ class TrainOptions:
     """
 
     train_layers: str | Sequence[int]
-    model_name: str = "meta-llama/Llama-3.2-1B"
+    model_name: str | None = None
     resume_from: str | Path | None = None
     data: str | None = None
     text_column: str | None = None
@@ -353,6 +356,11 @@ class TrainOptions:
         # only to raise: the fields keep what was given, which config.json records
         check_layers(self.train_layers)
         parse_size(self.teacher_cache)
+
+    @property
+    def base_name(self) -> str:
+        """`model_name`, or the default."""
+        return self.model_name or DEFAULT_MODEL
 
     @property
     def layers(self) -> tuple[int, ...]:

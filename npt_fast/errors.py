@@ -29,7 +29,6 @@ EXTRAS = {
     "safetensors": "hf",
     "torch": "hf",
     "transformers": "hf",
-    "yaml": "hf",
     "datasets": "train",
     "pyarrow": "train",
     "zstandard": "train",

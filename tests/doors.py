@@ -208,6 +208,16 @@ SUITE = {
     "alias": FACTS["alias"],
     "numbers": replaced(_RELATION % ("1" + "0" * 400_000)),
 }  # fmt: skip
+CONFIG = {
+    **{name: replaced(f"checkpoints: {value}\n") for name, value in (
+        ("code", '!!python/object/apply:os.system ["touch canary"]'),
+        ("depth", "[" * 20_000 + "]" * 20_000),
+        ("cycle", "&a [*a]"),
+        ("width", "[" + "{}, " * 240_000 + "]"),
+    )},
+    "alias": FACTS["alias"],
+    "numbers": replaced("max_shard_size: 1" + "0" * 400_000 + "\n"),
+}  # fmt: skip
 _LOG = '{"npt_session": 1, "checkpoint": "x", "model_name": "y", %s}\n'
 JOURNAL = {
     "code": CODE,
@@ -332,6 +342,7 @@ DOORS = (
     Door("script", "script", {
         "interact --script": _SCRIPT["interact"], "run": f"{SHELL} --script {{}}/run-script",
     }, {"width": replaced("nothing\n" * 2_000_000)}),
+    Door("options: run.yaml", "run.yaml", {"merge": "merge --config {}/run.yaml"}, CONFIG),
     Door("facts.yaml", "facts.yaml", {"check": _CHECK}, FACTS),
     Door("suite.yaml", "suite.yaml", {"study": _STUDY}, SUITE),
     Door("base model: config.json", "base/config.json", {**_MODELS, "models": "models {}/base"},

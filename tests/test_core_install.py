@@ -15,8 +15,6 @@ from npt_fast.errors import EXTRAS, missing_package
 from tests import core_install
 
 ROOT = Path(__file__).parent.parent
-DISTRIBUTIONS = {"yaml": "PyYAML"}
-"""Packages that are imported by another name than they are installed by."""
 
 TEXTS = ["--checkpoint", "a", "--from", "a", "--prompt", "b"]
 NEEDS = {
@@ -37,7 +35,7 @@ NEEDS = {
     "bench-host": (["bench", "--host"], "torch", "hf"),
     "kernels": (["kernels"], "torch", "kernels"),
 }
-CORE = ("merge", "analyze", "verify")
+CORE = ("merge", "analyze", "verify", "env")
 
 
 def test_extras_are_those_of_pyproject() -> None:
@@ -48,10 +46,7 @@ def test_extras_are_those_of_pyproject() -> None:
         for line in lines
         if extra not in ("all", "dev", "docs") and not line.startswith("npt_fast[")
     }
-    known = {
-        (DISTRIBUTIONS.get(package, package).lower(), extra) for package, extra in EXTRAS.items()
-    }
-    assert declared == known
+    assert declared == set(EXTRAS.items())
 
 
 def test_verbs_name_their_extra_in_one_line() -> None:
@@ -72,9 +67,10 @@ def test_checkpoints_need_no_extra(tmp_path: Path, layer11: Path) -> None:
         ["merge", "--checkpoints", str(layer11), "--output", out, "--verify"],
         ["analyze", "--checkpoint", out, "--verbose"],
         ["verify", out],
+        ["env"],
         ["kernels", "roofline", "--model", "llama-3.2-1b"],
     )
-    assert [code for code, *_ in found] == [0] * 4
+    assert [code for code, *_ in found] == [0] * 5
 
 
 def test_names_name_their_extra() -> None:

@@ -68,6 +68,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> 
     (folder / "facts.yaml").write_text(FACT)
     relations = known_relations(tiny.model(initializer_range=0.2), tiny.tokenizer(), n="{}")
     (folder / "suite.yaml").write_text(yaml.safe_dump({"relations": relations}))
+    (folder / "run.yaml").write_text("checkpoints: a\noutput: new\n")
     for name, content in SCRIPTS.items():
         (folder / name).write_text(content)
     for name in ("rows.jsonl", "rows.json"):

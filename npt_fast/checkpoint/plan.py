@@ -1,7 +1,7 @@
 """The plan of a merge, made from headers alone.
 
 A plan holds every output file, and the recipe of every tensor in it. `merge` carries it out,
-``--dry-run`` shows it, and `verify` compares the output with it.
+``--dry_run`` shows it, and `verify` compares the output with it.
 """
 
 from __future__ import annotations
@@ -211,8 +211,8 @@ def _bad_state(options: MergeOptions, warnings: list[str], without: str) -> Iter
 def _do_without(problem: str, options: MergeOptions, warnings: list[str], without: str) -> None:
     if options.on_bad_state != "skip":
         raise CheckpointError(
-            f"{problem}; use --on-bad-state skip to merge without this state, "
-            "or --weights-only to merge without any"
+            f"{problem}; use --on_bad_state skip to merge without this state, "
+            "or --weights_only to merge without any"
         ) from None
     warnings.append(f"{problem}; {without}")
 
@@ -262,7 +262,7 @@ def _check_same_base(inputs: Sequence[MergeInput], options: MergeOptions) -> Non
     name = "num_hidden_layers"
     _refuse_difference(name, {i.checkpoint.given: i.checkpoint.base_size(name) for i in inputs})
     if not options.allow_different_base:
-        remedy = "; use --allow-different-base if they are the same model"
+        remedy = "; use --allow_different_base if they are the same model"
         for name in ("model_name", "fingerprint"):
             facts = {i.checkpoint.given: getattr(i.checkpoint, name) for i in inputs}
             _refuse_difference(name, facts, remedy)
@@ -394,7 +394,7 @@ def _multi_layer_state_file(
         path = user_path(options.copy_multi_layer_state)
         with path_errors(path, CheckpointError):
             if not is_file(path):
-                raise CheckpointError(f"{path}: no such file; --copy-multi-layer-state needs one")
+                raise CheckpointError(f"{path}: no such file; --copy_multi_layer_state needs one")
         template = read_multi_layer_state(path)
     else:
         # the curriculum's stages count the steps of the run that gives the step

@@ -162,6 +162,6 @@ def build_header(
     if len(text) > MAX_BYTES:
         raise CheckpointError(
             f"a safetensors header of {len(text):,} bytes for {len(header) - 1:,} tensors; the "
-            f"format allows {MAX_BYTES:,}: choose a smaller --max-shard-size, or --format pt"
+            f"format allows {MAX_BYTES:,}: choose a smaller --max_shard_size, or --format pt"
         )
     return struct.pack("<Q", len(text)) + text

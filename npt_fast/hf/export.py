@@ -136,6 +136,8 @@ def export(
         if proof is not None:
             proof.path = str(target)
     report = report_of(plan, target, mover.moved, free, needed, started, proof=proof)
+    if model_name is None:
+        report.notes.append(f"the base model is {name}, which {path} records")
     report.warnings.extend(
         f"{left}: was not removed: nothing proves who left it" for left in staged.left
     )
@@ -201,7 +203,7 @@ def _fingerprint(opened: Checkpoint, base: BaseFolder, *, any_base: bool) -> str
         raise ModelError(
             f"{opened.given}: belongs to another base model of the same sizes "
             f"({opened.model_name or 'unnamed'}) than {base.name}: its weights are others; "
-            "use --allow-different-base if that is meant"
+            "use --allow_different_base if that is meant"
         )
     return opened.fingerprint
 

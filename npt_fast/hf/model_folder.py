@@ -352,5 +352,5 @@ def refusal(name: str, file: str, key: str, runs: str, value: Any = None) -> Mod
     what = "" if value is None else f" {shown(value)}"
     return ModelError(
         f"{name}: {file}: {key}{what} asks for {runs}; no such code was run. "
-        "--trust-remote-code would run it with all your rights"
+        "--trust_remote_code would run it with all your rights"
     )

@@ -124,7 +124,7 @@ class CheckpointWriter:
             },
             multi_layer_state=self._multi_layer_state(step, list(np_components)),
             config={
-                "model_name": options.model_name,
+                "model_name": options.base_name,
                 "batch_size": options.batch_size,
                 "learning_rate": options.learning_rate,
                 "max_steps": options.max_steps,
@@ -139,7 +139,7 @@ class CheckpointWriter:
             npt_config=describe(
                 self.distillation.model,
                 np_components,
-                base_name=options.model_name,
+                base_name=options.base_name,
                 steps={layer: self._layer_steps(layer, step) for layer in np_components},
                 fidelity=direct,
                 certificate=certificate,

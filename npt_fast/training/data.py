@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from npt_fast.checkpoint.checkpoint import open_checkpoint
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.config import Progress, TrainOptions
 from npt_fast.errors import DataError, TrainingError
 from npt_fast.hf.base_model import default_device, load_base_model
+from npt_fast.hf.base_name import base_name
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.text_sources import (
     SAMPLED,
@@ -33,6 +34,14 @@ from npt_fast.training.state import read_state
 from npt_fast.training.token_windows import TokenWindows, Window
 
 Say = Callable[[str], None]
+
+
+def with_base_model(options: TrainOptions, checkpoint: Checkpoint | None, say: Say) -> TrainOptions:
+    """Options that name their base model, which is looked up as `base_name` says."""
+    resumed = [] if checkpoint is None else [checkpoint]
+    code = options.trust_remote_code
+    name = base_name(options.model_name, resumed, say, trust_remote_code=code)
+    return dataclasses.replace(options, model_name=name)
 
 
 def with_data(options: TrainOptions, recorded: Mapping[str, Any] | None, say: Say) -> TrainOptions:
@@ -90,13 +99,15 @@ def sampled_beforehand(options: TrainOptions, progress: Progress | None, say: Sa
     Raises:
         NPTError: as `npt_fast.train`.
     """
-    state = read_state(open_checkpoint(options.resume_from)) if options.resume_from else None
+    checkpoint = open_checkpoint(options.resume_from) if options.resume_from else None
+    options = with_base_model(options, checkpoint, say)
+    state = read_state(checkpoint) if checkpoint else None
     options = with_data(options, read_progress(state).data, say)
     texts = filter(None, (options.data, options.eval_data))
     if any(source.tokens for text in texts for source in parse_data(text)):
         on_cpu = options.cpu or default_device() == "cpu"
         model, tokenizer = load_base_model(
-            options.model_name,
+            options.base_name,
             dtype=options.base_dtype,
             device="cpu" if on_cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}",
             trust_remote_code=options.trust_remote_code,
@@ -247,7 +258,7 @@ def open_data(
         elif max(tokens, default=0) >= model.get_input_embeddings().num_embeddings:
             raise TrainingError(
                 f"{options.resume_from}: data_state: its tokens are not in the vocabulary of "
-                f"{options.model_name}"
+                f"{options.base_name}"
             )
         else:
             try:

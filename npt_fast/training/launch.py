@@ -16,6 +16,7 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
 from npt_fast.checkpoint.merge import merge
+from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.checkpoint.training_run import FINAL
 from npt_fast.config import TrainOptions
 from npt_fast.errors import NPTError, TrainingError
@@ -66,7 +67,7 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
     A stopped run leaves each process at its own step. Resumed from the run's folder, each process
     continues from its own last checkpoint.
     """
-    from npt_fast.training.run import TrainReport, output_directory
+    from npt_fast.training.run import TrainReport, output_directory, write_configuration
 
     begun = time.monotonic()
     if options.layer_weights not in ("uniform", "linear"):
@@ -100,6 +101,8 @@ def _layer_parallel(options: TrainOptions) -> TrainReport:
         tasks.append(task)
     run = RunDirectory(output, resuming=options.resume_from is not None)
     try:
+        with disk_errors(output, TrainingError):
+            write_configuration(output, options)
         environment = [{"CUDA_VISIBLE_DEVICES": device} for device in _devices(len(tasks))]
         reports = _run_processes(tasks, environment) if tasks else []
         step = min((report.global_step for report in reports), default=options.max_steps)

@@ -32,7 +32,7 @@ from npt_fast.layer_names import is_name, resolve_layers
 from npt_fast.modules import NPComponent
 from npt_fast.paths import user_path
 from npt_fast.training.curriculum import parse_curriculum
-from npt_fast.training.data import open_data, with_data
+from npt_fast.training.data import open_data, with_base_model, with_data
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.evaluation import Evaluation, collate
 from npt_fast.training.given import Given
@@ -104,6 +104,7 @@ def train_here(
     begun = time.monotonic()
     parse_curriculum(options.curriculum_stages)  # a mistake is said before a model is loaded
     checkpoint, training_state = _open_resumed(options)
+    options = with_base_model(options, checkpoint, say)
     resumed = read_progress(training_state)
     first_step = training_state.global_step if training_state else 0
     if first_step >= options.max_steps:
@@ -120,7 +121,7 @@ def train_here(
         model, tokenizer = given.model, given.tokenizer
         if model is None:
             model, tokenizer = load_base_model(
-                options.model_name,
+                options.base_name,
                 dtype=options.base_dtype,
                 device=arguments.device,
                 keep_on_cpu=bool(arguments.fsdp),  # the whole model may not fit on one device
@@ -154,7 +155,7 @@ def train_here(
         if run is not None:
             with disk_errors(output, TrainingError):
                 metrics = MetricsLog(output, first_step)
-                (output / CONFIG).write_bytes(strict_json.dump(dict(arguments.config)))
+                write_configuration(output, options)
         _say_setup(options, model, layers, output, first_step)
         with _deferred_signals() as stop_signal, tracked(options, output):
             trainer = RunTrainer(
@@ -201,13 +202,25 @@ def output_directory(options: TrainOptions) -> Path:
         return user_path(options.output_dir)
     name = options.wandb_name
     if name is None:
-        base = re.sub(r"[^A-Za-z0-9._-]", "_", options.model_name.rstrip("/").split("/")[-1])
+        base = re.sub(r"[^A-Za-z0-9._-]", "_", options.base_name.rstrip("/").split("/")[-1])
         named = is_name(options.train_layers)
         layers = options.train_layers if named else "-".join(map(str, options.layers))
         name = f"npt_layers_{layers}_{base}_{time.strftime('%Y%m%d_%H%M%S')}"
     if name in (".", "..") or "/" in name:
         raise TrainingError(f"wandb_name {name!r} is not a folder name; use --output_dir")
     return Path("experiments") / name
+
+
+def configuration(options: TrainOptions) -> dict[str, Any]:
+    """The options of a run as JSON values, which ``npt-fast train --config`` takes."""
+    content = {name: _plain(value) for name, value in asdict(options).items()}
+    del content["trust_remote_code"]  # must be repeated for every run, never read from a file
+    return content
+
+
+def write_configuration(folder: Path, options: TrainOptions) -> None:
+    """Write the options of a run into its folder."""
+    (folder / CONFIG).write_bytes(strict_json.dump(configuration(options)))
 
 
 def _open_resumed(options: TrainOptions) -> tuple[Checkpoint | None, TrainingState | None]:
@@ -275,9 +288,7 @@ def _training_arguments(options: TrainOptions, output: Path) -> _Arguments:
         log_level="error",
         **fsdp,
     )
-    config = {name: _plain(value) for name, value in asdict(options).items()}
-    del config["trust_remote_code"]  # must be repeated for every run, never read from a file
-    arguments.config = config
+    arguments.config = configuration(options)
     return arguments
 
 
@@ -300,8 +311,8 @@ def _add_layers(model: Any, options: TrainOptions, checkpoint: Checkpoint | None
                 f"--train_layers {layers}; leave out --resume_from"
             )
         name = checkpoint.model_name
-        if name is not None and name != options.model_name:
-            say(f"Note: {checkpoint.given} was trained on {name}, this is {options.model_name}")
+        if name is not None and name != options.base_name:
+            say(f"Note: {checkpoint.given} was trained on {name}, this is {options.base_name}")
         load(model, checkpoint, layers=known, residual=options.residual, trainable=True)
         left = [layer for layer in checkpoint.modules if layer not in layers]
         if left:
@@ -383,7 +394,7 @@ def _say_setup(
     output: Path,
     first_step: int,
 ) -> None:
-    say(f"Base model: {options.model_name}")
+    say(f"Base model: {options.base_name}")
     for layer in layers:
         component = components(model)[layer]
         count = sum(parameter.numel() for parameter in component.parameters())

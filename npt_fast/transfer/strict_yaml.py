@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 
@@ -40,9 +40,58 @@ def load(path: Path) -> Any:
     Raises:
         MistakesError: the file cannot be read, is too large, or is not the YAML that we take.
     """
+    return _read(path, lambda loader: loader.get_single_data())
+
+
+class Setting(NamedTuple):
+    """A key of a flat YAML file.
+
+    Attributes:
+        line: line of the key, from 1.
+        value: value as it is written, without quotes; texts for a list; None for null.
+    """
+
+    line: int
+    value: str | list[str] | None
+
+
+def settings(path: Path) -> dict[str, Setting]:
+    """The keys of a YAML file whose values are plain values or lists of them.
+
+    Values stay as they are written, so that ``1e-4`` and ``no`` mean what they mean on a command
+    line.
+
+    Raises:
+        MistakesError: as for `load`; or the file is no mapping of this form.
+    """
+
+    def mapping(loader: _Loader) -> dict[str, Setting]:
+        top = loader.get_single_node()
+        if top is None:
+            return {}
+        if not isinstance(top, yaml.MappingNode):
+            raise yaml.YAMLError(f"not a mapping of options to values{top.start_mark}")
+        loader.check_keys(top)
+        return {key.value: Setting(key.start_mark.line + 1, _plain(v)) for key, v in top.value}
+
+    found: dict[str, Setting] = _read(path, mapping)
+    return found
+
+
+def _plain(node: Any) -> str | list[str] | None:
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    for item in items:
+        if not isinstance(item, yaml.ScalarNode):
+            raise yaml.YAMLError(f"not a value or a list of values{item.start_mark}")
+    if isinstance(node, yaml.SequenceNode):
+        return [item.value for item in items]
+    return None if node.tag == "tag:yaml.org,2002:null" else str(node.value)
+
+
+def _read(path: Path, parse: Callable[[_Loader], Any]) -> Any:
     try:
         text = read_file(path, _MAX_BYTES, follow_links=True).decode("utf-8")
-        return yaml.load(text, Loader=_Loader)
+        return parse(_Loader(text))
     except CheckpointError as error:
         raise MistakesError([str(error)]) from None
     except (yaml.YAMLError, ValueError) as error:
@@ -98,6 +147,11 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        self.check_keys(node)
+        return super().construct_mapping(node, deep)
+
+    def check_keys(self, node: Any) -> None:
+        """Refuse keys that are no texts, and those that are there twice."""
         seen = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:str":
@@ -112,4 +166,3 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             if key.value in seen:
                 raise yaml.YAMLError(f"{key.value!r:.40} is there twice{key.start_mark}")
             seen.add(key.value)
-        return super().construct_mapping(node, deep)

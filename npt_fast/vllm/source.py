@@ -91,7 +91,7 @@ def check(source: Source, model_config: Any, shards: int) -> None:
             raise ModelError(
                 f"{checkpoint.given}: belongs to another base model of the same sizes than "
                 f"{folder}: its weights are others; give the right one, or export both with "
-                "--allow-different-base if that is meant"
+                "--allow_different_base if that is meant"
             )
     width = config.intermediate_size
     if width % shards:

@@ -258,7 +258,7 @@ def unsafe_state(root: Path) -> Path:
         (other_width, "hidden_size 18, 16 in"),
         (other_model, "model_name"),
         (not_there, "Checkpoint not found"),
-        (unsafe_state, "--weights-only"),
+        (unsafe_state, "--weights_only"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -26,7 +26,7 @@ def test_another_model_name(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / name, layer_weights(n), config={"model_name": name})
         for n, name in enumerate(("meta/a", "b"))
     ]
-    refuse(tmp_path, inputs, "model_name is 'meta/a' in .* 'b' in .*--allow-different-base")
+    refuse(tmp_path, inputs, "model_name is 'meta/a' in .* 'b' in .*--allow_different_base")
     options = npt.MergeOptions(allow_different_base=True)
     npt.merge(inputs, tmp_path / "out", options=options)
     assert json_of(tmp_path / "out" / "config.json")["model_name"] == "meta/a"

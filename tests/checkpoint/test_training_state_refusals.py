@@ -101,7 +101,7 @@ def test_what_cannot_be_joined_names_the_way_out(
         npt.merge([path, trained_checkpoint(tmp_path / "b", 13)], tmp_path / "out")
     message = str(caught.value)
     assert str(path / "training_state.pt") in message
-    assert "--weights-only" in message and "\n" not in message
+    assert "--weights_only" in message and "\n" not in message
     assert not (tmp_path / "out").exists()
     options = npt.MergeOptions(weights_only=True)
     npt.merge([path, tmp_path / "b"], tmp_path / "out", options=options)
@@ -117,7 +117,7 @@ def test_weights_only_does_not_even_open_the_state(tmp_path: Path, damage: str) 
         state.mkdir()
     else:
         state.write_bytes(b"not a zip" * 99 if damage == "garbage" else b"")
-    with pytest.raises(npt.NPTError, match="--weights-only"):
+    with pytest.raises(npt.NPTError, match="--weights_only"):
         npt.merge([path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     options = npt.MergeOptions(weights_only=True)
@@ -131,7 +131,7 @@ def test_amsgrad_cannot_be_made_up(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "a", weights, training_state=state),
         trained_checkpoint(tmp_path / "b", 13),
     ]
-    with pytest.raises(npt.CheckpointError, match=r"amsgrad.*--weights-only"):
+    with pytest.raises(npt.CheckpointError, match=r"amsgrad.*--weights_only"):
         npt.merge(paths, tmp_path / "out")
     report = npt.merge(
         paths, tmp_path / "out", verify=True, options=npt.MergeOptions(on_bad_state="skip")
@@ -200,7 +200,7 @@ def test_one_unusable_state_costs_its_own_optimizer_only(tmp_path: Path, case: s
         npt.merge(inputs, tmp_path / "out")
     message = str(caught.value)
     assert message.startswith(str(inputs[0] / "training_state.pt")) and told in message
-    assert "--on-bad-state skip" in message and "--weights-only" in message
+    assert "--on_bad_state skip" in message and "--weights_only" in message
     report = npt.merge(
         inputs, tmp_path / "out", verify=True, options=npt.MergeOptions(on_bad_state="skip")
     )

@@ -90,7 +90,7 @@ def test_help_is_without_torch() -> None:
         "except SystemExit: print(*sys.modules, file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "--keep-going" in result.stdout and "--assert" in result.stdout
+    assert "--keep_going" in result.stdout and "--assert" in result.stdout
     assert not {"torch", "transformers", "prompt_toolkit"} & set(result.stderr.split())
 
 

@@ -98,7 +98,7 @@ def test_tags_and_layers_as_lists(place: Place, capsys: Any, tmp_path: Path) -> 
 def test_help(capsys: Any, verb: str) -> None:
     code, out, _ = run(capsys, verb, "--help")
     assert code == 0
-    assert f"Usage: npt-fast {verb}" in out and "--model-name" in out
+    assert f"Usage: npt-fast {verb}" in out and "--model_name" in out
     assert "\x1b" not in out
 
 
@@ -122,7 +122,7 @@ except SystemExit:
 # --- mistakes
 
 USAGE: dict[str, tuple[list[str], str]] = {
-    "no-layers": ([], "--train-layers"),
+    "no-layers": ([], "--train_layers"),
     "unknown-layer": (["--train_layers", "eleven"], "not a list of layers"),
     "layer-twice": (["--train_layers", "11,11"], "twice"),
     "unknown-option": (["--train_layers", "1", "--warp", "9"], "--warp"),

@@ -1,4 +1,4 @@
-"""No verb runs a model's code without --trust-remote-code, even if stdin says yes."""
+"""No verb runs a model's code without --trust_remote_code, even if stdin says yes."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_every_verb_refuses_every_model(program: Program) -> None:
         assert line.startswith(f"Error: {models[name]}: "), (verb, name)
         if name in hostile_models.REFUSED:
             _, file, key = hostile_models.REFUSED[name]
-            assert f": {file}: {key} " in line and "--trust-remote-code" in line, (verb, name)
+            assert f": {file}: {key} " in line and "--trust_remote_code" in line, (verb, name)
     assert not program.canary.exists()
 
 
@@ -153,7 +153,8 @@ def test_every_verb_has_the_flag(program: Program) -> None:
     for verb in VERBS:
         program.canary = program.folder / f"ran-{verb}"
         model = program.plant(f"base-{verb}", spoil)
-        runs.append([*program.arguments(verb, model), "--trust-remote-code"])
+        named = ["--model_name", model] if verb == "replay" else []  # a log does not choose it
+        runs.append([*program.arguments(verb, model), *named, "--trust_remote_code"])
     found = program.run(runs)
     for verb, each in zip(VERBS, found, strict=True):
         assert each.code == 1 and "has no attribute 'Own'" in errors(each.err)[0], verb
@@ -190,7 +191,7 @@ def test_no_file_remembers_the_flag(program: Program) -> None:
     more = [*train, "--resume_from", str(output / "checkpoints" / "checkpoint-1")]
     more[more.index("--max_steps") + 1] = "2"
     first, second, third = program.run(
-        [[*train, "--trust-remote-code"], more, [*more, "--trust-remote-code"]]
+        [[*train, "--trust_remote_code"], more, [*more, "--trust_remote_code"]]
     )
     assert first.code == 0, first
     assert second.code == 1 and errors(second.err)[-1].endswith("run it with all your rights")
@@ -203,5 +204,5 @@ def test_no_file_remembers_the_flag(program: Program) -> None:
 def test_all_processes_of_a_training_get_the_flag(program: Program) -> None:
     train = program.arguments("train", own_model(program))
     train += ["--parallel", "layers", "--num_processes", "2"]
-    (found,) = program.run([[*train, "--trust-remote-code"]])
+    (found,) = program.run([[*train, "--trust_remote_code"]])
     assert found.code == 0, found.err

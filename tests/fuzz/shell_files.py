@@ -1,4 +1,4 @@
-"""Files that the shell reads: modulations, sessions, journals, facts and scripts."""
+"""Files that verbs read: modulations, sessions, journals, facts, options and scripts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from npt_fast.errors import NPTError
 from npt_fast.transfer import journal
 from npt_fast.transfer.modulation import Modulation, load_modulation
 from npt_fast.transfer.session import Session
+from npt_fast.transfer.strict_yaml import Setting, settings
 from npt_fast.transfer.suite import Suite, read_suite
 from tests.fuzz import mutations
 from tests.fuzz.target import Target, check_line, fixed, same_values
@@ -166,6 +167,26 @@ def _same_facts(path: Path, found: Suite) -> None:
         )  # fmt: skip
 
 
+_OPTIONS = """# of a run
+train_layers: [11, -13]
+learning-rate: 1e-4
+wandb_name: 'a: "b"'
+resume_from: ~
+data: |
+  self:1000
+fp16: no
+seed: 0x10
+"""
+
+
+def _same_options(path: Path, found: dict[str, Setting]) -> None:
+    """PyYAML's `BaseLoader` leaves values as they are written, null too."""
+    document = yaml.load(path.read_text("utf-8"), Loader=yaml.BaseLoader) or {}
+    nulls = {key for key, setting in found.items() if setting.value is None}
+    assert {document.pop(key) for key in nulls} <= {"", "~", "null", "Null", "NULL"}
+    assert document == {key: found[key].value for key in found.keys() - nulls}
+
+
 SCRIPT = """# a comment
 extract a "the red house"
 /extract-seq b the blue boat
@@ -199,5 +220,6 @@ TARGETS = [
     Target("session", "session.json", mutations.JSON, _sessions, _load_session, _same_session),
     Target("journal", "log.jsonl", mutations.JSON_LINES, _journals, _journal, _same_journal),
     Target("facts", "facts.yaml", mutations.YAML, fixed(_FACTS), read_suite, _same_facts),
+    Target("options", "run.yaml", mutations.YAML, fixed(_OPTIONS), settings, _same_options),
     Target("script", "script.txt", mutations.TEXT, fixed(SCRIPT), _script, _same_script),
 ]  # fmt: skip

@@ -106,7 +106,7 @@ def test_a_merge_keeps_it_and_refuses_two(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "out").fingerprint == fingerprint(tiny())
     npt.save(npt.convert(other(), npt.NPTConfig(layers=[3])), tmp_path / "c")
     inputs = [tmp_path / "a", tmp_path / "c"]
-    with pytest.raises(npt.MergeError, match=r"fingerprint is .*--allow-different-base"):
+    with pytest.raises(npt.MergeError, match=r"fingerprint is .*--allow_different_base"):
         npt.merge(inputs, tmp_path / "again")
     options = npt.MergeOptions(allow_different_base=True)
     npt.merge(inputs, tmp_path / "again", options=options)

@@ -44,7 +44,7 @@ def test_code_is_refused_in_one_line(tmp_path: Path, canary: Path, name: str) ->
         load_base_model(str(base))
     message = str(caught.value)
     assert message.startswith(f"{base}: {file}: {key} ")
-    assert message.endswith("--trust-remote-code would run it with all your rights")
+    assert message.endswith("--trust_remote_code would run it with all your rights")
     assert not canary.exists()
 
 

@@ -100,6 +100,8 @@ def test_layers_apart(place: Place, tmp_path: Path) -> None:
     assert npt.verify(report.checkpoint.with_name("final")).passed
     described = json.loads((report.checkpoint / "npt_config.json").read_text())["layers"]
     assert [described[layer]["step"] for layer in ("1", "3")] == [3, 3]
+    config = json.loads((tmp_path / "both" / "config.json").read_text())
+    assert config["train_layers"] == "1,-1" and config["parallel"] == "layers"
     # a run can resume from it
     after = place.train(
         tmp_path / "after", train_layers="1,3", resume_from=str(report.checkpoint), max_steps=4
