@@ -17,7 +17,7 @@ from npt_fast.benchmarks.rows import Row
 from npt_fast.benchmarks.workloads import Shapes, workload
 from npt_fast.errors import BenchmarkError, suggestion
 from npt_fast.kernels.roofline import DECODE_TOKENS
-from npt_fast.pictures import figure_class, save
+from npt_fast.pictures.figure import figure_class, save
 
 DEFAULT_OPS = ("modulated_mlp", "decode") if ON_GPU else ("modulated_mlp",)
 """Default ops; on a CPU decoding is computed like everything else."""

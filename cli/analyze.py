@@ -7,10 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 import npt_fast as npt
-from npt_fast.checkpoint.certificate import Certificate
+from npt_fast.checkpoint.certificate import grouped
+from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.checkpoint.inspect import CheckpointReport, LayerInfo
-from npt_fast.cli.arguments import CheckpointTexts
-from npt_fast.cli.output import certificate_lines, print_json, ranges, say, size, warn
+from npt_fast.cli.arguments import CheckpointTexts, PathText
+from npt_fast.cli.output import certificate_lines, print_json, say, size, warn
+from npt_fast.layer_names import ranges
+from npt_fast.pictures import figure
+from npt_fast.pictures.checkpoints import draw_checkpoints
 
 
 def analyze(
@@ -18,12 +22,13 @@ def analyze(
     *,
     verbose: bool = False,
     json: bool = False,
+    plot: PathText | None = None,
 ) -> None:
     """Show what checkpoints hold and, for several, whether they can be merged.
 
     npt-fast analyze layer11/checkpoint-800 layer13/checkpoint-600
 
-    Reads headers only, however large the checkpoint, unless --verbose asks for values.
+    Reads headers only, however large the checkpoint, unless --verbose or --plot asks for values.
 
     Parameters
     ----------
@@ -33,12 +38,19 @@ def analyze(
         Also list every tensor, with its norm and its number of NaN or infinite values.
     json
         Print the reports as JSON.
+    plot
+        Picture to write, .png, .svg or .pdf: norms and spectra of the factors, fidelity, and which
+        checkpoints the layers of a merge come from.
     """
+    if plot is not None:
+        figure.check(plot)  # before all weights are read
     reports = [npt.inspect(path, values=verbose) for path in checkpoint]
     verdict = npt.can_merge(checkpoint) if len(checkpoint) > 1 else None
     for report in reports:
         for problem in report.problems:
             warn(problem)
+    if plot is not None:
+        figure.save(draw_checkpoints([open_checkpoint(report.path) for report in reports]), plot)
     if json:
         plain = {
             "checkpoints": [report.to_dict() for report in reports],
@@ -119,15 +131,10 @@ def _or_varies(value: int | None) -> str:
 
 
 def _print_certificates(layers: Iterable[LayerInfo]) -> None:
-    """Layers of one run share a certificate, which is printed once."""
-    groups: dict[str, tuple[Certificate, list[int]]] = {}
-    for info in layers:
-        if info.certificate is not None:
-            key = repr(info.certificate)
-            groups.setdefault(key, (info.certificate, []))[1].append(info.layer)
+    groups = grouped((info.layer, info.certificate) for info in layers)
     if groups:
         _section("Certificates")
-    for certificate, members in groups.values():
+    for certificate, members in groups:
         step = "" if certificate.step is None else f", after step {certificate.step}"
         say(f"Layers {ranges(members)}, measured with {ranges(certificate.layers)} on{step}:")
         for line in certificate_lines(certificate):

@@ -94,7 +94,7 @@ def bench(
     from npt_fast.benchmarks.device import INTERPRETED, INTERPRETER, device_facts
     from npt_fast.benchmarks.harness import machine_facts
     from npt_fast.benchmarks.rows import BAD, NOT_RUN
-    from npt_fast.pictures import check
+    from npt_fast.pictures.figure import check
 
     if budget is not None and not budget >= library.LEAST:
         raise BenchmarkError(

@@ -52,7 +52,7 @@ def compare(
     modulation = texts.extract(loaded, tokenizer)
     found = library.compare(
         loaded, tokenizer, modulation, texts.prompt, injection,
-        sampling=Sampling(tokens=tokens), tracked=texts.track, reading=texts.reading,
+        sampling=Sampling(tokens=tokens), tracked=texts.track, base=True, reading=texts.reading,
     )  # fmt: skip
     facts = {
         "checkpoint": model.checkpoint,
@@ -78,6 +78,9 @@ def _lines(when: InjectionTime, found: Comparison) -> Iterator[str]:
     seen: dict[str, Token] = {
         t.text: t for t in (*found.tracked, *found.top, *found.no_injection_top)
     }
-    rows = [[repr(t.text), f"{t.before:.4f}", f"{t.after:.4f}"] for t in seen.values()]
-    yield from markdown_table(["next token", "before", "after"], rows).splitlines()
+    rows = [
+        [repr(t.text), f"{t.base:.4f}", f"{t.before:.4f}", f"{t.after:.4f}"] for t in seen.values()
+    ]
+    heads = ["next token", "base model", "no injection", "injected"]
+    yield from markdown_table(heads, rows).splitlines()
     yield f"{found.seconds:.2f} s, {found.no_injection_seconds:.2f} s without"

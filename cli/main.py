@@ -46,6 +46,7 @@ app.command("npt_fast.cli.train:train", name="train", help="Train NP layers of a
 app.command("npt_fast.cli.sample:sample", name="sample", help="Sample a text from a base model.")
 app.command("npt_fast.cli.evaluate:evaluate", name="evaluate", help="Measure checkpoints on text.")
 app.command("npt_fast.cli.plan:plan", name="plan", help="Plan which layers to convert first.")
+app.command("npt_fast.cli.plot:plot", name="plot", help="Draw the curves of training runs.")
 app.command("npt_fast.cli.trace:trace", name="trace", help="Find layers that are worth training.")
 app.command("npt_fast.cli.compare:compare", name="compare", help="Show what an injection does.")
 app.command(

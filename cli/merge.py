@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter, Token
 
 import npt_fast as npt
+from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.checkpoint.merge_report import MergeReport
 from npt_fast.cli.arguments import CheckpointTexts, PathText
 from npt_fast.cli.output import print_json, print_verification, progress_bar, say, size, warn
@@ -20,6 +21,9 @@ from npt_fast.config import (
     WeightDType,  # noqa: F401
     parse_size,
 )
+from npt_fast.errors import MergeError
+from npt_fast.pictures import figure
+from npt_fast.pictures.provenance import draw_provenance
 
 
 def _bytes(kind: object, tokens: Sequence[Token]) -> int:
@@ -51,6 +55,7 @@ def merge(
     force: bool = False,
     dry_run: bool = False,
     json: bool = False,
+    plot: PathText | None = None,
 ) -> None:
     """Merge NPT checkpoints into one that can be used, verified and trained further.
 
@@ -73,7 +78,14 @@ def merge(
         Show the plan; write nothing.
     json
         Print the report as JSON.
+    plot
+        Picture to write, .png, .svg or .pdf: which checkpoints the layers come from, through
+        earlier merges.
     """
+    if plot is not None:
+        if dry_run:
+            raise MergeError("--plot draws what was merged; leave out --dry-run or --plot")
+        figure.check(plot)
     with progress_bar() as progress:
         report = npt.merge(
             checkpoints,
@@ -86,6 +98,8 @@ def merge(
         )
     for warning in report.warnings:
         warn(warning)
+    if plot is not None:
+        figure.save(draw_provenance(open_checkpoint(report.output)), plot)
     if json:
         print_json(report.to_dict())
         return

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from npt_fast.cli.arguments import PathText
-from npt_fast.cli.output import print_json, ranges, say
+from npt_fast.cli.output import print_json, say
 from npt_fast.hf.model_types import MODEL_TYPES
+from npt_fast.layer_names import ranges
 from npt_fast.tables import markdown_table
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from npt_fast.checkpoint.certificate import Certificate, Closeness, worst_of
@@ -31,15 +30,6 @@ def print_json(value: Any) -> None:
     """Print one JSON document; NaN and infinity, which JSON does not have, become null."""
     # allow_nan=False: NaN would print as something that JSON readers refuse
     print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def ranges(layers: Sequence[int]) -> str:
-    """Ascending numbers as ``0-2,4``, which is how options take layers."""
-    runs = [
-        [layer for _, layer in group]
-        for _, group in groupby(enumerate(layers), key=lambda item: item[1] - item[0])
-    ]
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def certificate_lines(found: Certificate) -> Iterator[str]:

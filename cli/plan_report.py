@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from npt_fast.cli.output import figure, size
 from npt_fast.errors import NPTError
-from npt_fast.pictures import figure_class, png
+from npt_fast.pictures.figure import figure_class, png
 from npt_fast.report_files import csv_file, json_file, report_folder
 from npt_fast.tables import markdown_table
 

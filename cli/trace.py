@@ -59,9 +59,10 @@ def trace(
     json
         Print everything as JSON.
     plot
-        Picture to write: .png, .svg or .pdf.
+        Picture to write, .png, .svg or .pdf: layers by tokens from the first that differs on,
+        each patched by itself, whatever the positions above are.
     """
-    from npt_fast.pictures import check
+    from npt_fast.pictures.figure import check, save
     from npt_fast.transfer import trace as library
 
     if plot is not None:
@@ -73,7 +74,10 @@ def trace(
         cross_relation=cross_relation, reading=reading,
     )  # fmt: skip
     if plot is not None:
-        library.draw(found, plot)
+        each = library.trace_tokens(
+            loaded, tokenizer, source, target, tracked=track, window=window, reading=reading
+        )
+        save(library.draw(each), plot)
     if json:
         decisive = [patch.layers for patch in found.decisive]
         strongest = found.strongest.layers

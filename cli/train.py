@@ -30,7 +30,8 @@ from npt_fast.errors import TrainingError
 _GROUPS = {
     "Model": "train_layers model_name resume_from base_dtype trust_remote_code",
     "Data": (
-        "data first_tokens eval_data num_eval_samples max_length stride num_workers special_tokens"
+        "data text_column chat_template first_tokens eval_data num_eval_samples max_length stride "
+        "num_workers special_tokens"
     ),
     "Layers": "np_rank num_ranks modulation residual init_strategy np_init_scale",
     "Losses": (

@@ -143,9 +143,9 @@ def main() -> None:
     print(f"\nContinuations of {PROMPT!r}:")
     for name, (text,) in found["texts"].items():
         print(f"  {Path(name).parent.name if 'checkpoint-' in name else name}: {text.strip()!r}")
-    picture = DEMO / "losses.png"
-    draw(picture)
-    print(f"\nLoss curves: {picture.relative_to(ROOT)}")
+    runs = ("layer11_training", "layer13_training", "layer23_training", "continued")
+    say("Curves of all runs")
+    run(f"npt-fast plot {' '.join(f'experiments/{name}' for name in runs)} --output losses.png")
     print(f"The whole demo took {time.perf_counter() - begun:.0f} s.")
 
 
@@ -169,34 +169,6 @@ def print_table(found: dict[str, Any], seconds: dict[str, float]) -> None:
             + "".join(f"| {row['texts'][kind]['kl']:.4f} " for kind in kinds)
             + f"| {row['worst']['kl']:.4f} | {seconds[path]:.1f} | {size / 1e6:.1f} |"
         )
-
-
-def draw(path: Path) -> None:
-    """Draw the direct loss of every layer over the optimizer steps of all runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    prefix = "mlp_direct_loss/"
-    for run_name in ("layer11_training", "layer13_training", "layer23_training", "continued"):
-        log = DEMO / "experiments" / run_name / "training_log.jsonl"
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        for name in sorted({key for line in lines for key in line if key.startswith(prefix)}):
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            label = f"{name.removeprefix(prefix).replace('_', ' ')}, {run_name.replace('_', ' ')}"
-            style = "--" if run_name == "continued" else "-"
-            axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(
-        xlabel="optimizer step",
-        ylabel="squared error / squared target, mean over tokens",
-        yscale="log",
-        title="NP layers of SmolLM2-135M on CPU",
-    )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

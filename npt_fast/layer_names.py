@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 NAMES: dict[str, Callable[[int], range]] = {
     "all": range,
@@ -83,3 +84,12 @@ def layer_indices(text: str) -> list[int]:
         if len(found) > _MAX_LAYERS:
             raise ValueError(f"{text!r:.80} names more than {_MAX_LAYERS:,} layers")
     return found
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Ascending numbers as ``0-2,4``, which is how options take layers."""
+    runs = [
+        [layer for _, layer in group]
+        for _, group in groupby(enumerate(layers), key=lambda item: item[1] - item[0])
+    ]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -333,6 +333,7 @@ DOORS = (
              "train": _RESUME["train"].replace("{out}", "{}/run").replace(
                  "{}/a", "{}/run/checkpoints/checkpoint-2"
              ),
+             "plot": "plot {}/run --output {out}.png",
          }, TRAINING_LOG),
     Door("modulation", "m.safetensors", _LOAD, MODULATION),
     Door("session.json", "session/session.json", _LOAD_SESSION, JSON),

@@ -51,7 +51,7 @@ def test_extras_are_those_of_pyproject() -> None:
 
 def test_verbs_name_their_extra_in_one_line() -> None:
     verbs = {name for name in app if not name.startswith("-")}
-    assert verbs == {given[0] for given, *_ in NEEDS.values()} | set(CORE)
+    assert verbs == {given[0] for given, *_ in NEEDS.values()} | {*CORE, "plot"}
     found = core_install.program(*(given for given, *_ in NEEDS.values()))
     for (given, package, extra), (code, out, err) in zip(NEEDS.values(), found, strict=True):
         assert (code, out) == (1, ""), given
@@ -63,14 +63,16 @@ def test_verbs_name_their_extra_in_one_line() -> None:
 
 def test_checkpoints_need_no_extra(tmp_path: Path, layer11: Path) -> None:
     out = str(tmp_path / "out")
-    found = core_install.program(
+    *found, (code, _, err) = core_install.program(
         ["merge", "--checkpoints", str(layer11), "--output", out, "--verify"],
         ["analyze", "--checkpoint", out, "--verbose"],
         ["verify", out],
         ["env"],
         ["kernels", "roofline", "--model", "llama-3.2-1b"],
+        ["plot", "a"],
     )
     assert [code for code, *_ in found] == [0] * 5
+    assert (code, err) == (1, "Error: a picture needs matplotlib; pip install 'npt_fast[plot]'\n")
 
 
 def test_names_name_their_extra() -> None:

@@ -23,7 +23,7 @@ ALLOWED = {
     "paths": {"errors"},
     "text_sources": {"errors", "paths"},
     "schema": {"errors"},
-    "pictures": {"errors", "paths"},
+    "pictures": {"checkpoint", "errors", "layer_names", "paths"},
     "report_files": {"checkpoint", "errors", "paths", "schema"},
     "kernels": set[str](),
     "checkpoint": {"config", "errors", "layer_names", "paths", "schema"},

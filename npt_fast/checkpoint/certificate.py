@@ -129,3 +129,18 @@ class Certificate:
                 for name, text in known["texts"].items()
             },
         )
+
+
+def grouped(
+    certificates: Iterable[tuple[int, Certificate | None]],
+) -> list[tuple[Certificate, list[int]]]:
+    """Each certificate once, with its layers: layers of one run share theirs.
+
+    Args:
+        certificates: layers with their certificates; those without one are left out.
+    """
+    groups: dict[str, tuple[Certificate, list[int]]] = {}
+    for layer, certificate in certificates:
+        if certificate is not None:
+            groups.setdefault(repr(certificate), (certificate, []))[1].append(layer)
+    return list(groups.values())

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from npt_fast.checkpoint.dtypes import DType
 from npt_fast.checkpoint.tensor_entry import TensorEntry
+
+if TYPE_CHECKING:  # importing numpy takes 0.1 s, and headers need none
+    import numpy as np
+    from numpy.typing import NDArray
 
 _NUMPY_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 _NUMPY_INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
@@ -31,8 +37,8 @@ def count_non_finite(data: bytes | memoryview, dtype: DType) -> int:
     return 0
 
 
-def sum_of_squares(data: bytes | memoryview, dtype: DType) -> float | None:
-    """The sum of the squared elements, in float64; None for 8-bit floats."""
+def as_float64(data: bytes | memoryview, dtype: DType) -> NDArray[np.float64] | None:
+    """The elements in float64; None for 8-bit floats and integers."""
     import numpy as np
 
     if dtype.name == "BF16":
@@ -42,7 +48,17 @@ def sum_of_squares(data: bytes | memoryview, dtype: DType) -> float | None:
     else:
         return None
     with np.errstate(all="ignore"):  # numpy warns of NaN and infinity, which are expected here
-        wide = values.astype(np.float64)
+        return values.astype(np.float64)
+
+
+def sum_of_squares(data: bytes | memoryview, dtype: DType) -> float | None:
+    """The sum of the squared elements, in float64; None for 8-bit floats and integers."""
+    import numpy as np
+
+    wide = as_float64(data, dtype)
+    if wide is None:
+        return None
+    with np.errstate(all="ignore"):
         return float(wide @ wide)
 
 

@@ -7,12 +7,9 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from npt_fast.checkpoint.source_file import SourceFile
+from npt_fast.checkpoint.training_log import LOG, log_lines
 from npt_fast.errors import CheckpointError, TrainingError
 from npt_fast.paths import exists
-
-LOG = "training_log.jsonl"
-_LONGEST_LINE = 1 << 20  # bytes; a line of ours has a number per layer and metric
 
 
 class MetricsLog:
@@ -54,17 +51,7 @@ def _lines(path: Path) -> Iterator[bytes]:
     if not exists(path):
         return
     try:
-        with (
-            SourceFile.of(path, follow_links=True).open() as fd,
-            open(fd, "rb", closefd=False) as file,
-        ):
-            while line := file.readline(_LONGEST_LINE):
-                if len(line) == _LONGEST_LINE:
-                    raise TrainingError(
-                        f"{path}: has a line of {_LONGEST_LINE:,} bytes or more, so it is not the "
-                        "log of a run; move it away"
-                    )
-                yield line.rstrip(b"\r\n")
+        yield from (line.rstrip(b"\r\n") for line in log_lines(path))
     except CheckpointError as error:
         raise TrainingError(str(error)) from None
 

@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from npt_fast.config import Tracker, TrainOptions
 from npt_fast.errors import TrainingError
-from npt_fast.training.metrics_log import LOG
+from npt_fast.checkpoint.training_log import LOG
 
 
 def tracker_of(options: TrainOptions) -> Tracker:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from npt_fast.config import Injection
+from npt_fast.hf.convert import disabled
 from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, first_token, read
+from npt_fast.transfer.attention import next_logits
 from npt_fast.transfer.generate import Sampling, continue_ids
 from npt_fast.transfer.inject import injecting
 from npt_fast.transfer.modulation import Modulation
@@ -26,11 +28,13 @@ class Token:
         text: Text of the token.
         before: Probability without injection.
         after: Probability with the injection.
+        base: Probability in the base model, with NP layers turned off; None if not measured.
     """
 
     text: str
     before: float
     after: float
+    base: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ def compare(
     sampling: Sampling | None = None,
     tracked: Sequence[str] = (),
     top: int = 5,
+    base: bool = False,
     reading: Reading = DEFAULT_READING,
 ) -> Comparison:
     """Continue a prompt with and without an injection.
@@ -98,6 +103,7 @@ def compare(
         sampling: How tokens are chosen; one greedy token if None.
         tracked: Texts; the probability of each one's first token is reported.
         top: Number of likeliest tokens to report.
+        base: Measure the next token in the base model, too, for one more pass of the prompt.
         reading: How the prompt becomes tokens.
 
     Raises:
@@ -120,9 +126,18 @@ def compare(
     kls = divergences(same_text, new_logits)
     before, after = plain_logits[0].softmax(-1), new_logits[0].softmax(-1)
     followed = [first_token(tokenizer, text) for text in tracked]
+    plain = None
+    if base:
+        with disabled(model):
+            plain = next_logits(model, [ids])[0].softmax(-1)
 
     def token(index: int) -> Token:
-        return Token(tokenizer.decode([index]), before[index].item(), after[index].item())
+        return Token(
+            tokenizer.decode([index]),
+            before[index].item(),
+            after[index].item(),
+            None if plain is None else plain[index].item(),
+        )
 
     return Comparison(
         prompt=tokens,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from npt_fast.transfer.compare import Comparison, Sweep, Token
 from npt_fast.transfer.positions import named, reached
 
 _FULL = 2.0  # nats of KL with full colour
+_LEAST = 1e-4  # probability without colour
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #fff; --faint: #656d76;
@@ -68,7 +70,7 @@ def comparison_html(
     )
     plain = escaped(comparison.no_injection_text)
     injected = "".join(
-        f'<span style="{heat(kl / _FULL)}" title="KL {kl:.4f}">{escaped(token)}</span>'
+        f'<span style="{kl_heat(kl)}" title="KL {kl:.4f}">{escaped(token)}</span>'
         for token, kl in zip(comparison.injected, comparison.kls, strict=True)
     )
     seen = {t.text: t for t in (*comparison.tracked, *comparison.top, *comparison.no_injection_top)}
@@ -84,14 +86,16 @@ def comparison_html(
         f'<div class="text"><h3>no injection</h3>{prompt}{plain}</div>',
         f'<div class="text"><h3>injected</h3>{prompt}{injected}</div>',
         "</div>",
-        f'<p class="note">Outlined: tokens that received the modulation. {_scale()}</p>',
+        '<p class="note">Outlined: tokens that received the modulation. Colour of others: KL from '
+        f"no injection, nats {_kl_scale()}</p>",
         "<h2>Next token</h2>",
-        table(["token", "before", "after"], [_probabilities(t) for t in seen.values()]),
+        table(_heads(seen.values()), [_probabilities(t) for t in seen.values()]),
+        _legend(seen.values()),
         "<details><summary>Every generated token</summary>",
         table(
-            ["token", "no injection", "injected", "KL, nats"],
+            [*_heads(comparison.generated), "KL, nats"],
             [
-                [*_probabilities(token), f'<td style="{heat(kl / _FULL)}">{kl:.4f}</td>']
+                [*_probabilities(token), f'<td style="{kl_heat(kl)}">{kl:.4f}</td>']
                 for token, kl in zip(comparison.generated, comparison.kls, strict=True)
             ],
         ),
@@ -112,12 +116,14 @@ def sweep_html(sweep: Sweep, details: Mapping[str, str] | None = None) -> str:
         A complete document in which all texts are escaped.
     """
     head = {**(details or {}), "tokens hit": named(sweep.positions, sweep.tokens)}
-    sections = ["<h2>KL of the next token, nats</h2>", _map(sweep, sweep.kl, _FULL)]
-    sections.append(f'<p class="note">{_scale()}</p>')
+    sections = ["<h2>KL of the next token, nats</h2>", _map(sweep, sweep.kl, kl_heat)]
+    sections.append(f'<p class="note">Colour: KL from no injection, nats {_kl_scale()}</p>')
     for text, values in sweep.tracked.items():
         sections.append(f"<h2>Probability of {escaped(repr(text))}</h2>")
         sections.append(f'<p class="note">{sweep.no_injection[text]:.4f} without injection</p>')
-        sections.append(_map(sweep, values, 1.0))
+        sections.append(_map(sweep, values))
+    if sweep.tracked:
+        sections.append(_legend())
     return document("Layer by layer", head, sections)
 
 
@@ -158,30 +164,66 @@ def escaped(text: str) -> str:
     return escape(shown)
 
 
+def _heads(tokens: Iterable[Token]) -> list[str]:
+    base = ["base model"] if any(token.base is not None for token in tokens) else []
+    return ["token", *base, "no injection", "injected"]
+
+
 def _probabilities(token: Token) -> list[str]:
-    """Cells of a row: the token and its probability before and after."""
-    values = (f'<td style="{heat(p)}">{p:.4f}</td>' for p in (token.before, token.after))
-    return [f'<td class="token">{escaped(repr(token.text))}</td>', *values]
+    """Cells of a row: the token and its probabilities."""
+    values = [token.before, token.after] if token.base is None else [
+        token.base, token.before, token.after
+    ]  # fmt: skip
+    cells = (f'<td style="{probability_heat(p)}">{p:.4f}</td>' for p in values)
+    return [f'<td class="token">{escaped(repr(token.text))}</td>', *cells]
 
 
 def heat(share: float) -> str:
     """A translucent background, on which text is readable in light and dark mode."""
-    opacity = 0.65 * max(0.0, min(share, 1.0)) ** 0.5  # square root: small values stay visible
-    return f"background: rgb(var(--heat) / {opacity:.3f})"
+    return f"background: rgb(var(--heat) / {0.65 * max(0.0, min(share, 1.0)):.3f})"
 
 
-def _scale() -> str:
-    steps = "".join(
-        f'<span style="{heat(kl / _FULL)}">{kl:g}</span>' for kl in (0, 0.25, 0.5, 1, 1.5, _FULL)
-    )
-    return f'Colour: KL from no injection, nats <span class="scale">{steps}</span>'
+def kl_heat(kl: float) -> str:
+    """The colour of a KL in nats; the square root keeps small values visible."""
+    return heat(max(0.0, kl / _FULL) ** 0.5)
 
 
-def _map(sweep: Sweep, values: Sequence[Sequence[float]], full: float) -> str:
+def probability_heat(probability: float) -> str:
+    """The colour of a probability: equal factors are equal steps, from 0.0001 to 1."""
+    return heat(1 - math.log(max(_LEAST, probability)) / math.log(_LEAST))
+
+
+def _kl_scale() -> str:
+    return _scale((0, 0.25, 0.5, 1, 1.5, _FULL), kl_heat)
+
+
+def _legend(tokens: Iterable[Token] = ()) -> str:
+    """What the columns and colours of probabilities mean."""
+    words = "No injection: the model with its NP layers as they are."
+    if "base model" in _heads(tokens):
+        words += " Base model: the same model with its NP layers turned off."
+    return f'<p class="note">{words} {probability_scale()}</p>'
+
+
+def probability_scale() -> str:
+    """What the colours of `probability_heat` mean."""
+    return f"Colour: probability {_scale((_LEAST, 0.001, 0.01, 0.1, 1), probability_heat)}"
+
+
+def _scale(values: Sequence[float], colour: Callable[[float], str]) -> str:
+    steps = "".join(f'<span style="{colour(value)}">{value:g}</span>' for value in values)
+    return f'<span class="scale">{steps}</span>'
+
+
+def _map(
+    sweep: Sweep,
+    values: Sequence[Sequence[float]],
+    colour: Callable[[float], str] = probability_heat,
+) -> str:
     rows = [
         [
             f"<th>{', '.join(map(str, layers))}</th>",
-            *(f'<td style="{heat(value / full)}">{value:.4f}</td>' for value in row),
+            *(f'<td style="{colour(value)}">{value:.4f}</td>' for value in row),
         ]
         for layers, row in zip(sweep.layers, values, strict=True)
     ]

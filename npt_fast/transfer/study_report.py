@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from npt_fast.errors import TransferError
-from npt_fast.pictures import figure_class, png
+from npt_fast.pictures.figure import figure_class, png
 from npt_fast.report_files import csv_file, json_file, report_folder
 from npt_fast.tables import markdown_table
-from npt_fast.transfer.report import document, escaped, heat, table
+from npt_fast.transfer.report import document, escaped, probability_heat, probability_scale, table
 from npt_fast.transfer.study_results import ALL, MEASURES, Condition, Interval, Row, Study, Summary
 
 _SHARES = MEASURES[:3]
@@ -126,7 +126,7 @@ def study_html(study: Study, summaries: Sequence[Summary]) -> str:
         "reading": study.reading,
         "seed": str(study.seed),
     }
-    sections = [f"<p>{_NOTE}</p>"]
+    sections = [f"<p>{_NOTE}</p>", f'<p class="note">{probability_scale()}</p>']
     known = {known.relation: known for known in study.known}
     for name in dict.fromkeys((ALL, *known)):
         sections.append(f"<h2>{escaped(name)}</h2>")
@@ -154,7 +154,7 @@ def _html_row(summary: Summary) -> list[str]:
             cells.append("<td></td>")
         else:
             cells.append(
-                f'<td style="{heat(found.mean)}">{found.mean:.3f}<br>'
+                f'<td style="{probability_heat(found.mean)}">{found.mean:.3f}<br>'
                 f"{found.low:.3f} to {found.high:.3f}</td>"
             )
     return cells

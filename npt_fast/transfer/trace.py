@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from npt_fast.config import Position
 from npt_fast.errors import TransferError
 from npt_fast.hf.convert import decoder_layers, disabled
 from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, first_token, read
-from npt_fast.pictures import figure_class, save
+from npt_fast.pictures.figure import figure_class, thinned
 from npt_fast.transfer.attention import attention_hooks, batches, next_logits
 from npt_fast.transfer.compare import divergences
 from npt_fast.transfer.positions import find, named
@@ -282,27 +281,106 @@ def _patched(
     return torch.cat(found)
 
 
-def draw(trace: Trace, path: str | Path) -> None:
-    """Draw KL by layer, and below it the probabilities of the tracked tokens.
+def trace_tokens(
+    model: Any,
+    tokenizer: Any,
+    source: str,
+    target: str,
+    *,
+    tracked: Sequence[str] = (),
+    window: int = 1,
+    reading: Reading = DEFAULT_READING,
+) -> list[Trace]:
+    """Patch token by token: the attention output of each token of `source` into its counterpart.
+
+    Tokens are counted from the end, so that the last token of a subject meets that of the other.
+    What both prompts begin with is left out, since its attention outputs are the same.
+
+    Args:
+        model: As for `trace`, as are all others.
+        tokenizer: Tokenizer of the model.
+        source: Prompt that attention outputs are taken from.
+        target: Prompt that they are put into.
+        tracked: Texts; the probability of each one's first token is reported.
+        window: Number of neighbouring layers patched at a time.
+        reading: How both prompts become tokens.
+
+    Returns:
+        A trace for each pair of tokens, in their order.
 
     Raises:
-        NPTError: matplotlib is missing, or the file cannot be written.
+        TransferError: as `trace`.
+        ModelError: as `trace`.
+    """
+    ours, other = (read(tokenizer, text, reading).ids for text in (source, target))
+    shorter = min(len(ours), len(other))
+    same = next((i for i in range(shorter) if ours[i] != other[i]), shorter)
+    return [
+        trace(
+            model, tokenizer, source, target, tracked=tracked, window=window,
+            source_position=-back, target_position=-back, reading=reading,
+        )
+        for back in range(max(shorter - same, 1), 0, -1)
+    ]  # fmt: skip
+
+
+def draw(traces: Sequence[Trace]) -> Any:
+    """Draw heat maps of layers by tokens: of KL, and of the probability of each tracked token.
+
+    Args:
+        traces: What `trace_tokens` found.
+
+    Returns:
+        A figure of matplotlib.
+
+    Raises:
+        NPTError: matplotlib is missing.
     """
     Figure = figure_class()
-    firsts = [patch.layers[0] for patch in trace.patches]
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    above.bar(firsts, [patch.kl for patch in trace.patches], color="0.6")
-    above.set_ylabel("KL, nats")
-    title = f"attention output of {''.join(trace.source)!r}\nin {''.join(trace.target)!r}"
-    above.set_title(title, parse_math=False)
-    for index, token in enumerate(trace.tracked):
-        values = [patch.tracked[index] for patch in trace.patches]
-        (line,) = below.plot(firsts, values, marker="o", markersize=4, label=repr(token))
-        below.axhline(trace.target_tracked[index], color=line.get_color(), linestyle=":")
-    below.set_ylabel("probability")
-    below.set_ylim(-0.02, 1.02)
-    below.set_xlabel("layer" if trace.window == 1 else f"first of {trace.window} layers")
-    for text in below.legend(title="dotted: unpatched").get_texts():
-        text.set_parse_math(False)
-    save(figure, path)
+    from matplotlib.colors import LogNorm
+
+    first = traces[0]
+    columns = min(1 + len(first.tracked), 3)
+    rows = -(-(1 + len(first.tracked)) // columns)
+    width, height = 2.2 + 0.3 * len(traces), 2.4 + 0.13 * len(first.patches)
+    figure = Figure(figsize=(max(columns * width, 9), rows * height), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    kl = [[one.patches[row].kl for one in traces] for row in range(len(first.patches))]
+    _map(places[0], first, traces, "KL, nats", kl, cmap="magma", vmin=0)
+    for index, token in enumerate(first.tracked):
+        values = [[one.patches[row].tracked[index] for one in traces] for row in range(len(kl))]
+        unpatched = first.target_tracked[index]
+        # logarithmic: a token that comes up from 0.0001 to 0.01 is a finding, too
+        scale = LogNorm(1e-4, 1, clip=True)
+        bar = _map(
+            places[1 + index], first, traces, f"probability of {token!r}", values, norm=scale
+        )
+        bar.ax.axhline(max(unpatched, 1e-4), color="red", linewidth=2)
+        bar.set_label(f"red: unpatched, {unpatched:.4f}")
+    for unused in list(places)[1 + len(first.tracked) :]:
+        unused.set_axis_off()
+    title = f"attention output of {''.join(first.source)!r}\nin {''.join(first.target)!r}"
+    figure.suptitle(title, parse_math=False)
+    return figure
+
+
+def _map(
+    axes: Any,
+    first: Trace,
+    traces: Sequence[Trace],
+    title: str,
+    values: Sequence[Sequence[float]],
+    **colours: Any,
+) -> Any:
+    """Draw a heat map; returns its colour bar."""
+    image = axes.imshow(values, aspect="auto", origin="lower", interpolation="nearest", **colours)
+    names = []
+    for one in traces:
+        taken, put = one.source[one.source_positions[0]], one.target[one.target_positions[0]]
+        names.append(repr(put) if taken == put else f"{taken!r} in {put!r}")
+    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+    rows = thinned(range(len(first.patches)), 16)
+    axes.set_yticks(rows, [first.patches[row].name for row in rows])
+    axes.set_ylabel("layer" if first.window == 1 else "layers")
+    axes.set_title(title, parse_math=False, fontsize="medium")
+    return axes.figure.colorbar(image, ax=axes)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from npt_fast.checkpoint.training_log import LOG
 from npt_fast.errors import TrainingError
-from npt_fast.training.metrics_log import LOG, MetricsLog
+from npt_fast.training.metrics_log import MetricsLog
 
 VALUES: dict[str, float | str] = {
     "loss/total": 0.1 + 0.2,  # has 17 digits, and the log must keep all of them

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import npt_fast as npt
 from npt_fast.config import Injection
 from npt_fast.errors import StorageError, TransferError
 from npt_fast.transfer.compare import Comparison, Sweep, Token, compare, sweep
 from npt_fast.transfer.extract import extract
 from npt_fast.transfer.generate import Sampling
-from npt_fast.transfer.report import comparison_html, sweep_html, write
+from npt_fast.transfer.report import comparison_html, probability_heat, sweep_html, write
 from tests.transfer import models
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=y>&amp;\x00\x1b'
@@ -77,7 +79,44 @@ def test_a_comparison_is_all_there(comparison: Comparison) -> None:
     assert sum(attributes.get("class") == "hit" for attributes in spans) == 2 * len("red")
     titles = [attributes["title"] for attributes in spans if "title" in attributes]
     assert titles == [f"KL {value:.4f}" for value in comparison.kls]
+    assert "base model" not in cells  # nobody measured it
     assert "'<'" in cells and "checkpoint" in cells and "1, 2" in cells
+
+
+def test_the_base_model_stands_beside_no_injection(comparison: Comparison) -> None:
+    """They are two things: without injection, NP layers act."""
+    model = models.converted()
+    found = compare(
+        model, models.tokenizer, extract(model, models.tokenizer, models.SOURCE), models.TEXT,
+        Injection(position="at:red"), tracked=["a"], base=True,
+    )  # fmt: skip
+    with npt.disabled(model), torch.no_grad():
+        ids = models.tokenizer(models.TEXT, return_tensors="pt").input_ids
+        base = model(ids).logits[0, -1].softmax(-1)
+    (a,) = found.tracked
+    expected = base[models.tokenizer("a")["input_ids"][-1]].item()
+    assert a.base == pytest.approx(expected, rel=1e-4) and a.base != pytest.approx(a.before)
+    cells = Reader(comparison_html(found)).cells()
+    heads = cells.index("token")
+    assert cells[heads : heads + 4] == ["token", "base model", "no injection", "injected"]
+    row = cells.index("'a'")
+    values = (a.base, a.before, a.after)
+    assert cells[row + 1 : row + 4] == [f"{value:.4f}" for value in values]
+    assert any("NP layers turned off" in text for text in cells)
+
+
+def test_small_probabilities_are_visible(swept: Sweep) -> None:
+    """Equal factors are equal steps of the colour, and the legend says so."""
+
+    def opacity(style: str) -> float:
+        return float(style.rpartition("/ ")[2].rstrip(")"))
+
+    shades = [opacity(probability_heat(p)) for p in (0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1)]
+    assert shades == pytest.approx([0, 0, 0, 0.1625, 0.325, 0.4875, 0.65], abs=1e-3)
+    assert opacity(probability_heat(float("nan"))) == 0
+    found = Reader(sweep_html(swept))
+    at = found.text.index("0.0001")
+    assert found.text[at : at + 5] == ["0.0001", "0.001", "0.01", "0.1", "1"]
 
 
 def test_a_sweep_is_all_there(swept: Sweep) -> None:

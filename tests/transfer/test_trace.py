@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import pytest
 import torch
 
 import npt_fast as npt
-from npt_fast.errors import NPTError, TransferError
+from npt_fast.errors import TransferError
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.tokenizer import PLAIN, Reading
 from npt_fast.transfer import attention
-from npt_fast.transfer.trace import CrossRelation, Patch, Trace, draw, trace
+from npt_fast.transfer.trace import CrossRelation, Patch, Trace, draw, trace, trace_tokens
 from tests.training import tiny
 
 SOURCE, TARGET = "abcd efg", "xyz uv"
@@ -148,23 +147,45 @@ def test_what_is_wrong_is_said(model: Any, tokenizer: Any) -> None:
     assert not any(part._forward_hooks for part in model.modules())
 
 
-def test_a_picture(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    found = trace(model, tokenizer, "$x_1^ $", TARGET)  # matplotlib would parse this as a formula
-    draw(found, tmp_path / "trace.png")
-    assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("none/trace.png", "trace.xyz"):
-        with pytest.raises(NPTError, match="cannot be written"):
-            draw(found, tmp_path / name)
-    imported = builtins.__import__
+def test_token_by_token(model: Any, tokenizer: Any) -> None:
+    """From the first that differs on, counted from the end."""
+    for source, target, pairs in (
+        ("abcd", "abxd", [(2, 2), (3, 3)]),
+        ("abc d", "abxyz d", [(2, 4), (3, 5), (4, 6)]),
+        ("abc", "abc", [(2, 2)]),
+    ):
+        found = trace_tokens(model, tokenizer, source, target, tracked=["q"], window=2)
+        assert [(*one.source_positions, *one.target_positions) for one in found] == pairs
+        for one, (taken, put) in zip(found, pairs, strict=True):
+            assert one == trace(
+                model, tokenizer, source, target, tracked=["q"], window=2,
+                source_position=taken, target_position=put,
+            )  # fmt: skip
 
-    def without(name: str, *args: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return imported(name, *args)
 
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(NPTError, match=r"pip install 'npt_fast\[plot\]'"):
-        draw(found, tmp_path / "trace.png")
+def test_what_both_begin_with_has_no_effect(model: Any, tokenizer: Any) -> None:
+    """So leaving it out loses nothing."""
+    found = trace(model, tokenizer, "abcd", "abxd", source_position=1, target_position=1)
+    assert all(patch.kl < 1e-9 for patch in found.patches)
+
+
+def test_a_heat_map(model: Any, tokenizer: Any) -> None:
+    source = "$x_1^ $"  # matplotlib would parse this as a formula
+    found = trace_tokens(model, tokenizer, source, "$xy1^ $", tracked=["a", "b", "c"])
+    figure = draw(found)
+    figure.canvas.draw()
+    maps = {axes.get_title(): axes for axes in figure.axes if axes.images}
+    assert list(maps) == ["KL, nats", *(f"probability of {token!r}" for token in "abc")]
+    for index, axes in enumerate(maps.values()):
+        (image,) = axes.images
+        for column, one in enumerate(found):
+            values = [p.kl if index == 0 else p.tracked[index - 1] for p in one.patches]
+            assert list(image.get_array()[:, column]) == values
+        names = [text.get_text() for text in axes.get_xticklabels()]
+        assert names == ["'_' in 'y'", "'1'", "'^'", "' '", "'$'"]
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "2", "3"]
+    marks = [axes.lines[0].get_ydata()[0] for axes in figure.axes if axes.lines]
+    assert marks == [max(value, 1e-4) for value in found[0].target_tracked]
 
 
 @pytest.mark.slow
