@@ -60,11 +60,13 @@ test: install
 # not kernels and benchmarks, which take minutes in Triton's interpreter; `npt-fast kernels` compiles
 # them: with Triton 3.6 six of 1,018 spill, up to 16 bytes, for weights that are not contiguous.
 # One target of each kind: sm_80 has the launches of sm_89, which has less shared memory; 157 of the
-# 167 of sm_120 are theirs, too. CI compiles for these two with the newest Triton. Crashes of merges,
-# which load no library of another version, and rules for our sources are tested by `test` alone.
+# 167 of sm_120 are theirs, too. CI compiles for these two with the newest Triton. Rules for our sources,
+# and what opens, checks, copies and publishes a checkpoint's files with nothing but Python, are tested
+# by `test` alone: of checkpoint/ the tests of merges, proofs and training states use numpy.
+WITHOUT_LIBRARIES = $(foreach name,byte_mover crash digests file_kind filesystem_type growing_limits hostile keys limits owner publish* reflink source_file strict_json tensor_source,tests/checkpoint/test_$(name).py)
 test-oldest: install-oldest
 	.venv-oldest/bin/npt-fast kernels --arch sm_75,sm_89,sm_90,sm_100,gfx942 --max-spill 16 > /dev/null
-	.venv-oldest/bin/python $(PYTEST) --ignore tests/kernels --ignore tests/benchmarks --ignore tests/test_packaging.py --ignore tests/checkpoint/test_crash.py --ignore tests/test_layering.py --ignore tests/test_documents.py
+	.venv-oldest/bin/python $(PYTEST) $(patsubst %,--ignore-glob '%',tests/kernels tests/benchmarks tests/docs tests/fuzz/test_main.py tests/test_packaging.py tests/test_layering.py tests/test_documents.py $(WITHOUT_LIBRARIES))
 
 # beside .venv and not in it: no user needs them, and bitsandbytes is large
 test-quantised: install

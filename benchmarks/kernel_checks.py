@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from npt_fast.benchmarks.device import peak_bytes
+from npt_fast.benchmarks.device import INTERPRETED, peak_bytes
 from npt_fast.benchmarks.kernel_cases import OPS, OURS, Case, Compute, Inputs, cases
 from npt_fast.benchmarks.workloads import ODD, TINY
 from npt_fast.testing import assert_within_budget, longest_sum
@@ -94,7 +94,8 @@ class Prepared:
         provider = self.case.providers[name]
         exact, _ = self.exact(name)
         inputs = copied(self.inputs) if provider.overwrites else self.inputs
-        provider.run(*copied(inputs))  # compiles, and lets libraries allocate their workspaces
+        if not INTERPRETED:  # compiles, and lets libraries allocate their workspaces
+            provider.run(*copied(inputs))
         actual: list[Tensor] = []
         peak = peak_bytes(lambda: actual.extend(tensors(provider.run(*inputs))))
         if len(actual) != len(exact):

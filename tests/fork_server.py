@@ -141,6 +141,14 @@ class ForkServer:
                 texts.append(stream.read().decode(errors="surrogateescape"))
         return Finished(out=texts[0], err=texts[1], **ended)
 
+    def pytest(self, *arguments: object, environment: Mapping[str, str]) -> Finished:
+        """Run tests in a process of their own, for instance where Triton compiles."""
+        import pytest  # not in the server, whose forks are as the program is in use
+
+        script = Path(pytest.__file__).with_name("__main__.py")
+        options = ("-q", "-p", "no:cacheprovider", *arguments)
+        return self.run(options, script=script, environment=environment)
+
     def close(self) -> None:
         self._channel.close()
         self._process.wait()

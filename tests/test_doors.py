@@ -96,16 +96,21 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.name)
-def test_what_is_sound_is_read(door: Door, fork_server: ForkServer, folder: Path) -> None:
-    """So what happens below is the attack's doing."""
-    for verb, line in door.verbs.items():
-        found = run(fork_server, line, folder)
-        if door.file != "base.gguf":
-            assert found.code == 0 and (folder / door.file).exists(), (verb, found.err)
-        if (folder / "new").is_dir():
-            shutil.rmtree(folder / "new")
-        (folder / "new").unlink(missing_ok=True)
+LINES = dict.fromkeys(
+    line for door in DOORS if door.file != "base.gguf" for line in door.verbs.values()
+)
+
+
+def test_there_is_a_file_behind_each_door(sound: Path) -> None:
+    missing = [door.file for door in DOORS if not (sound / door.file).exists()]
+    assert missing == ["base.gguf"]
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split()[0])
+def test_what_is_sound_is_read(line: str, fork_server: ForkServer, folder: Path) -> None:
+    """So what happens below is the attack's doing. Many doors have the same command lines."""
+    found = run(fork_server, line, folder)
+    assert found.code == 0, found.err
 
 
 HARMLESS = (

@@ -9,10 +9,7 @@ allocator need a GPU.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -40,10 +37,10 @@ from npt_fast.kernels._launch import INTERPRETED, Target, Tiles, launch, recorde
 from npt_fast.kernels.factored import Factors, MLPWeights, ModulatedMLPFunction
 from npt_fast.testing import Problem, make_inputs
 from tests.fake_gpus import compile_without_code, use_fake_gpus
+from tests.fork_server import ForkServer
 from tests.hf.test_convert import converted
 from tests.kernels.cases import Inputs, arranged, padded, transposed
 
-ROOT = Path(__file__).parents[2]
 compiler = pytest.mark.skipif(INTERPRETED, reason="is run by test_all_of_it_with_the_compiler")
 
 LAUNCHES = {
@@ -77,15 +74,12 @@ ODD = Problem(tokens=5, hidden=33, intermediate=43, num_ranks=3, rank=5, bias=Tr
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="these tests run in this process")
-def test_all_of_it_with_the_compiler(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
-    )  # fmt: skip
-    print(result.stdout[-2000:])
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
-    passed = re.search(r"(\d+) passed, 2 skipped", result.stdout)
+def test_all_of_it_with_the_compiler(fork_server: ForkServer, tmp_path: Path) -> None:
+    compiling = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = fork_server.pytest(__file__, environment=compiling)
+    print(result.out[-2000:])
+    assert result.code == 0, result.out[-5000:] + result.err[-5000:]
+    passed = re.search(r"(\d+) passed, 2 skipped", result.out)
     assert passed is not None and int(passed[1]) >= 30
 
 

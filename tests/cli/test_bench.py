@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from itertools import count
@@ -95,15 +92,12 @@ def test_a_table_for_people(bench: Bench) -> None:
     assert "swiglu, backward:" in result.out
 
 
-def test_the_interpreter_runs_our_kernels_and_claims_nothing() -> None:
-    arguments = ("bench", *SMALL[:-1], "3", "--op", "decode", "--json")
-    result = subprocess.run(
-        [sys.executable, "-m", "npt_fast", *arguments],
-        env=os.environ | COMPILED | {"TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout)
+def test_the_interpreter_runs_our_kernels_and_claims_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, stdout, stderr = run(capsys, "bench", *SMALL[:-1], "3", "--op", "decode", "--json")
+    assert code == 0, stderr
+    document = json.loads(stdout)
     assert {"gemm", "fused", "decode"} <= {row["provider"] for row in document["rows"]}
     assert document["ceilings"] is None
     assert "times mean nothing" in document["machine"]["device"]

@@ -179,6 +179,9 @@ def test_an_injection_acts_with_a_static_cache_or_is_refused(compiled: bool) -> 
 
 @pytest.mark.slow
 def test_inductor_gives_the_same_tokens() -> None:
-    model = converted(layers=LAYERS)
+    """An NP layer and a layer of the base, which is all that there is to compile."""
+    model = converted(layers=(0,))
+    del model.model.layers[2:]
+    model.config.num_hidden_layers = 2
     step = torch.compile(model.forward, fullgraph=True)
     close(decoded(model, step), decoded(model, model))

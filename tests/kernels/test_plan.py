@@ -7,9 +7,6 @@ interpret.
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +22,7 @@ from npt_fast.kernels import _plan, decode
 from npt_fast.kernels._launch import INTERPRETED
 from npt_fast.testing import Problem, make_inputs
 from tests.fake_gpus import compile_without_code, use_fake_gpus
+from tests.fork_server import ForkServer
 
 compiler = pytest.mark.skipif(INTERPRETED, reason="is run by test_all_of_it_with_the_compiler")
 PROBLEM = Problem(tokens=3, hidden=32, intermediate=48, num_ranks=2, rank=16, bias=True)
@@ -33,14 +31,11 @@ Operands = tuple[Tensor | None, ...]
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="these tests run in this process")
-def test_all_of_it_with_the_compiler(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
-        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
-    assert "1 skipped" in result.stdout
+def test_all_of_it_with_the_compiler(fork_server: ForkServer, tmp_path: Path) -> None:
+    compiling = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = fork_server.pytest(__file__, environment=compiling)
+    assert result.code == 0, result.out[-5000:] + result.err[-5000:]
+    assert "1 skipped" in result.out
 
 
 @pytest.fixture

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
+from torch.multiprocessing.spawn import start_processes
 
+from npt_fast.training import launch
+from tests.forked import forkserver
 from tests.training import runs
 from tests.training.runs import Place
 
@@ -43,6 +48,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder of sampled texts of this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "npt_fast"
+
+
+@pytest.fixture
+def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes have one thread and share imports, which are most of a short run's time.
+
+    A case of `tests/cli/test_train.py` starts processes as in use.
+    """
+    monkeypatch.setattr("npt_fast.training.launch.os.cpu_count", lambda: 1)
+    forkserver()
+    start = partial(start_processes, start_method="forkserver")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", start)
+    monkeypatch.setattr(launch, "_GRACE", 600.0)  # a loaded machine takes its time to start them
 
 
 @pytest.fixture(autouse=True)

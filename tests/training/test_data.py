@@ -223,6 +223,7 @@ def test_a_text_is_sampled_before_processes_form_a_group(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_processes")
 def test_two_processes_read_the_text_of_one(place: Place, tmp_path: Path) -> None:
     data = f"{SELF},{place.text}"
     one = place.train(tmp_path / "one", data=data, batch_size=2, max_steps=2)

@@ -8,34 +8,21 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 import npt_fast as npt
 from npt_fast.training import launch, run
 from npt_fast.training.run_directory import RunDirectory
 from tests.checkpoints import assert_same_tensors, load_state, read_weights
-from tests.forked import forkserver
 from tests.training import runs
 from tests.training.runs import Place
 
-
-@pytest.fixture(autouse=True)
-def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes have one thread and share imports, which are most of a short run's time.
-
-    A case of `tests/cli/test_train.py` starts processes as in use.
-    """
-    monkeypatch.setattr("npt_fast.training.launch.os.cpu_count", lambda: 1)
-    forkserver()
-    start = partial(start_processes, start_method="forkserver")
-    monkeypatch.setattr(torch.multiprocessing, "spawn", start)
-    monkeypatch.setattr(launch, "_GRACE", 600.0)  # a loaded machine takes its time to start them
+pytestmark = pytest.mark.usefixtures("quick_processes")
 
 
 @pytest.mark.slow
