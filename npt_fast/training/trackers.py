@@ -12,9 +12,9 @@ from pathlib import Path
 from transformers import Trainer
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from npt_fast.checkpoint.training_log import LOG
 from npt_fast.config import Tracker, TrainOptions
 from npt_fast.errors import TrainingError
-from npt_fast.checkpoint.training_log import LOG
 
 
 def tracker_of(options: TrainOptions) -> Tracker:

@@ -11,11 +11,10 @@ from npt_fast.checkpoint import training_log
 from npt_fast.checkpoint.training_log import LOG, read_log
 from npt_fast.errors import CheckpointError
 from npt_fast.training.metrics_log import MetricsLog
-from tests.training.test_metrics_log import metrics
 
 
 def test_what_a_run_writes_is_read(tmp_path: Path) -> None:
-    log: MetricsLog = metrics(tmp_path)
+    log = MetricsLog(tmp_path, 0)
     log.write(1, {"mlp_direct_loss/layer_11": 0.5, "curriculum/stage": "teacher"})
     log.write(2, {"mlp_direct_loss/layer_2": 0.25, "curriculum/stage": "teacher"})
     log.write(2, {"eval/kl": float("nan")})
