@@ -38,7 +38,7 @@ def test_one_json_object_per_command(shell: Shell) -> None:
     (x,) = tokenizer("x")["input_ids"]
     assert result["tracked"] == [
         {"text": "x", "before": pytest.approx(before[x].item(), abs=1e-6),
-         "after": pytest.approx(after[x].item(), abs=1e-6)},
+         "after": pytest.approx(after[x].item(), abs=1e-6), "base": None},
     ]  # fmt: skip
     assert (result["layers"], result["positions"], len(result["injected"])) == ([1, 2], [4], 3)
 

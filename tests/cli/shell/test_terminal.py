@@ -120,7 +120,9 @@ def test_a_session_on_a_terminal(files: tuple[Path, Path], tmp_path: Path) -> No
     child.expect("10000")
     child.expect(pexpect.TIMEOUT, timeout=2)
     child.sendintr()
-    child.expect("Interrupted")
+    if child.expect(["Interrupted", "Exception ignored in"]) == 1:  # Python drops it in a __del__
+        child.sendintr()
+        child.expect("Interrupted")
     type_in("\x03")
     child.expect("Use 'exit' to quit")
     type_in("half a li\x03")
