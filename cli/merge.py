@@ -84,7 +84,7 @@ def merge(
     """
     if plot is not None:
         if dry_run:
-            raise MergeError("--plot draws what was merged; leave out --dry-run or --plot")
+            raise MergeError("--plot draws what was merged; leave out --dry_run or --plot")
         figure.check(plot)
     with progress_bar() as progress:
         report = npt.merge(

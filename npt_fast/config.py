@@ -33,9 +33,8 @@ InjectionTime = Literal["prefill", "decode", "both"]
 SamplingStrategy = Literal["greedy", "top_k", "top_p", "sample"]
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B"
 """The base model where neither the user nor a checkpoint names one."""
-
-
 CURRICULUM = "teacher:5000,mixed:5000:0.5,student:20000"
+"""The stages of a run that names none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,34 +187,27 @@ MODULATION = {
 
 # --- text: YAML, logs, scripts, training data
 
+_YAML = {
+    "code": '!!python/object/apply:os.system ["touch canary"]',
+    "depth": "[" * 20_000 + "]" * 20_000,
+    "cycle": "&a [*a]",
+    "width": "[" + "{}, " * 240_000 + "]",
+}
 _FACT = "facts:\n  - prompt: a\n    inject: {from: b}\n    expect: c\n"
 _NINE = (f"a{n}: &a{n} [" + f"*a{n - 1}, " * 9 + "1]\n" for n in range(1, 30))
 FACTS = {
-    "code": replaced('facts: !!python/object/apply:os.system ["touch canary"]\n'),
-    "depth": replaced("facts: " + "[" * 20_000 + "]" * 20_000),
-    "cycle": replaced("facts: &a [*a]\n"),
+    **{name: replaced(f"facts: {value}\n") for name, value in _YAML.items()},
     "alias": replaced("a0: &a0 {x: 1}\n" + "".join(_NINE)),
-    "width": replaced("facts: [" + "{}, " * 240_000 + "]\n"),
     "numbers": replaced(_FACT + "    tokens: 1" + "0" * 400_000 + "\n"),
 }
 _RELATION = "relations:\n  - {name: a, prompt: '{}', pairs: {a: b, c: d}, at_least: %s}\n"
 SUITE = {
-    **{name: replaced(f"relations: {value}\n") for name, value in (
-        ("code", '!!python/object/apply:os.system ["touch canary"]'),
-        ("depth", "[" * 20_000 + "]" * 20_000),
-        ("cycle", "&a [*a]"),
-        ("width", "[" + "{}, " * 240_000 + "]"),
-    )},
+    **{name: replaced(f"relations: {value}\n") for name, value in _YAML.items()},
     "alias": FACTS["alias"],
     "numbers": replaced(_RELATION % ("1" + "0" * 400_000)),
 }  # fmt: skip
 CONFIG = {
-    **{name: replaced(f"checkpoints: {value}\n") for name, value in (
-        ("code", '!!python/object/apply:os.system ["touch canary"]'),
-        ("depth", "[" * 20_000 + "]" * 20_000),
-        ("cycle", "&a [*a]"),
-        ("width", "[" + "{}, " * 240_000 + "]"),
-    )},
+    **{name: replaced(f"checkpoints: {value}\n") for name, value in _YAML.items()},
     "alias": FACTS["alias"],
     "numbers": replaced("max_shard_size: 1" + "0" * 400_000 + "\n"),
 }  # fmt: skip

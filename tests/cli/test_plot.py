@@ -43,7 +43,7 @@ def test_what_is_wrong_is_one_line(capsys: Any, tmp_path: Path, monkeypatch: Any
         (
             ["merge", "--checkpoints", "x", "--output", "y", "--dry-run", "--plot", "a.png"],
             1,
-            "--plot draws what was merged; leave out --dry-run or --plot",
+            "--plot draws what was merged; leave out --dry_run or --plot",
         ),
         (["analyze", "--checkpoint", "x", "--plot", "none/a.png"], 1, "there is no folder none"),
     ]
