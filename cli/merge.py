@@ -98,14 +98,14 @@ def merge(
         )
     for warning in report.warnings:
         warn(warning)
-    if plot is not None:
-        figure.save(draw_provenance(open_checkpoint(report.output)), plot)
     if json:
         print_json(report.to_dict())
-        return
-    for note in report.notes:
-        say(note)
-    _print_report(report)
+    else:
+        for note in report.notes:
+            say(note)
+        _print_report(report)
+    if plot is not None:  # last: a tree may be too wide for a picture, and the merge is done
+        figure.save(draw_provenance(open_checkpoint(report.output)), plot)
 
 
 def _print_report(report: MergeReport) -> None:
