@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -298,7 +298,10 @@ def _look_at(place: str, name: str, trust_remote_code: bool) -> dict[str, dict[s
 def _fetch(model: str, file: str) -> Path | None:
     try:
         return Path(hf_hub_download(model, file))
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
+        # every model has a config: the Hub is not reached, and it is tried for 24 s for each file
+        if file == CONFIG and isinstance(error, LocalEntryNotFoundError):
+            raise
         return None
 
 

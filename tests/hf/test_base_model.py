@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import npt_fast as npt
 from npt_fast.errors import NPTWarning
+from npt_fast.hf import base_model
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.model_folder import SMOLLM2
 from tests import hostile_models
@@ -189,3 +191,16 @@ def test_the_wheels_model(smollm2: Path) -> None:
     prompt = tokenizer("The capital of France is", return_tensors="pt", add_special_tokens=False)
     found = model.generate(**prompt, max_new_tokens=1, do_sample=False)
     assert tokenizer.decode(found[0]) == "The capital of France is Paris"
+
+
+def test_a_hub_that_is_not_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(model: str, file: str) -> str:
+        asked.append((model, file))
+        raise LocalEntryNotFoundError("cannot find the requested file; check your connection")
+
+    monkeypatch.setattr(base_model, "hf_hub_download", download)
+    with pytest.raises(npt.ModelError, match=r"^org/name: the base model cannot .* connection$"):
+        load_base_model("org/name")
+    assert asked == [("org/name", "config.json")]
