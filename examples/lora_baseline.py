@@ -30,8 +30,8 @@ from npt_fast.hf.tokenizer import first_token
 from npt_fast.tables import markdown_table
 from npt_fast.transfer.suite import default_suite, filled
 
-PAIRS, OTHERS = 12, 6
-LEARNING_RATE, MOST_STEPS, ENOUGH = 1e-3, 100, 0.5
+PAIRS, OTHERS = 8, 4
+LEARNING_RATE, MOST_STEPS, ENOUGH = 1e-3, 60, 0.5
 ADAPTER = "edit"
 HEADS = (
     "moved", "on top", "paraphrases: moved", "on top", "others: own", "on top", "unrelated: KL",

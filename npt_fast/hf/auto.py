@@ -6,6 +6,7 @@ An exported model is loaded by transformers' own class, such as LlamaForCausalLM
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,22 +96,31 @@ def open_exported(exported: str | Path, config: Any, **hub: Any) -> tuple[Export
     from transformers.utils.hub import cached_file
 
     found = Exported.parse(getattr(config, NPT, None), f"{exported}: config.json: {NPT}")
+    folder = _folder(exported, hub)
     if found.sha256 is None:  # saved by save_pretrained, among the other weights
-        folder = Path(str(cached_file(exported, "config.json", **hub))).parent
-        if exists(folder / SAFETENSORS_WEIGHTS):
+        there = Path(str(cached_file(exported, "config.json", **hub))).parent
+        if exists(there / SAFETENSORS_WEIGHTS):
             raise CheckpointError(
-                f"{folder / SAFETENSORS_WEIGHTS}: is of an older export: save_pretrained wrote "
+                f"{there / SAFETENSORS_WEIGHTS}: is of an older export: save_pretrained wrote "
                 "newer NP layers among the other weights; delete it, or save to another folder"
             )
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(there)
     else:
-        with library_errors(f"{exported}: {SAFETENSORS_WEIGHTS} is missing"):
+        problem = f"{exported}: {SAFETENSORS_WEIGHTS} is missing"
+        if is_directory(folder) and not exists(folder / SAFETENSORS_WEIGHTS):
+            raise ModelError(f"{problem}; copy the folder or export the checkpoint again")
+        with library_errors(problem):
             path = Path(str(cached_file(exported, SAFETENSORS_WEIGHTS, **hub)))
         found.check_weights(path)
         checkpoint = open_checkpoint(path)
         found.check_layers(checkpoint)
-    _check_base(found, Path(exported, hub.get("subfolder") or ""))
+    _check_base(found, folder)
     return found, checkpoint
+
+
+def _folder(exported: str | Path, hub: Mapping[str, Any]) -> Path:
+    """The folder of an exported model, if it is none of the Hub."""
+    return Path(exported, hub.get("subfolder") or "")
 
 
 def _check_base(found: Exported, folder: Path) -> None:
@@ -160,7 +170,7 @@ class NPTForCausalLM:
         found, checkpoint = open_exported(exported, config, **hub)
         place: str | Path = exported
         if found.base is not None:
-            place = found.base.place(Path(exported, options.get("subfolder") or ""))
+            place = found.base.place(_folder(exported, hub))
             options["revision"] = found.base.revision
             options.pop("subfolder", None)
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__mro__[1]]

@@ -73,7 +73,7 @@ def open_base(name: str, *, weights: bool) -> BaseFolder:
         if not local and (exists(path) or name.startswith(("/", ".", "~"))):
             raise ModelError(f"{name}: no such folder; give the base model (--model_name)")
     if not local:
-        path = _download(name, weights=weights)
+        path = download_weights(name) if weights else _download(name)
         revision = path.name
     check_files(path)
     if not is_file(path / CONFIG):
@@ -172,17 +172,38 @@ def _is_taken(file: Path) -> bool:
     )
 
 
-def _download(name: str, *, weights: bool) -> Path:
+def download_weights(name: str, revision: str | None = None, cache: str | None = None) -> Path:
+    """Fetch a base model of the Hub, with its weights, unless it is there.
+
+    Args:
+        name: id on the Hub.
+        revision: commit, branch or tag; the newest commit if None.
+        cache: folder to download into; the Hub's cache if None.
+
+    Returns:
+        The folder of its files.
+
+    Raises:
+        ModelError: it cannot be fetched.
+    """
+    folder = _download(name, "model*.safetensors", revision=revision, cache=cache)
+    if any(path.suffix == ".safetensors" for path in weights_of(folder)):
+        return folder
+    return _download(name, "pytorch_model*.bin", revision=revision, cache=cache)
+
+
+def _download(
+    name: str, *patterns: str, revision: str | None = None, cache: str | None = None
+) -> Path:
+    """Fetch a model's small files, and those of the patterns."""
     from huggingface_hub import snapshot_download
 
-    def fetch(*patterns: str) -> Path:
-        wanted = [*_SMALL_PATTERNS, *patterns]
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
-
     with library_errors(f"{name}: the base model cannot be found"):
-        if not weights:
-            return fetch()
-        folder = fetch("model*.safetensors")
-        if any(path.suffix == ".safetensors" for path in weights_of(folder)):
-            return folder
-        return fetch("pytorch_model*.bin")
+        found = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache,
+            allow_patterns=[*_SMALL_PATTERNS, *patterns],
+            ignore_patterns=["*/*"],
+        )
+        return Path(found)

@@ -135,7 +135,7 @@ def load(
     for layer in chosen:
         if checkpoint.modules[layer].factors:
             continue
-        _check_range(checkpoint.modules[layer], dtype_of(layer))
+        check_range(checkpoint.modules[layer], dtype_of(layer))
     # together: each call of convert probes one layer of a kind, and describes the model anew
     for wanted, alike in fresh.items():
         add_layers(model, _config(alike, *wanted), probe=probe, trainable=trainable, dtype=dtype)
@@ -286,7 +286,7 @@ def _fill(component: NPComponent, module: NPModule, reader: NearbyReader) -> Non
         view.copy_(narrow)
 
 
-def _check_range(module: NPModule, dtype: torch.dtype) -> None:
+def check_range(module: NPModule, dtype: torch.dtype) -> None:
     """Raise ModelError if a number would become infinite in float16, whose largest is 65,504."""
     reader = NearbyReader()
     for entry in module.tensors.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -108,7 +109,7 @@ def export(
     with disk_errors(target, ModelError), StagedDirectory(target, replace=False) as staged:
         base = _open_base(name, staged, weights=not reference)
         own = _plan(opened, path, selected, layers, base)
-        fingerprint = _fingerprint(opened, base, any_base=allow_different_base)
+        fingerprint, compared = _fingerprint(opened, base, any_base=allow_different_base)
         made_here = base.folder.parent == staged.path
         linked = base.weights if hardlink or made_here else ()
         copied = [file for file in (*base.small, *base.weights) if file not in linked]
@@ -138,6 +139,10 @@ def export(
     report = report_of(plan, target, mover.moved, free, needed, started, proof=proof)
     if model_name is None:
         report.notes.append(f"the base model is {name}, which {path} records")
+    if not compared:
+        report.notes.append(
+            f"nothing here tells whether the layers were trained on the weights of {name}"
+        )
     report.warnings.extend(
         f"{left}: was not removed: nothing proves who left it" for left in staged.left
     )
@@ -155,6 +160,12 @@ def _open_base(name: str, staged: StagedDirectory, *, weights: bool) -> BaseFold
 
     folder = staged.path / _CONVERTED
     model, tokenizer = load_base_model(name, dtype="float32")
+    needed = sum(each.nbytes for each in model.parameters())
+    free = shutil.disk_usage(staged.path).free
+    if needed > free:
+        raise StorageError(
+            f"{staged.target}: {needed:,} bytes needed, {free:,} free on its file system"
+        )
     with library_errors(f"{name}: the base model cannot be written as safetensors"):
         save_base_model(model, tokenizer, folder)
     for file in folder.iterdir():  # some of them only their owner may read
@@ -190,26 +201,36 @@ def _plan(
     return replace(plan, files=tuple(file for file in plan.files if file.name != CONFIG))
 
 
-def _fingerprint(opened: Checkpoint, base: BaseFolder, *, any_base: bool) -> str | None:
-    """The base model's fingerprint if it is known; unless `any_base`, it is the checkpoint's."""
+def _fingerprint(
+    opened: Checkpoint, base: BaseFolder, *, any_base: bool
+) -> tuple[str | None, bool]:
+    """The base model's fingerprint, and whether it was compared with the checkpoint's."""
     if opened.fingerprint is None:
-        return None
+        return None, False
     from npt_fast.hf.fingerprint import stored_fingerprint
 
     own = stored_fingerprint(base.folder)
     if any_base:
-        return own
+        return own, own is not None
     if own not in (None, opened.fingerprint):
         raise ModelError(
             f"{opened.given}: belongs to another base model of the same sizes "
             f"({opened.model_name or 'unnamed'}) than {base.name}: its weights are others; "
             "use --allow_different_base if that is meant"
         )
-    return opened.fingerprint
+    return opened.fingerprint, own is not None
 
 
 def _link(file: Path, staged: StagedDirectory) -> None:
-    os.link(os.path.realpath(file), file.name, dst_dir_fd=staged.fd)
+    try:
+        os.link(os.path.realpath(file), file.name, dst_dir_fd=staged.fd)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        raise ModelError(
+            f"{file}: is on another file system than the output, so that no hard link can be made; "
+            "leave out --hardlink"
+        ) from None
     fd = os.open(file.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=staged.fd)
     try:
         os.fsync(fd)  # what a library wrote is on the disk before it is published
@@ -247,13 +268,17 @@ def _describe(
     target: Path,
 ) -> None:
     """Write the files that say what the folder holds."""
-    description = replace(description_of(plan.inputs, plan.layers), fingerprint=fingerprint)
+    trained = description_of(plan.inputs, plan.layers)
+    description = replace(trained, fingerprint=fingerprint)
+    if fingerprint != trained.fingerprint:  # the layers are used with another base model
+        description = replace(description, base_name=base.name)
     exported = Exported(description, file_sha256(staged.path / SAFETENSORS_WEIGHTS), place)
     config = BytesFile(CONFIG, strict_json.dump({**base.config, NPT: exported.to_dict()}))
+    card = model_card(plan.layers, description, base, place, trained.base_name)
     summary = summary_of(replace(plan, files=(*plan.files, config)), target, digests).to_dict()
     for file in (
         config,
-        BytesFile(MODEL_CARD, model_card(plan.layers, description, base, place).encode()),
+        BytesFile(MODEL_CARD, card.encode()),
         BytesFile(MERGE_SUMMARY, strict_json.dump(summary)),
     ):
         with staged.file(file.name) as out:

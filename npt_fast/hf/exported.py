@@ -113,7 +113,7 @@ class Exported:
     def check_layers(self, checkpoint: Checkpoint) -> None:
         """Raise CheckpointError unless `checkpoint` has the layers that were exported.
 
-        What its tensors say, it has compared with its own ``npt_config.json`` by now.
+        Modulation and ranks are not compared: what computes are its tensors, which have them.
         """
         for layer in sorted({*checkpoint.modules, *(self.description.layers or {})}):
             own = (self.description.layers or {}).get(layer)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.checkpoint.tensor_source import open_tensors
-from npt_fast.errors import NPTWarning
+from npt_fast.errors import CheckpointError, NPTWarning
 from npt_fast.functional import is_shard
+from npt_fast.hf.model_folder import INDEXES, WEIGHTS
 from npt_fast.hf.weights_file import read_tensor
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.paths import exists
@@ -49,7 +50,7 @@ def stored_fingerprint(folder: Path) -> str | None:
     """The `fingerprint` of the model in a folder, of which only a few weights are read.
 
     Returns:
-        The fingerprint; None if it is not known, as for weights that are no safetensors.
+        The fingerprint; None if it is not known, as for pickles of an old kind.
 
     Raises:
         CheckpointError: the weights cannot be read.
@@ -57,11 +58,16 @@ def stored_fingerprint(folder: Path) -> str | None:
     """
     from npt_fast.hf.base_model import load_skeleton
 
-    names = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
+    names = (folder / name for pair in zip(WEIGHTS, INDEXES, strict=True) for name in pair)
     stored = next((path for path in names if exists(path)), None)
     if stored is None:
         return None
-    tensors = open_tensors(stored).tensors
+    try:
+        tensors = open_tensors(stored).tensors
+    except CheckpointError:
+        if stored.name in (WEIGHTS[0], INDEXES[0]):
+            raise
+        return None  # transformers may read it still
     model = load_skeleton(str(folder))
     needed, reader = _weights(model), NearbyReader()
     for name, parameter in list(model.named_parameters()):

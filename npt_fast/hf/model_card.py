@@ -35,6 +35,7 @@ def model_card(
     description: Description,
     base: BaseFolder,
     place: BaseReference | None,
+    trained_on: str | None,
 ) -> str:
     """The text of the card, in Markdown.
 
@@ -43,7 +44,10 @@ def model_card(
         description: what ``npt_config.json`` says about them.
         base: the base model.
         place: where the base model is; None if its weights are in the folder.
+        trained_on: name of the base model that the layers were trained on, if it is recorded.
     """
+    name = description.base_name or base.name
+    other = trained_on if trained_on != name else None
     lines = [
         *("---", "library_name: npt_fast", "tags:", "- neuro-plastic-transformer", "---", ""),
         "# A Neuro-Plastic Transformer",
@@ -51,8 +55,9 @@ def model_card(
         "A layer with NP weights turns its attention output into a low-rank change of its MLP "
         "weights, anew for every token.",
         "",
-        f"The base model is {_code(description.base_name or base.name)}. Its weights are "
-        + ("in this folder." if place is None else f"not here but in {_code(_named(place))}."),
+        f"The base model is {_code(name)}. Its weights are "
+        + ("in this folder." if place is None else f"not here but in {_code(_named(place))}.")
+        + (f" The layers were trained on {_code(other)}." if other else ""),
         "",
         "## NP layers",
         "",

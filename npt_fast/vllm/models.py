@@ -22,7 +22,7 @@ from npt_fast.checkpoint.keys import parse_key
 from npt_fast.hf.checkpoint import read_component
 from npt_fast.vllm.factors import ShardedFactors
 from npt_fast.vllm.layer import np_layer_class
-from npt_fast.vllm.source import open_source
+from npt_fast.vllm.source import has_pickles, open_source
 
 
 class _NPModel:
@@ -30,10 +30,13 @@ class _NPModel:
 
     Attributes:
         secondary_weights: where vLLM finds the base weights if the exported folder has none.
+        allow_patterns_overrides: which files vLLM takes for weights. By itself it takes those of
+            one kind, and safetensors first: of base weights in pickles, the NP weights alone.
     """
 
     model: Any
     secondary_weights: tuple[Any, ...] = ()
+    allow_patterns_overrides: list[str] | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -41,6 +44,8 @@ class _NPModel:
         if source.base is not None:
             place, revision = source.base
             self.secondary_weights = (DefaultModelLoader.Source(place, revision),)
+        elif has_pickles(vllm_config.model_config.model):
+            self.allow_patterns_overrides = ["pytorch_model*.bin"]
         for index in source.checkpoint.modules:
             layer: Any = self.model.layers[index]
             if isinstance(layer, PPMissingLayer):

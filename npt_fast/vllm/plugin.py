@@ -9,7 +9,7 @@ from typing import Any
 
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX
 from npt_fast.hf.model_types import MODEL_TYPES
-from npt_fast.vllm.source import ARCHITECTURES, check, describe, open_source
+from npt_fast.vllm.source import ARCHITECTURES, check, check_plain, describe, open_source
 
 
 def register() -> None:
@@ -23,10 +23,17 @@ def register() -> None:
             model_config = vllm_config.model_config
             shards = vllm_config.parallel_config.tensor_parallel_size
             source = open_source(model_config)
-            check(source, model_config, shards)
+            check(source, model_config, shards, vllm_config.load_config.download_dir)
             # vLLM keeps compiled graphs by a hash of this config, and a path may get other layers
             model_config.hf_config.npt_layers = describe(source)
 
+    class CheckPlain(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            check_plain(vllm_config.model_config)
+
+    for architecture in ARCHITECTURES:
+        MODELS_CONFIG_MAP.setdefault(architecture.removeprefix(ARCHITECTURE_PREFIX), CheckPlain)
     for architecture in _exported():
         if architecture not in ModelRegistry.get_supported_archs():
             own = architecture if architecture in ARCHITECTURES else ARCHITECTURES[0]

@@ -15,6 +15,7 @@ from npt_fast.hf.exported import Exported, base_type
 from npt_fast.hf.model_folder import CONFIG, read_small
 from npt_fast.hf.tokenizer import library_errors
 from npt_fast.paths import exists, is_file, path_errors, user_path
+from npt_fast.schema import shown
 
 _PLUGINS = "vllm.general_plugins"
 _CHOSEN = "VLLM_PLUGINS"  # vLLM's variable: the plugins that it loads, all if it is not set
@@ -89,6 +90,10 @@ def check_exported(model: str) -> None:
         content = read_small(found) if is_file(found) else {}
     if base_type(content) is None:
         raise ModelError(f"{model}: is no exported model; npt-fast export writes one")
+    from npt_fast.vllm.source import check_architectures  # which needs torch, as vLLM does
+
+    given = content.get("architectures")
+    check_architectures(model, given if isinstance(given, list) else [shown(given)])
     if Exported.parse(content.get(NPT), f"{found}: {NPT}").sha256 is None:
         raise ModelError(
             f"{model}: was saved by save_pretrained, with NP layers among the other weights; "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,12 @@ from npt_fast.checkpoint.npt_config import SIZES
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import ModelError
 from npt_fast.hf.auto import open_exported
+from npt_fast.hf.base_folder import download_weights
+from npt_fast.hf.checkpoint import check_range
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX, Exported
 from npt_fast.hf.fingerprint import stored_fingerprint
+from npt_fast.hf.model_folder import weights_of
+from npt_fast.paths import is_directory
 from npt_fast.schema import shown
 
 ARCHITECTURES = tuple(
@@ -61,21 +66,17 @@ def open_source(model_config: Any) -> Source:
     return Source(checkpoint, (base.place(model), base.revision) if base else None, fingerprint)
 
 
-def check(source: Source, model_config: Any, shards: int) -> None:
+def check(source: Source, model_config: Any, shards: int, cache: str | None = None) -> None:
     """Raise ModelError unless an engine can serve the NP layers of `source`.
 
     Args:
         source: the NP layers.
         model_config: vLLM's ``ModelConfig``.
         shards: number of devices that share a layer.
+        cache: folder into which the engine downloads; the Hub's cache if None.
     """
     checkpoint, config = source.checkpoint, model_config.hf_config
-    for architecture in config.architectures or ():
-        if architecture not in ARCHITECTURES:
-            raise ModelError(
-                f"{checkpoint.given}: vLLM serves NP layers in {', '.join(ARCHITECTURES)}, not in "
-                f"{architecture}; load it with AutoModelForCausalLM"
-            )
+    check_architectures(checkpoint.given, config.architectures or ())
     sizes: Mapping[str, Any] = {name: getattr(config, name, None) for name in SIZES}
     checkpoint.check_sizes(sizes)
     for layer in checkpoint.modules:
@@ -84,13 +85,15 @@ def check(source: Source, model_config: Any, shards: int) -> None:
                 f"{checkpoint.given}: no file says whether layer {layer} keeps attention in the "
                 "residual stream; npt.load it, which finds out, and npt.save and export that"
             )
-    # a commit on the Hub is the same for ever
-    folder = Path(source.base[0] if source.base else model_config.model)
-    if source.fingerprint is not None and folder.is_dir():
-        if stored_fingerprint(folder) not in (None, source.fingerprint):
+        check_range(checkpoint.modules[layer], model_config.dtype)
+    if source.fingerprint is not None:
+        place, revision = source.base or (model_config.model, model_config.revision)
+        # the engine would fetch it, too
+        folder = place if is_directory(Path(place)) else download_weights(place, revision, cache)
+        if stored_fingerprint(Path(folder)) not in (None, source.fingerprint):
             raise ModelError(
                 f"{checkpoint.given}: belongs to another base model of the same sizes than "
-                f"{folder}: its weights are others; give the right one, or export both with "
+                f"{place}: its weights are others; give the right one, or export both with "
                 "--allow_different_base if that is meant"
             )
     width = config.intermediate_size
@@ -99,6 +102,42 @@ def check(source: Source, model_config: Any, shards: int) -> None:
             f"{checkpoint.given}: tensor parallel size {shards} does not divide the MLP's width "
             f"{width}"
         )
+
+
+def check_architectures(name: str, architectures: Sequence[str]) -> None:
+    """Raise ModelError unless vLLM serves NP layers in models of these `architectures`.
+
+    Args:
+        name: name of the model, for messages.
+        architectures: as in ``config.json``.
+    """
+    for architecture in architectures:
+        if architecture not in ARCHITECTURES:
+            raise ModelError(
+                f"{name}: vLLM serves NP layers in {', '.join(ARCHITECTURES)}, not in "
+                f"{architecture}; load it with AutoModelForCausalLM"
+            )
+
+
+def check_plain(model_config: Any) -> None:
+    """Raise ModelError if a model that an engine takes for a plain one names NP layers.
+
+    Args:
+        model_config: vLLM's ``ModelConfig``.
+    """
+    config = model_config.hf_config
+    if getattr(config, OVERRIDE, None) is not None or getattr(config, NPT, None) is not None:
+        named = [f"{ARCHITECTURE_PREFIX}{architecture}" for architecture in config.architectures]
+        raise ModelError(
+            f"{model_config.model}: has NP layers, but is asked for as a plain model; "
+            f'{{"architectures": {json.dumps(named)}}} in --hf-overrides asks for them'
+        )
+
+
+def has_pickles(model: str) -> bool:
+    """Whether the base weights in the folder of an exported model are pickles."""
+    found = weights_of(Path(model)) if is_directory(Path(model)) else []
+    return any(path.suffix == ".bin" for path in found)
 
 
 def describe(source: Source) -> dict[str, str]:

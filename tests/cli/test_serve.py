@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,5 +61,8 @@ def test_the_folder_is_no_export(
         assert "is no exported model; npt-fast export writes one" in refused(capsys, folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "is no folder, and the Hub does not have it" in refused(capsys, "nobody/nothing")
+    own = {"model_type": "npt_fast-llama", "architectures": ["NPTAquilaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    assert "Qwen3ForCausalLM, not in NPTAquilaForCausalLM" in refused(capsys, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": ')
     assert "config.json: not valid JSON" in refused(capsys, tmp_path)

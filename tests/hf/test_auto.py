@@ -163,7 +163,7 @@ def test_weights_that_are_refused(exported: Path) -> None:
     with pytest.raises(npt.CheckpointError, match="its SHA-256 differs; copy the folder"):
         load(exported)
     weights.unlink()
-    with pytest.raises(npt.ModelError, match=f"out: {weights.name} is missing"):
+    with pytest.raises(npt.ModelError, match=f"out: {weights.name} is missing; copy the folder"):
         load(exported)
 
 

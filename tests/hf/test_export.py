@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,7 +95,8 @@ def test_forms_of_base_weights(form: str, tmp_path: Path) -> None:
     if form == "pickle":
         torch.save(load(parts.base).state_dict(), parts.base / "pytorch_model.bin")
         (parts.base / "model.safetensors").unlink()
-    npt.export(parts.checkpoint, tmp_path / "out")
+    report = npt.export(parts.checkpoint, tmp_path / "out")
+    assert not any("nothing here tells" in note for note in report.notes)
     assert torch.equal(logits(load(tmp_path / "out")), logits(parts.by_hand()))
 
 
@@ -152,12 +155,19 @@ def test_a_reference_by_an_absolute_path_stays_one(shared: Parts, tmp_path: Path
     assert torch.equal(logits(load(tmp_path / "out")), logits(shared.by_hand()))
 
 
-def test_hard_links(shared: Parts, tmp_path: Path) -> None:
+def test_hard_links(shared: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = npt.export(shared.checkpoint, tmp_path / "out", hardlink=True)
     linked = tmp_path / "out" / "model.safetensors"
     assert linked.samefile(shared.base / "model.safetensors")
     assert report.ways["hard link"] == linked.stat().st_size
     assert not (tmp_path / "out" / "tokenizer.json").samefile(shared.base / "tokenizer.json")
+
+    def fail(*names: Any, **options: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(module.os, "link", fail)
+    problem = "is on another file system than the output, .*; leave out --hardlink"
+    refuse(problem, tmp_path / "x", shared.checkpoint, hardlink=True)
     with pytest.raises(ValueError, match="leave out reference or hardlink"):
         npt.export(shared.checkpoint, tmp_path / "x", hardlink=True, reference=True)
 
@@ -185,6 +195,11 @@ def test_a_model_of_the_hub(shared: Parts, tmp_path: Path, monkeypatch: pytest.M
     where = {"hub_id": "org/tiny", "revision": commit}
     assert config_of(tmp_path / "named")["npt"]["base"] == where
     assert torch.equal(logits(load(tmp_path / "named", cache_dir=tmp_path)), expected)
+    (snapshot / "model.safetensors").unlink()  # a reference fetches no weights
+    named = {"model_name": "org/tiny", "reference": True}
+    report = npt.export(shared.checkpoint, tmp_path / "small", **named)
+    told = "nothing here tells whether the layers were trained on the weights of org/tiny"
+    assert report.notes == [told]
     with pytest.raises(npt.ModelError, match="org/none: the base model cannot be found"):
         npt.export(shared.checkpoint, tmp_path / "x", model_name="org/none")
     assert not (tmp_path / "x").exists()
@@ -206,6 +221,10 @@ def test_a_gguf_file_becomes_safetensors(
     finally:
         os.umask(before)
     assert torch.equal(logits(load(tmp_path / "out")), logits(shared.by_hand()))
+    usage = SimpleNamespace(free=7)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    problem = r"x: [\d,]+ bytes needed, 7 free on its file system"
+    refuse(problem, tmp_path / "x", shared.checkpoint, model_name="x.gguf")
     paths = list((tmp_path / "out").iterdir())
     assert {path.stat().st_mode & 0o777 for path in paths} == {0o644}
     with pytest.raises(npt.ModelError, match="GGUF file cannot be a reference"):
@@ -265,7 +284,10 @@ def test_another_base(shared: Parts, tmp_path: Path) -> None:
     refuse("another base model of the same sizes", out, shared.checkpoint, **options)
     npt.export(shared.checkpoint, out, **options, allow_different_base=True)
     own = fingerprint(load(other))
-    assert config_of(out)["npt"]["base_model"]["fingerprint"] == own
+    about = config_of(out)["npt"]["base_model"]
+    assert (about["name"], about["fingerprint"]) == (str(other), own)
+    named = f"The base model is `{other}`. Its weights are in this folder. The layers were trained "
+    assert f"{named}on `{shared.base}`." in (out / "README.md").read_text()
     assert json.loads((out / "npt_config.json").read_text())["base_model"]["fingerprint"] != own
     with pytest.warns(npt.errors.NPTWarning, match="another base model of the same sizes"):
         load(out)

@@ -33,6 +33,20 @@ def test_tokens_are_those_of_generate(case: str, tmp_path: Path) -> None:
     engine.assert_same(found.answers, engine.by_hand(load(exported), PROMPTS, TOKENS))
 
 
+def test_base_weights_in_a_pickle(tmp_path: Path) -> None:
+    """Which vLLM would not look for beside safetensors."""
+    write_export(tmp_path)
+    torch.save(load(tmp_path / "base").state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    exported = tmp_path / "pickled"
+    npt.export(tmp_path / "np", exported, model_name=str(tmp_path / "base"))
+    options = {"max_model_len": 128, "enforce_eager": True}
+    found = engine.run(exported, PROMPTS, TOKENS, **options)
+    engine.assert_same(found.answers, engine.by_hand(load(exported), PROMPTS, TOKENS))
+    plain = {"hf_overrides": {"architectures": ["LlamaForCausalLM"]}}
+    refused(exported, "has NP layers, but is asked for as a plain model", **plain)
+
+
 def test_adapters_act_on_np_layers(tmp_path: Path) -> None:
     """vLLM's LoRA for a request gives the tokens of PEFT's model."""
     peft: Any = pytest.importorskip("peft")
@@ -91,7 +105,7 @@ def test_a_type_that_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     refused(exported, "not in NPTGemmaForCausalLM; load it with AutoModelForCausalLM")
 
 
-def refused(exported: Path, message: str) -> None:
-    done = engine.start(exported, PROMPTS, TOKENS, enforce_eager=True)
+def refused(exported: Path, message: str, **options: Any) -> None:
+    done = engine.start(exported, PROMPTS, TOKENS, enforce_eager=True, **options)
     assert done.returncode != 0 and "Worker" not in done.stderr
     assert message in done.stderr.splitlines()[-1]

@@ -9,11 +9,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import open_checkpoint
-from npt_fast.vllm.source import ARCHITECTURES, OVERRIDE, check, describe, open_source
+from npt_fast.vllm import source as module
+from npt_fast.vllm.source import (
+    ARCHITECTURES,
+    OVERRIDE,
+    check,
+    check_plain,
+    describe,
+    open_source,
+)
 from tests.checkpoints import flip_byte, layer_weights, write_checkpoint
 from tests.hf.exports import Parts, write_parts
 from tests.training import tiny
@@ -28,7 +37,7 @@ def model_config(folder: Path, **overrides: Any) -> Any:
     """What `open_source` asks of vLLM's config."""
     config = AutoConfig.from_pretrained(folder)
     config.update(overrides)
-    return SimpleNamespace(hf_config=config, model=str(folder), revision=None)
+    return SimpleNamespace(hf_config=config, model=str(folder), revision=None, dtype=torch.float32)
 
 
 def test_sources(parts: Parts, tmp_path: Path) -> None:
@@ -65,6 +74,12 @@ def test_what_is_refused_at_the_start(parts: Parts, tmp_path: Path) -> None:
     other = open_source(model_config(tmp_path / "out", **{OVERRIDE: str(dual)}))
     with pytest.raises(npt.ModelError, match="no file says whether layer 1 keeps attention"):
         check(other, given, 1)
+    given.dtype = torch.float16
+    check(source, given, 1)
+    large = {name: 1e6 * tensor for name, tensor in layer_weights(1, d=32, f=48).items()}
+    other = source._replace(checkpoint=open_checkpoint(write_checkpoint(tmp_path / "l", large)))
+    with pytest.raises(npt.ModelError, match="has numbers that are too large for float16"):
+        check(other, given, 1)
     flip_byte(tmp_path / "out" / "npt_weights.safetensors", -5)
     with pytest.raises(npt.CheckpointError, match="its SHA-256 differs"):
         open_source(given)
@@ -96,6 +111,41 @@ def test_another_base_of_the_same_sizes(parts: Parts, tmp_path: Path) -> None:
             check(open_source(given), given, 1)
 
 
+def test_another_base_on_the_hub(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is fetched first; an export that names it need not have its weights."""
+    npt.export(parts.checkpoint, tmp_path / "out", reference=True)
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    content["npt"]["base"] = {"hub_id": "org/tiny", "revision": "abc"}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(content))
+    given, asked = model_config(tmp_path / "out"), []
+    folders = [parts.base, tiny.save(tmp_path / "other")]
+
+    def fetch(*place: str | None) -> Path:
+        asked.append(place)
+        return folders[len(asked) - 1]
+
+    monkeypatch.setattr(module, "download_weights", fetch)
+    check(open_source(given), given, 1, "cache")
+    with pytest.raises(npt.ModelError, match=r"belongs to another base model .* than org/tiny"):
+        check(open_source(given), given, 1, "cache")
+    assert asked == 2 * [("org/tiny", "abc", "cache")]
+
+
+def test_np_layers_of_a_plain_model_are_not_forgotten(parts: Parts, tmp_path: Path) -> None:
+    """By overrides of an engine's user, the architecture may be the base model's."""
+    npt.export(parts.checkpoint, tmp_path / "out")
+    plain = ["LlamaForCausalLM"]
+    check_plain(model_config(parts.base))
+    for given in (
+        model_config(tmp_path / "out", architectures=plain),
+        model_config(parts.base, **{OVERRIDE: str(parts.checkpoint)}),
+    ):
+        with pytest.raises(npt.ModelError, match=r'"architectures": \["NPTLlamaForCausalLM"\]'):
+            check_plain(given)
+
+
 def test_the_architectures_are_those_of_exports(tmp_path: Path) -> None:
     from tests.transfer.models import FAMILIES
 
@@ -109,8 +159,6 @@ def test_the_architectures_are_those_of_exports(tmp_path: Path) -> None:
 
 
 def test_components_of_a_checkpoint(parts: Parts) -> None:
-    import torch
-
     from npt_fast.hf.checkpoint import read_component
     from npt_fast.hf.convert import components
 
