@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npt_fast.checkpoint.checkpoint import is_checkpoint_file
 from npt_fast.checkpoint.npt_config import SIZES
+from npt_fast.checkpoint.own_files import is_checkpoint_file
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import ModelError
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX, MODEL_TYPE_PREFIX

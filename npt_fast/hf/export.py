@@ -60,7 +60,8 @@ def export(
     written as float32.
 
     Args:
-        checkpoint: checkpoint directory or weights file; ``"A:11,13"`` takes only these layers.
+        checkpoint: checkpoint directory, weights file or name on the Hub; ``"A:11,13"`` takes only
+            these layers.
         output: directory to write; it must not exist, and appears complete or not at all.
         model_name: base model: Hub id, folder, path of a ``.gguf`` file or ``"smollm2-135m"``; if
             not given, the one that the checkpoint records.
@@ -107,7 +108,7 @@ def export(
         check_target(target, [opened], force=False)
     with disk_errors(target, ModelError), StagedDirectory(target, replace=False) as staged:
         base = _open_base(name, staged, weights=not reference)
-        own = _plan(opened, path, selected, layers, base)
+        own = _plan(opened, selected, layers, base)
         fingerprint = _fingerprint(opened, base, any_base=allow_different_base)
         made_here = base.folder.parent == staged.path
         linked = base.weights if hardlink or made_here else ()
@@ -164,7 +165,6 @@ def _open_base(name: str, staged: StagedDirectory, *, weights: bool) -> BaseFold
 
 def _plan(
     opened: Checkpoint,
-    path: str,
     selected: Sequence[int] | None,
     layers: str | Sequence[int] | None,
     base: BaseFolder,
@@ -183,8 +183,11 @@ def _plan(
             selected = [layer for layer in selected if layer in opened.modules]
         opened.require(selected)
         if not selected:
-            raise ModelError(f"{path}: has layers {list(opened.modules)}, none of {layers}")
-    spec = path if selected is None else f"{path}:{','.join(map(str, selected))}"
+            raise ModelError(f"{opened.given}: has layers {list(opened.modules)}, none of {layers}")
+    # by its commit: a name on the Hub could mean another one by now
+    spec = opened.given
+    if selected is not None:
+        spec += f":{','.join(map(str, selected))}"
     plan = plan_merge([spec], _OPTIONS)
     # the model's config.json has the name of that of a run
     return replace(plan, files=tuple(file for file in plan.files if file.name != CONFIG))
