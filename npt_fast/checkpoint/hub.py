@@ -7,6 +7,7 @@ what is on the disk works without it.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,8 @@ _NAME = re.compile(
 _FILE = re.compile(r".*\.(pt|safetensors|json)")
 _MODEL_SHARD = re.compile(r"(pytorch_)?model-[0-9]+-of-[0-9]+\.(safetensors|bin)")
 _WEIGHTS_ENDINGS = (".pt", ".safetensors", ".bin")
-_LOG_IN = "log in (hf auth login, or HF_TOKEN)"
+LOG_IN = "log in (hf auth login, or HF_TOKEN)"
+"""What to do where the Hub refuses somebody unknown."""
 
 
 class Place(NamedTuple):
@@ -117,7 +119,9 @@ def hub_name(given: str, revision: str | None = None) -> HubName | None:
         return None
     name = parse_name(given, revision)
     if name is None and is_hub_name(given):
-        raise CheckpointError(f"{given}: names on the Hub are hf://org/repo or hf://org/repo@revision")
+        raise CheckpointError(
+            f"{given}: names on the Hub are hf://org/repo or hf://org/repo@revision"
+        )
     return name
 
 
@@ -162,7 +166,7 @@ def download(name: HubName) -> Place:
 
     Raises:
         CheckpointError: as `list_files`.
-        HubError: as `list_files`; or the download is interrupted: then it goes on the next time.
+        HubError: as `list_files`; or the download is interrupted. Whole files are kept then.
     """
     try:
         listing = list_files(name)
@@ -223,40 +227,63 @@ def hub_errors(name: HubName) -> Iterator[None]:
     and_hub = "the Hub" if is_hub_name(name.given) else "no such path, and the Hub"
     try:
         from huggingface_hub import errors
-        from huggingface_hub.utils import logging
     except ModuleNotFoundError as error:
         raise HubError(
-            f"{name.given}: {and_hub} needs the package huggingface_hub; "
-            "pip install 'npt_fast[hf]'"
+            f"{name.given}: {and_hub} needs the package huggingface_hub; pip install 'npt_fast[hf]'"
         ) from error
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        yield
+        with quiet_hub(bars=not sys.stderr.isatty()):
+            yield
     except NPTError:
         raise
     except errors.GatedRepoError:
         raise HubError(
-            f"{name.given}: is gated on the Hub: ask for access on its page, and {_LOG_IN}"
+            f"{name.given}: is gated on the Hub: ask for access on its page, and {LOG_IN}"
         ) from None
     except errors.RevisionNotFoundError:
         raise HubError(f"{name.given}: has no revision {name.revision} on the Hub") from None
     except errors.RepositoryNotFoundError:
         raise HubError(
             f"Checkpoint not found: {name.given}: {and_hub} has no such repository, or a private "
-            f"one: correct the name, or {_LOG_IN}"
+            f"one: correct the name, or {LOG_IN}"
         ) from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        remedy = f"; {_LOG_IN}" if status in (401, 403) else ""
+        remedy = f"; {LOG_IN}" if status in (401, 403) else ""
         kind = UnreachableError if status >= 500 else HubError
         raise kind(f"{name.given}: the Hub answers {status}: {_reason(error)}{remedy}") from None
     except Exception as error:  # the network and its library fail in their own ways
         off = isinstance(error, errors.OfflineModeIsEnabled)
-        problem = "is turned off (HF_HUB_OFFLINE)" if off else f"cannot be reached: {_reason(error)}"
+        problem = (
+            "is turned off (HF_HUB_OFFLINE)" if off else f"cannot be reached: {_reason(error)}"
+        )
         raise UnreachableError(f"{name.given}: {and_hub} {problem}") from None
+
+
+@contextmanager
+def quiet_hub(*, bars: bool = True) -> Iterator[None]:
+    """Silence huggingface_hub within the block; afterwards it is as the caller had it.
+
+    Args:
+        bars: whether its progress bars are silenced, as well as its warnings.
+    """
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    verbosity = logging.get_verbosity()
+    restore = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if bars:
+        disable_progress_bars()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
+        restore()
 
 
 def _reason(error: Exception) -> str:

@@ -134,7 +134,7 @@ class _Ranges:
     def _get(self, begin: int, end: int) -> tuple[bytes, int]:
         """Bytes of the file, and the place of the first of them."""
         from huggingface_hub import constants
-        from huggingface_hub.utils import (
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
             build_hf_headers,
             hf_raise_for_status,
             http_stream_backoff,

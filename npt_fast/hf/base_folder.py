@@ -87,7 +87,7 @@ def open_base(name: str, *, weights: bool) -> BaseFolder:
     exported = _exported(name, config)
     found = base_weights(name, path) if local or weights else []
     with path_errors(path, ModelError):
-        small = [file for file in sorted(path.iterdir()) if _is_taken(file)]
+        small = [file for file in sorted(path.iterdir()) if is_taken(file)]
     return BaseFolder(
         name,
         path,
@@ -162,7 +162,8 @@ def base_weights(name: str, folder: Path) -> list[Path]:
     return [*found, *(folder / index for index in INDEXES if f"{found[0].suffix}." in index)]
 
 
-def _is_taken(file: Path) -> bool:
+def is_taken(file: Path) -> bool:
+    """Whether an export takes a file of the base model over, apart from config and weights."""
     return (
         file.name.endswith(READ_WHOLE)
         and not file.name.endswith(".index.json")

@@ -27,7 +27,7 @@ from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import ModelError, StorageError, VerificationError
 from npt_fast.hf.base_folder import BaseFolder, open_base
 from npt_fast.hf.exported import BaseReference, Exported, file_sha256
-from npt_fast.hf.model_card import MODEL_CARD, model_card
+from npt_fast.hf.model_card import MODEL_CARD, exported_card
 from npt_fast.hf.model_folder import CONFIG, SMOLLM2
 from npt_fast.layer_names import is_name, resolve_layers
 from npt_fast.paths import exists, expand, path_errors, user_path
@@ -254,9 +254,13 @@ def _describe(
     exported = Exported(description, file_sha256(staged.path / SAFETENSORS_WEIGHTS), place)
     config = BytesFile(CONFIG, strict_json.dump({**base.config, NPT: exported.to_dict()}))
     summary = summary_of(replace(plan, files=(*plan.files, config)), target, digests).to_dict()
+    name = description.base_name or base.name
+    card = exported_card(
+        plan.layers, replace(description, base_name=name), str(base.config["model_type"]), place
+    )
     for file in (
         config,
-        BytesFile(MODEL_CARD, model_card(plan.layers, description, base, place).encode()),
+        BytesFile(MODEL_CARD, card.encode()),
         BytesFile(MERGE_SUMMARY, strict_json.dump(summary)),
     ):
         with staged.file(file.name) as out:
