@@ -71,7 +71,8 @@ class Hub:
         cut: files whose connection is closed after so many bytes.
         ranges: whether it answers range requests; else it sends whole files.
         down: status that it answers everything with; 0 for none.
-        bodies: JSON bodies of requests, by path.
+        refuse_commits: whether commits fail.
+        blobs: uploaded files by SHA-256.
     """
 
     endpoint: str = ""
@@ -81,6 +82,7 @@ class Hub:
     cut: dict[str, int] = field(default_factory=dict)
     ranges: bool = True
     down: int = 0
+    refuse_commits: bool = False
     blobs: dict[str, bytes] = field(default_factory=dict)
 
     def add(self, name: str, folder: Path, **more: bytes) -> Repo:
@@ -214,21 +216,22 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, data, headers, f"{name}/{file}")
 
     def create(self) -> None:
-        asked = self._writer()
+        self._writer()
+        asked = json.loads(self._body)
         name = f"{asked['organization']}/{asked['name']}"
+        url = {"url": f"{self.hub.endpoint}/{name}"}
         if name in self.hub.repos:
-            raise _Answer(409)
+            self._json({**url, "error": "You already created this model repo"}, 409)
+            return
         repo = self.hub.repos[name] = Repo()
         private = asked.get("private", {"private": True}.get(asked.get("visibility")))
         repo.private = private
         repo.commit({".gitattributes": b""})
-        self._json({"url": f"{self.hub.endpoint}/{name}"})
+        self._json(url)
 
-    def _writer(self) -> dict[str, str]:
+    def _writer(self) -> None:
         if not self._logged_in:
-            raise _Answer(401, "", "")
-        found: dict[str, str] = json.loads(self._body or b"{}")
-        return found
+            raise _Answer(401)
 
     def branch(self, name: str, branch: str) -> None:
         self._writer()
@@ -276,8 +279,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, b"")
 
     def commit(self, name: str, revision: str) -> None:
-        if not self._logged_in:
-            raise _Answer(401)
+        if self.hub.refuse_commits:
+            raise _Answer(500)
+        self._writer()
         repo = self._repo(name)
         before = self._commit(repo, revision)
         files = dict(repo.commits[before])
