@@ -10,7 +10,6 @@ from cyclopts import Parameter
 
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from npt_fast.checkpoint.hub import parse_name
 from npt_fast.cli.output import note
 from npt_fast.config import (
     BaseDType,
@@ -21,6 +20,7 @@ from npt_fast.config import (
 )
 from npt_fast.errors import ModelError
 from npt_fast.hf.tokenizer import Reading
+from npt_fast.hub import parse_name
 from npt_fast.layer_names import check_layers, is_name, parse_layers, resolve_layers
 from npt_fast.paths import expand
 from npt_fast.text_sources import parse_data

@@ -25,8 +25,9 @@ ALLOWED = {
     "schema": {"errors"},
     "pictures": {"checkpoint", "errors", "layer_names", "paths"},
     "report_files": {"checkpoint", "errors", "paths", "schema"},
+    "hub": {"errors"},
     "kernels": set[str](),
-    "checkpoint": {"config", "errors", "layer_names", "paths", "schema"},
+    "checkpoint": {"config", "errors", "hub", "layer_names", "paths", "schema"},
     "functional": {"config", "errors", "kernels"},
     "initialization": {"config", "checkpoint"},
     "called_mlp": {"errors", "functional"},
@@ -36,7 +37,7 @@ ALLOWED = {
         "kept_cast",
     },
     "hf": {
-        *("config", "errors", "layer_names", "paths", "schema", "checkpoint"),
+        *("config", "errors", "hub", "layer_names", "paths", "schema", "checkpoint"),
         *("functional", "modules", "tables"),
     },
     "training": {
@@ -53,6 +54,7 @@ FOREIGN = {
     "checkpoint": {"numpy"},
     "config": set[str](),
     "errors": set[str](),
+    "hub": {"huggingface_hub"},
     "kept_cast": {"torch"},
     "layer_names": set[str](),
     "paths": set[str](),

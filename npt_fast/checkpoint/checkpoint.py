@@ -13,7 +13,6 @@ from npt_fast import paths
 from npt_fast.checkpoint import strict_json, whole_model
 from npt_fast.checkpoint.certificate import Certificate
 from npt_fast.checkpoint.digests import TensorDigest, read_digests
-from npt_fast.checkpoint.hub import Place, download, hub_name
 from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary, Provenance
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
 from npt_fast.checkpoint.npt_config import (
@@ -23,12 +22,8 @@ from npt_fast.checkpoint.npt_config import (
     LayerDescription,
 )
 from npt_fast.checkpoint.own_files import CONFIG
-from npt_fast.checkpoint.tensor_source import (
-    WHOLE_MODEL,
-    TensorSource,
-    locate_checkpoint,
-    open_tensors,
-)
+from npt_fast.checkpoint.place import Place, locate
+from npt_fast.checkpoint.tensor_source import WHOLE_MODEL, TensorSource, open_tensors
 from npt_fast.checkpoint.training_metadata import TRAINING_METADATA, parse_residual
 from npt_fast.errors import CheckpointError, MergeError, ModelError
 from npt_fast.layer_names import layer_indices
@@ -209,25 +204,6 @@ def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
         return match["path"], tuple(layer_indices(match["layers"]))
     except ValueError as error:
         raise MergeError(f"{given:.200}: there is no such path, and {error}") from None
-
-
-def locate(given: str | Path, revision: str | None = None) -> Place:
-    """Where a checkpoint is; one on the Hub is brought into the Hub's cache.
-
-    Args:
-        given: path, or ``org/repo`` or ``hf://org/repo`` on the Hub, with ``@revision`` behind it.
-        revision: branch, tag or commit on the Hub, instead of ``@revision``.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or no such revision.
-        PathError: `given` is not a valid path.
-    """
-    given = expand(given)
-    with path_errors(given, CheckpointError):
-        name = hub_name(given, revision)
-        if name is not None:
-            return download(name)
-        return Place(given, *locate_checkpoint(given))
 
 
 def open_checkpoint(given: str | Path | Place) -> Checkpoint:

@@ -12,19 +12,11 @@ from pathlib import Path
 from types import TracebackType
 
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from npt_fast.checkpoint.hub import (
-    HubName,
-    Listing,
-    Place,
-    UnreachableError,
-    hub_errors,
-    hub_name,
-    list_files,
-)
+from npt_fast.checkpoint.place import Place, hub_name, list_own_files
 from npt_fast.checkpoint.source_file import partial_file
-from npt_fast.checkpoint.strict_json import MAX_SMALL
-from npt_fast.errors import CheckpointError, HubError, NPTError
-from npt_fast.paths import expand, path_errors
+from npt_fast.errors import CheckpointError, NPTError
+from npt_fast.hub import HubName, UnreachableError, all_in_cache, read_part
+from npt_fast.paths import path_errors
 
 _BLOCK = 1024
 """Bytes that are fetched at once: a zip describes each tensor in the hundred bytes before it."""
@@ -68,51 +60,35 @@ class HubHeaders:
             CheckpointError: as `npt_fast.checkpoint.checkpoint.open_checkpoint`.
             PathError: `given` is not a valid path.
         """
-        given = expand(given)
-        with path_errors(given, CheckpointError):
-            name = hub_name(given)
+        name = hub_name(given)
         if name is None:
             return open_checkpoint(given)
         try:
-            listing = list_files(name)
+            commit, sizes = list_own_files(name)
         except UnreachableError:
             return open_checkpoint(given)
-        if _is_cached(listing):
+        if all_in_cache(name, commit, sizes):
             return open_checkpoint(given)
-        return open_checkpoint(self._sparse(listing))
-
-    def _sparse(self, listing: Listing) -> Place:
         from tempfile import TemporaryDirectory
 
-        from huggingface_hub import hf_hub_url
-
-        name, commit, sizes = listing
-        folder = self._stack.enter_context(TemporaryDirectory(prefix="npt_fast-"))
-        self.names[folder] = name.at(commit)
+        folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="npt_fast-")))
+        self.names[str(folder)] = name.at(commit)
         for file, size in sizes.items():
-            path = Path(folder, file)
-            path.touch()
-            os.truncate(path, size)
-            url = hf_hub_url(name.repo, file, revision=commit)
-            self._stack.enter_context(partial_file(path, _Ranges(name, url, path, size).fetch))
+            path = folder / file
+            with path_errors(path, CheckpointError):
+                path.touch()
+                os.truncate(path, size)
+            parts = _Parts(name, commit, path, size)
+            self._stack.enter_context(partial_file(path, parts.fetch))
         note = f"{name.at(commit)}: only headers were read of {sum(sizes.values()):,} bytes"
-        return Place(name.at(commit), Path(folder), note)
+        return open_checkpoint(Place(name.at(commit), folder, note))
 
 
-def _is_cached(listing: Listing) -> bool:
-    from huggingface_hub import try_to_load_from_cache
+class _Parts:
+    """Fetches bytes of a file on the Hub into a sparse file of the same name, each block once."""
 
-    name, commit, sizes = listing
-    return all(
-        isinstance(try_to_load_from_cache(name.repo, file, revision=commit), str) for file in sizes
-    )
-
-
-class _Ranges:
-    """Fetches bytes of a file on the Hub into a sparse file, each block once."""
-
-    def __init__(self, name: HubName, url: str, path: Path, size: int) -> None:
-        self._name, self._url, self._path, self._size = name, url, path, size
+    def __init__(self, name: HubName, commit: str, path: Path, size: int) -> None:
+        self._name, self._commit, self._path, self._size = name, commit, path, size
         self._there: set[int] = set()
 
     def fetch(self, offset: int, length: int) -> None:
@@ -121,8 +97,10 @@ class _Ranges:
         missing = [block for block in blocks if block not in self._there]
         if not missing:
             return
-        begin, end = missing[0] * _BLOCK, min((missing[-1] + 1) * _BLOCK, self._size)
-        data, begin = self._get(begin, end)
+        begin, data = read_part(
+            self._name, self._commit, self._path.name, self._size,
+            missing[0] * _BLOCK, min((missing[-1] + 1) * _BLOCK, self._size),
+        )  # fmt: skip
         before = self._path.stat()
         with self._path.open("r+b") as file:
             file.seek(begin)
@@ -130,46 +108,3 @@ class _Ranges:
         # readers take another time for a change
         os.utime(self._path, ns=(before.st_atime_ns, before.st_mtime_ns))
         self._there.update(range(missing[0], missing[-1] + 1))
-
-    def _get(self, begin: int, end: int) -> tuple[bytes, int]:
-        """Bytes of the file, and the place of the first of them."""
-        from huggingface_hub import constants
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]
-            build_hf_headers,
-            hf_raise_for_status,
-            http_stream_backoff,
-        )
-
-        file = f"{self._name.given}: {self._path.name}"
-        headers = {
-            **build_hf_headers(),
-            "Range": f"bytes={begin}-{end - 1}",
-            "Accept-Encoding": "identity",
-        }
-        with (
-            hub_errors(self._name),
-            http_stream_backoff(
-                "GET",
-                self._url,
-                headers=headers,
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-                max_retries=2,
-                retry_on_exceptions=(),
-            ) as response,
-        ):
-            hf_raise_for_status(response)
-            if response.status_code != 206:  # the whole file
-                if self._size > MAX_SMALL:
-                    raise HubError(
-                        f"{file}: its server sends whole files only, so that headers cannot be "
-                        "read alone; fetch it first (hf download)"
-                    )
-                begin, end = 0, self._size
-            data = b""
-            for chunk in response.iter_bytes():
-                data += chunk
-                if len(data) > end - begin:
-                    break
-        if len(data) != end - begin:
-            raise HubError(f"{file}: {end - begin} bytes were asked for, {len(data)} came")
-        return data, begin

@@ -10,7 +10,6 @@ from typing import Any
 
 from npt_fast.checkpoint.certificate import Certificate
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from npt_fast.checkpoint.hub import is_hub_name
 from npt_fast.checkpoint.hub_headers import HubHeaders
 from npt_fast.checkpoint.np_module import Architecture, NPModule, flat
 from npt_fast.checkpoint.numbers import count_non_finite, read_number, sum_of_squares
@@ -27,6 +26,7 @@ from npt_fast.checkpoint.training_state import (
 )
 from npt_fast.config import MergeOptions
 from npt_fast.errors import CheckpointError, NPTError
+from npt_fast.hub import is_hub_name
 from npt_fast.paths import path_errors, path_list, user_path
 
 

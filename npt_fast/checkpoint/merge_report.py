@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from npt_fast.checkpoint.checkpoint import LayerRecord
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
-from npt_fast.checkpoint.hub import is_hub_name
 from npt_fast.checkpoint.merge_summary import MergeSummary, PartProvenance, Provenance
 from npt_fast.checkpoint.merged_layer import MergedLayer
 from npt_fast.checkpoint.np_module import Architecture, flat
 from npt_fast.checkpoint.plan import MergePlan
+from npt_fast.hub import is_hub_name
 
 if TYPE_CHECKING:
     from npt_fast.checkpoint.examination import VerifyReport

@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from npt_fast.checkpoint.checkpoint import Checkpoint, locate, open_checkpoint
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
 from npt_fast.checkpoint.examination import Examination, VerifyReport, file_sha256
-from npt_fast.checkpoint.hub import Place, cached, is_hub_name
 from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary
+from npt_fast.checkpoint.place import cached, locate, on_disk
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
-from npt_fast.checkpoint.tensor_source import locate_checkpoint
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import CheckpointError, NPTError
+from npt_fast.hub import is_hub_name
 from npt_fast.paths import path_errors
 
 
@@ -129,8 +129,8 @@ def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:
     for path, layers in summary.inputs:
         selection = "" if layers is None else ":" + ",".join(map(str, layers))
         # relative to the current directory of the merge, not to today's
-        place = cached(path) if is_hub_name(path) else os.path.join(base, path)
-        specs.append(place + selection)
+        source = cached(path) if is_hub_name(path) else os.path.join(base, path)
+        specs.append(f"{source}{selection}")
     try:
         known = MergeOptions(**summary.options)
     except TypeError as error:
@@ -144,7 +144,7 @@ def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:
 
 def _open_on_disk(path: str) -> Checkpoint:
     # a file that names a repository gets no download
-    return open_checkpoint(Place(path, *locate_checkpoint(path)))
+    return open_checkpoint(on_disk(path))
 
 
 def _forget_cached(path: Path) -> None:

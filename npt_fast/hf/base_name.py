@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import Checkpoint
-from npt_fast.checkpoint.hub import is_hub_name
 from npt_fast.checkpoint.own_files import CONFIG
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.config import DEFAULT_MODEL
 from npt_fast.errors import ModelError
 from npt_fast.hf.exported import Exported, base_type
+from npt_fast.hub import is_hub_name
 from npt_fast.paths import exists
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.checkpoint import Checkpoint, locate, open_checkpoint
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.np_module import Architecture, NPModule
 from npt_fast.checkpoint.npt_config import NPT_CONFIG, SIZES
+from npt_fast.checkpoint.place import locate
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader

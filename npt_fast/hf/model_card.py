@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 
 from npt_fast.checkpoint.certificate import Certificate
-from npt_fast.checkpoint.hub import HubName
 from npt_fast.checkpoint.merged_layer import MergedLayer
 from npt_fast.checkpoint.npt_config import Description
 from npt_fast.errors import printable
 from npt_fast.hf.exported import BaseReference
+from npt_fast.hub import HubName
 from npt_fast.tables import markdown_table
 
 MODEL_CARD = "README.md"

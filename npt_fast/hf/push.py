@@ -9,7 +9,6 @@ from typing import Any
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from npt_fast.checkpoint.hub import LOG_IN, HubName, hub_errors, parse_name
 from npt_fast.checkpoint.own_files import CONFIG, is_checkpoint_file
 from npt_fast.checkpoint.plan import description_of, plan_merge
 from npt_fast.checkpoint.source_file import SourceFile
@@ -22,6 +21,7 @@ from npt_fast.hf.base_folder import base_weights, is_taken
 from npt_fast.hf.exported import Exported, base_type
 from npt_fast.hf.model_card import MODEL_CARD, checkpoint_card, exported_card
 from npt_fast.hf.model_folder import SMALL_FILES
+from npt_fast.hub import LOG_IN, HubName, hub_errors, parse_name
 from npt_fast.paths import exists
 
 _JSON = {*SMALL_FILES, "tokenizer.json", "vocab.json", "chat_template.json"}

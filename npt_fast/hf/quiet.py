@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
-from npt_fast.checkpoint.hub import quiet_hub
+from npt_fast.hub import quiet_hub
 
 
 def silence() -> None:

@@ -67,10 +67,12 @@ def test_a_run_and_an_export_are_pushed(
     assert code == 0 and "Pushed to the Hub: hf://me/served@" in err
     assert "model.safetensors" in logged_in.repos["me/served"].files
     code, out, err = run(
-        capsys, "evaluate", "me/run", "--data", place.text, "--max_length", "24",
+        capsys, "evaluate", "me/run", "me/served", "--data", place.text, "--max_length", "24",
         "--num_eval_samples", "2", "--cpu", "--json",
     )  # fmt: skip
-    assert code == 0 and json.loads(out)[0]["layers"] == [1], err
+    assert code == 0, err
+    first, second = json.loads(out)["results"]
+    assert first["layers"] == second["layers"] == [1] and first["kl"] == second["kl"]
 
 
 def test_mistakes_are_known_before_the_work(

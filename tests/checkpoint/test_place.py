@@ -8,8 +8,9 @@ import pytest
 
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import open_checkpoint
-from npt_fast.checkpoint.hub import HubName, hub_name
+from npt_fast.checkpoint.place import hub_name
 from npt_fast.errors import HubError
+from npt_fast.hub import HubName
 from tests.checkpoints import contents, layer_weights, trained_checkpoint, write_shards
 from tests.hub import Hub
 
@@ -51,7 +52,7 @@ def test_what_is_on_the_disk_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
     assert hub_name("org/repo") is None and hub_name("run/checkpoint-3") is None
     assert open_checkpoint("run/checkpoint-3").given == "run/checkpoint-3"
     assert hub_name("hf://org/repo") == HubName("hf://org/repo", "org/repo")
-    with pytest.raises(npt.CheckpointError, match="org/repo: is on the disk"):
+    with pytest.raises(npt.CheckpointError, match="org/repo: is a path, which has no revisions"):
         hub_name("org/repo", "v1")
     with pytest.raises(npt.CheckpointError, match="hf://org: names on the Hub are hf://org/repo"):
         hub_name("hf://org")

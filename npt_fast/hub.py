@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face Hub: their names, their files, and the way into the Hub's cache.
+"""The Hugging Face Hub: names of repositories, their files, the cache, and errors of one line.
 
 huggingface_hub does the transfer. It is imported only where a name of the Hub is met, since merging
 what is on the disk works without it.
@@ -8,42 +8,21 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
-from npt_fast.checkpoint.own_files import PATTERNS, is_checkpoint_file
-from npt_fast.checkpoint.strict_json import MAX_BYTES, MAX_SMALL
-from npt_fast.checkpoint.tensor_source import WEIGHTS, WHOLE_MODEL, is_on_disk
 from npt_fast.errors import CheckpointError, HubError, NPTError
-from npt_fast.paths import user_path
 
 _PREFIX = "hf://"
 _NAME = re.compile(
     rf"({_PREFIX})?(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII
 )
-_FILE = re.compile(r".*\.(pt|safetensors|json)")
-_MODEL_SHARD = re.compile(r"(pytorch_)?model-[0-9]+-of-[0-9]+\.(safetensors|bin)")
-_WEIGHTS_ENDINGS = (".pt", ".safetensors", ".bin")
+_SMALL = 4 << 20  # bytes of a file that is taken whole from a server that cannot send parts
 LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 """What to do where the Hub refuses somebody unknown."""
-
-
-class Place(NamedTuple):
-    """Where a checkpoint is.
-
-    Attributes:
-        name: what messages and records call it: the path as the user wrote it, or
-            ``hf://org/repo@commit``.
-        path: folder or weights file on the disk.
-        note: line that says that it was found elsewhere; "" if it was not.
-    """
-
-    name: str
-    path: Path
-    note: str = ""
 
 
 class HubName(NamedTuple):
@@ -65,15 +44,13 @@ class HubName(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The files of a checkpoint in a repository.
+    """The files of a repository.
 
     Attributes:
-        name: the repository.
         commit: the commit that its revision is now.
-        sizes: size in bytes of each of the checkpoint's own files.
+        sizes: size in bytes of each file.
     """
 
-    name: HubName
     commit: str
     sizes: Mapping[str, int]
 
@@ -83,7 +60,7 @@ class UnreachableError(HubError):
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether a text begins as the names do that records have for checkpoints on the Hub."""
+    """Whether a text begins with ``hf://``, as names of checkpoints on the Hub do in records."""
     return text.startswith(_PREFIX)
 
 
@@ -101,36 +78,11 @@ def parse_name(text: str, revision: str | None = None) -> HubName | None:
     return parse_name(f"{text}@{revision}")
 
 
-def hub_name(given: str, revision: str | None = None) -> HubName | None:
-    """The repository on the Hub that a user means; None if a path is meant.
-
-    Without ``hf://``, what is on the disk comes first.
-
-    Raises:
-        CheckpointError: the name is malformed, or `revision` is given for a path on the disk.
-        OSError: the path cannot be examined.
-    """
-    if not is_hub_name(given) and (_FILE.fullmatch(given) or is_on_disk(user_path(given))):
-        if revision is not None:
-            raise CheckpointError(
-                f"{given}: is on the disk, which has no revisions; "
-                "leave out the revision, or write hf:// in front to mean the Hub"
-            )
-        return None
-    name = parse_name(given, revision)
-    if name is None and is_hub_name(given):
-        raise CheckpointError(
-            f"{given}: names on the Hub are hf://org/repo or hf://org/repo@revision"
-        )
-    return name
-
-
 def list_files(name: HubName) -> Listing:
-    """Ask the Hub which files a checkpoint has.
+    """Ask the Hub which files a repository has.
 
     Raises:
-        CheckpointError: it holds no NPT weights, or a JSON file is larger than any that is read.
-        HubError: the Hub has no such repository or revision, refuses it, or cannot be reached.
+        HubError: as `hub_errors`.
     """
     with hub_errors(name):
         from huggingface_hub import HfApi, constants
@@ -142,64 +94,40 @@ def list_files(name: HubName) -> Listing:
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
         )
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    own = {file for file in sizes if is_checkpoint_file(file)}
-    if not own & {*WEIGHTS}:
-        own |= {file for file in sizes if file in WHOLE_MODEL or _MODEL_SHARD.fullmatch(file)}
-    if not own & {*WEIGHTS, *WHOLE_MODEL}:
-        raise CheckpointError(
-            f"{name.given}: holds no NPT weights on the Hub: expected {WEIGHTS[0]} or {WEIGHTS[2]}"
-        )
-    for file in own:
-        limit = MAX_BYTES if file.endswith(".index.json") else MAX_SMALL
-        if file.endswith(".json") and sizes[file] > limit:
-            raise CheckpointError(
-                f"{name.given}: {file}: {sizes[file]:,} bytes of JSON; more than {limit:,} are "
-                "refused"
-            )
-    return Listing(name, str(info.sha), {file: sizes[file] for file in own})
+    return Listing(str(info.sha), sizes)
 
 
-def download(name: HubName) -> Place:
-    """Bring a checkpoint's own files into the Hub's cache; those that are there are not fetched.
+def download(name: HubName, *groups: Sequence[str]) -> Path:
+    """Bring files into the Hub's cache, except those that are there.
 
-    If the Hub cannot be reached, what the cache holds is taken.
+    Args:
+        name: the repository.
+        groups: names of the files; those of a group are fetched after those before it.
+
+    Returns:
+        The folder in the cache, whose name is the commit.
 
     Raises:
-        CheckpointError: as `list_files`.
-        HubError: as `list_files`; or the download is interrupted. Whole files are kept then.
+        HubError: as `hub_errors`.
     """
-    try:
-        listing = list_files(name)
-    except UnreachableError as error:
-        folder = _in_cache(name)
-        if folder is None:
-            raise
-        return Place(name.at(folder.name), folder, f"{error}; using what is in the cache")
-    weights = [file for file in listing.sizes if file.endswith(_WEIGHTS_ENDINGS)]
-    small = [file for file in listing.sizes if file not in weights]
     with hub_errors(name):
         from huggingface_hub import snapshot_download
 
-        # weights last: where they are, the files that say what they mean are too
-        folder = Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=small))
-        snapshot_download(name.repo, revision=folder.name, allow_patterns=weights)
-    return Place(name.at(folder.name), folder)
+        folder, revision = Path(), name.revision
+        for files in groups:
+            found = snapshot_download(name.repo, revision=revision, allow_patterns=list(files))
+            folder = Path(found)
+            revision = folder.name  # a branch could mean another commit by now
+    return folder
 
 
-def cached(given: str) -> str:
-    """The folder of a checkpoint in the Hub's cache; the Hub is not asked.
+def in_cache(name: HubName, patterns: Sequence[str]) -> Path | None:
+    """The folder of a repository in the Hub's cache; the Hub is not asked.
 
-    Raises:
-        HubError: it is not in the cache.
+    Args:
+        name: the repository.
+        patterns: files that must be there if the repository has them, as for `fnmatch`.
     """
-    name = parse_name(given)
-    folder = name and _in_cache(name)
-    if folder is None:
-        raise HubError(f"{given}: is not in the Hub's cache")
-    return str(folder)
-
-
-def _in_cache(name: HubName) -> Path | None:
     try:
         from huggingface_hub import snapshot_download
 
@@ -207,12 +135,80 @@ def _in_cache(name: HubName) -> Path | None:
             name.repo,
             revision=name.revision,
             local_files_only=True,
-            allow_patterns=list(PATTERNS),
+            allow_patterns=list(patterns),
             ignore_patterns=["*/*"],
         )
     except Exception:
         return None
     return Path(found)
+
+
+def all_in_cache(name: HubName, commit: str, files: Collection[str]) -> bool:
+    """Whether the Hub's cache holds all these files of a commit."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(name.repo, file, revision=commit) for file in files)
+    return all(isinstance(path, str) for path in found)
+
+
+def read_part(
+    name: HubName, commit: str, file: str, size: int, begin: int, end: int
+) -> tuple[int, bytes]:
+    """Fetch the bytes of a file from `begin` to `end`; nothing of it goes into the cache.
+
+    Args:
+        name: the repository.
+        commit: commit of the file.
+        file: name of the file.
+        size: size of the whole file in bytes.
+        begin: first byte.
+        end: byte behind the last one.
+
+    Returns:
+        The place of the first byte that came, and the bytes: of a small file it may be all.
+
+    Raises:
+        HubError: as `hub_errors`; or the server sends whole files only, or too little or too much.
+    """
+    with hub_errors(name):
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+            http_stream_backoff,
+        )
+
+        headers = {
+            **build_hf_headers(),
+            "Range": f"bytes={begin}-{end - 1}",
+            "Accept-Encoding": "identity",
+        }
+        with http_stream_backoff(
+            "GET",
+            hf_hub_url(name.repo, file, revision=commit),
+            headers=headers,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            max_retries=2,
+            retry_on_exceptions=(),
+        ) as response:
+            hf_raise_for_status(response)
+            if response.status_code != 206:
+                if size > _SMALL:
+                    raise HubError(
+                        f"{name.given}: {file}: its server sends whole files only, so that headers "
+                        "cannot be read alone; fetch it first (hf download)"
+                    )
+                begin, end = 0, size
+            data = bytearray()
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > end - begin:
+                    break
+    if len(data) != end - begin:
+        raise HubError(
+            f"{name.given}: {file}: {end - begin} bytes were asked for, {len(data)} came"
+        )
+    return begin, bytes(data)
 
 
 @contextmanager
