@@ -87,7 +87,7 @@ def merge(
         Repository on the Hub to push the merged checkpoint to, as push does.
     """
     if push_to_hub is not None and dry_run:
-        raise MergeError("--push_to_hub pushes what was merged; leave out --dry_run or it")
+        raise MergeError("--push_to_hub pushes what was merged; leave out one of them")
     check_push(push_to_hub)
     if plot is not None:
         if dry_run:

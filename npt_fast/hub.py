@@ -6,6 +6,7 @@ what is on the disk works without it.
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,12 +15,13 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
-from npt_fast.errors import CheckpointError, HubError, NPTError
+from npt_fast.errors import CheckpointError, HubError, NPTError, StorageError
 
 _PREFIX = "hf://"
 _NAME = re.compile(
     rf"({_PREFIX})?(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII
 )
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _SMALL = 4 << 20  # bytes of a file that is taken whole from a server that cannot send parts
 LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 """What to do where the Hub refuses somebody unknown."""
@@ -216,7 +218,9 @@ def hub_errors(name: HubName) -> Iterator[None]:
     """Turn what the Hub and its library raise into an error of one line.
 
     Raises:
-        HubError: the Hub has no such repository or revision, or refuses it.
+        HubError: the Hub has no such repository or revision, or refuses it; or the cache cannot be
+            written.
+        StorageError: the disk is full.
         UnreachableError: there was no answer.
     """
     # a name without hf:// may be that of a file or folder, mistyped
@@ -240,20 +244,23 @@ def hub_errors(name: HubName) -> Iterator[None]:
         raise HubError(f"{name.given}: has no revision {name.revision} on the Hub") from None
     except errors.RepositoryNotFoundError:
         raise HubError(
-            f"Checkpoint not found: {name.given}: {and_hub} has no such repository, or a private "
-            f"one: correct the name, or {LOG_IN}"
+            f"{name.given}: {and_hub} has no such repository, or a private one: correct the name, "
+            f"or {LOG_IN}"
         ) from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         remedy = f"; {LOG_IN}" if status in (401, 403) else ""
         kind = UnreachableError if status >= 500 else HubError
         raise kind(f"{name.given}: the Hub answers {status}: {_reason(error)}{remedy}") from None
+    except errors.OfflineModeIsEnabled:
+        raise UnreachableError(f"{name.given}: {and_hub} is turned off (HF_HUB_OFFLINE)") from None
     except Exception as error:  # the network and its library fail in their own ways
-        off = isinstance(error, errors.OfflineModeIsEnabled)
-        problem = (
-            "is turned off (HF_HUB_OFFLINE)" if off else f"cannot be reached: {_reason(error)}"
-        )
-        raise UnreachableError(f"{name.given}: {and_hub} {problem}") from None
+        if isinstance(error, OSError) and error.filename:  # of the cache
+            local = StorageError if error.errno in _NO_SPACE else HubError
+            raise local(f"{name.given}: {error.filename}: {error.strerror}") from None
+        raise UnreachableError(
+            f"{name.given}: {and_hub} cannot be reached: {_reason(error)}"
+        ) from None
 
 
 @contextmanager

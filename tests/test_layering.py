@@ -23,7 +23,7 @@ ALLOWED = {
     "paths": {"errors"},
     "text_sources": {"errors", "paths"},
     "schema": {"errors"},
-    "pictures": {"checkpoint", "errors", "layer_names", "paths"},
+    "pictures": {"checkpoint", "errors", "hub", "layer_names", "paths"},
     "report_files": {"checkpoint", "errors", "paths", "schema"},
     "hub": {"errors"},
     "kernels": set[str](),

@@ -26,6 +26,7 @@ from npt_fast.checkpoint.place import Place, locate
 from npt_fast.checkpoint.tensor_source import WHOLE_MODEL, TensorSource, open_tensors
 from npt_fast.checkpoint.training_metadata import TRAINING_METADATA, parse_residual
 from npt_fast.errors import CheckpointError, MergeError, ModelError
+from npt_fast.hub import is_hub_name
 from npt_fast.layer_names import layer_indices
 from npt_fast.paths import expand, path_errors
 
@@ -95,6 +96,11 @@ class Checkpoint:
     @property
     def path(self) -> Path:
         return self.directory or self.weights.path
+
+    @property
+    def place(self) -> str:
+        """Its path, or its name on the Hub."""
+        return self.given if is_hub_name(self.given) else str(self.path)
 
     @property
     def model_name(self) -> str | None:

@@ -26,7 +26,6 @@ from npt_fast.checkpoint.training_state import (
 )
 from npt_fast.config import MergeOptions
 from npt_fast.errors import CheckpointError, NPTError
-from npt_fast.hub import is_hub_name
 from npt_fast.paths import path_errors, path_list, user_path
 
 
@@ -209,7 +208,7 @@ def _describe(checkpoint: Checkpoint, notes: Sequence[str], values: bool) -> Che
             "layer_sources": {str(layer): origin.source for layer, origin in origins.items()},
         }
     return CheckpointReport(
-        path=checkpoint.given if is_hub_name(checkpoint.given) else str(checkpoint.path),
+        path=checkpoint.place,
         format=checkpoint.weights.format,
         total_keys=len(checkpoint.weights.tensors),
         total_parameters=sum(info.parameters for info in layers),

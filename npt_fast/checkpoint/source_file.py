@@ -182,7 +182,8 @@ class SourceFile:
 
     def _complete(self, offset: int, length: int) -> None:
         if complete := _partial.get(self.path):
-            complete(offset, length)
+            with path_errors(self.path, CheckpointError):
+                complete(offset, length)
 
 
 def read_file(path: Path, limit: int, *, follow_links: bool = False) -> bytes:

@@ -137,6 +137,14 @@ def test_an_export_is_pushed_with_its_base_model(parts: Parts, hub: Hub, tmp_pat
     assert "me/served/model.safetensors" not in hub.sent
 
 
+def test_layers_of_a_whole_model(parts: Parts, hub: Hub, tmp_path: Path) -> None:
+    parts.by_hand().save_pretrained(tmp_path / "whole", max_shard_size="40KB")
+    hub.add("me/whole", tmp_path / "whole", **{"tokenizer.json": b"{}"})
+    model = npt.load(load(parts.base), "me/whole")
+    assert torch.equal(logits(model), logits(parts.by_hand()))
+    assert "me/whole/tokenizer.json" not in hub.sent
+
+
 def test_what_is_refused(
     parts: Parts, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
