@@ -167,7 +167,7 @@ def read_part(
         end: byte behind the last one.
 
     Returns:
-        The place of the first byte that came, and the bytes: of a small file it may be all.
+        The place of the first byte that came, and the bytes, which may be all of a small file.
 
     Raises:
         HubError: as `hub_errors`; or the server sends whole files only, or too little or too much.

@@ -92,4 +92,4 @@ def test_mistakes_are_known_before_the_work(
             assert err.startswith("Error: ") and err.count("\n") == 1 and problem in err
             assert not out.exists() and not hub.repos
     code, _, err = run(capsys, *merge, "me/np", "--dry_run")
-    assert code == 1 and "leave out --dry_run" in err
+    assert code == 1 and "leave out one of them" in err
