@@ -99,28 +99,22 @@ def list_files(name: HubName) -> Listing:
     return Listing(str(info.sha), sizes)
 
 
-def download(name: HubName, *groups: Sequence[str]) -> Path:
+def download(name: HubName, files: Sequence[str]) -> Path:
     """Bring files into the Hub's cache, except those that are there.
-
-    Args:
-        name: the repository.
-        groups: names of the files; those of a group are fetched after those before it.
 
     Returns:
         The folder in the cache, whose name is the commit.
 
     Raises:
         HubError: as `hub_errors`.
+        StorageError: the disk is full.
     """
     with hub_errors(name):
         from huggingface_hub import snapshot_download
 
-        folder, revision = Path(), name.revision
-        for files in groups:
-            found = snapshot_download(name.repo, revision=revision, allow_patterns=list(files))
-            folder = Path(found)
-            revision = folder.name  # a branch could mean another commit by now
-    return folder
+        return Path(
+            snapshot_download(name.repo, revision=name.revision, allow_patterns=list(files))
+        )
 
 
 def in_cache(name: HubName, patterns: Sequence[str]) -> Path | None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from npt_fast import hub
-from npt_fast.checkpoint.own_files import PATTERNS, is_checkpoint_file
+from npt_fast.checkpoint import strict_json
+from npt_fast.checkpoint.own_files import CONFIG, PATTERNS, is_checkpoint_file
 from npt_fast.checkpoint.strict_json import MAX_BYTES, MAX_SMALL
 from npt_fast.checkpoint.tensor_source import WEIGHTS, WHOLE_MODEL, is_on_disk, locate_checkpoint
+from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import CheckpointError, HubError
 from npt_fast.hub import HubName, Listing, UnreachableError, is_hub_name, parse_name
-from npt_fast.paths import expand, path_errors, user_path
+from npt_fast.paths import exists, expand, path_errors, user_path
 
 _FILE = re.compile(r".*\.(pt|safetensors|json)")
 _MODEL_SHARD = re.compile(r"(pytorch_)?model-[0-9]+-of-[0-9]+\.(safetensors|bin)")
@@ -131,5 +133,13 @@ def _download(name: HubName) -> Place:
         return Place(name.at(folder.name), folder, f"{error}; using what is in the cache")
     weights = [file for file in own if file.endswith(_WEIGHTS_ENDINGS)]
     # weights last: where they are, the files that say what they mean are too
-    folder = hub.download(name, [file for file in own if file not in weights], weights)
+    folder = hub.download(name, [file for file in own if file not in weights])
+    if not own.keys() & {*WEIGHTS} and not _describes_np_layers(folder / CONFIG):
+        raise CheckpointError(f"{name.given}: is a model without NP layers, not a checkpoint")
+    hub.download(name._replace(revision=folder.name), weights)
     return Place(name.at(folder.name), folder)
+
+
+def _describes_np_layers(config: Path) -> bool:
+    with path_errors(config, CheckpointError):
+        return exists(config) and NPT in strict_json.read_foreign(config)

