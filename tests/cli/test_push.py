@@ -73,6 +73,9 @@ def test_a_run_and_an_export_are_pushed(
     assert code == 0, err
     first, second = json.loads(out)["results"]
     assert first["layers"] == second["layers"] == [1] and first["kl"] == second["kl"]
+    more = place.arguments(tmp_path / "more", max_steps=4, train_layers="1", resume_from="me/run")
+    code, out, err = run(capsys, *more)
+    assert code == 0 and out.endswith("checkpoint-4\n"), err
 
 
 def test_mistakes_are_known_before_the_work(
