@@ -29,11 +29,13 @@ def analyze(
     npt-fast analyze layer11/checkpoint-800 layer13/checkpoint-600
 
     Reads headers only, however large the checkpoint, unless --verbose or --plot asks for values.
+    Of checkpoints on the Hub nothing else is fetched.
 
     Parameters
     ----------
     checkpoint
-        Checkpoint directories, weight files, or folders of runs, whose newest checkpoint is taken.
+        Checkpoint directories, weight files, ORG/REPO on the Hub, or folders of runs, whose newest
+        checkpoint is taken.
     verbose
         Also list every tensor, with its norm and its number of NaN or infinite values.
     json

@@ -20,6 +20,7 @@ from npt_fast.config import (
 )
 from npt_fast.errors import ModelError
 from npt_fast.hf.tokenizer import Reading
+from npt_fast.hub import parse_name
 from npt_fast.layer_names import check_layers, is_name, parse_layers, resolve_layers
 from npt_fast.paths import expand
 from npt_fast.text_sources import parse_data
@@ -28,6 +29,11 @@ from npt_fast.text_sources import parse_data
 def _check_path(kind: object, text: str | None) -> None:
     if text is not None:
         expand(text)
+
+
+def _check_repo(kind: object, text: str | None) -> None:
+    if text is not None and parse_name(text) is None:
+        raise ValueError(f"{text!r} is not the name of a repository, ORG/REPO")
 
 
 def _check_data(kind: object, text: str | None) -> None:
@@ -39,12 +45,14 @@ PathText = Annotated[str, Parameter(validator=_check_path, metavar="PATH")]
 """A path. A text that is not one is a usage error, before anything is loaded. It stays text, since
 ``Path("")`` is the current directory."""
 CheckpointText = Annotated[PathText, Parameter(name=("--checkpoint", "--checkpoints"))]
-"""A checkpoint: the verb's argument, or either option."""
+"""A checkpoint, a path or a name on the Hub: the verb's argument, or either option."""
 CheckpointTexts = Annotated[
     list[PathText],
     Parameter(name=("--checkpoint", "--checkpoints"), consume_multiple=(1, None)),
 ]
 """Checkpoints, one or more, given likewise."""
+HubRepo = Annotated[str, Parameter(metavar="ORG/REPO", validator=_check_repo)]
+"""A repository on the Hub. A text that is none is a usage error, before hours of work."""
 DataText = Annotated[str, Parameter(validator=_check_data)]
 """Texts to train or measure on. As with paths, mistakes in their names are usage errors."""
 Layers = Annotated[str | None, Parameter(validator=lambda _, text: text and check_layers(text))]
@@ -167,7 +175,7 @@ class CheckpointOptions:
     """A base model with the layers of a checkpoint.
 
     Attributes:
-        checkpoint: Checkpoint directory or weights file.
+        checkpoint: Checkpoint directory, weights file, or ORG/REPO on the Hub.
         base: The base model.
         loading: Which of its layers are loaded, and how.
     """

@@ -48,7 +48,7 @@ def evaluate(
     Parameters
     ----------
     checkpoint
-        Checkpoint directories or weight files, each measured on its own.
+        Checkpoint directories, weight files, or ORG/REPO on the Hub, each measured on its own.
     data
         Text to measure on, given as for train; by default medium, or self where medium cannot be
         streamed. Only windows that train holds out are used.

@@ -8,7 +8,7 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import MutuallyExclusive
 
 import npt_fast as npt
-from npt_fast.cli.arguments import CheckpointText, Layers, PathText
+from npt_fast.cli.arguments import CheckpointText, HubRepo, Layers, PathText
 from npt_fast.cli.output import (
     note,
     print_json,
@@ -18,6 +18,7 @@ from npt_fast.cli.output import (
     size,
     warn,
 )
+from npt_fast.cli.push import check_push, push_written
 
 # a reference has no weights to link
 _WEIGHTS = Group("Base weights", validator=MutuallyExclusive())  # type: ignore[no-untyped-call]
@@ -33,6 +34,7 @@ def export(
     hardlink: Annotated[bool, Parameter(group=_WEIGHTS)] = False,
     verify: bool = False,
     allow_different_base: bool = False,
+    push_to_hub: HubRepo | None = None,
     json: bool = False,
 ) -> None:
     """Write a checkpoint and its base model as one folder for transformers and engines.
@@ -42,7 +44,7 @@ def export(
     Parameters
     ----------
     checkpoint
-        Checkpoint directory or weights file.
+        Checkpoint directory, weights file, or ORG/REPO on the Hub.
     output
         Directory to write. It appears complete or not at all.
     model_name
@@ -58,9 +60,12 @@ def export(
         Compare every tensor and file with its source before the output appears; record digests.
     allow_different_base
         Allow another base model of the same sizes than the layers were trained on.
+    push_to_hub
+        Repository on the Hub to push the folder to, as push does.
     json
         Print the report as JSON.
     """
+    check_push(push_to_hub)
     with progress_bar() as progress:
         report = npt.export(
             checkpoint,
@@ -77,6 +82,7 @@ def export(
         note(f"Note: {line}")
     for warning in report.warnings:
         warn(warning)
+    push_written(report.output, push_to_hub)
     if json:
         print_json(report.to_dict())
         return

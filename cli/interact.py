@@ -37,7 +37,7 @@ class InteractOptions:
     """Options of `interact`.
 
     Attributes:
-        checkpoint: Checkpoint directory or weights file.
+        checkpoint: Checkpoint directory, weights file, or ORG/REPO on the Hub.
         base: The base model.
         loading: Which layers of the checkpoint are loaded, and how.
         reading: How texts become tokens; the command set changes it.

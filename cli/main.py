@@ -40,6 +40,7 @@ app = App(
 # as text: --help takes 0.4 s, and importing torch alone would take 4
 app.command("npt_fast.cli.merge:merge", name="merge", help="Merge checkpoints into one.")
 app.command("npt_fast.cli.export:export", name="export", help="Export a model for serving.")
+app.command("npt_fast.cli.push:push", name="push", help="Push a checkpoint to the Hub.")
 app.command("npt_fast.cli.serve:serve", name="serve", help="Serve an exported model with vLLM.")
 app.command("npt_fast.cli.analyze:analyze", name="analyze", help="Describe checkpoints.")
 app.command("npt_fast.cli.train:train", name="train", help="Train NP layers of a model.")

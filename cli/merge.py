@@ -11,8 +11,9 @@ from cyclopts import Parameter, Token
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.checkpoint.merge_report import MergeReport
-from npt_fast.cli.arguments import CheckpointTexts, PathText
+from npt_fast.cli.arguments import CheckpointTexts, HubRepo, PathText
 from npt_fast.cli.output import print_json, print_verification, progress_bar, say, size, warn
+from npt_fast.cli.push import check_push, push_written
 from npt_fast.config import (
     BadStatePolicy,  # noqa: F401  cyclopts resolves the hints of `MergeOptions` in this module
     ConflictPolicy,  # noqa: F401
@@ -56,6 +57,7 @@ def merge(
     dry_run: bool = False,
     json: bool = False,
     plot: PathText | None = None,
+    push_to_hub: HubRepo | None = None,
 ) -> None:
     """Merge NPT checkpoints into one that can be used, verified and trained further.
 
@@ -65,8 +67,8 @@ def merge(
     Parameters
     ----------
     checkpoints
-        Checkpoint directories or weight files. PATH:11,13 or PATH:11-13 takes only those
-        layers.
+        Checkpoint directories, weight files, or ORG/REPO on the Hub. PATH:11,13 or PATH:11-13
+        takes only those layers.
     output
         Directory to write. It appears complete or not at all.
     verify
@@ -75,13 +77,18 @@ def merge(
         Replace an existing checkpoint as a whole. A directory that holds anything else is never
         replaced.
     dry_run
-        Show the plan; write nothing.
+        Show the plan; write nothing, and download no weights.
     json
         Print the report as JSON.
     plot
         Picture to write, .png, .svg or .pdf: which checkpoints the layers come from, through
         earlier merges.
+    push_to_hub
+        Repository on the Hub to push the merged checkpoint to, as push does.
     """
+    if push_to_hub is not None and dry_run:
+        raise MergeError("--push_to_hub pushes what was merged; leave out one of them")
+    check_push(push_to_hub)
     if plot is not None:
         if dry_run:
             raise MergeError("--plot draws what was merged; leave out --dry_run or --plot")
@@ -98,6 +105,7 @@ def merge(
         )
     for warning in report.warnings:
         warn(warning)
+    push_written(report.output, push_to_hub)
     if json:
         print_json(report.to_dict())
     else:

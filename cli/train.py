@@ -10,8 +10,9 @@ from typing import Annotated, Literal, get_type_hints
 from cyclopts import Group, Parameter
 
 import npt_fast as npt
-from npt_fast.cli.arguments import SpecialTokens
+from npt_fast.cli.arguments import HubRepo, SpecialTokens
 from npt_fast.cli.output import certificate_lines, print_json, progress_bar, say
+from npt_fast.cli.push import check_push, push_written
 from npt_fast.config import (  # noqa: F401  cyclopts resolves the hints of `TrainOptions` here
     BaseDType,
     FileFormat,
@@ -43,7 +44,8 @@ _GROUPS = {
     ),
     "Curriculum": "curriculum_stages",
     "Output": (
-        "output_dir format logging_steps eval_steps save_steps keep_last generation_steps json"
+        "output_dir format logging_steps eval_steps save_steps keep_last generation_steps "
+        "push_to_hub json"
     ),
     "Tracking": "track wandb_name wandb_project wandb_tags wandb_mode",
     "Processes": "num_processes parallel device cpu",
@@ -74,6 +76,7 @@ def train(
     options: Annotated[TrainArguments, Parameter(name="*", consume_multiple=True)],
     *,
     device: Literal["cpu", "cuda"] | None = None,
+    push_to_hub: HubRepo | None = None,
     json: bool = False,
 ) -> int:
     """Train NP layers of a language model, from scratch or from a checkpoint or merge.
@@ -89,13 +92,19 @@ def train(
     device
         Device to train on; a GPU if there is one and none is given. CUDA_VISIBLE_DEVICES chooses
         among several.
+    push_to_hub
+        Repository on the Hub to push the last checkpoint to, as push does, unless the run is
+        stopped.
     json
         Print the report as JSON.
     """
+    check_push(push_to_hub)
     if device is not None:
         options = _on(device, options)
     with progress_bar("tokens") as progress:
         report = npt.train(options, progress=progress)
+    if not report.stopped_by:
+        push_written(report.checkpoint, push_to_hub)
     if json:
         print_json(report.to_dict())
     else:

@@ -15,7 +15,7 @@ def verify(checkpoint: CheckpointText, *, json: bool = False) -> int:
     Parameters
     ----------
     checkpoint
-        Merged checkpoint, or a copy of one.
+        Merged checkpoint, or a copy of one; or ORG/REPO on the Hub.
     json
         Print the report as JSON.
     """

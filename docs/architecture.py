@@ -61,7 +61,7 @@ BOXES = (
         "#e0f2f1",
     ),
     Box(("functional",), "the modulated MLP as a function", 4, 40, 290, "#fff3e0"),
-    Box(("checkpoint",), "read, merge, verify; no torch", 4, 310, 720, "#fce4ec"),
+    Box(("checkpoint", "hub"), "read, merge, verify; no torch", 4, 310, 720, "#fce4ec"),
     Box(("kernels",), "Triton", 5, 40, 150, "#fff3e0"),
     Box(
         ("config", "errors", "layer_names", "paths", "schema", "text_sources"),

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         unload,
     )
     from npt_fast.hf.export import export
+    from npt_fast.hf.push import push
     from npt_fast.hf.quantize import quantize
     from npt_fast.training.distillation import Distillation
     from npt_fast.training.evaluation import Evaluation, evaluate
@@ -105,6 +106,7 @@ _HOMES = {
     "mean": "npt_fast.transfer.modulation",
     "merge": "npt_fast.checkpoint.merge",
     "plan": "npt_fast.training.plan",
+    "push": "npt_fast.hf.push",
     "quantize": "npt_fast.hf.quantize",
     "read_suite": "npt_fast.transfer.suite",
     "sample_text": "npt_fast.training.sampling",
@@ -162,6 +164,7 @@ __all__ = [
     "mean",
     "merge",
     "plan",
+    "push",
     "quantize",
     "read_suite",
     "sample_text",

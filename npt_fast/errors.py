@@ -85,6 +85,10 @@ class CheckpointError(NPTError):
     """A checkpoint cannot be read: broken, unsafe, incomplete, or changed while being read."""
 
 
+class HubError(CheckpointError):
+    """The Hugging Face Hub has no such checkpoint, refuses it, or cannot be reached."""
+
+
 class MergeError(NPTError):
     """The inputs cannot be merged as asked, or the output cannot be written."""
 

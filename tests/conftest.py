@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 
 from tests.fork_server import ForkServer
+from tests.hub import Hub, serving
 
 # Triton reads it once, when it is imported, which a library may do at any time. Not for ttsem,
 # which is in the place of a GPU.
@@ -100,3 +101,24 @@ def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer
     server = ForkServer(tmp_path_factory.mktemp("fork_server"))
     yield server
     server.close()
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A stand-in for the Hub, with a cache of its own; nobody is logged in."""
+    from huggingface_hub import constants
+
+    home = tmp_path_factory.mktemp("hub")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with serving() as server:
+        for name, value in {
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint
+            + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home / "cache"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        yield server

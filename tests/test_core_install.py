@@ -21,6 +21,7 @@ NEEDS = {
     "train": (["train", "--train_layers", "1"], "torch", "train"),
     "serve": (["serve", "a"], "safetensors", "serve"),
     "export": (["export", "--checkpoint", "a", "--output", "o"], "safetensors", "hf"),
+    "push": (["push", "a", "org/a"], "safetensors", "hf"),
     "sample": (["sample", "--output", "a.jsonl"], "torch", "train"),
     "evaluate": (["evaluate", "--checkpoint", "a"], "torch", "train"),
     "plan": (["plan", "--checkpoint", "a"], "torch", "train"),

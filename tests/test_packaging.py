@@ -35,7 +35,7 @@ NEEDS = {
     **dict.fromkeys(("tables", "text_sources"), "core"),
     **dict.fromkeys(("called_mlp", "functional", "hf", "initialization"), "hf"),
     **dict.fromkeys(("kept_cast", "modules"), "hf"),
-    "testing": "hf",
+    **dict.fromkeys(("hub", "testing"), "hf"),
     "vllm": "serve",
     "transfer": "hf",
     "kernels": "kernels",

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from npt_fast import paths
 from npt_fast.checkpoint import strict_json, whole_model
 from npt_fast.checkpoint.certificate import Certificate
-from npt_fast.checkpoint.digests import DIGESTS, TensorDigest, read_digests
+from npt_fast.checkpoint.digests import TensorDigest, read_digests
 from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary, Provenance
 from npt_fast.checkpoint.np_module import NPModule, collect_modules
 from npt_fast.checkpoint.npt_config import (
@@ -21,37 +21,21 @@ from npt_fast.checkpoint.npt_config import (
     LaterVersionError,
     LayerDescription,
 )
-from npt_fast.checkpoint.tensor_source import (
-    WEIGHTS,
-    WHOLE_MODEL,
-    TensorSource,
-    locate_checkpoint,
-    open_tensors,
-)
+from npt_fast.checkpoint.own_files import CONFIG
+from npt_fast.checkpoint.place import Place, locate
+from npt_fast.checkpoint.tensor_source import WHOLE_MODEL, TensorSource, open_tensors
 from npt_fast.checkpoint.training_metadata import TRAINING_METADATA, parse_residual
-from npt_fast.checkpoint.training_state import MULTI_LAYER_STATE, TRAINING_STATE
 from npt_fast.errors import CheckpointError, MergeError, ModelError
+from npt_fast.hub import is_hub_name
 from npt_fast.layer_names import layer_indices
 from npt_fast.paths import expand, path_errors
 
-CONFIG = "config.json"
 _WITHOUT = {
     CONFIG: "the file is not used",
     MERGE_SUMMARY: "without it, earlier sources and digests of its layers are not known",
 }
 _RESTORE = "it records which layers keep their residual: restore it, or, if none does, remove it"
-_FILES = {
-    *WEIGHTS,
-    TRAINING_STATE,
-    MULTI_LAYER_STATE,
-    CONFIG,
-    NPT_CONFIG,
-    MERGE_SUMMARY,
-    DIGESTS,
-    TRAINING_METADATA,
-}
 T = TypeVar("T")
-_OWN_SHARD = re.compile(r"npt_weights-[0-9]+-of-[0-9]+\.safetensors")
 # DOTALL: a file's name may hold a line break
 _SELECTION = re.compile(r"(?P<path>.+):(?P<layers>[0-9][0-9, -]*)", re.DOTALL)
 
@@ -83,7 +67,8 @@ class Checkpoint:
     """An opened checkpoint; no tensor data has been read.
 
     Attributes:
-        given: path as the user wrote it, without a selection and with ``~`` replaced.
+        given: path as the user wrote it, without a selection and with ``~`` replaced; of a
+            checkpoint on the Hub its name there with the commit, ``hf://org/repo@commit``.
         directory: folder of the small files; None if only a weights file was opened.
         notes: lines that say where the checkpoint was found, if elsewhere, and which weights were
             not read.
@@ -111,6 +96,11 @@ class Checkpoint:
     @property
     def path(self) -> Path:
         return self.directory or self.weights.path
+
+    @property
+    def place(self) -> str:
+        """Its path, or its name on the Hub."""
+        return self.given if is_hub_name(self.given) else str(self.path)
 
     @property
     def model_name(self) -> str | None:
@@ -205,11 +195,6 @@ class Checkpoint:
             yield from read_digests(self.directory)
 
 
-def is_checkpoint_file(name: str) -> bool:
-    """Whether npt_fast or the original gives a file in a checkpoint this name."""
-    return name in _FILES or _OWN_SHARD.fullmatch(name) is not None
-
-
 def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
     """Split ``"A:5,11-13"`` into path and layers, unless a path of that whole name exists.
 
@@ -227,20 +212,23 @@ def split_selection(given: str) -> tuple[str, tuple[int, ...] | None]:
         raise MergeError(f"{given:.200}: there is no such path, and {error}") from None
 
 
-def open_checkpoint(given: str | Path) -> Checkpoint:
-    """Open the checkpoint at a path; no tensor data is read.
+def open_checkpoint(given: str | Path | Place) -> Checkpoint:
+    """Open a checkpoint; no tensor data is read.
+
+    Args:
+        given: path or name on the Hub, as for `locate`, or what that found.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is broken, unsafe or incomplete.
         PathError: `given` is not a valid path.
     """
-    given = expand(given)
-    with path_errors(given, CheckpointError):
-        return _open(given)
+    place = given if isinstance(given, Place) else locate(given)
+    with path_errors(place.name, CheckpointError):
+        return _open(place)
 
 
-def _open(given: str) -> Checkpoint:
-    path, note = locate_checkpoint(given)
+def _open(place: Place) -> Checkpoint:
+    path = place.path
     weights = open_tensors(path)
     if paths.is_directory(path):
         directory: Path | None = path
@@ -285,9 +273,9 @@ def _open(given: str) -> Checkpoint:
         config = None  # the model's, not that of a run
     modules = collect_modules(weights.tensors, str(weights.path))
     return Checkpoint(
-        given,
+        place.name,
         directory,
-        tuple(line for line in (note, weights.note) if line),
+        tuple(line for line in (place.note, weights.note) if line),
         weights,
         modules,
         config,

@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
-from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint
+from npt_fast.checkpoint.checkpoint import Checkpoint
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter, InOrder, TensorDigest
 from npt_fast.checkpoint.layout import TorchZipLayout
 from npt_fast.checkpoint.npt_config import NPT_CONFIG
+from npt_fast.checkpoint.own_files import CONFIG
 from npt_fast.checkpoint.plan import MergePlan
 from npt_fast.checkpoint.recipe import Recipe
 from npt_fast.checkpoint.source_file import SourceFile

@@ -10,11 +10,12 @@ from typing import Any
 
 from npt_fast.checkpoint.certificate import Certificate
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from npt_fast.checkpoint.hub_headers import HubHeaders
 from npt_fast.checkpoint.np_module import Architecture, NPModule, flat
 from npt_fast.checkpoint.numbers import count_non_finite, read_number, sum_of_squares
 from npt_fast.checkpoint.plan import plan_merge
 from npt_fast.checkpoint.recipe import Recipe
-from npt_fast.checkpoint.source_file import NearbyReader
+from npt_fast.checkpoint.source_file import NearbyReader, is_hub_blob
 from npt_fast.checkpoint.tensor_entry import TensorEntry
 from npt_fast.checkpoint.tensor_source import newest_checkpoint
 from npt_fast.checkpoint.training_state import (
@@ -93,7 +94,7 @@ class CheckpointReport:
     """Description of a checkpoint.
 
     Attributes:
-        path: path of the checkpoint.
+        path: path of the checkpoint, or its name on the Hub with the commit.
         format: ``"pt"`` or ``"safetensors"``.
         total_keys: number of weight tensors.
         total_parameters: number of weights.
@@ -159,8 +160,8 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     """Describe a checkpoint.
 
     Args:
-        path: checkpoint directory or weights file; or the folder of a training run, whose newest
-            checkpoint is described.
+        path: checkpoint directory, weights file or name on the Hub; or the folder of a training
+            run, whose newest checkpoint is described.
         values: whether to read the data too, for norms and counts of NaN.
 
     Raises:
@@ -170,7 +171,12 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     with path_errors(run, CheckpointError):
         newest = newest_checkpoint(run)
     notes = [f"{run}: using {newest}, the newest checkpoint of this run"] if newest else []
-    checkpoint = open_checkpoint(newest or path)
+    with HubHeaders() as hub:
+        checkpoint = open_checkpoint(newest or path) if values else hub.open(newest or path)
+        return _describe(checkpoint, notes, values)
+
+
+def _describe(checkpoint: Checkpoint, notes: Sequence[str], values: bool) -> CheckpointReport:
     problems = list(checkpoint.unread.values())
     training = multi_layer = None
     files: dict[str, int] = {}
@@ -186,8 +192,7 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
         try:
             with path_errors(checkpoint.directory, CheckpointError):
                 entries = sorted(checkpoint.directory.iterdir())
-                # lstat: a link inside a checkpoint is not followed
-                files = {entry.name: entry.lstat().st_size for entry in entries}
+                files = {entry.name: _size(entry) for entry in entries}
         except CheckpointError as error:
             problems.append(f"{error}; its files cannot be listed")
     layers = [_layer(checkpoint, module, values) for module in checkpoint.modules.values()]
@@ -203,7 +208,7 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
             "layer_sources": {str(layer): origin.source for layer, origin in origins.items()},
         }
     return CheckpointReport(
-        path=str(checkpoint.path),
+        path=checkpoint.place,
         format=checkpoint.weights.format,
         total_keys=len(checkpoint.weights.tensors),
         total_parameters=sum(info.parameters for info in layers),
@@ -227,10 +232,17 @@ def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
 def can_merge(paths: str | Path | Sequence[str | Path]) -> MergeVerdict:
     """Whether checkpoints can be merged, and what would conflict; reads headers only."""
     try:
-        plan = plan_merge(path_list(paths), MergeOptions())
+        with HubHeaders() as hub:
+            plan = plan_merge(path_list(paths), MergeOptions(), hub.open)
     except NPTError as error:
         return MergeVerdict(False, [], [str(error)])
     return MergeVerdict(True, [merged.layer for merged in plan.layers], list(plan.warnings))
+
+
+def _size(file: Path) -> int:
+    # a link inside a checkpoint is not followed, except those of the Hub's cache
+    followed = file.is_symlink() and is_hub_blob(file)
+    return file.stat(follow_symlinks=followed).st_size
 
 
 def _layer(checkpoint: Checkpoint, module: NPModule, values: bool) -> LayerInfo:

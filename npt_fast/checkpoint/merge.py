@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from npt_fast import paths
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
-from npt_fast.checkpoint.checkpoint import Checkpoint, is_checkpoint_file
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.digests import DigestWriter
+from npt_fast.checkpoint.hub_headers import HubHeaders
 from npt_fast.checkpoint.layout import BytesFile, OutputFile, Piece, runs
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY
+from npt_fast.checkpoint.own_files import is_checkpoint_file
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back, read_back_records
@@ -47,14 +49,14 @@ def merge(
     """Merge NPT checkpoints into one.
 
     Args:
-        checkpoints: checkpoint directories or weights files, or a single one; ``"A:11,13"`` takes
-            only these layers of A.
+        checkpoints: checkpoint directories, weights files or names on the Hub, or a single one;
+            ``"A:11,13"`` takes only these layers of A.
         output: directory to write; it appears complete or not at all.
         verify: whether to compare every tensor with its source before the output appears, and to
             record digests.
         force: whether to replace an existing checkpoint as a whole. A directory that is no
             checkpoint, or holds other files too, is never replaced.
-        dry_run: whether to plan and check everything, but write nothing.
+        dry_run: whether to plan and check everything, but write nothing, and download no weights.
         options: how to merge; default options if not given.
         progress: called with the name of the activity, bytes done and bytes in all.
 
@@ -72,12 +74,22 @@ def merge(
     started = time.monotonic()
     options = options or MergeOptions()
     target = user_path(output)
-    plan = plan_merge(path_list(checkpoints), options)
-    with path_errors(target, MergeError):
-        check_target(target, [item.checkpoint for item in plan.inputs], force=force)
-        expected, free, needed = space(plan, target)
-    if dry_run:
-        return report_of(plan, target, expected, free, needed, started, dry_run=True)
+    inputs = path_list(checkpoints)
+
+    def planned(
+        open: Callable[[str], Checkpoint],
+    ) -> tuple[MergePlan, dict[str, int], int, int]:
+        plan = plan_merge(inputs, options, open)
+        with path_errors(target, MergeError):
+            check_target(target, [item.checkpoint for item in plan.inputs], force=force)
+            return plan, *space(plan, target)
+
+    with HubHeaders() as hub:  # what cannot be merged is not downloaded
+        plan, expected, free, needed = planned(hub.open)
+        if dry_run:
+            return report_of(plan, target, expected, free, needed, started, dry_run=True)
+    if hub.names:
+        plan, _, free, needed = planned(open_checkpoint)
     if needed > free:
         raise StorageError(f"{target}: {needed:,} bytes needed, {free:,} free on its file system")
     report_progress = progress or (lambda activity, done, total: None)

@@ -17,6 +17,7 @@ from npt_fast.checkpoint.merge_summary import MergeSummary, PartProvenance, Prov
 from npt_fast.checkpoint.merged_layer import MergedLayer
 from npt_fast.checkpoint.np_module import Architecture, flat
 from npt_fast.checkpoint.plan import MergePlan
+from npt_fast.hub import is_hub_name
 
 if TYPE_CHECKING:
     from npt_fast.checkpoint.examination import VerifyReport
@@ -163,13 +164,14 @@ def summary_of(plan: MergePlan, target: Path, digests: DigestWriter) -> MergeSum
 
 
 def _working_directory(plan: MergePlan, target: Path) -> str | None:
-    """The current directory relative to the output; None if all inputs have absolute paths.
+    """The current directory relative to the output; None if no input has a relative path.
 
     Relative paths of inputs are relative to this directory. No absolute path is recorded, so that
     the paths stay valid when the whole tree is moved, and a published checkpoint does not reveal
     the names of its publisher's folders.
     """
-    if all(os.path.isabs(item.checkpoint.given) for item in plan.inputs):
+    names = [item.checkpoint.given for item in plan.inputs]
+    if all(os.path.isabs(given) or is_hub_name(given) for given in names):
         return None
     return os.path.relpath(os.getcwd(), os.path.realpath(target))
 

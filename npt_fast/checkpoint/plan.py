@@ -7,7 +7,7 @@ A plan holds every output file, and the recipe of every tensor in it. `merge` ca
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,7 +15,7 @@ from typing import Any
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import cloneable_bytes
-from npt_fast.checkpoint.checkpoint import CONFIG, open_checkpoint, split_selection
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint, split_selection
 from npt_fast.checkpoint.digests import InOrder, TensorDigest
 from npt_fast.checkpoint.dtypes import BY_TORCH_NAME
 from npt_fast.checkpoint.layout import (
@@ -33,6 +33,7 @@ from npt_fast.checkpoint.merged_layer import (
     resolve_conflicts,
 )
 from npt_fast.checkpoint.npt_config import NPT_CONFIG, Description, LayerDescription
+from npt_fast.checkpoint.own_files import CONFIG
 from npt_fast.checkpoint.recipe import Recipe, check_castable
 from npt_fast.checkpoint.tensor_source import PT_WEIGHTS
 from npt_fast.checkpoint.training_state import (
@@ -123,12 +124,17 @@ class MergePlan:
         return kinds
 
 
-def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
+def plan_merge(
+    checkpoints: Sequence[str],
+    options: MergeOptions,
+    open: Callable[[str], Checkpoint] = open_checkpoint,
+) -> MergePlan:
     """Plan a merge.
 
     Args:
         checkpoints: paths, each with an optional selection of layers (``"A:11,13"``).
         options: options of the merge.
+        open: opens the checkpoint at a path.
 
     Raises:
         CheckpointError: an input cannot be read.
@@ -137,7 +143,7 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
     if not checkpoints:
         raise MergeError("no checkpoints given")
     warnings: list[str] = []
-    inputs = tuple(_open_input(given, options, warnings) for given in checkpoints)
+    inputs = tuple(_open_input(given, options, warnings, open) for given in checkpoints)
     inputs = _without_unlike_moments(inputs, options, warnings)
     _check_same_base(inputs, options)
     layers = resolve_conflicts(inputs, options, warnings)
@@ -180,9 +186,14 @@ def plan_merge(checkpoints: Sequence[str], options: MergeOptions) -> MergePlan:
     )
 
 
-def _open_input(given: str, options: MergeOptions, warnings: list[str]) -> MergeInput:
+def _open_input(
+    given: str,
+    options: MergeOptions,
+    warnings: list[str],
+    open: Callable[[str], Checkpoint],
+) -> MergeInput:
     path, selection = split_selection(given)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open(path)
     warnings += checkpoint.unread.values()
     layers = tuple(checkpoint.modules)
     if selection is not None:

@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +28,25 @@ _NEARBY = 1 << 16  # bytes per read of `NearbyReader`
 _POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux: one call instead of 256 page faults
 _HUB_BLOB = re.compile(r"(\.\./)+blobs/[0-9a-f]{40,64}")
 _NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "ceph", "gpfs", "beegfs")
+
+
+_partial: dict[Path, Callable[[int, int], None]] = {}
+
+
+@contextmanager
+def partial_file(path: Path, complete: Callable[[int, int], None]) -> Iterator[None]:
+    """Within the block, the file at `path` is completed where it is read.
+
+    Args:
+        path: path of a file that has its size already.
+        complete: called with offset and length before these bytes are read. It writes them, and
+            leaves the file's modification time as it is.
+    """
+    _partial[path] = complete
+    try:
+        yield
+    finally:
+        del _partial[path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +83,7 @@ class SourceFile:
             CheckpointError: the path is no regular file, is a link, or cannot be read.
         """
         with path_errors(path, CheckpointError):
-            foreign_link = not follow_links and path.is_symlink() and not _is_hub_blob(path)
+            foreign_link = not follow_links and path.is_symlink() and not is_hub_blob(path)
         if foreign_link:
             raise CheckpointError(
                 f"{path}: is a symbolic link; links inside a checkpoint are not followed, "
@@ -122,6 +141,7 @@ class SourceFile:
 
     def read_at(self, fd: int, offset: int, length: int) -> bytes:
         """Like `read`, through a descriptor from `open`: saves opening the file for every read."""
+        self._complete(offset, length)
         with path_errors(self.path, CheckpointError):
             data = os.pread(fd, length, offset)
             while len(data) < length:  # short reads happen on network file systems
@@ -146,6 +166,7 @@ class SourceFile:
             while offset < end:
                 self.check(fd)  # a mapped file that has shrunk would kill us with SIGBUS
                 step = min(size, end - offset)
+                self._complete(offset, step)
                 if mapped:
                     # mmap takes page-aligned offsets only
                     lead = offset % mmap.ALLOCATIONGRANULARITY
@@ -158,6 +179,11 @@ class SourceFile:
                 else:
                     yield self.read_at(fd, offset, step)
                 offset += step
+
+    def _complete(self, offset: int, length: int) -> None:
+        if complete := _partial.get(self.path):
+            with path_errors(self.path, CheckpointError):
+                complete(offset, length)
 
 
 def read_file(path: Path, limit: int, *, follow_links: bool = False) -> bytes:
@@ -202,7 +228,12 @@ class NearbyReader:
         yield self._data[offset - self._start :][:length]
 
 
-def _is_hub_blob(link: Path) -> bool:
+def is_hub_blob(link: Path) -> bool:
+    """Whether a link leads to a blob of the Hub's cache.
+
+    Raises:
+        OSError: `link` is no link, or cannot be read.
+    """
     target = os.readlink(link)
     return bool(_HUB_BLOB.fullmatch(target)) and not (link.parent / target).is_symlink()
 

@@ -79,7 +79,7 @@ def locate_checkpoint(given: str | Path) -> tuple[Path, str]:
 def _locate(path: Path) -> tuple[Path, str]:
     if paths.is_file(path) or find_weights(path):
         return path, ""
-    nested = path.parent / CHECKPOINTS / path.name
+    nested = _nested(path)
     if find_weights(nested):
         return nested, f"{path}: using {nested}"
     if not paths.exists(path):
@@ -93,6 +93,20 @@ def _locate(path: Path) -> tuple[Path, str]:
         f"NPT weights not found at {path}: expected {PT_WEIGHTS} or {SAFETENSORS_WEIGHTS} in it"
         + (f"; it holds {similar[0]:.80}" if similar else "")
     )
+
+
+def _nested(path: Path) -> Path:
+    return path.parent / CHECKPOINTS / path.name
+
+
+def is_on_disk(path: Path) -> bool:
+    """Whether `locate_checkpoint` finds anything for a path.
+
+    Raises:
+        CheckpointError: a folder holds weights in two formats.
+        OSError: the path cannot be examined.
+    """
+    return paths.exists(path) or find_weights(_nested(path)) is not None
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -16,10 +16,11 @@ from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
 from npt_fast.checkpoint.examination import Examination, VerifyReport, file_sha256
 from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary
+from npt_fast.checkpoint.place import cached, locate, on_disk
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
-from npt_fast.checkpoint.tensor_source import locate_checkpoint
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import CheckpointError, NPTError
+from npt_fast.hub import is_hub_name
 from npt_fast.paths import path_errors
 
 
@@ -51,7 +52,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     """Verify a merged checkpoint, which may have been moved since the merge.
 
     Args:
-        path: checkpoint directory.
+        path: checkpoint directory, or its name on the Hub.
         progress: called with the name of the activity, bytes done and bytes in all.
 
     Returns:
@@ -60,11 +61,11 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     Raises:
         CheckpointError: there is no checkpoint.
     """
-    located, _ = locate_checkpoint(path)
+    place = locate(path)
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(place)
     except CheckpointError as error:
-        return VerifyReport(str(located), [], [], 0, problems=[str(error)])
+        return VerifyReport(str(place.path), [], [], 0, problems=[str(error)])
     summary = checkpoint.summary
     notes = list(checkpoint.notes)
     problems: list[str] = []
@@ -128,16 +129,22 @@ def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:
     for path, layers in summary.inputs:
         selection = "" if layers is None else ":" + ",".join(map(str, layers))
         # relative to the current directory of the merge, not to today's
-        specs.append(os.path.join(base, path) + selection)
+        source = cached(path) if is_hub_name(path) else os.path.join(base, path)
+        specs.append(f"{source}{selection}")
     try:
         known = MergeOptions(**summary.options)
     except TypeError as error:
         raise ValueError(f"{MERGE_SUMMARY} has options of another version: {error}") from None
     # the recorded SHA-256 of headers and small files proves those; the plan is for tensors only
-    plan = plan_merge(specs, replace(known, copy_multi_layer_state=None))
+    plan = plan_merge(specs, replace(known, copy_multi_layer_state=None), _open_on_disk)
     if tuple(merged.layer for merged in plan.layers) != summary.merged_layers:
         raise ValueError("they hold other layers than when they were merged")
     return plan
+
+
+def _open_on_disk(path: str) -> Checkpoint:
+    # a file that names a repository gets no download
+    return open_checkpoint(on_disk(path))
 
 
 def _forget_cached(path: Path) -> None:

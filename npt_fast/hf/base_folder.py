@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npt_fast.checkpoint.checkpoint import is_checkpoint_file
 from npt_fast.checkpoint.npt_config import SIZES
+from npt_fast.checkpoint.own_files import is_checkpoint_file
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import ModelError
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX, MODEL_TYPE_PREFIX
@@ -87,7 +87,7 @@ def open_base(name: str, *, weights: bool) -> BaseFolder:
     exported = _exported(name, config)
     found = base_weights(name, path) if local or weights else []
     with path_errors(path, ModelError):
-        small = [file for file in sorted(path.iterdir()) if _is_taken(file)]
+        small = [file for file in sorted(path.iterdir()) if is_taken(file)]
     return BaseFolder(
         name,
         path,
@@ -162,7 +162,8 @@ def base_weights(name: str, folder: Path) -> list[Path]:
     return [*found, *(folder / index for index in INDEXES if f"{found[0].suffix}." in index)]
 
 
-def _is_taken(file: Path) -> bool:
+def is_taken(file: Path) -> bool:
+    """Whether an export takes a file of the base model over, apart from config and weights."""
     return (
         file.name.endswith(READ_WHOLE)
         and not file.name.endswith(".index.json")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint
+from npt_fast.checkpoint.checkpoint import Checkpoint
+from npt_fast.checkpoint.own_files import CONFIG
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.config import DEFAULT_MODEL
 from npt_fast.errors import ModelError
 from npt_fast.hf.exported import Exported, base_type
+from npt_fast.hub import is_hub_name
 from npt_fast.paths import exists
 
 
@@ -62,6 +64,8 @@ def base_name(
 def _own_base(checkpoint: Checkpoint) -> str | None:
     """The base model that a checkpoint records; an exported model holds or names its own."""
     config = checkpoint.directory and checkpoint.directory / CONFIG
+    if is_hub_name(checkpoint.given):  # of an export there, only the NP layers are in the cache
+        return checkpoint.model_name
     if config and exists(config) and CONFIG not in checkpoint.unread:
         content = strict_json.read_foreign(config)
         if base_type(content) is not None:

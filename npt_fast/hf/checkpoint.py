@@ -14,6 +14,7 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.np_module import Architecture, NPModule
 from npt_fast.checkpoint.npt_config import NPT_CONFIG, SIZES
+from npt_fast.checkpoint.place import locate
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
@@ -42,6 +43,7 @@ def load(
     model: Model,
     path: str | Path | Checkpoint,
     *,
+    revision: str | None = None,
     layers: Sequence[int] | None = None,
     residual: Residual | None = None,
     probe: bool = True,
@@ -56,7 +58,9 @@ def load(
 
     Args:
         model: Hugging Face causal language model.
-        path: checkpoint directory or weights file, or a checkpoint that is open already.
+        path: checkpoint directory or weights file, its name on the Hub (``"org/repo"``,
+            ``"org/repo@revision"``), or a checkpoint that is open already.
+        revision: branch, tag or commit of a name on the Hub.
         layers: indices of the layers to load; all layers if not given.
         residual: ``"removed"`` or ``"kept"``: what happens to the attention output in layers of
             which no file says it, as in the original's. If not given, layers that the model has
@@ -90,7 +94,9 @@ def load(
         raise ValueError(f"factors must be int8 or None, got {factors!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and computes_in(dtype)):
         raise ValueError(f"dtype must be a float of 16 bits or more, got {dtype!r}")
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    if not isinstance(path, Checkpoint):
+        path = open_checkpoint(locate(path, revision))
+    checkpoint = path
     check_base(model, checkpoint)
     chosen = list(checkpoint.modules) if layers is None else list(layers)
     checkpoint.require(chosen)

@@ -28,7 +28,7 @@ from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import ModelError, StorageError, VerificationError
 from npt_fast.hf.base_folder import BaseFolder, open_base
 from npt_fast.hf.exported import BaseReference, Exported, file_sha256
-from npt_fast.hf.model_card import MODEL_CARD, model_card
+from npt_fast.hf.model_card import MODEL_CARD, exported_card
 from npt_fast.hf.model_folder import CONFIG, SMOLLM2
 from npt_fast.layer_names import is_name, resolve_layers
 from npt_fast.paths import exists, expand, path_errors, user_path
@@ -61,7 +61,8 @@ def export(
     written as float32.
 
     Args:
-        checkpoint: checkpoint directory or weights file; ``"A:11,13"`` takes only these layers.
+        checkpoint: checkpoint directory, weights file or name on the Hub; ``"A:11,13"`` takes only
+            these layers.
         output: directory to write; it must not exist, and appears complete or not at all.
         model_name: base model: Hub id, folder, path of a ``.gguf`` file or ``"smollm2-135m"``; if
             not given, the one that the checkpoint records.
@@ -108,7 +109,7 @@ def export(
         check_target(target, [opened], force=False)
     with disk_errors(target, ModelError), StagedDirectory(target, replace=False) as staged:
         base = _open_base(name, staged, weights=not reference)
-        own = _plan(opened, path, selected, layers, base)
+        own = _plan(opened, selected, layers, base)
         fingerprint, compared = _fingerprint(opened, base, any_base=allow_different_base)
         made_here = base.folder.parent == staged.path
         linked = base.weights if hardlink or made_here else ()
@@ -175,7 +176,6 @@ def _open_base(name: str, staged: StagedDirectory, *, weights: bool) -> BaseFold
 
 def _plan(
     opened: Checkpoint,
-    path: str,
     selected: Sequence[int] | None,
     layers: str | Sequence[int] | None,
     base: BaseFolder,
@@ -194,8 +194,11 @@ def _plan(
             selected = [layer for layer in selected if layer in opened.modules]
         opened.require(selected)
         if not selected:
-            raise ModelError(f"{path}: has layers {list(opened.modules)}, none of {layers}")
-    spec = path if selected is None else f"{path}:{','.join(map(str, selected))}"
+            raise ModelError(f"{opened.given}: has layers {list(opened.modules)}, none of {layers}")
+    # by its commit: a name on the Hub could mean another one by now
+    spec = opened.given
+    if selected is not None:
+        spec += f":{','.join(map(str, selected))}"
     plan = plan_merge([spec], _OPTIONS)
     # the model's config.json has the name of that of a run
     return replace(plan, files=tuple(file for file in plan.files if file.name != CONFIG))
@@ -274,8 +277,15 @@ def _describe(
         description = replace(description, base_name=base.name)
     exported = Exported(description, file_sha256(staged.path / SAFETENSORS_WEIGHTS), place)
     config = BytesFile(CONFIG, strict_json.dump({**base.config, NPT: exported.to_dict()}))
-    card = model_card(plan.layers, description, base, place, trained.base_name)
     summary = summary_of(replace(plan, files=(*plan.files, config)), target, digests).to_dict()
+    name = description.base_name or base.name
+    card = exported_card(
+        plan.layers,
+        replace(description, base_name=name),
+        str(base.config["model_type"]),
+        place,
+        trained_on=trained.base_name,
+    )
     for file in (
         config,
         BytesFile(MODEL_CARD, card.encode()),

@@ -1,63 +1,102 @@
-"""``README.md`` of an exported model: what it is, where its layers come from, how to load it."""
+"""``README.md`` of a checkpoint on the Hub and of an exported model: what it is, how to load it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from npt_fast.checkpoint.certificate import Certificate
 from npt_fast.checkpoint.merged_layer import MergedLayer
 from npt_fast.checkpoint.npt_config import Description
 from npt_fast.errors import printable
-from npt_fast.hf.base_folder import BaseFolder
 from npt_fast.hf.exported import BaseReference
+from npt_fast.hub import HubName
 from npt_fast.tables import markdown_table
 
 MODEL_CARD = "README.md"
 
-_LOAD = """\
-## Load it
-
+_LOAD_EXPORTED = """\
 Install npt_fast with the extra `hf`: `pip install 'npt_fast[hf]'`. Without it, transformers says
-that it does not know the model type, `{model_type}`.
+that it does not know the model type, {model_type}.
 
 ```python
 import npt_fast  # tells transformers of the model type
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained({place})
+tokenizer = AutoTokenizer.from_pretrained({place})
 ```
+"""
+_LOAD_LAYERS = """\
+Install npt_fast with the extra `hf`: `pip install 'npt_fast[hf]'`.
+
+```python
+import npt_fast as npt
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+npt.load(model, "{name}")
+```
+
+`npt-fast merge {name} ANOTHER --output merged` joins the layers with those of another checkpoint.
 """
 
 
-def model_card(
+def exported_card(
     layers: Sequence[MergedLayer],
     description: Description,
-    base: BaseFolder,
+    model_type: str,
     place: BaseReference | None,
-    trained_on: str | None,
+    *,
+    trained_on: str | None = None,
+    name: HubName | None = None,
 ) -> str:
-    """The text of the card, in Markdown.
+    """The card of an exported model, in Markdown.
 
     Args:
         layers: the exported layers, with the checkpoint that they come from.
         description: what ``npt_config.json`` says about them.
-        base: the base model.
+        model_type: ``model_type`` of the exported ``config.json``.
         place: where the base model is; None if its weights are in the folder.
         trained_on: name of the base model that the layers were trained on, if it is recorded.
+        name: where the model is on the Hub; None in a folder.
     """
-    name = description.base_name or base.name
-    other = trained_on if trained_on != name else None
+    weights = "in this folder" if place is None else f"not here but in {_code(_named(place))}"
+    where = '"path/to/this/folder"'
+    if name is not None:
+        where = f'"{name.repo}"' + (f', revision="{name.revision}"' if name.revision else "")
+    load = _LOAD_EXPORTED.format(model_type=_code(model_type), place=where)
+    about = f" Its weights are {weights}."
+    if trained_on not in (None, description.base_name):
+        about += f" The layers were trained on {_code(trained_on)}."
+    return _card(layers, description, about, load)
+
+
+def checkpoint_card(layers: Sequence[MergedLayer], description: Description, name: HubName) -> str:
+    """The card of a checkpoint on the Hub, in Markdown.
+
+    Args:
+        layers: its layers.
+        description: what ``npt_config.json`` says about them.
+        name: where it is.
+    """
+    place = name.repo + (f"@{name.revision}" if name.revision else "")
+    load = _LOAD_LAYERS.format(base=_hub_id(description) or "the/base-model", name=place)
+    return _card(layers, description, "", load)
+
+
+def _card(layers: Sequence[MergedLayer], description: Description, weights: str, load: str) -> str:
+    base = _hub_id(description)
     lines = [
-        *("---", "library_name: npt_fast", "tags:", "- neuro-plastic-transformer", "---", ""),
+        *("---", "library_name: npt_fast", *([f"base_model: {base}"] if base else [])),
+        *("tags:", "- neuro-plastic-transformer", "---", ""),
         "# A Neuro-Plastic Transformer",
         "",
         "A layer with NP weights turns its attention output into a low-rank change of its MLP "
         "weights, anew for every token.",
         "",
-        f"The base model is {_code(name)}. Its weights are "
-        + ("in this folder." if place is None else f"not here but in {_code(_named(place))}.")
-        + (f" The layers were trained on {_code(other)}." if other else ""),
+        f"The base model is {_code(description.base_name or 'not recorded')}.{weights}",
         "",
         "## NP layers",
         "",
@@ -69,9 +108,17 @@ def model_card(
         "`from` is the checkpoint that the layer comes from, and those before it through merges.",
         "",
         *_fidelity(layers, description),
-        _LOAD.format(model_type=base.config["model_type"]),
+        "## Load it",
+        "",
+        load,
     ]
     return "\n".join(lines)
+
+
+def _hub_id(description: Description) -> str | None:
+    """The name of the base model if it has the form of one on the Hub, and can stand in code."""
+    name = description.base_name or ""
+    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) else None
 
 
 def _row(merged: MergedLayer) -> tuple[str, ...]:
@@ -86,7 +133,7 @@ def _row(merged: MergedLayer) -> tuple[str, ...]:
         merged.residual or "not recorded",
         merged.factors or "float",
         "unknown" if merged.step is None else str(merged.step),
-        _code(" <- ".join(chained or [origin.given])),
+        _code(" <- ".join(chained)) if chained else "not merged",
     )
 
 

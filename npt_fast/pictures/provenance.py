@@ -8,6 +8,7 @@ from typing import Any
 
 from npt_fast.checkpoint.checkpoint import Checkpoint
 from npt_fast.errors import NPTError, printable
+from npt_fast.hub import is_hub_name
 from npt_fast.layer_names import ranges
 from npt_fast.pictures.figure import figure_class
 
@@ -48,7 +49,7 @@ def provenance(checkpoint: Checkpoint) -> Origin | None:
     Raises:
         NPTError: it records more sources than a picture can show.
     """
-    root = Origin(str(checkpoint.path))
+    root = Origin(checkpoint.place)
     merged = checkpoint.summary.layers if checkpoint.summary else {}
     for layer, found in merged.items():
         ways = [(part.source, part.chain, part.step) for part in found.parts]
@@ -126,8 +127,9 @@ def _draw_origin(axes: Any, origin: Origin, column: int, row: int) -> float:
 
 
 def _label(origin: Origin) -> str:
+    path = origin.path.partition("@")[0] if is_hub_name(origin.path) else origin.path
     # the folder above says more than checkpoint-800, and "checkpoints" says nothing
-    parts = [part for part in PurePath(origin.path).parts[-3:] if part != "checkpoints"][-2:]
+    parts = [part for part in PurePath(path).parts[-3:] if part != "checkpoints"][-2:]
     name = printable("/".join(parts))
     name = name if len(name) <= _LONGEST_NAME else f"...{name[3 - _LONGEST_NAME :]}"
     layers = sorted(origin.layers)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.certificate import Certificate
-from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint
+from npt_fast.checkpoint.checkpoint import Checkpoint
 from npt_fast.checkpoint.npt_config import NPT_CONFIG
+from npt_fast.checkpoint.own_files import CONFIG
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.training_run import BEST

@@ -18,7 +18,8 @@ import torch
 from transformers import TrainingArguments
 
 from npt_fast.checkpoint import strict_json
-from npt_fast.checkpoint.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from npt_fast.checkpoint.own_files import CONFIG
 from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.checkpoint.training_run import FINAL
 from npt_fast.checkpoint.training_state import TrainingState

@@ -30,6 +30,7 @@ USES = {
     "export": ["export", "--output", "o", "--checkpoint"],
     "export-output": ["export", "--checkpoint", "a", "--output"],
     "export-model": ["export", "--checkpoint", "a", "--output", "o", "--model_name"],
+    "push": ["push", "--repo", "org/a", "--checkpoint"],
     "train-output": ["train", "--train_layers", "1", "--output_dir"],
     "train-resume": ["train", "--train_layers", "1", "--resume_from"],
     "train-model": ["train", "--train_layers", "1", "--model_name"],

@@ -158,7 +158,7 @@ def test_other_ends(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("npt_fast.checkpoint.inspect.open_checkpoint", fail)
+    monkeypatch.setattr("npt_fast.checkpoint.hub_headers.open_checkpoint", fail)
     found, out, err = run(capsys, "analyze", "--checkpoint", tmp_path)
     assert (found, out) == (code, "")
     assert err.count("\n") == 1 and "Traceback" not in err
@@ -170,7 +170,7 @@ def test_our_own_bugs_are_not_hidden(
     def fail(*arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("npt_fast.checkpoint.inspect.open_checkpoint", fail)
+    monkeypatch.setattr("npt_fast.checkpoint.hub_headers.open_checkpoint", fail)
     with pytest.raises(ZeroDivisionError):
         run(capsys, "analyze", "--checkpoint", tmp_path)
 

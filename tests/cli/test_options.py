@@ -70,7 +70,7 @@ def test_each_option_of_train_has_a_part_of_the_help() -> None:
         groups.setdefault(group.name, []).append(option.field_info.name)
     assert list(groups) != [] and "Parameters" not in groups
     assert {name for names in groups.values() for name in names} == {
-        *TrainArguments.__dataclass_fields__, "device", "json",
+        *TrainArguments.__dataclass_fields__, "device", "json", "push_to_hub",
     }  # fmt: skip
 
 

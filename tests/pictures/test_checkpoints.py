@@ -17,6 +17,7 @@ from npt_fast.pictures.checkpoints import draw_checkpoints
 from npt_fast.pictures.figure import figure_class
 from npt_fast.pictures.provenance import draw_provenance, provenance
 from tests.checkpoints import layer_weights, trained_checkpoint, write_checkpoint
+from tests.hub import Hub
 
 CERTIFICATE = Certificate(
     (3, 5), 7, "docs", Closeness(10, 0.25, 1.5),
@@ -135,6 +136,13 @@ def test_names_of_others_are_texts(tmp_path: Path) -> None:
     figure.canvas.draw()
     assert labels(figure)[0] == f"...{'b' * 33}\nlayer 3"
     assert isinstance(figure, figure_class())
+
+
+def test_names_on_the_hub_are_shown_without_the_commit(hub: Hub, tmp_path: Path) -> None:
+    merged(tmp_path / "a", {3: (f"hf://org/first@{'b' * 40}", [])})
+    hub.add("org/merged", tmp_path / "a")
+    found = labels(draw_provenance(open_checkpoint("org/merged")))
+    assert found == ["org/first\nlayer 3", "org/merged\nlayer 3"]
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:
