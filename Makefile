@@ -6,7 +6,7 @@ GPU_PYTHON ?= python3
 # a worker takes 2 GB; one that is done takes over half of what another still has to do
 PYTEST = -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: install install-oldest install-serve docs demo test test-oldest test-quantised serve-test lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-generate bench-inject bench-serve fuzz kernels gpu clean
+.PHONY: install install-oldest install-serve install-docs install-quantised docs demo test test-oldest test-quantised serve-test lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-generate bench-inject bench-serve fuzz kernels gpu clean
 
 install: .venv/.installed
 
@@ -43,9 +43,11 @@ install-serve: .venv-serve/.installed
 
 # The pages and the API reference, in build/docs; a broken reference fails. Sphinx comes into .venv
 # here and not in `install`: tests do not need it.
-docs: .venv/.docs-installed
+docs: install-docs
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --jobs auto --conf-dir docs . build/docs
 	@echo "Open build/docs/index.html"
+
+install-docs: .venv/.docs-installed
 
 .venv/.docs-installed: .venv/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
@@ -68,9 +70,14 @@ test-oldest: install-oldest
 	.venv-oldest/bin/npt-fast kernels --arch sm_75,sm_89,sm_90,sm_100,gfx942 --max-spill 16 > /dev/null
 	.venv-oldest/bin/python $(PYTEST) $(patsubst %,--ignore-glob '%',tests/kernels tests/benchmarks tests/docs tests/fuzz/test_main.py tests/test_packaging.py tests/test_layering.py tests/test_documents.py $(WITHOUT_LIBRARIES))
 
+install-quantised: build/quantised/.installed
+
 # beside .venv and not in it: no user needs them, and bitsandbytes is large
-test-quantised: install
+build/quantised/.installed: constraints.txt .venv/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/quantised -c constraints.txt bitsandbytes torchao
+	@touch $@
+
+test-quantised: install-quantised
 	PYTHONPATH=build/quantised $(BIN)/python -c "import bitsandbytes, torchao"
 	PYTHONPATH=build/quantised $(BIN)/python $(PYTEST) tests/hf/test_quantised_bases.py
 
