@@ -59,13 +59,13 @@ demo: install
 test: install
 	$(BIN)/python $(PYTEST)
 
-# Of the libraries that it has in older versions, OLDER (tests/test_packaging.py), tests of kernels and benchmarks need Triton
-# alone, and minutes in its interpreter. `npt-fast kernels` compiles them instead: with Triton 3.6 six
-# of 1,018 spill, up to 16 bytes, for weights that are not contiguous. One target of each kind: sm_80
-# has the launches of sm_89, which has less shared memory; 157 of the 167 of sm_120 are theirs, too. CI
-# compiles for these two with the newest Triton. The other tests left out are not about these libraries,
-# but about our sources and formats, torch, safetensors and cyclopts, which are those of .venv. Of the
-# attacks on files, those that libraries meet are made.
+# Of the libraries that it has in older versions, OLDER (tests/test_packaging.py compares), tests of
+# kernels and benchmarks need Triton alone, and minutes in its interpreter. `npt-fast kernels` compiles
+# them instead: with Triton 3.6 six of 1,018 spill, up to 16 bytes, for weights that are not contiguous.
+# One target of each kind: sm_80 has the launches of sm_89, which has less shared memory; 157 of the 167
+# of sm_120 are theirs, too. CI compiles for these two with the newest Triton. The other tests left out
+# are not about these libraries, but about our sources and formats, torch, safetensors and cyclopts,
+# which have the versions of .venv. Of the attacks on files, those that libraries meet are made.
 OLDER = huggingface_hub numpy pyarrow rich transformers triton
 ONE_VERSION = benchmarks docs examples fuzz kernels vllm \
   $(addprefix test_,called_mlp config core_install documents functional initialization kept_cast layer_names layering modules \
