@@ -1,7 +1,7 @@
 """Every kind of file that the program reads, the verbs that read it, and the attacks on it.
 
 A door is a file in a folder of valid files, with the command lines that read it. An attack replaces
-the file by another. `tests/test_doors.py` tries all combinations, one by one.
+the file by another. `tests/test_doors.py` tries each on every file.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Door:
         verbs: command lines; ``{}`` stands for that folder, ``{out}`` for a new path.
         attacks: attacks on its format, by name.
         also_named: another name that a library's message may use.
+        opened_by_libraries: whether a library opens the file, and `SourceFile` does not.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Door:
     verbs: Mapping[str, str]
     attacks: Mapping[str, Attack]
     also_named: tuple[str, ...] = ()
+    opened_by_libraries: bool = False
 
 
 def replaced(content: bytes | str) -> Attack:
@@ -344,8 +346,10 @@ DOORS = (
     Door("base model: tokenizer_config.json", "base/tokenizer_config.json", _MODELS,
          {**JSON, "code": _auto_map(tokenizer_class="Own")}),
     Door("base model: generation_config.json", "base/generation_config.json", _MODELS, JSON),
-    Door("base model: tokenizer.json", "base/tokenizer.json", _MODELS, JSON, ("the tokenizer",)),
-    Door("base model: model.safetensors", "base/model.safetensors", _MODELS, SAFETENSORS),
+    Door("base model: tokenizer.json", "base/tokenizer.json", _MODELS, JSON, ("the tokenizer",),
+         opened_by_libraries=True),
+    Door("base model: model.safetensors", "base/model.safetensors", _MODELS, SAFETENSORS,
+         opened_by_libraries=True),
     Door("base model: .gguf", "base.gguf", {
         "trace": "trace --from a --to b --model_name {}/base.gguf --cpu",
         "train": _TRAIN.replace("{}/base", "{}/base.gguf"),
@@ -366,3 +370,17 @@ def attacks(door: Door) -> Iterator[tuple[str, Attack]]:
     """All attacks on a door, those on its format included, in the order of `ATTACKS`."""
     own = {**EVERY_FILE, **door.attacks}
     yield from ((name, own[name]) for name in ATTACKS if name in own)
+
+
+def cells(door: Door, number: int) -> Iterator[tuple[str, str, Attack]]:
+    """What is tried at the door of this number: each attack by two of the verbs, in turn.
+
+    These verbs read the file by the same code, and each meets several of the attacks. Where a
+    library opens the file, each meets them all.
+    """
+    verbs = list(door.verbs)
+    for turn, (name, attack) in enumerate(attacks(door)):
+        first = (number + 2 * turn) % len(verbs)
+        chosen = verbs if door.opened_by_libraries else (verbs + verbs)[first : first + 2]
+        for verb in dict.fromkeys(chosen):
+            yield verb, name, attack

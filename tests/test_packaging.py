@@ -211,6 +211,18 @@ def test_what_the_tests_import_is_declared() -> None:
     assert not {path: names for path, names in wrong.items() if names}
 
 
+def pinned(name: str) -> set[tuple[str, ...]]:
+    """Names and versions in a file of constraints."""
+    lines = (ROOT / name).read_text().splitlines()
+    return {(normal(line.split("==")[0]), line.split("==")[1]) for line in lines if "==" in line}
+
+
+def test_the_oldest_libraries_are_those_that_the_makefile_chooses_tests_for() -> None:
+    older = {name for name, _ in pinned("constraints-oldest.txt") - pinned("constraints.txt")}
+    (chosen,) = re.findall(r"^OLDER = (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert older & required("dev") == {normal(name) for name in chosen.split()}
+
+
 def test_extras_that_texts_name_exist() -> None:
     texts = [*sources(), ROOT / "pyproject.toml", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     named = {
