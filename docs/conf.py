@@ -50,6 +50,10 @@ default_role = "literal"  # single backticks in docstrings are code
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_type_aliases = {  # with a check that is no part of the type
+    **{"AnyModel": "torch.nn.Module", "Positive": "int", "TextName": "str | None"},
+    "Tokenizer": "transformers.PreTrainedTokenizerBase",
+}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # attributes as one list, each with its type, like parameters
 python_use_unqualified_type_names = True
