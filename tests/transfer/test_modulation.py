@@ -191,8 +191,13 @@ def test_a_part_and_another_precision() -> None:
     m = random_modulation()
     part = m.only([2, 3])
     assert list(part.layers) == [2] and torch.equal(part.dense(2, "up"), m.dense(2, "up"))
-    with pytest.raises(npt.TransferError, match=r"changes layers \[1, 2\], none of \[3\]"):
-        m.only([3])
+    for name in (2, "2", "upper_half", range(2, 4)):
+        assert list(m.only(name).layers) == [2]
+    for missing in (lambda: m.only([3]), lambda: m.magnitude(3), lambda: m.dense(3, "up")):
+        with pytest.raises(npt.TransferError, match=r"changes layers \[1, 2\], none of \[3\]"):
+            missing()
+    with pytest.raises(npt.TransferError, match="does not change 'side'"):
+        m.dense(2, "side")
     low = m.to("cpu", torch.bfloat16)
     assert {t.dtype for _, _, terms in low.walk() for t in terms} == {torch.bfloat16}
     assert {t.dtype for _, _, terms in low.compress(1)[0].walk() for t in terms} == {torch.bfloat16}
