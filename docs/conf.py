@@ -50,10 +50,6 @@ default_role = "literal"  # single backticks in docstrings are code
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_type_aliases = {  # with a check that is no part of the type
-    **{"AnyModel": "torch.nn.Module", "Positive": "int", "TextName": "str | None"},
-    "Tokenizer": "transformers.PreTrainedTokenizerBase",
-}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # attributes as one list, each with its type, like parameters
 python_use_unqualified_type_names = True
@@ -92,8 +88,13 @@ def show_factories(
     arguments: str | None,
     result: str | None,
 ) -> tuple[str | None, str | None]:
-    """Sphinx shows a signature in full only where it is Python, which ``<factory>`` is not."""
-    return arguments and arguments.replace("<factory>", "..."), result
+    """Sphinx shows a signature in full only where it is Python, which ``<factory>`` is not.
+
+    What checks an argument is no part of its type.
+    """
+    kind = r"~?typ\w+\.Annotated\[((?:(?!Annotated).)*?), Kind\(.*? at 0x[0-9a-f]+>\)\]"
+    plain = arguments and re.sub(kind, r"\1", arguments.replace("<factory>", "..."))
+    return plain, result
 
 
 def link_citations(
