@@ -21,7 +21,7 @@ from npt_fast.config import (
 from npt_fast.errors import ModelError
 from npt_fast.hf.tokenizer import Reading
 from npt_fast.hub import parse_name
-from npt_fast.layer_names import check_layers, is_name, parse_layers, resolve_layers
+from npt_fast.layer_names import check_layers, is_name, parse_layers
 from npt_fast.paths import expand
 from npt_fast.text_sources import parse_data
 
@@ -152,21 +152,10 @@ class LayerOptions:
         """Load the layers into a model, and return it; without `layers` those of `default`.
 
         Raises:
-            NPTError: as `npt_fast.load`; or the model or the checkpoint has none of the layers.
+            NPTError: as `npt_fast.load`.
         """
-        from npt_fast.hf.convert import decoder_layers
-
-        if self.layers is not None:
-            try:
-                default = resolve_layers(self.layers, len(decoder_layers(model)))
-            except ValueError as error:
-                raise ModelError(f"--layers: {error}") from None
-            if is_name(self.layers):
-                default = [layer for layer in default if layer in checkpoint.modules]
-                if not default:
-                    has = list(checkpoint.modules)
-                    raise ModelError(f"{checkpoint.given}: has layers {has}, none of {self.layers}")
-        return npt.load(model, checkpoint, layers=default, residual=self.residual)
+        layers = default if self.layers is None else self.layers
+        return npt.load(model, checkpoint, layers=layers, residual=self.residual)
 
 
 @Parameter(name="*")

@@ -22,11 +22,13 @@ from npt_fast.config import (  # noqa: F401  cyclopts resolves the hints of `Tra
     ModulationType,
     Parallel,
     Residual,
+    TextName,
     Tracker,
     TrainOptions,
     WandbMode,
 )
 from npt_fast.errors import TrainingError
+from npt_fast.layer_names import LayerList  # noqa: F401
 
 _GROUPS = {
     "Model": "train_layers model_name resume_from base_dtype trust_remote_code",

@@ -51,7 +51,7 @@ BOXES = (
     Box(("vllm",), "plugin", 1, 250, 370, "#e3f2fd"),
     Box(("transfer",), "extract, inject, bake, trace, compare, check", 1, 390, 720, "#e3f2fd"),
     Box(("hf",), "Hugging Face models: convert, load, save, export", 2, 40, 720, "#e0f2f1"),
-    Box(("pictures", "report_files", "tables"), "how results are shown", 3, 500, 720, "#f5f5f5"),
+    Box(("pictures", "report_files"), "how results are shown", 3, 500, 720, "#f5f5f5"),
     Box(
         ("modules", "called_mlp", "initialization", "kept_cast"),
         "the NP component",
@@ -62,12 +62,15 @@ BOXES = (
     ),
     Box(("functional",), "the modulated MLP as a function", 4, 40, 290, "#fff3e0"),
     Box(("checkpoint", "hub"), "read, merge, verify; no torch", 4, 310, 720, "#fce4ec"),
-    Box(("kernels",), "Triton", 5, 40, 150, "#fff3e0"),
+    Box(("kernels",), "Triton", 5, 40, 130, "#fff3e0"),
     Box(
-        ("config", "errors", "layer_names", "paths", "schema", "text_sources"),
+        (
+            *("arguments", "config", "errors", "layer_names", "paths", "schema", "tables"),
+            "text_sources",
+        ),
         "the standard library only",
         5,
-        170,
+        150,
         720,
         "#f5f5f5",
     ),

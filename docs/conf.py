@@ -88,8 +88,13 @@ def show_factories(
     arguments: str | None,
     result: str | None,
 ) -> tuple[str | None, str | None]:
-    """Sphinx shows a signature in full only where it is Python, which ``<factory>`` is not."""
-    return arguments and arguments.replace("<factory>", "..."), result
+    """Sphinx shows a signature in full only where it is Python, which ``<factory>`` is not.
+
+    What checks an argument is no part of its type.
+    """
+    kind = r"~?typ\w+\.Annotated\[((?:(?!Annotated).)*?), Kind\(.*? at 0x[0-9a-f]+>\)\]"
+    plain = arguments and re.sub(kind, r"\1", arguments.replace("<factory>", "..."))
+    return plain, result
 
 
 def link_citations(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         MergeError,
         ModelError,
         NPTError,
+        OptionError,
         StorageError,
         TrainingError,
         TransferError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         disabled,
         status,
         supported_layers,
+        trainable_parameters,
         unload,
     )
     from npt_fast.hf.export import export
@@ -79,6 +81,7 @@ _HOMES = {
     "NPTConfig": "npt_fast.config",
     "NPTError": "npt_fast.errors",
     "NPTTrainer": "npt_fast.training.trainer",
+    "OptionError": "npt_fast.errors",
     "Plan": "npt_fast.training.plan",
     "StorageError": "npt_fast.errors",
     "Study": "npt_fast.transfer.study_results",
@@ -115,6 +118,7 @@ _HOMES = {
     "study": "npt_fast.transfer.study",
     "supported_layers": "npt_fast.hf.convert",
     "train": "npt_fast.training.train",
+    "trainable_parameters": "npt_fast.hf.convert",
     "unload": "npt_fast.hf.convert",
     "verify": "npt_fast.checkpoint.verify",
 }
@@ -137,6 +141,7 @@ __all__ = [
     "NPTConfig",
     "NPTError",
     "NPTTrainer",
+    "OptionError",
     "Plan",
     "StorageError",
     "Study",
@@ -173,6 +178,7 @@ __all__ = [
     "study",
     "supported_layers",
     "train",
+    "trainable_parameters",
     "unload",
     "verify",
 ]

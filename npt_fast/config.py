@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from npt_fast.errors import DataError
-from npt_fast.layer_names import check_layers, parse_layers
+from npt_fast.arguments import check_constructor
+from npt_fast.errors import OptionError
+from npt_fast.layer_names import LayerList, check_layers, parse_layers
 from npt_fast.paths import expand
+from npt_fast.schema import Kind
 from npt_fast.text_sources import parse_data
 
 ConflictPolicy = Literal["first", "last", "error", "identical", "concat", "mean"]
@@ -31,6 +34,14 @@ WandbMode = Literal["online", "offline", "disabled"]
 InjectionMode = Literal["replace", "blend", "add", "exact-blend", "exact-add"]
 InjectionTime = Literal["prefill", "decode", "both"]
 SamplingStrategy = Literal["greedy", "top_k", "top_p", "sample"]
+TextName = Annotated[
+    str | None,
+    Kind(
+        "the name of a text (npt.train takes data sets as train_dataset and eval_dataset)",
+        lambda value: value is None or isinstance(value, (str, os.PathLike)),
+    ),
+]
+"""Text to train or measure on, by its name or path."""
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B"
 """The base model where neither the user nor a checkpoint names one."""
 CURRICULUM = "teacher:5000,mixed:5000:0.5,student:20000"
@@ -57,6 +68,7 @@ Position = int | slice | Sequence[int] | str | Match
 """Tokens of a text, counted without padding; `npt_fast.transfer.positions` has the notation."""
 
 
+@check_constructor
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Injection:
     """How a modulation is put into a model: the arguments of `npt_fast.inject`, as one value.
@@ -76,12 +88,14 @@ class Injection:
     when: InjectionTime = "prefill"
 
 
+@check_constructor
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NPTConfig:
     """NP layers to convert, all of one architecture.
 
     Attributes:
-        layers: Indices of decoder layers; negative ones count from the end.
+        layers: Decoder layers: 11, ``"11,13"``, ``"11-15"``, ``"upper_half"`` or indices; negative
+            ones count from the end.
         rank: Bottleneck width r of each component.
         num_ranks: Number of components k per projection.
         modulation: Projections to modulate. ``single``: gate; ``dual``: gate and up; ``triple``:
@@ -93,10 +107,10 @@ class NPTConfig:
         init_scale: Scale of ``improved`` and ``conservative``; ``zero`` ignores it.
 
     Raises:
-        ValueError: an option has a value that is not allowed.
+        OptionError: an option has a value that is not allowed.
     """
 
-    layers: Sequence[int]
+    layers: LayerList
     rank: int = 64
     num_ranks: int = 1
     modulation: ModulationType = "triple"
@@ -105,23 +119,16 @@ class NPTConfig:
     init_scale: float = 0.001
 
     def __post_init__(self) -> None:
-        if not self.layers or any(type(layer) is not int for layer in self.layers):
-            raise ValueError(f"layers must be a list of layer indices, got {self.layers!r}")
+        check_layers(self.layers)
         if self.rank < 1 or self.num_ranks < 1:
-            raise ValueError(
+            raise OptionError(
                 f"rank and num_ranks must be positive, got {self.rank} and {self.num_ranks}"
             )
-        for name, value, allowed in (
-            ("modulation", self.modulation, get_args(ModulationType)),
-            ("residual", self.residual, get_args(Residual)),
-            ("init", self.init, get_args(Initialization)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if not 0 < self.init_scale < float("inf"):
-            raise ValueError(f"init_scale must be positive and finite, got {self.init_scale}")
+            raise OptionError(f"init_scale must be positive and finite, got {self.init_scale}")
 
 
+@check_constructor
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeOptions:
     """How to merge checkpoints (design.md#merge-laws).
@@ -144,7 +151,7 @@ class MergeOptions:
             ``skip`` merges its weights and leaves its state out.
 
     Raises:
-        ValueError: an option has a value that is not allowed.
+        OptionError: an option has a value that is not allowed.
         PathError: a path cannot be expanded.
     """
 
@@ -159,21 +166,12 @@ class MergeOptions:
     on_bad_state: BadStatePolicy = "error"
 
     def __post_init__(self) -> None:
-        choices = {
-            "on_conflict": (self.on_conflict, get_args(ConflictPolicy)),
-            "on_bad_state": (self.on_bad_state, get_args(BadStatePolicy)),
-            "dtype": (self.dtype, (None, *get_args(WeightDType))),
-            "format": (self.format, (None, *get_args(FileFormat))),
-        }
-        for name, (value, allowed) in choices.items():
-            if value not in allowed:
-                names = ", ".join(str(choice) for choice in allowed if choice)
-                raise ValueError(f"{name} must be one of {names}, got {value!r}")
         if self.max_shard_size < 1:
-            raise ValueError(f"max_shard_size must be positive, got {self.max_shard_size}")
+            raise OptionError(f"max_shard_size must be positive, got {self.max_shard_size}")
         _check_paths(self, "copy_multi_layer_state")
 
 
+@check_constructor
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
     """How to train NP layers.
@@ -266,19 +264,18 @@ class TrainOptions:
         seed: Seed of initialization, order of the data, and samples.
 
     Raises:
-        ValueError: an option has a value that is not allowed, or two exclude each other.
+        OptionError: an option has a value that is not allowed, or two exclude each other.
         PathError: a path cannot be expanded.
-        DataError: a text is an object, which `npt_fast.train` takes.
     """
 
-    train_layers: str | Sequence[int]
+    train_layers: LayerList
     model_name: str | None = None
     resume_from: str | Path | None = None
-    data: str | None = None
+    data: TextName = None
     text_column: str | None = None
     chat_template: str | Path | None = None
     first_tokens: Sequence[str] = ()
-    eval_data: str | None = None
+    eval_data: TextName = None
     num_eval_samples: int = 100
     max_length: int = 512
     stride: int | None = None
@@ -329,29 +326,27 @@ class TrainOptions:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name, kind in _CHOICES.items():
-            value, allowed = getattr(self, name), get_args(kind)
-            if value not in allowed and (value is not None or name not in _OPTIONAL):
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive, got {value}")
+                raise OptionError(f"{name} must be positive, got {value}")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must not be negative, got {value}")
+                raise OptionError(f"{name} must not be negative, got {value}")
         if self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
+            raise OptionError(f"max_length must be at least 2, got {self.max_length}")
         if self.stride is not None and not 0 < self.stride <= self.max_length:
-            raise ValueError(f"stride must be from 1 to max_length, got {self.stride}")
+            raise OptionError(f"stride must be from 1 to max_length, got {self.stride}")
         if self.mixed_precision and self.fp16:
-            raise ValueError("mixed_precision is bfloat16; choose it or fp16, not both")
+            raise OptionError("mixed_precision is bfloat16; choose it or fp16, not both")
         if not self.direct_mlp_weight and not self.fidelity_weight:
-            raise ValueError("direct_mlp_weight and fidelity_weight are both 0: nothing to learn")
+            raise OptionError("direct_mlp_weight and fidelity_weight are both 0: nothing to learn")
         _check_paths(self, "model_name", "resume_from", "output_dir", "chat_template")
         for name in ("data", "eval_data"):
             _check(self, name, parse_data)
+            if isinstance(path := getattr(self, name), os.PathLike):  # files record it as text
+                object.__setattr__(self, name, os.fspath(path))
         # only to raise: the fields keep what was given, which config.json records
         check_layers(self.train_layers)
         parse_size(self.teacher_cache)
@@ -366,7 +361,7 @@ class TrainOptions:
         """Layers to train, in the order given, which is the order of `layer_weights`.
 
         Raises:
-            ValueError: `train_layers` is a name, which needs a model.
+            OptionError: `train_layers` is a name, which needs a model.
         """
         return parse_layers(self.train_layers)
 
@@ -382,23 +377,10 @@ def _check(options: object, name: str, parse: Callable[[str], object]) -> None:
     try:
         if given is not None:
             parse(given)
-    except (ValueError, DataError) as error:
+    except OptionError as error:
         raise type(error)(f"{name}: {error}") from None
 
 
-_CHOICES = {
-    "modulation": ModulationType,
-    "residual": Residual,
-    "init_strategy": Initialization,
-    "loss": LossKind,
-    "lr_schedule": LRSchedule,
-    "base_dtype": BaseDType,
-    "parallel": Parallel,
-    "format": FileFormat,
-    "track": Tracker,
-    "wandb_mode": WandbMode,
-}
-_OPTIONAL = ("residual", "wandb_mode")
 _POSITIVE = (
     "num_eval_samples",
     "num_workers",
@@ -435,9 +417,9 @@ def parse_size(text: str) -> int:
     """Parse ``"5GB"`` into bytes; units are powers of 1000.
 
     Raises:
-        ValueError: `text` is not a size.
+        OptionError: `text` is not a size.
     """
     match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?B)?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise ValueError(f"{text!r} is not a size such as 5GB or 500MB")
+        raise OptionError(f"{text!r} is not a size such as 5GB or 500MB")
     return int(match[1]) * _UNITS[(match[2] or "").upper()]

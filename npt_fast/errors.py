@@ -77,8 +77,15 @@ class NPTError(Exception):
         super().__init__(printable(message))
 
 
-class PathError(NPTError, ValueError):
-    """A value is not a valid path; it is also a ValueError, like other wrong values of options."""
+class OptionError(NPTError, ValueError):
+    """An option or an argument has a value that is not allowed, or has another type, or is unknown.
+
+    It is a ValueError too, which other libraries raise then.
+    """
+
+
+class PathError(OptionError):
+    """A value is not a valid path."""
 
 
 class CheckpointError(NPTError):

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from npt_fast.errors import OptionError
 from npt_fast.kernels import factored, mean_squares, reference
 from npt_fast.kernels import weight_change as change
 from npt_fast.kernels.factored import ACTIVATIONS as ACTIVATIONS
@@ -76,7 +77,7 @@ def modulated_mlp(
         ``(..., D)``.
 
     Raises:
-        ValueError: shapes, dtypes or options do not fit together.
+        OptionError: shapes, dtypes or options do not fit together.
     """
     weights = MLPWeights(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     _check(x, h, weights, factors, activation, impl)
@@ -123,7 +124,7 @@ def _takes_triton(impl: Implementation, h: Tensor, activation: str) -> bool:
         if supports(h, activation):
             return True
     if impl == "triton":
-        raise ValueError(
+        raise OptionError(
             "impl='triton' needs Triton, a GPU (or TRITON_INTERPRET=1 from the start), silu and "
             f"float32, float16 or bfloat16; got {h.dtype} on {h.device.type}, {activation}; "
             "impl='auto' takes what fits"
@@ -158,7 +159,7 @@ def weight_change(
         ``(..., out)``.
 
     Raises:
-        ValueError: shapes do not fit together.
+        OptionError: shapes do not fit together.
     """
     rank = w_down.shape[-1]
     expected = {
@@ -168,9 +169,9 @@ def weight_change(
     }
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+            raise OptionError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
     if num_ranks < 1 or rank % num_ranks or not rank:
-        raise ValueError(f"num_ranks must divide the {rank} columns of w_down, got {num_ranks}")
+        raise OptionError(f"num_ranks must divide the {rank} columns of w_down, got {num_ranks}")
     dtype = compute_dtype(a)
     u = bottleneck(x.to(dtype), w_down, _detached(w_down, dtype))
     return change_from_bottleneck(a, u, w_a, w_b, num_ranks=num_ranks)
@@ -375,20 +376,20 @@ def _check(
     x: Tensor, h: Tensor, weights: MLPWeights, factors: Factors, activation: str, impl: str
 ) -> None:
     if impl not in get_args(Implementation):
-        raise ValueError(f"impl must be auto, triton, factored or reference, got {impl!r}")
+        raise OptionError(f"impl must be auto, triton, factored or reference, got {impl!r}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        raise OptionError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if weights.gate.ndim != 2:
-        raise ValueError(f"gate_weight must be (F, D), got {tuple(weights.gate.shape)}")
+        raise OptionError(f"gate_weight must be (F, D), got {tuple(weights.gate.shape)}")
     f, d = weights.gate.shape
     rank = factors.w_b_gate.shape[0]
     if factors.num_ranks < 1 or rank % factors.num_ranks or not rank:
-        raise ValueError(
+        raise OptionError(
             f"num_ranks must divide the {rank} rows of w_b_gate, got {factors.num_ranks}"
         )
     modulates_up, modulates_down = factors.w_b_up is not None, factors.w_b_down is not None
     if (factors.w_a_mid is not None) != modulates_down or (modulates_down and not modulates_up):
-        raise ValueError("factors must be those of gate, of gate and up, or of gate, up and down")
+        raise OptionError("factors must be those of gate, of gate and up, or of gate, up and down")
     inputs = 1 + modulates_up
     projections = inputs + modulates_down
     expected = {
@@ -406,9 +407,9 @@ def _check(
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+            raise OptionError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
     for name, tensor in (("x", x), ("h", h)):
         if tensor.ndim < 2 or tensor.shape[-1] != d:
-            raise ValueError(f"{name} must be (..., {d}), got {tuple(tensor.shape)}")
+            raise OptionError(f"{name} must be (..., {d}), got {tuple(tensor.shape)}")
     if x.shape != h.shape:
-        raise ValueError(f"x must be of the shape of h, {tuple(h.shape)}, got {tuple(x.shape)}")
+        raise OptionError(f"x must be of the shape of h, {tuple(h.shape)}, got {tuple(x.shape)}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
+
+from npt_fast.errors import OptionError
 
 NAMES: dict[str, Callable[[int], range]] = {
     "all": range,
@@ -14,47 +16,80 @@ NAMES: dict[str, Callable[[int], range]] = {
 """The original's names, and the layers that each means in a model of so many layers."""
 
 
-def is_name(layers: str | Sequence[int]) -> bool:
+LayerList = str | int | Collection[int]
+"""Layers in Python: 11, ``"11,13"``, ``"11-15"``, ``"upper_half"``, ``(11, 13)``, ``range(4)``."""
+
+
+def is_name(layers: LayerList) -> bool:
     """Whether layers are given by one of `NAMES`."""
     return isinstance(layers, str) and layers in NAMES
 
 
-def check_layers(layers: str | Sequence[int]) -> None:
-    """Raise ValueError unless `resolve_layers` can read these layers for some model."""
-    if not is_name(layers):
-        parse_layers(layers)
+def check_layers(layers: LayerList) -> None:
+    """Raise OptionError unless `resolve_layers` finds layers in some model."""
+    if not is_name(layers) and not parse_layers(layers):
+        raise OptionError(f"layers must name a layer, got {layers!r}")
 
 
-def resolve_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
-    """The layers of a model, from 0, in the order given; negative indices count from the end.
+def chosen_layers(layers: LayerList | None, there: Collection[int], count: int) -> list[int]:
+    """Layers to work on: all of those that are there, or those that are named.
 
     Args:
-        layers: one of `NAMES`, a list as for `parse_layers`, or a sequence.
+        layers: as for `resolve_layers`. All that are there if None; of a part of the model, such as
+            ``upper_half``, those that are there.
+        there: layers that there are; others may be named, and the caller refuses them.
         count: number of the model's layers.
 
     Raises:
-        ValueError: `layers` is no list of layers, names one twice, or one that the model lacks.
+        OptionError: as `resolve_layers`, or none of a part of the model is there.
+    """
+    if layers is None:
+        return list(there)
+    found = resolve_layers(layers, count)
+    if not is_name(layers):
+        return list(found)
+    if named := [layer for layer in found if layer in there]:
+        return named
+    raise OptionError(f"there are layers {list(there)}, none of {layers}")
+
+
+def resolve_layers(layers: LayerList, count: int) -> tuple[int, ...]:
+    """The layers of a model, from 0, in the order given; negative indices count from the end.
+
+    Args:
+        layers: one of `NAMES`, or as for `parse_layers`.
+        count: number of the model's layers.
+
+    Raises:
+        OptionError: as `parse_layers`, or the model lacks one of the layers.
     """
     if isinstance(layers, str) and is_name(layers):
         return tuple(NAMES[layers](count))
     given = parse_layers(layers)
     for layer in given:
         if not -count <= layer < count:
-            raise ValueError(f"there is no layer {layer}, the model has {count} layers")
+            raise OptionError(f"there is no layer {layer}, the model has {count} layers")
     return parse_layers([layer % count for layer in given])
 
 
-def parse_layers(layers: str | Sequence[int]) -> tuple[int, ...]:
-    """Parse ``"11,13"``, ``"11-15"`` or a sequence into layer indices, in the order given.
+def parse_layers(layers: LayerList) -> tuple[int, ...]:
+    """Parse an index, ``"11,13"``, ``"11-15"`` or indices into layer indices, in the order given.
 
     Raises:
-        ValueError: `layers` is not a list of layers, or names one twice.
+        OptionError: `layers` is none of these, or names a layer twice.
     """
-    found = layer_indices(layers) if isinstance(layers, str) else list(layers)
-    if not found or any(type(layer) is not int for layer in found):
-        raise ValueError(f"layers must be a list of layer indices, got {layers!r}")
+    if isinstance(layers, str):
+        found = layer_indices(layers)
+    else:
+        given = layers if isinstance(layers, Collection) else [layers]
+        if any(type(layer) is not int for layer in given):
+            raise OptionError(
+                f"layers must be a list of layer indices, such as 11, '11,13' or [11, 13], got "
+                f"{layers!r:.80}"
+            )
+        found = list(given)
     if len(set(found)) < len(found):
-        raise ValueError(f"layers names a layer twice: {layers!r}")
+        raise OptionError(f"layers names a layer twice: {layers!r:.80}")
     return tuple(found)
 
 
@@ -65,7 +100,7 @@ def layer_indices(text: str) -> list[int]:
     """Parse ``"11,13"`` or ``"5,11-13"`` into layer indices, in the order given.
 
     Raises:
-        ValueError: `text` is not a list of layers, has a range that runs backwards, or names more
+        OptionError: `text` is not a list of layers, has a range that runs backwards, or names more
             layers than any model has.
     """
     found: list[int] = []
@@ -74,15 +109,15 @@ def layer_indices(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(-?[0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
         if match is None:
             names = ", ".join(NAMES)
-            raise ValueError(
+            raise OptionError(
                 f"{text!r:.80} is not a list of layers such as 11,13 or 11-15 ({names})"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"{first}-{last} runs backwards; a range is written as 11-15")
+            raise OptionError(f"{first}-{last} runs backwards; a range is written as 11-15")
         found.extend(range(first, last + 1))
         if len(found) > _MAX_LAYERS:
-            raise ValueError(f"{text!r:.80} names more than {_MAX_LAYERS:,} layers")
+            raise OptionError(f"{text!r:.80} names more than {_MAX_LAYERS:,} layers")
     return found
 
 

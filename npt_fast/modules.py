@@ -14,7 +14,7 @@ from npt_fast.called_mlp import Change, Edit, call_mlp, has_no_hooks, is_plain
 from npt_fast.checkpoint.keys import PROJECTIONS, PROJECTIONS_OF
 from npt_fast.checkpoint.np_module import Architecture, ScaleSlot
 from npt_fast.config import Initialization
-from npt_fast.errors import ModelError
+from npt_fast.errors import ModelError, OptionError
 from npt_fast.functional import (
     ACTIVATIONS,
     Factors,
@@ -58,7 +58,7 @@ class NPComponent(nn.Module):
         rounded: whether `npt_fast.load` rounded numbers of a file to the parameters' dtype.
 
     Raises:
-        ValueError: an argument is not one of the allowed values.
+        OptionError: an argument is not one of the allowed values.
     """
 
     def __init__(
@@ -78,15 +78,15 @@ class NPComponent(nn.Module):
     ) -> None:
         super().__init__()
         if modulation not in PROJECTIONS_OF:
-            raise ValueError(f"modulation must be single, dual or triple, got {modulation!r}")
+            raise OptionError(f"modulation must be single, dual or triple, got {modulation!r}")
         if residual not in ("removed", "kept"):
-            raise ValueError(f"residual must be removed or kept, got {residual!r}")
+            raise OptionError(f"residual must be removed or kept, got {residual!r}")
         if rank < 1 or num_ranks < 1:
-            raise ValueError(f"rank and num_ranks must be positive, got {rank} and {num_ranks}")
+            raise OptionError(f"rank and num_ranks must be positive, got {rank} and {num_ranks}")
         if init not in get_args(Initialization):
-            raise ValueError(f"init must be zero, improved or conservative, got {init!r}")
+            raise OptionError(f"init must be zero, improved or conservative, got {init!r}")
         if not 0 < init_scale < math.inf:
-            raise ValueError(f"init_scale must be positive and finite, got {init_scale}")
+            raise OptionError(f"init_scale must be positive and finite, got {init_scale}")
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.rank = rank

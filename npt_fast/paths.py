@@ -20,8 +20,11 @@ def expand(given: str | Path) -> str:
     """A path as text, with ``~`` and ``~user`` replaced by the home directory.
 
     Raises:
-        PathError: the path is empty, has a NUL byte, or names a user without a home directory.
+        PathError: it is no path, is empty, has a NUL byte, or names a user without a home
+            directory.
     """
+    if not isinstance(given, (str, os.PathLike)):
+        raise PathError(f"a path must be a text or a path, not of type {type(given).__name__}")
     text = os.fspath(given)
     if not text.strip():
         raise PathError("the path is empty; to name the current directory, write .")
@@ -52,8 +55,8 @@ def path_list(given: str | Path | Sequence[str | Path]) -> list[str]:
     """A path or a sequence of paths as a list of text."""
     # a text is a sequence, too
     if isinstance(given, (str, os.PathLike)):
-        return [str(given)]
-    return [str(path) for path in given]
+        return [os.fspath(given)]
+    return [os.fspath(path) for path in given]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npt_fast import modules
+from npt_fast.errors import OptionError
 from npt_fast.functional import modulated_mlp
 from npt_fast.kernels.factored import Factors, MLPWeights
 
@@ -205,10 +206,10 @@ def implementation(name: str) -> Iterator[None]:
         name: a name of `IMPLEMENTATIONS`.
 
     Raises:
-        ValueError: the name is unknown. A layer's call raises it if that way cannot compute it.
+        OptionError: the name is unknown. A layer's call raises it if that way cannot compute it.
     """
     if name not in IMPLEMENTATIONS:
-        raise ValueError(
+        raise OptionError(
             f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
         )
     path = name in PATHS

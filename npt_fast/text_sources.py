@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from npt_fast.errors import DataError
+from npt_fast.errors import DataError, OptionError
 from npt_fast.paths import expand
 
 TextData = str | os.PathLike[str] | Iterable[Any]
@@ -44,22 +44,16 @@ def parse_data(text: str | os.PathLike[str]) -> tuple[Source, ...]:
     """The texts of ``"self:200000,python-docs"``, in the order given.
 
     Raises:
-        ValueError: a text is named twice, be it sampled with two lengths, or a sampled one has no
+        OptionError: a text is named twice, be it sampled with two lengths, or a sampled one has no
             such length.
         PathError: a text is neither sampled nor a path.
-        DataError: `text` is another object.
     """
-    if not isinstance(text, str | os.PathLike):
-        raise DataError(
-            f"{type(text).__name__}: is no name of a text; npt.train takes data sets as "
-            "train_dataset and eval_dataset"
-        )
     text = os.fspath(text)
     sources = tuple(_source(part.strip()) for part in text.split(","))
     # of two sampled texts the longer one has the rows of the other, those held out too
     names = [source.name if source.tokens is None else SAMPLED for source in sources]
     if len(set(names)) < len(names):
-        raise ValueError(f"{text!r:.80} names a text twice")
+        raise OptionError(f"{text!r:.80} names a text twice")
     return sources
 
 
@@ -68,7 +62,7 @@ def sources_of(data: TextData) -> tuple[Source, ...]:
 
     Raises:
         DataError: the object is no data set, has several parts, or can be read only once.
-        ValueError: as `parse_data`.
+        OptionError: as `parse_data`.
     """
     if isinstance(data, str | os.PathLike):
         return parse_data(data)
@@ -101,7 +95,7 @@ def _source(text: str) -> Source:
     match = _SAMPLED.fullmatch(text)
     tokens = int(match["tokens"] or DEFAULT_TOKENS) if match else 0
     if not 0 < tokens <= _MOST_TOKENS:
-        raise ValueError(
+        raise OptionError(
             f"{text!r:.80} is not {SAMPLED} or {SAMPLED}:TOKENS with a number from 1 to "
             f"{_MOST_TOKENS:,}; a file of this name is ./{text:.80}"
         )

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from npt_fast.layer_names import check_layers, parse_layers, resolve_layers
+from npt_fast.errors import OptionError
+from npt_fast.layer_names import check_layers, chosen_layers, parse_layers, resolve_layers
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,10 @@ from npt_fast.layer_names import check_layers, parse_layers, resolve_layers
         ("7-7", (7,)),
         ("-1", (-1,)),
         ([4, -2], (4, -2)),
+        (11, (11,)),
+        (range(2, 4), (2, 3)),
+        ({5: "a"}, (5,)),
+        ([], ()),
     ],
 )
 def test_layers(text: Any, layers: tuple[int, ...]) -> None:
@@ -25,11 +30,30 @@ def test_layers(text: Any, layers: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "1,,2", "3-1", "1,1", "1-3,2", "5,3-1", "0-99999", "1-2-3", [], [1.5], [True]]
+    "text",
+    ["", "a", "1,,2", "3-1", "1,1", "1-3,2", "5,3-1", "0-99999", "1-2-3", [1.5], [True], 1.5, None],
 )
 def test_what_is_no_list_of_layers(text: Any) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(OptionError):
         parse_layers(text)
+
+
+def test_layers_to_convert_name_a_layer() -> None:
+    with pytest.raises(OptionError, match=r"layers must name a layer, got \[\]"):
+        check_layers([])
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"), [(None, [1, 3, 7]), ("upper_half", [7]), ("-1,0", [7, 0]), (3, [3])]
+)
+def test_chosen_layers(layers: Any, chosen: list[int]) -> None:
+    """Of a part of the model, those that are there; the caller refuses others that are named."""
+    assert chosen_layers(layers, (1, 3, 7), 8) == chosen
+
+
+def test_no_layer_of_a_part_is_there() -> None:
+    with pytest.raises(OptionError, match=r"there are layers \[1, 3\], none of upper_half"):
+        chosen_layers("upper_half", (1, 3), 8)
 
 
 @pytest.mark.parametrize(
@@ -57,5 +81,5 @@ def test_layers_of_a_model(text: Any, layers: tuple[int, ...]) -> None:
     ],
 )
 def test_layers_that_a_model_lacks(text: str, problem: str) -> None:
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(OptionError, match=problem):
         resolve_layers(text, 5)

@@ -16,10 +16,11 @@ PACKAGE = ROOT / "npt_fast"
 
 # part of the library -> the parts it may import, besides itself
 ALLOWED = {
-    "config": {"errors", "layer_names", "paths", "text_sources"},
-    "layer_names": set[str](),
+    "arguments": {"errors", "schema"},
+    "config": {"arguments", "errors", "layer_names", "paths", "schema", "text_sources"},
+    "layer_names": {"errors"},
     "errors": set[str](),
-    "tables": set[str](),
+    "tables": {"errors"},
     "paths": {"errors"},
     "text_sources": {"errors", "paths"},
     "schema": {"errors"},
@@ -27,7 +28,9 @@ ALLOWED = {
     "report_files": {"checkpoint", "errors", "paths", "schema"},
     "hub": {"errors"},
     "kernels": set[str](),
-    "checkpoint": {"config", "errors", "hub", "layer_names", "paths", "schema"},
+    "checkpoint": {
+        *("arguments", "config", "errors", "hub", "layer_names", "paths", "schema", "tables"),
+    },
     "functional": {"config", "errors", "kernels"},
     "initialization": {"config", "checkpoint"},
     "called_mlp": {"errors", "functional"},
@@ -37,20 +40,21 @@ ALLOWED = {
         "kept_cast",
     },
     "hf": {
-        *("config", "errors", "hub", "layer_names", "paths", "schema", "checkpoint"),
+        *("arguments", "config", "errors", "hub", "layer_names", "paths", "schema", "checkpoint"),
         *("functional", "modules", "tables"),
     },
     "training": {
-        *("config", "errors", "layer_names", "paths", "schema", "text_sources", "checkpoint"),
-        *("functional", "modules", "hf"),
+        *("arguments", "config", "errors", "layer_names", "paths", "schema", "text_sources"),
+        *("checkpoint", "functional", "modules", "hf", "tables"),
     },
     "transfer": {
-        *("config", "errors", "layer_names", "paths", "schema", "checkpoint"),
+        *("arguments", "config", "errors", "layer_names", "paths", "schema", "checkpoint"),
         *("functional", "called_mlp", "modules", "hf", "pictures", "report_files", "tables"),
     },
     "vllm": {"checkpoint", "errors", "functional", "hf", "modules", "paths", "schema"},
 }
 FOREIGN = {
+    "arguments": set[str](),
     "checkpoint": {"numpy"},
     "config": set[str](),
     "errors": set[str](),
@@ -59,6 +63,7 @@ FOREIGN = {
     "layer_names": set[str](),
     "paths": set[str](),
     "schema": set[str](),
+    "tables": set[str](),
     "text_sources": set[str](),
     "kernels": {"torch", "triton"},
     "cli": {"cyclopts", "prompt_toolkit", "rich"},

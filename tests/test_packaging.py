@@ -32,7 +32,7 @@ VERSIONS = [line.split(" :: ")[-1] for line in PROJECT["classifiers"] if CLASSIF
 NEEDS = {
     **dict.fromkeys(("__init__", "__main__", "checkpoint", "config", "errors"), "core"),
     **dict.fromkeys(("layer_names", "paths", "report_files", "schema"), "core"),
-    **dict.fromkeys(("tables", "text_sources"), "core"),
+    **dict.fromkeys(("arguments", "tables", "text_sources"), "core"),
     **dict.fromkeys(("called_mlp", "functional", "hf", "initialization"), "hf"),
     **dict.fromkeys(("kept_cast", "modules"), "hf"),
     **dict.fromkeys(("hub", "testing"), "hf"),

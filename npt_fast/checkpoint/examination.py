@@ -43,6 +43,7 @@ from npt_fast.checkpoint.training_state import (
 )
 from npt_fast.config import Progress
 from npt_fast.errors import CheckpointError
+from npt_fast.tables import Report
 
 _UNREADABLE = "unreadable"
 """Stands for the SHA-256 of a file that exists but cannot be read."""
@@ -50,8 +51,8 @@ _MAX_WHOLE_FILE = 1 << 30  # bytes; enough for the digests of six million tensor
 _WHOLE_FILES = (SAFETENSORS_INDEX, MULTI_LAYER_STATE, CONFIG, NPT_CONFIG, DIGESTS)
 
 
-@dataclass(slots=True)
-class VerifyReport:
+@dataclass(slots=True, repr=False)
+class VerifyReport(Report):
     """The outcome of a verification.
 
     Attributes:
@@ -84,6 +85,16 @@ class VerifyReport:
     def passed(self) -> bool:
         """Whether there are no problems."""
         return not self.problems
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """The outcome, in short."""
+        return {
+            "path": self.path,
+            "passed": "yes" if self.passed else f"no: {self.problems[0]}",
+            "layers": ", ".join(map(str, self.found_layers)),
+            "tensors": f"{self.tensors} read, {self.compared} compared with their source",
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

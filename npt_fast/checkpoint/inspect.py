@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npt_fast.arguments import check_arguments
 from npt_fast.checkpoint.certificate import Certificate
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.hub_headers import HubHeaders
@@ -27,6 +28,7 @@ from npt_fast.checkpoint.training_state import (
 from npt_fast.config import MergeOptions
 from npt_fast.errors import CheckpointError, NPTError
 from npt_fast.paths import path_errors, path_list, user_path
+from npt_fast.tables import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ class LayerInfo:
         return flat(self) | {"certificate": self.certificate and self.certificate.to_dict()}
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class CheckpointReport(Report):
     """Description of a checkpoint.
 
     Attributes:
@@ -133,6 +135,18 @@ class CheckpointReport:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the checkpoint holds, in short."""
+        return {
+            "path": self.path,
+            "format": self.format,
+            "layers": ", ".join(f"{info.layer} ({info.architecture})" for info in self.layers),
+            "parameters": f"{self.total_parameters:,}",
+            "base model": self.model_name or "not recorded",
+            "problems": len(self.problems),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; NaN and infinity, which JSON lacks, become None."""
         plain: dict[str, Any] = _finite(
@@ -156,6 +170,7 @@ class MergeVerdict:
     remarks: list[str]
 
 
+@check_arguments
 def inspect(path: str | Path, *, values: bool = False) -> CheckpointReport:
     """Describe a checkpoint.
 
@@ -229,6 +244,7 @@ def _describe(checkpoint: Checkpoint, notes: Sequence[str], values: bool) -> Che
     )
 
 
+@check_arguments
 def can_merge(paths: str | Path | Sequence[str | Path]) -> MergeVerdict:
     """Whether checkpoints can be merged, and what would conflict; reads headers only."""
     try:

@@ -6,10 +6,12 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from npt_fast import paths
+from npt_fast.arguments import check_arguments, check_names
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.byte_mover import ByteMover, write_all
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -36,6 +38,7 @@ _REFLINK_FILESYSTEMS = ("xfs", "btrfs", "bcachefs", "ocfs2")
 _SLACK = 1 << 20  # bytes for directory blocks and the summary
 
 
+@check_arguments
 def merge(
     checkpoints: str | Path | Sequence[str | Path],
     output: str | Path,
@@ -45,6 +48,7 @@ def merge(
     dry_run: bool = False,
     options: MergeOptions | None = None,
     progress: Progress | None = None,
+    **fields: Any,
 ) -> MergeReport:
     """Merge NPT checkpoints into one.
 
@@ -59,6 +63,7 @@ def merge(
         dry_run: whether to plan and check everything, but write nothing, and download no weights.
         options: how to merge; default options if not given.
         progress: called with the name of the activity, bytes done and bytes in all.
+        fields: fields of `MergeOptions`, such as ``on_conflict="mean"``, which win over `options`.
 
     Returns:
         The report of what was done, or would be done.
@@ -67,12 +72,15 @@ def merge(
         CheckpointError: an input cannot be read or changes while it is read; or the output could
             not be read back and was not published.
         MergeError: the inputs do not fit together, or something is in the place of the output.
+        OptionError: an argument has a value that is not allowed, or an unknown name.
         PathError: the output or an input is not a valid path.
         StorageError: the disk is full or would become full.
         VerificationError: the output differs from its sources and was not published.
     """
     started = time.monotonic()
-    options = options or MergeOptions()
+    own = ("verify", "force", "dry_run", "options", "progress")
+    check_names(fields, [*MergeOptions.__dataclass_fields__, *own], "merge")
+    options = replace(options or MergeOptions(), **fields)
     target = user_path(output)
     inputs = path_list(checkpoints)
 

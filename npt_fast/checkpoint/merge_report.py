@@ -18,6 +18,7 @@ from npt_fast.checkpoint.merged_layer import MergedLayer
 from npt_fast.checkpoint.np_module import Architecture, flat
 from npt_fast.checkpoint.plan import MergePlan
 from npt_fast.hub import is_hub_name
+from npt_fast.tables import Report
 
 if TYPE_CHECKING:
     from npt_fast.checkpoint.examination import VerifyReport
@@ -47,8 +48,8 @@ class LayerReport:
     optimizer: str
 
 
-@dataclass(frozen=True, slots=True)
-class MergeReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class MergeReport(Report):
     """What a merge did, or what a dry run would do.
 
     Attributes:
@@ -83,6 +84,19 @@ class MergeReport:
     notes: list[str]
     dry_run: bool = False
     verification: VerifyReport | None = None
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What was merged, in short."""
+        layers = ", ".join(f"{info.layer} from {info.source}" for info in self.layers)
+        proof = self.verification
+        return {
+            "output": f"{self.output}, not written" if self.dry_run else self.output,
+            "layers": layers,
+            "parameters": f"{self.total_parameters:,}",
+            "verified": "no" if proof is None else "yes" if proof.passed else "failed",
+            "warnings": len(self.warnings),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

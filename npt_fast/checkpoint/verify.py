@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from npt_fast.arguments import check_arguments
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.digests import DIGESTS, DigestWriter
 from npt_fast.checkpoint.examination import Examination, VerifyReport, file_sha256
@@ -19,7 +20,7 @@ from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY, MergeSummary
 from npt_fast.checkpoint.place import cached, locate, on_disk
 from npt_fast.checkpoint.plan import MergePlan, plan_merge
 from npt_fast.config import MergeOptions, Progress
-from npt_fast.errors import CheckpointError, NPTError
+from npt_fast.errors import CheckpointError, NPTError, OptionError
 from npt_fast.hub import is_hub_name
 from npt_fast.paths import path_errors
 
@@ -48,6 +49,7 @@ def verify_plan(
     return examination.report
 
 
+@check_arguments
 def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyReport:
     """Verify a merged checkpoint, which may have been moved since the merge.
 
@@ -133,7 +135,7 @@ def _plan_again(checkpoint: Checkpoint, summary: MergeSummary) -> MergePlan:
         specs.append(f"{source}{selection}")
     try:
         known = MergeOptions(**summary.options)
-    except TypeError as error:
+    except OptionError as error:
         raise ValueError(f"{MERGE_SUMMARY} has options of another version: {error}") from None
     # the recorded SHA-256 of headers and small files proves those; the plan is for tensors only
     plan = plan_merge(specs, replace(known, copy_multi_layer_state=None), _open_on_disk)

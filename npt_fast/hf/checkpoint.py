@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from npt_fast.arguments import check_arguments
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.np_module import Architecture, NPModule
@@ -19,7 +20,7 @@ from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.config import FileFormat, NPTConfig, Residual
-from npt_fast.errors import ModelError, NPTError, NPTWarning
+from npt_fast.errors import ModelError, NPTError, NPTWarning, OptionError
 from npt_fast.hf.convert import (
     Model,
     add_layers,
@@ -35,16 +36,18 @@ from npt_fast.hf.quantize import quantize
 from npt_fast.hf.residual import probe_residuals
 from npt_fast.hf.weights_file import read_tensor, write_weights
 from npt_fast.hf.wrappers import unwrapped
+from npt_fast.layer_names import LayerList, chosen_layers
 from npt_fast.modules import NPComponent
 from npt_fast.paths import exists, path_errors, user_path
 
 
+@check_arguments
 def load(
     model: Model,
     path: str | Path | Checkpoint,
     *,
     revision: str | None = None,
-    layers: Sequence[int] | None = None,
+    layers: LayerList | None = None,
     residual: Residual | None = None,
     probe: bool = True,
     trainable: bool = False,
@@ -61,7 +64,8 @@ def load(
         path: checkpoint directory or weights file, its name on the Hub (``"org/repo"``,
             ``"org/repo@revision"``), or a checkpoint that is open already.
         revision: branch, tag or commit of a name on the Hub.
-        layers: indices of the layers to load; all layers if not given.
+        layers: layers to load, as for `NPTConfig`; of a named part, such as ``"upper_half"``, those
+            that the checkpoint has; all if not given.
         residual: ``"removed"`` or ``"kept"``: what happens to the attention output in layers of
             which no file says it, as in the original's. If not given, layers that the model has
             keep theirs, and the others are run on random tokens to find out; an `NPTWarning` says
@@ -85,20 +89,16 @@ def load(
             layer of the model cannot be converted, or is with another architecture, or a number of
             the checkpoint is too large for the dtype; or int8 factors are to be trained or to have
             another dtype; or a file contradicts `residual`, or nothing tells a layer's.
-        ValueError: `dtype` is no float of 16 bits or more, or `residual` or `factors` is another
-            word.
+        OptionError: an argument has a value that is not allowed, or `dtype` is no float of 16 bits
+            or more.
     """
-    if residual not in (None, *get_args(Residual)):
-        raise ValueError(f"residual must be removed, kept or None, got {residual!r}")
-    if factors not in (None, "int8"):
-        raise ValueError(f"factors must be int8 or None, got {factors!r}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and computes_in(dtype)):
-        raise ValueError(f"dtype must be a float of 16 bits or more, got {dtype!r}")
+    if dtype is not None and not computes_in(dtype):
+        raise OptionError(f"dtype must be a float of 16 bits or more, got {dtype}")
     if not isinstance(path, Checkpoint):
         path = open_checkpoint(locate(path, revision))
     checkpoint = path
     check_base(model, checkpoint)
-    chosen = list(checkpoint.modules) if layers is None else list(layers)
+    chosen = chosen_layers(layers, checkpoint.modules, len(decoder_layers(model)))
     checkpoint.require(chosen)
     for layer in chosen:
         if (trainable or dtype) and (factors or checkpoint.modules[layer].factors):
@@ -171,6 +171,7 @@ def load(
     return model
 
 
+@check_arguments
 def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetensors") -> Path:
     """Write the NP layers of a model as a checkpoint, which appears complete or not at all.
 
@@ -225,7 +226,7 @@ def save(model: nn.Module, output: str | Path, *, format: FileFormat = "safetens
             f"{target}: layers {rounded} were rounded when they were loaded, and are saved so; "
             "npt.load with dtype=torch.float32 keeps their precision"
         )
-        warnings.warn(NPTWarning(message), stacklevel=2)
+        warnings.warn(NPTWarning(message), stacklevel=3)
     return target
 
 
@@ -271,7 +272,7 @@ def _find_residuals(model: Any, checkpoint: Checkpoint, layers: Sequence[int]) -
             f"{checkpoint.given}: no file says whether layers keep attention in the residual "
             f"stream; what they compute tells {said} (--residual overrides it)"
         )
-        warnings.warn(NPTWarning(message), stacklevel=3)
+        warnings.warn(NPTWarning(message), stacklevel=4)
 
 
 def _fill(component: NPComponent, module: NPModule, reader: NearbyReader) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from npt_fast.arguments import check_arguments, kind_of
 from npt_fast.checkpoint.keys import PROJECTIONS
 from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.config import NPTConfig
@@ -25,9 +26,12 @@ from npt_fast.hf.description import record
 from npt_fast.hf.probe import OFFLOADED, Fit, device_of, fit, is_offloaded, kind
 from npt_fast.hf.scaffold import Parts, Scaffold
 from npt_fast.hf.wrappers import unwrapped
+from npt_fast.layer_names import LayerList, chosen_layers, resolve_layers
 from npt_fast.modules import NPComponent
 
 Model = TypeVar("Model", bound=nn.Module)
+AnyModel = Annotated[Any, kind_of(nn.Module)]
+"""A model whose attributes type checkers do not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +85,49 @@ def components(model: nn.Module) -> dict[int, NPComponent]:
     return {index: part for index, part in found if isinstance(part, NPComponent)}
 
 
-def supported_layers(
-    model: nn.Module, layers: Sequence[int] | None = None
-) -> dict[int, str | None]:
+def chosen_components(model: nn.Module, layers: LayerList | None) -> list[int]:
+    """Indices of the NP layers that are named, or of all.
+
+    Raises:
+        ModelError: one of them is not an NP layer.
+    """
+    converted = components(model)
+    chosen = chosen_layers(layers, converted, len(decoder_layers(model)))
+    for layer in chosen:
+        if layer not in converted:
+            raise ModelError(f"layer {layer} is no NP layer; converted are {list(converted)}")
+    return chosen
+
+
+@check_arguments
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of NP layers that require gradients, for an optimizer of one's own.
+
+    A list, so that an optimizer and the clipping of gradients can both read it:
+    ``torch.optim.AdamW(npt.trainable_parameters(model))``.
+
+    Args:
+        model: Hugging Face causal language model with NP layers.
+
+    Raises:
+        ModelError: there are none, which an optimizer would refuse.
+    """
+    found = [
+        parameter
+        for component in components(model).values()
+        for parameter in component.parameters()
+        if parameter.requires_grad
+    ]
+    if not found:
+        raise ModelError(
+            "the model has no NP layers that require gradients; npt.convert adds some, and "
+            "npt.load(..., trainable=True) reads some"
+        )
+    return found
+
+
+@check_arguments
+def supported_layers(model: nn.Module, layers: LayerList | None = None) -> dict[int, str | None]:
     """Which decoder layers can be converted: what is in the way of each, None if nothing.
 
     A few random tokens are run through one layer of each kind. NP layers have been converted, so
@@ -91,7 +135,7 @@ def supported_layers(
 
     Args:
         model: Hugging Face causal language model; its layers must be on a device.
-        layers: indices of the layers to look at; all layers if not given.
+        layers: layers to look at, as for `NPTConfig`; all if not given.
 
     Returns:
         None or one line without the layer's number, by layer index.
@@ -99,7 +143,8 @@ def supported_layers(
     Raises:
         ModelError: the model's decoder has no list ``layers``.
     """
-    chosen = range(len(decoder_layers(model))) if layers is None else layers
+    count = len(decoder_layers(model))
+    chosen = chosen_layers(layers, range(count), count)
     converted = components(model)
     found = _fits(model, [index for index in chosen if index not in converted])
     return {
@@ -108,6 +153,7 @@ def supported_layers(
     }
 
 
+@check_arguments
 def convert(model: Model, config: NPTConfig, *, probe: bool = True) -> Model:
     """Convert layers in place, and freeze the base model's parameters.
 
@@ -125,9 +171,9 @@ def convert(model: Model, config: NPTConfig, *, probe: bool = True) -> Model:
         The same model.
 
     Raises:
-        ModelError: a layer does not exist, is converted already, or cannot be converted; the
-            message says what differs, and which layers can be converted. The model is unchanged
-            then.
+        ModelError: a layer is converted already, or cannot be converted; the message says what
+            differs, and which layers can be converted. The model is unchanged then.
+        OptionError: the model lacks one of the layers.
     """
     add_layers(model, config, probe=probe)
     return model
@@ -155,16 +201,12 @@ def add_layers(
         ModelError: as for `convert`.
     """
     layers = _inner_layers(model)
-    indices = []
-    for given in config.layers:
-        index = given + len(layers) if given < 0 else given
-        if not 0 <= index < len(layers):
-            raise ModelError(f"there is no layer {given}: the model has {len(layers)}")
+    indices = resolve_layers(config.layers, len(layers))
+    for index in indices:
         if hasattr(layers[index], "np_component"):
             raise ModelError(f"layer {index} is an NP layer already; unload the model first")
         if is_offloaded(layers[index]):
             raise ModelError(f"layer {index} {OFFLOADED}")
-        indices.append(index)
     # all are made before the first is attached, so that an error changes nothing
     fits: dict[int, Fit] = {}
     for index, found in _fits(model, indices, probe=probe).items():
@@ -209,6 +251,7 @@ def computes_in(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize > 1
 
 
+@check_arguments
 def unload(model: Model) -> Model:
     """Turn all NP layers back into base layers, bit for bit; the parameters stay frozen.
 
@@ -240,32 +283,31 @@ def remove_layers(model: Any, indices: Sequence[int]) -> None:
     record(model, components(model))
 
 
+@check_arguments
 @contextmanager
-def disabled(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[None]:
+def disabled(model: nn.Module, layers: LayerList | None = None) -> Iterator[None]:
     """Context in which NP layers behave as in the base model, bit for bit.
 
     Args:
         model: model with NP layers.
-        layers: indices of the layers to disable; all NP layers if not given.
+        layers: NP layers to disable, as for `NPTConfig`; all if not given.
 
     Raises:
         ModelError: one of `layers` is not an NP layer.
     """
     converted = components(model)
-    chosen = list(converted) if layers is None else list(layers)
-    for layer in chosen:
-        if layer not in converted:
-            raise ModelError(f"layer {layer} is no NP layer; converted are {list(converted)}")
-    before = {layer: converted[layer].enabled for layer in chosen}
+    chosen = [converted[layer] for layer in chosen_components(model, layers)]
+    before = [component.enabled for component in chosen]
     try:
-        for layer in chosen:
-            converted[layer].enabled = False
+        for component in chosen:
+            component.enabled = False
         yield
     finally:
-        for layer, enabled in before.items():
-            converted[layer].enabled = enabled
+        for component, enabled in zip(chosen, before, strict=True):
+            component.enabled = enabled
 
 
+@check_arguments
 def status(model: nn.Module) -> list[LayerStatus]:
     """The status of every NP layer, ascending."""
     return [

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from npt_fast.arguments import check_arguments
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint, split_selection
 from npt_fast.checkpoint.digests import DigestWriter
@@ -25,12 +26,12 @@ from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_source import SAFETENSORS_WEIGHTS
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.config import MergeOptions, Progress
-from npt_fast.errors import ModelError, StorageError, VerificationError
+from npt_fast.errors import ModelError, OptionError, StorageError, VerificationError
 from npt_fast.hf.base_folder import BaseFolder, open_base
 from npt_fast.hf.exported import BaseReference, Exported, file_sha256
 from npt_fast.hf.model_card import MODEL_CARD, exported_card
 from npt_fast.hf.model_folder import CONFIG, SMOLLM2
-from npt_fast.layer_names import is_name, resolve_layers
+from npt_fast.layer_names import LayerList, chosen_layers
 from npt_fast.paths import exists, expand, path_errors, user_path
 from npt_fast.schema import is_count
 
@@ -41,12 +42,13 @@ _OPTIONS = MergeOptions(
 _CONVERTED = "base"  # folder in the hidden one, for the files that a GGUF file becomes
 
 
+@check_arguments
 def export(
     checkpoint: str | Path,
     output: str | Path,
     *,
     model_name: str | None = None,
-    layers: str | Sequence[int] | None = None,
+    layers: LayerList | None = None,
     reference: bool = False,
     hardlink: bool = False,
     verify: bool = False,
@@ -66,8 +68,7 @@ def export(
         output: directory to write; it must not exist, and appears complete or not at all.
         model_name: base model: Hub id, folder, path of a ``.gguf`` file or ``"smollm2-135m"``; if
             not given, the one that the checkpoint records.
-        layers: layers to export: indices, or text such as ``"11-15"`` or ``"upper_half"``; all
-            layers if not given.
+        layers: layers to export, as for `npt_fast.load`; all if not given.
         reference: whether to name the base model instead of taking over its weights. A relative
             folder is recorded relative to the output.
         hardlink: whether the base weights become hard links to the base model's files, which must
@@ -84,15 +85,15 @@ def export(
         CheckpointError: the checkpoint cannot be read.
         MergeError: the output lies in the checkpoint.
         ModelError: the base model is not known, missing or unsafe, does not fit the NP layers, or
-            cannot be exported; `layers` is no list of layers, or the checkpoint lacks one; or the
-            output exists or cannot be written.
+            cannot be exported; or the checkpoint lacks one of `layers`; or the output exists or
+            cannot be written.
         PathError: a path is not valid.
         StorageError: the disk is full or would become full.
-        ValueError: both `reference` and `hardlink` are given.
+        OptionError: both `reference` and `hardlink` are given.
         VerificationError: the output differs from its sources and was not published.
     """
     if reference and hardlink:
-        raise ValueError("a reference has no weights to link: leave out reference or hardlink")
+        raise OptionError("a reference has no weights to link: leave out reference or hardlink")
     started = time.monotonic()
     target = user_path(output)
     path, selected = split_selection(expand(checkpoint))
@@ -177,24 +178,16 @@ def _open_base(name: str, staged: StagedDirectory, *, weights: bool) -> BaseFold
 def _plan(
     opened: Checkpoint,
     selected: Sequence[int] | None,
-    layers: str | Sequence[int] | None,
+    layers: LayerList | None,
     base: BaseFolder,
 ) -> MergePlan:
     """The plan that copies the NP layers, after a check that they fit the base model."""
     sizes = {name: base.config[name] for name in SIZES if is_count(base.config.get(name))}
     opened.check_sizes(sizes)
     if layers is not None:
-        try:
-            selected = resolve_layers(
-                layers, sizes.get("num_hidden_layers", max(opened.modules) + 1)
-            )
-        except ValueError as error:
-            raise ModelError(f"--layers: {error}") from None
-        if is_name(layers):
-            selected = [layer for layer in selected if layer in opened.modules]
+        count = sizes.get("num_hidden_layers", max(opened.modules) + 1)
+        selected = chosen_layers(layers, opened.modules, count)
         opened.require(selected)
-        if not selected:
-            raise ModelError(f"{opened.given}: has layers {list(opened.modules)}, none of {layers}")
     # by its commit: a name on the Hub could mean another one by now
     spec = opened.given
     if selected is not None:

@@ -114,4 +114,4 @@ def note_other_base(what: str, name: str | None, recorded: str | None, own: str 
             f"{what} belongs to another base model of the same sizes ({name or 'unnamed'}): "
             "its weights are not this model's"
         )
-        warnings.warn(NPTWarning(message), stacklevel=4)
+        warnings.warn(NPTWarning(message), stacklevel=5)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from npt_fast.arguments import check_arguments
 from npt_fast.errors import ModelError
-from npt_fast.hf.convert import Model, components
+from npt_fast.hf.convert import Model, chosen_components, components
 from npt_fast.hf.description import record
+from npt_fast.layer_names import LayerList
 
 
-def quantize(model: Model, layers: Sequence[int] | None = None) -> Model:
+@check_arguments
+def quantize(model: Model, layers: LayerList | None = None) -> Model:
     """Round the factors of NP layers to int8, in place; such layers cannot be trained.
 
     Each output channel of a factor gets a float32 scale (design.md#int8), so that a layer takes a
@@ -17,8 +18,8 @@ def quantize(model: Model, layers: Sequence[int] | None = None) -> Model:
 
     Args:
         model: Hugging Face causal language model with NP layers.
-        layers: indices of the layers; all NP layers if not given. Those that are int8 already stay
-            as they are.
+        layers: NP layers, as for `npt_fast.disabled`; all if not given. Those that are int8 already
+            stay as they are.
 
     Returns:
         The same model.
@@ -28,12 +29,9 @@ def quantize(model: Model, layers: Sequence[int] | None = None) -> Model:
             infinite numbers, or is a shard.
     """
     converted = components(model)
-    chosen = list(converted) if layers is None else list(layers)
     if not converted:
         raise ModelError("the model has no NP layers to quantize")
-    for layer in chosen:
-        if layer not in converted:
-            raise ModelError(f"layer {layer} is no NP layer; converted are {list(converted)}")
+    chosen = chosen_components(model, layers)
     # all before the first is changed, so that an error changes nothing
     for layer in chosen:
         try:

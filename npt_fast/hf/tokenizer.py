@@ -9,12 +9,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from npt_fast.errors import ModelError, TransferError
-from npt_fast.schema import is_text, shown
+from npt_fast.arguments import check_constructor
+from npt_fast.errors import ModelError, OptionError, TransferError
+from npt_fast.schema import Kind, is_text, shown
+
+Tokenizer = Annotated[
+    Any, Kind("a tokenizer of transformers", lambda value: hasattr(value, "eos_token_id"))
+]
 
 
+@check_constructor
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """How a text becomes the tokens that a model reads.
@@ -26,7 +32,7 @@ class Reading:
             to answer; the template alone writes the special tokens.
 
     Raises:
-        ValueError: a chat is to have no special tokens.
+        OptionError: a chat is to have no special tokens.
     """
 
     special_tokens: bool = True
@@ -34,7 +40,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.chat and not self.special_tokens:
-            raise ValueError(
+            raise OptionError(
                 "a chat template writes special tokens; leave them out, or the chat, not both"
             )
 

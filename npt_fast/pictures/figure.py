@@ -17,7 +17,7 @@ _DPI = 120
 
 
 def figure_class() -> Any:
-    """The class Figure of matplotlib.
+    """The class Figure of matplotlib, which notebooks show as it is.
 
     Raises:
         NPTError: matplotlib is not installed.
@@ -26,7 +26,11 @@ def figure_class() -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise NPTError("a picture needs matplotlib; pip install 'npt_fast[plot]'") from None
-    return Figure
+
+    class Picture(Figure):
+        _repr_png_ = png  # matplotlib's own needs pyplot
+
+    return Picture
 
 
 def check(given: str | Path) -> None:

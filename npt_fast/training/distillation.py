@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from npt_fast.arguments import check_constructor
 from npt_fast.config import LossKind, TrainOptions, parse_size
 from npt_fast.functional import VectorNorms
 from npt_fast.hf.convert import components, decoder_layers
@@ -73,6 +74,7 @@ class Losses(NamedTuple):
         return self.total / self.tokens
 
 
+@check_constructor
 class Distillation(nn.Module):
     """A training step as a module: with NP layers off a model is the teacher, with them on the
     student.

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from npt_fast.arguments import Positive, check_arguments
 from npt_fast.checkpoint.certificate import Certificate, Closeness, finite_or_none, worst_of
 from npt_fast.config import Progress
 from npt_fast.errors import DataError, ModelError, NPTWarning
 from npt_fast.hf.convert import components
-from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, read
+from npt_fast.hf.tokenizer import DEFAULT_READING, Reading, Tokenizer, read
+from npt_fast.tables import Report
 from npt_fast.text_sources import TextData
 from npt_fast.training.data import default_data, open_windows
 from npt_fast.training.distillation import Distillation, Losses
 from npt_fast.training.other_texts import other_texts
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
+@dataclass(frozen=True, slots=True, repr=False)
+class Figures(Report):
     """Results on one text in student mode: each layer reads what the NPT model itself computes.
 
     Attributes:
@@ -47,6 +49,17 @@ class Figures:
     loss: float
     direct: Mapping[int, float]
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """The figures that compare two models, in short."""
+        return {
+            "KL": f"{self.kl:.4g} nats",
+            "perplexity": f"{self.perplexity:.4g}",
+            "base model's perplexity": f"{self.base_perplexity:.4g}",
+            "top-1 agreement": f"{self.top1_agreement:.4g}",
+            "tokens": self.tokens,
+        }
+
     def numbers(self) -> dict[str, float]:
         """The figures by the names that Trainer has for them, without the prefix ``eval_``."""
         found = {f.name: getattr(self, f.name) for f in fields(Figures) if f.name != "direct"}
@@ -60,7 +73,7 @@ class Figures:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Evaluation(Figures):
     """Figures on text like the training text, as in `Figures`, and on texts of other kinds.
 
@@ -72,6 +85,12 @@ class Evaluation(Figures):
 
     texts: Mapping[str, Figures]
     worst: Mapping[str, float | None]
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """The same, and the worst of the texts of other kinds."""
+        worst = {f"worst {name}": value for name, value in self.worst.items()}
+        return {**super(Evaluation, self).facts, **worst}
 
     @classmethod
     def of(cls, held_out: Figures, texts: Mapping[str, Figures]) -> Evaluation:
@@ -198,14 +217,15 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf  # exp(710) overflows a float
 
 
+@check_arguments
 def evaluate(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     data: TextData | None = None,
     *,
-    windows: int = 100,
-    max_length: int = 512,
-    batch_size: int = 4,
+    windows: Positive = 100,
+    max_length: Positive = 512,
+    batch_size: Positive = 4,
     special_tokens: bool = True,
     first_tokens: Sequence[str] = (),
     text_column: str | None = None,
@@ -240,7 +260,7 @@ def evaluate(
             template for chats.
     """
     if data is None:
-        data = default_data(lambda line: warnings.warn(NPTWarning(line), stacklevel=4))
+        data = default_data(lambda line: warnings.warn(NPTWarning(line), stacklevel=5))
     return open_evaluation(
         model,
         tokenizer,

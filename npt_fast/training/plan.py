@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from time import perf_counter
-from typing import Any
 
 from torch import nn
 
+from npt_fast.arguments import Positive, check_arguments
 from npt_fast.config import Progress
 from npt_fast.errors import ModelError
-from npt_fast.hf.convert import components, disabled, status
-from npt_fast.layer_names import parse_layers
+from npt_fast.hf.convert import components, decoder_layers, disabled, status
+from npt_fast.hf.tokenizer import Tokenizer
+from npt_fast.layer_names import LayerList, check_layers, chosen_layers
+from npt_fast.tables import Report
 from npt_fast.text_sources import TextData, data_name
 from npt_fast.training.evaluation import Evaluation, open_evaluation
 from npt_fast.training.teacher_pass import trained_layers
@@ -67,8 +69,8 @@ class Prefix:
     control: Measured
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+@dataclass(frozen=True, slots=True, repr=False)
+class Plan(Report):
     """The results of `npt.plan`.
 
     Attributes:
@@ -88,18 +90,30 @@ class Plan:
     alone: tuple[Measured, ...]
     prefixes: tuple[Prefix, ...]
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """The order and how close the model stays, in short."""
+        together = self.prefixes[-1].planned
+        return {
+            "order": ", ".join(map(str, self.order)),
+            "KL of the first alone": self.alone[0].kl,
+            "KL of all": together.kl,
+            "data": self.data,
+        }
 
+
+@check_arguments
 def plan(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     data: TextData = "python-docs",
     *,
-    layers: Sequence[int] | None = None,
-    counts: Sequence[int] = COUNTS,
+    layers: LayerList | None = None,
+    counts: Sequence[Positive] = COUNTS,
     seed: int = 42,
-    windows: int = 10,
-    max_length: int = 512,
-    batch_size: int = 4,
+    windows: Positive = 10,
+    max_length: Positive = 512,
+    batch_size: Positive = 4,
     special_tokens: bool = True,
     first_tokens: Sequence[str] = (),
     text_column: str | None = None,
@@ -116,7 +130,7 @@ def plan(
         model: model with NP layers, as from a short run that trained all of them.
         tokenizer: the model's tokenizer.
         data: text, as for `npt_fast.evaluate`; only what training holds out is used.
-        layers: indices of the layers to plan; all NP layers that are on if not given.
+        layers: layers to plan, as for `npt_fast.disabled`; all NP layers that are on if not given.
         counts: numbers of layers to measure together; larger ones than there are layers mean all,
             which are always measured.
         seed: seed of the random order.
@@ -132,16 +146,15 @@ def plan(
     Raises:
         DataError: the text cannot be read, or there is too little of it.
         ModelError: no NP layer is on, or one of `layers` is not.
-        ValueError: `layers` is empty or names a layer twice, or a count is below 1.
+        OptionError: `layers` is empty or names a layer twice, or a count is below 1.
     """
     on = list(trained_layers(model))
-    chosen = sorted(on if layers is None else parse_layers(layers))
+    if layers is not None:
+        check_layers(layers)
+    chosen = sorted(chosen_layers(layers, on, len(decoder_layers(model))))
     for layer in chosen:
         if layer not in on:
             raise ModelError(f"layer {layer} is no NP layer that is on; these are {on}")
-    for count in counts:
-        if count < 1:
-            raise ValueError(f"counts must be numbers of layers from 1, got {count}")
     evaluate = open_evaluation(
         model,
         tokenizer,

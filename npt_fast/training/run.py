@@ -32,6 +32,7 @@ from npt_fast.hf.quiet import quiet
 from npt_fast.layer_names import is_name, resolve_layers
 from npt_fast.modules import NPComponent
 from npt_fast.paths import user_path
+from npt_fast.tables import Report
 from npt_fast.training.curriculum import parse_curriculum
 from npt_fast.training.data import open_data, with_base_model, with_data
 from npt_fast.training.distillation import Distillation
@@ -46,8 +47,8 @@ from npt_fast.training.state import read_state
 from npt_fast.training.trackers import tracked, tracker_of
 
 
-@dataclass(frozen=True, slots=True)
-class TrainReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class TrainReport(Report):
     """What a training run did.
 
     Attributes:
@@ -69,6 +70,13 @@ class TrainReport:
     evaluation: Evaluation | None
     stopped_by: int
     data: str | None
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What was trained, in short."""
+        kl = "not measured" if self.evaluation is None else f"{self.evaluation.kl:.4g} nats"
+        layers = ", ".join(map(str, self.layers))
+        return {"checkpoint": self.checkpoint, "step": self.global_step, "layers": layers, "KL": kl}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -299,7 +307,7 @@ def _add_layers(model: Any, options: TrainOptions, checkpoint: Checkpoint | None
     Returns:
         The layers, ascending.
     """
-    layers = sorted(_layer_indices(options, model))
+    layers = sorted(resolve_layers(options.train_layers, len(decoder_layers(model))))
     present = components(model)
     _check_present(present, layers)
     known = [layer for layer in layers if checkpoint and layer in checkpoint.modules]
@@ -348,14 +356,6 @@ def _check_present(present: Mapping[int, NPComponent], layers: Sequence[int]) ->
         )
 
 
-def _layer_indices(options: TrainOptions, model: Any) -> tuple[int, ...]:
-    """Indices of the layers from 0, in the order in which `train_layers` names them."""
-    try:
-        return resolve_layers(options.train_layers, len(decoder_layers(model)))
-    except ValueError as error:
-        raise TrainingError(f"train_layers: {error}") from None
-
-
 def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
     return NPTConfig(
         layers=[layer],
@@ -370,7 +370,7 @@ def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
 
 def _layer_weights(options: TrainOptions, model: Any) -> dict[int, float]:
     """Loss weights by layer; `layer_weights` gives them in the order of `train_layers`."""
-    layers = _layer_indices(options, model)
+    layers = resolve_layers(options.train_layers, len(decoder_layers(model)))
     text = options.layer_weights
     if text == "uniform":
         values = [1.0] * len(layers)

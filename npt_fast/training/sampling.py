@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from npt_fast.arguments import Positive, check_arguments
 from npt_fast.config import Progress
 from npt_fast.errors import DataError, ModelError
-from npt_fast.hf.convert import disabled
-from npt_fast.hf.tokenizer import encode
+from npt_fast.hf.convert import AnyModel, disabled
+from npt_fast.hf.tokenizer import Tokenizer, encode
 from npt_fast.text_sources import DEFAULT_TOKENS
 
 BATCH = 64
@@ -58,7 +59,7 @@ def marks(model: Any, tokenizer: Any, first_tokens: Sequence[str] = ()) -> Marks
         first_tokens: texts of one or more tokens that rows begin with instead.
 
     Raises:
-        DataError: `first_tokens` is no list, or a text of it is empty.
+        DataError: a text of `first_tokens` is empty.
         ModelError: the tokenizer has no such end, or the model does not know these tokens.
     """
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
@@ -70,8 +71,6 @@ def marks(model: Any, tokenizer: Any, first_tokens: Sequence[str] = ()) -> Marks
             f"{name}: the tokenizer has no token that ends a text, which separates documents; "
             "set eos_token in its tokenizer_config.json, or name another text with --data"
         )
-    if isinstance(first_tokens, str):  # or its letters would take turns
-        raise DataError(f"first_tokens: give a list of texts, not the text {first_tokens!r:.80}")
     starts = []
     for text in first_tokens:
         ids = encode(tokenizer, text, add_special_tokens=False).input_ids if text else []
@@ -103,15 +102,16 @@ def front(tokenizer: Any) -> tuple[int, ...]:
     return tuple(next((whole[:at] for at in starts if whole[at:][: len(plain)] == plain), ()))
 
 
+@check_arguments
 def sample_text(
-    model: Any,
-    tokenizer: Any,
-    tokens: int = DEFAULT_TOKENS,
+    model: AnyModel,
+    tokenizer: Tokenizer,
+    tokens: Positive = DEFAULT_TOKENS,
     *,
-    max_length: int = 512,
+    max_length: Positive = 512,
     seed: int = 42,
     first_tokens: Sequence[str] = (),
-    batch_size: int = BATCH,
+    batch_size: Positive = BATCH,
     progress: Progress | None = None,
 ) -> Tensor:
     """Sample a text from a base model, at temperature 1 and from all tokens of its tokenizer.
@@ -135,14 +135,11 @@ def sample_text(
         Ids, int64 ``(ceil(tokens / max_length), max_length)``, on the CPU.
 
     Raises:
-        ValueError: a number is out of range.
-        DataError: `first_tokens` is no list, or a text of it is empty or fills a whole row.
+        OptionError: a number is out of range.
+        DataError: a text of `first_tokens` is empty or fills a whole row.
         ModelError: the tokenizer has no token that ends a text, the model reads no rows of
             `max_length`, or the logits are not numbers.
     """
-    for name, value, least in (("tokens", tokens, 1), ("batch_size", batch_size, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
     found = marks(model, tokenizer, first_tokens)
     if max_length <= max(map(len, found.starts)):
         raise DataError(

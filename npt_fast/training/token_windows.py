@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from npt_fast.errors import DataError, ModelError, NPTError
+from npt_fast.errors import DataError, ModelError, NPTError, OptionError
 from npt_fast.hf.tokenizer import encode
 from npt_fast.training.documents import WITHOUT_A_PATH, open_documents, reason
 from npt_fast.training.rows import (
@@ -139,9 +139,9 @@ class TokenWindows(IterableDataset[Window]):
             ("block", block, 1),
         ):
             if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+                raise OptionError(f"{name} must be at least {least}, got {value}")
         if stride > max_length:
-            raise ValueError(f"stride must not exceed max_length {max_length}, got {stride}")
+            raise OptionError(f"stride must not exceed max_length {max_length}, got {stride}")
         self._source = source
         self._tokenizer = tokenizer
         self._column = None if source in WITHOUT_A_PATH else text_column

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from npt_fast.arguments import check_arguments
 from npt_fast.config import Progress, TrainOptions
+from npt_fast.hf.tokenizer import Tokenizer
 from npt_fast.text_sources import TextData
 from npt_fast.training.data import sampled_beforehand, with_data
 from npt_fast.training.given import Given
@@ -16,11 +18,12 @@ from npt_fast.training.launch import launch
 from npt_fast.training.run import TrainReport, say, train_here
 
 
+@check_arguments
 def train(
     options: TrainOptions,
     *,
     model: nn.Module | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     train_dataset: TextData | None = None,
     eval_dataset: TextData | None = None,
     callbacks: Sequence[Any] = (),
@@ -52,6 +55,7 @@ def train(
             object is no data set, or it lacks the column.
         ModelError: the base model cannot be loaded or converted, or does not fit the checkpoint; or
             the tokenizer has no chat template for chats.
+        OptionError: an argument is of another type, or the model lacks one of the layers.
         StorageError: the disk is full.
     """
     given = Given(model, tokenizer, train_dataset, eval_dataset, callbacks)

@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from npt_fast.arguments import check_constructor
 from npt_fast.config import CURRICULUM, TrainOptions
-from npt_fast.errors import ModelError, TrainingError
+from npt_fast.errors import TrainingError
 from npt_fast.hf.checkpoint import load, save
-from npt_fast.hf.convert import components
+from npt_fast.hf.convert import components, trainable_parameters
 from npt_fast.modules import NPComponent
 from npt_fast.training.clipping import clip_each
 from npt_fast.training.curriculum import Stage, parse_curriculum, stage_index
@@ -28,6 +29,7 @@ from npt_fast.training.evaluation import evaluate_batches
 BETAS = (0.9, 0.95)  # with .999, layer 1 of SmolLM2 answers one outlier with jumps for 1000 steps
 
 
+@check_constructor
 class NPTTrainer(Trainer):
     """A ``transformers.Trainer`` that trains the NP layers of a model.
 
@@ -63,11 +65,7 @@ class NPTTrainer(Trainer):
             # the layers that are trained are the model's, whatever the options name
             model = Distillation.of(model, TrainOptions(train_layers="all"))
         self.distillation = model
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ModelError(
-                "the model has no NP layers that require gradients; npt.convert adds some, and "
-                "npt.load(..., trainable=True) reads some"
-            )
+        trainable_parameters(model.model)  # to refuse a model without
         self.stages = parse_curriculum(curriculum_stages)
         use_cache = getattr(model.config, "use_cache", True)
         super().__init__(model, args, **options)

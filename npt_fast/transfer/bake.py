@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from npt_fast.arguments import check_arguments
 from npt_fast.called_mlp import has_plain_weight, is_plain_linear
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
@@ -47,6 +48,7 @@ class Baked:
         self._weights = {}
 
 
+@check_arguments
 @torch.no_grad()
 def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Baked:
     """Add ``strength * dW`` to the base weights, so that it acts on every token.
@@ -110,6 +112,7 @@ def _digest(weight: Tensor) -> bytes:
     return hashlib.sha256(data.numpy().data).digest()
 
 
+@check_arguments
 def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) -> Path:
     """Write a modulation as a PEFT adapter: n rank-1 terms are exactly a LoRA of rank n.
 

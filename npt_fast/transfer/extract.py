@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, Literal
@@ -12,12 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from npt_fast.arguments import check_arguments
 from npt_fast.checkpoint.keys import PROJECTIONS, PROJECTIONS_OF
 from npt_fast.config import Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import components, decoder_layers
-from npt_fast.hf.tokenizer import Reading, read
+from npt_fast.hf.tokenizer import Reading, Tokenizer, read
 from npt_fast.hf.wrappers import unwrapped
+from npt_fast.layer_names import LayerList, chosen_layers
 from npt_fast.modules import NPComponent
 from npt_fast.transfer.base_model import BaseModel
 from npt_fast.transfer.modulation import Modulation
@@ -25,14 +26,15 @@ from npt_fast.transfer.positions import find
 from npt_fast.transfer.terms import Terms
 
 
+@check_arguments
 @torch.no_grad()
 def extract(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     text: str,
     *,
     position: Position = -1,
-    layers: Sequence[int] | None = None,
+    layers: LayerList | None = None,
     reduce: Literal["none", "mean"] = "none",
     special_tokens: bool = True,
     chat: bool = False,
@@ -45,7 +47,8 @@ def extract(
         text: Text that the model reads.
         position: Token whose modulation is taken, counted on what the model reads, BOS included;
             several need ``reduce="mean"``.
-        layers: Layers to extract from; None for all NP layers that are on.
+        layers: Layers to extract from, as for `npt_fast.disabled`; None for all NP layers that are
+            on.
         reduce: ``"mean"`` averages each vector over the positions, as the original's
             ``extract-seq`` does. That is not the mean of dW.
         special_tokens: Put the tokenizer's special tokens, such as BOS, in front of the text; one
@@ -60,7 +63,7 @@ def extract(
             template.
         TransferError: the text is empty, the position is outside it, or several positions are
             given without ``reduce="mean"``.
-        ValueError: a chat is to have no special tokens.
+        OptionError: a chat is to have no special tokens.
     """
     reading = Reading(special_tokens=special_tokens, chat=chat)
     ids, tokens = read(tokenizer, text, reading)
@@ -70,13 +73,11 @@ def extract(
             f"{len(places)} positions have a modulation each; take one position or their mean"
         )
     converted = components(model)
-    chosen = sorted(converted) if layers is None else list(layers)
-    chosen = [layer for layer in chosen if layers is not None or converted[layer].enabled]
+    on = enabled_layers(converted)
+    chosen = chosen_layers(layers, on, len(decoder_layers(model)))
     for layer in chosen:
-        if layer not in converted or not converted[layer].enabled:
-            raise ModelError(
-                f"layer {layer} is not an NP layer that is on; on are {enabled_layers(converted)}"
-            )
+        if layer not in on:
+            raise ModelError(f"layer {layer} is not an NP layer that is on; on are {on}")
     if not chosen:
         raise ModelError("the model has no NP layers that are on; load a checkpoint first")
     seen: dict[int, Tensor] = {}

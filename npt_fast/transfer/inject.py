@@ -8,16 +8,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from traceback import walk_stack
 from types import FrameType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from npt_fast.arguments import check_arguments
 from npt_fast.called_mlp import Change
 from npt_fast.config import Injection, InjectionMode, InjectionTime, Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.functional import is_shard
 from npt_fast.hf.convert import components
+from npt_fast.hf.tokenizer import Tokenizer
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.modules import NPComponent
 from npt_fast.transfer.extract import enabled_layers, projection_vectors
@@ -49,6 +51,7 @@ class Hits:
     count: int = 0
 
 
+@check_arguments
 def inject(
     model: nn.Module,
     modulation: Modulation | Sequence[Modulation | None],
@@ -57,7 +60,7 @@ def inject(
     mode: InjectionMode = "replace",
     strength: float = 1.0,
     when: InjectionTime = "prefill",
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
 ) -> AbstractContextManager[Hits]:
     """Context in which `modulation` changes the weights for the tokens at `position`.
 
@@ -115,11 +118,6 @@ def injecting(
 ) -> Iterator[Hits]:
     """Like `inject`, with position, mode, strength and time as one value."""
     mode, when = injection.mode, injection.when
-    if mode not in get_args(InjectionMode) or when not in get_args(InjectionTime):
-        raise TransferError(
-            f"mode must be one of {', '.join(get_args(InjectionMode))} and when one of "
-            f"{', '.join(get_args(InjectionTime))}, got {mode!r} and {when!r}"
-        )
     given = [modulation] if isinstance(modulation, Modulation) else list(modulation)
     converted = components(model)
     layers = sorted({layer for m in given if m is not None for layer in m.layers})

@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npt_fast.arguments import check_arguments
 from npt_fast.checkpoint.source_file import SourceFile
-from npt_fast.errors import ModelError, TransferError, printable
+from npt_fast.errors import ModelError, OptionError, TransferError, printable
 from npt_fast.hf.fingerprint import note_other_base
+from npt_fast.layer_names import LayerList, resolve_layers
 from npt_fast.paths import user_path
 from npt_fast.schema import shown
+from npt_fast.tables import escaped, html_table
 from npt_fast.transfer import modulation_file
 from npt_fast.transfer.base_model import FITTING, BaseModel
 from npt_fast.transfer.origin import bounded, describe
@@ -51,6 +54,8 @@ class Modulation:
     vectors: bool = False
 
     def __add__(self, other: Modulation) -> Modulation:
+        if not isinstance(other, Modulation):
+            return NotImplemented
         return _concatenated([self, other], bounded({"sum": [self.origin, other.origin]}))
 
     def __radd__(self, other: int) -> Modulation:
@@ -92,6 +97,20 @@ class Modulation:
         about = shorten(self.description, 80, placeholder=" ...")
         return f"<Modulation of layers {layers}: {about}; terms: {self.terms}>"
 
+    def _repr_html_(self) -> str:
+        rows = [
+            [
+                f"<th>{layer}</th>",
+                f"<td>{escaped(', '.join(projections))}</td>",
+                f"<td>{max(len(t.v_a) for t in projections.values())}</td>",
+                f"<td>{self.magnitude(layer):.4g}</td>",
+            ]
+            for layer, projections in self.layers.items()
+        ]
+        about = shorten(self.description, 200, placeholder=" ...")
+        table = html_table(["layer", "projections", "terms", "magnitude"], rows)
+        return f"<p>Modulation: {escaped(about)}</p>{table}"
+
     @property
     def terms(self) -> int:
         """Number of terms of the projection that has most."""
@@ -104,24 +123,40 @@ class Modulation:
                 yield layer, projection, terms
 
     def magnitude(self, layer: int) -> float:
-        """Mean Frobenius norm of the layer's v_a and v_b tensors, as the original reports it."""
-        tensors = [t for terms in self.layers[layer].values() for t in terms]
+        """Mean Frobenius norm of the layer's v_a and v_b tensors, as the original reports it.
+
+        Raises:
+            TransferError: the modulation does not change the layer.
+        """
+        tensors = [t for _, _, terms in self.only(layer).walk() for t in terms]
         return float(sum(t.double().norm().item() for t in tensors)) / len(tensors)
 
     def dense(self, layer: int, projection: str) -> Tensor:
-        """dW of one projection, ``(out, in)``; as large as the weight itself."""
-        return self.layers[layer][projection].dense()
+        """dW of one projection, ``(out, in)``; as large as the weight itself.
 
-    def only(self, layers: Sequence[int]) -> Modulation:
+        Raises:
+            TransferError: the modulation does not change it.
+        """
+        terms = self.only(layer).layers[layer].get(projection)
+        if terms is None:
+            raise TransferError(f"the modulation does not change {shown(projection)}")
+        return terms.dense()
+
+    @check_arguments
+    def only(self, layers: LayerList) -> Modulation:
         """The part that changes these layers.
+
+        Args:
+            layers: Layers, as for `NPTConfig`; others than those it changes may be among them.
 
         Raises:
             TransferError: the modulation changes none of them.
         """
-        kept = {layer: terms for layer, terms in self.layers.items() if layer in layers}
+        chosen = resolve_layers(layers, self.base.num_hidden_layers)
+        kept = {layer: terms for layer, terms in self.layers.items() if layer in chosen}
         if not kept:
             raise TransferError(
-                f"the modulation changes layers {list(self.layers)}, none of {list(layers)}"
+                f"the modulation changes layers {list(self.layers)}, none of {list(chosen)}"
             )
         return replace(self, layers=kept)
 
@@ -132,6 +167,7 @@ class Modulation:
             layers=_mapped(self.layers, lambda t: Terms(*(x.to(device, dtype) for x in t))),
         )
 
+    @check_arguments
     def compress(self, rank: int | None = None, tol: float = 0.0) -> tuple[Modulation, float]:
         """Approximate dW with fewer terms, by QR of both factors and an SVD.
 
@@ -143,10 +179,10 @@ class Modulation:
             The smaller modulation, and the largest relative error of a projection's dW.
 
         Raises:
-            ValueError: `rank` is not positive, or `tol` negative.
+            OptionError: `rank` is not positive, or `tol` negative.
         """
         if (rank is not None and rank < 1) or tol < 0:
-            raise ValueError(f"rank must be positive and tol not negative, got {rank} and {tol}")
+            raise OptionError(f"rank must be positive and tol not negative, got {rank} and {tol}")
         errors = [0.0]
 
         def compressed(terms: Terms) -> Terms:
@@ -181,6 +217,7 @@ class Modulation:
         """The same fields, in the form that is written to a file."""
         return modulation_file.Contents(self.layers, self.base, self.origin, self.vectors)
 
+    @check_arguments
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the origin in its header, replacing a file in one step.
 
@@ -195,6 +232,7 @@ class Modulation:
         return printable(describe(self.origin))
 
 
+@check_arguments
 def load_modulation(path: str | Path) -> Modulation:
     """Open a file that `Modulation.save` wrote; tensors are read when they are used.
 
@@ -209,6 +247,7 @@ def open_modulation(source: SourceFile) -> Modulation:
     return Modulation(*modulation_file.read(source))
 
 
+@check_arguments
 def mean(modulations: Sequence[Modulation]) -> Modulation:
     """The modulation whose dW is the mean of the given ones.
 

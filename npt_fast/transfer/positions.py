@@ -15,17 +15,20 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+from npt_fast.arguments import check_arguments
 from npt_fast.config import InjectionTime, Match, Position
 from npt_fast.errors import TransferError
 from npt_fast.hf.tokenizer import decoded, special_places
 from npt_fast.schema import shown
 
 
+@check_arguments
 def at(text: str) -> Match:
     """A position: all tokens of the first occurrence of `text`."""
     return Match(text)
 
 
+@check_arguments
 def after(text: str) -> Match:
     """A position: the token that follows the first occurrence of `text`."""
     return Match(text, after=True)

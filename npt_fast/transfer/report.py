@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.config import InjectionTime
 from npt_fast.errors import TransferError
 from npt_fast.paths import user_path
+from npt_fast.tables import escaped, html_table
 from npt_fast.transfer.compare import Comparison, Sweep, Token
 from npt_fast.transfer.positions import named, reached
 
@@ -89,10 +89,10 @@ def comparison_html(
         '<p class="note">Outlined: tokens that received the modulation. Colour of others: KL from '
         f"no injection, nats {_kl_scale()}</p>",
         "<h2>Next token</h2>",
-        table(_heads(seen.values()), [_probabilities(t) for t in seen.values()]),
+        html_table(_heads(seen.values()), [_probabilities(t) for t in seen.values()]),
         _legend(seen.values()),
         "<details><summary>Every generated token</summary>",
-        table(
+        html_table(
             [*_heads(comparison.generated), "KL, nats"],
             [
                 [*_probabilities(token), f'<td style="{kl_heat(kl)}">{kl:.4f}</td>']
@@ -154,14 +154,6 @@ def document(title: str, details: Mapping[str, str], sections: Sequence[str]) ->
             "</body></html>\n",
         ]
     )
-
-
-def escaped(text: str) -> str:
-    """Escape a text; characters that HTML does not allow become the replacement character."""
-    shown = "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-    return escape(shown)
 
 
 def _heads(tokens: Iterable[Token]) -> list[str]:
@@ -227,9 +219,4 @@ def _map(
         ]
         for layers, row in zip(sweep.layers, values, strict=True)
     ]
-    return table(["layers", *sweep.columns], rows)
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<th>{escaped(head)}</th>" for head in heads), *map("".join, rows)]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    return html_table(["layers", *sweep.columns], rows)

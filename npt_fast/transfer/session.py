@@ -196,10 +196,7 @@ class Session:
             TransferError: a value is not allowed.
         """
         tokens = {key: values.pop(key) for key in asdict(self.state.reading) if key in values}
-        try:
-            reading = replace(self.state.reading, **tokens)
-        except ValueError as error:
-            raise TransferError(str(error)) from None
+        reading = replace(self.state.reading, **tokens)
         settings = replace(self.state.settings, **values)
         self._change(f"set {values | tokens}", settings=settings, reading=reading)
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npt_fast.arguments import Positive, check_arguments
 from npt_fast.config import Injection, InjectionMode
 from npt_fast.errors import ModelError, TransferError
-from npt_fast.hf.convert import components, disabled
-from npt_fast.hf.tokenizer import Reading, first_token, read
+from npt_fast.hf.convert import AnyModel, components, disabled
+from npt_fast.hf.tokenizer import Reading, Tokenizer, first_token, read
 from npt_fast.transfer.attention import attention_hooks, batches, next_logits
 from npt_fast.transfer.bake import bake
 from npt_fast.transfer.extract import enabled_layers, extract
@@ -62,16 +63,17 @@ class _Pair:
     texts: Mapping[str, str]
 
 
+@check_arguments
 @torch.no_grad()
 def study(
-    model: Any,
-    tokenizer: Any,
+    model: AnyModel,
+    tokenizer: Tokenizer,
     suite: Suite | None = None,
     *,
     relations: Sequence[str] = (),
     modes: Sequence[InjectionMode] = MODES,
     strengths: Sequence[float] = STRENGTHS,
-    pairs: int = 10,
+    pairs: Positive = 10,
     seed: int = 0,
     baked: bool = False,
     special_tokens: bool = True,

@@ -12,8 +12,8 @@ from typing import Any
 from npt_fast.errors import TransferError
 from npt_fast.pictures.figure import figure_class, png
 from npt_fast.report_files import csv_file, json_file, report_folder
-from npt_fast.tables import markdown_table
-from npt_fast.transfer.report import document, escaped, probability_heat, probability_scale, table
+from npt_fast.tables import escaped, html_table, markdown_table
+from npt_fast.transfer.report import document, probability_heat, probability_scale
 from npt_fast.transfer.study_results import ALL, MEASURES, Condition, Interval, Row, Study, Summary
 
 _SHARES = MEASURES[:3]
@@ -138,7 +138,7 @@ def study_html(study: Study, summaries: Sequence[Summary]) -> str:
             )
         rows = [_html_row(s) for s in summaries if s.relation == name]
         if rows:
-            sections.append(table(["model", "injected", "pairs", *MEASURES], rows))
+            sections.append(html_table(["model", "injected", "pairs", *MEASURES], rows))
     return document("What injections move", head, sections)
 
 

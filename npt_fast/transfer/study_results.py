@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from npt_fast.tables import Report
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""
@@ -159,8 +161,8 @@ class Known:
     pairs: int
 
 
-@dataclass(frozen=True, slots=True)
-class Study:
+@dataclass(frozen=True, slots=True, repr=False)
+class Study(Report):
     """The results of `npt.study`.
 
     Attributes:
@@ -175,7 +177,17 @@ class Study:
     reading: str
     seed: int
     known: list[Known]
-    rows: list[Row] = field(repr=False)
+    rows: list[Row]
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What was studied, in short."""
+        return {
+            "layers": ", ".join(map(str, self.layers)),
+            "reading": self.reading,
+            "pairs": ", ".join(f"{known.pairs} of {known.relation}" for known in self.known),
+            "rows": len(self.rows),
+        }
 
     def summaries(self) -> list[Summary]:
         """Means and intervals of each condition, of each relation and of all together."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from npt_fast.arguments import check_arguments
 from npt_fast.errors import TransferError, suggestion
 from npt_fast.paths import user_path
 from npt_fast.schema import Kind, is_number, is_text, list_of, mapping_of, shown
@@ -93,6 +94,7 @@ def default_suite() -> Suite:
     return read_suite(DEFAULT)
 
 
+@check_arguments
 def read_suite(path: str | Path) -> Suite:
     """Read a suite, whose form the docstring of this module shows.
 

@@ -296,7 +296,7 @@ def test_status() -> None:
 @pytest.mark.parametrize("layers", [[4], [-5], [0, 9]])
 def test_layers_that_do_not_exist(layers: list[int]) -> None:
     model = tiny()
-    with pytest.raises(npt.ModelError, match="there is no layer"):
+    with pytest.raises(npt.OptionError, match="there is no layer"):
         npt.convert(model, npt.NPTConfig(layers=layers))
     assert not npt.status(model)
 

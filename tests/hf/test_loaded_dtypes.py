@@ -61,7 +61,7 @@ def test_a_dtype_that_is_given_wins(saved: Path, trainable: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_a_dtype_that_layers_cannot_have_is_refused(saved: Path, dtype: torch.dtype) -> None:
     model = tiny()
-    with pytest.raises(ValueError, match="dtype must be a float of 16 bits or more"):
+    with pytest.raises(npt.OptionError, match="dtype must be a float of 16 bits or more"):
         npt.load(model, saved, dtype=dtype)
     assert not npt.status(model)
 

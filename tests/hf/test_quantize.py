@@ -227,7 +227,7 @@ def test_what_cannot_be_quantized_is_told(tmp_path: Path) -> None:
     assert [s.dtype for s in npt.status(model)] == ["float32", "float32"]
     with pytest.raises(npt.ModelError, match="which the original cannot read"):
         npt.save(quantized(), tmp_path / "out", format="pt")
-    with pytest.raises(ValueError, match="factors must be int8 or None"):
+    with pytest.raises(npt.OptionError, match="factors must be one of int8 or None"):
         npt.load(tiny(), tmp_path, factors="int4")  # type: ignore[arg-type]
 
 

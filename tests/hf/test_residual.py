@@ -225,5 +225,5 @@ def test_a_record_that_cannot_be_read(tmp_path: Path, content: str, problem: str
 
 
 def test_another_word_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="residual must be removed, kept or None"):
+    with pytest.raises(npt.OptionError, match="residual must be one of removed, kept or None"):
         npt.load(base(), tmp_path, residual="gone")  # type: ignore[arg-type]

@@ -181,7 +181,7 @@ def test_rows_that_break_off() -> None:
 
 
 def test_options_take_names_alone() -> None:
-    with pytest.raises(npt.DataError, match=r"data: list: is no name of a text; .* train_dataset"):
+    with pytest.raises(npt.OptionError, match=r"data must be the name of a text .*, not a list"):
         npt.TrainOptions(train_layers="1", data=TEXTS)  # type: ignore[arg-type]
     assert data_name(dataset(text=["a"])) == "Dataset"
 

@@ -249,7 +249,7 @@ def test_bad_layer_weights(place: Place, tmp_path: Path, text: str) -> None:
     ],
 )
 def test_layers_that_are_not_there(place: Place, tmp_path: Path, layers: str, message: str) -> None:
-    with pytest.raises(npt.TrainingError, match=message):
+    with pytest.raises(npt.OptionError, match=message):
         place.train(tmp_path / "out", train_layers=layers)
 
 

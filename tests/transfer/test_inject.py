@@ -260,8 +260,6 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[npt.NPTError
         npt.TransferError,
         "layer 1, gate: 3 vectors for a layer with 2; use exact-add",
     ),
-    "mode": (lambda m: m, {"mode": "ad"}, npt.TransferError, "mode must be one of .* got 'ad'"),
-    "when": (lambda m: m, {"when": "now"}, npt.TransferError, "when one of .* 'now'"),
 }
 
 

@@ -161,7 +161,7 @@ def test_compress_takes_both_and_more_terms_than_widths() -> None:
 
 @pytest.mark.parametrize(("rank", "tol"), [(0, 0.0), (-1, 0.0), (None, -0.1)])
 def test_compress_refuses_nonsense(rank: int | None, tol: float) -> None:
-    with pytest.raises(ValueError, match="rank must be positive and tol not negative"):
+    with pytest.raises(npt.OptionError, match="rank must be positive and tol not negative"):
         random_modulation().compress(rank, tol)
 
 
@@ -189,10 +189,15 @@ def test_terms_of_extracted_ones_are_vectors_and_of_combined_ones_are_not() -> N
 
 def test_a_part_and_another_precision() -> None:
     m = random_modulation()
-    part = m.only([2, 7])
+    part = m.only([2, 3])
     assert list(part.layers) == [2] and torch.equal(part.dense(2, "up"), m.dense(2, "up"))
-    with pytest.raises(npt.TransferError, match=r"changes layers \[1, 2\], none of \[3\]"):
-        m.only([3])
+    for name in (2, "2", "upper_half", range(2, 4)):
+        assert list(m.only(name).layers) == [2]
+    for missing in (lambda: m.only([3]), lambda: m.magnitude(3), lambda: m.dense(3, "up")):
+        with pytest.raises(npt.TransferError, match=r"changes layers \[1, 2\], none of \[3\]"):
+            missing()
+    with pytest.raises(npt.TransferError, match="does not change 'side'"):
+        m.dense(2, "side")
     low = m.to("cpu", torch.bfloat16)
     assert {t.dtype for _, _, terms in low.walk() for t in terms} == {torch.bfloat16}
     assert {t.dtype for _, _, terms in low.compress(1)[0].walk() for t in terms} == {torch.bfloat16}

@@ -211,7 +211,7 @@ def test_what_cannot_be_studied(model: Any, suite: Suite, tmp_path: Path) -> Non
             with npt.disabled(model):
                 npt.study(model, tokenizer, suite)
     mode: Any = "ad"
-    with pytest.raises(TransferError, match="mode must be one of"):
+    with pytest.raises(npt.OptionError, match="modes must be a list, each item one of replace"):
         npt.study(model, tokenizer, suite, modes=[mode], output=tmp_path / "out")
     assert not list(tmp_path.iterdir())
     with pytest.raises(TransferError, match="unknown relation 'onee'; did you mean 'one'"):

@@ -6,7 +6,7 @@ from npt_fast.cli.shell import views
 from npt_fast.cli.shell.command import Commands, Context, Reply, number, setting, settings
 from npt_fast.cli.shell.line import Arguments
 from npt_fast.errors import TransferError
-from npt_fast.layer_names import is_name, layer_indices, resolve_layers
+from npt_fast.layer_names import chosen_layers
 from npt_fast.paths import user_path
 from npt_fast.schema import shown
 
@@ -17,20 +17,11 @@ COMMANDS = Commands()
 def _layers(c: Context, a: Arguments) -> Reply:
     """Show which layers are on; with 11,13, all or upper_half, turn these on, the others off."""
     session, text = c.session, a.get("LAYERS")
-    if text is not None and is_name(text):
+    if text is not None:
         from npt_fast.hf.convert import decoder_layers
 
-        named = resolve_layers(text, len(decoder_layers(session.model)))
-        chosen = [layer for layer in named if layer in session.available]
-        if not chosen:
-            loaded = ", ".join(map(str, session.available))
-            raise TransferError(f"no layer of {text} is loaded; loaded are {loaded}")
-        session.activate(chosen)
-    elif text is not None:
-        try:
-            session.activate(layer_indices(text))
-        except ValueError as error:
-            raise TransferError(str(error)) from None
+        count = len(decoder_layers(session.model))
+        session.activate(chosen_layers(text, session.available, count))
     on = list(session.state.layers)
     off = [layer for layer in session.available if layer not in on]
     line = f"Active layers: {on}" + (f" (off: {off})" if off else "")
