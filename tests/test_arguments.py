@@ -54,7 +54,7 @@ def valid() -> dict[str, Any]:
         **{"model": tiny.model(), "tokenizer": tiny.tokenizer(), "modulation": modulation},
         **{"self": modulation, "modulations": [modulation], "config": npt.NPTConfig(layers=1)},
         **{"options": npt.TrainOptions(train_layers=1), "text": "a text", "layers": 1},
-        **dict.fromkeys(("checkpoint", "checkpoints", "output", "path"), "nowhere"),
+        **dict.fromkeys(("checkpoint", "checkpoints", "output", "path", "repo"), "nowhere"),
         "train_layers": 1,
     }
 

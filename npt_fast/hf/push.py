@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from npt_fast.arguments import check_arguments
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.own_files import CONFIG, is_checkpoint_file
@@ -48,6 +49,7 @@ class PushReport:
         return asdict(self)
 
 
+@check_arguments
 def push(
     checkpoint: str | Path,
     repo: str,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import npt_fast as npt
+from tests.checkpoints import write_checkpoint
 from tests.training import tiny
 from tests.transfer import models
 
@@ -54,3 +58,27 @@ def load(folder: Path | str, **options: Any) -> Any:
 def logits(model: Any) -> Tensor:
     found: Tensor = model(IDS).logits
     return found
+
+
+def change(folder: Path, **content: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+def without_fingerprint(parts: Parts, folder: Path) -> Path:
+    """The same weights as the original writes them, which knows no fingerprint and no base."""
+    weights = load_file(parts.checkpoint / "npt_weights.safetensors")
+    return write_checkpoint(folder, weights)
+
+
+def refuse(match: str, out: Path, checkpoint: Path | str, **options: Any) -> None:
+    """An export raises one line, and leaves nothing."""
+    with pytest.raises(npt.NPTError, match=match) as raised:
+        npt.export(checkpoint, out, **options)
+    assert "\n" not in str(raised.value)
+    assert not out.exists() and not list(out.parent.glob(".*"))
