@@ -11,7 +11,6 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,17 +78,10 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shared / "smollm2"
     with FileLock(shared / "smollm2.lock"):
         if not (folder / "tokenizer.json").exists():
-            import gguf
-
             from npt_fast.hf.base_model import load_base_model, save_base_model
             from npt_fast.hf.model_folder import SMOLLM2
 
-            with pytest.MonkeyPatch.context() as patch:
-                # transformers parses the file's header three times, at 3 s each, and makes the
-                # table of names for each of 400 modules
-                for name in ("GGUFReader", "get_tensor_name_map"):
-                    patch.setattr(gguf, name, cache(getattr(gguf, name)))
-                model, tokenizer = load_base_model(SMOLLM2, dtype="float32")
+            model, tokenizer = load_base_model(SMOLLM2, dtype="float32")
             save_base_model(model, tokenizer, folder)
             (folder / "name").write_text(model.config._name_or_path)
     return folder

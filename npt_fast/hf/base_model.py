@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from npt_fast.checkpoint.whole_model import NPT, np_layers
 from npt_fast.errors import CheckpointError, ModelError, NPTWarning
 from npt_fast.hf.exported import Exported, base_type
+from npt_fast.hf.gguf_file import parsed_once
 from npt_fast.hf.model_folder import (
     CONFIG,
     SMALL_FILES,
@@ -186,6 +187,7 @@ def _opened(
         if isinstance(place, str):
             yield place, {}, _look_at(place, name, trust_remote_code)
         else:  # in a folder of its own, since transformers would read other files beside it
+            stack.enter_context(parsed_once())
             folder = stack.enter_context(TemporaryDirectory(prefix="npt-fast-"))
             os.symlink(place.resolve(), Path(folder, place.name))
             yield folder, {"gguf_file": place.name}, {}
