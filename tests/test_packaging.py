@@ -127,6 +127,15 @@ def test_every_sdist_holds_the_same_files(built: Path) -> None:
 
 
 @pytest.mark.slow
+def test_links_of_the_description_work_where_there_is_no_repository(built: Path) -> None:
+    wheel = ZipFile(wheel_of(built / "git archive"))
+    (name,) = (one for one in wheel.namelist() if one.endswith(".dist-info/METADATA"))
+    text = wheel.read(name).decode()
+    assert "# npt_fast" in text and "docs/security.md" in text
+    assert re.findall(r"\]\((?![a-z]+:|#)[^)]*\)", text) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_it_merges_and_verifies(
     version: str, built: Path, layer11: Path, layer13: Path, tmp_path: Path
