@@ -15,9 +15,7 @@ from npt_fast.arguments import check_constructor
 from npt_fast.errors import ModelError, OptionError, TransferError
 from npt_fast.schema import Kind, is_text, shown
 
-Tokenizer = Annotated[
-    Any, Kind("a tokenizer of transformers", lambda value: hasattr(value, "eos_token_id"))
-]
+Tokenizer = Annotated[Any, Kind("a tokenizer", callable)]
 
 
 @check_constructor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ def figure_class() -> Any:
     except ImportError:
         raise NPTError("a picture needs matplotlib; pip install 'npt_fast[plot]'") from None
 
-    class Picture(Figure):
-        _repr_png_ = png  # matplotlib's own needs pyplot
+    return _picture(Figure)
 
-    return Picture
+
+@cache
+def _picture(figure: Any) -> Any:
+    return type("Picture", (figure,), {"_repr_png_": png})  # matplotlib's own needs pyplot
 
 
 def check(given: str | Path) -> None:

@@ -153,7 +153,7 @@ class Modulation:
             TransferError: the modulation changes none of them.
         """
         chosen = resolve_layers(layers, self.base.num_hidden_layers)
-        kept = {layer: terms for layer, terms in self.layers.items() if layer in chosen}
+        kept = {layer: self.layers[layer] for layer in self.layers if layer in chosen}
         if not kept:
             raise TransferError(
                 f"the modulation changes layers {list(self.layers)}, none of {list(chosen)}"

@@ -121,7 +121,7 @@ def in_a_new_process(code: str) -> str:
 
 def test_a_cpu_without_the_interpreter() -> None:
     said = in_a_new_process("run('triton')")
-    assert "ValueError: impl='triton' needs Triton, a GPU" in said
+    assert "OptionError: impl='triton' needs Triton, a GPU" in said
     assert "got torch.float32 on cpu" in said
 
 

@@ -52,7 +52,7 @@ def test_the_other_tests(tmp_path: Path) -> None:
         case.attrib["name"] for case in suite.iter("testcase") if case.find("skipped") is not None
     }
     print(counts, skipped)
-    assert counts["tests"] >= 150 and counts["failures"] == counts["errors"] == 0
+    assert counts["tests"] >= 140 and counts["failures"] == counts["errors"] == 0
     assert skipped <= {"tests.kernels.test_roofline"}  # none of its tests run under ttsem
     assert "too large to be checked for races" not in done.stdout
 
