@@ -98,8 +98,7 @@ def merge(
             return report_of(plan, target, expected, free, needed, started, dry_run=True)
     if hub.names:
         plan, _, free, needed = planned(open_checkpoint)
-    if needed > free:
-        raise StorageError(f"{target}: {needed:,} bytes needed, {free:,} free on its file system")
+    require_space(target, needed, free)
     report_progress = progress or (lambda activity, done, total: None)
     with disk_errors(target, MergeError), StagedDirectory(target, replace=force) as staged:
         mover = write_files(plan, staged, report_progress)
@@ -216,6 +215,12 @@ def space(plan: MergePlan, target: Path) -> tuple[dict[str, int], int, int]:
     }
     status = os.statvfs(parent)
     return expected, status.f_bavail * status.f_frsize, plan.total_bytes - cloned + _SLACK
+
+
+def require_space(target: Path, needed: int, free: int) -> None:
+    """Raise StorageError unless the bytes that `target` needs are free."""
+    if needed > free:
+        raise StorageError(f"{target}: {needed:,} bytes needed, {free:,} free on its file system")
 
 
 def _can_clone(plan: MergePlan, directory: Path) -> bool:

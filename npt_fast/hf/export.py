@@ -15,7 +15,7 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint, split_selection
 from npt_fast.checkpoint.digests import DigestWriter
 from npt_fast.checkpoint.layout import BytesFile, CopiedFile
-from npt_fast.checkpoint.merge import check_target, prove, space, write_files
+from npt_fast.checkpoint.merge import check_target, prove, require_space, space, write_files
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY
 from npt_fast.checkpoint.npt_config import SIZES
@@ -26,7 +26,7 @@ from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.checkpoint.tensor_source import SAFETENSORS_WEIGHTS
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.config import MergeOptions, Progress
-from npt_fast.errors import ModelError, OptionError, StorageError, VerificationError
+from npt_fast.errors import ModelError, OptionError, VerificationError
 from npt_fast.hf.base_folder import BaseFolder, open_base
 from npt_fast.hf.exported import BaseReference, Exported, file_sha256
 from npt_fast.hf.model_card import MODEL_CARD, exported_card
@@ -118,10 +118,7 @@ def export(
         copies = [CopiedFile(file.name, SourceFile.of(file, follow_links=True)) for file in copied]
         plan = replace(own, files=(*own.files, *copies))
         _, free, needed = space(plan, target)
-        if needed > free:
-            raise StorageError(
-                f"{target}: {needed:,} bytes needed, {free:,} free on its file system"
-            )
+        require_space(target, needed, free)
         mover = write_files(plan, staged, advance)
         for file in linked:
             _link(file, staged)
@@ -163,11 +160,7 @@ def _open_base(name: str, staged: StagedDirectory, *, weights: bool) -> BaseFold
     folder = staged.path / _CONVERTED
     model, tokenizer = load_base_model(name, dtype="float32")
     needed = sum(each.nbytes for each in model.parameters())
-    free = shutil.disk_usage(staged.path).free
-    if needed > free:
-        raise StorageError(
-            f"{staged.target}: {needed:,} bytes needed, {free:,} free on its file system"
-        )
+    require_space(staged.target, needed, shutil.disk_usage(staged.path).free)
     with library_errors(f"{name}: the base model cannot be written as safetensors"):
         save_base_model(model, tokenizer, folder)
     for file in folder.iterdir():  # some of them only their owner may read

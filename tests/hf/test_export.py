@@ -39,12 +39,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"d": 32, "f": 48}
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    """Parts that no test changes."""
-    return write_parts(tmp_path_factory.mktemp("parts"))
-
-
 def test_the_folder(shared: Parts, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = npt.export(shared.checkpoint, out, verify=True)

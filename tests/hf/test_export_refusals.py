@@ -29,12 +29,6 @@ from tests.training import tiny
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    """Parts that no test changes."""
-    return write_parts(tmp_path_factory.mktemp("parts"))
-
-
 def test_a_base_that_is_not_known_or_gone(shared: Parts, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refuse(
