@@ -42,7 +42,7 @@ def models(
         _print(["model_type", "layers that can be NP layers"], MODEL_TYPES.items())
         say("Others may do, too: npt-fast models MODEL tries each kind of layer of a model")
         return
-    from npt_fast.hf.families import examine
+    from npt_fast.hf.examine import examine
 
     found = examine(model, trust_remote_code=trust_remote_code)
     if json:

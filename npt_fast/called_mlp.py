@@ -15,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from npt_fast.errors import ModelError
 from npt_fast.functional import is_shard, like
+from npt_fast.mlp_layout import GATED, MLPLayout
 
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _TENSORS = frozenset((nn.Parameter, Tensor))  # not DTensor, nor the classes of quantised weights
@@ -37,7 +38,7 @@ class Edit(Protocol):
         """The change after this edit, for an NP component and its attention output."""
 
 
-def is_plain(mlp: Any) -> bool:
+def is_plain(mlp: Any, layout: MLPLayout = GATED) -> bool:
     """Whether all that an MLP computes follows from its three weights, biases and activation.
 
     That is so for projections of class `nn.Linear` with a float weight on a device, without hooks,
@@ -46,10 +47,8 @@ def is_plain(mlp: Any) -> bool:
     """
     return (
         has_no_hooks(mlp)
-        and _has_no_own_hooks(getattr(mlp, "act_fn", None))
-        and is_plain_linear(mlp.gate_proj)
-        and is_plain_linear(mlp.up_proj)
-        and is_plain_linear(mlp.down_proj)
+        and _has_no_own_hooks(getattr(mlp, layout.activation, None))
+        and all([is_plain_linear(getattr(mlp, name)) for name in layout.names])
     )
 
 
@@ -84,34 +83,49 @@ def _has_no_own_hooks(module: Any) -> bool:
     )
 
 
-def call_mlp(mlp: Any, h: Tensor, activation: Callable[[Tensor], Tensor], change: Change) -> Tensor:
+def call_mlp(
+    mlp: Any,
+    h: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    change: Change,
+    layout: MLPLayout = GATED,
+) -> Tensor:
     """``down(activation(gate(h)) * up(h))`` by calling the projections.
 
     Args:
-        mlp: module with gate_proj, up_proj and down_proj. Its own activation is called if it has
-            one, since it may have hooks.
+        mlp: module with the projections of `layout`. Its own activation is called if it has one,
+            since it may have hooks.
         h: MLP input, ``(..., D)``.
-        activation: the activation of an MLP that has no ``act_fn``.
+        activation: the activation of an MLP that has none.
         change: what is added to each projection's output.
+        layout: how the MLP names its projections.
 
     Returns:
         ``(..., D)``.
     """
 
-    def projected(name: str, a: Tensor) -> Tensor:
-        projection = getattr(mlp, f"{name}_proj")
+    def called(name: str, a: Tensor) -> Tensor:
+        projection = getattr(mlp, name)
         y: Tensor = projection(a)
         if a.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _check_gradient(y, name, projection)
-        added = change(name, projection, a)
+        return y
+
+    def changed(name: str, a: Tensor, y: Tensor) -> Tensor:
+        added = change(name, getattr(mlp, getattr(layout, name)), a)
         if added is None:
             return y
         if is_shard(added):
             added = like(added, y)
         return y + added.to(y.dtype)
 
-    act = getattr(mlp, "act_fn", activation)
-    return projected("down", act(projected("gate", h)) * projected("up", h))
+    if layout.joined:
+        gate, up = called(layout.gate, h).chunk(2, -1)
+    else:
+        gate, up = called(layout.gate, h), called(layout.up, h)
+    act = getattr(mlp, layout.activation, activation)
+    inner = act(changed("gate", h, gate)) * changed("up", h, up)
+    return changed("down", inner, called(layout.down, inner))
 
 
 def _check_gradient(y: Tensor, name: str, projection: Any) -> None:
@@ -124,6 +138,6 @@ def _check_gradient(y: Tensor, name: str, projection: Any) -> None:
     else:
         return
     raise ModelError(
-        f"{name}_proj ({type(projection).__module__}.{type(projection).__name__}) does not pass "
+        f"{name} ({type(projection).__module__}.{type(projection).__name__}) does not pass "
         "gradients back in this mode; train on a base model of another quantisation or in floats"
     )

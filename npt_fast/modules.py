@@ -30,6 +30,7 @@ from npt_fast.functional import (
 )
 from npt_fast.initialization import initialize
 from npt_fast.kept_cast import KeptCast
+from npt_fast.mlp_layout import GATED, MLPLayout
 
 
 class NPComponent(nn.Module):
@@ -48,6 +49,7 @@ class NPComponent(nn.Module):
         residual: ``"removed"`` if the MLP replaces attention + MLP, ``"kept"`` if the attention
             output is still added to the residual stream.
         activation: the MLP's activation, a name of `npt_fast.functional.ACTIVATIONS`.
+        layout: how the MLP names its projections.
         init: initialization of the parameters, see `npt_fast.initialization`.
         init_scale: scale of the initializations that are the original's.
         device: device of the parameters.
@@ -71,6 +73,7 @@ class NPComponent(nn.Module):
         modulation: str = "triple",
         residual: str = "removed",
         activation: str = "silu",
+        layout: MLPLayout = GATED,
         init: Initialization = "zero",
         init_scale: float = 0.001,
         device: torch.device | str | None = None,
@@ -94,6 +97,7 @@ class NPComponent(nn.Module):
         self.modulation_type = modulation
         self.residual = residual
         self.activation = activation
+        self.layout = layout
         self.init = init
         self.init_scale = init_scale
         self.enabled = True
@@ -250,7 +254,7 @@ class NPComponent(nn.Module):
         Args:
             attention: attention output after its output projection, ``(..., D)``.
             h: MLP input, ``(..., D)``.
-            mlp: module with gate_proj, up_proj and down_proj, or a function that returns it.
+            mlp: module with the projections of the layout, or a function that returns it.
             edits: what replaces the weight change of some tokens, applied in this order. Other
                 tokens get the same bits as without edits.
             bottleneck: list that gets the bottlenecks, if the fused path computes a graph.
@@ -270,7 +274,7 @@ class NPComponent(nn.Module):
                     "int8 factors pass no gradients on: call the model under torch.no_grad(), or "
                     "load float factors"
                 )
-        if not is_plain(mlp):
+        if not is_plain(mlp, self.layout):
             return self._called(attention, h, mlp, edits)
         if not edits:
             return self._fused(attention, h, mlp, bottleneck)
@@ -286,18 +290,18 @@ class NPComponent(nn.Module):
     def _fused(
         self, attention: Tensor, h: Tensor, mlp: Any, bottleneck: list[Tensor] | None = None
     ) -> Tensor:
-        gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        weights = self.layout.weights(mlp)
         copies = self.copies_for(h)
         return modulated_mlp(
             attention,
             h,
-            gate.weight,
-            up.weight,
-            down.weight,
+            weights.gate,
+            weights.up,
+            weights.down,
             copies if copies is not None and self.is_int8 else self.factors,
-            gate_bias=gate.bias,
-            up_bias=up.bias,
-            down_bias=down.bias,
+            gate_bias=weights.gate_bias,
+            up_bias=weights.up_bias,
+            down_bias=weights.down_bias,
             activation=self.activation,
             copies=copies,
             bottleneck=bottleneck,
@@ -312,7 +316,12 @@ class NPComponent(nn.Module):
         change = self.change(attention)
         for edit in edits:
             change = edit.applied(change, self, attention)
-        run = partial(call_mlp, activation=ACTIVATIONS[self.activation][0], change=change)
+        run = partial(
+            call_mlp,
+            activation=ACTIVATIONS[self.activation][0],
+            change=change,
+            layout=self.layout,
+        )
         # an MLP with hooks is called as a module, with the keyword that convert has added
         return run(mlp, h) if has_no_hooks(mlp) else mlp(h, modulated=run)
 
@@ -332,6 +341,11 @@ class NPComponent(nn.Module):
                 bottlenecks.extend(torch.split(joined, self.rank * k, -1))
             u, (w_a, w_b) = bottlenecks[index], heads[index]
             if is_shard(getattr(projection, "weight", None)):
+                if self.layout.joined and name != "down":
+                    raise ModelError(
+                        f"{self.layout.gate} is a shard (DTensor), whose rows are neither gate's "
+                        "nor up's alone; load the model without tp_plan"
+                    )
                 a, w_a, w_b = (tensor.to(u.dtype) for tensor in (a, w_a, w_b))
                 return sharded_change(projection, a, u, w_a, w_b, num_ranks=k)
             used = self._heads(copies)[index]

@@ -33,15 +33,16 @@ ALLOWED = {
     },
     "functional": {"config", "errors", "kernels"},
     "initialization": {"config", "checkpoint"},
-    "called_mlp": {"errors", "functional"},
+    "mlp_layout": {"kernels"},
+    "called_mlp": {"errors", "functional", "mlp_layout"},
     "kept_cast": set[str](),
     "modules": {
         *("config", "errors", "checkpoint", "functional", "called_mlp", "initialization"),
-        "kept_cast",
+        *("kept_cast", "mlp_layout"),
     },
     "hf": {
         *("arguments", "config", "errors", "hub", "layer_names", "paths", "schema", "checkpoint"),
-        *("functional", "modules", "tables"),
+        *("functional", "mlp_layout", "modules", "tables"),
     },
     "training": {
         *("arguments", "config", "errors", "layer_names", "paths", "schema", "text_sources"),

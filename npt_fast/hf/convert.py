@@ -1,30 +1,28 @@
 """Convert decoder layers of a Hugging Face model into NP layers, and back.
 
 A converted layer gets a submodule ``np_component`` and a forward of its own; its class and the base
-weights stay as they are. `blocks` says which decoder layers can be converted.
+weights stay as they are. `families` says which decoder layers can be converted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from npt_fast.arguments import check_arguments, kind_of
-from npt_fast.checkpoint.keys import PROJECTIONS
 from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.config import NPTConfig
 from npt_fast.errors import ModelError
-from npt_fast.functional import vector_norms
 from npt_fast.hf import patching
-from npt_fast.hf.blocks import BLOCKS, Block
 from npt_fast.hf.description import record
+from npt_fast.hf.families import mlp_of
+from npt_fast.hf.np_layer import layer_forward, mlp_forward, mlp_module
 from npt_fast.hf.probe import OFFLOADED, Fit, device_of, fit, is_offloaded, kind
-from npt_fast.hf.scaffold import Parts, Scaffold
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.layer_names import LayerList, chosen_layers, resolve_layers
 from npt_fast.modules import NPComponent
@@ -157,7 +155,7 @@ def supported_layers(model: nn.Module, layers: LayerList | None = None) -> dict[
 def convert(model: Model, config: NPTConfig, *, probe: bool = True) -> Model:
     """Convert layers in place, and freeze the base model's parameters.
 
-    A layer is refused if it computes something else than a block of `npt_fast.hf.blocks`, because
+    A layer is refused if it computes something else than `npt_fast.hf.families` says, because
     the NP layer would be wrong. A few random tokens are run through one layer of each kind to find
     out; the model is not changed by that.
 
@@ -225,10 +223,11 @@ def add_layers(
         layer = layers[index]
         layer.np_component = component
         layer.__dict__["np_block"] = fits[index].block
-        patching.attach(layer, _forward)
-        patching.attach(layer.mlp, _mlp_forward)
+        patching.attach(layer, layer_forward)
+        mlp = getattr(layer, layer.np_block.mlp)
+        patching.attach(mlp, mlp_forward)
         # on the MLP and not registered, so that copies of the MLP alone have their own
-        layer.mlp.__dict__["np_act_fn"] = getattr(layer.mlp, "act_fn", None)
+        mlp.__dict__["np_act_fn"] = getattr(mlp, component.layout.activation, None)
     record(model, components(model))
 
 
@@ -237,8 +236,8 @@ def inference_dtype(model: Any, index: int) -> torch.dtype:
 
     Where the MLP has none, as in many quantised models, it is the model's own dtype.
     """
-    mlp = unwrapped(getattr(_inner_layers(model)[index], "mlp", None))
-    projections = [getattr(mlp, f"{name}_proj", None) for name in PROJECTIONS]
+    found = mlp_of(_inner_layers(model)[index])
+    projections = [getattr(found.module, name) for name in found.layout.names] if found else []
     for holder in (*(getattr(p, "weight", None) for p in projections), unwrapped(model)):
         dtype = getattr(holder, "dtype", None)
         if isinstance(dtype, torch.dtype) and computes_in(dtype):
@@ -271,13 +270,13 @@ def remove_layers(model: Any, indices: Sequence[int]) -> None:
     inner = _inner_layers(model)
     layers = [inner[index] for index in indices]
     for layer in layers:  # before the first is changed
-        patching.check_detachable(layer, _forward)
-        patching.check_detachable(unwrapped(layer.mlp), _mlp_forward)
+        patching.check_detachable(layer, layer_forward)
+        patching.check_detachable(unwrapped(mlp_module(layer)), mlp_forward)
     for layer in layers:
-        patching.detach(layer, _forward)
-        for mlp in layer.mlp.modules():  # in wrappers there may be copies
-            if patching.is_attached(mlp, _mlp_forward):
-                patching.detach(mlp, _mlp_forward)
+        patching.detach(layer, layer_forward)
+        for mlp in mlp_module(layer).modules():  # in wrappers there may be copies
+            if patching.is_attached(mlp, mlp_forward):
+                patching.detach(mlp, mlp_forward)
                 del mlp.np_act_fn
         del layer.np_component, layer.np_block
     record(model, components(model))
@@ -347,8 +346,7 @@ def _refusal(model: Any, index: int, problem: ModelError) -> ModelError:
     name = type(_inner_layers(model)[index]).__name__
     others = [layer for layer, obstacle in supported_layers(model).items() if obstacle is None]
     can = f"layers that can be converted: {others}" if others else "no layer can be converted"
-    supported = " or ".join(block.formula for block in BLOCKS)
-    return ModelError(f"layer {index} ({name}) {problem}; supported is {supported}; {can}")
+    return ModelError(f"layer {index} ({name}) {problem}; {can}")
 
 
 def _component(found: Fit, layer: nn.Module, config: NPTConfig, dtype: torch.dtype) -> NPComponent:
@@ -360,86 +358,9 @@ def _component(found: Fit, layer: nn.Module, config: NPTConfig, dtype: torch.dty
         modulation=config.modulation,
         residual=config.residual,
         activation=found.activation,
+        layout=found.layout,
         init=config.init,
         init_scale=config.init_scale,
         device=device_of(layer),
         dtype=dtype,
     )
-
-
-def _forward(
-    layer: Any, hidden_states: Tensor, *, scaffold: Scaffold | None = None, **options: Any
-) -> Tensor | Parts:
-    """The forward of an NP layer (design.md#layer)."""
-    component: NPComponent = layer.np_component
-    block: Block = layer.np_block
-    if not component.enabled:
-        base: Tensor = patching.call_base(layer, hidden_states, **options)
-        return base
-    if scaffold is not None:
-        return _parts(layer, hidden_states, scaffold, options)
-    attention = block.attention(layer, hidden_states, options)
-    # the MLP reads the layer's input: attention reaches it through its weights alone
-    h = block.mlp_input(layer, hidden_states)
-    # a function: accelerate would move a module among the arguments, also one that is offloaded
-    out: Tensor = hidden_states + component(attention, h, lambda: _mlp(layer))
-    return out + attention if component.residual == "kept" else out
-
-
-def _parts(
-    layer: Any, hidden_states: Tensor, scaffold: Scaffold, options: Mapping[str, Any]
-) -> Parts:
-    component: NPComponent = layer.np_component
-    block: Block = layer.np_block
-    source, attention, norms, weights, virtual = scaffold
-    if attention is None:
-        attention = block.attention(layer, hidden_states if source is None else source, options)
-    states, read = hidden_states, attention
-    base = None
-    if virtual is not None:  # one product for all tokens
-        states = torch.cat((states, virtual.hidden), -2)
-        read = torch.cat((read, virtual.attention), -2)
-        with torch.no_grad():
-            base = layer.mlp(block.mlp_input(layer, virtual.hidden + virtual.attention))
-    found: list[Tensor] = []
-    h = block.mlp_input(layer, states)
-    outputs = component(read, h, lambda: _mlp(layer), bottleneck=found)
-    count = hidden_states.shape[-2]
-    parts = Parts(attention, outputs[..., :count, :])
-    if virtual is not None:
-        parts = parts._replace(virtual=outputs[..., count:, :], virtual_base=base)
-    if norms or weights is not None:
-        u = found[0][..., :count, :] if found else component.bottleneck(attention)
-        with torch.no_grad():
-            measured = vector_norms(attention, component.factors, u) if norms else None
-        squares = None if weights is None else component.sum_of_mean_squares(u, weights)
-        parts = parts._replace(norms=measured, squares=squares)
-    return parts
-
-
-def _mlp(layer: Any) -> Any:
-    """An NP layer's MLP, which must be the one whose function was proved when it was converted."""
-    mlp = unwrapped(layer.mlp)
-    replaced = ""
-    if not patching.is_attached(mlp, _mlp_forward):
-        replaced = "it or its forward"
-    elif getattr(mlp, "act_fn", None) is not mlp.np_act_fn:
-        replaced = "its act_fn"
-    if replaced:
-        raise ModelError(
-            f"{type(mlp).__name__}: {replaced} was replaced after the layer was converted; "
-            "replace it before npt.convert"
-        )
-    return mlp
-
-
-def _mlp_forward(
-    mlp: Any, h: Tensor, *, modulated: Callable[[Any, Tensor], Tensor] | None = None
-) -> Tensor:
-    """The forward of an NP layer's MLP: the base's, or with `modulated` the modulated one.
-
-    The MLP is called as a module only if it is not plain. Then its own hooks see what they would
-    see in the base model.
-    """
-    y: Tensor = patching.call_base(mlp, h) if modulated is None else modulated(mlp, h)
-    return y

@@ -1,65 +1,249 @@
-"""Model types whose layers can be converted, and what a model's config alone says of its layers."""
+"""The families of decoder layers: what attention and the MLP add to the residual stream.
+
+An NP layer computes by the block and the MLP of its base layer, so a layer that is none of these
+would be wrong in silence. Nothing here is believed for its name: `probe` proves that a layer is
+what the table says (design.md#layer).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from npt_fast.hf.base_model import load_skeleton
-from npt_fast.hf.blocks import BLOCKS, has_parts
-from npt_fast.hf.convert import decoder_layers, supported_layers
-from npt_fast.hf.probe import kind
+from npt_fast.hf.wrappers import unwrapped
+from npt_fast.mlp_layout import GATED, MLPLayout
 
 
-def examine(name: str, *, trust_remote_code: bool = False) -> dict[int, str | None]:
-    """Which layers of a model can be converted; its weights are neither read nor downloaded.
+@dataclass(frozen=True)
+class Block:
+    """A decoder block: ``out = h + a + m``, where ``a`` and ``m`` are what its parts add.
 
-    One layer of each kind gets random weights for as long as it is probed.
+    ``a = scale * post_norm(attention(norm(h)))`` and ``m = scale * post_norm(mlp(norm(h + a)))``.
+    The defaults are Llama's, which has no post-norms and no scale. An attribute is the name of a
+    submodule of the layer; None means that the block has no such part.
 
-    Args:
-        name: Hub id, folder, path of a ``.gguf`` file, or ``"smollm2-135m"``.
-        trust_remote_code: as for `load_base_model`.
-
-    Returns:
-        As `supported_layers`: None or what is in the way, by layer index.
-
-    Raises:
-        ModelError: the config cannot be read, needs code, or is of a model without such layers.
+    Attributes:
+        attn: attention, or what is in its place.
+        attn_norm: norm that attention reads the residual stream through.
+        attn_post_norm: norm of attention's output.
+        mlp: MLP.
+        mlp_norm: norm that the MLP reads the residual stream through.
+        mlp_post_norm: norm of the MLP's output.
+        scale: the layer's attribute whose number attention's and the MLP's output are multiplied
+            by.
+        parallel: whether the MLP reads the layer's input, as attention does, not ``h + a``.
+        renamed: names of attention's arguments, and the layer's names of the same, where they
+            differ.
     """
-    model = load_skeleton(name, trust_remote_code=trust_remote_code)
-    found: dict[object, str | None] = {}
-    kinds = [kind(layer) for layer in decoder_layers(model)]
-    for index, layer in enumerate(decoder_layers(model)):
-        if kinds[index] not in found:
-            with _random_weights(layer):
-                found[kinds[index]] = supported_layers(model, [index])[index]
-    return {index: found[of] for index, of in enumerate(kinds)}
+
+    attn: str = "self_attn"
+    attn_norm: str | None = "input_layernorm"
+    attn_post_norm: str | None = None
+    mlp: str = "mlp"
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_post_norm: str | None = None
+    scale: str | None = None
+    parallel: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Submodules and attributes that the layer must have."""
+        norms = (self.attn_norm, self.attn_post_norm, self.mlp_norm, self.mlp_post_norm)
+        return tuple(dict.fromkeys(filter(None, (self.attn, self.mlp, *norms, self.scale))))
+
+    def fits(self, layer: nn.Module) -> bool:
+        """Whether a layer has the parts of the block."""
+        return all(getattr(layer, part, None) is not None for part in self.parts)
+
+    def attention_output(self, layer: Any, h: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """Attention's own output, ``(B, S, D)``, for the layer's input `h`."""
+        if self.renamed:
+            call = dict(call)
+            call.update((own, call.pop(name)) for own, name in self.renamed if name in call)
+        read = h if self.attn_norm is None else getattr(layer, self.attn_norm)(h)
+        return first(getattr(layer, self.attn)(hidden_states=read, **call))
+
+    def attention(self, layer: Any, h: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """What attention adds to the residual stream, and what NP components read.
+
+        Args:
+            layer: decoder layer.
+            h: input of the layer, ``(B, S, D)``.
+            call: keyword arguments that the model calls the layer with.
+
+        Returns:
+            ``(B, S, D)``.
+        """
+        output = self.attention_output(layer, h, call)
+        if self.attn_post_norm is not None:
+            output = getattr(layer, self.attn_post_norm)(output)
+        return self.scaled(layer, output)
+
+    def mlp_input(self, layer: Any, h: Tensor, attention: Tensor | None = None) -> Tensor:
+        """What the MLP reads.
+
+        Args:
+            layer: decoder layer.
+            h: input of the layer, ``(B, S, D)``.
+            attention: what attention adds; None for the input without it, which an NP layer's MLP
+                reads.
+
+        Returns:
+            ``(B, S, D)``.
+        """
+        state = h if attention is None or self.parallel else h + attention
+        return state if self.mlp_norm is None else getattr(layer, self.mlp_norm)(state)
+
+    def mlp_added(self, layer: Any, output: Tensor, *, normed: bool = True) -> Tensor:
+        """What an MLP's output adds to the residual stream.
+
+        Args:
+            layer: decoder layer.
+            output: output of the MLP, ``(B, S, D)``.
+            normed: whether the post-norm is part of it. It fixes the length of what is added, so an
+                MLP that stands for attention too goes without.
+
+        Returns:
+            ``(B, S, D)``.
+        """
+        if normed and self.mlp_post_norm is not None:
+            output = getattr(layer, self.mlp_post_norm)(output)
+        return self.scaled(layer, output)
+
+    def scaled(self, layer: Any, part: Tensor) -> Tensor:
+        """A part's output times the layer's scale, if it has one."""
+        return part if self.scale is None else part * getattr(layer, self.scale)
+
+    def register_hooks(
+        self, layer: Any, attention: Callable[[Tensor], None], mlp: Callable[[Tensor], None]
+    ) -> list[Any]:
+        """Call two functions with what attention and the MLP add when the base layer runs.
+
+        Args:
+            layer: decoder layer.
+            attention: gets what attention adds, ``(B, S, D)``.
+            mlp: gets what the MLP adds, ``(B, S, D)``.
+
+        Returns:
+            Handles that remove the hooks.
+        """
+
+        def hooked(name: str, visit: Callable[[Tensor], None]) -> Any:
+            return getattr(layer, name).register_forward_hook(
+                lambda _, args, output: visit(self.scaled(layer, first(output)))
+            )
+
+        return [
+            hooked(self.attn_post_norm or self.attn, attention),
+            hooked(self.mlp_post_norm or self.mlp, mlp),
+        ]
 
 
-@contextmanager
-def _random_weights(layer: nn.Module) -> Iterator[None]:
-    """Context in which a layer on the meta device has weights, if it is worth a probe.
+_LINEAR = Block(attn="linear_attn", renamed=(("cache_params", "past_key_values"),))
+BLOCKS: tuple[Block, ...] = (
+    Block(),  # Llama, Qwen, Mistral, Phi-3
+    _LINEAR,  # Qwen3-Next and Qwen3.5, their other layers
+    Block(scale="residual_multiplier"),  # Granite
+    Block(scale="residual_scale"),  # MiniCPM
+    Block(  # Gemma 2 and 3
+        attn_post_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        mlp_post_norm="post_feedforward_layernorm",
+    ),
+    Block(attn_post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm"),  # GLM-4
+    Block(  # OLMo 2 and 3, Exaone 4
+        attn_norm=None,
+        attn_post_norm="post_attention_layernorm",
+        mlp_norm=None,
+        mlp_post_norm="post_feedforward_layernorm",
+    ),
+    Block(mlp_norm="input_layernorm", parallel=True),  # Cohere
+)
+"""Decoder blocks, and models that have them."""
 
-    A layer without the parts of a block is not: 256 experts would need 20 GB.
+LAYOUTS: tuple[MLPLayout, ...] = (
+    GATED,
+    MLPLayout("gate_up_proj", "gate_up_proj", activation="activation_fn"),  # Phi-3, GLM-4
+)
+"""MLPs."""
+
+
+def first(output: Any) -> Tensor:
+    """The output of attention that may return its weights behind it."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def candidates(layer: nn.Module) -> list[Block]:
+    """Blocks whose parts a layer has, those with the most parts first."""
+    found = [block for block in BLOCKS if block.fits(layer)]
+    return sorted(found, key=lambda block: -len(block.parts))
+
+
+def layout_of(mlp: nn.Module | None) -> MLPLayout | None:
+    """The layout whose projections an MLP has; None if there is none."""
+    return next((layout for layout in LAYOUTS if layout.fits(mlp)), None)
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """A decoder layer's attention, or what is in its place; None if it is none of the table's."""
+    return next((part for b in BLOCKS if (part := getattr(layer, b.attn, None)) is not None), None)
+
+
+class MLPPart(NamedTuple):
+    """A decoder layer's MLP.
+
+    Attributes:
+        name: its name in the layer.
+        module: the MLP without wrappers.
+        layout: how it names its projections.
     """
-    if not any(has_parts(layer, block) for block in BLOCKS):
-        yield
-        return
-    generator = torch.Generator().manual_seed(0)
-    empty = [(part, dict(part._parameters)) for part in layer.modules()]
-    try:
-        for part, parameters in empty:
-            for name, tensor in parameters.items():
-                if tensor is not None:
-                    scale = tensor.shape[-1] ** -0.5 if tensor.ndim else 1.0
-                    values = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    part._parameters[name] = nn.Parameter(
-                        values.normal_(std=scale, generator=generator), requires_grad=False
-                    )
-        yield
-    finally:
-        for part, parameters in empty:
-            part._parameters.update(parameters)
+
+    name: str
+    module: Any
+    layout: MLPLayout
+
+
+def mlp_of(layer: nn.Module) -> MLPPart | None:
+    """A decoder layer's MLP; None if it has none of the table's."""
+    for name in dict.fromkeys(block.mlp for block in BLOCKS):
+        mlp = unwrapped(getattr(layer, name, None))
+        layout = layout_of(mlp)
+        if layout is not None:
+            return MLPPart(name, mlp, layout)
+    return None
+
+
+def obstacle(layer: nn.Module) -> str:
+    """What a layer that has the parts of no block has in their place."""
+    missing = [part for part in BLOCKS[0].parts if getattr(layer, part, None) is None]
+    parts = dict(layer.named_children())
+    problems = []
+    if "self_attn" in missing:
+        others = [
+            f"{name} ({type(part).__name__})"
+            for name, part in parts.items()
+            if name not in ("mlp", "feed_forward") and list(part.children())
+        ]
+        problems.append(f"no self_attn, but {', '.join(others) or 'no attention at all'}")
+    mlp = parts.get("mlp")
+    routed = [part for part in parts.values() if hasattr(part, "experts")]
+    if routed:
+        problems.append(f"a mixture of experts as its MLP ({type(routed[0]).__name__})")
+    elif layout_of(mlp) is None:
+        # of the layout that it has most of
+        layout = max(LAYOUTS, key=lambda one: sum(hasattr(mlp, name) for name in one.names))
+        absent = [f"mlp.{name}" for name in layout.names if not hasattr(mlp, name)]
+        part = layer if mlp is None else mlp
+        problems.append(f"no {absent[0]} ({type(part).__name__} has {_names(part)})")
+    elif absent := [part for part in missing if part != "self_attn"]:
+        problems.append(f"no {absent[0]} ({type(layer).__name__} has {_names(layer)})")
+    return f"has {' and '.join(problems)}"
+
+
+def _names(module: nn.Module) -> str:
+    return ", ".join(name for name, _ in module.named_children()) or "no parts"

@@ -1,7 +1,7 @@
 """The probe: run a few random tokens through a decoder layer to prove which block it is.
 
-Names of parts are not enough. Granite has Llama's names and scales what it adds, Gemma 2 has norms
-behind its parts, and published configs name another activation than the one that is used.
+Names of parts are not enough. StableLM's blocks are of two forms, GPT-NeoX's names are the same
+for both of its own, and published configs name another activation than the one that is used.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_map_only
 
 from npt_fast.errors import ModelError
 from npt_fast.functional import ACTIVATIONS
-from npt_fast.hf.blocks import BLOCKS, Block, has_parts, obstacle
+from npt_fast.hf.families import Block, candidates, first, layout_of, obstacle
 from npt_fast.hf.wrappers import unwrapped
+from npt_fast.mlp_layout import MLPLayout
 
 OFFLOADED = "is offloaded; NP layers must be on a device"
 _TOKENS = 8
@@ -38,12 +39,14 @@ class Fit(NamedTuple):
 
     Attributes:
         block: the layer's block.
+        layout: how its MLP names its projections.
         hidden_size: model width D.
         intermediate_size: MLP width F.
         activation: the MLP's activation, a name of `npt_fast.functional.ACTIVATIONS`.
     """
 
     block: Block
+    layout: MLPLayout
     hidden_size: int
     intermediate_size: int
     activation: str
@@ -61,21 +64,24 @@ def fit(decoder: Any, index: int, *, probe: bool = True) -> Fit:
             run in any case, which is how its activation is found.
 
     Raises:
-        ModelError: the layer is no block of `BLOCKS`; the message names the part that differs.
+        ModelError: the layer is no block of `families.BLOCKS`; the message names the part that
+            differs.
     """
     layer = unwrapped(decoder.layers[index])
-    blocks = [block for block in BLOCKS if has_parts(layer, block)]
-    if not blocks:
+    blocks = candidates(layer)
+    mlp: Any = getattr(layer, blocks[0].mlp) if blocks else None
+    layout = layout_of(mlp)
+    if layout is None:
         raise ModelError(obstacle(layer))
     if is_offloaded(layer):
         raise ModelError(OFFLOADED)
-    gate = layer.mlp.gate_proj
+    hidden_size: int = getattr(mlp, layout.up).in_features
+    intermediate_size: int = getattr(mlp, layout.down).in_features
     dtype = getattr(decoder, "dtype", torch.float32)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _TOKENS, gate.in_features, generator=generator)
-    x = x.to(device_of(layer), dtype)
+    x = torch.randn(1, _TOKENS, hidden_size, generator=generator).to(device_of(layer), dtype)
     with _undisturbed(layer):
-        activation = _activation(layer.mlp, x)
+        activation = _activation(mlp, layout, x)
         if probe:
             call = _call(decoder, index, x)
             problems = [_difference(layer, block, x, call) for block in blocks]
@@ -84,12 +90,12 @@ def fit(decoder: Any, index: int, *, probe: bool = True) -> Fit:
             block = blocks[problems.index(None)]
         else:
             block = blocks[0]
-    return Fit(block, gate.in_features, gate.out_features, activation)
+    return Fit(block, layout, hidden_size, intermediate_size, activation)
 
 
 def device_of(layer: Any) -> torch.device:
-    """Device of a layer's MLP; quantized weights may be buffers, or neither (dynamic int8)."""
-    found: Tensor = next(chain(layer.mlp.parameters(), layer.mlp.buffers(), layer.parameters()))
+    """Device of a layer; quantized weights may be buffers, or neither (dynamic int8)."""
+    found: Tensor = next(chain(layer.parameters(), layer.buffers()))
     return found.device
 
 
@@ -208,20 +214,20 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _activation(mlp: Any, x: Tensor) -> str:
+def _activation(mlp: Any, layout: MLPLayout, x: Tensor) -> str:
     """The activation of a gated MLP, found by what the MLP does, since names may lie."""
+    *parts, down = (getattr(mlp, name) for name in layout.names)
     try:
         # inputs of the activation from -6 to 6, where activations differ most
-        x = x * (2 / mlp.gate_proj(x).float().std().clamp_min(1e-6)).to(x.dtype)
-        with _recorded(mlp.down_proj) as seen, ExitStack() as stack:
-            gate, up = (_visible(part, x, stack) for part in (mlp.gate_proj, mlp.up_proj))
+        x = x * (2 / parts[0](x).float().std().clamp_min(1e-6)).to(x.dtype)
+        with _recorded(down) as seen, ExitStack() as stack:
+            outputs = [_visible(part, x, stack) for part in parts]
+            gate, up = outputs[0].chunk(2, -1) if layout.joined else outputs
             output = mlp(x)
     except Exception as error:
         raise ModelError(f"has an MLP that cannot be run: {_line(error)}") from error
-    formula = (
-        f"has an MLP ({type(mlp).__name__}) that does not compute "
-        "down_proj(activation(gate_proj(x)) * up_proj(x))"
-    ) + _hint("it", mlp, ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    hint = _hint("it", mlp, (*layout.names, layout.activation))
+    formula = f"has an MLP ({type(mlp).__name__}) that does not compute {layout.formula}{hint}"
     if not isinstance(output, Tensor) or not seen or not _close(output, seen["output"]):
         raise ModelError(formula)
     inner = seen["input"]
@@ -230,7 +236,7 @@ def _activation(mlp: Any, x: Tensor) -> str:
     # fused kernels round the activation in float32
     if errors[best] <= 4 * torch.finfo(x.dtype).eps:
         return best
-    own = getattr(mlp, "act_fn", None)
+    own = getattr(mlp, layout.activation, None)
     if callable(own) and _close(own(gate) * up, inner):
         name = getattr(own, "__name__", type(own).__name__)
         raise ModelError(
@@ -279,50 +285,52 @@ def _difference(layer: Any, block: Block, x: Tensor, call: dict[str, Any]) -> st
         x: random numbers, ``(1, S, D)``.
         call: keyword arguments that the model calls the layer with.
     """
-    with _recorded(layer.self_attn) as attention, _recorded(layer.mlp) as mlp:
+    mlp_module = getattr(layer, block.mlp)
+    with _recorded(getattr(layer, block.attn)) as attention, _recorded(mlp_module) as mlp:
         try:
             layer.forward(x, **call)
         except Exception as error:
             return f"cannot be run by itself: {_line(error)}"
         if not attention:
-            return "does not call its self_attn"
+            return f"does not call its {block.attn}"
         if not mlp:
-            return "does not call its mlp"
+            return f"does not call its {block.mlp}"
         returned = attention["output"]
-        if not isinstance(returned, tuple) or len(returned) != 2:
-            count = f"{len(returned)} values" if isinstance(returned, tuple) else "one value"
-            return f"has an attention that returns {count}, not (output, weights)"
+        if not isinstance(first(returned), Tensor):
+            return f"has an attention that returns a {type(returned).__name__}, not its output"
         # a stream as large as what is added to it: rounding of the sum must not hide a part
-        added = returned[0] if returned[0].any() else mlp["output"]
+        added = first(returned) if first(returned).any() else mlp["output"]
         size = added.float().norm() / x.float().norm()
         h = x * size.to(x.dtype) if size > 0 else x
         out = layer.forward(h, **call)
     if not isinstance(out, Tensor):
         return f"returns a {type(out).__name__}, not its hidden states alone"
     try:
+        output = block.attention_output(layer, h, call)
         a = block.attention(layer, h, call)
-        m = layer.mlp(block.mlp_input(layer, h + a))
+        m = block.mlp_added(layer, mlp_module(block.mlp_input(layer, h, a)))
     except Exception as error:
         return f"has an attention that cannot be called as in Llama: {_line(error)}"
     if _close(out, h + a + m, over=(h, a, m)):
         return None
-    own, read, added = attention["output"][0], mlp["input"], mlp["output"]
     hint = _hint("the layer", layer, block.parts)
-    if not _close(own, a):
-        return f"has an attention that does not read input_layernorm(h){hint}"
-    scales = _scales(h, out, a, added)
+    if not _close(first(attention["output"]), output):
+        return f"has an attention that does not read {block.attn_norm or ''}(h){hint}"
+    scales = _scales(h, out, a, block.mlp_added(layer, mlp["output"]))
     if scales is not None:
         parts = [
             f"{name}'s output by {scale:.3g}"
-            for name, part, scale in zip(("attention", "the MLP"), (a, added), scales, strict=True)
+            for name, part, scale in zip(("attention", "the MLP"), (a, m), scales, strict=True)
             if part.any() and abs(scale - 1) > 8 * torch.finfo(a.dtype).eps
         ]
         if parts:
             return f"scales {' and '.join(parts)} before adding it to the residual stream"
-    if _close(read, block.mlp_input(layer, h)):
+    read = mlp["input"]
+    if not block.parallel and _close(read, block.mlp_input(layer, h)):
         return f"runs attention and MLP side by side: its MLP reads the layer's input{hint}"
-    if not _close(read, block.mlp_input(layer, h + a)):
-        return f"has an MLP that does not read post_attention_layernorm(h + a){hint}"
+    if not _close(read, block.mlp_input(layer, h, a)):
+        state = "h" if block.parallel else "h + a"
+        return f"has an MLP that does not read {block.mlp_norm or ''}({state}){hint}"
     return f"does not add its MLP's output to the residual stream as it is{hint}"
 
 

@@ -60,16 +60,15 @@ def _base_activations(model: Any, layers: Sequence[int]) -> dict[int, _Seen]:
             def hidden(_: Any, args: Any, kwargs: Any, index: int = index) -> None:
                 found[index]["hidden"] = args[0] if args else kwargs["hidden_states"]
 
-            def attention(_: Any, args: Any, output: Any, index: int = index) -> None:
-                found[index]["attention"] = output[0]
+            def attention(added: Tensor, index: int = index) -> None:
+                found[index]["attention"] = added
 
-            def mlp(_: Any, args: Any, output: Tensor, index: int = index) -> None:
-                found[index]["mlp"] = output
+            def mlp(added: Tensor, index: int = index) -> None:
+                found[index]["mlp"] = added
 
             for hook in (
                 layer.register_forward_pre_hook(hidden, with_kwargs=True),
-                layer.self_attn.register_forward_hook(attention),
-                layer.mlp.register_forward_hook(mlp),
+                *layer.np_block.register_hooks(layer, attention, mlp),
             ):
                 stack.callback(hook.remove)
         decoder(input_ids=ids.to(words.device), use_cache=False)
@@ -79,7 +78,9 @@ def _base_activations(model: Any, layers: Sequence[int]) -> dict[int, _Seen]:
 def _judged(model: Any, index: int, seen: _Seen) -> Residual | None:
     outer = decoder_layers(model)[index]
     layer = unwrapped(outer)
-    start = layer.mlp(layer.np_block.mlp_input(layer, seen.hidden))
+    block = layer.np_block
+    mlp = getattr(layer, block.mlp)
+    start = block.mlp_added(layer, mlp(block.mlp_input(layer, seen.hidden)))
     y = outer(seen.hidden, scaffold=Scaffold(attention=seen.attention)).mlp
     return judge(start, y, seen.attention, seen.mlp)
 

@@ -29,7 +29,7 @@ class Scaffold(NamedTuple):
 
     Attributes:
         attention_input: hidden states for attention, ``(..., D)``; None for the layer's input.
-        attention: attention output, ``(..., D)``, if it is already known; else None.
+        attention: what attention adds, ``(..., D)``, if it is already known; else None.
         norms: whether to measure norms of v_a and v_b, without gradients.
         squares: weights of the tokens in a sum of mean squares of v_a and v_b, ``(...)``; None
             for no sum.
@@ -47,12 +47,12 @@ class Parts(NamedTuple):
     """The parts of an NP layer's output.
 
     Attributes:
-        attention: attention output, ``(..., D)``.
-        mlp: output of the modulated MLP, ``(..., D)``.
+        attention: what attention adds to the residual stream, ``(..., D)``.
+        mlp: what the modulated MLP adds, ``(..., D)``.
         norms: norms of v_a and v_b, without gradients; None unless asked for.
         squares: sum over tokens of the mean squares of v_a and v_b; None unless asked for.
-        virtual: output of the modulated MLP for the virtual tokens, ``(B, V, D)``; None without.
-        virtual_base: output of the base MLP for them, without gradients, ``(B, V, D)``.
+        virtual: what the modulated MLP adds for the virtual tokens, ``(B, V, D)``; None without.
+        virtual_base: what the base MLP adds for them, without gradients, ``(B, V, D)``.
     """
 
     attention: Tensor

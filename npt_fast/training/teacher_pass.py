@@ -20,8 +20,8 @@ class Activations(NamedTuple):
 
     Attributes:
         hidden: input of the layer.
-        attention: output of its attention.
-        mlp: output of its MLP.
+        attention: what its attention adds to the residual stream.
+        mlp: what its MLP adds.
     """
 
     hidden: Tensor
@@ -216,15 +216,15 @@ def _recorded(
             on(layers[index].register_forward_pre_hook(before, with_kwargs=True))
         for index in trained:
 
-            def attention(_: Any, args: Any, output: Any, index: int = index) -> None:
-                # attention returns its weights, too
-                record.attention[index] = output[0]
+            def attention(added: Tensor, index: int = index) -> None:
+                record.attention[index] = added
 
-            def mlp(_: Any, args: Any, output: Tensor, index: int = index) -> None:
-                record.mlp[index] = output
+            def mlp(added: Tensor, index: int = index) -> None:
+                record.mlp[index] = added
 
-            on(layers[index].get_submodule("self_attn").register_forward_hook(attention))
-            on(layers[index].get_submodule("mlp").register_forward_hook(mlp))
+            layer = unwrapped(layers[index])
+            for handle in layer.np_block.register_hooks(layer, attention, mlp):
+                on(handle)
         yield record
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import decoder_layers
+from npt_fast.hf.families import attention_of, first
 
 TOKENS = 1024
 """Tokens of a pass, over all rows of the batch."""
@@ -45,20 +46,20 @@ def attention_hooks(
         visit: Takes the layer and its output, ``(rows, tokens, D)``.
 
     Raises:
-        ModelError: a layer has no `self_attn`.
+        ModelError: a layer has no attention that `families.BLOCKS` knows.
     """
     with ExitStack() as stack:
         for index in layers:
             layer = decoder_layers(model)[index]
-            attention: Any = getattr(layer, "self_attn", None)
+            attention = attention_of(layer)
             if attention is None:
-                raise ModelError(f"layer {index} ({type(layer).__name__}) has no self_attn")
+                raise ModelError(f"layer {index} ({type(layer).__name__}) has no attention")
 
             def hook(_: Any, args: Any, output: Any, index: int = index) -> Any:
                 # a copy: `visit` may write to it, and others may hold the original
-                changed = output[0].clone()
+                changed = first(output).clone()
                 visit(index, changed)
-                return (changed, *output[1:])
+                return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
             stack.callback(attention.register_forward_hook(hook).remove)
         yield

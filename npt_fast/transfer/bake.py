@@ -17,10 +17,12 @@ from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import decoder_layers
+from npt_fast.hf.families import MLPPart, mlp_of, obstacle
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.paths import exists, path_errors, user_path
 from npt_fast.transfer.base_model import BaseModel
 from npt_fast.transfer.modulation import Modulation
+from npt_fast.transfer.terms import Terms
 
 
 class Baked:
@@ -41,7 +43,7 @@ class Baked:
         for (layer, name), weight in self._weights.items():
             if _digest(weight) != self._digests[layer, name]:
                 raise TransferError(
-                    f"layer {layer}, {name}_proj has changed since; undo what was baked later first"
+                    f"layer {layer}, {name} has changed since; undo what was baked later first"
                 )
         for key, weight in self._weights.items():
             weight.copy_(self._originals[key])
@@ -67,19 +69,21 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
             an adapter, hooked, or shared with another module.
     """
     modulation.check_base_model(model)
-    layers = decoder_layers(model)
     weights: dict[tuple[int, str], Any] = {}
-    for layer, name, _ in modulation.walk():
-        mlp = unwrapped(getattr(unwrapped(layers[layer]), "mlp", None))
-        module: Any = getattr(mlp, f"{name}_proj", None)
+    for layer, projection, _ in modulation.walk():
+        mlp = _mlp(model, layer)
+        name = getattr(mlp.layout, projection)
+        module = getattr(mlp.module, name)
         if not is_plain_linear(module):
-            raise ModelError(_obstacle(f"layer {layer}, {name}_proj", module))
-        weights[layer, name] = weight = module.weight
+            raise ModelError(_obstacle(f"layer {layer}, {name}", module))
         names = [
-            key for key, other in model.named_parameters(remove_duplicate=False) if other is weight
+            key
+            for key, other in model.named_parameters(remove_duplicate=False)
+            if other is module.weight
         ]
         if len(names) > 1:
             raise ModelError(f"{names[0]} is also {names[1]}; its weight cannot be changed alone")
+        weights[layer, projection] = mlp.layout.rows(projection, module.weight)
     # a copy: subtracting what was added would not give the same bits
     originals = {key: weight.clone() for key, weight in weights.items()}
     for layer, name, terms in modulation.walk():
@@ -90,12 +94,18 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
     return Baked(originals, weights)
 
 
+def _mlp(model: Any, index: int) -> MLPPart:
+    layer = unwrapped(decoder_layers(model)[index])
+    found = mlp_of(layer)
+    if found is None:
+        raise ModelError(f"layer {index} {obstacle(layer)}")
+    return found
+
+
 def _obstacle(where: str, module: Any) -> str:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_meta:
         return f"{where} is offloaded; its weight cannot be changed"
-    if module is None:
-        return f"{where} does not exist in this model"
     if has_plain_weight(module):
         return f"{where} has hooks or a forward of its own; remove them, or inject the modulation"
     kind = type(module) if type(module) is not nn.Linear else type(weight)
@@ -133,19 +143,27 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
     with path_errors(target, TransferError):
         if exists(target):
             raise TransferError(f"{target}: exists already; choose another folder")
-    rank = modulation.terms
-    tensors = {}
     inner, layers = unwrapped(model), decoder_layers(model)
     # multimodal models have their language model deeper inside; PEFT adds its prefix by itself
     path = next(name for name, part in inner.named_modules() if part is layers)
     path = path.removeprefix("base_model.model.")
-    for layer, name, (v_a, v_b) in modulation.walk():
-        missing = rank - len(v_a)  # zero terms to add: the adapter has one rank for all modules
-        prefix = f"base_model.model.{path}.{layer}.mlp.{name}_proj"
-        padded = (torch.cat([v, v.new_zeros(missing, v.shape[1])]).cpu() for v in (v_a, v_b))
-        lora_a, lora_b = padded
-        tensors[f"{prefix}.lora_A.weight"] = lora_a.contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = lora_b.t().contiguous()
+    found: dict[str, list[Terms]] = {}
+    for layer, projection, (v_a, v_b) in modulation.walk():
+        mlp = _mlp(model, layer)
+        if mlp.layout.joined and projection != "down":  # the other's rows of the matrix stay
+            zeros = torch.zeros_like(v_b)
+            v_b = torch.cat([v_b, zeros] if projection == "gate" else [zeros, v_b], -1)
+        module = f"{path}.{layer}.{mlp.name}.{getattr(mlp.layout, projection)}"
+        found.setdefault(module, []).append(Terms(v_a, v_b))
+    rank = max(sum(len(terms.v_a) for terms in of) for of in found.values())
+    tensors = {}
+    for module, of in found.items():
+        # zero terms to add: the adapter has one rank for all modules
+        v_a, v_b = (torch.cat(vectors).cpu() for vectors in zip(*of, strict=True))
+        missing = rank - len(v_a)
+        lora_a, lora_b = (torch.cat([v, v.new_zeros(missing, v.shape[1])]) for v in (v_a, v_b))
+        tensors[f"base_model.model.{module}.lora_A.weight"] = lora_a.contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = lora_b.t().contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -156,9 +174,9 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted({f"{name}_proj" for _, name, _ in modulation.walk()}),
+        "target_modules": sorted({module.rpartition(".")[2] for module in found}),
         "layers_to_transform": sorted(modulation.layers),
-        "layers_pattern": "layers",
+        "layers_pattern": path.rpartition(".")[2],
     }
     with disk_errors(target, TransferError), StagedDirectory(target, replace=False) as staged:
         with staged.file("adapter_model.safetensors") as file:

@@ -171,7 +171,7 @@ def trace(
     Raises:
         TransferError: a text is empty, a position is outside it, `window` does not fit the model,
             the numbers of positions differ, or `cross_relation` has no ``{}`` or finds no subject.
-        ModelError: a layer has no `self_attn`.
+        ModelError: a layer has no attention.
     """
     layers = decoder_layers(model)
     if not 1 <= window <= len(layers):

@@ -3,8 +3,9 @@
     python -m tests.hf.survey [TYPE ...]
 
 A layer is right if, with its NP component replaced by the ideal one, the converted model gives the
-base model's logits, and if the component at dW = 0 computes the base MLP. Both are judged by what
-hooks record in a pass of the base model, not by what the library believes of the block.
+base model's logits, if the component reads what attention adds, and if it computes the base MLP at
+dW = 0. All are judged by what hooks record in passes of the base model, not by what the library
+believes of the block.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import npt_fast as npt
 from npt_fast.hf.convert import decoder_layers
+from npt_fast.hf.families import mlp_of
 from npt_fast.tables import markdown_table
 from npt_fast.training.distillation import Distillation
 from tests.hf.small_models import TYPES, build
@@ -62,30 +64,42 @@ def judge(model: Any, layer: int, residual: Any) -> Found:
 
 
 def _compare(model: Any, layer: Any, index: int, residual: str, expected: Tensor) -> Found:
-    seen: dict[str, Any] = {}
-    handles = [
-        layer.get_submodule(name).register_forward_hook(
-            lambda _, args, output, name=name: seen.update({name: (args, output)})
-        )
-        for name in ("self_attn", "mlp")
-    ]
+    part = mlp_of(layer)
+    assert part is not None
+    mlp: Any = getattr(layer, part.name)
     with npt.disabled(model):
+        seen = _run(model, layer, mlp)
         base = logits(model)
-    for handle in handles:
+        # without what the MLP adds, the layer's output is its input and what attention adds
+        handle = mlp.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
+        attention = _run(model, layer, mlp)["output"] - seen["input"]
         handle.remove()
-    attention, mlp = seen["self_attn"][1][0], seen["mlp"][1]
+    reads: list[Tensor] = []
 
-    def ideal(_: Any, args: Any, output: Tensor) -> Tensor:
-        seen["reads"] = args[0]
-        return attention + mlp if residual == "removed" else mlp
+    def given(output: Tensor) -> Any:
+        return layer.np_component.register_forward_hook(
+            lambda _, args, __: (reads.append(args[0]), output)[1]
+        )
+
+    ideal = seen["mlp"]
+    linear = True
+    if residual == "removed":  # then it adds the component's output, times a number
+        # far larger than the layer's input, whose rounding would hide it
+        large = ideal / ideal.norm() * seen["input"].norm() * 1000
+        handle = given(large)
+        moved = (_run(model, layer, mlp)["output"] - seen["input"]).double()
+        handle.remove()
+        scale = (moved * large).sum() / large.double().square().sum()
+        linear = _close(moved, scale * large)
+        ideal = ((seen["output"] - seen["input"]) / scale).to(ideal)
 
     # at dW = 0 the component is the base MLP; inputs from -6 to 6 tell activations apart
     x = 3 * torch.randn(1, 64, attention.shape[-1], generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        x = x / layer.mlp.gate_proj(x).std() * 3
-        same = layer.np_component(x, x, layer.mlp)
-        truth = layer.mlp(x)
-    handle = layer.np_component.register_forward_hook(ideal)
+        x = x / getattr(mlp, part.layout.names[0])(x).std() * 3
+        same = layer.np_component(x, x, mlp)
+        truth = mlp(x)
+    handle = given(ideal)
     found = logits(model)
     compared = Distillation(model)(IDS, evaluate=True).agreement
     handle.remove()
@@ -95,13 +109,35 @@ def _compare(model: Any, layer: Any, index: int, residual: str, expected: Tensor
     checks = {
         "the layer, off, is not the base layer": torch.equal(base, expected),
         "the component at dW = 0 is not the MLP": _close(same, truth),
-        "the component does not read attention's output": torch.equal(seen["reads"], attention),
+        "the component does not read what attention adds": all(
+            _close(read, attention) for read in reads
+        ),
+        "the layer does not add the component's output": linear,
         "the ideal component does not give the base model's logits": _close(found, expected),
         "evaluation has another base loss": _close(compared.base_loss, perplexity),
         "evaluation has another loss": _close(compared.loss, perplexity),
     }
     wrong = [words for words, passed in checks.items() if not passed]
     return Found("wrong", "; ".join(wrong)) if wrong else Found("right")
+
+
+@torch.no_grad()
+def _run(model: Any, layer: Any, mlp: Any) -> dict[str, Any]:
+    """Input and output of a layer in a pass of the model, and its MLP's output if it is called."""
+    seen: dict[str, Any] = {}
+
+    def before(_: Any, args: Any, kwargs: Any) -> None:
+        seen["input"] = args[0] if args else kwargs["hidden_states"]
+
+    handles = [
+        layer.register_forward_pre_hook(before, with_kwargs=True),
+        layer.register_forward_hook(lambda _, args, output: seen.update(output=output)),
+        mlp.register_forward_hook(lambda _, args, output: seen.update(mlp=output)),
+    ]
+    logits(model)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 def _close(found: Tensor, truth: Tensor) -> bool:
