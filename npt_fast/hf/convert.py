@@ -6,6 +6,7 @@ weights stay as they are. `families` says which decoder layers can be converted.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import nn
 from npt_fast.arguments import check_arguments, kind_of
 from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.config import NPTConfig
-from npt_fast.errors import ModelError
+from npt_fast.errors import ModelError, NPTWarning
 from npt_fast.hf import patching
 from npt_fast.hf.description import record
 from npt_fast.hf.families import mlp_of
@@ -229,6 +230,13 @@ def add_layers(
         # on the MLP and not registered, so that copies of the MLP alone have their own
         mlp.__dict__["np_act_fn"] = getattr(mlp, component.layout.activation, None)
     record(model, components(model))
+    parallel = [index for index, found in fits.items() if found.block.parallel]
+    if trainable and config.residual == "kept" and parallel:
+        message = (
+            f"layers {parallel} run attention and MLP side by side, so with residual kept the base "
+            "MLP is the target: there is nothing to learn; residual removed has a target"
+        )
+        warnings.warn(NPTWarning(message), stacklevel=4)
 
 
 def inference_dtype(model: Any, index: int) -> torch.dtype:

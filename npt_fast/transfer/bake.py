@@ -19,6 +19,7 @@ from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import decoder_layers
 from npt_fast.hf.families import MLPPart, mlp_of, obstacle
 from npt_fast.hf.wrappers import unwrapped
+from npt_fast.mlp_layout import MLPLayout
 from npt_fast.paths import exists, path_errors, user_path
 from npt_fast.transfer.base_model import BaseModel
 from npt_fast.transfer.modulation import Modulation
@@ -28,10 +29,10 @@ from npt_fast.transfer.terms import Terms
 class Baked:
     """A modulation that was added to a model's base weights; `undo` restores them."""
 
-    def __init__(self, originals: Mapping[tuple[int, str], Tensor], weights: Any) -> None:
+    def __init__(self, originals: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         self._originals = originals
         self._weights = weights
-        self._digests = {key: _digest(weight) for key, weight in weights.items()}
+        self._digests = {name: _digest(weight) for name, weight in weights.items()}
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -40,13 +41,11 @@ class Baked:
         Raises:
             TransferError: the weights have changed since; undo what was baked later first.
         """
-        for (layer, name), weight in self._weights.items():
-            if _digest(weight) != self._digests[layer, name]:
-                raise TransferError(
-                    f"layer {layer}, {name} has changed since; undo what was baked later first"
-                )
-        for key, weight in self._weights.items():
-            weight.copy_(self._originals[key])
+        for name, weight in self._weights.items():
+            if _digest(weight) != self._digests[name]:
+                raise TransferError(f"{name} has changed since; undo what was baked later first")
+        for name, weight in self._weights.items():
+            weight.copy_(self._originals[name])
         self._weights = {}
 
 
@@ -69,13 +68,11 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
             an adapter, hooked, or shared with another module.
     """
     modulation.check_base_model(model)
-    weights: dict[tuple[int, str], Any] = {}
+    weights: dict[str, Any] = {}
     for layer, projection, _ in modulation.walk():
-        mlp = _mlp(model, layer)
-        name = getattr(mlp.layout, projection)
-        module = getattr(mlp.module, name)
+        name, module, layout = _projection(model, layer, projection)
         if not is_plain_linear(module):
-            raise ModelError(_obstacle(f"layer {layer}, {name}", module))
+            raise ModelError(_obstacle(name, module))
         names = [
             key
             for key, other in model.named_parameters(remove_duplicate=False)
@@ -83,11 +80,10 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
         ]
         if len(names) > 1:
             raise ModelError(f"{names[0]} is also {names[1]}; its weight cannot be changed alone")
-        weights[layer, projection] = mlp.layout.rows(projection, module.weight)
+        weights[name] = layout.rows(projection, module.weight)
     # a copy: subtracting what was added would not give the same bits
-    originals = {key: weight.clone() for key, weight in weights.items()}
-    for layer, name, terms in modulation.walk():
-        weight = weights[layer, name]
+    originals = {name: weight.clone() for name, weight in weights.items()}
+    for weight, (_, _, terms) in zip(weights.values(), modulation.walk(), strict=True):
         wide = torch.promote_types(weight.dtype, torch.float32)  # bfloat16 weights round once
         v_a, v_b = (v.to(weight.device, wide) for v in terms)
         weight.copy_(torch.addmm(weight.to(wide), v_b.t(), v_a, alpha=strength))
@@ -100,6 +96,14 @@ def _mlp(model: Any, index: int) -> MLPPart:
     if found is None:
         raise ModelError(f"layer {index} {obstacle(layer)}")
     return found
+
+
+def _projection(model: Any, index: int, projection: str) -> tuple[str, Any, MLPLayout]:
+    """A projection's name, for messages, its module, and the layout of its MLP."""
+    mlp = _mlp(model, index)
+    name = getattr(mlp.layout, projection)
+    rows = f" ({projection})" if mlp.layout.joined and projection != "down" else ""
+    return f"layer {index}, {name}{rows}", getattr(mlp.module, name), mlp.layout
 
 
 def _obstacle(where: str, module: Any) -> str:

@@ -218,7 +218,7 @@ def without_projections(model: Any) -> None:
         (doubled_by_a_hook, "layer 1, gate_proj has hooks or a forward of its own"),
         (with_a_forward_of_its_own, "layer 1, gate_proj has hooks or a forward of its own"),
         (with_a_shared_weight, "0.mlp.gate_proj.weight is also model.layers.1.mlp.gate_proj"),
-        (without_projections, "layer 1, gate_proj does not exist in this model"),
+        (without_projections, "layer 1 has no mlp.gate_proj"),
     ],
 )
 def test_weights_that_do_not_decide_alone_are_refused(change: Any, problem: str) -> None:
