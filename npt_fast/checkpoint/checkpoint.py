@@ -46,7 +46,7 @@ class LayerRecord:
 
     Attributes:
         residual: ``"removed"`` or ``"kept"``, as a file says or triple modulation implies
-            (design.md#layer).
+            (design.md#old-files).
         step: optimizer steps that the layer was trained for.
         fidelity: measured error of the layer, as training recorded it.
         source: checkpoint that a merge took the layer from; None if it was not merged.
@@ -121,7 +121,7 @@ class Checkpoint:
 
     def recorded_residual(self, layer: int) -> str | None:
         """The residual of a layer, ``"removed"`` or ``"kept"``, if a file says it."""
-        # ``v1`` at three projections is a default of the tool that wrote it (design.md#layer)
+        # ``v1`` at three projections is a default of the tool that wrote it (design.md#old-files)
         old = None if self._is_triple(layer) else self.old_residual
         return self._described(layer).residual or old
 

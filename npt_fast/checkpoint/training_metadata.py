@@ -17,7 +17,7 @@ _RESIDUALS = {"v1": "kept", "OLD": "kept", "v2": "removed", "NEW": "removed"}
 
 
 def parse_residual(content: Mapping[str, Any], where: str) -> str | None:
-    """The residual of a checkpoint's layers, ``"removed"`` or ``"kept"`` (design.md#layer).
+    """The residual of a checkpoint's layers, ``"removed"`` or ``"kept"`` (design.md#old-files).
 
     Args:
         content: JSON object of the file.

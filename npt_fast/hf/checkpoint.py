@@ -255,7 +255,7 @@ def _find_residuals(model: Any, checkpoint: Checkpoint, layers: Sequence[int]) -
     """
     found: dict[str, list[int]] = {}
     for layer, probed in probe_residuals(model, layers).items():
-        # the original's layers of three projections are all removed (design.md#layer)
+        # the original's layers of three projections are all removed (design.md#old-files)
         residual = probed or checkpoint.record(layer).residual
         if residual is None:
             raise ModelError(

@@ -2,7 +2,7 @@
 
 An NP layer computes by the block and the MLP of its base layer, so a layer that is none of these
 would be wrong in silence. Nothing here is believed for its name: `probe` proves that a layer is
-what the table says (design.md#layer).
+what the table says (design.md#families).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from tests.transfer.models import own_vectors
 
 
 class Family(NamedTuple):
-    """What a layer of a family does (design.md#layer).
+    """What a layer of a family does (design.md#families).
 
     Attributes:
         attention: what attention adds, from the layer, its input and how it is called.
