@@ -18,8 +18,17 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from npt_fast.checkpoint.whole_model import NPT, np_layers
 from npt_fast.errors import CheckpointError, ModelError, NPTWarning
@@ -61,6 +70,8 @@ def load_base_model(
 ) -> tuple[Any, Any]:
     """Load a causal language model, in eval mode, and its tokenizer.
 
+    Of a model that reads images too, NP layers are those of its text decoder.
+
     A converted model's folder gives its base model, with an `NPTWarning`.
 
     Args:
@@ -86,8 +97,7 @@ def load_base_model(
     with _opened(name, trust_remote_code) as (folder, options, contents):
         exported = _exported(name, contents.get(CONFIG, {}))
         with _load_errors(name, CONFIG, contents):
-            auto: Any = AutoModelForCausalLM
-            model, found = auto.from_pretrained(
+            model, found = _auto_class(contents.get(CONFIG, {})).from_pretrained(
                 folder,
                 dtype=dtype,
                 output_loading_info=True,
@@ -163,9 +173,8 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
             layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
             if layers > _MAX_LAYERS:  # a folder without weights has no sizes to compare with
                 raise ModelError(f"{name}: {CONFIG}: num_hidden_layers {layers} is too large")
-            auto: Any = AutoModelForCausalLM
             with init_empty_weights(include_buffers=False):
-                model = auto.from_config(
+                model = _auto_class(config.to_dict()).from_config(
                     config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
                 )
     return model.eval()
@@ -211,6 +220,17 @@ def _exported(name: str, config: Mapping[str, Any]) -> list[int]:
             "as --model_name, and this folder as --checkpoint"
         )
     return list(found.description.layers or {})
+
+
+def _auto_class(config: Mapping[str, Any]) -> Any:
+    """The class that loads a model: one that reads images too has its text decoder inside."""
+    model_type = base_type(config) or config.get("model_type")
+    if (
+        model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _base_config(content: Mapping[str, Any]) -> Any:
