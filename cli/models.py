@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 from npt_fast.cli.arguments import PathText
 from npt_fast.cli.output import print_json, say
-from npt_fast.hf.model_types import MODEL_TYPES
+from npt_fast.hf.model_types import MODEL_TYPE_HEADS, MODEL_TYPES, model_type_rows
 from npt_fast.layer_names import ranges
 from npt_fast.tables import markdown_table
 
@@ -37,9 +38,9 @@ def models(
     """
     if model is None:
         if json:
-            print_json(MODEL_TYPES)
+            print_json({name: asdict(about) for name, about in MODEL_TYPES.items()})
             return
-        _print(["model_type", "layers that can be NP layers"], MODEL_TYPES.items())
+        _print(MODEL_TYPE_HEADS, model_type_rows())
         say("Others may do, too: npt-fast models MODEL tries each kind of layer of a model")
         return
     from npt_fast.hf.examine import examine
@@ -61,6 +62,6 @@ def models(
     say(f"{len(groups.get(None, ()))} of {len(found)} layers of {model} can be NP layers")
 
 
-def _print(heads: Sequence[str], rows: Iterable[tuple[str, str]]) -> None:
+def _print(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for line in markdown_table(heads, list(rows)).splitlines():
         say(line)

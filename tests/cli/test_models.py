@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from npt_fast.hf.model_types import MODEL_TYPES
+from npt_fast.hf.model_types import MODEL_TYPES, model_type_rows
 from tests.checkpoints import run
 from tests.hf.small_models import build
 
@@ -24,9 +25,10 @@ def folder(path: Path, model_type: str, **changes: Any) -> Path:
 def test_model_types(capsys: Any) -> None:
     code, out, err = run(capsys, "models")
     assert (code, err) == (0, "")
-    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in out.splitlines()]
-    assert rows[2:-1] == [list(row) for row in MODEL_TYPES.items()]
-    assert json.loads(run(capsys, "models", "--json")[1]) == MODEL_TYPES
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    assert rows[2:-1] == [list(row) for row in model_type_rows()]
+    found = json.loads(run(capsys, "models", "--json")[1])
+    assert found == {name: asdict(about) for name, about in MODEL_TYPES.items()}
     # the table was made with 5.23, and older versions lack some types
     old = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
     assert old or set(MODEL_TYPES) <= set(CONFIG_MAPPING)

@@ -144,8 +144,15 @@ def _close(found: Tensor, truth: Tensor) -> bool:
     return bool((found.double() - truth.double()).norm() <= 1e-5 * truth.double().norm())
 
 
-def survey(model_type: str, **changes: Any) -> dict[int, Found]:
-    """What becomes of each layer of a small model of a type; -1 is a model without such a list.
+def survey(
+    model_type: str, layers: Sequence[int] | None = None, **changes: Any
+) -> dict[int, Found]:
+    """What becomes of layers of a small model of a type; -1 is a model without such a list.
+
+    Args:
+        model_type: type of the model.
+        layers: indices of the layers; all if not given.
+        changes: fields of the model's config.
 
     Raises:
         Exception: the type cannot be built small.
@@ -158,7 +165,7 @@ def survey(model_type: str, **changes: Any) -> dict[int, Found]:
     except npt.ModelError as error:
         return {-1: Found("refused", str(error))}
     found = {}
-    for layer in range(count):
+    for layer in range(count) if layers is None else layers:
         found[layer] = judge(model, layer, "kept")
         if found[layer].outcome == "right":
             found[layer] = judge(model, layer, "removed")
