@@ -50,7 +50,8 @@ ALLOWED = {
     },
     "transfer": {
         *("arguments", "config", "errors", "layer_names", "paths", "schema", "checkpoint"),
-        *("functional", "called_mlp", "modules", "hf", "pictures", "report_files", "tables"),
+        *("functional", "called_mlp", "mlp_layout", "modules", "hf", "pictures", "report_files"),
+        "tables",
     },
     "vllm": {"checkpoint", "errors", "functional", "hf", "modules", "paths", "schema"},
 }

@@ -33,7 +33,7 @@ NEEDS = {
     **dict.fromkeys(("__init__", "__main__", "checkpoint", "config", "errors"), "core"),
     **dict.fromkeys(("layer_names", "paths", "report_files", "schema"), "core"),
     **dict.fromkeys(("arguments", "tables", "text_sources"), "core"),
-    **dict.fromkeys(("called_mlp", "functional", "hf", "initialization"), "hf"),
+    **dict.fromkeys(("called_mlp", "functional", "hf", "initialization", "mlp_layout"), "hf"),
     **dict.fromkeys(("kept_cast", "modules"), "hf"),
     **dict.fromkeys(("hub", "testing"), "hf"),
     "vllm": "serve",

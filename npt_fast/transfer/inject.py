@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from npt_fast.arguments import check_arguments
 from npt_fast.called_mlp import Change
@@ -136,8 +137,8 @@ def injecting(
     hits = Hits()
     targets = _Targets(injection, tokenizer, hits)
     with ExitStack() as stack:
-        decoder = unwrapped(model).get_decoder()
-        stack.callback(decoder.register_forward_pre_hook(targets.before, with_kwargs=True).remove)
+        reader = _reader(unwrapped(model))
+        stack.callback(reader.register_forward_pre_hook(targets.before, with_kwargs=True).remove)
         for layer in layers:
             parts = [None if m is None else m.layers.get(layer) for m in given]
             device = converted[layer].w_down.device
@@ -155,6 +156,14 @@ def injecting(
             f"{targets.missed} generated tokens were not injected into: a compiled model read "
             "them, and torch.compile leaves hooks out; generate without compilation"
         )
+
+
+def _reader(model: Any) -> Any:
+    """The module that gets token ids: the decoder, or what embeds them together with images."""
+    decoder = model.get_decoder()
+    holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
+    *_, holder = (m for m in holders if decoder in m.modules())  # the innermost comes last
+    return decoder if holder.get_output_embeddings() is not None else holder
 
 
 def _reason(model: nn.Module, targets: _Targets) -> str:
