@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from npt_fast.arguments import check_arguments, kind_of
 from npt_fast.checkpoint.np_module import Architecture
@@ -71,6 +72,15 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 def _decoder(model: Any) -> Any:
     model = unwrapped(model)
     return unwrapped(model.get_decoder() if hasattr(model, "get_decoder") else model)
+
+
+def token_reader(model: Any) -> Any:
+    """The module that gets token ids: the decoder, or what embeds them together with images."""
+    inner = unwrapped(model)
+    decoder = inner.get_decoder()
+    holders = [m for m in inner.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
+    *_, holder = (m for m in holders if decoder in m.modules())  # the innermost comes last
+    return decoder if holder.get_output_embeddings() is not None else holder
 
 
 def _inner_layers(model: Any) -> list[Any]:

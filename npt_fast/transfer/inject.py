@@ -12,16 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from npt_fast.arguments import check_arguments
 from npt_fast.called_mlp import Change
 from npt_fast.config import Injection, InjectionMode, InjectionTime, Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.functional import is_shard
-from npt_fast.hf.convert import components
+from npt_fast.hf.convert import components, token_reader
 from npt_fast.hf.tokenizer import Tokenizer
-from npt_fast.hf.wrappers import unwrapped
 from npt_fast.modules import NPComponent
 from npt_fast.transfer.extract import enabled_layers, projection_vectors
 from npt_fast.transfer.modulation import Modulation
@@ -137,7 +135,7 @@ def injecting(
     hits = Hits()
     targets = _Targets(injection, tokenizer, hits)
     with ExitStack() as stack:
-        reader = _reader(unwrapped(model))
+        reader = token_reader(model)
         stack.callback(reader.register_forward_pre_hook(targets.before, with_kwargs=True).remove)
         for layer in layers:
             parts = [None if m is None else m.layers.get(layer) for m in given]
@@ -156,14 +154,6 @@ def injecting(
             f"{targets.missed} generated tokens were not injected into: a compiled model read "
             "them, and torch.compile leaves hooks out; generate without compilation"
         )
-
-
-def _reader(model: Any) -> Any:
-    """The module that gets token ids: the decoder, or what embeds them together with images."""
-    decoder = model.get_decoder()
-    holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
-    *_, holder = (m for m in holders if decoder in m.modules())  # the innermost comes last
-    return decoder if holder.get_output_embeddings() is not None else holder
 
 
 def _reason(model: nn.Module, targets: _Targets) -> str:
