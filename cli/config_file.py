@@ -40,12 +40,15 @@ class ConfigFile:
             if not one.children
             for name in one.parameter.name or ()
         }
+        seen: dict[int, str] = {}
         for key, (line, value) in self._settings.items():
             source = f"{self.path}, line {line}"
             argument = known.get(_normal(key))
             if argument is None:
                 near = suggestion(_normal(key)[:40], known)
                 raise CycloptsError(msg=f"{source}: unknown key {shown(key)}{near}")
+            if (first := seen.setdefault(id(argument), key)) != key:
+                raise CycloptsError(msg=f"{source}: {shown(key)} and {shown(first)} are the same")
             if argument.field_info.name == "trust_remote_code":
                 raise CycloptsError(
                     msg=f"{source}: no file may let code run; give --trust_remote_code itself"

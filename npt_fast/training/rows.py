@@ -89,6 +89,8 @@ def document_of(content: Any, tokenizer: Any, vocabulary: int | None = None) -> 
     if content is None or isinstance(content, str):
         return content or ""
     if isinstance(content, list | tuple) and content and isinstance(content[0], Mapping):
+        for message in content:
+            _check_message(message)
         return chat_ids(tokenizer, content, remedy="give one with chat_template")
     if not hasattr(content, "__len__") or isinstance(content, Mapping | bytes):
         raise MissingContent(
@@ -111,6 +113,16 @@ def document_of(content: Any, tokenizer: Any, vocabulary: int | None = None) -> 
         )
     found: list[int] = ids.tolist()
     return found
+
+
+def _check_message(message: Any) -> None:
+    """Raise MissingContent for what is no message: a template would write its frame alone."""
+    if not isinstance(message, Mapping):
+        raise MissingContent(f"has a message of type {type(message).__name__}")
+    told = message.get("content") is not None or message.get("tool_calls")
+    if not isinstance(message.get("role"), str) or not told:
+        has = ", ".join(f"{name!s:.40} ({type(v).__name__})" for name, v in message.items())
+        raise MissingContent(f"has a message without role and content: it has {has or 'nothing'}")
 
 
 class Rows:

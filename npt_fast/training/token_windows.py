@@ -102,7 +102,7 @@ class TokenWindows(IterableDataset[Window]):
         sampled: a sampled text, in place of the documents that `source` would name.
         rows: a data set, likewise.
         text_column: column of the documents, as for `npt_fast.training.rows.content_of`.
-        vocabulary: number of token ids that the model knows, to check those of `rows`.
+        vocabulary: number of token ids that the model knows; None does not check them.
         start: result of `state_after`, to resume there.
 
     Attributes:
@@ -112,6 +112,7 @@ class TokenWindows(IterableDataset[Window]):
     Raises:
         ValueError: a number is out of range, or `start` belongs to other settings or other data.
         DataError: the source cannot be read, or is too short; also while iterating.
+        ModelError: the tokenizer makes a token that the model does not know; also while iterating.
     """
 
     def __init__(
@@ -175,8 +176,8 @@ class TokenWindows(IterableDataset[Window]):
         self._stride = stride
         self._seed = seed
         self._block = block
-        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self._padding = next(token for token in candidates if token is not None)
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        self._padding = next((i for i in candidates if i is not None and self._knows(i)), 0)
         self._held = self._hold_out(held_out)
         self.held_out = len(self._held)
 
@@ -293,8 +294,18 @@ class TokenWindows(IterableDataset[Window]):
         self._documents.load_state_dict(documents)
         rows = iter(self._documents)
         while batch := self._next_documents(rows):
-            yield documents, list(chain.from_iterable(self._ids(batch)))
+            tokens = list(chain.from_iterable(self._ids(batch)))
+            if not self._knows(largest := max(tokens, default=0)):
+                raise ModelError(
+                    f"{self._source}: the tokenizer has a token {largest}, the model knows "
+                    f"{self._vocabulary} tokens; give the model's own tokenizer, or resize the "
+                    "model's embeddings"
+                )
+            yield documents, tokens
             documents = self._documents.state_dict()
+
+    def _knows(self, token: int) -> bool:
+        return self._vocabulary is None or token < self._vocabulary
 
     def _ids(self, batch: list[Document]) -> Iterator[list[int]]:
         # a blank document would give special tokens only; a tokenizer needs one text or more
