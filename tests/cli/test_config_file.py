@@ -74,6 +74,7 @@ MISTAKES = {
     "code": ("trust_remote_code: true\n", 2, "line 2: no file may let code run"),
     "nested": ("data: {a: b}\n", 1, "not a value or a list of values"),
     "twice": ("seed: 1\nseed: 2\n", 1, "'seed' is there twice"),
+    "spelling": ("max_steps: 1\nmax-steps: 2\n", 2, "line 3: 'max-steps' and 'max_steps' are the"),
     "tag": ("seed: !!int 1\n", 1, "leave tags out"),
     "no-yaml": ("seed: [1\n", 1, "is not valid YAML"),
 }
