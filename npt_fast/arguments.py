@@ -116,7 +116,7 @@ def kind_of(hint: Any) -> Kind:
     )
 
 
-def _plain_list(value: Any, origin: type, item: Kind) -> Any:
+def _plain_list(value: Any, origin: Any, item: Kind) -> Any:
     if not isinstance(value, origin) or isinstance(value, (str, bytes)):
         return value
     items = map(item.plain, value)

@@ -185,10 +185,10 @@ def test_numbers_of_other_libraries() -> None:
         return a, b
 
     assert [type(v) for v in function(np.uint8(2), np.int8(2))] == [int, np.int8]
-    with pytest.raises(npt.OptionError, match="^a must be even, not 3$"):
+    with pytest.raises(npt.OptionError, match=r"^a must be even, not 3$"):
         function(np.int64(3), 0)
     for wrong in (np.bool_(True), np.float64(4), np.array([4]), "4"):
-        with pytest.raises(npt.OptionError, match="^max_steps must be a whole number, not "):
+        with pytest.raises(npt.OptionError, match=r"^max_steps must be a whole number, not "):
             npt.TrainOptions(train_layers=1, max_steps=wrong)  # type: ignore[arg-type]
 
 

@@ -16,8 +16,8 @@ from pyarrow import compute, parquet
 LARGEST = 1 << 26
 """Largest size of a decompressed page in bytes; a page is decompressed at once."""
 LARGEST_GROUP = 1 << 27
-"""Largest size of a decompressed row group of chats in bytes; one chat may have all of it, and takes
-three times as much. `datasets` writes groups of 100 MB."""
+"""Largest size of a decompressed row group of chats in bytes; one chat may have all of it, and
+takes three times as much. `datasets` writes groups of 100 MB."""
 
 _AT_ONCE = 1 << 24  # bytes of text decoded at once, unless one text has more
 _PIECE = 1 << 20  # bytes read at once
@@ -85,7 +85,11 @@ def _kind(type: Any) -> str:
     """Return the Python type of a column's values, or else the name of the Arrow type."""
     if pa.types.is_list(type) or pa.types.is_large_list(type):
         message = type.value_type
-        if pa.types.is_struct(message) and len(message) and all(_is_plain(field.type) for field in message):
+        if (
+            pa.types.is_struct(message)
+            and len(message)
+            and all(_is_plain(field.type) for field in message)
+        ):
             return "list"
     if pa.types.is_dictionary(type):
         type = type.value_type
@@ -158,7 +162,9 @@ def _chats(
             if max(np.diff(characters), default=0) > longest:
                 raise ValueError(f"a chat in row group {group} has over {longest:,} characters")
             if max(np.diff(starts), default=0) > _MOST_MESSAGES:
-                raise ValueError(f"a chat in row group {group} has over {_MOST_MESSAGES:,} messages")
+                raise ValueError(
+                    f"a chat in row group {group} has over {_MOST_MESSAGES:,} messages"
+                )
             for row in found:
                 yield row.as_py()
 

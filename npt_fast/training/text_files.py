@@ -30,8 +30,8 @@ _SPACE = re.compile(r"[ \t\r\n]*+")
 _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(")?|[][{},]', re.DOTALL)
 
 _OTHER_LISTS = (
-    "; of lists, a Parquet file may have messages with fields of texts and numbers: write others as "
-    '.jsonl, or give datasets.load_dataset("parquet", data_files=...) from Python'
+    "; of lists, a Parquet file may have messages with fields of texts and numbers: write others "
+    'as .jsonl, or give datasets.load_dataset("parquet", data_files=...) from Python'
 )
 
 _Read = Callable[[int], str]

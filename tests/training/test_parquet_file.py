@@ -127,7 +127,7 @@ def test_chats_that_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, value in ("_MOST_VALUES", 4000), ("_ROWS_PER_BYTE", -999), ("LARGEST_GROUP", 99):
         with monkeypatch.context() as patch:
             patch.setattr(parquet_file, limit, value)
-            with pytest.raises(ValueError, match="row group 0 has .* bytes and .* values, over"):
+            with pytest.raises(ValueError, match=r"row group 0 has .* bytes and .* values, over"):
                 read(written(chats(short)))
     monkeypatch.setattr(parquet_file, "_MOST_VALUES", 4000)
     assert read(written(chats(short), row_group_size=10)) == 30
