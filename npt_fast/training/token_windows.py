@@ -154,6 +154,8 @@ class TokenWindows(IterableDataset[Window]):
         else:
             self._documents = open_documents(source, seed=seed, column=self._column)
         self._first_document = self._documents.state_dict()
+        # number of the row that is read next, for messages; in the middle of a text nobody knows it
+        self._row: int | None = 0
         key = self._first_key() if rows is not None else sampled and sampled.key
         self._settings = {
             "source": source,
@@ -292,6 +294,7 @@ class TokenWindows(IterableDataset[Window]):
     ) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
         """Yield the reader's position before each batch of documents, and the batch's tokens."""
         self._documents.load_state_dict(documents)
+        self._row = 0 if documents == self._first_document else None
         rows = iter(self._documents)
         while batch := self._next_documents(rows):
             tokens = list(chain.from_iterable(self._ids(batch)))
@@ -327,6 +330,7 @@ class TokenWindows(IterableDataset[Window]):
                 content = content_of(row, self._column)
                 batch.append(document_of(content, self._tokenizer, self._vocabulary))
                 size += len(batch[-1])
+                self._row = None if self._row is None else self._row + 1
                 if size >= _BATCH_TEXT:
                     break
         return batch
@@ -343,15 +347,18 @@ class TokenWindows(IterableDataset[Window]):
         try:
             yield
         except MissingContent as error:
-            raise DataError(f"{self._source}: a row {error}") from None
+            raise DataError(f"{self._source}: {self._row_name()} {error}") from None
         except ModelError as error:  # of the chat template
-            raise ModelError(f"{self._source}: {error}") from error
+            raise ModelError(f"{self._source}: {self._row_name()}: {error}") from error
         except NPTError:
             raise
         except Exception as error:  # the network, the Hub and every loader fail in their own way
             raise DataError(
                 f"{self._source}: reading broke off: {reason(error)}; resume from a checkpoint"
             ) from error
+
+    def _row_name(self) -> str:
+        return "a row" if self._row is None else f"row {self._row}"
 
     def _window(self, number: int, tokens: list[int]) -> Window:
         padding = self._length - len(tokens)
