@@ -121,7 +121,8 @@ def _check_message(message: Any) -> None:
         raise MissingContent(f"has a message of type {type(message).__name__}")
     told = message.get("content") is not None or message.get("tool_calls")
     if not isinstance(message.get("role"), str) or not told:
-        has = ", ".join(f"{name!s:.40} ({type(v).__name__})" for name, v in message.items())
+        few = islice(message.items(), 20)
+        has = ", ".join(f"{name!s:.40} ({type(value).__name__})" for name, value in few)
         raise MissingContent(f"has a message without role and content: it has {has or 'nothing'}")
 
 
