@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from npt_fast.errors import CheckpointError, HubError, NPTError, StorageError
 from npt_fast.schema import is_count
@@ -99,7 +99,7 @@ def list_files(name: HubName) -> Listing:
             files_metadata=True,
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
         )
-    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    sizes: dict[str, Any] = {file.rfilename: file.size for file in info.siblings or ()}
     commit = str(info.sha)
     named = all(isinstance(file, str) and is_count(size) for file, size in sizes.items())
     if not named or _COMMIT.fullmatch(commit) is None:
@@ -260,8 +260,9 @@ def hub_errors(name: HubName, *, listed: bool = False) -> Iterator[None]:
         status = error.response.status_code
         said = f"{error.response.reason_phrase} {error.server_message or ''}".strip()
         kind = UnreachableError if status == 429 or status >= 500 else HubError
+        remedy = _REMEDIES.get(status, "")
         raise kind(
-            f"{name.given}: {path}the Hub answers {status} {_reason(said)}{_REMEDIES.get(status, '')}"
+            f"{name.given}: {path}the Hub answers {status} {_reason(said)}{remedy}"
         ) from None
     except errors.OfflineModeIsEnabled:
         raise UnreachableError(
