@@ -47,7 +47,7 @@ def test_what_is_on_the_disk_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
         hub_name("org/repo", "v1")
     with pytest.raises(npt.CheckpointError, match="hf://org: names on the Hub are hf://org/repo"):
         hub_name("hf://org")
-    with pytest.raises(npt.CheckpointError, match=r"^https://hub/org/repo: names on the Hub are hf"):
+    with pytest.raises(npt.CheckpointError, match=r"^https://hub/org/repo: names on the Hub"):
         open_checkpoint("https://hub/org/repo")
 
 
