@@ -70,6 +70,8 @@ MISTAKES = {
     "its-own": ("config: a\n", 2, "line 2: unknown key 'config'"),
     "type": ("\nmax-steps: many\n", 2, "line 3"),
     "choice": ("loss: huge\n", 2, "line 2"),
+    "range": ("\nmax-steps: -3\n", 2, "line 3: max_steps must be positive, got -3"),
+    "later": ("curriculum_stages: x\n", 1, "line 2: curriculum_stages: 'x' is not name:steps"),
     "flag": ("fp16: maybe\n", 2, "line 2"),
     "code": ("trust_remote_code: true\n", 2, "line 2: no file may let code run"),
     "nested": ("data: {a: b}\n", 1, "not a value or a list of values"),
