@@ -82,13 +82,13 @@ def export(
         note(f"Note: {line}")
     for warning in report.warnings:
         warn(warning)
-    push_written(report.output, push_to_hub)
     if json:
         print_json(report.to_dict())
-        return
-    if report.verification is not None:
-        print_verification(report.verification)
-        say()
-    say(f"Exported layers: {[info.layer for info in report.layers]}")
-    say(f"Bytes: {', '.join(f'{way} {size(n)}' for way, n in report.ways.items())}")
-    say(f"Output saved to: {report.output}")
+    else:
+        if report.verification is not None:
+            print_verification(report.verification)
+            say()
+        say(f"Exported layers: {[info.layer for info in report.layers]}")
+        say(f"Bytes: {', '.join(f'{way} {size(n)}' for way, n in report.ways.items())}")
+        say(f"Output saved to: {report.output}")
+    push_written(report.output, push_to_hub)

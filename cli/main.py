@@ -150,15 +150,23 @@ def _with_common_options(
     quiet
         Print results and errors only: no notes, warnings or progress.
     """
-    if config is not None:
-        from npt_fast.cli.config_file import ConfigFile
+    if config is None:
+        return _Command(_parsed(app, words), quiet)
+    from npt_fast.cli.config_file import ConfigFile
 
-        app.config = ConfigFile(config)
+    file = app.config = ConfigFile(config)
     try:
-        verb, options, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+        with file.named():
+            run = _parsed(app, words)
     finally:
         app.config = ()
-    return _Command(partial(verb, *options.args, **options.kwargs), quiet)
+    return _Command(file.named()(run), quiet)  # what is wrong may be seen when it runs
+
+
+def _parsed(parser: App, words: Sequence[str]) -> partial[Any]:
+    """The function that is named, with its options."""
+    function, options, _ = parser.parse_args(words, exit_on_error=False, print_error=False)
+    return partial(function, *options.args, **options.kwargs)
 
 
 def _parse(arguments: list[str]) -> _Command:
@@ -170,10 +178,8 @@ def _parse(arguments: list[str]) -> _Command:
         arguments, notes = retired.replaced(arguments)
         # options of serve all go to vLLM; help of an unknown verb is a mistake for `app` alone
         plain = arguments[:1] == ["serve"] or not {"--help", "-h"}.isdisjoint(arguments)
-        parser = app if plain else app.meta
-        parse, options, _ = parser.parse_args(arguments, exit_on_error=False, print_error=False)
-        found = partial(parse, *options.args, **options.kwargs)
-        command = found() if parse is _with_common_options else _Command(found)
+        found = _parsed(app if plain else app.meta, arguments)
+        command = found() if found.func is _with_common_options else _Command(found)
     except CycloptsError as error:
         reason = " ".join(str(error).split())
     except ValueError as error:  # of a dataclass of options, or of a retired option

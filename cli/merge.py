@@ -105,13 +105,13 @@ def merge(
         )
     for warning in report.warnings:
         warn(warning)
-    push_written(report.output, push_to_hub)
     if json:
         print_json(report.to_dict())
     else:
         for note in report.notes:
             say(note)
         _print_report(report)
+    push_written(report.output, push_to_hub)
     if plot is not None:  # last: a tree may be too wide for a picture, and the merge is done
         figure.save(draw_provenance(open_checkpoint(report.output)), plot)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from npt_fast.cli.output import figure, size
 from npt_fast.errors import NPTError
-from npt_fast.pictures.figure import figure_class, png
+from npt_fast.pictures.figure import figure_class, plain_scale, png, whole_numbers
 from npt_fast.report_files import csv_file, json_file, report_folder
 from npt_fast.tables import markdown_table
 
@@ -125,7 +125,8 @@ def draw(plan: Plan) -> bytes:
         axes = places[name]
         _line(axes, "the plan's order", name, [prefix.planned for prefix in plan.prefixes])
         _line(axes, "a random order", name, [prefix.control for prefix in plan.prefixes])
-        axes.set_yscale("log")
+        plain_scale(axes, "log")
+        whole_numbers(axes)
         axes.set_xlabel("layers converted")
         axes.set_ylabel(label)
         axes.legend()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -10,6 +11,7 @@ from cyclopts import Parameter
 import npt_fast as npt
 from npt_fast.cli.arguments import CheckpointText, HubRepo
 from npt_fast.cli.output import note, print_json, progress_bar, say, size
+from npt_fast.errors import HubError
 
 
 def push(
@@ -68,6 +70,11 @@ def check_push(repo: str | None) -> None:
 
 
 def push_written(checkpoint: str | Path, repo: str | None) -> None:
-    """Push what a verb has written, and say so on stderr; None asks for nothing."""
-    if repo is not None:
+    """Push what a verb has written and reported, and say so on stderr; None asks for nothing."""
+    if repo is None:
+        return
+    try:
         note(f"Pushed to the Hub: {npt.push(checkpoint, repo).checkpoint}")
+    except HubError as error:
+        again = f"npt-fast push {quote(str(checkpoint))} {repo}"
+        raise HubError(f"{error}; {checkpoint} is written, push it later: {again}") from None

@@ -105,8 +105,6 @@ def train(
         options = _on(device, options)
     with progress_bar("tokens") as progress:
         report = npt.train(options, progress=progress)
-    if not report.stopped_by:
-        push_written(report.checkpoint, push_to_hub)
     if json:
         print_json(report.to_dict())
     else:
@@ -123,6 +121,8 @@ def train(
             for line in certificate_lines(found.certificate(report.data)):
                 say(line)
         say(f"Final checkpoint: {report.checkpoint}")
+    if not report.stopped_by:
+        push_written(report.checkpoint, push_to_hub)
     return 128 + report.stopped_by if report.stopped_by else 0
 
 

@@ -1,7 +1,8 @@
 """Arguments and options are checked against their type hints, so that a mistake is one line.
 
 `check_arguments` is for functions that users call, `check_constructor` for classes. A hint may be
-``Annotated`` with a `Kind`, where its type alone says too little.
+``Annotated`` with a `Kind`, where its type alone says too little. Numbers of other libraries, such
+as NumPy's, become Python's own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache, wraps
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -50,13 +52,15 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
         if not open_ended:
             check_names(kwargs, names, function.__qualname__.removesuffix(".__init__"))
         try:
-            given = signature.bind(*args, **kwargs).arguments
+            given = signature.bind(*args, **kwargs)
         except TypeError:  # which Python says better
             return function(*args, **kwargs)
         for name, kind in kinds().items():
-            if name in given and not kind.fits(given[name]):
-                raise OptionError(f"{name} must be {kind.name}, not {shown(given[name])}")
-        return function(*args, **kwargs)
+            if name in given.arguments:
+                value = given.arguments[name] = kind.plain(given.arguments[name])
+                if not kind.fits(value):
+                    raise OptionError(f"{name} must be {kind.name}, not {shown(value)}")
+        return function(*given.args, **given.kwargs)
 
     return checked
 
@@ -79,8 +83,9 @@ def kind_of(hint: Any) -> Kind:
     """The kind of the values that a type hint allows; of containers of one type, also the items."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
+        plain = kind_of(args[0])
         kinds = (extra for extra in args[1:] if isinstance(extra, Kind))
-        return next(kinds, kind_of(args[0]))
+        return next((kind._replace(plain=plain.plain) for kind in kinds), plain)
     if isinstance(hint, TypeVar):
         return kind_of(hint.__bound__ or Any)
     if origin in (Union, UnionType):
@@ -88,6 +93,7 @@ def kind_of(hint: Any) -> Kind:
         return Kind(
             _joined(kind.name for kind in several),
             lambda value: any(kind.fits(value) for kind in several),
+            lambda value: next((v for k in several if k.fits(v := k.plain(value))), value),
         )
     if origin is Literal:
         return one_of(args)
@@ -102,11 +108,27 @@ def kind_of(hint: Any) -> Kind:
                 and not isinstance(value, (str, bytes))
                 and all(map(item.fits, value))
             ),
+            lambda value: _plain_list(value, origin, item),
         )
     plain = origin or hint
     return _PLAIN.get(plain) or Kind(
         f"of type {plain.__qualname__}", lambda value: isinstance(value, plain)
     )
+
+
+def _plain_list(value: Any, origin: Any, item: Kind) -> Any:
+    if not isinstance(value, origin) or isinstance(value, (str, bytes)):
+        return value
+    items = map(item.plain, value)
+    return tuple(items) if isinstance(value, tuple) else list(items)
+
+
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def _joined(names: Iterable[str]) -> str:
@@ -119,8 +141,14 @@ _PLAIN: dict[Any, Kind] = {
     NoneType: Kind("None", lambda v: v is None),
     bool: Kind("True or False", lambda v: isinstance(v, bool)),
     # True and False are ints
-    int: Kind("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
-    float: Kind("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
+    int: Kind(
+        "a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool), _plain_number
+    ),
+    float: Kind(
+        "a number",
+        lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
+        _plain_number,
+    ),
     str: Kind("a text", lambda v: isinstance(v, str)),
     **dict.fromkeys((Path, os.PathLike), Kind("a path", lambda v: isinstance(v, os.PathLike))),
 }

@@ -9,22 +9,26 @@ from __future__ import annotations
 import errno
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from npt_fast.errors import CheckpointError, HubError, NPTError, StorageError
+from npt_fast.schema import is_count
 
 _PREFIX = "hf://"
 _NAME = re.compile(
     rf"({_PREFIX})?(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII
 )
+_COMMIT = re.compile("[0-9a-f]{40,64}")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _SMALL = 4 << 20  # bytes of a file that is taken whole from a server that cannot send parts
 LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 """What to do where the Hub refuses somebody unknown."""
+_REMEDIES = {401: f"; {LOG_IN}", 403: f"; {LOG_IN}", 429: f"; wait some minutes, or {LOG_IN}"}
 
 
 class HubName(NamedTuple):
@@ -84,7 +88,7 @@ def list_files(name: HubName) -> Listing:
     """Ask the Hub which files a repository has.
 
     Raises:
-        HubError: as `hub_errors`.
+        HubError: as `hub_errors`, or the Hub's answer is not a list of files.
     """
     with hub_errors(name):
         from huggingface_hub import HfApi, constants
@@ -95,8 +99,12 @@ def list_files(name: HubName) -> Listing:
             files_metadata=True,
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
         )
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    return Listing(str(info.sha), sizes)
+    sizes: dict[str, Any] = {file.rfilename: file.size for file in info.siblings or ()}
+    commit = str(info.sha)
+    named = all(isinstance(file, str) and is_count(size) for file, size in sizes.items())
+    if not named or _COMMIT.fullmatch(commit) is None:
+        raise HubError(f"{name.given}: the Hub's answer lacks a commit, or a file's name or size")
+    return Listing(commit, sizes)
 
 
 def download(name: HubName, files: Sequence[str]) -> Path:
@@ -109,7 +117,7 @@ def download(name: HubName, files: Sequence[str]) -> Path:
         HubError: as `hub_errors`.
         StorageError: the disk is full.
     """
-    with hub_errors(name):
+    with hub_errors(name, listed=True):
         from huggingface_hub import snapshot_download
 
         return Path(
@@ -166,7 +174,7 @@ def read_part(
     Raises:
         HubError: as `hub_errors`; or the server sends whole files only, or too little or too much.
     """
-    with hub_errors(name):
+    with hub_errors(name._replace(revision=commit), listed=True):
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             build_hf_headers,
@@ -208,25 +216,30 @@ def read_part(
 
 
 @contextmanager
-def hub_errors(name: HubName) -> Iterator[None]:
+def hub_errors(name: HubName, *, listed: bool = False) -> Iterator[None]:
     """Turn what the Hub and its library raise into an error of one line.
+
+    Args:
+        name: the repository.
+        listed: whether the Hub has listed its files before, and what fails is a download.
 
     Raises:
         HubError: the Hub has no such repository or revision, or refuses it; or the cache cannot be
             written.
         StorageError: the disk is full.
-        UnreachableError: there was no answer.
+        UnreachableError: there was no answer, or one that says to come back later.
     """
     # a name without hf:// may be that of a file or folder, mistyped
-    and_hub = "the Hub" if is_hub_name(name.given) else "no such path, and the Hub"
+    path = "" if listed or is_hub_name(name.given) else "no such path, and "
     try:
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
     except ModuleNotFoundError as error:
         raise HubError(
-            f"{name.given}: {and_hub} needs the package huggingface_hub; pip install 'npt_fast[hf]'"
+            f"{name.given}: {path}the Hub needs the package huggingface_hub; "
+            "pip install 'npt_fast[hf]'"
         ) from error
     try:
-        with quiet_hub(bars=not sys.stderr.isatty()):
+        with quiet_hub(bars=not sys.stderr.isatty()), _cause_of(errors.LocalEntryNotFoundError):
             yield
     except NPTError:
         raise
@@ -238,23 +251,40 @@ def hub_errors(name: HubName) -> Iterator[None]:
         raise HubError(f"{name.given}: has no revision {name.revision} on the Hub") from None
     except errors.RepositoryNotFoundError:
         raise HubError(
-            f"{name.given}: {and_hub} has no such repository, or a private one: correct the name, "
-            f"or {LOG_IN}"
+            f"{name.given}: {path}the Hub has no such repository, or a private one: correct the "
+            f"name, or {LOG_IN}"
         ) from None
+    except errors.HFValidationError as error:
+        raise HubError(f"{name.given}: {path}no name on the Hub: {_reason(error)}") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        remedy = f"; {LOG_IN}" if status in (401, 403) else ""
-        kind = UnreachableError if status >= 500 else HubError
-        raise kind(f"{name.given}: the Hub answers {status}: {_reason(error)}{remedy}") from None
-    except errors.OfflineModeIsEnabled:
-        raise UnreachableError(f"{name.given}: {and_hub} is turned off (HF_HUB_OFFLINE)") from None
-    except Exception as error:  # the network and its library fail in their own ways
-        if isinstance(error, OSError) and error.filename:  # of the cache
-            local = StorageError if error.errno in _NO_SPACE else HubError
-            raise local(f"{name.given}: {error.filename}: {error.strerror}") from None
-        raise UnreachableError(
-            f"{name.given}: {and_hub} cannot be reached: {_reason(error)}"
+        said = f"{error.response.reason_phrase} {error.server_message or ''}".strip()
+        kind = UnreachableError if status == 429 or status >= 500 else HubError
+        remedy = _REMEDIES.get(status, "")
+        raise kind(
+            f"{name.given}: {path}the Hub answers {status} {_reason(said)}{remedy}"
         ) from None
+    except errors.OfflineModeIsEnabled:
+        raise UnreachableError(
+            f"{name.given}: {path}the Hub is turned off (HF_HUB_OFFLINE)"
+        ) from None
+    except Exception as error:  # the network and its library fail in their own ways
+        full = isinstance(error, OSError) and error.errno in _NO_SPACE
+        if isinstance(error, OSError) and (full or error.filename):  # of the cache
+            local = StorageError if full else HubError
+            place = error.filename or constants.HF_HUB_CACHE
+            raise local(f"{name.given}: {place}: {error.strerror}") from None
+        problem = "the download was interrupted" if listed else "the Hub cannot be reached"
+        raise UnreachableError(f"{name.given}: {path}{problem}: {_reason(error)}") from None
+
+
+@contextmanager
+def _cause_of(kind: type[Exception]) -> Iterator[None]:
+    """Replace an error by that which led to it, which says more."""
+    try:
+        yield
+    except kind as error:
+        raise error.__cause__ or error from None
 
 
 @contextmanager
@@ -277,11 +307,13 @@ def quiet_hub(*, bars: bool = True) -> Iterator[None]:
     if bars:
         disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         restore()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception | str) -> str:
     return shorten(" ".join(str(error).split()) or type(error).__name__, 200)

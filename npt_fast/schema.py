@@ -26,10 +26,13 @@ class Kind(NamedTuple):
     Attributes:
         name: description of the values, which completes "must be".
         fits: function that tells whether a value is allowed; it accepts any value.
+        plain: function that makes Python's own numbers and lists of those of other libraries; it
+            leaves all else as it is. Values of files are not looked at by it.
     """
 
     name: str
     fits: Callable[[Any], bool]
+    plain: Callable[[Any], Any] = lambda value: value
 
 
 def is_text(value: Any) -> bool:

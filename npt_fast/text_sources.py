@@ -67,8 +67,8 @@ def sources_of(data: TextData) -> tuple[Source, ...]:
     if isinstance(data, str | os.PathLike):
         return parse_data(data)
     name = type(data).__name__
-    if isinstance(data, Mapping):
-        parts = ", ".join(f"{part!s:.40}" for part in list(data)[:20])
+    if isinstance(data, Mapping) or hasattr(data, "columns"):  # of pandas and others
+        parts = ", ".join(f"{part!s:.40}" for part in list(getattr(data, "columns", data))[:20])
         raise DataError(f"{name}: is several data sets; give one of them: {parts}")
     if isinstance(data, bytes | bytearray) or not hasattr(data, "__iter__"):
         raise DataError(

@@ -72,6 +72,7 @@ class Hub:
         ranges: whether it answers range requests; else it sends whole files.
         down: status that it answers everything with; 0 for none.
         refuse_commits: whether commits fail.
+        lies: sizes that it says files have.
         blobs: uploaded files by SHA-256.
     """
 
@@ -83,6 +84,7 @@ class Hub:
     ranges: bool = True
     down: int = 0
     refuse_commits: bool = False
+    lies: dict[str, object] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
 
     def add(self, name: str, folder: Path, **more: bytes) -> Repo:
@@ -177,7 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._repo(name)
         commit = self._commit(repo, revision or "main")
         files = repo.commits[commit]
-        siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
+        sizes = {file: len(data) for file, data in files.items()} | self.hub.lies
+        siblings = [{"rfilename": file, "size": size} for file, size in sizes.items()]
         self._json({"id": name, "sha": commit, "private": False, "siblings": siblings})
 
     def tree(self, name: str, revision: str) -> None:

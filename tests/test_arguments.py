@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import pytest
 
 import npt_fast as npt
@@ -15,6 +17,7 @@ from npt_fast.arguments import check_arguments, kind_of
 from npt_fast.config import Injection
 from npt_fast.hf.tokenizer import Reading
 from npt_fast.schema import Kind
+from npt_fast.training.run import configuration
 from tests.training import tiny
 from tests.transfer import models
 
@@ -163,6 +166,30 @@ def test_kinds(hint: Any, name: str, fitting: list[Any], others: list[Any]) -> N
     assert kind.name == name
     assert [value for value in fitting if not kind.fits(value)] == []
     assert [value for value in others if kind.fits(value)] == []
+
+
+def test_numbers_of_other_libraries() -> None:
+    options = npt.TrainOptions(
+        train_layers=np.array([1, 2]),  # type: ignore[arg-type]
+        max_steps=np.int64(4),  # type: ignore[arg-type]
+        learning_rate=np.float32(0.5),  # type: ignore[arg-type]
+    )
+    assert (options.train_layers, options.max_steps, options.learning_rate) == ([1, 2], 4, 0.5)
+    json.dumps(configuration(options))
+    for layers in (range(1, 3), {1, 2}, [np.int32(1), 2]):
+        options = npt.TrainOptions(train_layers=layers)
+        assert json.loads(json.dumps(configuration(options)))["train_layers"] == [1, 2]
+
+    @check_arguments
+    def function(a: Annotated[int, Kind("even", lambda v: v % 2 == 0)], b: Any) -> Any:
+        return a, b
+
+    assert [type(v) for v in function(np.uint8(2), np.int8(2))] == [int, np.int8]
+    with pytest.raises(npt.OptionError, match=r"^a must be even, not 3$"):
+        function(np.int64(3), 0)
+    for wrong in (np.bool_(True), np.float64(4), np.array([4]), "4"):
+        with pytest.raises(npt.OptionError, match=r"^max_steps must be a whole number, not "):
+            npt.TrainOptions(train_layers=1, max_steps=wrong)  # type: ignore[arg-type]
 
 
 def test_a_checked_function_is_called_as_it_is() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import warnings
 
 import pytest
+from huggingface_hub.errors import HFValidationError
 
 from npt_fast.errors import CheckpointError, HubError, NPTError, StorageError
 from npt_fast.hub import HubName, UnreachableError, hub_errors, parse_name, quiet_hub, read_part
@@ -57,9 +59,12 @@ def test_parts_of_a_file(hub: Hub) -> None:
     ("given", "raised", "kind", "problem"),
     [
         ("a/b", OSError(errno.ENOSPC, "full", "/cache"), StorageError, "a/b: /cache: full"),
+        ("a/b", OSError(errno.ENOSPC, "full"), StorageError, ": full"),
         ("a/b", PermissionError(errno.EACCES, "no", "/cache"), HubError, "a/b: /cache: no"),
         ("a/b", ValueError("x\n y"), UnreachableError, "a/b: no such path, and the Hub cannot be"),
         ("hf://a/b", ValueError(), UnreachableError, "the Hub cannot be reached: ValueError"),
+        ("a/b", HFValidationError("x"), HubError, "a/b: no such path, and no name on the Hub: x"),
+        ("hf://a/b", HFValidationError("x"), HubError, "hf://a/b: no name on the Hub: x"),
         ("a/b", CheckpointError("own"), CheckpointError, "own"),
     ],
 )
@@ -68,6 +73,18 @@ def test_errors(given: str, raised: Exception, kind: type[NPTError], problem: st
         raise raised
     assert problem in str(caught.value) and "\n" not in str(caught.value)
     assert type(caught.value) is kind
+
+
+def test_a_download_that_fails_is_of_a_repository_that_there_is() -> None:
+    with pytest.raises(UnreachableError, match=r"^a/b: the download was interrupted: closed$"):
+        with hub_errors(HubName("a/b", "a/b"), listed=True):
+            raise ConnectionError("closed")
+
+
+def test_the_librarys_warnings_are_not_shown(recwarn: pytest.WarningsRecorder) -> None:
+    with quiet_hub():
+        warnings.warn_explicit("x", UserWarning, "f.py", 1, "huggingface_hub.file_download")
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("shown", [True, False])

@@ -26,7 +26,7 @@ ALLOWED = {
     "schema": {"errors"},
     "pictures": {"checkpoint", "errors", "hub", "layer_names", "paths"},
     "report_files": {"checkpoint", "errors", "paths", "schema"},
-    "hub": {"errors"},
+    "hub": {"errors", "schema"},
     "kernels": set[str](),
     "checkpoint": {
         *("arguments", "config", "errors", "hub", "layer_names", "paths", "schema", "tables"),

@@ -13,9 +13,10 @@ from npt_fast.checkpoint.strict_json import MAX_BYTES, MAX_SMALL
 from npt_fast.checkpoint.tensor_source import WEIGHTS, WHOLE_MODEL, is_on_disk, locate_checkpoint
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import CheckpointError, HubError
-from npt_fast.hub import HubName, Listing, UnreachableError, is_hub_name, parse_name
+from npt_fast.hub import HubName, Listing, UnreachableError, parse_name
 from npt_fast.paths import exists, expand, path_errors, user_path
 
+_ADDRESS = re.compile(r"(hf|https?)://")
 _FILE = re.compile(r".*\.(pt|safetensors|json)")
 _MODEL_SHARD = re.compile(r"(pytorch_)?model-[0-9]+-of-[0-9]+\.(safetensors|bin)")
 _WEIGHTS_ENDINGS = (".pt", ".safetensors", ".bin")
@@ -67,7 +68,7 @@ def hub_name(given: str | Path, revision: str | None = None) -> HubName | None:
         PathError: `given` is not a valid path.
     """
     given = expand(given)
-    if not is_hub_name(given):
+    if _ADDRESS.match(given) is None:
         with path_errors(given, CheckpointError):
             is_path = _FILE.fullmatch(given) or is_on_disk(user_path(given))
         if is_path and revision is not None:

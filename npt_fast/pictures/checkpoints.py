@@ -11,7 +11,14 @@ from npt_fast.checkpoint.keys import PROJECTIONS, STEMS
 from npt_fast.checkpoint.spectra import spectra
 from npt_fast.errors import NPTError, printable
 from npt_fast.layer_names import ranges
-from npt_fast.pictures.figure import colours, figure_class, key, plain_legend, thinned
+from npt_fast.pictures.figure import (
+    colours,
+    figure_class,
+    key,
+    plain_legend,
+    thinned,
+    whole_numbers,
+)
 from npt_fast.pictures.provenance import draw_tree, provenance, tree_size
 
 if TYPE_CHECKING:
@@ -121,6 +128,7 @@ def draw_spectra(axes: Sequence[Any], layers: dict[int, Spectra]) -> None:
                     style = _STYLES[projection or "gate"]
                     one.plot(places[shown], middle[shown], style, color=shades[layer], lw=1.2)
         one.set(title=f"spectrum of {stem}", xlabel="rank", yscale="log")
+        whole_numbers(one)
         one.grid(alpha=0.3)
     axes[0].set_ylabel("singular value")
     handles = [key(f"layer {n}", shades[n], "-") for n in thinned(list(layers), _MOST_ENTRIES)]

@@ -93,6 +93,28 @@ def thinned(items: Sequence[Any], most: int) -> Sequence[Any]:
     return items[:: -(-len(items) // most) or 1]
 
 
+def plain_scale(axes: Any, scale: str) -> None:
+    """Set the scale of the values, with ticks that are plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale(scale)
+    low, high = axes.get_ylim()
+    if high < 5 * low:
+        axes.set_yscale("linear")  # 1, 2 and 5 times powers of ten would be too few ticks
+    elif scale == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+
+
+def whole_numbers(axes: Any) -> None:
+    """Put the ticks of what is counted at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def plain_legend(owner: Any, **options: Any) -> None:
     """Add a legend to a figure or axes, whose texts are no formulas."""
     for text in owner.legend(**options).get_texts():

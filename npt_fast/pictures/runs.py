@@ -7,7 +7,14 @@ from itertools import cycle
 from typing import Any, NamedTuple
 
 from npt_fast.checkpoint.training_log import RunLog
-from npt_fast.pictures.figure import colours, figure_class, key, plain_legend, thinned
+from npt_fast.pictures.figure import (
+    colours,
+    figure_class,
+    key,
+    plain_legend,
+    plain_scale,
+    thinned,
+)
 
 _STYLES = ("-", "--", ":", "-.")
 _STAGES = {"teacher": "#cfe2f3", "mixed": "#fff2cc", "student": "#d9ead3"}
@@ -125,7 +132,7 @@ def _draw_layers(
             )
             axes.plot(*run.values(f"eval_mlp_direct_loss/layer_{layer}"), "o", ms=3, color=colour)
     axes.set(ylabel="squared error / squared target", title="direct loss of each layer")
-    _scale(axes, "log")
+    plain_scale(axes, "log")
     handles = [
         key(f"layer {layer}", shades[layer], "-") for layer in thinned(layers, _MOST_ENTRIES)
     ]
@@ -145,22 +152,7 @@ def _draw_panel(axes: Any, runs: Sequence[RunLog], looks: Iterable[_Look], panel
                     axes.plot(*run.values(name), look.style, color=look.colour, lw=0.8, alpha=0.5)
     axes.set_ylabel(panel.label)
     axes.set_title(panel.title, fontsize="medium")
-    _scale(axes, panel.scale)
-
-
-def _scale(axes: Any, scale: str) -> None:
-    """Set the scale of the values, with ticks that are plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axes.set_yscale(scale)
-    low, high = axes.get_ylim()
-    if high < 5 * low:
-        axes.set_yscale("linear")  # 1, 2 and 5 times powers of ten would be too few ticks
-    elif scale == "log":
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3, which="both")
+    plain_scale(axes, panel.scale)
 
 
 def _draw_stages(axes: Any, runs: Sequence[RunLog], looks: Sequence[_Look]) -> None:

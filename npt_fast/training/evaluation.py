@@ -179,7 +179,7 @@ def evaluate_batches(
     other arguments are those of `evaluate_windows`.
 
     Raises:
-        DataError: there is no batch.
+        DataError: there is no batch, or no token to predict.
     """
     sums: Tensor | None = None
     layers: list[int] = []
@@ -201,6 +201,8 @@ def evaluate_batches(
     loss, base_loss, predicted, kl, agreed, tokens, whole, *direct = sum_over_processes(
         sums
     ).tolist()
+    if not predicted:
+        raise DataError("there is nothing to evaluate on: no row has a second token that counts")
     return Figures(
         tokens=int(tokens),
         perplexity=_exp(loss / predicted),

@@ -36,6 +36,11 @@ class Given:
         """Raise TrainingError if an object does not go with another one or with the options."""
         if (self.model is None) != (self.tokenizer is None):
             raise TrainingError("model and tokenizer belong together; give both or none")
+        parts = ("config", "device", "get_input_embeddings")
+        if self.model is not None and not all(hasattr(self.model, part) for part in parts):
+            raise TrainingError(
+                f"model: is a {type(self.model).__name__}, not a language model of transformers"
+            )
         if not all(map(_is_callback, self.callbacks)):
             raise TrainingError("callbacks: must be a list of transformers' TrainerCallback")
         for name, data in (("data", self.train_dataset), ("eval_data", self.eval_dataset)):

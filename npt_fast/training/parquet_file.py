@@ -1,4 +1,4 @@
-"""Read a column of strings from a Parquet file in bounded memory.
+"""Read a column of strings, or of chats, from a Parquet file in bounded memory.
 
 The metadata of row groups may be wrong. The size of a decompressed page is in the page's header,
 and pyarrow allocates by that; so all headers of a row group are checked before it is read.
@@ -6,14 +6,18 @@ and pyarrow allocates by that; so all headers of a row group are checked before 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute, parquet
 
 LARGEST = 1 << 26
 """Largest size of a decompressed page in bytes; a page is decompressed at once."""
+LARGEST_GROUP = 1 << 27
+"""Largest size of a decompressed row group of chats in bytes; one chat may have all of it, and
+takes three times as much. `datasets` writes groups of 100 MB."""
 
 _AT_ONCE = 1 << 24  # bytes of text decoded at once, unless one text has more
 _PIECE = 1 << 20  # bytes read at once
@@ -21,51 +25,85 @@ _MOST_ROWS = 256  # rows decoded at once
 _FEW_ROWS = 1_000_000  # rows that any file may have
 _ROWS_PER_BYTE = 10  # further rows per byte of the file; 5 million empty texts have 400
 _CONTAINER = 100_000  # columns, or row groups, that a file may say it has
+_MOST_MESSAGES = 100_000  # in a chat
+_MOST_FIELDS = 20  # of a message; the footer is read once for each
+_MOST_VALUES = 1 << 23  # fields of messages in a row group, of 16 bytes; a page may say any number
+
+
+def parquet_columns(stream: BinaryIO) -> dict[str, str]:
+    """Return the types of all columns by name.
+
+    ``str`` and ``list`` are those that `parquet_values` reads: texts, and lists of messages whose
+    fields are texts, numbers or truth values.
+
+    Raises:
+        Exception: errors of pyarrow, of many types, for a broken file.
+    """
+    return {field.name: _kind(field.type) for field in _opened(stream).schema_arrow}
 
 
 def parquet_values(
     stream: BinaryIO, column: str, longest: int
-) -> tuple[dict[str, str], Iterator[str | None] | None]:
-    """Open a column of strings.
+) -> Iterator[str | list[dict[str, Any]] | None]:
+    """Yield the values of a column of texts or of lists of messages.
 
     Args:
         stream: the file.
         column: name of the column.
         longest: characters that a value may have.
 
-    Returns:
-        The types of all columns by name, and the values of the column: None if there is no such
-        column of strings.
-
     Raises:
-        ValueError: a page or a value is too large; also while iterating.
-        Exception: errors of pyarrow, of many types, for a broken file; also while iterating.
+        ValueError: a page, a row group or a value is too large.
+        Exception: errors of pyarrow, of many types, for a broken file.
     """
-    file = parquet.ParquetFile(
+    file = _opened(stream)
+    names = [file.schema.column(n).path for n in range(len(file.schema))]
+    count = max(names.count(column), file.schema_arrow.names.count(column))
+    if count > 1:
+        raise ValueError(f"it has {count} columns named {column}")
+    if column in names:
+        yield from _values(file, stream, names.index(column), column, longest)
+        return
+    leaves = {n: path for n, path in enumerate(names) if path.startswith(f"{column}.")}
+    if len(leaves) > _MOST_FIELDS:
+        raise ValueError(f"messages in the column {column} have over {_MOST_FIELDS} fields")
+    yield from _chats(stream, leaves, column, longest)
+
+
+def _opened(stream: BinaryIO, **options: Any) -> Any:
+    return parquet.ParquetFile(
         stream,
         buffer_size=_PIECE,  # otherwise a row group is read at once
         pre_buffer=False,
         thrift_container_size_limit=_CONTAINER,
         thrift_string_size_limit=_PIECE,
+        **options,
     )
-    schema = file.schema_arrow
-    columns = {field.name: _kind(field.type) for field in schema}
-    if columns.get(column) != "str":
-        return columns, None
-    names = [file.schema.column(n).path for n in range(len(file.schema))]
-    if names.count(column) > 1:
-        raise ValueError(f"it has {names.count(column)} columns named {column}")
-    return columns, _values(file, stream, names.index(column), column, longest)
 
 
 def _kind(type: Any) -> str:
     """Return the Python type of a column's values, or else the name of the Arrow type."""
+    if pa.types.is_list(type) or pa.types.is_large_list(type):
+        message = type.value_type
+        if (
+            pa.types.is_struct(message)
+            and len(message)
+            and all(_is_plain(field.type) for field in message)
+        ):
+            return "list"
     if pa.types.is_dictionary(type):
         type = type.value_type
     strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     if any(is_one(type) for is_one in strings):
         return "str"
     return "int" if pa.types.is_integer(type) else str(type)[:80]
+
+
+def _is_plain(type: Any) -> bool:
+    """Whether values are texts, or have 8 bytes or fewer."""
+    types = pa.types
+    numbers = (types.is_integer, types.is_floating, types.is_boolean, types.is_null)
+    return _kind(type) == "str" or any(is_one(type) for is_one in numbers)
 
 
 def _values(
@@ -78,7 +116,7 @@ def _values(
     if rows > _FEW_ROWS + _ROWS_PER_BYTE * size:
         raise ValueError(f"{rows:,} rows in {size:,} bytes; no texts are as short as that")
     for group, chunk in enumerate(chunks):
-        pages = list(_pages(stream, chunk))
+        pages = [size for size, _ in _pages(stream, chunk)]
         # a column written as a dictionary keeps the texts of all its pages
         held = sum(pages) if shared else max(pages, default=0)
         if held > LARGEST:
@@ -96,6 +134,49 @@ def _values(
             if (compute.max(compute.utf8_length(values)).as_py() or 0) > longest:
                 raise ValueError(f"a text in row group {group} has over {longest:,} characters")
             yield from values.to_pylist()
+
+
+def _chats(
+    stream: BinaryIO, leaves: Mapping[int, str], column: str, longest: int
+) -> Iterator[list[dict[str, Any]] | None]:
+    """Yield lists of messages, whose fields have these numbers and paths."""
+    # texts that repeat stay in dictionaries: a page of few bytes may repeat one for ever
+    file = _opened(stream, read_dictionary=list(leaves.values()))
+    most = _FEW_ROWS + _ROWS_PER_BYTE * stream.seek(0, 2)
+    groups = zip(*(_chunks(stream, leaf) for leaf in leaves), strict=True)
+    for group, chunks in enumerate(groups):
+        pages = [page for chunk in chunks for page in _pages(stream, chunk)]
+        held, values = sum(size for size, _ in pages), sum(count for _, count in pages)
+        most -= values
+        if held > LARGEST_GROUP or values > _MOST_VALUES or most < 0:
+            raise ValueError(
+                f"the column {column} of row group {group} has {held:,} bytes and {values:,} "
+                f"values, over {LARGEST_GROUP:,} and {min(_MOST_VALUES, most + values):,} are "
+                "refused; write it with fewer rows to a row group"
+            )
+        for batch in file.iter_batches(_MOST_ROWS, [group], [column], use_threads=False):
+            found = batch.column(0)
+            found.validate(full=True)  # a damaged file may point behind a dictionary
+            starts = found.offsets.to_numpy()
+            characters = _before_each(found.values)[starts]
+            if max(np.diff(characters), default=0) > longest:
+                raise ValueError(f"a chat in row group {group} has over {longest:,} characters")
+            if max(np.diff(starts), default=0) > _MOST_MESSAGES:
+                raise ValueError(
+                    f"a chat in row group {group} has over {_MOST_MESSAGES:,} messages"
+                )
+            for row in found:
+                yield row.as_py()
+
+
+def _before_each(messages: Any) -> Any:
+    """Return the number of characters before each message, and before the end."""
+    total = np.zeros(len(messages) + 1, np.int64)
+    for field in messages.flatten():
+        if pa.types.is_dictionary(field.type):
+            lengths = compute.utf8_length(field.dictionary).take(field.indices)
+            total[1:] += compute.fill_null(lengths, 0).to_numpy(zero_copy_only=False)
+    return total.cumsum()
 
 
 def _chunks(stream: BinaryIO, index: int) -> list[_Struct]:
@@ -118,8 +199,8 @@ def _chunks(stream: BinaryIO, index: int) -> list[_Struct]:
     return chunks
 
 
-def _pages(stream: BinaryIO, chunk: _Struct) -> Iterator[int]:
-    """Yield the decompressed size in bytes of each page of a column in a row group."""
+def _pages(stream: BinaryIO, chunk: _Struct) -> Iterator[tuple[int, int]]:
+    """Yield the size in bytes, decompressed, and the number of values of each page of a chunk."""
     if not chunk:
         return  # no rows: its offsets may lead nowhere
     begin = chunk[9, _I64]
@@ -132,7 +213,9 @@ def _pages(stream: BinaryIO, chunk: _Struct) -> Iterator[int]:
         size, stored = header.get((2, _I32), -1), header.get((3, _I32), -1)
         if size < 0 or stored < 0:
             raise ValueError(f"the page at byte {begin} does not say its size")
-        yield size
+        # of data of either version, or of a dictionary
+        counts = [header.get((field, _STRUCT), {}).get((1, _I32), 0) for field in (5, 7, 8)]
+        yield size, max(counts)
         begin = stream.tell() + stored
 
 

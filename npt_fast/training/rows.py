@@ -6,7 +6,7 @@ text, which is still to be tokenised, or a list of token ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import copy
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from npt_fast.paths import user_path
 
 _LARGEST_TEMPLATE = 1 << 20  # bytes; the longest that models come with has 20 KB
 
+_CONTENT = (("text",), ("messages",), ("prompt", "completion"), ("input_ids",))
 _COLUMNS = "text, messages, prompt and completion, or input_ids"
 
 Document = str | list[int]
@@ -54,14 +55,19 @@ def content_of(row: Any, column: str | None = None) -> Any:
     """
     if not isinstance(row, Mapping):
         return row
-    for name in ("text", "messages") if column is None else (column,):
-        if name in row:
-            return row[name]
-    if column is None and "prompt" in row and "completion" in row:
+    names = columns_of(row, column)
+    if not names:
+        kinds = {name: type(value).__name__ for name, value in row.items()}
+        raise MissingContent.of(kinds, column)
+    if len(names) > 1:
         return [*_turns("user", row["prompt"]), *_turns("assistant", row["completion"])]
-    if column is None and "input_ids" in row:
-        return row["input_ids"]
-    raise MissingContent.of({name: type(value).__name__ for name, value in row.items()}, column)
+    return row[names[0]]
+
+
+def columns_of(there: Collection[str], column: str | None = None) -> tuple[str, ...]:
+    """The columns that hold the content of rows, as for `content_of`; none if they are missing."""
+    wanted = _CONTENT if column is None else ((column,),)
+    return next((names for names in wanted if all(name in there for name in names)), ())
 
 
 def _turns(role: str, given: Any) -> list[Any]:
@@ -83,6 +89,8 @@ def document_of(content: Any, tokenizer: Any, vocabulary: int | None = None) -> 
     if content is None or isinstance(content, str):
         return content or ""
     if isinstance(content, list | tuple) and content and isinstance(content[0], Mapping):
+        for message in content:
+            _check_message(message)
         return chat_ids(tokenizer, content, remedy="give one with chat_template")
     if not hasattr(content, "__len__") or isinstance(content, Mapping | bytes):
         raise MissingContent(
@@ -105,6 +113,17 @@ def document_of(content: Any, tokenizer: Any, vocabulary: int | None = None) -> 
         )
     found: list[int] = ids.tolist()
     return found
+
+
+def _check_message(message: Any) -> None:
+    """Raise MissingContent for what is no message: a template would write its frame alone."""
+    if not isinstance(message, Mapping):
+        raise MissingContent(f"has a message of type {type(message).__name__}")
+    told = message.get("content") is not None or message.get("tool_calls")
+    if not isinstance(message.get("role"), str) or not told:
+        few = islice(message.items(), 20)
+        has = ", ".join(f"{name!s:.40} ({type(value).__name__})" for name, value in few)
+        raise MissingContent(f"has a message without role and content: it has {has or 'nothing'}")
 
 
 class Rows:

@@ -35,6 +35,7 @@ class RunDirectory:
     def __init__(self, path: Path, *, resuming: bool) -> None:
         self.path = path
         with disk_errors(path, TrainingError):
+            self._is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -91,6 +92,9 @@ class RunDirectory:
             shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
-        """Unlock the folder for other runs."""
+        """Unlock the folder for other runs; remove it if it is new and nothing was written."""
+        if self._is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.path.rmdir()
         with contextlib.suppress(OSError):
             os.close(self._lock)

@@ -15,8 +15,8 @@ from typing import Any
 from npt_fast.checkpoint import file_kind
 from npt_fast.checkpoint.source_file import SourceFile
 from npt_fast.errors import DataError
-from npt_fast.training.parquet_file import parquet_values
-from npt_fast.training.rows import MissingContent, content_of
+from npt_fast.training.parquet_file import parquet_columns, parquet_values
+from npt_fast.training.rows import MissingContent, columns_of, content_of
 
 LONGEST = 1 << 23
 """Largest number of characters in a document; tokenising takes a hundred bytes per character."""
@@ -28,6 +28,11 @@ _MOST_VALUES = 1_000_000  # in an object; an empty list takes 3 bytes in a file,
 _SPACE = re.compile(r"[ \t\r\n]*+")
 # a string, which the end of the piece may cut short, or a bracket or comma
 _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(")?|[][{},]', re.DOTALL)
+
+_OTHER_LISTS = (
+    "; of lists, a Parquet file may have messages with fields of texts and numbers: write others "
+    'as .jsonl, or give datasets.load_dataset("parquet", data_files=...) from Python'
+)
 
 _Read = Callable[[int], str]
 
@@ -97,21 +102,19 @@ def _is_content(value: Any) -> bool:
 
 
 def _parquet_contents(file: SourceFile, column: str | None) -> Iterator[Any]:
-    """Yield a column of texts, or chats of the columns ``prompt`` and ``completion``."""
+    """Yield a column of texts or chats, or chats of the columns ``prompt`` and ``completion``."""
     with file.open() as fd, open(fd, "rb", closefd=False) as stream:
-        first = column or "text"
-        kinds, values = parquet_values(stream, first, LONGEST)
-        found = {first: values}
-        if values is None and column is None and kinds.keys() >= {"prompt", "completion"}:
-            names = ("prompt", "completion")
-            found = {name: parquet_values(stream, name, LONGEST)[1] for name in names}
-        columns = [texts for texts in found.values() if texts is not None]
-        if len(columns) < len(found):
-            raise _no_text(file, 0, kinds, column)
-        for number, texts in enumerate(zip(*columns, strict=True)):
-            row = dict(zip(found, texts, strict=True))
-            if None in texts:
-                empty = {name: "NoneType" for name, text in row.items() if text is None}
+        kinds = parquet_columns(stream)
+        names = columns_of(kinds, column)
+        others = [kinds[name] for name in names if kinds[name] not in ("str", "list")]
+        if others or not names:
+            remedy = _OTHER_LISTS if any("<" in kind for kind in others) else ""
+            raise _no_text(file, 0, kinds, column, remedy)
+        columns = [parquet_values(stream, name, LONGEST) for name in names]
+        for number, values in enumerate(zip(*columns, strict=True)):
+            row = dict(zip(names, values, strict=True))
+            if None in values:
+                empty = {name: "NoneType" for name, value in row.items() if value is None}
                 raise _no_text(file, number, {**kinds, **empty}, column)
             yield content_of(row, column)
 
@@ -127,9 +130,9 @@ READERS: Mapping[str, Callable[[SourceFile, str | None], Iterator[Any]]] = {
 
 
 def _no_text(
-    file: SourceFile, number: int, kinds: Mapping[str, str], column: str | None
+    file: SourceFile, number: int, kinds: Mapping[str, str], column: str | None, remedy: str = ""
 ) -> DataError:
-    return DataError(f"{file.path}: row {number} {MissingContent.of(kinds, column)}")
+    return DataError(f"{file.path}: row {number} {MissingContent.of(kinds, column)}{remedy}")
 
 
 @contextmanager

@@ -102,7 +102,7 @@ class TokenWindows(IterableDataset[Window]):
         sampled: a sampled text, in place of the documents that `source` would name.
         rows: a data set, likewise.
         text_column: column of the documents, as for `npt_fast.training.rows.content_of`.
-        vocabulary: number of token ids that the model knows, to check those of `rows`.
+        vocabulary: number of token ids that the model knows; None does not check them.
         start: result of `state_after`, to resume there.
 
     Attributes:
@@ -112,6 +112,7 @@ class TokenWindows(IterableDataset[Window]):
     Raises:
         ValueError: a number is out of range, or `start` belongs to other settings or other data.
         DataError: the source cannot be read, or is too short; also while iterating.
+        ModelError: the tokenizer makes a token that the model does not know; also while iterating.
     """
 
     def __init__(
@@ -153,6 +154,8 @@ class TokenWindows(IterableDataset[Window]):
         else:
             self._documents = open_documents(source, seed=seed, column=self._column)
         self._first_document = self._documents.state_dict()
+        # number of the row that is read next, for messages; in the middle of a text nobody knows it
+        self._row: int | None = 0
         key = self._first_key() if rows is not None else sampled and sampled.key
         self._settings = {
             "source": source,
@@ -175,8 +178,8 @@ class TokenWindows(IterableDataset[Window]):
         self._stride = stride
         self._seed = seed
         self._block = block
-        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self._padding = next(token for token in candidates if token is not None)
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        self._padding = next((i for i in candidates if i is not None and self._knows(i)), 0)
         self._held = self._hold_out(held_out)
         self.held_out = len(self._held)
 
@@ -291,10 +294,21 @@ class TokenWindows(IterableDataset[Window]):
     ) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
         """Yield the reader's position before each batch of documents, and the batch's tokens."""
         self._documents.load_state_dict(documents)
+        self._row = 0 if documents == self._first_document else None
         rows = iter(self._documents)
         while batch := self._next_documents(rows):
-            yield documents, list(chain.from_iterable(self._ids(batch)))
+            tokens = list(chain.from_iterable(self._ids(batch)))
+            if not self._knows(largest := max(tokens, default=0)):
+                raise ModelError(
+                    f"{self._source}: the tokenizer has a token {largest}, the model knows "
+                    f"{self._vocabulary} tokens; give the model's own tokenizer, or resize the "
+                    "model's embeddings"
+                )
+            yield documents, tokens
             documents = self._documents.state_dict()
+
+    def _knows(self, token: int) -> bool:
+        return self._vocabulary is None or token < self._vocabulary
 
     def _ids(self, batch: list[Document]) -> Iterator[list[int]]:
         # a blank document would give special tokens only; a tokenizer needs one text or more
@@ -316,6 +330,7 @@ class TokenWindows(IterableDataset[Window]):
                 content = content_of(row, self._column)
                 batch.append(document_of(content, self._tokenizer, self._vocabulary))
                 size += len(batch[-1])
+                self._row = None if self._row is None else self._row + 1
                 if size >= _BATCH_TEXT:
                     break
         return batch
@@ -332,15 +347,18 @@ class TokenWindows(IterableDataset[Window]):
         try:
             yield
         except MissingContent as error:
-            raise DataError(f"{self._source}: a row {error}") from None
+            raise DataError(f"{self._source}: {self._row_name()} {error}") from None
         except ModelError as error:  # of the chat template
-            raise ModelError(f"{self._source}: {error}") from error
+            raise ModelError(f"{self._source}: {self._row_name()}: {error}") from error
         except NPTError:
             raise
         except Exception as error:  # the network, the Hub and every loader fail in their own way
             raise DataError(
                 f"{self._source}: reading broke off: {reason(error)}; resume from a checkpoint"
             ) from error
+
+    def _row_name(self) -> str:
+        return "a row" if self._row is None else f"row {self._row}"
 
     def _window(self, number: int, tokens: list[int]) -> Window:
         padding = self._length - len(tokens)

@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from npt_fast.arguments import check_constructor
 from npt_fast.config import CURRICULUM, TrainOptions
-from npt_fast.errors import TrainingError
+from npt_fast.errors import DataError, TrainingError
 from npt_fast.hf.checkpoint import load, save
 from npt_fast.hf.convert import components, trainable_parameters
 from npt_fast.modules import NPComponent
@@ -27,6 +27,10 @@ from npt_fast.training.distillation import Distillation, Losses
 from npt_fast.training.evaluation import evaluate_batches
 
 BETAS = (0.9, 0.95)  # with .999, layer 1 of SmolLM2 answers one outlier with jumps for 1000 steps
+
+_OF_LOGITS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+_OF_ITS_LOSS = ("activation_checkpointing", "gradient_checkpointing", "label_smoothing_factor")
+"""Arguments of Trainer and of TrainingArguments that mean its own loss and forward pass."""
 
 
 @check_constructor
@@ -51,6 +55,7 @@ class NPTTrainer(Trainer):
 
     Raises:
         ModelError: no NP layer of the model requires gradients.
+        TrainingError: an argument of Trainer would have no effect.
     """
 
     def __init__(
@@ -61,6 +66,13 @@ class NPTTrainer(Trainer):
         curriculum_stages: str = CURRICULUM,
         **options: Any,
     ) -> None:
+        ignored = [name for name in _OF_LOGITS if options.get(name) is not None]
+        ignored += [name for name in _OF_ITS_LOSS if getattr(args, name, None)]
+        if ignored:
+            raise TrainingError(
+                f"{ignored[0]}: NPTTrainer has losses and metrics of its own, and keeps the "
+                "activations of NP layers alone; leave it out"
+            )
         if not isinstance(model, Distillation):
             # the layers that are trained are the model's, whatever the options name
             model = Distillation.of(model, TrainOptions(train_layers="all"))
@@ -72,9 +84,18 @@ class NPTTrainer(Trainer):
         model.config.use_cache = use_cache  # Trainer turns it off, but the base model is run apart
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as Trainer does; the first rows calibrate a `Distillation` that is not."""
+        """Train as Trainer does; the first rows calibrate a `Distillation` that is not.
+
+        Raises:
+            TrainingError: there is no data set.
+            DataError: the data set is empty.
+        """
         if not self.distillation.calibrated:
-            batch = next(iter(self.get_eval_dataloader(self.train_dataset)))
+            if self.train_dataset is None:
+                raise TrainingError("there is nothing to train on; give train_dataset")
+            batch = next(iter(self.get_eval_dataloader(self.train_dataset)), None)
+            if batch is None:
+                raise DataError("there is nothing to train on: the data set is empty")
             ids, mask = batch["input_ids"], batch.get("attention_mask")
             if mask is not None:  # the longest rows, without their padding
                 lengths = mask.sum(-1)

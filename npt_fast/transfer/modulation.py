@@ -88,6 +88,8 @@ class Modulation:
 
     def __truediv__(self, divisor: float) -> Modulation:
         """Divide dW by a number that is not 0."""
+        if isinstance(divisor, Modulation):
+            return NotImplemented
         if divisor == 0:
             raise TransferError("a modulation cannot be divided by 0")
         return self * (1 / divisor)

@@ -47,6 +47,8 @@ def test_what_is_on_the_disk_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
         hub_name("org/repo", "v1")
     with pytest.raises(npt.CheckpointError, match="hf://org: names on the Hub are hf://org/repo"):
         hub_name("hf://org")
+    with pytest.raises(npt.CheckpointError, match=r"^https://hub/org/repo: names on the Hub"):
+        open_checkpoint("https://hub/org/repo")
 
 
 def test_a_checkpoint_is_opened_by_its_commit(hub: Hub, tmp_path: Path) -> None:
@@ -98,7 +100,9 @@ def test_what_the_hub_does_not_give(
     hub.down = 503
     refuse("the Hub answers 503", "org/repo")
     hub.down = 403
-    refuse("the Hub answers 403", "org/repo")
+    refuse("org/repo: no such path, and the Hub answers 403 Forbidden; log in (hf", "org/repo")
+    hub.down = 429
+    refuse("answers 429 Too Many Requests; wait some minutes, or log in", "hf://org/repo")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     refuse("org/repo: no such path, and the Hub cannot be reached: ", "org/repo")
     turn_off(monkeypatch)
@@ -123,6 +127,10 @@ def test_a_hostile_repository(hub: Hub, tmp_path: Path) -> None:
     repo.commit({**repo.files, "npt_config.json": b" " * (5 << 20)})
     refuse("npt_config.json: 5,242,880 bytes of JSON; more than", "org/repo", npt.CheckpointError)
     assert not hub.sent
+    for size in ("12", 1.5, -1, 1 << 70, None):
+        hub.lies = {"npt_weights.pt": size}
+        refuse("org/repo: the Hub's answer lacks a commit, or a file's name or size", "org/repo")
+    hub.lies = {}
     repo.commit({**contents(folder), "npt_weights.pt": b"cos\nsystem\n(S'touch canary'\ntR."})
     refuse("a plain pickle, which can run code", "org/repo", npt.CheckpointError)
     index = b'{"weight_map": {"layer_5_np.W_down": "../../../token"}}'
@@ -138,7 +146,7 @@ def test_an_interrupted_download_goes_on(
     hub.add("org/repo", folder)
     size = (folder / "npt_weights.pt").stat().st_size
     hub.cut = {"npt_weights.pt": size // 2}
-    refuse("org/repo: no such path, and the Hub cannot be reached", "org/repo")
+    refuse("org/repo: the download was interrupted: ", "org/repo")
     turn_off(monkeypatch)
     refuse("(HF_HUB_OFFLINE)", "org/repo")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -70,10 +70,13 @@ MISTAKES = {
     "its-own": ("config: a\n", 2, "line 2: unknown key 'config'"),
     "type": ("\nmax-steps: many\n", 2, "line 3"),
     "choice": ("loss: huge\n", 2, "line 2"),
+    "range": ("\nmax-steps: -3\n", 2, "line 3: max_steps must be positive, got -3"),
+    "later": ("curriculum_stages: x\n", 1, "line 2: curriculum_stages: 'x' is not name:steps"),
     "flag": ("fp16: maybe\n", 2, "line 2"),
     "code": ("trust_remote_code: true\n", 2, "line 2: no file may let code run"),
     "nested": ("data: {a: b}\n", 1, "not a value or a list of values"),
     "twice": ("seed: 1\nseed: 2\n", 1, "'seed' is there twice"),
+    "spelling": ("max_steps: 1\nmax-steps: 2\n", 2, "line 3: 'max-steps' and 'max_steps' are the"),
     "tag": ("seed: !!int 1\n", 1, "leave tags out"),
     "no-yaml": ("seed: [1\n", 1, "is not valid YAML"),
 }

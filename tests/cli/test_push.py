@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ def test_what_is_written_is_pushed(capsys: Any, tmp_path: Path, logged_in: Hub) 
     assert json.loads(out)["output"] == str(tmp_path / "b")
     code, out, err = run(capsys, "merge", "me/np", "--output", tmp_path / "c")
     assert (code, err) == (0, "") and f"Layer 5: hf://me/np@{commit}" in out
+
+
+def test_what_was_written_is_reported_if_the_hub_fails(
+    capsys: Any, tmp_path: Path, logged_in: Hub
+) -> None:
+    folder, output = trained_checkpoint(tmp_path / "a", 5), tmp_path / "it's"
+    logged_in.down = 403
+    code, out, err = run(capsys, "merge", folder, "--output", output, "--push_to_hub", "me/np")
+    assert code == 1 and f"Output saved to: {output}\n" in out and output.exists()
+    assert err.startswith("Error: hf://me/np: the Hub answers 403") and err.count("\n") == 1
+    again = err.partition("push it later: npt-fast ")[2]
+    logged_in.down = 0
+    code, _, err = run(capsys, *shlex.split(again))
+    assert (code, err) == (0, "") and "npt_weights.pt" in logged_in.repos["me/np"].files
 
 
 def test_a_run_and_an_export_are_pushed(

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 import npt_fast as npt
 from npt_fast.errors import NPTWarning
 from npt_fast.hf import base_model
-from npt_fast.hf.base_model import load_base_model
+from npt_fast.hf.base_model import load_base_model, load_skeleton
 from npt_fast.hf.model_folder import SMOLLM2
 from tests import hostile_models
 from tests.checkpoints import assert_same_tensors
+from tests.hub import Hub, Repo
 from tests.training import tiny
 
 GONE = "model.layers.1.mlp.up_proj.weight"
@@ -198,9 +199,25 @@ def test_a_hub_that_is_not_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch
 
     def download(model: str, file: str) -> str:
         asked.append((model, file))
-        raise LocalEntryNotFoundError("cannot find the requested file; check your connection")
+        raise LocalEntryNotFoundError("not in the cache") from ConnectionError("refused")
 
     monkeypatch.setattr(base_model, "hf_hub_download", download)
-    with pytest.raises(npt.ModelError, match=r"^org/name: the base model cannot .* connection$"):
+    problem = "^org/name: no such path, and the Hub cannot be reached: refused$"
+    with pytest.raises(npt.ModelError, match=problem):
         load_base_model("org/name")
     assert asked == [("org/name", "config.json")]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("org/gone", "org/gone: no such path, and the Hub has no such repository, or a private"),
+        ("org/gated", "org/gated: is gated on the Hub: ask for access on its page"),
+        ("a/b/c", "a/b/c: no such path, and no name on the Hub: Repo id must be"),
+    ],
+)
+def test_names_that_the_hub_does_not_know(hub: Hub, name: str, problem: str) -> None:
+    hub.repos["org/gated"] = Repo(gated=True)
+    with pytest.raises(npt.ModelError) as caught:
+        load_skeleton(name)
+    assert str(caught.value).startswith(problem) and "\n" not in str(caught.value)

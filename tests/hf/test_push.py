@@ -14,6 +14,7 @@ import torch
 import npt_fast as npt
 from npt_fast.errors import HubError
 from tests.checkpoints import contents, flip_byte, trained_checkpoint
+from tests.doors import DOORS, Attack, attacks
 from tests.hf.exports import Parts, load, logits, write_parts
 from tests.hub import TOKEN, Hub
 
@@ -184,6 +185,27 @@ def test_damage_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
     flip_byte(weights, weights.stat().st_size // 2)
     refuse("merged: not pushed: ", tmp_path / "merged", kind=npt.VerificationError)
     assert not hub.repos and not hub.requests
+
+
+PUSHED = ("npt_weights.pt", "training_state.pt", "npt_config.json", "config.json")
+HOSTILE = [
+    pytest.param(name, attack, id=f"{name}-{kind}")
+    for door in DOORS
+    if (name := door.file.removeprefix("a/")) in PUSHED
+    for kind, attack in attacks(door)
+    if not name.endswith(".json") or kind != "text"  # odd text under a key that nobody asks for
+]
+
+
+@pytest.mark.parametrize(("name", "attack"), HOSTILE)
+def test_hostile_files_are_not_pushed(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, attack: Attack
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = trained_checkpoint(tmp_path / "np", 1)
+    attack(folder / name)
+    refuse(name, folder, kind=npt.NPTError)
+    assert not hub.requests and not (tmp_path / "canary").exists()
 
 
 def test_nothing_is_half_pushed(parts: Parts, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

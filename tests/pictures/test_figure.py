@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from npt_fast.errors import NPTError, StorageError
-from npt_fast.pictures.figure import check, figure_class, save, thinned
+from npt_fast.pictures.figure import (
+    check,
+    figure_class,
+    plain_scale,
+    save,
+    thinned,
+    whole_numbers,
+)
 
 
 def figure() -> Any:
@@ -69,6 +76,18 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(NPTError, match=r"pip install 'npt_fast\[plot\]'"):
         figure_class()
+
+
+def test_ticks_are_plain_and_whole_numbers() -> None:
+    for values, scale in (([0.97, 1.04], "linear"), ([0.01, 0.5], "log")):
+        axes = figure_class()().subplots()
+        axes.plot([1, 3], values)
+        plain_scale(axes, "log")
+        whole_numbers(axes)
+        assert axes.get_yscale() == scale
+        labels = axes.yaxis.get_major_formatter().format_ticks(axes.get_yticks())
+        assert all(f"{float(label):g}" == label for label in labels)
+        assert all(float(place).is_integer() for place in axes.get_xticks())
 
 
 def test_thinned() -> None:

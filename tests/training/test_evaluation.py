@@ -76,6 +76,13 @@ def test_a_text_of_another_kind_is_measured_as_torch_would(tmp_path: Path) -> No
     }
 
 
+def test_windows_of_one_token() -> None:
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    npt.convert(model, npt.NPTConfig(layers=[1], rank=2))
+    with pytest.raises(npt.DataError, match="no row has a second token that counts"):
+        evaluate(model, tokenizer, ["a text"] * 9, windows=2, max_length=1)
+
+
 def test_a_model_in_a_wrapper(tmp_path: Path) -> None:
     source = write_texts(tmp_path / "a.jsonl", random_texts(40))
     model, tokenizer = tiny.model(vocab_size=258), tiny.bos_tokenizer()

@@ -195,6 +195,21 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda path: parquet(path, dictionary("", 8_000_000)),
         "8,000,000 rows in ",
     ),
+    "one text of many messages": (
+        "a.parquet",
+        lambda path: parquet(path, chat(dictionary("x" * 300_000, 4_000_000))),
+        "over 134,217,728 and ",
+    ),
+    "a chat of a long text, again and again": (
+        "a.parquet",
+        lambda path: parquet(path, chat(dictionary("x" * 300_000, 400_000))),
+        "a chat in row group 0 has over 8,388,608 characters",
+    ),
+    "a chat of a million blank messages": (
+        "a.parquet",
+        lambda path: parquet(path, chat(dictionary("", 900_000))),
+        "a chat in row group 0 has over 100,000 messages",
+    ),
     "statistics that contradict the schema": ("a.parquet", contradicting_parquet, "a.parquet: "),
     "a long text in a page": (
         "a.parquet",
@@ -221,6 +236,14 @@ def dictionary(text: str, rows: int) -> Any:
     import pyarrow as pa
 
     return pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([text]))
+
+
+def chat(contents: Any) -> Any:
+    """One row whose messages have these contents."""
+    import pyarrow as pa
+
+    messages = pa.StructArray.from_arrays([contents], ["content"])
+    return pa.ListArray.from_arrays(pa.array([0, len(messages)], pa.int32()), messages)
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,29 @@ def test_chats(tmp_path: Path, columns: dict[str, list[Any]]) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert tokens(path) == expected
+    path = tmp_path / "chats.parquet"
+    dataset(**columns).to_parquet(path)
+    assert tokens(path) == expected
 
 
-def test_prompts_in_parquet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("column", [{"input_ids": IDS}, {"messages": [[{"content": [TEXTS]}]]}])
+def test_other_lists_in_parquet(tmp_path: Path, column: dict[str, Any]) -> None:
+    """They are refused in a line that names the way that works."""
     path = tmp_path / "a.parquet"
-    dataset(prompt=["why?"] * 40, completion=["so"] * 40).to_parquet(path)
-    assert tokens(path) == tokens([[QUESTION, ANSWER]] * 40)
-    dataset(messages=[[QUESTION]] * 40).to_parquet(path)
-    with pytest.raises(npt.DataError, match=r"a\.parquet: row 0 needs a text .*has messages \("):
+    dataset(**column).to_parquet(path)
+    (name,) = column
+    with pytest.raises(npt.DataError, match=rf"row 0 .*has {name} \(.*load_dataset\("):
         tokens(path)
+    if name == "input_ids":
+        loaded = datasets.load_dataset(
+            "parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
+        )
+        assert tokens(loaded) == EXPECTED
+
+
+def test_a_message_may_call_a_tool() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    assert len(tokens([[QUESTION, call]] * 40)) > 8
 
 
 def test_a_chat_template_of_a_file(tmp_path: Path) -> None:
@@ -131,15 +146,25 @@ def test_a_chat_template_of_a_file(tmp_path: Path) -> None:
     [
         ([], r"^list: is empty; give a data set with texts$"),
         (dataset(text=[]), r"^Dataset: is empty"),
-        (dataset(body=["a"]), r"^Dataset: a row needs a text in a column text, .*has body \(str\)"),
+        (dataset(body=["a"]), r"^Dataset: row 0 needs a text in a column text, .*has body \(str\)"),
         ([{}], "has nothing$"),
-        (dataset(text=[1]), r"^Dataset: a row is of type int, not a text, a chat or token ids$"),
-        ([["a", "b"]], r"^list: a row is of type list of str, not a text"),
-        ([[1, 258]], r"^list: a row has token ids from 1 to 258, the model has 0 to 257$"),
+        (dataset(text=[1]), r"^Dataset: row 0 is of type int, not a text, a chat or token ids$"),
+        ([["a", "b"]], r"^list: row 0 is of type list of str, not a text"),
+        ([[1, 258]], r"^list: row 0 has token ids from 1 to 258, the model has 0 to 257$"),
         ([[-1, 2]], "has token ids from -1 to 2"),
         ([[[1], [2, 3]]], "is of type list of list, not"),
         ([1.5], "is of type float, not"),
+        ([*TEXTS[:5], 1.5], r"^list: row 5 is of type float, not"),
         (["ab", None], "has 3 tokens, "),
+        (
+            [[{"from": "human", "value": "a"}]],
+            r"^list: row 0 has a message without role and content: .* from \(str\), value \(str\)$",
+        ),
+        ([[QUESTION, {"role": "user"}]], r"without role and content: it has role \(str\)$"),
+        ([[{"role": "user", "content": None}]], r"has role \(str\), content \(NoneType\)$"),
+        ([[{"content": "a"}]], r"it has content \(str\)$"),
+        ([[QUESTION, "b"]], "has a message of type str$"),
+        (datasets.Dataset.to_pandas(dataset(a=["x"], b=["y"])), "^DataFrame: .* of them: a, b$"),
         ((text for text in TEXTS), r"^generator: can be read once, .* give a list, or an"),
         (
             datasets.DatasetDict(a=dataset(text=["a"]), b=dataset(text=["a"])),
@@ -153,6 +178,20 @@ def test_what_is_refused(rows: Any, message: str) -> None:
     with pytest.raises(npt.DataError, match=message) as caught:
         open_windows(rows, MODEL, TOKENIZER, max_length=8, held_out=3)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model() -> None:
+    with pytest.raises(npt.ModelError, match=r"^list: .* a token 257, the model knows 100 tokens;"):
+        open_windows(TEXTS, tiny.model(vocab_size=100), TOKENIZER, max_length=8, held_out=3)
+
+
+def test_a_padding_token_that_the_model_does_not_know() -> None:
+    padded = tiny.bos_tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    assert padded.pad_token_id == 258
+    windows = open_windows([IDS[0]], MODEL, padded, max_length=30, held_out=0)
+    window = next(w for w in islice(windows, 2) if not all(w["attention_mask"]))
+    assert window["input_ids"][-1] == padded.eos_token_id
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_one_run_at_a_time_in_this_process(tmp_path: Path) -> None:
     other.close()
     run.close()
     RunDirectory(folder, resuming=False).close()
-    assert list(folder.iterdir()) == [], "a lock leaves no file behind"
+    assert not folder.exists(), "a lock leaves no file behind"
 
 
 def test_one_run_at_a_time_in_all_processes(tmp_path: Path) -> None:
@@ -295,3 +295,15 @@ def test_a_second_name_where_links_are_impossible(
     run.link(1, FINAL)
     assert contents(run.checkpoint(FINAL)) == contents(run.checkpoint(1))
     run.close()
+
+
+def test_a_new_folder_in_which_nothing_was_written_is_removed(tmp_path: Path) -> None:
+    kept, used, new = (tmp_path / name for name in ("kept", "used", "new"))
+    kept.mkdir()
+    for folder in (kept, used, new):
+        run = RunDirectory(folder, resuming=False)
+        if folder == used:
+            (folder / "training_log.jsonl").write_text("")
+        run.close()
+        run.close()
+    assert kept.exists() and used.exists() and not new.exists()

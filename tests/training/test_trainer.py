@@ -182,6 +182,28 @@ def test_a_model_without_layers_to_train(tmp_path: Path) -> None:
         npt.NPTTrainer(model, arguments(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("changes", "given", "message"),
+    [
+        ({"gradient_checkpointing": True}, {}, "_checkpointing: NPTTrainer has losses and"),
+        ({"label_smoothing_factor": 0.1}, {}, "^label_smoothing_factor: .*; leave it out$"),
+        ({}, {"compute_metrics": len}, "^compute_metrics: "),
+    ],
+)
+def test_arguments_that_would_have_no_effect(
+    tmp_path: Path, changes: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(npt.TrainingError, match=message):
+        npt.NPTTrainer(converted(), arguments(tmp_path, **changes), **given)
+
+
+def test_nothing_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(npt.DataError, match="the data set is empty"):
+        npt.NPTTrainer(converted(), arguments(tmp_path), train_dataset=[]).train()
+    with pytest.raises(npt.TrainingError, match="give train_dataset"):
+        npt.NPTTrainer(converted(), arguments(tmp_path)).train()
+
+
 # --- npt.train with objects
 
 
@@ -282,6 +304,10 @@ def test_early_stopping(place: Place, tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"model": tiny.model()}, "model and tokenizer belong together; give both or none"),
+        (
+            {"model": torch.nn.DataParallel(tiny.model()), "tokenizer": tiny.tokenizer()},
+            "model: is a DataParallel, not a language model of transformers",
+        ),
         ({"callbacks": [print]}, "callbacks: must be a list of transformers' TrainerCallback"),
         ({"num_processes": 2, "callbacks": [Seen()]}, "num_processes 2: other processes cannot"),
         (

@@ -234,6 +234,8 @@ def test_nothing_and_what_is_no_number() -> None:
             factor * random_modulation()
     with pytest.raises(npt.TransferError, match="cannot be divided by 0"):
         random_modulation() / 0
+    with pytest.raises(TypeError, match=r"for /: 'Modulation' and 'Modulation'"):
+        random_modulation() / random_modulation()  # type: ignore[operator]
     with pytest.raises(TypeError):
         random_modulation() * random_modulation()  # type: ignore[operator]
 
