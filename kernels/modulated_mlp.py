@@ -116,7 +116,7 @@ def modulated_mlp(
     target = target_of(h)
     int8 = isinstance(factors.w_down, Int8Matrix)
     if path is None:
-        path = choose_path(target, h.shape[0], factors.w_b_gate.shape[0], gradients=gradients)
+        path = choose_path(target, h.shape[0], factored.width_of(factors), gradients=gradients)
     if path not in get_args(Path):
         raise ValueError(f"path must be gemm, fused or decode, got {path!r}")
     if path != "gemm" and not multiplies(target):

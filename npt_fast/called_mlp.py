@@ -39,7 +39,7 @@ class Edit(Protocol):
 
 
 def is_plain(mlp: Any, layout: MLPLayout = GATED) -> bool:
-    """Whether all that an MLP computes follows from its three weights, biases and activation.
+    """Whether all that an MLP computes follows from its weights, biases and activation.
 
     That is so for projections of class `nn.Linear` with a float weight on a device, without hooks,
     parametrizations, adapters or wrappers. Hooks of the MLP, of its activation and of all modules
@@ -90,7 +90,7 @@ def call_mlp(
     change: Change,
     layout: MLPLayout = GATED,
 ) -> Tensor:
-    """``down(activation(gate(h)) * up(h))`` by calling the projections.
+    """``down(activation(gate(h)) * up(h))``, or without a gate, by calling the projections.
 
     Args:
         mlp: module with the projections of `layout`. Its own activation is called if it has one,
@@ -119,11 +119,14 @@ def call_mlp(
             added = like(added, y)
         return y + added.to(y.dtype)
 
+    act = getattr(mlp, layout.activation, activation)
+    if layout.gate is None:
+        inner = act(changed("up", h, called(layout.up, h)))
+        return changed("down", inner, called(layout.down, inner))
     if layout.joined:
         gate, up = called(layout.gate, h).chunk(2, -1)
     else:
         gate, up = called(layout.gate, h), called(layout.up, h)
-    act = getattr(mlp, layout.activation, activation)
     inner = act(changed("gate", h, gate)) * changed("up", h, up)
     return changed("down", inner, called(layout.down, inner))
 

@@ -22,7 +22,7 @@ FileFormat = Literal["pt", "safetensors"]
 Progress = Callable[[str, int, int], None]
 """Called with the name of the work, bytes done and total bytes."""
 WeightDType = Literal["float64", "float32", "float16", "bfloat16"]
-ModulationType = Literal["single", "dual", "triple"]
+ModulationType = Literal["single", "dual", "triple", "plain"]
 Residual = Literal["removed", "kept"]
 Initialization = Literal["zero", "improved", "conservative"]
 LossKind = Literal["relative", "mse"]

@@ -12,6 +12,7 @@ from npt_fast.checkpoint.npt_config import SIZES
 from npt_fast.checkpoint.own_files import is_checkpoint_file
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import ModelError
+from npt_fast.hf.base_sizes import size_names
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX, MODEL_TYPE_PREFIX
 from npt_fast.hf.model_folder import (
     ADAPTER,
@@ -30,7 +31,7 @@ from npt_fast.hf.model_folder import (
 from npt_fast.hf.model_types import MODEL_TYPES
 from npt_fast.hf.tokenizer import library_errors
 from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
-from npt_fast.schema import COUNT, checked, shown
+from npt_fast.schema import COUNT, checked, or_none, shown
 
 _SMALL_PATTERNS = tuple(f"*{ending}" for ending in READ_WHOLE)
 
@@ -113,7 +114,10 @@ def _exported(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{name}: {CONFIG}: architectures must begin with a causal language model, such as "
             f"LlamaForCausalLM, not {shown(own)}"
         )
-    checked(config, dict.fromkeys(SIZES, COUNT), SIZES, f"{name}: {CONFIG}", ModelError)
+    names = size_names(config)
+    needed = [names.pop(size) for size in SIZES if size != "intermediate_size"]
+    kinds = dict.fromkeys(needed, COUNT) | dict.fromkeys(names.values(), or_none(COUNT))
+    checked(config, kinds, needed, f"{name}: {CONFIG}", ModelError)
     for key, number in _numbers(config):
         if not math.isfinite(number):
             raise ModelError(

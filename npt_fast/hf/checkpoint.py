@@ -14,13 +14,14 @@ from npt_fast.arguments import check_arguments
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.np_module import Architecture, NPModule
-from npt_fast.checkpoint.npt_config import NPT_CONFIG, SIZES
+from npt_fast.checkpoint.npt_config import NPT_CONFIG
 from npt_fast.checkpoint.place import locate
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.config import FileFormat, NPTConfig, Residual
 from npt_fast.errors import ModelError, NPTError, NPTWarning, OptionError
+from npt_fast.hf.base_sizes import base_sizes
 from npt_fast.hf.convert import (
     Model,
     add_layers,
@@ -35,7 +36,6 @@ from npt_fast.hf.fingerprint import fingerprint, note_other_base
 from npt_fast.hf.quantize import quantize
 from npt_fast.hf.residual import probe_residuals
 from npt_fast.hf.weights_file import read_tensor, write_weights
-from npt_fast.hf.wrappers import unwrapped
 from npt_fast.layer_names import LayerList, chosen_layers
 from npt_fast.modules import NPComponent
 from npt_fast.paths import exists, path_errors, user_path
@@ -322,8 +322,6 @@ def check_base(model: Any, checkpoint: Checkpoint) -> None:
 
     Another base model of the same sizes gives an `NPTWarning`.
     """
-    config = unwrapped(model).config.get_text_config()
-    sizes = {name: getattr(config, name, None) for name in SIZES}
-    checkpoint.check_sizes({**sizes, "num_hidden_layers": len(decoder_layers(model))})
+    checkpoint.check_sizes({**base_sizes(model), "num_hidden_layers": len(decoder_layers(model))})
     base = checkpoint.model_name, checkpoint.fingerprint
     note_other_base(checkpoint.given, *base, fingerprint(model))

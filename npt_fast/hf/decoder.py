@@ -1,0 +1,80 @@
+"""A decoder's parts, whose names differ between models, and the calls of its layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from npt_fast.errors import ModelError
+from npt_fast.hf.wrappers import unwrapped
+
+Call = dict[str, Any]
+"""Arguments of a layer's call, by name."""
+
+_LAYERS = ("layers", "h")
+_FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+
+
+def decoder_of(model: Any) -> Any:
+    """The decoder of a causal language model; anything else is taken for a decoder itself."""
+    model = unwrapped(model)
+    return unwrapped(model.get_decoder() if hasattr(model, "get_decoder") else model)
+
+
+def layers_of(decoder: Any) -> nn.ModuleList | None:
+    """A decoder's list of layers; None if it has none."""
+    found = (getattr(decoder, name, None) for name in _LAYERS)
+    return next((layers for layers in found if isinstance(layers, nn.ModuleList)), None)
+
+
+@contextmanager
+def with_layers(decoder: Any, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Context in which a decoder has other layers."""
+    own = layers_of(decoder)
+    name = next(name for name in _LAYERS if getattr(decoder, name, None) is own)
+    try:
+        setattr(decoder, name, nn.ModuleList(layers))
+        yield
+    finally:
+        setattr(decoder, name, own)
+
+
+def final_norm(model: Any) -> nn.Module:
+    """The norm behind the last layer.
+
+    Raises:
+        ModelError: the model's decoder has none of a known name.
+    """
+    decoder = decoder_of(model)
+    found = (getattr(decoder, name, None) for name in _FINAL_NORMS)
+    norm = next((norm for norm in found if norm is not None), None)
+    if norm is None:
+        raise ModelError(f"{type(decoder).__name__}: has no norm behind its layers; not supported")
+    return norm
+
+
+def call_of(layer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
+    """A decoder layer's hidden states, and its other arguments by name.
+
+    Args:
+        layer: decoder layer.
+        args: what it is called with by position: the hidden states; with GPT-2 others too.
+        kwargs: what it is called with by name.
+    """
+    call = dict(kwargs)
+    if not args:
+        return call.pop("hidden_states", None), call
+    if len(args) > 1:
+        call |= zip(_arguments(type(unwrapped(layer)))[1:], args[1:], strict=False)
+    return args[0], call
+
+
+@cache
+def _arguments(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments that a class of layers takes, without ``self``."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
