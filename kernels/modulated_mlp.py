@@ -183,6 +183,7 @@ def _probe_and_scale_fused(
 def _modulated_gate_up_fused(
     h: Tensor, weights: MLPWeights, z: Tensor, factors: Factors, activation: str, save: bool
 ) -> Sequence[Tensor]:
+    assert factors.w_b_gate is not None
     return modulated_gate_up(
         h,
         weights.gate,

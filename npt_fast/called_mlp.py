@@ -52,18 +52,23 @@ def is_plain(mlp: Any, layout: MLPLayout = GATED) -> bool:
     )
 
 
-def is_plain_linear(module: Any) -> bool:
-    """Whether a projection's output is a product with its float weight, and its bias."""
-    if not has_plain_weight(module) or not _has_no_own_hooks(module):
+def is_plain_linear(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a projection's output is a product with its float weight, and its bias.
+
+    Args:
+        module: the projection.
+        kind: class of linear layers that it must be of, not of a class derived from it.
+    """
+    if not has_plain_weight(module, kind) or not _has_no_own_hooks(module):
         return False
     own = module.__dict__
     # accelerate's dispatch puts a hook on every module, which matters only where it loads weights
     return "forward" not in own or getattr(own.get("_hf_hook"), "offload", True) is False
 
 
-def has_plain_weight(module: nn.Module) -> bool:
-    """Whether a module is a linear layer with a float weight on a device."""
-    if type(module) is not nn.Linear:
+def has_plain_weight(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a module is a linear layer of a class, with a float weight on a device."""
+    if type(module) is not kind:
         return False
     weight: Any = module._parameters.get("weight")  # module.weight would take ten times as long
     return type(weight) in _TENSORS and weight.dtype in _DTYPES and not weight.is_meta

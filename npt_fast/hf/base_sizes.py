@@ -25,7 +25,7 @@ def base_sizes(model: Any) -> dict[str, int]:
     text = unwrapped(model).config.get_text_config()  # a multimodal model's own has no sizes
     sizes = {name: size for name in SIZES if (size := getattr(text, name, None)) is not None}
     if "intermediate_size" not in sizes:
-        found = (mlp_of(unwrapped(layer)) for layer in layers_of(decoder_of(model)) or ())
+        found = (mlp_of(unwrapped(layer)) for layer in layers_of(decoder_of(model)))
         mlp = next(filter(None, found), None)
         if mlp is not None:
             sizes["intermediate_size"] = mlp.layout.widths(mlp.module)[1]

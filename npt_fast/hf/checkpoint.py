@@ -143,19 +143,20 @@ def load(
             continue
         check_range(checkpoint.modules[layer], dtype_of(layer))
     # together: each call of convert probes one layer of a kind, and describes the model anew
-    for wanted, alike in fresh.items():
-        add_layers(model, _config(alike, *wanted), probe=probe, trainable=trainable, dtype=dtype)
     reader = NearbyReader()
-    converted = components(model)
-    for layer in chosen:
-        if layer not in present:
+    try:
+        for wanted, alike in fresh.items():
+            config = _config(alike, *wanted)
+            add_layers(model, config, probe=probe, trainable=trainable, dtype=dtype)
+        converted = components(model)
+        for layer in sorted(converted.keys() - present.keys()):
+            _check(layer, converted[layer].architecture, checkpoint)
             _fill(converted[layer], checkpoint.modules[layer], reader)
-    if unknown:
-        try:
+        if unknown:
             _find_residuals(model, checkpoint, unknown)
-        except NPTError:
-            remove_layers(model, [layer for alike in fresh.values() for layer in alike])
-            raise
+    except NPTError:
+        remove_layers(model, list(components(model).keys() - present.keys()))
+        raise
     for layer in present.keys() & chosen:
         wide = dtype_of(layer)
         if present[layer].is_int8 and not checkpoint.modules[layer].factors:
@@ -273,6 +274,17 @@ def _find_residuals(model: Any, checkpoint: Checkpoint, layers: Sequence[int]) -
             f"stream; what they compute tells {said} (--residual overrides it)"
         )
         warnings.warn(NPTWarning(message), stacklevel=4)
+
+
+def _check(layer: int, made: Architecture, checkpoint: Checkpoint) -> None:
+    """Raise ModelError if a layer that was made for a checkpoint's has other tensors than it."""
+    given = checkpoint.modules[layer].architecture
+    if made != given:
+        widths = "{0.modulation}, {0.hidden_size} x {0.intermediate_size}"
+        raise ModelError(
+            f"{checkpoint.given}: layer {layer} is {widths.format(given)}; the model's MLP there "
+            f"takes {widths.format(made)}"
+        )
 
 
 def _fill(component: NPComponent, module: NPModule, reader: NearbyReader) -> None:

@@ -64,10 +64,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     Raises:
         ModelError: the model's decoder has no such list.
     """
-    layers = layers_of(decoder_of(model))
-    if layers is None:
-        raise ModelError(f"{type(model).__name__}: has no list of decoder layers; not supported")
-    return layers
+    return layers_of(decoder_of(model))
 
 
 def token_reader(model: Any) -> Any:

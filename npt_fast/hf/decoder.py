@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -26,17 +26,27 @@ def decoder_of(model: Any) -> Any:
     return unwrapped(model.get_decoder() if hasattr(model, "get_decoder") else model)
 
 
-def layers_of(decoder: Any) -> nn.ModuleList | None:
-    """A decoder's list of layers; None if it has none."""
-    found = (getattr(decoder, name, None) for name in _LAYERS)
-    return next((layers for layers in found if isinstance(layers, nn.ModuleList)), None)
+def layers_of(decoder: Any) -> nn.ModuleList:
+    """A decoder's list of layers.
+
+    Raises:
+        ModelError: it has none of a known name.
+    """
+    return cast("nn.ModuleList", getattr(decoder, _name_of_layers(decoder)))
+
+
+def _name_of_layers(decoder: Any) -> str:
+    for name in _LAYERS:
+        if isinstance(getattr(decoder, name, None), nn.ModuleList):
+            return name
+    raise ModelError(f"{type(decoder).__name__}: has no list of decoder layers; not supported")
 
 
 @contextmanager
 def with_layers(decoder: Any, layers: Iterable[nn.Module]) -> Iterator[None]:
     """Context in which a decoder has other layers."""
-    own = layers_of(decoder)
-    name = next(name for name in _LAYERS if getattr(decoder, name, None) is own)
+    name = _name_of_layers(decoder)
+    own = getattr(decoder, name)
     try:
         setattr(decoder, name, nn.ModuleList(layers))
         yield
@@ -52,7 +62,7 @@ def final_norm(model: Any) -> nn.Module:
     """
     decoder = decoder_of(model)
     found = (getattr(decoder, name, None) for name in _FINAL_NORMS)
-    norm = next((norm for norm in found if norm is not None), None)
+    norm: nn.Module | None = next((norm for norm in found if norm is not None), None)
     if norm is None:
         raise ModelError(f"{type(decoder).__name__}: has no norm behind its layers; not supported")
     return norm
@@ -70,11 +80,12 @@ def call_of(layer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
     if not args:
         return call.pop("hidden_states", None), call
     if len(args) > 1:
-        call |= zip(_arguments(type(unwrapped(layer)))[1:], args[1:], strict=False)
+        names = _arguments(type(unwrapped(layer)))  # type: ignore[arg-type] # mypy: not hashable
+        call |= zip(names[1:], args[1:], strict=False)
     return args[0], call
 
 
 @cache
-def _arguments(kind: type[nn.Module]) -> tuple[str, ...]:
+def _arguments(kind: Any) -> tuple[str, ...]:
     """Names of the arguments that a class of layers takes, without ``self``."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from npt_fast.arguments import check_arguments
 from npt_fast.checkpoint import strict_json
@@ -176,7 +177,7 @@ def _plan(
 ) -> MergePlan:
     """The plan that copies the NP layers, after a check that they fit the base model."""
     found = {size: base.config.get(name) for size, name in size_names(base.config).items()}
-    sizes = {size: number for size, number in found.items() if is_count(number)}
+    sizes: dict[str, Any] = {size: number for size, number in found.items() if is_count(number)}
     opened.check_sizes(sizes)
     if layers is not None:
         count = sizes.get("num_hidden_layers", max(opened.modules) + 1)
