@@ -99,7 +99,8 @@ class NPTConfig:
         rank: Bottleneck width r of each component.
         num_ranks: Number of components k per projection.
         modulation: Projections to modulate. ``single``: gate; ``dual``: gate and up; ``triple``:
-            gate, up and down.
+            gate, up and down, or all that the MLP has; ``plain``: up and down of an MLP without a
+            gate.
         residual: ``removed``: the layer adds only its MLP's output, so the MLP replaces
             attention + MLP; ``kept``: it adds the attention output too (design.md#layer).
         init: Initialization. ``zero`` starts at the base MLP with gradients that are not 0;
