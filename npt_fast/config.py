@@ -206,7 +206,7 @@ class TrainOptions:
         np_rank: Bottleneck width of each component, for layers that start fresh.
         num_ranks: Components per projection, for layers that start fresh.
         modulation: Projections to modulate. single: gate; dual: gate and up; triple: gate, up and
-            down.
+            down, or all that the MLP has; plain: up and down of an MLP without a gate.
         residual: What happens to the attention output. removed: the trained MLP replaces
             attention + MLP; kept: the layer still adds it. If not given, layers that start fresh
             have removed, and those of resume_from what is recorded or found out of them.
