@@ -12,7 +12,6 @@ from npt_fast.checkpoint.npt_config import SIZES
 from npt_fast.checkpoint.own_files import is_checkpoint_file
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.errors import ModelError
-from npt_fast.hf.base_sizes import size_names
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX, MODEL_TYPE_PREFIX
 from npt_fast.hf.model_folder import (
     ADAPTER,
@@ -34,6 +33,11 @@ from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
 from npt_fast.schema import COUNT, checked, or_none, shown
 
 _SMALL_PATTERNS = tuple(f"*{ending}" for ending in READ_WHOLE)
+_OTHER_NAMES = {
+    "hidden_size": ("n_embd",),
+    "intermediate_size": ("n_inner", "ffn_hidden_size"),
+    "num_hidden_layers": ("n_layer", "num_layers"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,14 @@ def open_base(name: str, *, weights: bool) -> BaseFolder:
     )
 
 
+def size_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the content of a ``config.json`` calls each of `SIZES`."""
+    return {
+        size: next((name for name in _OTHER_NAMES.get(size, ()) if name in config), size)
+        for size in SIZES
+    }
+
+
 def _exported(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     given, architectures = config.get("model_type"), config.get("architectures")
     if given == "mistral" and "layer_types" in config:
@@ -109,7 +121,7 @@ def _exported(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
             "lists the types"
         )
     own = architectures[0] if isinstance(architectures, list) and architectures else None
-    if not isinstance(own, str) or not own.endswith("ForCausalLM"):
+    if not isinstance(own, str) or not own.endswith(("ForCausalLM", "LMHeadModel")):
         raise ModelError(
             f"{name}: {CONFIG}: architectures must begin with a causal language model, such as "
             f"LlamaForCausalLM, not {shown(own)}"

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from npt_fast.checkpoint.npt_config import SIZES
 from npt_fast.hf.decoder import decoder_of, layers_of
 from npt_fast.hf.families import mlp_of
 from npt_fast.hf.wrappers import unwrapped
-
-_OTHER_NAMES = {
-    "hidden_size": ("n_embd",),
-    "intermediate_size": ("n_inner", "ffn_hidden_size"),
-    "num_hidden_layers": ("n_layer", "num_layers"),
-}
 
 
 def base_sizes(model: Any) -> dict[str, int]:
@@ -30,11 +23,3 @@ def base_sizes(model: Any) -> dict[str, int]:
         if mlp is not None:
             sizes["intermediate_size"] = mlp.layout.widths(mlp.module)[1]
     return sizes
-
-
-def size_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """What the content of a ``config.json`` calls each of `SIZES`."""
-    return {
-        size: next((name for name in _OTHER_NAMES.get(size, ()) if name in config), size)
-        for size in SIZES
-    }

@@ -27,8 +27,7 @@ from npt_fast.checkpoint.tensor_source import SAFETENSORS_WEIGHTS
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import ModelError, OptionError, VerificationError
-from npt_fast.hf.base_folder import BaseFolder, open_base
-from npt_fast.hf.base_sizes import size_names
+from npt_fast.hf.base_folder import BaseFolder, open_base, size_names
 from npt_fast.hf.exported import BaseReference, Exported, file_sha256
 from npt_fast.hf.model_card import MODEL_CARD, exported_card
 from npt_fast.hf.model_folder import CONFIG, SMOLLM2

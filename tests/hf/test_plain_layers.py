@@ -16,7 +16,6 @@ import npt_fast as npt
 from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.cli.shell.views import kind
 from npt_fast.hf.convert import components, decoder_layers
-from npt_fast.hf.decoder import call_of, final_norm
 from npt_fast.hf.residual import probe_residuals
 from npt_fast.mlp_layout import MLPLayout
 from npt_fast.modules import NPComponent
@@ -210,22 +209,3 @@ def test_what_training_aimed_at_is_found(name: str, residual: Any, verdict: str 
         step(ids).loss.backward()
         optimizer.step()
     assert probe_residuals(model, [1]) == {1: verdict}
-
-
-def test_calls_by_position_and_by_name() -> None:
-    layer = decoder_layers(base("gpt2"))[0]
-    mask, states = object(), object()
-    expected = states, {"past_key_values": None, "attention_mask": mask, "use_cache": False}
-    assert call_of(layer, (states, None, mask), {"use_cache": False}) == expected
-    named = {"hidden_states": states, **expected[1]}
-    assert call_of(layer, (), named) == expected and "hidden_states" in named
-
-
-@pytest.mark.parametrize(
-    ("name", "norm"),
-    [("gpt2", "transformer.ln_f"), ("phi", "model.final_layernorm"), ("granite", "model.norm"),
-     ("gpt_neox", "gpt_neox.final_layer_norm")],
-)  # fmt: skip
-def test_the_final_norm(name: str, norm: str) -> None:
-    model = base(name)
-    assert final_norm(model) is model.get_submodule(norm)
