@@ -14,7 +14,6 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from npt_fast.arguments import check_arguments, kind_of
 from npt_fast.checkpoint.np_module import Architecture
@@ -65,15 +64,6 @@ def decoder_layers(model: Any) -> nn.ModuleList:
         ModelError: the model's decoder has no such list.
     """
     return layers_of(decoder_of(model))
-
-
-def token_reader(model: Any) -> Any:
-    """The module that gets token ids: the decoder, or what embeds them together with images."""
-    inner = unwrapped(model)
-    decoder = inner.get_decoder()
-    holders = [m for m in inner.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
-    *_, holder = (m for m in holders if decoder in m.modules())  # the innermost comes last
-    return decoder if holder.get_output_embeddings() is not None else holder
 
 
 def _inner_layers(model: Any) -> list[Any]:

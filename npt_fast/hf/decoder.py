@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from npt_fast.errors import ModelError
 from npt_fast.hf.wrappers import unwrapped
@@ -24,6 +25,17 @@ def decoder_of(model: Any) -> Any:
     """The decoder of a causal language model; anything else is taken for a decoder itself."""
     model = unwrapped(model)
     return unwrapped(model.get_decoder() if hasattr(model, "get_decoder") else model)
+
+
+def token_reader(model: Any) -> Any:
+    """The module that gets token ids: the decoder, or what embeds them together with images."""
+    inner = unwrapped(model)
+    decoder = inner.get_decoder()
+    holders: list[Any] = [
+        m for m in inner.modules() if isinstance(m, PreTrainedModel) and m is not decoder
+    ]
+    *_, holder = (m for m in holders if decoder in m.modules())  # the innermost comes last
+    return decoder if holder.get_output_embeddings() is not None else holder
 
 
 def layers_of(decoder: Any) -> nn.ModuleList:

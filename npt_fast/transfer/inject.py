@@ -18,7 +18,8 @@ from npt_fast.called_mlp import Change
 from npt_fast.config import Injection, InjectionMode, InjectionTime, Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.functional import is_shard
-from npt_fast.hf.convert import components, token_reader
+from npt_fast.hf.convert import components
+from npt_fast.hf.decoder import token_reader
 from npt_fast.hf.tokenizer import Tokenizer
 from npt_fast.modules import NPComponent
 from npt_fast.transfer.extract import enabled_layers, projection_vectors
