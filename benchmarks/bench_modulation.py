@@ -45,7 +45,7 @@ from npt_fast.benchmarks.saved_bytes import (
     formula_bytes,
     kept_bytes,
 )
-from npt_fast.functional import modulated_mlp
+from npt_fast.functional import heads_of, modulated_mlp
 from npt_fast.kernels.factored import MLPWeights
 from npt_fast.tables import markdown_table
 from npt_fast.testing import Problem, make_inputs, named_tensors
@@ -91,14 +91,14 @@ def step(inputs: Inputs, form: Form = FACTORED) -> None:
 def bare_gemms(inputs: Inputs) -> Callable[[], None]:
     """Only the matrix products of a forward with triple modulation; outputs are preallocated."""
     x, h, weights, m = inputs
-    assert m.w_a_mid is not None and m.w_b_up is not None and m.w_b_down is not None
-    z = torch.randn(len(h), len(m.w_b_gate), dtype=h.dtype)
+    (_, gate), (_, up), (mid, down) = heads_of(m)
+    z = torch.randn(len(h), len(gate), dtype=h.dtype)
     inner = torch.randn(len(h), len(weights.gate), dtype=h.dtype)
     pairs = [
         (x, m.w_down), (h, m.w_a_in.t()),
-        (h, weights.gate.t()), (z, m.w_b_gate),
-        (h, weights.up.t()), (z, m.w_b_up),
-        (inner, weights.down.t()), (inner, m.w_a_mid.t()), (z, m.w_b_down),
+        (h, weights.gate.t()), (z, gate),
+        (h, weights.up.t()), (z, up),
+        (inner, weights.down.t()), (inner, mid.t()), (z, down),
     ]  # fmt: skip
     products = [
         (a.detach(), b.detach().to(h.dtype), torch.empty(len(a), b.shape[1], dtype=h.dtype))

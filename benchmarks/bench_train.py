@@ -30,6 +30,7 @@ import torch
 
 import npt_fast as npt
 from npt_fast.benchmarks.harness import MB, ROOT, machine_facts, save
+from npt_fast.functional import heads_of
 from npt_fast.hf.base_model import load_base_model
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.hf.model_folder import SMOLLM2
@@ -67,7 +68,8 @@ def make_step(way: str, count: int) -> Callable[[], float]:
     npt.convert(model, npt.NPTConfig(layers=LAYERS[count], rank=RANK, num_ranks=NUM_RANKS))
     parts = components(model).values()
     for part in parts:
-        torch.nn.init.normal_(part.w_b_gate, std=1e-3)  # ΔW is not 0 in the middle of training
+        # ΔW is not 0 in the middle of training
+        torch.nn.init.normal_(heads_of(part.factors)[0][1], std=1e-3)
     optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=1e-4)
     losses: Callable[[], torch.Tensor]
     if way == "original":

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from npt_fast.benchmarks.device import COMPILER, DEVICE, ON_GPU, RUNS_TRITON
 from npt_fast.benchmarks.workloads import Shapes, Workload
-from npt_fast.functional import modulated_mlp
+from npt_fast.functional import heads_of, modulated_mlp
 from npt_fast.kernels import factored, reference
 from npt_fast.kernels.factored import TORCH_STEPS, Factors, MLPWeights
 from npt_fast.kernels.roofline import DECODE_TOKENS
@@ -250,7 +250,7 @@ def _products(
 def _linear(shape: str, problem: Workload) -> Case:
     def inputs() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         _, h, weights, factors = layer_inputs(problem)
-        return (h, _random_z(problem)[0]), (weights.gate.t(), factors.w_b_gate)
+        return (h, _random_z(problem)[0]), (weights.gate.t(), heads_of(factors)[0][1])
 
     return _products("forward, gate", shape, problem, inputs)
 

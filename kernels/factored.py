@@ -45,9 +45,9 @@ class Factors(NamedTuple):
 
     Attributes:
         w_down: W_down of all projections, ``(D, c * R)``; columns by projection, component, rank.
-        w_a_in: W_a_up of gate, ``(R, D)``, or of gate and up, ``(2 * R, D)``.
+        w_a_in: W_a_up of gate or up, ``(R, D)``, or of both, ``(2 * R, D)``.
         w_a_mid: W_a_up of down, ``(R, F)``, or None.
-        w_b_gate: W_b_up of gate, ``(R, F)``.
+        w_b_gate: W_b_up of gate, ``(R, F)``; None if the MLP has no gate.
         w_b_up: W_b_up of up, ``(R, F)``, or None.
         w_b_down: W_b_up of down, ``(R, D)``, or None.
         num_ranks: number of components k.
@@ -56,10 +56,16 @@ class Factors(NamedTuple):
     w_down: Tensor
     w_a_in: Tensor
     w_a_mid: Tensor | None
-    w_b_gate: Tensor
+    w_b_gate: Tensor | None
     w_b_up: Tensor | None
     w_b_down: Tensor | None
     num_ranks: int
+
+
+def width_of(factors: Factors) -> int:
+    """R, the sum of the ranks of a projection's components."""
+    inputs = (factors.w_b_gate is not None) + (factors.w_b_up is not None)
+    return factors.w_a_in.shape[0] // inputs
 
 
 class MLPWeights(NamedTuple):
@@ -253,7 +259,7 @@ def _forward(
     save: bool,
     save_probe: bool = False,
 ) -> tuple[Tensor, _Saved | None]:
-    k, rank = factors.num_ranks, factors.w_b_gate.shape[0]
+    k, rank = factors.num_ranks, width_of(factors)
     inputs = factors.w_a_in.shape[0] // rank
     u = x @ factors.w_down
     u_parts = _by_projection(u, rank)
@@ -305,7 +311,7 @@ def _backward(
 
     `wants` says which of x, h and the weights need one, and `of` has the factors that do.
     """
-    rank = factors.w_b_gate.shape[0]
+    rank = width_of(factors)
     inputs = factors.w_a_in.shape[0] // rank
     u = _by_projection(saved.u, rank)
     # both calls of coefficients_backward write their slices of it, so one GEMM each gives dx and
@@ -407,7 +413,8 @@ def gate_up_before_activation(
 ) -> tuple[Tensor, Tensor]:
     """Modulated gate and up before the activation, ``(T, F)`` each, by torch's GEMMs."""
     gate = functional.linear(h, weights.gate, weights.gate_bias)
-    add_product(gate, z[0], factors.w_b_gate)
+    if factors.w_b_gate is not None:
+        add_product(gate, z[0], factors.w_b_gate)
     up = functional.linear(h, weights.up, weights.up_bias)
     if factors.w_b_up is not None:
         add_product(up, z[1], factors.w_b_up)

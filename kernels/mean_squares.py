@@ -13,6 +13,7 @@ The products read the dtype of u and sum in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,8 +44,11 @@ def sum_of_mean_squares(
     return result
 
 
-# projections whose vectors each of W_a_in, W_a_mid, W_b_gate, W_b_up and W_b_down makes
-_PROJECTIONS = ((0, 2), (2, 3), (0, 1), (1, 2), (2, 3))
+def _projections(factors: Sequence[Tensor | None]) -> tuple[tuple[int, int], ...]:
+    """Projections whose vectors each of W_a_in, W_a_mid, W_b_gate, W_b_up and W_b_down makes."""
+    inputs = sum(w is not None for w in factors[2:4])  # gate and up; one of them may be missing
+    down = inputs, inputs + 1
+    return (0, inputs), down, (0, 1), (inputs - 1, inputs), down
 
 
 class MeanSquaresFunction(torch.autograd.Function):
@@ -55,10 +59,11 @@ class MeanSquaresFunction(torch.autograd.Function):
         *tensors, k = arguments
         trained, used = tensors[:5], tensors[5:]
         with without_autocast(u):
-            parts, masked = _components(u, weights, used[2].shape[0] // k)
+            places = _projections(used)
+            parts, masked = _components(u, weights, used[0].shape[0] // (places[0][1] * k))
             squares = _symmetric_product(masked.mT, parts)
             grams = torch.zeros_like(squares)
-            for w, place in zip(used, _PROJECTIONS, strict=True):
+            for w, place in zip(used, places, strict=True):
                 if w is not None:
                     w = w.unflatten(0, (-1, parts.shape[2]))
                     grams[k * place[0] : k * place[1]] += _symmetric_product(w, w.mT) / w.shape[2]
@@ -82,7 +87,7 @@ class MeanSquaresFunction(torch.autograd.Function):
                 du = _product(masked, gram).mul_(size * scale).to(u.dtype)
                 du = du.transpose(0, 1).flatten(1)
             for w, place, wanted, dtype in zip(
-                used, _PROJECTIONS, wants[:5], ctx.dtypes, strict=True
+                used, _projections(used), wants[:5], ctx.dtypes, strict=True
             ):
                 if not wanted:
                     gradients.append(None)

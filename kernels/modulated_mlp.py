@@ -116,7 +116,7 @@ def modulated_mlp(
     target = target_of(h)
     int8 = isinstance(factors.w_down, Int8Matrix)
     if path is None:
-        path = choose_path(target, h.shape[0], factors.w_b_gate.shape[0], gradients=gradients)
+        path = choose_path(target, h.shape[0], factored.width_of(factors), gradients=gradients)
     if path not in get_args(Path):
         raise ValueError(f"path must be gemm, fused or decode, got {path!r}")
     if path != "gemm" and not multiplies(target):
@@ -183,6 +183,7 @@ def _probe_and_scale_fused(
 def _modulated_gate_up_fused(
     h: Tensor, weights: MLPWeights, z: Tensor, factors: Factors, activation: str, save: bool
 ) -> Sequence[Tensor]:
+    assert factors.w_b_gate is not None
     return modulated_gate_up(
         h,
         weights.gate,

@@ -39,7 +39,7 @@ class Edit(Protocol):
 
 
 def is_plain(mlp: Any, layout: MLPLayout = GATED) -> bool:
-    """Whether all that an MLP computes follows from its three weights, biases and activation.
+    """Whether all that an MLP computes follows from its weights, biases and activation.
 
     That is so for projections of class `nn.Linear` with a float weight on a device, without hooks,
     parametrizations, adapters or wrappers. Hooks of the MLP, of its activation and of all modules
@@ -52,18 +52,23 @@ def is_plain(mlp: Any, layout: MLPLayout = GATED) -> bool:
     )
 
 
-def is_plain_linear(module: Any) -> bool:
-    """Whether a projection's output is a product with its float weight, and its bias."""
-    if not has_plain_weight(module) or not _has_no_own_hooks(module):
+def is_plain_linear(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a projection's output is a product with its float weight, and its bias.
+
+    Args:
+        module: the projection.
+        kind: class of linear layers that it must be of, not of a class derived from it.
+    """
+    if not has_plain_weight(module, kind) or not _has_no_own_hooks(module):
         return False
     own = module.__dict__
     # accelerate's dispatch puts a hook on every module, which matters only where it loads weights
     return "forward" not in own or getattr(own.get("_hf_hook"), "offload", True) is False
 
 
-def has_plain_weight(module: nn.Module) -> bool:
-    """Whether a module is a linear layer with a float weight on a device."""
-    if type(module) is not nn.Linear:
+def has_plain_weight(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a module is a linear layer of a class, with a float weight on a device."""
+    if type(module) is not kind:
         return False
     weight: Any = module._parameters.get("weight")  # module.weight would take ten times as long
     return type(weight) in _TENSORS and weight.dtype in _DTYPES and not weight.is_meta
@@ -90,7 +95,7 @@ def call_mlp(
     change: Change,
     layout: MLPLayout = GATED,
 ) -> Tensor:
-    """``down(activation(gate(h)) * up(h))`` by calling the projections.
+    """``down(activation(gate(h)) * up(h))``, or without a gate, by calling the projections.
 
     Args:
         mlp: module with the projections of `layout`. Its own activation is called if it has one,
@@ -119,11 +124,14 @@ def call_mlp(
             added = like(added, y)
         return y + added.to(y.dtype)
 
+    act = getattr(mlp, layout.activation, activation)
+    if layout.gate is None:
+        inner = act(changed("up", h, called(layout.up, h)))
+        return changed("down", inner, called(layout.down, inner))
     if layout.joined:
         gate, up = called(layout.gate, h).chunk(2, -1)
     else:
         gate, up = called(layout.gate, h), called(layout.up, h)
-    act = getattr(mlp, layout.activation, activation)
     inner = act(changed("gate", h, gate)) * changed("up", h, up)
     return changed("down", inner, called(layout.down, inner))
 

@@ -22,7 +22,7 @@ FileFormat = Literal["pt", "safetensors"]
 Progress = Callable[[str, int, int], None]
 """Called with the name of the work, bytes done and total bytes."""
 WeightDType = Literal["float64", "float32", "float16", "bfloat16"]
-ModulationType = Literal["single", "dual", "triple"]
+ModulationType = Literal["single", "dual", "triple", "plain"]
 Residual = Literal["removed", "kept"]
 Initialization = Literal["zero", "improved", "conservative"]
 LossKind = Literal["relative", "mse"]
@@ -99,7 +99,8 @@ class NPTConfig:
         rank: Bottleneck width r of each component.
         num_ranks: Number of components k per projection.
         modulation: Projections to modulate. ``single``: gate; ``dual``: gate and up; ``triple``:
-            gate, up and down.
+            gate, up and down, or all that the MLP has; ``plain``: up and down of an MLP without a
+            gate.
         residual: ``removed``: the layer adds only its MLP's output, so the MLP replaces
             attention + MLP; ``kept``: it adds the attention output too (design.md#layer).
         init: Initialization. ``zero`` starts at the base MLP with gradients that are not 0;
@@ -205,7 +206,7 @@ class TrainOptions:
         np_rank: Bottleneck width of each component, for layers that start fresh.
         num_ranks: Components per projection, for layers that start fresh.
         modulation: Projections to modulate. single: gate; dual: gate and up; triple: gate, up and
-            down.
+            down, or all that the MLP has; plain: up and down of an MLP without a gate.
         residual: What happens to the attention output. removed: the trained MLP replaces
             attention + MLP; kept: the layer still adds it. If not given, layers that start fresh
             have removed, and those of resume_from what is recorded or found out of them.

@@ -5,6 +5,7 @@ They check arguments, pick an implementation and call it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
@@ -257,6 +258,14 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else tensor.dtype
 
 
+def heads_of(factors: Factors) -> list[tuple[Tensor, Tensor]]:
+    """W_a_up ``(R, in)`` and W_b_up ``(R, out)`` of each modulated projection, in order."""
+    size, w_in = factored.width_of(factors), factors.w_a_in
+    w_a = [*(w_in.narrow(0, n, size) for n in range(0, w_in.shape[0], size)), factors.w_a_mid]
+    w_b = [w for w in (factors.w_b_gate, factors.w_b_up, factors.w_b_down) if w is not None]
+    return [(a, b) for a, b in zip(w_a, w_b, strict=False) if a is not None]
+
+
 class VectorNorms(NamedTuple):
     """Measures of one layer's vectors v_a and v_b, computed without forming the vectors.
 
@@ -265,7 +274,8 @@ class VectorNorms(NamedTuple):
     Attributes:
         v_a: squared norms of v_a, ``(..., c, k)``.
         v_b: squared norms of v_b, ``(..., c, k)``.
-        similarity: cosine of gate's v_a with the attention output, averaged over k, ``(...)``.
+        similarity: cosine of the first projection's v_a with the attention output, averaged over k,
+            ``(...)``.
         mean_square: mean of the squared entries of a vector, summed over the 2 c vectors, ``(...)``
             (design.md#losses).
     """
@@ -287,23 +297,18 @@ def vector_norms(x: Tensor, factors: Factors, u: Tensor | None = None) -> Vector
     Returns:
         The measures, differentiable in `x` and `factors`.
     """
-    k = factors.num_ranks
-    rank = factors.w_b_gate.shape[0]
+    k, heads = factors.num_ranks, heads_of(factors)
     with factored.without_autocast(x):
         # squares of 16-bit numbers lose or overflow: float16 ends at 65,504
         dtype = torch.promote_types(x.dtype, torch.float32)
         x = x.to(dtype)
         u = x @ factors.w_down.to(dtype) if u is None else u.to(dtype)
-        u = u.unflatten(-1, (-1, k, rank // k))
-        a_heads = [*torch.split(factors.w_a_in, rank), factors.w_a_mid]
-        b_heads = [factors.w_b_gate, factors.w_b_up, factors.w_b_down]
+        u = u.unflatten(-1, (len(heads), k, -1))
 
-        def squares(heads: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        def squares(heads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             """Squared norms by projection, and the sum of their means per entry."""
             norms, means = [], []
-            for index in range(u.shape[-3]):
-                head = heads[index]
-                assert head is not None
+            for index, head in enumerate(heads):
                 w = head.to(dtype).unflatten(0, (k, -1))
                 part = u[..., index, :, :]
                 # u (W W') u': 2 r^2 FLOPs per token and component instead of 2 r times the width
@@ -312,9 +317,8 @@ def vector_norms(x: Tensor, factors: Factors, u: Tensor | None = None) -> Vector
                 means.append(norms[-1].mean(-1) / w.shape[-1])
             return torch.stack(norms, -2), torch.stack(means, -1).sum(-1)
 
-        v_a, mean_a = squares(a_heads)
-        v_b, mean_b = squares(b_heads)
-        dots = u[..., 0, :, :] * (x @ factors.w_a_in[:rank].to(dtype).t()).unflatten(-1, (k, -1))
+        (v_a, mean_a), (v_b, mean_b) = map(squares, zip(*heads, strict=True))
+        dots = u[..., 0, :, :] * (x @ heads[0][0].to(dtype).t()).unflatten(-1, (k, -1))
         # rounding may leave a squared norm a little below 0, whose root is NaN
         lengths = v_a[..., 0, :].clamp_min(0).sqrt() * x.norm(dim=-1, keepdim=True)
         similarity = (dots.sum(-1) / lengths.clamp_min(1e-12)).mean(-1)
@@ -346,7 +350,7 @@ def _reference(
     x: Tensor, h: Tensor, weights: MLPWeights, factors: Factors, activation: str
 ) -> Tensor:
     """Split the joined factors, and call the definition."""
-    k, rank = factors.num_ranks, factors.w_b_gate.shape[0]
+    k, rank = factors.num_ranks, factored.width_of(factors)
     downs = [
         w.unflatten(1, (k, -1)).movedim(1, 0) for w in torch.split(factors.w_down, rank, dim=1)
     ]
@@ -382,6 +386,8 @@ def _check(
     if weights.gate.ndim != 2:
         raise OptionError(f"gate_weight must be (F, D), got {tuple(weights.gate.shape)}")
     f, d = weights.gate.shape
+    if factors.w_b_gate is None:
+        raise OptionError("factors must have w_b_gate: this function is for MLPs with a gate")
     rank = factors.w_b_gate.shape[0]
     if factors.num_ranks < 1 or rank % factors.num_ranks or not rank:
         raise OptionError(

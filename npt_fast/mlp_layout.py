@@ -8,21 +8,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from npt_fast.checkpoint.keys import PROJECTIONS, modulated
+from npt_fast.errors import OptionError
 from npt_fast.kernels.factored import MLPWeights
 
 
 @dataclass(frozen=True)
 class MLPLayout:
-    """The submodules of a gated MLP, ``down(activation(gate(h)) * up(h))``.
+    """The submodules of an MLP, ``down(activation(gate(h)) * up(h))``.
+
+    A plain MLP has no gate: ``down(activation(up(h)))``.
 
     Attributes:
-        gate: name of gate. If it is that of up, both are one matrix, gate's rows first.
+        gate: name of gate. If it is that of up, both are one matrix, gate's rows first. None if the
+            MLP is plain.
         up: name of up.
         down: name of down.
         activation: name of the activation, which an MLP may lack.
     """
 
-    gate: str = "gate_proj"
+    gate: str | None = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
@@ -30,7 +35,12 @@ class MLPLayout:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the projections' modules, each once."""
-        return tuple(dict.fromkeys((self.gate, self.up, self.down)))
+        return tuple(dict.fromkeys(filter(None, (self.gate, self.up, self.down))))
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections, in order."""
+        return PROJECTIONS if self.gate else PROJECTIONS[1:]
 
     @property
     def joined(self) -> bool:
@@ -40,14 +50,25 @@ class MLPLayout:
     @property
     def formula(self) -> str:
         """What the MLP computes, for messages."""
+        if self.gate is None:
+            return f"{self.down}(activation({self.up}(x)))"
         if self.joined:
             return f"{self.down}(activation(gate) * up) with gate, up = {self.gate}(x)"
         return f"{self.down}(activation({self.gate}(x)) * {self.up}(x))"
 
-    def module_name(self, projection: str) -> str:
-        """Name of the module that computes a projection, ``"gate"``, ``"up"`` or ``"down"``."""
-        name: str = getattr(self, projection)
-        return name
+    def modulation(self, wanted: str) -> str:
+        """The modulation type that is meant: ``"triple"`` is all projections that the MLP has."""
+        return "plain" if self.gate is None and wanted == "triple" else wanted
+
+    def check(self, modulation: str) -> None:
+        """Raise OptionError unless a modulation type is for this kind of MLP."""
+        needs_gate = "gate" in modulated(modulation)
+        if needs_gate and self.gate is None:
+            raise OptionError(f"modulation {modulation} needs an MLP with a gate; take plain")
+        if not needs_gate and self.gate is not None:
+            raise OptionError(
+                f"modulation {modulation} is for an MLP without a gate; take single, dual or triple"
+            )
 
     def rows(self, projection: str, tensor: Tensor) -> Tensor:
         """Rows of a module's weight, ``(out, in)``, or bias that are a projection's; a view."""
@@ -56,14 +77,24 @@ class MLPLayout:
         return tensor.chunk(2)[projection == "up"]
 
     def weights(self, mlp: Any) -> MLPWeights:
-        """Weights and biases of an MLP of plain projections; of a joined matrix they are views."""
-        modules = [(p, getattr(mlp, getattr(self, p))) for p in ("gate", "up", "down")]
+        """Weights and biases of a gated MLP of linear layers; of a joined matrix they are views."""
+        modules = [(p, getattr(mlp, getattr(self, p))) for p in PROJECTIONS]
         biases = (None if m.bias is None else self.rows(p, m.bias) for p, m in modules)
         return MLPWeights(*(self.rows(p, m.weight) for p, m in modules), *biases)
+
+    def widths(self, mlp: Any) -> tuple[int, int]:
+        """Model width D and MLP width F."""
+        return _inputs(getattr(mlp, self.up)), _inputs(getattr(mlp, self.down))
 
     def fits(self, mlp: nn.Module | None) -> bool:
         """Whether a module has these projections."""
         return mlp is not None and all(hasattr(mlp, name) for name in self.names)
+
+
+def _inputs(projection: Any) -> int:
+    """Number of inputs of a projection; GPT-2's Conv1D has a name of its own for it."""
+    count: int = projection.in_features if hasattr(projection, "in_features") else projection.nx
+    return count
 
 
 GATED = MLPLayout()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from npt_fast.called_mlp import Change, Edit, call_mlp, has_no_hooks, is_plain
-from npt_fast.checkpoint.keys import PROJECTIONS, PROJECTIONS_OF
+from npt_fast.checkpoint.keys import PROJECTIONS_OF, modulated
 from npt_fast.checkpoint.np_module import Architecture, ScaleSlot
 from npt_fast.config import Initialization
 from npt_fast.errors import ModelError, OptionError
@@ -22,6 +22,7 @@ from npt_fast.functional import (
     bottleneck,
     change_from_bottleneck,
     compute_dtype,
+    heads_of,
     is_shard,
     modulated_mlp,
     quantize,
@@ -45,7 +46,8 @@ class NPComponent(nn.Module):
         intermediate_size: MLP width F.
         rank: rank r of each component.
         num_ranks: number of components k.
-        modulation: ``"single"`` (gate), ``"dual"`` (gate, up) or ``"triple"`` (gate, up, down).
+        modulation: ``"single"`` (gate), ``"dual"`` (gate, up) or ``"triple"`` (gate, up, down), or
+            ``"plain"`` (up, down) of an MLP without a gate.
         residual: ``"removed"`` if the MLP replaces attention + MLP, ``"kept"`` if the attention
             output is still added to the residual stream.
         activation: the MLP's activation, a name of `npt_fast.functional.ACTIVATIONS`.
@@ -81,7 +83,10 @@ class NPComponent(nn.Module):
     ) -> None:
         super().__init__()
         if modulation not in PROJECTIONS_OF:
-            raise OptionError(f"modulation must be single, dual or triple, got {modulation!r}")
+            raise OptionError(
+                f"modulation must be single, dual, triple or plain, got {modulation!r}"
+            )
+        layout.check(modulation)
         if residual not in ("removed", "kept"):
             raise OptionError(f"residual must be removed or kept, got {residual!r}")
         if rank < 1 or num_ranks < 1:
@@ -104,19 +109,18 @@ class NPComponent(nn.Module):
         self.rounded = False
         self._kept_cast = KeptCast()
         d, f, r = hidden_size, intermediate_size, rank * num_ranks
-        projections = len(PROJECTIONS_OF[modulation])
-        inputs = min(projections, 2)
+        names = self.projections
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        self.w_down = parameter(d, projections * r)
-        self.w_a_in = parameter(inputs * r, d)
+        self.w_down = parameter(d, len(names) * r)
+        self.w_a_in = parameter((len(names) - ("down" in names)) * r, d)
         # apart from w_a_in: down reads F columns, gate and up read D
-        self.w_a_mid = parameter(r, f) if projections == 3 else None
-        self.w_b_gate = parameter(r, f)
-        self.w_b_up = parameter(r, f) if projections > 1 else None
-        self.w_b_down = parameter(r, d) if projections == 3 else None
+        self.w_a_mid = parameter(r, f) if "down" in names else None
+        self.w_b_gate = parameter(r, f) if "gate" in names else None
+        self.w_b_up = parameter(r, f) if "up" in names else None
+        self.w_b_down = parameter(r, d) if "down" in names else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -127,6 +131,11 @@ class NPComponent(nn.Module):
             scale=self.init_scale,
             num_ranks=self.num_ranks,
         )
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections that are modulated, in order."""
+        return modulated(self.modulation_type)
 
     @property
     def architecture(self) -> Architecture:
@@ -249,7 +258,7 @@ class NPComponent(nn.Module):
     ) -> Tensor:
         """Output of `mlp` with weights changed by the attention output.
 
-        The fused path computes a plain MLP (`is_plain`); any other one calls its projections.
+        The fused path computes a gated MLP that `is_plain`; any other one calls its projections.
 
         Args:
             attention: attention output after its output projection, ``(..., D)``.
@@ -274,7 +283,7 @@ class NPComponent(nn.Module):
                     "int8 factors pass no gradients on: call the model under torch.no_grad(), or "
                     "load float factors"
                 )
-        if not is_plain(mlp, self.layout):
+        if self.layout.gate is None or not is_plain(mlp, self.layout):
             return self._called(attention, h, mlp, edits)
         if not edits:
             return self._fused(attention, h, mlp, bottleneck)
@@ -328,13 +337,13 @@ class NPComponent(nn.Module):
     def change(self, attention: Tensor) -> Change:
         """What the weight changes add to the projections' outputs, given the attention output."""
         factors, k = self.factors, self.num_ranks
-        heads = self._heads(factors)
+        heads = heads_of(factors)
         bottlenecks: list[Tensor] = []
 
         def change(name: str, projection: Any, a: Tensor) -> Tensor | None:
-            index = PROJECTIONS.index(name)
-            if index >= len(heads):
+            if name not in self.projections:
                 return None
+            index = self.projections.index(name)
             copies = self.copies_for(a) or factors
             if not bottlenecks:  # one product for all projections, and none if all are edited
                 joined = bottleneck(attention.to(compute_dtype(a)), factors.w_down, copies.w_down)
@@ -348,19 +357,10 @@ class NPComponent(nn.Module):
                     )
                 a, w_a, w_b = (tensor.to(u.dtype) for tensor in (a, w_a, w_b))
                 return sharded_change(projection, a, u, w_a, w_b, num_ranks=k)
-            used = self._heads(copies)[index]
+            used = heads_of(copies)[index]
             return change_from_bottleneck(a, u, w_a, w_b, num_ranks=k, copies=used)
 
         return change
-
-    def _heads(self, factors: Factors) -> list[tuple[Tensor, Tensor]]:
-        """W_a_up and W_b_up of each modulated projection."""
-        size, w_in = self.rank * self.num_ranks, factors.w_a_in
-        parts = (w_in.narrow(0, start, size) for start in range(0, w_in.shape[0], size))
-        w_a = (*parts, factors.w_a_mid)
-        w_b = (factors.w_b_gate, factors.w_b_up, factors.w_b_down)
-        pairs = zip(w_a, w_b, strict=False)
-        return [(a, b) for a, b in pairs if a is not None and b is not None]
 
     def split(self, joined: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Split tensors of the parameters' shapes into the original's tensors.

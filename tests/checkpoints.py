@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-PROJECTIONS = {"single": [""], "dual": ["_gate", "_up"], "triple": ["_gate", "_up", "_down"]}
+PROJECTIONS = {
+    "single": [""],
+    "dual": ["_gate", "_up"],
+    "triple": ["_gate", "_up", "_down"],
+    "plain": ["_up", "_down"],
+}
 
 
 def layer_weights(

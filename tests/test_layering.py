@@ -33,7 +33,7 @@ ALLOWED = {
     },
     "functional": {"config", "errors", "kernels"},
     "initialization": {"config", "checkpoint"},
-    "mlp_layout": {"kernels"},
+    "mlp_layout": {"checkpoint", "errors", "kernels"},
     "called_mlp": {"errors", "functional", "mlp_layout"},
     "kept_cast": set[str](),
     "modules": {

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from npt_fast.mlp_layout import GATED, MLPLayout
 from npt_fast.modules import NPComponent
-from tests.checkpoints import layer_weights
+from tests.checkpoints import PROJECTIONS, layer_weights
 
 CASES = [
     pytest.param(modulation, num_ranks, id=f"{modulation}-k{num_ranks}")
-    for modulation in ("single", "dual", "triple")
+    for modulation in PROJECTIONS
     for num_ranks in (1, 3)
 ]
 
@@ -31,7 +32,8 @@ class MLP(nn.Module):
 
 def component(modulation: str = "triple", num_ranks: int = 2) -> NPComponent:
     torch.manual_seed(0)
-    return NPComponent(16, 24, rank=4, num_ranks=num_ranks, modulation=modulation)
+    layout = MLPLayout(None) if modulation == "plain" else GATED
+    return NPComponent(16, 24, rank=4, num_ranks=num_ranks, modulation=modulation, layout=layout)
 
 
 @pytest.mark.parametrize(("modulation", "num_ranks"), CASES)

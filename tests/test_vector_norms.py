@@ -9,21 +9,21 @@ from torch import Tensor
 from npt_fast.functional import vector_norms
 from npt_fast.kernels.factored import Factors
 from npt_fast.testing import Problem, make_inputs
+from tests.checkpoints import PROJECTIONS
 
 
 def formed_vectors(x: Tensor, factors: Factors) -> tuple[list[Tensor], list[Tensor]]:
     """v_a and v_b of gate, up and down, each ``(..., k, width)`` (design.md#definition)."""
     k = factors.num_ranks
-    size = factors.w_b_gate.shape[0]
+    writes = [w for w in (factors.w_b_gate, factors.w_b_up, factors.w_b_down) if w is not None]
+    size = writes[0].shape[0]
     r = size // k
     reads = [factors.w_a_in[:size], factors.w_a_in[size:], factors.w_a_mid]
-    writes = [factors.w_b_gate, factors.w_b_up, factors.w_b_down]
+    reads = [w for w in reads if w is not None and len(w)]
 
-    def vectors(heads: list[Tensor | None]) -> list[Tensor]:
+    def vectors(heads: list[Tensor]) -> list[Tensor]:
         found = []
         for index, head in enumerate(heads):
-            if head is None or not len(head):
-                continue
             components = []
             for at in range(0, size, r):
                 z = x @ factors.w_down[:, index * size + at : index * size + at + r]
@@ -34,10 +34,24 @@ def formed_vectors(x: Tensor, factors: Factors) -> tuple[list[Tensor], list[Tens
     return vectors(reads), vectors(writes)
 
 
-@pytest.mark.parametrize("projections", [1, 2, 3])
+def inputs_of(modulation: str, **sizes: int) -> tuple[Tensor, Factors]:
+    """Random attention outputs and factors of a modulation type, in float64."""
+    plain = modulation == "plain"  # as triple, without the gate
+    projections = 3 if plain else len(PROJECTIONS[modulation])
+    x, _, _, factors = make_inputs(Problem(projections=projections, **sizes))
+    if not plain:
+        return x, factors
+    size = len(factors.w_a_in) // 2
+    parts = {"w_down": factors.w_down[:, size:], "w_a_in": factors.w_a_in[size:]}
+    leaves = {name: part.detach().clone().requires_grad_() for name, part in parts.items()}
+    return x, factors._replace(**leaves, w_b_gate=None)
+
+
+@pytest.mark.parametrize("modulation", PROJECTIONS)
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_norms_of_vectors_that_are_not_formed(projections: int, num_ranks: int) -> None:
-    x, _, _, factors = make_inputs(Problem(projections=projections, num_ranks=num_ranks))
+def test_norms_of_vectors_that_are_not_formed(modulation: str, num_ranks: int) -> None:
+    x, factors = inputs_of(modulation, num_ranks=num_ranks)
+    projections = len(PROJECTIONS[modulation])
     x = x.detach().view(7, 1, -1).expand(7, 2, -1).clone().requires_grad_()  # leading dimensions
     found = vector_norms(x, factors)
     v_a, v_b = formed_vectors(x, factors)

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from npt_fast.checkpoint.keys import PROJECTIONS_OF, modulated
 from npt_fast.errors import printable
 from npt_fast.tables import markdown_table
 from npt_fast.transfer.origin import readings
@@ -32,9 +33,10 @@ def magnitudes(modulation: Modulation) -> list[str]:
 
 
 def kind(modulation: Modulation) -> str:
-    """The modulation type, from the number of projections that change."""
-    counts = sorted({len(projections) for projections in modulation.layers.values()})
-    return "/".join(("single", "dual", "triple")[count - 1] for count in counts)
+    """The modulation types, from the projections that change."""
+    names = {frozenset(modulated(name)): name for name in PROJECTIONS_OF}
+    changed = sorted(modulation.layers.values(), key=len)
+    return "/".join(dict.fromkeys(names.get(frozenset(p), ",".join(p)) for p in changed))
 
 
 def shelf_table(items: dict[str, Item]) -> list[str]:

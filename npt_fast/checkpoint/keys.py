@@ -15,8 +15,18 @@ PROJECTIONS_OF = {
     "single": ("",),
     "dual": ("gate", "up"),
     "triple": ("gate", "up", "down"),
+    "plain": ("up", "down"),
 }
-"""Projections of each modulation type, as in tensor names: names of single do not mention gate."""
+"""Projections of each modulation type, as in tensor names: names of single do not mention gate.
+
+``plain`` is for MLPs without a gate, the others for those with one.
+"""
+
+
+def modulated(modulation: str) -> tuple[str, ...]:
+    """The projections that a modulation type changes, in order."""
+    return tuple(name or "gate" for name in PROJECTIONS_OF[modulation])
+
 
 # no leading zeros: layer_07 beside layer_7 would be two names for one tensor
 _KEY = re.compile(

@@ -268,11 +268,21 @@ def _residuals(layer: int, parts: Sequence[Part]) -> set[str]:
 
 
 def _common(architectures: Sequence[Architecture]) -> Architecture:
-    """The smallest architecture that all can be padded to exactly (design.md#padding)."""
-    kinds = list(PROJECTIONS_OF)  # each has the projections of those before it
+    """The smallest architecture that all can be padded to exactly (design.md#padding).
+
+    Raises:
+        MergeError: some are for MLPs with a gate, and some for MLPs without one.
+    """
+    kinds = list(PROJECTIONS_OF)  # all but plain have the projections of those before them
+    modulations = {a.modulation for a in architectures}
+    if "plain" in modulations and len(modulations) > 1:
+        raise MergeError(
+            f"layers of modulation types {', '.join(sorted(modulations))} cannot be padded to one: "
+            "plain is for MLPs without a gate"
+        )
     return replace(
         architectures[0],
-        modulation=max((a.modulation for a in architectures), key=kinds.index),
+        modulation=max(modulations, key=kinds.index),
         num_ranks=max(a.num_ranks for a in architectures),
         rank=max(a.rank for a in architectures),
     )

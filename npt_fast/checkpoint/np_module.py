@@ -22,7 +22,7 @@ class Architecture:
     """The architecture of an NP layer, which names and shapes of its tensors determine.
 
     Attributes:
-        modulation: modulation type: ``"single"``, ``"dual"`` or ``"triple"``.
+        modulation: modulation type: ``"single"``, ``"dual"``, ``"triple"`` or ``"plain"``.
         num_ranks: number of components k per projection.
         rank: bottleneck width r of each component.
         hidden_size: width D of the base model.
@@ -94,7 +94,7 @@ class Architecture:
         if stem == "W_b_up":
             return f"w_b_{projection or 'gate'}", 0, start
         # down's apart: it reads F columns, gate and up read D
-        return ("w_a_mid", 0, start) if index == 2 else ("w_a_in", 0, within)
+        return ("w_a_mid", 0, start) if projection == "down" else ("w_a_in", 0, within)
 
     def joined_shapes(self) -> dict[str, tuple[int, int]]:
         """Shape of every parameter of `NPComponent`."""

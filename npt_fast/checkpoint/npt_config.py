@@ -56,7 +56,7 @@ class LayerDescription:
     """What ``npt_config.json`` says about one layer; fields that the file leaves out are None.
 
     Attributes:
-        modulation: ``"single"``, ``"dual"`` or ``"triple"``.
+        modulation: ``"single"``, ``"dual"``, ``"triple"`` or ``"plain"``.
         num_ranks: components k per projection.
         rank: bottleneck r of each component.
         residual: ``"removed"`` or ``"kept"`` (design.md#layer).

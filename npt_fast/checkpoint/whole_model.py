@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from npt_fast.checkpoint.keys import PROJECTIONS_OF, parse_key
+from npt_fast.checkpoint.keys import PROJECTIONS_OF, modulated, parse_key
 from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.checkpoint.npt_config import LayerDescription
 from npt_fast.checkpoint.tensor_entry import Record, TensorEntry
@@ -23,7 +23,7 @@ NPT = "npt"
 
 # DDP, FSDP, PEFT and torch.compile put names of their own in front or in between
 _KEY = re.compile(
-    r"(?:\w+\.)*layers\.(?P<layer>0|[1-9][0-9]{0,4})\.(?:_\w+\.)*np_component\."
+    r"(?:\w+\.)*(?:layers|h)\.(?P<layer>0|[1-9][0-9]{0,4})\.(?:_\w+\.)*np_component\."
     r"(?:_\w+\.|modules_to_save\.\w+\.)*"
     r"(?P<name>(?:w_down|w_a_in|w_a_mid|w_b_gate|w_b_up|w_b_down)(?:_scale)?"
     r"|W_\w+(?:\.[0-9]{1,5})?)"
@@ -92,13 +92,17 @@ def np_tensors(
 def _split(
     layer: int, joined: Mapping[str, TensorEntry], num_ranks: int, where: str, room: int
 ) -> Iterator[tuple[str, TensorEntry]]:
-    modulation = "triple" if "w_a_mid" in joined else "dual" if "w_b_up" in joined else "single"
-    for name in ("w_down", "w_b_gate"):
+    if "w_b_gate" in joined or "w_b_up" not in joined:
+        modulation = "triple" if "w_a_mid" in joined else "dual" if "w_b_up" in joined else "single"
+    else:
+        modulation = "plain"
+    written = f"w_b_{modulated(modulation)[0]}"
+    for name in ("w_down", written):
         if name not in joined or len(joined[name].shape) != 2:
             raise CheckpointError(f"{where}: layer {layer} has no matrix {name}")
     columns = len(PROJECTIONS_OF[modulation]) * num_ranks
     d, width = joined["w_down"].shape
-    f = joined["w_b_gate"].shape[1]
+    f = joined[written].shape[1]
     if not num_ranks or width % columns or not width:
         raise CheckpointError(
             f"{where}: layer {layer}: num_ranks {num_ranks} does not fit w_down {[d, width]}"

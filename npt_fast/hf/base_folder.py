@@ -30,9 +30,14 @@ from npt_fast.hf.model_folder import (
 from npt_fast.hf.model_types import MODEL_TYPES
 from npt_fast.hf.tokenizer import library_errors
 from npt_fast.paths import exists, is_directory, is_file, path_errors, user_path
-from npt_fast.schema import COUNT, checked, shown
+from npt_fast.schema import COUNT, checked, or_none, shown
 
 _SMALL_PATTERNS = tuple(f"*{ending}" for ending in READ_WHOLE)
+_OTHER_NAMES = {
+    "hidden_size": ("n_embd",),
+    "intermediate_size": ("n_inner", "ffn_hidden_size"),
+    "num_hidden_layers": ("n_layer", "num_layers"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,14 @@ def open_base(name: str, *, weights: bool) -> BaseFolder:
     )
 
 
+def size_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the content of a ``config.json`` calls each of `SIZES`."""
+    return {
+        size: next((name for name in _OTHER_NAMES.get(size, ()) if name in config), size)
+        for size in SIZES
+    }
+
+
 def _exported(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     given, architectures = config.get("model_type"), config.get("architectures")
     if given == "mistral" and "layer_types" in config:
@@ -108,12 +121,15 @@ def _exported(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
             "lists the types"
         )
     own = architectures[0] if isinstance(architectures, list) and architectures else None
-    if not isinstance(own, str) or not own.endswith("ForCausalLM"):
+    if not isinstance(own, str) or not own.endswith(("ForCausalLM", "LMHeadModel")):
         raise ModelError(
             f"{name}: {CONFIG}: architectures must begin with a causal language model, such as "
             f"LlamaForCausalLM, not {shown(own)}"
         )
-    checked(config, dict.fromkeys(SIZES, COUNT), SIZES, f"{name}: {CONFIG}", ModelError)
+    names = size_names(config)
+    needed = [names.pop(size) for size in SIZES if size != "intermediate_size"]
+    kinds = dict.fromkeys(needed, COUNT) | dict.fromkeys(names.values(), or_none(COUNT))
+    checked(config, kinds, needed, f"{name}: {CONFIG}", ModelError)
     for key, number in _numbers(config):
         if not math.isfinite(number):
             raise ModelError(

@@ -14,13 +14,14 @@ from npt_fast.arguments import check_arguments
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from npt_fast.checkpoint.np_module import Architecture, NPModule
-from npt_fast.checkpoint.npt_config import NPT_CONFIG, SIZES
+from npt_fast.checkpoint.npt_config import NPT_CONFIG
 from npt_fast.checkpoint.place import locate
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.config import FileFormat, NPTConfig, Residual
 from npt_fast.errors import ModelError, NPTError, NPTWarning, OptionError
+from npt_fast.hf.base_sizes import base_sizes
 from npt_fast.hf.convert import (
     Model,
     add_layers,
@@ -35,7 +36,6 @@ from npt_fast.hf.fingerprint import fingerprint, note_other_base
 from npt_fast.hf.quantize import quantize
 from npt_fast.hf.residual import probe_residuals
 from npt_fast.hf.weights_file import read_tensor, write_weights
-from npt_fast.hf.wrappers import unwrapped
 from npt_fast.layer_names import LayerList, chosen_layers
 from npt_fast.modules import NPComponent
 from npt_fast.paths import exists, path_errors, user_path
@@ -143,19 +143,20 @@ def load(
             continue
         check_range(checkpoint.modules[layer], dtype_of(layer))
     # together: each call of convert probes one layer of a kind, and describes the model anew
-    for wanted, alike in fresh.items():
-        add_layers(model, _config(alike, *wanted), probe=probe, trainable=trainable, dtype=dtype)
     reader = NearbyReader()
-    converted = components(model)
-    for layer in chosen:
-        if layer not in present:
+    try:
+        for wanted, alike in fresh.items():
+            config = _config(alike, *wanted)
+            add_layers(model, config, probe=probe, trainable=trainable, dtype=dtype)
+        converted = components(model)
+        for layer in sorted(converted.keys() - present.keys()):
+            _check(layer, converted[layer].architecture, checkpoint)
             _fill(converted[layer], checkpoint.modules[layer], reader)
-    if unknown:
-        try:
+        if unknown:
             _find_residuals(model, checkpoint, unknown)
-        except NPTError:
-            remove_layers(model, [layer for alike in fresh.values() for layer in alike])
-            raise
+    except NPTError:
+        remove_layers(model, list(components(model).keys() - present.keys()))
+        raise
     for layer in present.keys() & chosen:
         wide = dtype_of(layer)
         if present[layer].is_int8 and not checkpoint.modules[layer].factors:
@@ -275,6 +276,17 @@ def _find_residuals(model: Any, checkpoint: Checkpoint, layers: Sequence[int]) -
         warnings.warn(NPTWarning(message), stacklevel=4)
 
 
+def _check(layer: int, made: Architecture, checkpoint: Checkpoint) -> None:
+    """Raise ModelError if a layer that was made for a checkpoint's has other tensors than it."""
+    given = checkpoint.modules[layer].architecture
+    if made != given:
+        widths = "{0.modulation}, {0.hidden_size} x {0.intermediate_size}"
+        raise ModelError(
+            f"{checkpoint.given}: layer {layer} is {widths.format(given)}; the model's MLP there "
+            f"takes {widths.format(made)}"
+        )
+
+
 def _fill(component: NPComponent, module: NPModule, reader: NearbyReader) -> None:
     """Read a layer's tensors into a component, and note whether that rounds any."""
     component.rounded = False
@@ -322,8 +334,6 @@ def check_base(model: Any, checkpoint: Checkpoint) -> None:
 
     Another base model of the same sizes gives an `NPTWarning`.
     """
-    config = unwrapped(model).config.get_text_config()
-    sizes = {name: getattr(config, name, None) for name in SIZES}
-    checkpoint.check_sizes({**sizes, "num_hidden_layers": len(decoder_layers(model))})
+    checkpoint.check_sizes({**base_sizes(model), "num_hidden_layers": len(decoder_layers(model))})
     base = checkpoint.model_name, checkpoint.fingerprint
     note_other_base(checkpoint.given, *base, fingerprint(model))

@@ -14,13 +14,13 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from npt_fast.arguments import check_arguments, kind_of
 from npt_fast.checkpoint.np_module import Architecture
 from npt_fast.config import NPTConfig
-from npt_fast.errors import ModelError, NPTWarning
+from npt_fast.errors import ModelError, NPTWarning, OptionError
 from npt_fast.hf import patching
+from npt_fast.hf.decoder import decoder_of, layers_of
 from npt_fast.hf.description import record
 from npt_fast.hf.families import mlp_of
 from npt_fast.hf.np_layer import layer_forward, mlp_forward, mlp_module
@@ -61,26 +61,9 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a causal language model, as they are called: maybe in wrappers.
 
     Raises:
-        ModelError: the model's decoder has no list ``layers``.
+        ModelError: the model's decoder has no such list.
     """
-    layers = getattr(_decoder(model), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ModelError(f"{type(model).__name__}: has no list of decoder layers; not supported")
-    return layers
-
-
-def _decoder(model: Any) -> Any:
-    model = unwrapped(model)
-    return unwrapped(model.get_decoder() if hasattr(model, "get_decoder") else model)
-
-
-def token_reader(model: Any) -> Any:
-    """The module that gets token ids: the decoder, or what embeds them together with images."""
-    inner = unwrapped(model)
-    decoder = inner.get_decoder()
-    holders = [m for m in inner.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
-    *_, holder = (m for m in holders if decoder in m.modules())  # the innermost comes last
-    return decoder if holder.get_output_embeddings() is not None else holder
+    return layers_of(decoder_of(model))
 
 
 def _inner_layers(model: Any) -> list[Any]:
@@ -150,7 +133,7 @@ def supported_layers(model: nn.Module, layers: LayerList | None = None) -> dict[
         None or one line without the layer's number, by layer index.
 
     Raises:
-        ModelError: the model's decoder has no list ``layers``.
+        ModelError: the model's decoder has no list of layers.
     """
     count = len(decoder_layers(model))
     chosen = chosen_layers(layers, range(count), count)
@@ -182,7 +165,8 @@ def convert(model: Model, config: NPTConfig, *, probe: bool = True) -> Model:
     Raises:
         ModelError: a layer is converted already, or cannot be converted; the message says what
             differs, and which layers can be converted. The model is unchanged then.
-        OptionError: the model lacks one of the layers.
+        OptionError: the model lacks one of the layers, or its MLP is not of the kind that the
+            modulation type is for.
     """
     add_layers(model, config, probe=probe)
     return model
@@ -221,6 +205,10 @@ def add_layers(
     for index, found in _fits(model, indices, probe=probe).items():
         if isinstance(found, ModelError):
             raise _refusal(model, index, found)
+        try:
+            found.layout.check(found.layout.modulation(config.modulation))
+        except OptionError as error:
+            raise OptionError(f"layer {index} ({type(layers[index]).__name__}): {error}") from None
         fits[index] = found
     fresh = {
         index: _component(
@@ -353,7 +341,7 @@ def _fits(model: Any, indices: Sequence[int], *, probe: bool = True) -> dict[int
         of = kind(layers[index]), is_offloaded(layers[index])
         if of not in kinds:
             try:
-                kinds[of] = fit(_decoder(model), index, probe=probe)
+                kinds[of] = fit(decoder_of(model), index, probe=probe)
             except ModelError as error:
                 kinds[of] = error
         found[index] = kinds[of]
@@ -373,7 +361,7 @@ def _component(found: Fit, layer: nn.Module, config: NPTConfig, dtype: torch.dty
         found.intermediate_size,
         rank=config.rank,
         num_ranks=config.num_ranks,
-        modulation=config.modulation,
+        modulation=found.layout.modulation(config.modulation),
         residual=config.residual,
         activation=found.activation,
         layout=found.layout,

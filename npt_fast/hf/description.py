@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from npt_fast.checkpoint.certificate import Certificate
-from npt_fast.checkpoint.npt_config import SIZES, Description, LayerDescription
+from npt_fast.checkpoint.npt_config import Description, LayerDescription
 from npt_fast.checkpoint.whole_model import NPT
+from npt_fast.hf.base_sizes import base_sizes
 from npt_fast.hf.fingerprint import fingerprint
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.modules import NPComponent
@@ -33,8 +34,6 @@ def describe(
         certificate: what an evaluation measured of all layers together, if known.
     """
     config = unwrapped(model).config
-    text = config.get_text_config()
-    sizes = {name: getattr(text, name) for name in SIZES if getattr(text, name, None) is not None}
     layers = {
         layer: LayerDescription.of(
             component.architecture,
@@ -49,7 +48,7 @@ def describe(
     name = base_name or getattr(config, "_name_or_path", "") or None
     # once sharded or moved away, a model's weights cannot tell
     known = getattr(config, NPT, {}).get("base_model", {}).get("fingerprint")
-    return Description(name, sizes, layers, fingerprint(model) or known).to_dict()
+    return Description(name, base_sizes(model), layers, fingerprint(model) or known).to_dict()
 
 
 def record(model: Any, components: Mapping[int, NPComponent]) -> None:

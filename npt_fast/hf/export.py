@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from npt_fast.arguments import check_arguments
 from npt_fast.checkpoint import strict_json
@@ -18,7 +19,6 @@ from npt_fast.checkpoint.layout import BytesFile, CopiedFile
 from npt_fast.checkpoint.merge import check_target, prove, require_space, space, write_files
 from npt_fast.checkpoint.merge_report import MergeReport, report_of, summary_of
 from npt_fast.checkpoint.merge_summary import MERGE_SUMMARY
-from npt_fast.checkpoint.npt_config import SIZES
 from npt_fast.checkpoint.plan import MergePlan, description_of, plan_merge
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.checkpoint.read_back import read_back, read_back_records
@@ -27,7 +27,7 @@ from npt_fast.checkpoint.tensor_source import SAFETENSORS_WEIGHTS
 from npt_fast.checkpoint.whole_model import NPT
 from npt_fast.config import MergeOptions, Progress
 from npt_fast.errors import ModelError, OptionError, VerificationError
-from npt_fast.hf.base_folder import BaseFolder, open_base
+from npt_fast.hf.base_folder import BaseFolder, open_base, size_names
 from npt_fast.hf.exported import BaseReference, Exported, file_sha256
 from npt_fast.hf.model_card import MODEL_CARD, exported_card
 from npt_fast.hf.model_folder import CONFIG, SMOLLM2
@@ -175,7 +175,8 @@ def _plan(
     base: BaseFolder,
 ) -> MergePlan:
     """The plan that copies the NP layers, after a check that they fit the base model."""
-    sizes = {name: base.config[name] for name in SIZES if is_count(base.config.get(name))}
+    found = {size: base.config.get(name) for size, name in size_names(base.config).items()}
+    sizes: dict[str, Any] = {size: number for size, number in found.items() if is_count(number)}
     opened.check_sizes(sizes)
     if layers is not None:
         count = sizes.get("num_hidden_layers", max(opened.modules) + 1)

@@ -8,7 +8,7 @@ what the table says (design.md#families).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class Block:
         parallel: whether the MLP reads the layer's input, as attention does, not ``h + a``.
         renamed: names of attention's arguments, and the layer's names of the same, where they
             differ.
+        returns_weights: whether the layer returns a tuple, its output and what attention returns
+            behind its own.
     """
 
     attn: str = "self_attn"
@@ -48,6 +50,7 @@ class Block:
     scale: str | None = None
     parallel: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
+    returns_weights: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -59,29 +62,35 @@ class Block:
         """Whether a layer has the parts of the block."""
         return all(getattr(layer, part, None) is not None for part in self.parts)
 
-    def attention_output(self, layer: Any, h: Tensor, call: Mapping[str, Any]) -> Tensor:
-        """Attention's own output, ``(B, S, D)``, for the layer's input `h`."""
-        if self.renamed:
-            call = dict(call)
-            call.update((own, call.pop(name)) for own, name in self.renamed if name in call)
-        read = h if self.attn_norm is None else getattr(layer, self.attn_norm)(h)
-        return first(getattr(layer, self.attn)(hidden_states=read, **call))
-
-    def attention(self, layer: Any, h: Tensor, call: Mapping[str, Any]) -> Tensor:
-        """What attention adds to the residual stream, and what NP components read.
+    def attention_output(self, layer: Any, h: Tensor, call: Mapping[str, Any]) -> Any:
+        """What attention returns: ``(B, S, D)``, or a tuple that begins with it.
 
         Args:
             layer: decoder layer.
             h: input of the layer, ``(B, S, D)``.
-            call: keyword arguments that the model calls the layer with.
-
-        Returns:
-            ``(B, S, D)``.
+            call: arguments that the model calls the layer with, by name.
         """
-        output = self.attention_output(layer, h, call)
+        if self.renamed:
+            call = dict(call)
+            call.update((own, call.pop(name)) for own, name in self.renamed if name in call)
+        read = h if self.attn_norm is None else getattr(layer, self.attn_norm)(h)
+        return getattr(layer, self.attn)(hidden_states=read, **call)
+
+    def attention_added(self, layer: Any, output: Any) -> Tensor:
+        """What attention adds to the residual stream, ``(B, S, D)``; NP components read it.
+
+        Args:
+            layer: decoder layer.
+            output: what attention returns.
+        """
+        added = first(output)
         if self.attn_post_norm is not None:
-            output = getattr(layer, self.attn_post_norm)(output)
-        return self.scaled(layer, output)
+            added = getattr(layer, self.attn_post_norm)(added)
+        return self.scaled(layer, added)
+
+    def returned(self, out: Tensor, attention: Any) -> Any:
+        """What the layer returns, from its output and what attention returns."""
+        return (out, *attention[1:]) if self.returns_weights else out
 
     def mlp_input(self, layer: Any, h: Tensor, attention: Tensor | None = None) -> Tensor:
         """What the MLP reads.
@@ -133,9 +142,12 @@ class Block:
         """
 
         def hooked(name: str, visit: Callable[[Tensor], None]) -> Any:
-            return getattr(layer, name).register_forward_hook(
-                lambda _, args, output: visit(self.scaled(layer, first(output)))
-            )
+            def hook(_: Any, args: Any, output: Any) -> None:
+                own = first(output)
+                # Falcon adds attention's output to the MLP's in place
+                visit(self.scaled(layer, own.clone() if self.parallel else own))
+
+            return getattr(layer, name).register_forward_hook(hook)
 
         return [
             hooked(self.attn_post_norm or self.attn, attention),
@@ -144,6 +156,8 @@ class Block:
 
 
 _LINEAR = Block(attn="linear_attn", renamed=(("cache_params", "past_key_values"),))
+_GPT2 = Block(attn="attn", attn_norm="ln_1", mlp_norm="ln_2")
+_FALCON = Block(attn="self_attention", returns_weights=True)
 BLOCKS: tuple[Block, ...] = (
     Block(),  # Llama, Qwen, Mistral, Phi-3
     _LINEAR,  # Qwen3-Next and Qwen3.5, their other layers
@@ -161,19 +175,32 @@ BLOCKS: tuple[Block, ...] = (
         mlp_norm=None,
         mlp_post_norm="post_feedforward_layernorm",
     ),
-    Block(mlp_norm="input_layernorm", parallel=True),  # Cohere
+    Block(mlp_norm="input_layernorm", parallel=True),  # Cohere, Phi-2
+    Block(attn="attention", parallel=True),  # GPT-NeoX
+    Block(attn="attention"),  # GPT-NeoX that is not parallel
+    _GPT2,
+    replace(_GPT2, returns_weights=True),  # GPT-Neo
+    replace(_GPT2, mlp_norm="ln_1", parallel=True, returns_weights=True),  # GPT-J
+    _FALCON,
+    replace(_FALCON, mlp_norm="input_layernorm", parallel=True),
+    replace(_FALCON, attn_norm="ln_attn", mlp_norm="ln_mlp", parallel=True),
 )
 """Decoder blocks, and models that have them."""
 
 LAYOUTS: tuple[MLPLayout, ...] = (
     GATED,
     MLPLayout("gate_up_proj", "gate_up_proj", activation="activation_fn"),  # Phi-3, GLM-4
+    MLPLayout(None),  # Nemotron
+    MLPLayout(None, "dense_h_to_4h", "dense_4h_to_h", "act"),  # GPT-NeoX, Falcon
+    MLPLayout(None, "fc1", "fc2", "activation_fn"),  # Phi-2
+    MLPLayout(None, "c_fc", "c_proj", "act"),  # GPT-2, StarCoder2
+    MLPLayout(None, "fc_in", "fc_out", "act"),  # GPT-J, CodeGen
 )
-"""MLPs."""
+"""MLPs, and models that have them."""
 
 
 def first(output: Any) -> Tensor:
-    """The output of attention that may return its weights behind it."""
+    """The output of a layer, or of its attention, that may return weights behind it."""
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
 

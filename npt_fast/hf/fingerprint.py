@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from npt_fast.paths import exists
 
 _ROWS = 16
 """Rows of the embedding that count: the first ones, which a resized vocabulary keeps."""
+_NORM = re.compile(r"norm|\bln_")
 
 
 @torch.no_grad()
@@ -95,7 +97,7 @@ def _weights(model: Any) -> list[Tensor]:
     norms = [
         parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 1 and "norm" in name and parameter.is_floating_point()
+        if parameter.dim() == 1 and _NORM.search(name) and parameter.is_floating_point()
     ]
     return [embedding, *norms]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from npt_fast.errors import ModelError
 from npt_fast.functional import vector_norms
 from npt_fast.hf import patching
+from npt_fast.hf.decoder import call_of
 from npt_fast.hf.families import Block
 from npt_fast.hf.scaffold import Parts, Scaffold
 from npt_fast.hf.wrappers import unwrapped
@@ -18,34 +19,39 @@ from npt_fast.modules import NPComponent
 
 
 def layer_forward(
-    layer: Any, hidden_states: Tensor, *, scaffold: Scaffold | None = None, **options: Any
-) -> Tensor | Parts:
+    layer: Any,
+    hidden_states: Tensor,
+    *args: Any,
+    scaffold: Scaffold | None = None,
+    **options: Any,
+) -> Any:
     """The forward of an NP layer (design.md#layer)."""
     component: NPComponent = layer.np_component
     block: Block = layer.np_block
     if not component.enabled:
-        base: Tensor = patching.call_base(layer, hidden_states, **options)
-        return base
+        return patching.call_base(layer, hidden_states, *args, **options)
+    if args:
+        _, options = call_of(layer, (hidden_states, *args), options)
     if scaffold is not None:
         return _parts(layer, hidden_states, scaffold, options)
-    attention = block.attention(layer, hidden_states, options)
+    returned = block.attention_output(layer, hidden_states, options)
+    attention = block.attention_added(layer, returned)
     # the MLP reads the layer's input: attention reaches it through its weights alone
     h = block.mlp_input(layer, hidden_states)
     # a function: accelerate would move a module among the arguments, also one that is offloaded
     kept = component.residual == "kept"
     y = block.mlp_added(layer, component(attention, h, lambda: _mlp(layer)), normed=kept)
-    out: Tensor = hidden_states + y
-    return out + attention if kept else out
+    out = hidden_states + y
+    return block.returned(out + attention if kept else out, returned)
 
 
-def _parts(
-    layer: Any, hidden_states: Tensor, scaffold: Scaffold, options: Mapping[str, Any]
-) -> Parts:
+def _parts(layer: Any, hidden_states: Tensor, scaffold: Scaffold, call: Mapping[str, Any]) -> Parts:
     component: NPComponent = layer.np_component
     block: Block = layer.np_block
     source, attention, norms, weights, virtual = scaffold
     if attention is None:
-        attention = block.attention(layer, hidden_states if source is None else source, options)
+        read = hidden_states if source is None else source
+        attention = block.attention_added(layer, block.attention_output(layer, read, call))
     states, read = hidden_states, attention
     base = None
     if virtual is not None:  # one product for all tokens

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from npt_fast.errors import ModelError
 from npt_fast.functional import ACTIVATIONS
+from npt_fast.hf.decoder import Call, call_of, layers_of, with_layers
 from npt_fast.hf.families import Block, candidates, first, layout_of, obstacle
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.mlp_layout import MLPLayout
@@ -58,16 +59,17 @@ def fit(decoder: Any, index: int, *, probe: bool = True) -> Fit:
     The model's weights, hooks, training mode and random state stay as they are.
 
     Args:
-        decoder: decoder with a list ``layers``.
+        decoder: decoder with a list of layers.
         index: index of the layer.
-        probe: whether to run the layer on random tokens and compare it with its block. The MLP is
-            run in any case, which is how its activation is found.
+        probe: whether to run the layer on random tokens and compare it with its block. Where names
+            fit several blocks, it is run in any case. So is the MLP, which is how its activation
+            is found.
 
     Raises:
         ModelError: the layer is no block of `families.BLOCKS`; the message names the part that
             differs.
     """
-    layer = unwrapped(decoder.layers[index])
+    layer = unwrapped(layers_of(decoder)[index])
     blocks = candidates(layer)
     mlp: Any = getattr(layer, blocks[0].mlp) if blocks else None
     layout = layout_of(mlp)
@@ -75,15 +77,14 @@ def fit(decoder: Any, index: int, *, probe: bool = True) -> Fit:
         raise ModelError(obstacle(layer))
     if is_offloaded(layer):
         raise ModelError(OFFLOADED)
-    hidden_size: int = getattr(mlp, layout.up).in_features
-    intermediate_size: int = getattr(mlp, layout.down).in_features
+    hidden_size, intermediate_size = layout.widths(mlp)
     dtype = getattr(decoder, "dtype", torch.float32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _TOKENS, hidden_size, generator=generator).to(device_of(layer), dtype)
     with _undisturbed(layer):
         activation = _activation(mlp, layout, x)
-        if probe:
-            call = _call(decoder, index, x)
+        if probe or len({len(block.parts) for block in blocks[:2]}) < len(blocks[:2]):
+            call = _call(decoder, index, x, blocks)
             problems = [_difference(layer, block, x, call) for block in blocks]
             if all(problems):
                 raise ModelError(str(problems[0]))
@@ -165,9 +166,9 @@ class _Called(Exception):
 class _Stub(nn.Module):
     """Stands where a layer was, with the attributes that a decoder may ask it for."""
 
-    def __init__(self, layer: nn.Module, *, last: bool) -> None:
+    def __init__(self, layer: nn.Module, *, last: bool, returns_weights: bool) -> None:
         super().__init__()
-        self.__dict__.update(layer=layer, last=last)
+        self.__dict__.update(layer=layer, last=last, returns_weights=returns_weights)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)
@@ -175,35 +176,43 @@ class _Stub(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.last:
             raise _Called(args, kwargs)
-        return args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, None) if self.returns_weights else hidden
 
 
-def _call(decoder: Any, index: int, x: Tensor) -> dict[str, Any]:
-    """Keyword arguments that the model calls a layer with; no layer is run to find them."""
-    layers = decoder.layers
-    stubs = [_Stub(layer, last=i == index) for i, layer in enumerate(layers[: index + 1])]
+def _call(decoder: Any, index: int, x: Tensor, blocks: Sequence[Block]) -> Call:
+    """What the model calls a layer with, by name; no layer is run to find it."""
+    errors = []
+    # GPT-2 and GPT-Neo have the same parts, and take different things from the layers before
+    for returns_weights in dict.fromkeys(block.returns_weights for block in blocks):
+        try:
+            return _reached(decoder, index, x, returns_weights=returns_weights)
+        except ModelError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _reached(decoder: Any, index: int, x: Tensor, *, returns_weights: bool) -> Call:
+    layers = layers_of(decoder)
+    stubs = [
+        _Stub(layer, last=i == index, returns_weights=returns_weights)
+        for i, layer in enumerate(layers[: index + 1])
+    ]
     words = decoder.get_input_embeddings().weight
     ids = torch.arange(x.shape[1], device=words.device)[None]
     # offloaded embeddings are not needed: some numbers of the right shape do as well
     text = {"inputs_embeds": x} if words.is_meta else {"input_ids": ids}
-    args: tuple[Any, ...] = ()
-    given: dict[str, Any] = {}
+    hidden: Any = None
+    call: Call = {}
     try:
-        decoder.layers = nn.ModuleList(stubs)
-        with _undisturbed(decoder):
+        with with_layers(decoder, stubs), _undisturbed(decoder):
             decoder.forward(**text, use_cache=False)
     except _Called as called:
-        args, given = called.args
+        hidden, call = call_of(layers[index], *called.args)
     except Exception as error:
         raise ModelError(f"cannot be reached by running the model: {_line(error)}") from error
-    finally:
-        decoder.layers = layers
-    call = {name: value for name, value in given.items() if name != "hidden_states"}
-    hidden = [*args, *(given[name] for name in given if name not in call)]
-    if len(hidden) != 1:
-        raise ModelError(f"is called with {len(args)} positional arguments, not with one")
-    if hidden[0].shape != x.shape:
-        shape = tuple(hidden[0].shape)
+    if not isinstance(hidden, Tensor) or hidden.shape != x.shape:
+        shape = tuple(getattr(hidden, "shape", ()))
         raise ModelError(f"has hidden states {shape}, not (batch, tokens, {x.shape[-1]})")
     # device_map: the layer's own hook would move them
     moved: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(x.device), call)
@@ -215,14 +224,14 @@ def _line(error: Exception) -> str:
 
 
 def _activation(mlp: Any, layout: MLPLayout, x: Tensor) -> str:
-    """The activation of a gated MLP, found by what the MLP does, since names may lie."""
+    """The activation of an MLP, found by what the MLP does, since names may lie."""
     *parts, down = (getattr(mlp, name) for name in layout.names)
     try:
         # inputs of the activation from -6 to 6, where activations differ most
         x = x * (2 / parts[0](x).float().std().clamp_min(1e-6)).to(x.dtype)
         with _recorded(down) as seen, ExitStack() as stack:
             outputs = [_visible(part, x, stack) for part in parts]
-            gate, up = outputs[0].chunk(2, -1) if layout.joined else outputs
+            activated, *up = outputs[0].chunk(2, -1) if layout.joined else outputs
             output = mlp(x)
     except Exception as error:
         raise ModelError(f"has an MLP that cannot be run: {_line(error)}") from error
@@ -231,13 +240,17 @@ def _activation(mlp: Any, layout: MLPLayout, x: Tensor) -> str:
     if not isinstance(output, Tensor) or not seen or not _close(output, seen["output"]):
         raise ModelError(formula)
     inner = seen["input"]
-    errors = {name: _error(act(gate) * up, inner) for name, (act, _) in ACTIVATIONS.items()}
+
+    def with_activation(act: Callable[[Tensor], Tensor]) -> Tensor:
+        return act(activated) * up[0] if up else act(activated)
+
+    errors = {name: _error(with_activation(act), inner) for name, (act, _) in ACTIVATIONS.items()}
     best = min(errors, key=errors.__getitem__)
     # fused kernels round the activation in float32
     if errors[best] <= 4 * torch.finfo(x.dtype).eps:
         return best
     own = getattr(mlp, layout.activation, None)
-    if callable(own) and _close(own(gate) * up, inner):
+    if callable(own) and _close(with_activation(own), inner):
         name = getattr(own, "__name__", type(own).__name__)
         raise ModelError(
             f"has the activation {name} in its MLP; supported are {', '.join(ACTIVATIONS)}"
@@ -303,18 +316,19 @@ def _difference(layer: Any, block: Block, x: Tensor, call: dict[str, Any]) -> st
         size = added.float().norm() / x.float().norm()
         h = x * size.to(x.dtype) if size > 0 else x
         out = layer.forward(h, **call)
-    if not isinstance(out, Tensor):
+    if isinstance(out, tuple) != block.returns_weights:
         return f"returns a {type(out).__name__}, not its hidden states alone"
+    out = first(out)
     try:
         output = block.attention_output(layer, h, call)
-        a = block.attention(layer, h, call)
+        a = block.attention_added(layer, output)
         m = block.mlp_added(layer, mlp_module(block.mlp_input(layer, h, a)))
     except Exception as error:
         return f"has an attention that cannot be called as in Llama: {_line(error)}"
     if _close(out, h + a + m, over=(h, a, m)):
         return None
     hint = _hint("the layer", layer, block.parts)
-    if not _close(first(attention["output"]), output):
+    if not _close(first(attention["output"]), first(output)):
         return f"has an attention that does not read {block.attn_norm or ''}(h){hint}"
     scales = _scales(h, out, a, block.mlp_added(layer, mlp["output"]))
     if scales is not None:

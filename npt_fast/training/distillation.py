@@ -17,9 +17,10 @@ from npt_fast.arguments import check_constructor
 from npt_fast.config import LossKind, TrainOptions, parse_size
 from npt_fast.functional import VectorNorms
 from npt_fast.hf.convert import components, decoder_layers
+from npt_fast.hf.decoder import final_norm
+from npt_fast.hf.families import first
 from npt_fast.hf.logits import head_of
 from npt_fast.hf.scaffold import Parts, Scaffold, VirtualTokens
-from npt_fast.hf.wrappers import unwrapped
 from npt_fast.training.curriculum import Stage
 from npt_fast.training.losses import (
     Agreement,
@@ -361,16 +362,16 @@ class Distillation(nn.Module):
         """
         layers = decoder_layers(self.model)
         trained = trained_layers(self.model)
-        first = min(trained)
-        state = teacher.activations[first].hidden
-        for index in range(first, len(layers) if all_layers else max(trained) + 1):
+        start = min(trained)
+        state = teacher.activations[start].hidden
+        for index in range(start, len(layers) if all_layers else max(trained) + 1):
             call = teacher.calls[index]
             if index not in trained:
-                state = layers[index](state, **call)
+                state = first(layers[index](state, **call))
                 continue
             seen, scaffold = teacher.activations[index], scaffolds[index]
             # the same input gives the attention output that the teacher computed
-            if index != first and stage.attention_ratio:
+            if index != start and stage.attention_ratio:
                 read = _mixed(seen.hidden, state, stage.attention_ratio)
                 scaffold = scaffold._replace(attention_input=read, attention=None)
             residual = _mixed(seen.hidden, state, stage.mlp_ratio)
@@ -380,7 +381,7 @@ class Distillation(nn.Module):
                 state = state + parts[index].attention
         if not all_layers:
             return state
-        normed: Tensor = unwrapped(self.model).get_decoder().norm(state)
+        normed: Tensor = final_norm(self.model)(state)
         return normed
 
 
@@ -391,6 +392,6 @@ def _mixed(teacher: Tensor, student: Tensor, ratio: float) -> Tensor:
 
 
 def _norm_sums(norms: VectorNorms, weights: Tensor) -> Tensor:
-    """Sums over tokens of |v_a|, |v_b| (gate, mean over components) and of the similarity."""
+    """Sums over tokens of |v_a|, |v_b| (first projection, mean over components), and similarity."""
     lengths = (squares[..., 0, :].clamp_min(0).sqrt().mean(-1) for squares in norms[:2])
     return torch.stack([(m * weights).sum() for m in (*lengths, norms.similarity)])

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import components, decoder_layers, disabled
+from npt_fast.hf.decoder import call_of, decoder_of, with_layers
+from npt_fast.hf.families import first
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.modules import NPComponent
 
@@ -39,8 +41,8 @@ class TeacherPass(NamedTuple):
 
     Attributes:
         activations: activations by trained layer.
-        calls: keyword arguments each layer was called with, by layer: positions and masks, which
-            may differ between layers.
+        calls: arguments that each layer was called with, by layer and name: positions and masks,
+            which may differ between layers.
         final: hidden states after the last layer that was run, ``(B, S, D)``.
     """
 
@@ -76,7 +78,12 @@ def run_teacher(
     end = len(decoder_layers(model)) if all_layers else max(trained) + 1
     decoder = unwrapped(model).get_decoder()
     called = range(min(trained), end) if record_calls else ()
-    with disabled(model), _recorded(model, trained, called) as record, _truncated(decoder, end):
+    layers = decoder_layers(model)[:end]
+    with (
+        disabled(model),
+        _recorded(model, trained, called) as record,
+        with_layers(decoder_of(model), layers),
+    ):
         final = decoder(
             input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
         ).last_hidden_state
@@ -103,8 +110,8 @@ def check_teacher(model: Any, input_ids: Tensor) -> dict[int, Activations]:
     with ExitStack() as stack:
         for index in trained_layers(model):
 
-            def keep(_: Any, args: Any, output: Tensor, index: int = index) -> None:
-                outputs[index] = output
+            def keep(_: Any, args: Any, output: Any, index: int = index) -> None:
+                outputs[index] = first(output)
 
             hook = decoder_layers(model)[index].register_forward_hook(keep)
             stack.callback(hook.remove)
@@ -207,8 +214,7 @@ def _recorded(
         for index in {*trained, *called}:
             # a default binds the index now; a closure would see the loop's last one
             def before(_: Any, args: Any, kwargs: Any, index: int = index) -> None:
-                call = dict(kwargs)
-                hidden = args[0] if args else call.pop("hidden_states")
+                hidden, call = call_of(layers[index], args, kwargs)
                 if index in trained:
                     record.hidden[index] = hidden
                 record.calls[index] = call
@@ -226,14 +232,3 @@ def _recorded(
             for handle in layer.np_block.register_hooks(layer, attention, mlp):
                 on(handle)
         yield record
-
-
-@contextmanager
-def _truncated(decoder: Any, end: int) -> Iterator[None]:
-    """Cut the decoder after layer ``end - 1`` for the time being."""
-    layers = decoder.layers
-    decoder.layers = layers[:end]
-    try:
-        yield
-    finally:
-        decoder.layers = layers

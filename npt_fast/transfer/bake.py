@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from npt_fast.arguments import check_arguments
 from npt_fast.called_mlp import has_plain_weight, is_plain_linear
@@ -71,7 +72,8 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
     weights: dict[str, Any] = {}
     for layer, projection, _ in modulation.walk():
         name, module, layout = _projection(model, layer, projection)
-        if not is_plain_linear(module):
+        matrix = _matrix(module)
+        if matrix is None:
             raise ModelError(_obstacle(name, module))
         names = [
             key
@@ -80,7 +82,7 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
         ]
         if len(names) > 1:
             raise ModelError(f"{names[0]} is also {names[1]}; its weight cannot be changed alone")
-        weights[name] = layout.rows(projection, module.weight)
+        weights[name] = layout.rows(projection, matrix)
     # a copy: subtracting what was added would not give the same bits
     originals = {name: weight.clone() for name, weight in weights.items()}
     for weight, (_, _, terms) in zip(weights.values(), modulation.walk(), strict=True):
@@ -101,16 +103,40 @@ def _mlp(model: Any, index: int) -> MLPPart:
 def _projection(model: Any, index: int, projection: str) -> tuple[str, Any, MLPLayout]:
     """A projection's name, for messages, its module, and the layout of its MLP."""
     mlp = _mlp(model, index)
-    name = getattr(mlp.layout, projection)
+    name = _name(mlp, index, projection)
     rows = f" ({projection})" if mlp.layout.joined and projection != "down" else ""
     return f"layer {index}, {name}{rows}", getattr(mlp.module, name), mlp.layout
+
+
+def _name(mlp: MLPPart, layer: int, projection: str) -> str:
+    """Name of the module of a projection."""
+    name: str | None = getattr(mlp.layout, projection)
+    if name is None:
+        raise ModelError(f"layer {layer} has no {projection}, which the modulation changes")
+    return name
+
+
+def _matrix(module: Any) -> Tensor | None:
+    """The float weight that alone decides a projection's output, ``(out, in)``; None if none does.
+
+    Of GPT-2's Conv1D it is a view of the weight.
+    """
+    if not isinstance(module, (nn.Linear, Conv1D)) or not is_plain_linear(module, type(module)):
+        return None
+    weight: Tensor = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    if type(module) is nn.Linear:
+        return weight
+    x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    expected = nn.functional.linear(x, weight, module.bias).double()
+    error = (module(x).double() - expected).norm()
+    return weight if error <= 8 * torch.finfo(weight.dtype).eps * expected.norm() else None
 
 
 def _obstacle(where: str, module: Any) -> str:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_meta:
         return f"{where} is offloaded; its weight cannot be changed"
-    if has_plain_weight(module):
+    if has_plain_weight(module, type(module)):
         return f"{where} has hooks or a forward of its own; remove them, or inject the modulation"
     kind = type(module) if type(module) is not nn.Linear else type(weight)
     return (
@@ -152,12 +178,18 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
     path = next(name for name, part in inner.named_modules() if part is layers)
     path = path.removeprefix("base_model.model.")
     found: dict[str, list[Terms]] = {}
+    targets, transposed = set(), False
     for layer, projection, (v_a, v_b) in modulation.walk():
         mlp = _mlp(model, layer)
         if mlp.layout.joined and projection != "down":  # the other's rows of the matrix stay
             zeros = torch.zeros_like(v_b)
             v_b = torch.cat([v_b, zeros] if projection == "gate" else [zeros, v_b], -1)
-        module = f"{path}.{layer}.{mlp.name}.{getattr(mlp.layout, projection)}"
+        name = _name(mlp, layer, projection)
+        alike = [part for part, _ in layers[layer].named_modules() if part.endswith(f".{name}")]
+        # GPT-2's attention has a c_proj too
+        targets.add(name if len(alike) == 1 else f"{mlp.name}.{name}")
+        transposed |= isinstance(getattr(mlp.module, name), Conv1D)
+        module = f"{path}.{layer}.{mlp.name}.{name}"
         found.setdefault(module, []).append(Terms(v_a, v_b))
     rank = max(sum(len(terms.v_a) for terms in of) for of in found.values())
     tensors = {}
@@ -176,9 +208,9 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
         "lora_alpha": rank,  # PEFT scales by alpha / r, which must be 1
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
-        "target_modules": sorted({module.rpartition(".")[2] for module in found}),
+        "target_modules": sorted(targets),
         "layers_to_transform": sorted(modulation.layers),
         "layers_pattern": path.rpartition(".")[2],
     }

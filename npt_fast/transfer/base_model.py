@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from npt_fast.checkpoint.npt_config import SIZES as SIZES
 from npt_fast.errors import ModelError, printable
+from npt_fast.hf.base_sizes import base_sizes
 from npt_fast.hf.fingerprint import fingerprint
 from npt_fast.hf.wrappers import unwrapped
-
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-"""Fields of every record."""
 
 FITTING = SIZES[:-1]
 """Fields that must be equal for a modulation to fit a model; a token may have been added."""
@@ -47,11 +46,9 @@ class BaseModel:
         config = unwrapped(model).config
         # a path need not be Unicode
         name = printable(getattr(config, "_name_or_path", "") or "")
-        # a multimodal model's own config has no sizes
-        text = config.get_text_config()
-        if missing := ", ".join(size for size in SIZES if getattr(text, size, None) is None):
+        sizes = base_sizes(model)
+        if missing := ", ".join(size for size in SIZES if size not in sizes):
             raise ModelError(f"{type(model).__name__}: its config has no {missing}; not supported")
-        sizes = {size: getattr(text, size) for size in SIZES}
         return cls(name, **sizes, fingerprint=fingerprint(model))
 
     def to_dict(self) -> dict[str, Any]:

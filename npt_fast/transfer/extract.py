@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from npt_fast.arguments import check_arguments
-from npt_fast.checkpoint.keys import PROJECTIONS, PROJECTIONS_OF
 from npt_fast.config import Position
 from npt_fast.errors import ModelError, TransferError
+from npt_fast.functional import heads_of
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.hf.tokenizer import Reading, Tokenizer, read
 from npt_fast.hf.wrappers import unwrapped
@@ -128,8 +128,7 @@ def component_vectors(
     component: NPComponent, attention: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Form v_a and v_b of each projection for some tokens; see `projection_vectors`."""
-    names = PROJECTIONS[: len(PROJECTIONS_OF[component.modulation_type])]
-    return {name: projection_vectors(component, name, attention) for name in names}
+    return {name: projection_vectors(component, name, attention) for name in component.projections}
 
 
 def projection_vectors(
@@ -145,16 +144,13 @@ def projection_vectors(
     Returns:
         Vectors ``(n, k, in)`` and ``(n, k, out)``, in the dtype of `attention`.
     """
-    m, index = component.factors, PROJECTIONS.index(projection)
-    size, k = m.w_b_gate.shape[0], m.num_ranks
+    m, index = component.factors, component.projections.index(projection)
+    size, k = component.rank * component.num_ranks, component.num_ranks
     w_down = m.w_down.narrow(1, index * size, size).to(attention.dtype)
-    u = (attention @ w_down).unflatten(1, (k, size // k))
-    w_a = m.w_a_mid if projection == "down" else m.w_a_in.narrow(0, index * size, size)
-    w_b = (m.w_b_gate, m.w_b_up, m.w_b_down)[index]
-    assert w_a is not None and w_b is not None
+    u = (attention @ w_down).unflatten(1, (k, -1))
     v_a, v_b = (
         torch.einsum("nkr,kri->nki", u, torch.unflatten(w.to(attention.dtype), 0, (k, -1)))
-        for w in (w_a, w_b)
+        for w in heads_of(m)[index]
     )
     return v_a, v_b
 

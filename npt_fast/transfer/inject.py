@@ -18,7 +18,8 @@ from npt_fast.called_mlp import Change
 from npt_fast.config import Injection, InjectionMode, InjectionTime, Position
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.functional import is_shard
-from npt_fast.hf.convert import components, token_reader
+from npt_fast.hf.convert import components
+from npt_fast.hf.decoder import token_reader
 from npt_fast.hf.tokenizer import Tokenizer
 from npt_fast.modules import NPComponent
 from npt_fast.transfer.extract import enabled_layers, projection_vectors
@@ -100,7 +101,7 @@ def inject(
 
     Raises:
         ModelError: the modulation belongs to another base model, or one of its layers is not an NP
-            layer or is off.
+            layer, is off, or has no such projection.
         TransferError: the modulation does not fit the mode, a position is outside a prompt, or
             nothing was reached by the end of the context.
     """
@@ -139,6 +140,9 @@ def injecting(
         stack.callback(reader.register_forward_pre_hook(targets.before, with_kwargs=True).remove)
         for layer in layers:
             parts = [None if m is None else m.layers.get(layer) for m in given]
+            for name in (name for part in parts for name in part or ()):
+                if name not in converted[layer].layout.projections:
+                    raise ModelError(f"layer {layer} has no {name}, which the modulation changes")
             device = converted[layer].w_down.device
             terms = [None if p is None else _on(p, device) for p in parts]
             hook = _Hook(layer, terms, injection, targets)

@@ -79,13 +79,18 @@ def check(source: Source, model_config: Any, shards: int, cache: str | None = No
     check_architectures(checkpoint.given, config.architectures or ())
     sizes: Mapping[str, Any] = {name: getattr(config, name, None) for name in SIZES}
     checkpoint.check_sizes(sizes)
-    for layer in checkpoint.modules:
+    for layer, module in checkpoint.modules.items():
+        if module.architecture.modulation == "plain":
+            raise ModelError(
+                f"{checkpoint.given}: layer {layer} is plain, for an MLP without a gate, which "
+                "vLLM's models here do not have"
+            )
         if checkpoint.record(layer).residual is None:
             raise ModelError(
                 f"{checkpoint.given}: no file says whether layer {layer} keeps attention in the "
                 "residual stream; npt.load it, which finds out, and npt.save and export that"
             )
-        check_range(checkpoint.modules[layer], model_config.dtype)
+        check_range(module, model_config.dtype)
     if source.fingerprint is not None:
         place, revision = source.base or (model_config.model, model_config.revision)
         # the engine would fetch it, too

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import npt_fast as npt
 from tests.checkpoints import (
+    PROJECTIONS,
     adamw_state,
     layer_weights,
     multi_layer_state,
@@ -22,7 +23,7 @@ from tests.checkpoints import (
 
 
 @pytest.mark.usefixtures("headers_only")
-@pytest.mark.parametrize("modulation", ["single", "dual", "triple"])
+@pytest.mark.parametrize("modulation", PROJECTIONS)
 @pytest.mark.parametrize("num_ranks", [1, 3, 17])
 def test_k_r_and_type(tmp_path: Path, modulation: str, num_ranks: int) -> None:
     """The original reports one rank for every dual and triple checkpoint."""
@@ -33,7 +34,7 @@ def test_k_r_and_type(tmp_path: Path, modulation: str, num_ranks: int) -> None:
     found = info.architecture
     assert (found.modulation, found.num_ranks, found.rank) == (modulation, num_ranks, 5)
     # design.md#definition: c k r (2 D + F)
-    projections = ["single", "dual", "triple"].index(modulation) + 1
+    projections = len(PROJECTIONS[modulation])
     assert info.parameters == projections * num_ranks * 5 * (2 * 16 + 24)
     assert info.tensors == report.total_keys == 3 * projections * num_ranks
     assert info.nbytes == 4 * info.parameters

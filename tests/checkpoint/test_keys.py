@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from npt_fast.checkpoint.keys import NPTKey, parse_key
-from tests.checkpoints import layer_weights
+from tests.checkpoints import PROJECTIONS, layer_weights
 
 NAMES = {
     "W_down": ("", "W_down", None),
@@ -33,7 +33,7 @@ def test_both_spellings_are_read_and_the_first_is_written(
     assert str(key) == f"layer_{layer}_np.{name}"
 
 
-@pytest.mark.parametrize("modulation", ["single", "dual", "triple"])
+@pytest.mark.parametrize("modulation", PROJECTIONS)
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_every_name_the_original_writes_survives(modulation: str, num_ranks: int) -> None:
     for name in layer_weights(5, modulation=modulation, num_ranks=num_ranks):

@@ -30,6 +30,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dual": ({"modulation": "dual"}, {"modulation": "dual"}),
     "single+dual": ({"modulation": "single", "num_ranks": 2}, {"modulation": "dual", "rank": 6}),
     "dual+triple": ({"modulation": "dual"}, {"modulation": "triple", "num_ranks": 2}),
+    "plain": ({"modulation": "plain", "rank": 3}, {"modulation": "plain", "num_ranks": 2}),
     "triple+single": ({"modulation": "triple", "rank": 2}, {"modulation": "single"}),
 }
 

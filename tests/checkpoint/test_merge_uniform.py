@@ -103,6 +103,21 @@ def test_uniform_leaves_equal_layers_alone(tmp_path: Path) -> None:
     assert {info.changed for info in report.layers} == {0}
 
 
+def test_layers_with_and_without_a_gate_have_no_common_architecture(tmp_path: Path) -> None:
+    """They merge, as those of a model that has both kinds, but cannot be padded to one."""
+    plain = one_layer(tmp_path / "a", 1, modulation="plain")
+    paths = [plain, one_layer(tmp_path / "b", 2, modulation="dual")]
+    merged = npt.merge(paths, tmp_path / "out")
+    assert [info.architecture.modulation for info in merged.layers] == ["plain", "dual"]
+    for options, given in (
+        (npt.MergeOptions(uniform=True), paths),
+        (npt.MergeOptions(on_conflict="concat"), [plain, one_layer(tmp_path / "c", 1)]),
+    ):
+        with pytest.raises(npt.MergeError, match=r"plain.* cannot be padded to one"):
+            npt.merge(given, tmp_path / "none", options=options)
+    assert not (tmp_path / "none").exists()
+
+
 def test_uniform_reports_what_changed(tmp_path: Path, uniform: dict[str, Tensor]) -> None:
     summary = npt.inspect(tmp_path / "out")
     assert (summary.modulation, summary.num_ranks, summary.rank) == ("triple", 3, 5)

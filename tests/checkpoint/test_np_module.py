@@ -12,9 +12,9 @@ import torch
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import open_checkpoint
 from npt_fast.checkpoint.np_module import Architecture
-from tests.checkpoints import layer_weights, write_checkpoint
+from tests.checkpoints import PROJECTIONS, layer_weights, write_checkpoint
 
-ALL = list(itertools.product(["single", "dual", "triple"], [1, 2, 17]))
+ALL = list(itertools.product(PROJECTIONS, [1, 2, 17]))
 
 
 @pytest.mark.parametrize(("modulation", "num_ranks"), ALL)

@@ -13,7 +13,7 @@ from tests.checkpoints import layer_weights, write_checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("modulation", ["single", "triple"])
+@pytest.mark.parametrize("modulation", ["single", "triple", "plain"])
 def test_singular_values_are_those_of_torch(
     tmp_path: Path, dtype: torch.dtype, modulation: str
 ) -> None:

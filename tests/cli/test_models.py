@@ -81,6 +81,6 @@ def test_sizes_that_are_too_large(
 
 
 def test_a_model_without_layers(capsys: Any, tmp_path: Path) -> None:
-    code, out, err = run(capsys, "models", folder(tmp_path / "base", "gpt2"))
+    code, out, err = run(capsys, "models", folder(tmp_path / "base", "mpt"))
     assert (code, out) == (1, "")
-    assert err == "Error: GPT2LMHeadModel: has no list of decoder layers; not supported\n"
+    assert err == "Error: MptModel: has no list of decoder layers; not supported\n"

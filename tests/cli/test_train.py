@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MptConfig, MptForCausalLM
 
 import npt_fast as npt
 from npt_fast.training.run_directory import RunDirectory
@@ -159,7 +159,15 @@ def _gpt2(place: Place, folder: Path) -> dict[str, Any]:
     )
     model.save_pretrained(folder / "gpt2")
     tiny.tokenizer().save_pretrained(folder / "gpt2")
-    return {"model_name": folder / "gpt2"}
+    return {"model_name": folder / "gpt2", "modulation": "dual"}
+
+
+def _mpt(place: Place, folder: Path) -> dict[str, Any]:
+    MptForCausalLM(MptConfig(vocab_size=257, d_model=32, n_layers=4, n_heads=4)).save_pretrained(
+        folder / "mpt"
+    )
+    tiny.tokenizer().save_pretrained(folder / "mpt")
+    return {"model_name": folder / "mpt"}
 
 
 def _another_base(place: Place, folder: Path) -> dict[str, Any]:
@@ -223,7 +231,8 @@ def _a_file(place: Place, folder: Path) -> dict[str, Any]:
 FAILURES: dict[Callable[[Place, Path], dict[str, Any]], str] = {
     lambda place, folder: {"train_layers": 9}: "there is no layer 9, the model has 4",
     _nowhere: "nowhere: no such folder",
-    _gpt2: "GPT2LMHeadModel: has no list of decoder layers; not supported",
+    _gpt2: "layer 1 (GPT2Block): modulation dual needs an MLP with a gate; take plain",
+    _mpt: "MptModel: has no list of decoder layers; not supported",
     _another_base: "a: was trained on another base model: hidden_size 16, the model has 32",
     _a_deeper_base: "a: has layer 9, the model has 4",
     _missing_key: "W_a_up_up",

@@ -22,7 +22,7 @@ class Family(NamedTuple):
         attention: what attention adds, from the layer, its input and how it is called.
         reads: what the MLP reads of the residual stream.
         added: what the MLP's output adds, from the layer, the output, and the residual mode.
-        weights: weights and biases of gate, up and down.
+        weights: weights and biases of gate, up and down, or of up and down.
         activation: the MLP's activation.
         parallel: whether the base MLP reads the layer's input, without attention.
     """
@@ -45,6 +45,20 @@ def _joined(mlp: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
     rows = mlp.gate_up_proj.weight.shape[0] // 2
     gate, up = mlp.gate_up_proj.weight[:rows], mlp.gate_up_proj.weight[rows:]
     return {"gate": (gate, None), "up": (up, None), "down": (mlp.down_proj.weight, None)}
+
+
+def _two(up: str, down: str) -> Callable[[Any], dict[str, tuple[Tensor, Tensor | None]]]:
+    """Weights of an MLP without a gate."""
+
+    def weights(mlp: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
+        modules = {"up": getattr(mlp, up), "down": getattr(mlp, down)}
+        return {name: (module.weight, module.bias) for name, module in modules.items()}
+
+    return weights
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
 
 
 def _tanh_gelu(x: Tensor) -> Tensor:
@@ -104,6 +118,36 @@ _OLMO2 = Family(
     _silu,
 )
 _COHERE = _LLAMA._replace(reads=lambda layer, state: layer.input_layernorm(state), parallel=True)
+_PHI = _COHERE._replace(weights=_two("fc1", "fc2"), activation=_tanh_gelu)
+_NEOX = Family(
+    lambda layer, h, call: layer.attention(layer.input_layernorm(h), **call)[0],
+    lambda layer, state: layer.post_attention_layernorm(state),
+    lambda layer, y, residual: y,
+    _two("dense_h_to_4h", "dense_4h_to_h"),
+    _gelu,
+)
+_GPT2 = Family(
+    lambda layer, h, call: layer.attn(layer.ln_1(h), attention_mask=call["attention_mask"])[0],
+    lambda layer, state: layer.ln_2(state),
+    lambda layer, y, residual: y,
+    # Conv1D has the weight (in, out)
+    lambda mlp: {
+        "up": (mlp.c_fc.weight.t(), mlp.c_fc.bias),
+        "down": (mlp.c_proj.weight.t(), mlp.c_proj.bias),
+    },
+    _tanh_gelu,
+)
+_GPTJ = _GPT2._replace(
+    attention=lambda layer, h, call: layer.attn(layer.ln_1(h), **call)[0],
+    reads=lambda layer, state: layer.ln_1(state),
+    weights=_two("fc_in", "fc_out"),
+    parallel=True,
+)
+_FALCON = _NEOX._replace(
+    attention=lambda layer, h, call: layer.self_attention(layer.input_layernorm(h), **call)[0],
+    reads=lambda layer, state: layer.input_layernorm(state),
+    parallel=True,
+)
 FAMILIES: dict[str, Family] = {
     "granite": _GRANITE,
     "minicpm3": _GRANITE._replace(
@@ -120,12 +164,35 @@ FAMILIES: dict[str, Family] = {
     "cohere2": _COHERE,
     "phi3": _LLAMA._replace(weights=_joined),
     "qwen3_5_text": _LLAMA._replace(attention=_linear_attention),
+    "nemotron": _LLAMA._replace(
+        weights=_two("up_proj", "down_proj"), activation=lambda x: x.clamp_min(0) ** 2
+    ),
+    "starcoder2": _LLAMA._replace(weights=_two("c_fc", "c_proj"), activation=_tanh_gelu),
+    "phi": _PHI,
+    "gpt2": _GPT2,
+    "gpt_neo": _GPT2._replace(weights=_two("c_fc", "c_proj")),
+    "gptj": _GPTJ,
+    "gpt_neox": _NEOX._replace(parallel=True),
+    "gpt_neox, one after the other": _NEOX,
+    "falcon": _FALCON,
+    "falcon, two norms": _FALCON._replace(
+        attention=lambda layer, h, call: layer.self_attention(layer.ln_attn(h), **call)[0],
+        reads=lambda layer, state: layer.ln_mlp(state),
+    ),
+    "falcon, one after the other": _FALCON._replace(reads=_NEOX.reads, parallel=False),
 }
+CHANGES: dict[str, dict[str, Any]] = {
+    "gpt_neox, one after the other": {"use_parallel_residual": False},
+    "falcon, two norms": {"new_decoder_architecture": True},
+    "falcon, one after the other": {"parallel_attn": False},
+}
+"""Options of families that have the type of another one."""
 
 
 def base(model_type: str, dtype: torch.dtype = torch.float64) -> Any:
     """A random model of a family, whose norms are not 1."""
-    model = build(model_type, vocab_size=257, max_position_embeddings=256)
+    options = {"vocab_size": 257, "max_position_embeddings": 256, **CHANGES.get(model_type, {})}
+    model = build(model_type.partition(",")[0], **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -180,7 +247,11 @@ def definition(
             return linear(a, weight + change, bias)
 
         x = read[0, t]
-        inner = family.activation(projected("gate", x)) * projected("up", x)
+        inner = (
+            family.activation(projected("gate", x)) * projected("up", x)
+            if "gate" in weights
+            else family.activation(projected("up", x))
+        )
         rows.append(projected("down", inner))
     y = family.added(layer, torch.stack(rows)[None], residual)
     return (h + y + (attention if residual == "kept" else 0))[0]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import npt_fast as npt
 from npt_fast.hf.convert import decoder_layers
-from npt_fast.hf.families import mlp_of
+from npt_fast.hf.families import first, mlp_of
 from npt_fast.tables import markdown_table
 from npt_fast.training.distillation import Distillation
 from tests.hf.small_models import TYPES, build
@@ -131,8 +131,9 @@ def _run(model: Any, layer: Any, mlp: Any) -> dict[str, Any]:
 
     handles = [
         layer.register_forward_pre_hook(before, with_kwargs=True),
-        layer.register_forward_hook(lambda _, args, output: seen.update(output=output)),
-        mlp.register_forward_hook(lambda _, args, output: seen.update(mlp=output)),
+        layer.register_forward_hook(lambda _, args, output: seen.update(output=first(output))),
+        # a copy: Falcon adds to it in place
+        mlp.register_forward_hook(lambda _, args, output: seen.update(mlp=output.clone())),
     ]
     logits(model)
     for handle in handles:

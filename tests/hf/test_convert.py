@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -309,11 +309,11 @@ def test_converting_twice_is_refused() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    gpt2 = AutoModelForCausalLM.from_config(
-        GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)
+    mpt = AutoModelForCausalLM.from_config(
+        MptConfig(n_layers=1, d_model=8, n_heads=1, vocab_size=16)
     )
-    with pytest.raises(npt.ModelError, match="GPT2LMHeadModel: has no list of decoder layers"):
-        npt.convert(gpt2, npt.NPTConfig(layers=[0]))
+    with pytest.raises(npt.ModelError, match="MptModel: has no list of decoder layers"):
+        npt.convert(mpt, npt.NPTConfig(layers=[0]))
     model = tiny()
     del decoder_layers(model)[1].mlp.up_proj
     with pytest.raises(npt.ModelError, match=r"layer 1 .* has no mlp.up_proj"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 import npt_fast as npt
+from npt_fast.checkpoint.keys import modulated
 from npt_fast.errors import NPTWarning
 from npt_fast.training.teacher_pass import check_teacher
 from tests.hf.families import FAMILIES, base, converted, definition, layer_of
@@ -30,14 +32,14 @@ def close(found: Tensor, truth: Tensor, tolerance: float = 1e-10) -> bool:
 def one_pass(model: Any, index: int) -> dict[str, Any]:
     """Input, arguments and output of a layer in one pass."""
     seen: dict[str, Any] = {}
-    handle = layer_of(model, index).register_forward_hook(
-        lambda _, args, kwargs, out: seen.update(
-            h=args[0] if args else kwargs["hidden_states"],
-            call={name: value for name, value in kwargs.items() if name != "hidden_states"},
-            out=out,
-        ),
-        with_kwargs=True,
-    )
+
+    def keep(layer: Any, args: Any, kwargs: Any, out: Any) -> None:
+        names = [*inspect.signature(type(layer).forward).parameters][1:]
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        out = out[0] if isinstance(out, tuple) else out
+        seen.update(h=call.pop("hidden_states"), call=call, out=out)
+
+    handle = layer_of(model, index).register_forward_hook(keep, with_kwargs=True)
     logits(model, IDS)
     handle.remove()
     return seen
@@ -119,7 +121,10 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
 def test_injected_and_baked(name: str, residual: str, tmp_path: Path) -> None:
     model = converted(name, residual)
     sizes = npt.status(model)[0].architecture
-    m = random_modulation(sizes=(sizes.hidden_size, sizes.intermediate_size))
+    m = random_modulation(
+        sizes=(sizes.hidden_size, sizes.intermediate_size),
+        projections=modulated(sizes.modulation),
+    )
     m = npt.Modulation(m.layers, npt.extract(model, tokenizer, "x").base, m.origin)
     changes = {
         index: {p: terms.v_b.t() @ terms.v_a for p, terms in m.layers[index].items()}
@@ -173,7 +178,7 @@ def test_what_has_nothing_to_learn_is_said() -> None:
         npt.convert(base("cohere"), config)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "glm4", "qwen3_5_text"])
+@pytest.mark.parametrize("name", ["gemma3_text", "glm4", "qwen3_5_text", "gpt2", "falcon"])
 def test_trained_apart_merged_and_resumed(name: str, tmp_path: Path) -> None:
     """A run on each of two layers, their merge, and a run that goes on with it."""
     base(name, torch.float32).save_pretrained(tmp_path / "base")

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from npt_fast.functional import modulated_mlp, sum_of_mean_squares
 from npt_fast.kernels.factored import Factors
 from npt_fast.testing import Problem, make_inputs
+from tests.checkpoints import PROJECTIONS
 from tests.kernels.float32_sums import float32_sums
-from tests.test_vector_norms import formed_vectors
+from tests.test_vector_norms import formed_vectors, inputs_of
 
 
 @pytest.fixture(params=[False, True], ids=["widened", "sums"])
@@ -37,11 +38,10 @@ def leaves(factors: Factors) -> list[Tensor]:
     return [t for t in factors if isinstance(t, Tensor)]
 
 
-@pytest.mark.parametrize("projections", [1, 2, 3])
+@pytest.mark.parametrize("modulation", PROJECTIONS)
 @pytest.mark.parametrize(("num_ranks", "rank"), [(1, 5), (3, 4), (2, 1)])
-def test_values_and_gradients_in_float64(projections: int, num_ranks: int, rank: int) -> None:
-    problem = Problem(projections=projections, num_ranks=num_ranks, rank=rank)
-    x, _, _, factors = make_inputs(problem)
+def test_values_and_gradients_in_float64(modulation: str, num_ranks: int, rank: int) -> None:
+    x, factors = inputs_of(modulation, num_ranks=num_ranks, rank=rank)
     weights = torch.rand(7, dtype=torch.float64)
     wanted = [x, *leaves(factors)]
     found = sum_of_mean_squares(x @ factors.w_down, weights, factors)

@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import open_checkpoint
+from npt_fast.mlp_layout import GATED, MLPLayout
 from npt_fast.modules import NPComponent
 from npt_fast.training.state import (
     gather_optimizer,
@@ -41,6 +42,7 @@ from tests.training import runs, tiny
 from tests.training.runs import LENGTH, Place
 
 WIDTHS: dict[str, Any] = {"d": 32, "f": 48}
+PLAIN = MLPLayout(None)
 
 
 # --- read by the original
@@ -317,7 +319,14 @@ def test_a_merges_layers_have_their_own_moments(place: Place, tmp_path: Path) ->
 def parts_of(modulation: str, num_ranks: int) -> dict[int, NPComponent]:
     torch.manual_seed(0)
     return {
-        layer: NPComponent(32, 48, rank=4, num_ranks=num_ranks, modulation=modulation)
+        layer: NPComponent(
+            32,
+            48,
+            rank=4,
+            num_ranks=num_ranks,
+            modulation=modulation,
+            layout=PLAIN if modulation == "plain" else GATED,
+        )
         for layer in (3, 7)
     }
 
@@ -336,7 +345,9 @@ def restored(
     return optimizer, restore_optimizer(optimizer, parts, saved, checkpoint)
 
 
-@pytest.mark.parametrize(("modulation", "ranks"), [("single", 1), ("dual", 3), ("triple", 2)])
+@pytest.mark.parametrize(
+    ("modulation", "ranks"), [("single", 1), ("dual", 3), ("triple", 2), ("plain", 2)]
+)
 def test_there_and_back(tmp_path: Path, modulation: str, ranks: int) -> None:
     parts = parts_of(modulation, ranks)
     optimizer = optimizer_of(parts)

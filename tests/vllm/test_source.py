@@ -74,6 +74,10 @@ def test_what_is_refused_at_the_start(parts: Parts, tmp_path: Path) -> None:
     other = open_source(model_config(tmp_path / "out", **{OVERRIDE: str(dual)}))
     with pytest.raises(npt.ModelError, match="no file says whether layer 1 keeps attention"):
         check(other, given, 1)
+    plain = write_checkpoint(tmp_path / "plain", layer_weights(1, modulation="plain", d=32, f=48))
+    other = open_source(model_config(tmp_path / "out", **{OVERRIDE: str(plain)}))
+    with pytest.raises(npt.ModelError, match="layer 1 is plain, for an MLP without a gate"):
+        check(other, given, 1)
     given.dtype = torch.float16
     check(source, given, 1)
     large = {name: 1e6 * tensor for name, tensor in layer_weights(1, d=32, f=48).items()}

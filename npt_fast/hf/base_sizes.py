@@ -1,0 +1,25 @@
+"""The sizes of a base model, which checkpoints and modulations record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from npt_fast.checkpoint.npt_config import SIZES
+from npt_fast.hf.decoder import decoder_of, layers_of
+from npt_fast.hf.families import mlp_of
+from npt_fast.hf.wrappers import unwrapped
+
+
+def base_sizes(model: Any) -> dict[str, int]:
+    """The sizes `SIZES` of a model, as far as they are known.
+
+    GPT-2's config does not tell the width of its MLPs, but they do.
+    """
+    text = unwrapped(model).config.get_text_config()  # a multimodal model's own has no sizes
+    sizes = {name: size for name in SIZES if (size := getattr(text, name, None)) is not None}
+    if "intermediate_size" not in sizes:
+        found = (mlp_of(unwrapped(layer)) for layer in layers_of(decoder_of(model)))
+        mlp = next(filter(None, found), None)
+        if mlp is not None:
+            sizes["intermediate_size"] = mlp.layout.widths(mlp.module)[1]
+    return sizes
