@@ -127,6 +127,16 @@ class Block:
         """A part's output times the layer's scale, if it has one."""
         return part if self.scale is None else part * getattr(layer, self.scale)
 
+    def finished(self, layer: Any, state: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """The layer's output, given the residual stream behind its MLP; nothing follows in most.
+
+        Args:
+            layer: decoder layer.
+            state: input of the layer and what its parts have added, ``(B, S, D)``.
+            call: arguments that the model calls the layer with, by name.
+        """
+        return state
+
     def register_hooks(
         self, layer: Any, attention: Callable[[Tensor], None], mlp: Callable[[Tensor], None]
     ) -> list[Any]:
@@ -155,6 +165,31 @@ class Block:
         ]
 
 
+@dataclass(frozen=True)
+class Gemma4Block(Block):
+    """Gemma 4's: Gemma 2's, and then what the layer reads of each token id, and a scale of all."""
+
+    attn_post_norm: str | None = "post_attention_layernorm"
+    mlp_norm: str | None = "pre_feedforward_layernorm"
+    mlp_post_norm: str | None = "post_feedforward_layernorm"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (*super().parts, "layer_scalar")
+
+    def attention_output(self, layer: Any, h: Tensor, call: Mapping[str, Any]) -> Any:
+        own = {name: value for name, value in call.items() if name != "per_layer_input"}
+        return super().attention_output(layer, h, own)
+
+    def finished(self, layer: Any, state: Tensor, call: Mapping[str, Any]) -> Tensor:
+        read = call.get("per_layer_input")
+        if read is not None:
+            read = layer.act_fn(layer.per_layer_input_gate(state)) * read
+            state = state + layer.post_per_layer_input_norm(layer.per_layer_projection(read))
+        scaled: Tensor = state * layer.layer_scalar
+        return scaled
+
+
 _LINEAR = Block(attn="linear_attn", renamed=(("cache_params", "past_key_values"),))
 _GPT2 = Block(attn="attn", attn_norm="ln_1", mlp_norm="ln_2")
 _FALCON = Block(attn="self_attention", returns_weights=True)
@@ -168,6 +203,7 @@ BLOCKS: tuple[Block, ...] = (
         mlp_norm="pre_feedforward_layernorm",
         mlp_post_norm="post_feedforward_layernorm",
     ),
+    Gemma4Block(),
     Block(attn_post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm"),  # GLM-4
     Block(  # OLMo 2 and 3, Exaone 4
         attn_norm=None,

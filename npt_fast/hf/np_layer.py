@@ -42,13 +42,15 @@ def layer_forward(
     kept = component.residual == "kept"
     y = block.mlp_added(layer, component(attention, h, lambda: _mlp(layer)), normed=kept)
     out = hidden_states + y
-    return block.returned(out + attention if kept else out, returned)
+    out = block.finished(layer, out + attention if kept else out, options)
+    return block.returned(out, returned)
 
 
 def _parts(layer: Any, hidden_states: Tensor, scaffold: Scaffold, call: Mapping[str, Any]) -> Parts:
     component: NPComponent = layer.np_component
     block: Block = layer.np_block
-    source, attention, norms, weights, virtual = scaffold
+    source, attention, norms, weights, virtual, state = scaffold
+    kept = component.residual == "kept"
     if attention is None:
         read = hidden_states if source is None else source
         attention = block.attention_added(layer, block.attention_output(layer, read, call))
@@ -63,11 +65,15 @@ def _parts(layer: Any, hidden_states: Tensor, scaffold: Scaffold, call: Mapping[
     found: list[Tensor] = []
     h = block.mlp_input(layer, states)
     outputs = component(read, h, lambda: _mlp(layer), bottleneck=found)
-    outputs = block.mlp_added(layer, outputs, normed=component.residual == "kept")
+    outputs = block.mlp_added(layer, outputs, normed=kept)
     count = hidden_states.shape[-2]
     parts = Parts(attention, outputs[..., :count, :])
     if virtual is not None:
         parts = parts._replace(virtual=outputs[..., count:, :], virtual_base=base)
+    if state is not None:
+        state = state + parts.mlp
+        output = block.finished(layer, state + attention if kept else state, call)
+        parts = parts._replace(output=output)
     if norms or weights is not None:
         u = found[0][..., :count, :] if found else component.bottleneck(attention)
         with torch.no_grad():

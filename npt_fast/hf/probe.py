@@ -323,9 +323,10 @@ def _difference(layer: Any, block: Block, x: Tensor, call: dict[str, Any]) -> st
         output = block.attention_output(layer, h, call)
         a = block.attention_added(layer, output)
         m = block.mlp_added(layer, mlp_module(block.mlp_input(layer, h, a)))
+        state = block.finished(layer, h + a + m, call)
     except Exception as error:
         return f"has an attention that cannot be called as in Llama: {_line(error)}"
-    if _close(out, h + a + m, over=(h, a, m)):
+    if _close(out, state, over=(h, a, m)):
         return None
     hint = _hint("the layer", layer, block.parts)
     if not _close(first(attention["output"]), first(output)):
@@ -343,8 +344,8 @@ def _difference(layer: Any, block: Block, x: Tensor, call: dict[str, Any]) -> st
     if not block.parallel and _close(read, block.mlp_input(layer, h)):
         return f"runs attention and MLP side by side: its MLP reads the layer's input{hint}"
     if not _close(read, block.mlp_input(layer, h, a)):
-        state = "h" if block.parallel else "h + a"
-        return f"has an MLP that does not read {block.mlp_norm or ''}({state}){hint}"
+        words = "h" if block.parallel else "h + a"
+        return f"has an MLP that does not read {block.mlp_norm or ''}({words}){hint}"
     return f"does not add its MLP's output to the residual stream as it is{hint}"
 
 

@@ -34,6 +34,8 @@ class Scaffold(NamedTuple):
         squares: weights of the tokens in a sum of mean squares of v_a and v_b, ``(...)``; None
             for no sum.
         virtual: more tokens for the MLPs, modulated and base; None for no more.
+        state: residual stream that the parts are added to for the layer's output, ``(..., D)``;
+            None for no output.
     """
 
     attention_input: Tensor | None = None
@@ -41,6 +43,7 @@ class Scaffold(NamedTuple):
     norms: bool = False
     squares: Tensor | None = None
     virtual: VirtualTokens | None = None
+    state: Tensor | None = None
 
 
 class Parts(NamedTuple):
@@ -53,6 +56,7 @@ class Parts(NamedTuple):
         squares: sum over tokens of the mean squares of v_a and v_b; None unless asked for.
         virtual: what the modulated MLP adds for the virtual tokens, ``(B, V, D)``; None without.
         virtual_base: what the base MLP adds for them, without gradients, ``(B, V, D)``.
+        output: output of the layer, ``(..., D)``; None unless asked for.
     """
 
     attention: Tensor
@@ -61,3 +65,4 @@ class Parts(NamedTuple):
     squares: Tensor | None = None
     virtual: Tensor | None = None
     virtual_base: Tensor | None = None
+    output: Tensor | None = None

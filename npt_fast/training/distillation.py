@@ -375,10 +375,10 @@ class Distillation(nn.Module):
                 read = _mixed(seen.hidden, state, stage.attention_ratio)
                 scaffold = scaffold._replace(attention_input=read, attention=None)
             residual = _mixed(seen.hidden, state, stage.mlp_ratio)
-            parts[index] = layers[index](residual, scaffold=scaffold, **call)
-            state = state + parts[index].mlp
-            if trained[index].residual == "kept":
-                state = state + parts[index].attention
+            parts[index] = layers[index](residual, scaffold=scaffold._replace(state=state), **call)
+            output = parts[index].output
+            assert output is not None
+            state = output
         if not all_layers:
             return state
         normed: Tensor = final_norm(self.model)(state)

@@ -25,6 +25,7 @@ class Family(NamedTuple):
         weights: weights and biases of gate, up and down, or of up and down.
         activation: the MLP's activation.
         parallel: whether the base MLP reads the layer's input, without attention.
+        after: what the layer makes of the residual stream at its end.
     """
 
     attention: Callable[[Any, Tensor, dict[str, Any]], Tensor]
@@ -33,6 +34,7 @@ class Family(NamedTuple):
     weights: Callable[[Any], dict[str, tuple[Tensor, Tensor | None]]]
     activation: Callable[[Tensor], Tensor]
     parallel: bool = False
+    after: Callable[[Any, Tensor, dict[str, Any]], Tensor] = lambda layer, state, call: state
 
 
 def _three(mlp: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -148,6 +150,15 @@ _FALCON = _NEOX._replace(
     reads=lambda layer, state: layer.input_layernorm(state),
     parallel=True,
 )
+
+
+def _per_layer(layer: Any, state: Tensor, call: dict[str, Any]) -> Tensor:
+    """Gemma 4 reads each token id once more, and scales the whole residual stream."""
+    gate = _tanh_gelu(layer.per_layer_input_gate(state)) * call["per_layer_input"]
+    state = state + layer.post_per_layer_input_norm(layer.per_layer_projection(gate))
+    return state * layer.layer_scalar
+
+
 FAMILIES: dict[str, Family] = {
     "granite": _GRANITE,
     "minicpm3": _GRANITE._replace(
@@ -156,6 +167,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "gemma4_text": _GEMMA._replace(
+        attention=lambda layer, h, call: _GEMMA.attention(
+            layer, h, {name: call[name] for name in call if name != "per_layer_input"}
+        ),
+        after=_per_layer,
+    ),
     "glm4": _GLM4,
     "olmo2": _OLMO2,
     "olmo3": _OLMO2,
@@ -182,11 +199,12 @@ FAMILIES: dict[str, Family] = {
     "falcon, one after the other": _FALCON._replace(reads=_NEOX.reads, parallel=False),
 }
 CHANGES: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"vocab_size_per_layer_input": 257},
     "gpt_neox, one after the other": {"use_parallel_residual": False},
     "falcon, two norms": {"new_decoder_architecture": True},
     "falcon, one after the other": {"parallel_attn": False},
 }
-"""Options of families that have the type of another one."""
+"""Options of small models, also of families that have the type of another one."""
 
 
 def base(model_type: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -200,6 +218,9 @@ def base(model_type: str, dtype: torch.dtype = torch.float64) -> Any:
                 tensor += 0.2 * torch.rand(tensor.shape, generator=generator)
             elif "embed" not in name:  # large enough for one token to affect the logits
                 tensor.normal_(std=0.2, generator=generator)
+        for name, tensor in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                tensor.fill_(0.7)
     return model.to(dtype)
 
 
@@ -254,7 +275,7 @@ def definition(
         )
         rows.append(projected("down", inner))
     y = family.added(layer, torch.stack(rows)[None], residual)
-    return (h + y + (attention if residual == "kept" else 0))[0]
+    return family.after(layer, h + y + (attention if residual == "kept" else 0), call)[0]
 
 
 def layer_of(model: Any, index: int) -> Any:

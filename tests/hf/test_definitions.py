@@ -72,7 +72,8 @@ def test_the_targets_are_what_the_base_layer_adds(name: str) -> None:
             state = found["h"] if family.parallel else found["h"] + a
             m = family.added(layer, layer.mlp(family.reads(layer, state)), "kept")
             assert close(seen[index].attention, a) and close(seen[index].mlp, m)
-            assert close(found["out"], found["h"] + a + m)
+            state = found["h"] + a + m
+            assert close(found["out"], family.after(layer, state, found["call"]))
 
 
 @every
