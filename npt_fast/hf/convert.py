@@ -21,7 +21,7 @@ from npt_fast.errors import ModelError
 from npt_fast.hf import patching
 from npt_fast.hf.description import record
 from npt_fast.hf.families import mlp_of
-from npt_fast.hf.np_layer import layer_forward, mlp_forward, mlp_module
+from npt_fast.hf.np_layer import layer_forward, mlp_forward, mlp_module, mlp_parts
 from npt_fast.hf.probe import OFFLOADED, Fit, device_of, fit, is_offloaded, kind
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.layer_names import LayerList, chosen_layers, resolve_layers
@@ -224,10 +224,10 @@ def add_layers(
         layer.np_component = component
         layer.__dict__["np_block"] = fits[index].block
         patching.attach(layer, layer_forward)
-        mlp = getattr(layer, layer.np_block.mlp)
-        patching.attach(mlp, mlp_forward)
-        # on the MLP and not registered, so that copies of the MLP alone have their own
-        mlp.__dict__["np_act_fn"] = getattr(mlp, component.layout.activation, None)
+        for part in mlp_parts(layer):
+            patching.attach(part, mlp_forward)
+            # on the MLP and not registered, so that copies of the MLP alone have their own
+            part.__dict__["np_act_fn"] = getattr(part, component.layout.activation, None)
     record(model, components(model))
 
 
@@ -271,7 +271,8 @@ def remove_layers(model: Any, indices: Sequence[int]) -> None:
     layers = [inner[index] for index in indices]
     for layer in layers:  # before the first is changed
         patching.check_detachable(layer, layer_forward)
-        patching.check_detachable(unwrapped(mlp_module(layer)), mlp_forward)
+        for part in mlp_parts(layer):
+            patching.check_detachable(part, mlp_forward)
     for layer in layers:
         patching.detach(layer, layer_forward)
         for mlp in mlp_module(layer).modules():  # in wrappers there may be copies
@@ -359,6 +360,7 @@ def _component(found: Fit, layer: nn.Module, config: NPTConfig, dtype: torch.dty
         residual=config.residual,
         activation=found.activation,
         layout=found.layout,
+        mixture=found.mixture,
         init=config.init,
         init_scale=config.init_scale,
         device=device_of(layer),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import decoder_layers
-from npt_fast.hf.families import attention_of, first
+from npt_fast.hf.families import attention_of
 
 TOKENS = 1024
 """Tokens of a pass, over all rows of the batch."""
