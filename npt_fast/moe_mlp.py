@@ -105,11 +105,21 @@ def expert_sizes(experts: Any) -> tuple[int, int]:
     return (inner, out) if experts.is_transposed else (out, inner)
 
 
+def expert_matrices(experts: Any, projection: str) -> Tensor:
+    """The weights of a projection, ``"gate"``, ``"up"`` or ``"down"``: a view, ``(E, out, in)``."""
+    weight: Tensor = getattr(experts, EXPERTS.module_name(projection))
+    if experts.is_transposed:
+        weight = weight.transpose(1, 2)
+    if projection == "down":
+        return weight
+    place = int(projection == "up")
+    return weight.chunk(2, 1)[place] if experts.is_concatenated else weight[:, place::2]
+
+
 def obstacle_of_experts(experts: Any) -> str | None:
     """What is in the way of changing the weights of routed experts; None if nothing.
 
-    transformers' experts have a gate, and weights in two tensors; a layer's may be sharded over
-    devices or quantised, which is asked at every call, since it may come later.
+    They may be of another form, or quantised, or sharded over devices, which may also come later.
     """
     name = type(experts).__name__
     for field, needed in _FORM.items():
@@ -157,7 +167,8 @@ def call_experts(
 
     def summed(outputs: Tensor) -> Tensor:
         # in the order of a token's experts: an index_add would have another one each time
-        return (outputs * weight)[back].unflatten(0, index.shape).sum(1).to(h.dtype)
+        each: Tensor = (outputs * weight)[back].unflatten(0, index.shape)
+        return each.sum(1).to(h.dtype)
 
     gate_up = _each(experts, "gate_up_proj", h[rows], counts)
     added = _gate_up(experts, h.view(*shape, -1), change)
@@ -172,16 +183,15 @@ def call_experts(
 def _each(experts: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
     """A projection of each expert, of the rows that are its own."""
     weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias", None)
-    outputs = [
-        linear(
-            own,
-            weight[e].t() if experts.is_transposed else weight[e],
-            None if bias is None else bias[e],
-        )
-        for e, own in enumerate(rows.split(counts))
-        if len(own)
-    ]
-    return torch.cat(outputs)
+    if experts.is_transposed:
+        weight = weight.transpose(1, 2)
+    return torch.cat(
+        [
+            linear(own, weight[e], None if bias is None else bias[e])
+            for e, own in enumerate(rows.split(counts))
+            if len(own)
+        ]
+    )
 
 
 def _gate_up(experts: Any, tokens: Tensor, change: Change) -> Tensor | None:

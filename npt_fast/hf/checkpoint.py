@@ -28,6 +28,7 @@ from npt_fast.hf.convert import (
     computes_in,
     decoder_layers,
     inference_dtype,
+    mixture_widths,
     remove_layers,
 )
 from npt_fast.hf.description import describe, record
@@ -324,6 +325,7 @@ def check_base(model: Any, checkpoint: Checkpoint) -> None:
     """
     config = unwrapped(model).config.get_text_config()
     sizes = {name: getattr(config, name, None) for name in SIZES}
-    checkpoint.check_sizes({**sizes, "num_hidden_layers": len(decoder_layers(model))})
+    sizes["num_hidden_layers"] = len(decoder_layers(model))
+    checkpoint.check_sizes(sizes, mixture_widths(model))
     base = checkpoint.model_name, checkpoint.fingerprint
     note_other_base(checkpoint.given, *base, fingerprint(model))

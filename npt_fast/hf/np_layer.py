@@ -39,7 +39,7 @@ def _modulated(
     """What the modulated MLP adds to the residual stream, given what attention adds."""
     component: NPComponent = layer.np_component
     block: Block = layer.np_block
-    options = {} if bottleneck is None else {"bottleneck": bottleneck}
+    options: dict[str, Any] = {} if bottleneck is None else {"bottleneck": bottleneck}
     if component.mixture is not None:  # routing is the base model's
         options["routed_by"] = block.mlp_input(layer, states, attention)
     # the MLP reads the layer's input: attention reaches it through its weights alone

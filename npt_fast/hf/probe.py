@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from npt_fast.called_mlp import first
 from npt_fast.errors import ModelError
 from npt_fast.functional import ACTIVATIONS
-from npt_fast.called_mlp import first
 from npt_fast.hf.families import Block, candidates, mlp_of, obstacle
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.mlp_layout import MLPLayout
@@ -253,7 +253,7 @@ def _activation(mlp: Any, layout: MLPLayout, x: Tensor) -> str:
 
 
 def _check_mixture(mlp: Any, mixture: Mixture, x: Tensor) -> None:
-    """Check that a mixture is its experts: they read its input, and it adds nothing to them."""
+    """Check that a mixture's experts read its input, and that its output grows with theirs."""
     name = f"has a mixture of experts ({type(mlp).__name__})"
     try:
         output = first(mlp(x))
@@ -262,15 +262,15 @@ def _check_mixture(mlp: Any, mixture: Mixture, x: Tensor) -> None:
         )
         with ExitStack() as stack:
             for part in mixture.parts:
-                silent = getattr(mlp, part).register_forward_hook(lambda *args: 0 * args[-1])
-                stack.callback(silent.remove)
-            rest = first(mlp(x))
+                louder = getattr(mlp, part).register_forward_hook(lambda *args: 2 * args[-1])
+                stack.callback(louder.remove)
+            doubled = first(mlp(x))
     except Exception as error:
         raise ModelError(f"{name} that cannot be run: {_line(error)}") from error
     if not _close(found, output):
         raise ModelError(f"{name} whose experts do not read its input as it is")
-    if rest.any():
-        raise ModelError(f"{name} that adds something to its {' and '.join(mixture.parts)}")
+    if not _close(doubled, 2 * output):  # a norm, another part, or its input as it is
+        raise ModelError(f"{name} whose output is no sum of its {' and '.join(mixture.parts)}")
 
 
 def _visible(projection: Any, x: Tensor, stack: ExitStack) -> Tensor:

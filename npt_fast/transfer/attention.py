@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npt_fast.called_mlp import first
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import decoder_layers
 from npt_fast.hf.families import attention_of

@@ -12,13 +12,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from npt_fast.arguments import check_arguments
-from npt_fast.called_mlp import has_plain_weight, is_plain_linear
+from npt_fast.called_mlp import has_no_hooks, has_plain_weight, is_plain_linear
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.errors import ModelError, TransferError
 from npt_fast.hf.convert import decoder_layers
 from npt_fast.hf.families import MLPPart, mlp_of, obstacle
 from npt_fast.hf.wrappers import unwrapped
+from npt_fast.moe_mlp import expert_matrices, obstacle_of_experts
 from npt_fast.paths import exists, path_errors, user_path
 from npt_fast.transfer.base_model import BaseModel
 from npt_fast.transfer.modulation import Modulation
@@ -74,23 +75,27 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
         mlp = _mlp(model, layer)
         name = getattr(mlp.layout, projection)
         module = getattr(mlp.module, name)
-        if not is_plain_linear(module):
+        if mlp.is_routed:
+            _check_experts(layer, mlp.module)
+            weight, rows = module, expert_matrices(mlp.module, projection)
+        elif is_plain_linear(module):
+            weight, rows = module.weight, mlp.layout.rows(projection, module.weight)
+        else:
             raise ModelError(_obstacle(f"layer {layer}, {name}", module))
         names = [
-            key
-            for key, other in model.named_parameters(remove_duplicate=False)
-            if other is module.weight
+            key for key, other in model.named_parameters(remove_duplicate=False) if other is weight
         ]
         if len(names) > 1:
             raise ModelError(f"{names[0]} is also {names[1]}; its weight cannot be changed alone")
-        weights[layer, projection] = mlp.layout.rows(projection, module.weight)
+        weights[layer, projection] = rows
     # a copy: subtracting what was added would not give the same bits
     originals = {key: weight.clone() for key, weight in weights.items()}
     for layer, name, terms in modulation.walk():
         weight = weights[layer, name]
         wide = torch.promote_types(weight.dtype, torch.float32)  # bfloat16 weights round once
         v_a, v_b = (v.to(weight.device, wide) for v in terms)
-        weight.copy_(torch.addmm(weight.to(wide), v_b.t(), v_a, alpha=strength))
+        for matrix in weight if weight.ndim == 3 else [weight]:  # of each expert
+            matrix.copy_(torch.addmm(matrix.to(wide), v_b.t(), v_a, alpha=strength))
     return Baked(originals, weights)
 
 
@@ -100,6 +105,14 @@ def _mlp(model: Any, index: int) -> MLPPart:
     if found is None:
         raise ModelError(f"layer {index} {obstacle(layer)}")
     return found
+
+
+def _check_experts(layer: int, experts: Any) -> None:
+    problem = obstacle_of_experts(experts)
+    if problem is None and not has_no_hooks(experts):
+        problem = "has hooks on its experts"
+    if problem:
+        raise ModelError(f"layer {layer} {problem}; inject the modulation instead")
 
 
 def _obstacle(where: str, module: Any) -> str:
@@ -135,7 +148,7 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
         The folder.
 
     Raises:
-        ModelError: the modulation belongs to another base model.
+        ModelError: the modulation belongs to another base model, or changes routed experts.
         TransferError: the folder exists already or cannot be written.
     """
     modulation.check_base_model(model)
@@ -150,6 +163,11 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
     found: dict[str, list[Terms]] = {}
     for layer, projection, (v_a, v_b) in modulation.walk():
         mlp = _mlp(model, layer)
+        if mlp.is_routed:
+            raise ModelError(
+                f"layer {layer} changes all routed experts alike, which an adapter of linear "
+                "layers cannot hold; bake or inject the modulation instead"
+            )
         if mlp.layout.joined and projection != "down":  # the other's rows of the matrix stay
             zeros = torch.zeros_like(v_b)
             v_b = torch.cat([v_b, zeros] if projection == "gate" else [zeros, v_b], -1)
