@@ -16,7 +16,7 @@ from npt_fast.called_mlp import has_no_hooks, has_plain_weight, is_plain_linear
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.errors import ModelError, TransferError
-from npt_fast.hf.convert import decoder_layers
+from npt_fast.hf.convert import decoder_layers, mixture_widths
 from npt_fast.hf.families import MLPPart, mlp_of, obstacle
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.moe_mlp import expert_matrices, obstacle_of_experts
@@ -148,10 +148,15 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
         The folder.
 
     Raises:
-        ModelError: the modulation belongs to another base model, or changes routed experts.
+        ModelError: the modulation belongs to another base model, or the model has mixtures of experts.
         TransferError: the folder exists already or cannot be written.
     """
     modulation.check_base_model(model)
+    if mixtures := list(mixture_widths(model)):
+        raise ModelError(
+            f"layers {mixtures} are mixtures of experts, and PEFT would take an adapter of any "
+            "layer's MLP for one of their experts; bake or inject the modulation instead"
+        )
     target = user_path(output)
     with path_errors(target, TransferError):
         if exists(target):
@@ -163,11 +168,6 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
     found: dict[str, list[Terms]] = {}
     for layer, projection, (v_a, v_b) in modulation.walk():
         mlp = _mlp(model, layer)
-        if mlp.is_routed:
-            raise ModelError(
-                f"layer {layer} changes all routed experts alike, which an adapter of linear "
-                "layers cannot hold; bake or inject the modulation instead"
-            )
         if mlp.layout.joined and projection != "down":  # the other's rows of the matrix stay
             zeros = torch.zeros_like(v_b)
             v_b = torch.cat([v_b, zeros] if projection == "gate" else [zeros, v_b], -1)
