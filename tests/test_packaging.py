@@ -34,7 +34,7 @@ NEEDS = {
     **dict.fromkeys(("layer_names", "paths", "report_files", "schema"), "core"),
     **dict.fromkeys(("arguments", "tables", "text_sources"), "core"),
     **dict.fromkeys(("called_mlp", "functional", "hf", "initialization"), "hf"),
-    **dict.fromkeys(("kept_cast", "modules"), "hf"),
+    **dict.fromkeys(("kept_cast", "mlp_layout", "modules", "moe_mlp"), "hf"),
     **dict.fromkeys(("hub", "testing"), "hf"),
     "vllm": "serve",
     "transfer": "hf",

@@ -117,7 +117,7 @@ def test_one_modulation_has_one_width() -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_no_adapters(family: str, tmp_path: Path) -> None:
-    """PEFT would put those of DeepSeek's layer 0, which has no experts, on the experts of others."""
+    """PEFT would put those of DeepSeek's layer 0 on the experts of other layers."""
     model = base(family)
     m = modulation(model, (0,))
     with pytest.raises(npt.ModelError, match=r"layers \[.*1, 2, 3\] are mixtures of experts"):
