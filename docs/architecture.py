@@ -53,7 +53,7 @@ BOXES = (
     Box(("hf",), "Hugging Face models: convert, load, save, export", 2, 40, 720, "#e0f2f1"),
     Box(("pictures", "report_files"), "how results are shown", 3, 500, 720, "#f5f5f5"),
     Box(
-        ("modules", "called_mlp", "initialization", "kept_cast", "mlp_layout"),
+        ("modules", "called_mlp", "initialization", "kept_cast", "mlp_layout", "moe_mlp"),
         "the NP component",
         3,
         40,

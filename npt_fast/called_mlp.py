@@ -70,8 +70,19 @@ def has_plain_weight(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bo
     """Whether a module is a linear layer of a class, with a float weight on a device."""
     if type(module) is not kind:
         return False
-    weight: Any = module._parameters.get("weight")  # module.weight would take ten times as long
+    # module.weight would take ten times as long
+    return is_plain_tensor(module._parameters.get("weight"))
+
+
+def is_plain_tensor(weight: Any) -> bool:
+    """Whether a weight is a float tensor on a device, neither quantised nor a shard."""
     return type(weight) in _TENSORS and weight.dtype in _DTYPES and not weight.is_meta
+
+
+def first(output: Any) -> Tensor:
+    """The output of a module that may return more behind it, as attention does its weights."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
 
 
 def has_no_hooks(module: Any) -> bool:
@@ -86,6 +97,15 @@ def _has_no_own_hooks(module: Any) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def called_as_module(module: Any, run: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``run(module, *args)``, within the module's hooks if it has some.
+
+    It is called then, with the keyword that `npt_fast.convert` adds to its forward.
+    """
+    y: Tensor = run(module, *args) if has_no_hooks(module) else module(*args, modulated=run)
+    return y
 
 
 def call_mlp(

@@ -88,7 +88,7 @@ class MLPLayout:
 
     def fits(self, mlp: nn.Module | None) -> bool:
         """Whether a module has these projections."""
-        return mlp is not None and all(hasattr(mlp, name) for name in self.names)
+        return all(isinstance(getattr(mlp, name, None), nn.Module) for name in self.names)
 
 
 def _inputs(projection: Any) -> int:

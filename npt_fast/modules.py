@@ -10,7 +10,7 @@ from typing import Any, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from npt_fast.called_mlp import Change, Edit, call_mlp, has_no_hooks, is_plain
+from npt_fast.called_mlp import Change, Edit, call_mlp, called_as_module, is_plain
 from npt_fast.checkpoint.keys import PROJECTIONS_OF, modulated
 from npt_fast.checkpoint.np_module import Architecture, ScaleSlot
 from npt_fast.config import Initialization
@@ -32,6 +32,7 @@ from npt_fast.functional import (
 from npt_fast.initialization import initialize
 from npt_fast.kept_cast import KeptCast
 from npt_fast.mlp_layout import GATED, MLPLayout
+from npt_fast.moe_mlp import Mixture, call_mixture
 
 
 class NPComponent(nn.Module):
@@ -51,7 +52,8 @@ class NPComponent(nn.Module):
         residual: ``"removed"`` if the MLP replaces attention + MLP, ``"kept"`` if the attention
             output is still added to the residual stream.
         activation: the MLP's activation, a name of `npt_fast.functional.ACTIVATIONS`.
-        layout: how the MLP names its projections.
+        layout: how the MLP, or the part of a mixture that changes, names its projections.
+        mixture: the parts of an MLP that is a mixture of experts; None for any other.
         init: initialization of the parameters, see `npt_fast.initialization`.
         init_scale: scale of the initializations that are the original's.
         device: device of the parameters.
@@ -76,6 +78,7 @@ class NPComponent(nn.Module):
         residual: str = "removed",
         activation: str = "silu",
         layout: MLPLayout = GATED,
+        mixture: Mixture | None = None,
         init: Initialization = "zero",
         init_scale: float = 0.001,
         device: torch.device | str | None = None,
@@ -103,6 +106,7 @@ class NPComponent(nn.Module):
         self.residual = residual
         self.activation = activation
         self.layout = layout
+        self.mixture = mixture
         self.init = init
         self.init_scale = init_scale
         self.enabled = True
@@ -191,16 +195,6 @@ class NPComponent(nn.Module):
         whole = {name: Int8Matrix(w, scales[name], dtype) for name, w in self.joined.items()}
         return Factors._make([*map(whole.get, Factors._fields[:-1]), self.num_ranks])
 
-    def check_quantizable(self) -> None:
-        """Raise ModelError if a factor has NaN or infinite numbers, or is a shard."""
-        for name, tensor in self.joined.items():
-            if tensor.is_meta:
-                raise ModelError("factors on the meta device have no numbers to round")
-            if is_shard(tensor):
-                raise ModelError("factors that are shards (DTensor) cannot be quantized")
-            if not bool(tensor.isfinite().all()):
-                raise ModelError(f"{name}: NaN and infinite numbers cannot be rounded to int8")
-
     def quantize(self) -> None:
         """Round the factors to int8; they become buffers, and cannot be trained."""
         self._kept_cast.forget()
@@ -253,6 +247,7 @@ class NPComponent(nn.Module):
         h: Tensor,
         mlp: Any,
         *,
+        routed_by: Tensor | None = None,
         edits: Sequence[Edit] = (),
         bottleneck: list[Tensor] | None = None,
     ) -> Tensor:
@@ -263,7 +258,9 @@ class NPComponent(nn.Module):
         Args:
             attention: attention output after its output projection, ``(..., D)``.
             h: MLP input, ``(..., D)``.
-            mlp: module with the projections of the layout, or a function that returns it.
+            mlp: module with the projections of the layout, or a mixture of experts with a part that
+                has them; or a function that returns it.
+            routed_by: what a mixture's router reads, ``(..., D)``; `h` if not given.
             edits: what replaces the weight change of some tokens, applied in this order. Other
                 tokens get the same bits as without edits.
             bottleneck: list that gets the bottlenecks, if the fused path computes a graph.
@@ -283,10 +280,20 @@ class NPComponent(nn.Module):
                     "int8 factors pass no gradients on: call the model under torch.no_grad(), or "
                     "load float factors"
                 )
+        gated = partial(self._gated, attention, h, edits=edits, u=bottleneck)
+        if self.mixture is None:
+            return gated(mlp)
+        change = partial(self._edited_change, attention, edits)
+        read = h if routed_by is None else routed_by
+        return call_mixture(mlp, self.mixture, h, read, shared=gated, change=change)
+
+    def _gated(
+        self, attention: Tensor, h: Tensor, mlp: Any, edits: Sequence[Edit], u: list[Tensor] | None
+    ) -> Tensor:
         if self.layout.gate is None or not is_plain(mlp, self.layout):
             return self._called(attention, h, mlp, edits)
         if not edits:
-            return self._fused(attention, h, mlp, bottleneck)
+            return self._fused(attention, h, mlp, u)
         tokens = edits[0].tokens
         for edit in edits[1:]:
             tokens = tokens | edit.tokens
@@ -317,6 +324,15 @@ class NPComponent(nn.Module):
         )
 
     def _called(self, attention: Tensor, h: Tensor, mlp: Any, edits: Sequence[Edit]) -> Tensor:
+        run = partial(
+            call_mlp,
+            activation=ACTIVATIONS[self.activation][0],
+            change=self._edited_change(attention, edits),
+            layout=self.layout,
+        )
+        return called_as_module(mlp, run, h)
+
+    def _edited_change(self, attention: Tensor, edits: Sequence[Edit]) -> Change:
         if is_shard(self.w_down):
             raise ModelError(
                 "an NP component's parameters are shards (DTensor): FSDP2 gathers them in the call "
@@ -325,14 +341,7 @@ class NPComponent(nn.Module):
         change = self.change(attention)
         for edit in edits:
             change = edit.applied(change, self, attention)
-        run = partial(
-            call_mlp,
-            activation=ACTIVATIONS[self.activation][0],
-            change=change,
-            layout=self.layout,
-        )
-        # an MLP with hooks is called as a module, with the keyword that convert has added
-        return run(mlp, h) if has_no_hooks(mlp) else mlp(h, modulated=run)
+        return change
 
     def change(self, attention: Tensor) -> Change:
         """What the weight changes add to the projections' outputs, given the attention output."""

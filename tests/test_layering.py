@@ -35,14 +35,15 @@ ALLOWED = {
     "initialization": {"config", "checkpoint"},
     "mlp_layout": {"checkpoint", "errors", "kernels"},
     "called_mlp": {"errors", "functional", "mlp_layout"},
+    "moe_mlp": {"called_mlp", "errors", "mlp_layout"},
     "kept_cast": set[str](),
     "modules": {
         *("config", "errors", "checkpoint", "functional", "called_mlp", "initialization"),
-        *("kept_cast", "mlp_layout"),
+        *("kept_cast", "mlp_layout", "moe_mlp"),
     },
     "hf": {
         *("arguments", "config", "errors", "hub", "layer_names", "paths", "schema", "checkpoint"),
-        *("functional", "mlp_layout", "modules", "tables"),
+        *("called_mlp", "functional", "mlp_layout", "modules", "moe_mlp", "tables"),
     },
     "training": {
         *("arguments", "config", "errors", "layer_names", "paths", "schema", "text_sources"),
@@ -50,7 +51,8 @@ ALLOWED = {
     },
     "transfer": {
         *("arguments", "config", "errors", "layer_names", "paths", "schema", "checkpoint"),
-        *("functional", "called_mlp", "mlp_layout", "modules", "hf", "pictures", "report_files"),
+        *("functional", "called_mlp", "mlp_layout", "modules", "moe_mlp", "hf", "pictures"),
+        "report_files",
         "tables",
     },
     "vllm": {"checkpoint", "errors", "functional", "hf", "modules", "paths", "schema"},

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from npt_fast import paths
@@ -156,25 +157,30 @@ class Checkpoint:
             if layer not in self.modules:
                 raise ModelError(f"{self.given}: has no layer {layer}, only {list(self.modules)}")
 
-    def check_sizes(self, base: Mapping[str, int | None]) -> None:
+    def check_sizes(
+        self, base: Mapping[str, int | None], widths: Mapping[int, int] = MappingProxyType({})
+    ) -> None:
         """Raise ModelError if the checkpoint was trained on a base model of other sizes.
 
         Args:
             base: sizes of the base model, as far as they are known.
+            widths: ``intermediate_size`` of layers where it is another one, by index.
         """
-        architecture = next(iter(self.modules.values())).architecture
-        sizes = {  # not vocab_size: it changes when a token is added
-            "hidden_size": architecture.hidden_size,
-            "intermediate_size": architecture.intermediate_size,
-            "num_hidden_layers": self.base_size("num_hidden_layers"),
-        }
-        for name, value in sizes.items():
-            own = base.get(name)
+
+        def check(name: str, value: int | None, own: int | None) -> None:
             if value is not None and own is not None and own != value:
                 raise ModelError(
                     f"{self.given}: was trained on another base model: "
                     f"{name} {value}, the model has {own}"
                 )
+
+        for layer, module in self.modules.items():
+            width = widths.get(layer, base.get("intermediate_size"))
+            check("hidden_size", module.architecture.hidden_size, base.get("hidden_size"))
+            check("intermediate_size", module.architecture.intermediate_size, width)
+        # not vocab_size: it changes when a token is added
+        name = "num_hidden_layers"
+        check(name, self.base_size(name), base.get(name))
         count, last = base.get("num_hidden_layers"), max(self.modules)
         if count is not None and last >= count:
             raise ModelError(f"{self.given}: has layer {last}, the model has {count}")

@@ -258,16 +258,24 @@ def _group(inputs: Sequence[MergeInput]) -> TrainingState | None:
 def _check_same_base(inputs: Sequence[MergeInput], options: MergeOptions) -> None:
     """Raise MergeError unless all layers can belong to one base model."""
     first = inputs[0].checkpoint
-    expected = next(iter(first.modules.values())).architecture
+    common = next(iter(first.modules.values())).architecture
+    widths: dict[int, int] = {}
     for item in inputs:
         checkpoint = item.checkpoint
+        # layers of a mixture of experts have other widths than its other layers
+        is_same = checkpoint.fingerprint is not None and checkpoint.fingerprint == first.fingerprint
         for layer, module in checkpoint.modules.items():
             found = module.architecture
-            for name in ("hidden_size", "intermediate_size"):
-                if getattr(found, name) != getattr(expected, name):
+            width = (found if is_same else common).intermediate_size
+            expected = {
+                "hidden_size": common.hidden_size,
+                "intermediate_size": widths.setdefault(layer, width),
+            }
+            for name, size in expected.items():
+                if getattr(found, name) != size:
                     raise MergeError(
                         f"{checkpoint.given}: layer {layer} was trained on another base model: "
-                        f"{name} {getattr(found, name)}, {getattr(expected, name)} in {first.given}"
+                        f"{name} {getattr(found, name)}, {size} in {first.given}"
                     )
     # not vocab_size: no NP layer depends on it, and adding a token changes it
     name = "num_hidden_layers"
@@ -299,7 +307,8 @@ def description_of(inputs: Sequence[MergeInput], layers: Sequence[MergedLayer]) 
 
     sizes = {
         "hidden_size": architecture.hidden_size,
-        "intermediate_size": architecture.intermediate_size,
+        "intermediate_size": first_known(c.base_size("intermediate_size") for c in checkpoints)
+        or architecture.intermediate_size,
         "num_hidden_layers": first_known(c.base_size("num_hidden_layers") for c in checkpoints),
         "vocab_size": first_known(c.base_size("vocab_size") for c in checkpoints),
     }

@@ -21,5 +21,5 @@ def base_sizes(model: Any) -> dict[str, int]:
         found = (mlp_of(unwrapped(layer)) for layer in layers_of(decoder_of(model)))
         mlp = next(filter(None, found), None)
         if mlp is not None:
-            sizes["intermediate_size"] = mlp.layout.widths(mlp.module)[1]
+            sizes["intermediate_size"] = mlp.sizes[1]
     return sizes

@@ -29,6 +29,7 @@ from npt_fast.hf.convert import (
     computes_in,
     decoder_layers,
     inference_dtype,
+    mixture_widths,
     remove_layers,
 )
 from npt_fast.hf.description import describe, record
@@ -334,6 +335,7 @@ def check_base(model: Any, checkpoint: Checkpoint) -> None:
 
     Another base model of the same sizes gives an `NPTWarning`.
     """
-    checkpoint.check_sizes({**base_sizes(model), "num_hidden_layers": len(decoder_layers(model))})
+    sizes = {**base_sizes(model), "num_hidden_layers": len(decoder_layers(model))}
+    checkpoint.check_sizes(sizes, mixture_widths(model))
     base = checkpoint.model_name, checkpoint.fingerprint
     note_other_base(checkpoint.given, *base, fingerprint(model))

@@ -23,7 +23,7 @@ from npt_fast.hf import patching
 from npt_fast.hf.decoder import decoder_of, layers_of
 from npt_fast.hf.description import record
 from npt_fast.hf.families import mlp_of
-from npt_fast.hf.np_layer import layer_forward, mlp_forward, mlp_module
+from npt_fast.hf.np_layer import layer_forward, mlp_forward, mlp_module, mlp_parts
 from npt_fast.hf.probe import OFFLOADED, Fit, device_of, fit, is_offloaded, kind
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.layer_names import LayerList, chosen_layers, resolve_layers
@@ -89,6 +89,12 @@ def chosen_components(model: nn.Module, layers: LayerList | None) -> list[int]:
         if layer not in converted:
             raise ModelError(f"layer {layer} is no NP layer; converted are {list(converted)}")
     return chosen
+
+
+def mixture_widths(model: Any) -> dict[int, int]:
+    """Width F of what changes, in each layer that is a mixture of experts; it has its own."""
+    parts = ((index, mlp_of(layer)) for index, layer in enumerate(_inner_layers(model)))
+    return {index: part.sizes[1] for index, part in parts if part and part.mixture}
 
 
 @check_arguments
@@ -223,10 +229,10 @@ def add_layers(
         layer.np_component = component
         layer.__dict__["np_block"] = fits[index].block
         patching.attach(layer, layer_forward)
-        mlp = getattr(layer, layer.np_block.mlp)
-        patching.attach(mlp, mlp_forward)
-        # on the MLP and not registered, so that copies of the MLP alone have their own
-        mlp.__dict__["np_act_fn"] = getattr(mlp, component.layout.activation, None)
+        for part in mlp_parts(layer):
+            patching.attach(part, mlp_forward)
+            # on the MLP and not registered, so that copies of the MLP alone have their own
+            part.__dict__["np_act_fn"] = getattr(part, component.layout.activation, None)
     record(model, components(model))
     parallel = [index for index, found in fits.items() if found.block.parallel]
     if trainable and config.residual == "kept" and parallel:
@@ -277,7 +283,8 @@ def remove_layers(model: Any, indices: Sequence[int]) -> None:
     layers = [inner[index] for index in indices]
     for layer in layers:  # before the first is changed
         patching.check_detachable(layer, layer_forward)
-        patching.check_detachable(unwrapped(mlp_module(layer)), mlp_forward)
+        for part in mlp_parts(layer):
+            patching.check_detachable(part, mlp_forward)
     for layer in layers:
         patching.detach(layer, layer_forward)
         for mlp in mlp_module(layer).modules():  # in wrappers there may be copies
@@ -365,6 +372,7 @@ def _component(found: Fit, layer: nn.Module, config: NPTConfig, dtype: torch.dty
         residual=config.residual,
         activation=found.activation,
         layout=found.layout,
+        mixture=found.mixture,
         init=config.init,
         init_scale=config.init_scale,
         device=device_of(layer),

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from npt_fast.hf.base_model import load_skeleton
 from npt_fast.hf.convert import decoder_layers, supported_layers
 from npt_fast.hf.families import mlp_of
 from npt_fast.hf.probe import kind
 
+_STEP = 64  # numbers between the beginnings of two experts' matrices; kernels want aligned ones
+
 
 def examine(name: str, *, trust_remote_code: bool = False) -> dict[int, str | None]:
     """Which layers of a model can be converted; its weights are neither read nor downloaded.
 
-    One layer of each kind gets random weights for as long as it is probed.
+    One layer of each kind gets random weights for as long as it is probed. Those of experts overlap
+    in memory, so that a layer of hundreds takes as much as one.
 
     Args:
         name: Hub id, folder, path of a ``.gguf`` file, or ``"smollm2-135m"``.
@@ -41,10 +45,7 @@ def examine(name: str, *, trust_remote_code: bool = False) -> dict[int, str | No
 
 @contextmanager
 def _random_weights(layer: nn.Module) -> Iterator[None]:
-    """Context in which a layer on the meta device has weights, if it is worth a probe.
-
-    A layer without the parts of a block is not: 256 experts would need 20 GB.
-    """
+    """Context in which a layer on the meta device has weights, if it is worth a probe."""
     if mlp_of(layer) is None:
         yield
         return
@@ -54,12 +55,21 @@ def _random_weights(layer: nn.Module) -> Iterator[None]:
         for part, parameters in empty:
             for name, tensor in parameters.items():
                 if tensor is not None:
-                    scale = tensor.shape[-1] ** -0.5 if tensor.ndim else 1.0
-                    values = torch.empty(tensor.shape, dtype=tensor.dtype)
                     part._parameters[name] = nn.Parameter(
-                        values.normal_(std=scale, generator=generator), requires_grad=False
+                        _random(tensor, generator), requires_grad=False
                     )
         yield
     finally:
         for part, parameters in empty:
             part._parameters.update(parameters)
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers of a tensor's shape; matrices of experts each begin a little further on."""
+    scale = like.shape[-1] ** -0.5 if like.ndim else 1.0
+    if like.ndim < 3:
+        return torch.empty_like(like, device="cpu").normal_(std=scale, generator=generator)
+    count, *matrix = like.shape
+    numbers = torch.empty(prod(matrix) + count * _STEP, dtype=like.dtype)
+    numbers.normal_(std=scale, generator=generator)
+    return numbers.as_strided(like.shape, (_STEP, *like.stride()[1:]))

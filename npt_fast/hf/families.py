@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from npt_fast.called_mlp import first
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.mlp_layout import GATED, MLPLayout
+from npt_fast.moe_mlp import EXPERTS, Mixture, expert_sizes
 
 
 @dataclass(frozen=True)
@@ -107,21 +109,22 @@ class Block:
         state = h if attention is None or self.parallel else h + attention
         return state if self.mlp_norm is None else getattr(layer, self.mlp_norm)(state)
 
-    def mlp_added(self, layer: Any, output: Tensor, *, normed: bool = True) -> Tensor:
+    def mlp_added(self, layer: Any, output: Any, *, normed: bool = True) -> Tensor:
         """What an MLP's output adds to the residual stream.
 
         Args:
             layer: decoder layer.
-            output: output of the MLP, ``(B, S, D)``.
+            output: output of the MLP, ``(B, S, D)``, maybe with more behind it.
             normed: whether the post-norm is part of it. It fixes the length of what is added, so an
                 MLP that stands for attention too goes without.
 
         Returns:
             ``(B, S, D)``.
         """
+        added = first(output)
         if normed and self.mlp_post_norm is not None:
-            output = getattr(layer, self.mlp_post_norm)(output)
-        return self.scaled(layer, output)
+            added = getattr(layer, self.mlp_post_norm)(added)
+        return self.scaled(layer, added)
 
     def scaled(self, layer: Any, part: Tensor) -> Tensor:
         """A part's output times the layer's scale, if it has one."""
@@ -212,6 +215,7 @@ BLOCKS: tuple[Block, ...] = (
         mlp_post_norm="post_feedforward_layernorm",
     ),
     Block(mlp_norm="input_layernorm", parallel=True),  # Cohere, Phi-2
+    Block(mlp="block_sparse_moe", scale="residual_multiplier"),  # Granite's mixtures
     Block(attn="attention", parallel=True),  # GPT-NeoX
     Block(attn="attention"),  # GPT-NeoX that is not parallel
     _GPT2,
@@ -235,12 +239,6 @@ LAYOUTS: tuple[MLPLayout, ...] = (
 """MLPs, and models that have them."""
 
 
-def first(output: Any) -> Tensor:
-    """The output of a layer, or of its attention, that may return weights behind it."""
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
-
-
 def candidates(layer: nn.Module) -> list[Block]:
     """Blocks whose parts a layer has, those with the most parts first."""
     found = [block for block in BLOCKS if block.fits(layer)]
@@ -258,27 +256,55 @@ def attention_of(layer: nn.Module) -> Any:
 
 
 class MLPPart(NamedTuple):
-    """A decoder layer's MLP.
+    """A decoder layer's MLP, or the part of a mixture of experts whose weights can be changed.
 
     Attributes:
-        name: its name in the layer.
-        module: the MLP without wrappers.
+        name: its name in the layer, such as ``"mlp"`` or ``"mlp.experts"``.
+        module: the module without wrappers.
         layout: how it names its projections.
+        mixture: the mixture that it is a part of; None if it is the MLP itself.
     """
 
     name: str
     module: Any
     layout: MLPLayout
+    mixture: Mixture | None = None
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether it is the routed experts, whose matrices are one tensor."""
+        return self.mixture is not None and self.mixture.shared is None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Width D of what it reads and width F of what is inside, of one expert."""
+        if self.is_routed:
+            return expert_sizes(self.module)
+        return self.layout.widths(self.module)
 
 
 def mlp_of(layer: nn.Module) -> MLPPart | None:
     """A decoder layer's MLP; None if it has none of the table's."""
     for name in dict.fromkeys(block.mlp for block in BLOCKS):
         mlp = unwrapped(getattr(layer, name, None))
-        layout = layout_of(mlp)
-        if layout is not None:
+        if (layout := layout_of(mlp)) is not None:
             return MLPPart(name, mlp, layout)
+        if (mixture := mixture_of(mlp)) is not None:
+            part = unwrapped(getattr(mlp, mixture.changed))
+            layout = layout_of(part) if mixture.shared else EXPERTS
+            assert layout is not None
+            return MLPPart(f"{name}.{mixture.changed}", part, layout, mixture)
     return None
+
+
+def mixture_of(mlp: nn.Module | None) -> Mixture | None:
+    """The parts of an MLP that is a mixture of experts as transformers has them; else None."""
+    experts = getattr(mlp, "experts", None)
+    if mlp is None or not all(hasattr(experts, name) for name in EXPERTS.names):
+        return None
+    others = ((name, part) for name, part in mlp.named_children() if name != "experts")
+    shared = next((name for name, part in others if layout_of(unwrapped(part)) is not None), None)
+    return Mixture(shared=shared)
 
 
 def obstacle(layer: nn.Module) -> str:
@@ -295,9 +321,9 @@ def obstacle(layer: nn.Module) -> str:
         problems.append(f"no self_attn, but {', '.join(others) or 'no attention at all'}")
     mlp = parts.get("mlp")
     routed = [part for part in parts.values() if hasattr(part, "experts")]
-    if routed:
-        problems.append(f"a mixture of experts as its MLP ({type(routed[0]).__name__})")
-    elif layout_of(mlp) is None:
+    if routed and mixture_of(routed[0]) is None:
+        problems.append(f"a mixture of experts of another form ({type(routed[0]).__name__})")
+    elif not routed and layout_of(mlp) is None:
         # of the layout that it has most of
         layout = max(LAYOUTS, key=lambda one: sum(hasattr(mlp, name) for name in one.names))
         absent = [f"mlp.{name}" for name in layout.names if not hasattr(mlp, name)]

@@ -36,14 +36,26 @@ def layer_forward(
         return _parts(layer, hidden_states, scaffold, options)
     returned = block.attention_output(layer, hidden_states, options)
     attention = block.attention_added(layer, returned)
+    out = hidden_states + _modulated(layer, hidden_states, attention)
+    if component.residual == "kept":
+        out = out + attention
+    return block.returned(block.finished(layer, out, options), returned)
+
+
+def _modulated(
+    layer: Any, states: Tensor, attention: Tensor, bottleneck: list[Tensor] | None = None
+) -> Tensor:
+    """What the modulated MLP adds to the residual stream, given what attention adds."""
+    component: NPComponent = layer.np_component
+    block: Block = layer.np_block
+    options: dict[str, Any] = {} if bottleneck is None else {"bottleneck": bottleneck}
+    if component.mixture is not None:  # routing is the base model's
+        options["routed_by"] = block.mlp_input(layer, states, attention)
     # the MLP reads the layer's input: attention reaches it through its weights alone
-    h = block.mlp_input(layer, hidden_states)
+    h = block.mlp_input(layer, states)
     # a function: accelerate would move a module among the arguments, also one that is offloaded
-    kept = component.residual == "kept"
-    y = block.mlp_added(layer, component(attention, h, lambda: _mlp(layer)), normed=kept)
-    out = hidden_states + y
-    out = block.finished(layer, out + attention if kept else out, options)
-    return block.returned(out, returned)
+    y = component(attention, h, lambda: _mlp(layer), **options)
+    return block.mlp_added(layer, y, normed=component.residual == "kept")
 
 
 def _parts(layer: Any, hidden_states: Tensor, scaffold: Scaffold, call: Mapping[str, Any]) -> Parts:
@@ -63,9 +75,7 @@ def _parts(layer: Any, hidden_states: Tensor, scaffold: Scaffold, call: Mapping[
             h = block.mlp_input(layer, virtual.hidden, virtual.attention)
             base = block.mlp_added(layer, mlp_module(layer)(h))
     found: list[Tensor] = []
-    h = block.mlp_input(layer, states)
-    outputs = component(read, h, lambda: _mlp(layer), bottleneck=found)
-    outputs = block.mlp_added(layer, outputs, normed=kept)
+    outputs = _modulated(layer, states, read, found)
     count = hidden_states.shape[-2]
     parts = Parts(attention, outputs[..., :count, :])
     if virtual is not None:
@@ -90,27 +100,36 @@ def mlp_module(layer: Any) -> Any:
 
 def _mlp(layer: Any) -> Any:
     """An NP layer's MLP, which must be the one whose function was proved when it was converted."""
-    mlp = unwrapped(mlp_module(layer))
-    act_fn, replaced = layer.np_component.layout.activation, ""
-    if not patching.is_attached(mlp, mlp_forward):
-        replaced = "it or its forward"
-    elif getattr(mlp, act_fn, None) is not mlp.np_act_fn:
-        replaced = f"its {act_fn}"
-    if replaced:
-        raise ModelError(
-            f"{type(mlp).__name__}: {replaced} was replaced after the layer was converted; "
-            "replace it before npt.convert"
-        )
+    mlp, *parts = mlp_parts(layer)
+    act_fn = layer.np_component.layout.activation
+    for part in (mlp, *parts):
+        replaced = ""
+        if not patching.is_attached(part, mlp_forward):
+            replaced = "it or its forward"
+        elif getattr(part, act_fn, None) is not part.np_act_fn:
+            replaced = f"its {act_fn}"
+        if replaced:
+            raise ModelError(
+                f"{type(part).__name__}: {replaced} was replaced after the layer was converted; "
+                "replace it before npt.convert"
+            )
     return mlp
 
 
+def mlp_parts(layer: Any) -> list[Any]:
+    """An NP layer's MLP, and of a mixture the part whose weights change; without wrappers."""
+    mlp, mixture = unwrapped(mlp_module(layer)), layer.np_component.mixture
+    return [mlp] if mixture is None else [mlp, unwrapped(getattr(mlp, mixture.changed))]
+
+
 def mlp_forward(
-    mlp: Any, h: Tensor, *, modulated: Callable[[Any, Tensor], Tensor] | None = None
-) -> Tensor:
+    mlp: Any, *args: Any, modulated: Callable[..., Tensor] | None = None, **options: Any
+) -> Any:
     """The forward of an NP layer's MLP: the base's, or with `modulated` the modulated one.
 
     The MLP is called as a module only if it is not plain. Then its own hooks see what they would
     see in the base model.
     """
-    y: Tensor = patching.call_base(mlp, h) if modulated is None else modulated(mlp, h)
-    return y
+    if modulated is None:
+        return patching.call_base(mlp, *args, **options)
+    return modulated(mlp, *args)

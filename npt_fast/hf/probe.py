@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from npt_fast.called_mlp import first
 from npt_fast.errors import ModelError
 from npt_fast.functional import ACTIVATIONS
 from npt_fast.hf.decoder import Call, call_of, layers_of, with_layers
-from npt_fast.hf.families import Block, candidates, first, layout_of, obstacle
+from npt_fast.hf.families import Block, candidates, mlp_of, obstacle
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.mlp_layout import MLPLayout
+from npt_fast.moe_mlp import Mixture, call_mixture, obstacle_of_experts
 
 OFFLOADED = "is offloaded; NP layers must be on a device"
 _TOKENS = 8
@@ -40,14 +42,17 @@ class Fit(NamedTuple):
 
     Attributes:
         block: the layer's block.
-        layout: how its MLP names its projections.
+        layout: how its MLP, or the part of a mixture that changes, names its projections.
+        mixture: the parts of an MLP that is a mixture of experts.
         hidden_size: model width D.
         intermediate_size: MLP width F.
-        activation: the MLP's activation, a name of `npt_fast.functional.ACTIVATIONS`.
+        activation: the MLP's activation, a name of `npt_fast.functional.ACTIVATIONS`; routed
+            experts apply their own, whatever it is.
     """
 
     block: Block
     layout: MLPLayout
+    mixture: Mixture | None
     hidden_size: int
     intermediate_size: int
     activation: str
@@ -71,18 +76,21 @@ def fit(decoder: Any, index: int, *, probe: bool = True) -> Fit:
     """
     layer = unwrapped(layers_of(decoder)[index])
     blocks = candidates(layer)
-    mlp: Any = getattr(layer, blocks[0].mlp) if blocks else None
-    layout = layout_of(mlp)
-    if layout is None:
+    part = mlp_of(layer) if blocks else None
+    if part is None:
         raise ModelError(obstacle(layer))
     if is_offloaded(layer):
         raise ModelError(OFFLOADED)
-    hidden_size, intermediate_size = layout.widths(mlp)
+    if part.is_routed and (problem := obstacle_of_experts(part.module)):
+        raise ModelError(problem)
+    hidden_size, intermediate_size = part.sizes
     dtype = getattr(decoder, "dtype", torch.float32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _TOKENS, hidden_size, generator=generator).to(device_of(layer), dtype)
     with _undisturbed(layer):
-        activation = _activation(mlp, layout, x)
+        activation = "silu" if part.is_routed else _activation(part.module, part.layout, x)
+        if part.mixture is not None:
+            _check_mixture(getattr(layer, blocks[0].mlp), part.mixture, x)
         if probe or len({len(block.parts) for block in blocks[:2]}) < len(blocks[:2]):
             call = _call(decoder, index, x, blocks)
             problems = [_difference(layer, block, x, call) for block in blocks]
@@ -91,7 +99,7 @@ def fit(decoder: Any, index: int, *, probe: bool = True) -> Fit:
             block = blocks[problems.index(None)]
         else:
             block = blocks[0]
-    return Fit(block, layout, hidden_size, intermediate_size, activation)
+    return Fit(block, part.layout, part.mixture, hidden_size, intermediate_size, activation)
 
 
 def device_of(layer: Any) -> torch.device:
@@ -258,6 +266,27 @@ def _activation(mlp: Any, layout: MLPLayout, x: Tensor) -> str:
     raise ModelError(formula)
 
 
+def _check_mixture(mlp: Any, mixture: Mixture, x: Tensor) -> None:
+    """Check that a mixture's experts read its input, and that its output grows with theirs."""
+    name = f"has a mixture of experts ({type(mlp).__name__})"
+    try:
+        output = first(mlp(x))
+        found = call_mixture(
+            mlp, mixture, x, x, shared=lambda part: part(x), change=lambda: lambda *_: None
+        )
+        with ExitStack() as stack:
+            for part in mixture.parts:
+                louder = getattr(mlp, part).register_forward_hook(lambda *args: 2 * args[-1])
+                stack.callback(louder.remove)
+            doubled = first(mlp(x))
+    except Exception as error:
+        raise ModelError(f"{name} that cannot be run: {_line(error)}") from error
+    if not _close(found, output):
+        raise ModelError(f"{name} whose experts do not read its input as it is")
+    if not _close(doubled, 2 * output):  # a norm, another part, or its input as it is
+        raise ModelError(f"{name} whose output is no sum of its {' and '.join(mixture.parts)}")
+
+
 def _visible(projection: Any, x: Tensor, stack: ExitStack) -> Tensor:
     """A projection's output, and another one in `stack` if its weights of 0 hide what follows."""
     out: Tensor = projection(x)
@@ -312,7 +341,7 @@ def _difference(layer: Any, block: Block, x: Tensor, call: dict[str, Any]) -> st
         if not isinstance(first(returned), Tensor):
             return f"has an attention that returns a {type(returned).__name__}, not its output"
         # a stream as large as what is added to it: rounding of the sum must not hide a part
-        added = first(returned) if first(returned).any() else mlp["output"]
+        added = first(returned) if first(returned).any() else first(mlp["output"])
         size = added.float().norm() / x.float().norm()
         h = x * size.to(x.dtype) if size > 0 else x
         out = layer.forward(h, **call)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from npt_fast.arguments import check_arguments
 from npt_fast.errors import ModelError
+from npt_fast.functional import is_shard
 from npt_fast.hf.convert import Model, chosen_components, components
 from npt_fast.hf.description import record
 from npt_fast.layer_names import LayerList
+from npt_fast.modules import NPComponent
 
 
 @check_arguments
@@ -35,7 +37,7 @@ def quantize(model: Model, layers: LayerList | None = None) -> Model:
     # all before the first is changed, so that an error changes nothing
     for layer in chosen:
         try:
-            converted[layer].check_quantizable()
+            _check(converted[layer])
         except ModelError as error:
             raise ModelError(f"layer {layer}: {error}") from None
     for layer in chosen:
@@ -43,3 +45,14 @@ def quantize(model: Model, layers: LayerList | None = None) -> Model:
             converted[layer].quantize()
     record(model, converted)
     return model
+
+
+def _check(component: NPComponent) -> None:
+    """Raise ModelError if a factor has NaN or infinite numbers, or is a shard."""
+    for name, tensor in component.joined.items():
+        if tensor.is_meta:
+            raise ModelError("factors on the meta device have no numbers to round")
+        if is_shard(tensor):
+            raise ModelError("factors that are shards (DTensor) cannot be quantized")
+        if not bool(tensor.isfinite().all()):
+            raise ModelError(f"{name}: NaN and infinite numbers cannot be rounded to int8")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from npt_fast.arguments import check_constructor
+from npt_fast.called_mlp import first
 from npt_fast.config import LossKind, TrainOptions, parse_size
 from npt_fast.functional import VectorNorms
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.hf.decoder import final_norm
-from npt_fast.hf.families import first
 from npt_fast.hf.logits import head_of
 from npt_fast.hf.scaffold import Parts, Scaffold, VirtualTokens
 from npt_fast.training.curriculum import Stage

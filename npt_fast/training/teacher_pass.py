@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from npt_fast.called_mlp import first
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import components, decoder_layers, disabled
 from npt_fast.hf.decoder import call_of, decoder_of, with_layers
-from npt_fast.hf.families import first
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.modules import NPComponent
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npt_fast.called_mlp import first
 from npt_fast.errors import ModelError
 from npt_fast.hf.convert import decoder_layers
-from npt_fast.hf.families import attention_of, first
+from npt_fast.hf.families import attention_of
 
 TOKENS = 1024
 """Tokens of a pass, over all rows of the batch."""

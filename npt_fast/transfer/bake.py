@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from npt_fast.arguments import check_arguments
-from npt_fast.called_mlp import has_plain_weight, is_plain_linear
+from npt_fast.called_mlp import has_no_hooks, has_plain_weight, is_plain_linear
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.errors import ModelError, TransferError
-from npt_fast.hf.convert import decoder_layers
+from npt_fast.hf.convert import decoder_layers, mixture_widths
 from npt_fast.hf.families import MLPPart, mlp_of, obstacle
 from npt_fast.hf.wrappers import unwrapped
-from npt_fast.mlp_layout import MLPLayout
+from npt_fast.moe_mlp import expert_matrices, obstacle_of_experts
 from npt_fast.paths import exists, path_errors, user_path
 from npt_fast.transfer.base_model import BaseModel
 from npt_fast.transfer.modulation import Modulation
@@ -71,24 +71,30 @@ def bake(model: nn.Module, modulation: Modulation, strength: float = 1.0) -> Bak
     modulation.check_base_model(model)
     weights: dict[str, Any] = {}
     for layer, projection, _ in modulation.walk():
-        name, module, layout = _projection(model, layer, projection)
-        matrix = _matrix(module)
-        if matrix is None:
-            raise ModelError(_obstacle(name, module))
+        mlp = _mlp(model, layer)
+        module = getattr(mlp.module, _name(mlp, layer, projection))
+        label = _label(mlp, layer, projection)
+        if mlp.is_routed:
+            _check_experts(layer, mlp.module)
+            weight, matrix = module, expert_matrices(mlp.module, projection)
+        else:
+            whole = _matrix(module)
+            if whole is None:
+                raise ModelError(_obstacle(label, module))
+            weight, matrix = module.weight, mlp.layout.rows(projection, whole)
         names = [
-            key
-            for key, other in model.named_parameters(remove_duplicate=False)
-            if other is module.weight
+            key for key, other in model.named_parameters(remove_duplicate=False) if other is weight
         ]
         if len(names) > 1:
             raise ModelError(f"{names[0]} is also {names[1]}; its weight cannot be changed alone")
-        weights[name] = layout.rows(projection, matrix)
+        weights[label] = matrix
     # a copy: subtracting what was added would not give the same bits
     originals = {name: weight.clone() for name, weight in weights.items()}
     for weight, (_, _, terms) in zip(weights.values(), modulation.walk(), strict=True):
         wide = torch.promote_types(weight.dtype, torch.float32)  # bfloat16 weights round once
         v_a, v_b = (v.to(weight.device, wide) for v in terms)
-        weight.copy_(torch.addmm(weight.to(wide), v_b.t(), v_a, alpha=strength))
+        for matrix in weight if weight.ndim == 3 else [weight]:  # of each expert
+            matrix.copy_(torch.addmm(matrix.to(wide), v_b.t(), v_a, alpha=strength))
     return Baked(originals, weights)
 
 
@@ -100,12 +106,10 @@ def _mlp(model: Any, index: int) -> MLPPart:
     return found
 
 
-def _projection(model: Any, index: int, projection: str) -> tuple[str, Any, MLPLayout]:
-    """A projection's name, for messages, its module, and the layout of its MLP."""
-    mlp = _mlp(model, index)
-    name = _name(mlp, index, projection)
+def _label(mlp: MLPPart, layer: int, projection: str) -> str:
+    """A projection, for messages."""
     rows = f" ({projection})" if mlp.layout.joined and projection != "down" else ""
-    return f"layer {index}, {name}{rows}", getattr(mlp.module, name), mlp.layout
+    return f"layer {layer}, {_name(mlp, layer, projection)}{rows}"
 
 
 def _name(mlp: MLPPart, layer: int, projection: str) -> str:
@@ -130,6 +134,14 @@ def _matrix(module: Any) -> Tensor | None:
     expected = nn.functional.linear(x, weight, module.bias).double()
     error = (module(x).double() - expected).norm()
     return weight if error <= 8 * torch.finfo(weight.dtype).eps * expected.norm() else None
+
+
+def _check_experts(layer: int, experts: Any) -> None:
+    problem = obstacle_of_experts(experts)
+    if problem is None and not has_no_hooks(experts):
+        problem = "has hooks on its experts"
+    if problem:
+        raise ModelError(f"layer {layer} {problem}; inject the modulation instead")
 
 
 def _obstacle(where: str, module: Any) -> str:
@@ -165,10 +177,16 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
         The folder.
 
     Raises:
-        ModelError: the modulation belongs to another base model.
+        ModelError: the modulation belongs to another base model, or the model has mixtures of
+            experts.
         TransferError: the folder exists already or cannot be written.
     """
     modulation.check_base_model(model)
+    if mixtures := list(mixture_widths(model)):
+        raise ModelError(
+            f"layers {mixtures} are mixtures of experts, and PEFT would take an adapter of any "
+            "layer's MLP for one of their experts; bake or inject the modulation instead"
+        )
     target = user_path(output)
     with path_errors(target, TransferError):
         if exists(target):

@@ -108,7 +108,7 @@ def extract(
         **asdict(reading),
         "weights": {str(layer): digest(converted[layer]) for layer in chosen},
     }
-    return Modulation(found, BaseModel.of(model), origin, vectors=True)
+    return Modulation(found, BaseModel.of(model, chosen), origin, vectors=True)
 
 
 def _mean(vectors: Tensor) -> Tensor:

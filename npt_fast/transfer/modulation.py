@@ -203,7 +203,7 @@ class Modulation:
         Raises:
             ModelError: it belongs to a base model of other sizes.
         """
-        own = BaseModel.of(model)
+        own = BaseModel.of(model, self.layers)
         for name, ours, theirs in zip(FITTING, self.base.sizes, own.sizes, strict=True):
             if ours != theirs:
                 known = self.base.name[:80] or "unnamed"

@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import npt_fast as npt
+from npt_fast.called_mlp import first
 from npt_fast.hf.convert import decoder_layers
-from npt_fast.hf.families import Block, first, mlp_of
+from npt_fast.hf.families import Block, mlp_of
+from npt_fast.moe_mlp import Mixture
 from npt_fast.tables import markdown_table
 from npt_fast.training.distillation import Distillation
 from tests.hf.small_models import TYPES, build
@@ -66,7 +69,7 @@ def judge(model: Any, layer: int, residual: Any) -> Found:
 def _compare(model: Any, layer: Any, index: int, residual: str, expected: Tensor) -> Found:
     part = mlp_of(layer)
     assert part is not None
-    mlp: Any = getattr(layer, part.name)
+    mlp: Any = getattr(layer, part.name.partition(".")[0])
     added: dict[str, Tensor] = {}
     block = layer.np_block
     with npt.disabled(model):
@@ -78,7 +81,7 @@ def _compare(model: Any, layer: Any, index: int, residual: str, expected: Tensor
             handle.remove()
         base = logits(model)
         # without what the MLP adds, the layer's output is its input and what attention adds
-        handle = mlp.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
+        handle = mlp.register_forward_hook(lambda *args: tree_map(torch.zeros_like, args[-1]))
         attention = _run(model, layer, mlp)["output"] - seen["input"]
         handle.remove()
     # what follows in the layer (Gemma 4) hides both, so that the table must be believed
@@ -108,9 +111,12 @@ def _compare(model: Any, layer: Any, index: int, residual: str, expected: Tensor
     # at dW = 0 the component is the base MLP; inputs from -6 to 6 tell activations apart
     x = 3 * torch.randn(1, 64, attention.shape[-1], generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        x = x / getattr(mlp, part.layout.names[0])(x).std() * 3
-        same = layer.np_component(x, x, mlp)
-        truth = mlp(x)
+        if part.mixture is None:
+            x = x / getattr(mlp, part.layout.names[0])(x).std() * 3
+            same, truth = layer.np_component(x, x, mlp), mlp(x)
+        else:  # whose experts read something else than its router
+            same = layer.np_component(x, x, mlp, routed_by=x.flip(1))
+            truth = _mixture(mlp, part.mixture, x, x.flip(1))
     handle = given(ideal)
     found = logits(model)
     compared = Distillation(model)(IDS, evaluate=True).agreement
@@ -145,12 +151,25 @@ def _run(model: Any, layer: Any, mlp: Any) -> dict[str, Any]:
         layer.register_forward_pre_hook(before, with_kwargs=True),
         layer.register_forward_hook(lambda _, args, output: seen.update(output=first(output))),
         # a copy: Falcon adds to it in place
-        mlp.register_forward_hook(lambda _, args, output: seen.update(mlp=output.clone())),
+        mlp.register_forward_hook(lambda _, args, output: seen.update(mlp=first(output).clone())),
     ]
     logits(model)
     for handle in handles:
         handle.remove()
     return seen
+
+
+def _mixture(mlp: Any, mixture: Mixture, h: Tensor, routed_by: Tensor) -> Tensor:
+    """Output of a mixture whose experts read `h`, which hooks give them."""
+
+    def replaced(_: Any, args: Any) -> Any:
+        return h.reshape(args[0].shape), *args[1:]
+
+    handles = [getattr(mlp, name).register_forward_pre_hook(replaced) for name in mixture.parts]
+    output = mlp(routed_by)
+    for handle in handles:
+        handle.remove()
+    return first(output)
 
 
 def _close(found: Tensor, truth: Tensor) -> bool:
