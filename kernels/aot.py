@@ -99,6 +99,7 @@ class _Call(NamedTuple):
     projections: int = 3
     bias: bool = False
     int8: bool = False
+    activation: str = "silu"
 
 
 _ODD = (5, 431, 1155, 3)
@@ -202,7 +203,7 @@ def _run_call(call: _Call) -> None:
     x = tensor(call.tokens, d, requires_grad=True)
     h = tensor(call.tokens, d, requires_grad=True)
     with _tf32(call.tf32):
-        y = modulated_mlp(x, h, weights, factors, path=call.path)
+        y = modulated_mlp(x, h, weights, factors, activation=call.activation, path=call.path)
         if call.gradients:
             y.backward(tensor(call.tokens, d))
 
@@ -237,6 +238,8 @@ def _case_label(launch: Launch, call: _Call) -> str:
     if launch.options["num_stages"] > 1:
         parts.append(f"s{launch.options['num_stages']}")
     parts.append(f"{call.path}{' int8' * call.int8} D{call.hidden} r{call.rank}")
+    if values.get("ACTIVATION", "silu") != "silu":
+        parts.append(call.activation)
     given = [name for name, value in values.items() if value is None]
     if given:
         parts.append("without " + ",".join(name.removesuffix("_ptr") for name in given))
