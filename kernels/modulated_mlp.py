@@ -71,7 +71,7 @@ def multiplies(target: Target) -> bool:
 
 
 def supports(tensor: Tensor, activation: str) -> bool:
-    """Whether kernels can compute a call: on a GPU or interpreted, by `DTYPES` and `ACTIVATIONS`."""
+    """Whether kernels take a call: on a GPU or interpreted, of `DTYPES` and `ACTIVATIONS`."""
     device = tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
     return device and activation in ACTIVATIONS and tensor.dtype in DTYPES
 
