@@ -130,6 +130,18 @@ _CALLS = [
     _Call("decode", 3, *_ODD),
     _Call("decode", 3, *_ODD, int8=True),
     _Call("decode", 3, *_ODD, projections=1, bias=True),
+    # relu has the fewest instructions of all
+    _Call("gemm", 8192, 512, gradients=True, activation="relu"),
+    *(
+        call._replace(activation=activation)
+        for activation in ("gelu", "gelu_pytorch_tanh")
+        for call in (
+            _Call("gemm", 8192, 512, gradients=True),
+            _Call("fused", 8192, 128, gradients=True),
+            _Call("decode", 1, 512),
+            _Call("decode", 64, 512),
+        )
+    ),
 ]  # fmt: skip
 
 

@@ -66,7 +66,6 @@ def test_any_strides(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None
     assert all(map(torch.equal, swiglu_bwd(*arguments), swiglu_bwd(*dense)))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter warns
 @dtypes
 @activations
 def test_far_from_zero(device: str, dtype: torch.dtype, activation: str) -> None:
