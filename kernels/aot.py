@@ -140,6 +140,7 @@ _CALLS = [
             _Call("fused", 8192, 128, gradients=True),
             _Call("decode", 1, 512),
             _Call("decode", 64, 512),
+            _Call("decode", 1, 512, int8=True),
         )
     ),
 ]  # fmt: skip

@@ -126,12 +126,12 @@ def modulated_mlp(
     if path == "decode":
         if gradients or h.shape[0] > MAX_TOKENS:
             raise ValueError(f"decode takes {MAX_TOKENS} tokens at most, and no gradients")
-        operands: list[Any] = [*weights, *factors, []]
+        operands: list[Any] = [*weights, *factors, [], activation]
         if int8:
             numbers: Sequence[Any] = factors[:-1]
             operands[6:12] = [w and w.values for w in numbers]
             operands[13] = [w and w.scale.reshape(-1) for w in numbers]
-        return decode_mlp(x, h, *operands, activation)
+        return decode_mlp(x, h, *operands)
     # torch's products take int8 factors one at a time; kernels of `fused` do not
     steps = GEMM_STEPS if path == "gemm" or int8 else FUSED_STEPS
     # with gradients chunks would save nothing: backward needs the tensors of all of them
