@@ -18,7 +18,7 @@ from unittest.mock import patch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as drivers
 
-from npt_fast.kernels import _launch, modulated_mlp
+from npt_fast.kernels import _launch, modulated_mlp, swiglu
 from npt_fast.kernels._launch import Target
 from npt_fast.kernels._plan import forget_plans
 
@@ -143,4 +143,4 @@ def stub_driver(target: str = "sm_90") -> Iterator[StubDriver]:
 
 def _supports(tensor: Any, activation: str) -> bool:
     """`modulated_mlp.supports` as it answers on a GPU."""
-    return activation == "silu" and tensor.dtype in _launch.DTYPES
+    return activation in swiglu.ACTIVATIONS and tensor.dtype in _launch.DTYPES

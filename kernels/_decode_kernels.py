@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from npt_fast.kernels._tiles import accumulate, dot
-from npt_fast.kernels.swiglu import silu
+from npt_fast.kernels.swiglu import share
 
 
 @triton.jit
@@ -158,6 +158,7 @@ def _decode_inner_kernel(
     stride_bgk, stride_bgn, stride_buk, stride_bun, stride_bias_g, stride_bias_u, stride_im,
     RANK: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -186,7 +187,7 @@ def _decode_inner_kernel(
     if bias_up_ptr is not None:
         bias = tl.load(bias_up_ptr + offs_n * stride_bias_u, mask=mask_n, other=0.0)
         up += bias.to(tl.float32)[None, :]
-    inner = (silu(gate) * up).to(inner_ptr.dtype.element_ty)
+    inner = (gate * share(gate, ACTIVATION) * up).to(inner_ptr.dtype.element_ty)
     tl.store(inner_ptr + offs_m[:, None] * stride_im + offs_n[None, :], inner, mask=mask)
 
 

@@ -31,24 +31,26 @@ _ALIGNMENT = 256
 _plans: dict[Hashable, Plan] = {}
 
 
-def planned(function: Callable[..., Tensor], operands: Sequence[Tensor | None], k: int) -> Tensor:
-    """``function(*operands, k)`` by its plan.
+def planned(
+    function: Callable[..., Tensor], operands: Sequence[Tensor | None], *options: Hashable
+) -> Tensor:
+    """``function(*operands, *options)`` by its plan.
 
     Args:
         function: computes a new tensor by `launch` alone, with the operands' own pointers; torch
             gives it memory and views.
         operands: tensors or None.
-        k: a number that its launches depend on.
+        options: what its launches depend on besides.
     """
     if is_recording():
-        return function(*operands, k)
+        return function(*operands, *options)
     forms = tuple([None if t is None else _form(t) for t in operands])
-    key = (function, k, dot_precision(forms[0][0]), forms)  # type: ignore[index]
+    key = (function, options, dot_precision(forms[0][0]), forms)  # type: ignore[index]
     plan = _plans.get(key)
     if plan is not None:
         return plan.run(operands)
     with observed_launches() as launches:
-        result = function(*operands, k)
+        result = function(*operands, *options)
     plan = Plan.of(launches, operands, result)
     if plan is not None:
         if len(_plans) >= _MOST_PLANS:

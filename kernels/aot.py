@@ -99,6 +99,7 @@ class _Call(NamedTuple):
     projections: int = 3
     bias: bool = False
     int8: bool = False
+    activation: str = "silu"
 
 
 _ODD = (5, 431, 1155, 3)
@@ -129,6 +130,19 @@ _CALLS = [
     _Call("decode", 3, *_ODD),
     _Call("decode", 3, *_ODD, int8=True),
     _Call("decode", 3, *_ODD, projections=1, bias=True),
+    # relu has the fewest instructions of all
+    _Call("gemm", 8192, 512, gradients=True, activation="relu"),
+    *(
+        call._replace(activation=activation)
+        for activation in ("gelu", "gelu_pytorch_tanh")
+        for call in (
+            _Call("gemm", 8192, 512, gradients=True),
+            _Call("fused", 8192, 128, gradients=True),
+            _Call("decode", 1, 512),
+            _Call("decode", 64, 512),
+            _Call("decode", 1, 512, int8=True),
+        )
+    ),
 ]  # fmt: skip
 
 
@@ -202,7 +216,7 @@ def _run_call(call: _Call) -> None:
     x = tensor(call.tokens, d, requires_grad=True)
     h = tensor(call.tokens, d, requires_grad=True)
     with _tf32(call.tf32):
-        y = modulated_mlp(x, h, weights, factors, path=call.path)
+        y = modulated_mlp(x, h, weights, factors, activation=call.activation, path=call.path)
         if call.gradients:
             y.backward(tensor(call.tokens, d))
 
@@ -237,6 +251,8 @@ def _case_label(launch: Launch, call: _Call) -> str:
     if launch.options["num_stages"] > 1:
         parts.append(f"s{launch.options['num_stages']}")
     parts.append(f"{call.path}{' int8' * call.int8} D{call.hidden} r{call.rank}")
+    if values.get("ACTIVATION", "silu") != "silu":
+        parts.append(call.activation)
     given = [name for name, value in values.items() if value is None]
     if given:
         parts.append("without " + ",".join(name.removesuffix("_ptr") for name in given))

@@ -4,7 +4,7 @@ With so few tokens the time is that of reading the weights from memory once. So 
 spread each product over the whole device, and split K where there are few columns::
 
     1  u = x @ W_down; s of gate and up; [gate | up] = h @ [W_gate | W_up]'
-    2  inner = silu(gate + z_gate @ B_gate) (up + z_up @ B_up)
+    2  inner = act(gate + z_gate @ B_gate) (up + z_up @ B_up)
     3  y = inner @ W_down_proj'; s of down                                 partial sums
     4  z_down @ B_down                                                     partial sums
     5  y = the partial sums of 3 and 4, added in order
@@ -185,7 +185,8 @@ def _steps(tiles: Tiles, components: _Components, s: Tensor, dtype: torch.dtype)
 
 def _modulated_inner(gate: Tensor, up: Tensor, u: Sequence[Tensor], s: Sequence[Tensor],
            heads: Sequence[Tensor | None], biases: Sequence[Tensor | None],
-           scales: Sequence[Tensor | None], components: _Components) -> Tensor:  # fmt: skip
+           scales: Sequence[Tensor | None], components: _Components,
+           activation: str) -> Tensor:  # fmt: skip
     """Launch 2: inner ``(T, F)``; u, s, heads, biases, scales are those of gate and of up."""
     inner = torch.empty(gate.shape, device=gate.device, dtype=u[0].dtype)
     width = gate.shape[1]
@@ -195,8 +196,9 @@ def _modulated_inner(gate: Tensor, up: Tensor, u: Sequence[Tensor], s: Sequence[
         # 4 spill 32 bytes on sm_90 while numbers are converted; otherwise 8 spill 8 bytes on sm_80
         # in float32
         tiles = replace(tiles, warps=8 if int8 else 4)
-    elif int8 and inner.dtype == torch.float32:
-        tiles = replace(tiles, stages=2)  # a third spills 8 bytes on sm_89 in TF32
+    elif int8 and (inner.dtype == torch.float32 or activation == "gelu"):
+        # a third spills 8 bytes on sm_89 in TF32, and on sm_80 with the polynomials of erf
+        tiles = replace(tiles, stages=2)
     options = _steps(tiles, components, s[0], inner.dtype)
     absent = [None] * (2 - len(u))
     launch(
@@ -204,7 +206,7 @@ def _modulated_inner(gate: Tensor, up: Tensor, u: Sequence[Tensor], s: Sequence[
         *biases, inner, *scales, len(inner), width, components.number * options["STEPS"],
         gate.stride(0), u[0].stride(0), *s[0].stride()[:2], *_strides(heads[0]),
         *_strides(heads[1]), *_strides(biases[0], 1), *_strides(biases[1], 1), inner.stride(0),
-        **options,
+        ACTIVATION=activation, **options,
     )  # fmt: skip
     return inner
 
@@ -252,7 +254,7 @@ def _sum_of_partials(
     "decode_mlp(Tensor x, Tensor h, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias,"
     " Tensor? up_bias, Tensor? down_bias, Tensor w_down, Tensor w_a_in, Tensor? w_a_mid,"
     " Tensor w_b_gate, Tensor? w_b_up, Tensor? w_b_down, int num_ranks,"
-    " Tensor?[] scales) -> Tensor",
+    " Tensor?[] scales, str activation='silu') -> Tensor",
     lambda x, h, *rest: torch.empty(h.shape, device=h.device, dtype=h.dtype),
 )
 def decode_mlp(
@@ -272,6 +274,7 @@ def decode_mlp(
     w_b_down: Tensor | None,
     num_ranks: int,
     scales: Sequence[Tensor | None] = (),
+    activation: str = "silu",
 ) -> Tensor:
     """The modulated MLP of at most 64 tokens; the tensors are those of `MLPWeights` and `Factors`.
 
@@ -285,7 +288,7 @@ def decode_mlp(
         x, h, gate, up, down, gate_bias, up_bias, down_bias, w_down, w_a_in, w_a_mid, w_b_gate,
         w_b_up, w_b_down, *(scales or (None,) * 6),
     )  # fmt: skip
-    return planned(_decode, operands, num_ranks)
+    return planned(_decode, operands, num_ranks, activation)
 
 
 def _decode(
@@ -310,6 +313,7 @@ def _decode(
     w_b_up_scale: Tensor | None,
     w_b_down_scale: Tensor | None,
     num_ranks: int,
+    activation: str,
 ) -> Tensor:
     if not len(h):
         return torch.empty_like(h)
@@ -330,7 +334,7 @@ def _decode(
     heads, biases = (w_b_gate, w_b_up), (gate_bias, up_bias)
     scales = (w_b_gate_scale, w_b_up_scale)
     inner = _modulated_inner(
-        gates, ups, us[:inputs], s.split(k, 1), heads, biases, scales, components
+        gates, ups, us[:inputs], s.split(k, 1), heads, biases, scales, components, activation
     )
     y, s = _products(inner, (down,), w_a_mid, us[-1], components, scales=(w_a_mid_scale, None))
     low_rank = None

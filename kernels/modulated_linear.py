@@ -3,7 +3,7 @@
 `modulated_linear` computes a sum of up to three products, ``y = sum_i a_i @ b_i + bias``: forward
 ``a @ W' + z @ W_b_up`` (design.md#coefficients), backward ``dy @ W + dp @ W_a_up``, and for the
 MLP's input ``d_gate @ W_gate + d_up @ W_up + dp @ W_a_in``. `modulated_gate_up` computes two such
-sums that share their first operand, and SwiGLU of them.
+sums that share their first operand, and SwiGLU, GeGLU or ReGLU of them.
 
 Each product is a loop of its own, one after the other, over one float32 accumulator. That saves
 writing and reading ``(T, out)`` for each product, and rounds once. Two products must not share a
@@ -31,7 +31,7 @@ from npt_fast.kernels._launch import (
 from npt_fast.kernels._ops import define
 from npt_fast.kernels._tiles import accumulate, dot, tile_indices
 from npt_fast.kernels._tuning import choose_tiles
-from npt_fast.kernels.swiglu import silu
+from npt_fast.kernels.swiglu import share
 
 GROUP_M = 8
 
@@ -77,7 +77,7 @@ def _modulated_gate_up_kernel(
     stride_hm, stride_hk, stride_wgk, stride_wgn, stride_wuk, stride_wun,
     stride_zgm, stride_zum, stride_bgk, stride_buk, stride_ym,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_indices(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -121,7 +121,8 @@ def _modulated_gate_up_kernel(
     if gate_ptr is not None:
         tl.store(gate_ptr + at, gate.to(gate_ptr.dtype.element_ty), mask=mask)
         tl.store(up_ptr + at, up.to(up_ptr.dtype.element_ty), mask=mask)
-    tl.store(inner_ptr + at, (silu(gate) * up).to(inner_ptr.dtype.element_ty), mask=mask)
+    inner = (gate * share(gate, ACTIVATION) * up).to(inner_ptr.dtype.element_ty)
+    tl.store(inner_ptr + at, inner, mask=mask)
 
 
 def linear_tiles(target: Target, dtype: torch.dtype, tokens: int) -> list[Tiles]:
@@ -192,8 +193,9 @@ def _gate_up_outputs(h: Tensor, weight: Tensor, save: bool) -> list[Tensor]:
 
 @define(
     "modulated_gate_up(Tensor h, Tensor gate_weight, Tensor up_weight, Tensor z, Tensor w_b_gate,"
-    " Tensor? w_b_up, Tensor? gate_bias, Tensor? up_bias, bool save) -> Tensor[]",
-    lambda h, gate_weight, up_weight, z, w_b_gate, w_b_up, gate_bias, up_bias, save: (
+    " Tensor? w_b_up, Tensor? gate_bias, Tensor? up_bias, bool save,"
+    " str activation='silu') -> Tensor[]",
+    lambda h, gate_weight, up_weight, z, w_b_gate, w_b_up, gate_bias, up_bias, save, *_: (
         _gate_up_outputs(h, gate_weight, save)
     ),
 )
@@ -207,8 +209,9 @@ def modulated_gate_up(
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     save: bool,
+    activation: str = "silu",
 ) -> list[Tensor]:
-    """Modulated gate and up, and SwiGLU of them.
+    """Modulated gate and up, and ``act(gate) * up`` of them.
 
     Args:
         h: MLP input, ``(T, D)``.
@@ -220,6 +223,7 @@ def modulated_gate_up(
         gate_bias: bias of gate, ``(F,)``, or None.
         up_bias: bias of up, ``(F,)``, or None.
         save: whether to return gate and up too.
+        activation: a name of `swiglu.ACTIVATIONS`.
 
     Returns:
         inner ``(T, F)``; if `save`, also gate and up before the activation, ``(T, F)`` each.
@@ -240,7 +244,8 @@ def modulated_gate_up(
             *h.stride(), *gate_weight.stride()[::-1], *up_weight.stride()[::-1],
             z.stride(1), z.stride(1), b_gate.stride(0), 0 if b_up is None else b_up.stride(0),
             inner.stride(0), BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=GROUP_M,
-            PRECISION=dot_precision(h.dtype), warps=tiles.warps, stages=tiles.stages,
+            PRECISION=dot_precision(h.dtype), ACTIVATION=activation, warps=tiles.warps,
+            stages=tiles.stages,
         )  # fmt: skip
 
     operands = h, gate_weight, up_weight, z, b_gate, b_up

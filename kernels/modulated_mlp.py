@@ -32,7 +32,7 @@ from npt_fast.kernels.int8 import Int8Matrix
 from npt_fast.kernels.modulated_linear import modulated_gate_up, modulated_linear
 from npt_fast.kernels.probe import MAX_RANK, probe
 from npt_fast.kernels.sharded_change import is_shard
-from npt_fast.kernels.swiglu import swiglu_bwd, swiglu_fwd, swiglu_fwd_into
+from npt_fast.kernels.swiglu import ACTIVATIONS, swiglu_bwd, swiglu_fwd, swiglu_fwd_into
 
 Path = Literal["gemm", "fused", "decode"]
 
@@ -71,9 +71,9 @@ def multiplies(target: Target) -> bool:
 
 
 def supports(tensor: Tensor, activation: str) -> bool:
-    """Whether the kernels can compute a call: on a GPU or interpreted, with SwiGLU, in `DTYPES`."""
+    """Whether kernels take a call: on a GPU or interpreted, of `DTYPES` and `ACTIVATIONS`."""
     device = tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
-    return device and activation == "silu" and tensor.dtype in DTYPES
+    return device and activation in ACTIVATIONS and tensor.dtype in DTYPES
 
 
 def modulated_mlp(
@@ -82,18 +82,20 @@ def modulated_mlp(
     weights: MLPWeights,
     factors: Factors,
     *,
+    activation: str = "silu",
     save_probe: bool = True,
     path: Path | None = None,
     parameters: Factors | None = None,
     bottleneck: list[Tensor] | None = None,
 ) -> Tensor:
-    """The modulated MLP with SwiGLU, of tensors that share one dtype and device.
+    """The modulated MLP of tensors that share one dtype and device.
 
     Args:
         x: attention output, ``(T, D)``.
         h: MLP input, ``(T, D)``.
         weights: the MLP's own weights; those that require gradients get them.
         factors: factors of the weight changes.
+        activation: a name of `swiglu.ACTIVATIONS`.
         save_probe: whether to save the probes for backward instead of recomputing them.
         path: path to take; None leaves the choice to `choose_path`.
         parameters: what `factors` are detached copies of, as in `factored.modulated_mlp`.
@@ -124,7 +126,7 @@ def modulated_mlp(
     if path == "decode":
         if gradients or h.shape[0] > MAX_TOKENS:
             raise ValueError(f"decode takes {MAX_TOKENS} tokens at most, and no gradients")
-        operands: list[Any] = [*weights, *factors, []]
+        operands: list[Any] = [*weights, *factors, [], activation]
         if int8:
             numbers: Sequence[Any] = factors[:-1]
             operands[6:12] = [w and w.values for w in numbers]
@@ -135,14 +137,16 @@ def modulated_mlp(
     # with gradients chunks would save nothing: backward needs the tensors of all of them
     if gradients or h.shape[0] <= CHUNK:
         return factored.modulated_mlp(
-            x, h, weights, factors, save_probe=save_probe, steps=steps, parameters=parameters,
-            bottleneck=bottleneck,
+            x, h, weights, factors, activation=activation, save_probe=save_probe, steps=steps,
+            parameters=parameters, bottleneck=bottleneck,
         )  # fmt: skip
     # torch.cat would hold the parts and the result at once
     y = torch.empty(h.shape, device=h.device, dtype=h.dtype)
     for start in range(0, h.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
-        y[part] = factored.modulated_mlp(x[part], h[part], weights, factors, steps=steps)
+        y[part] = factored.modulated_mlp(
+            x[part], h[part], weights, factors, activation=activation, steps=steps
+        )
     return y
 
 
@@ -165,9 +169,9 @@ def _modulated_gate_up_gemm(
 ) -> Sequence[Tensor]:
     gate, up = factored.gate_up_before_activation(h, weights, z, factors)
     if save or torch.compiler.is_compiling():
-        return (swiglu_fwd(gate, up), gate, up)[: 3 if save else 1]
+        return (swiglu_fwd(gate, up, activation), gate, up)[: 3 if save else 1]
     # inner over gate: elementwise, and nobody else holds gate
-    swiglu_fwd_into(gate, up, gate)
+    swiglu_fwd_into(gate, up, gate, activation)
     return (gate,)
 
 
@@ -194,25 +198,16 @@ def _modulated_gate_up_fused(
         weights.gate_bias,
         weights.up_bias,
         save,
+        activation,
     )
-
-
-def _gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return swiglu_fwd(gate, up)
-
-
-def _gated_activation_backward(
-    d_inner: Tensor, gate: Tensor, up: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return swiglu_bwd(d_inner, gate, up)
 
 
 GEMM_STEPS = Steps(
     _probe_and_scale_gemm,
     _modulated_gate_up_gemm,
     factored.sum_of_products,
-    _gated_activation,
-    _gated_activation_backward,
+    swiglu_fwd,
+    swiglu_bwd,
     coefficients_bwd,
 )
 FUSED_STEPS = GEMM_STEPS._replace(

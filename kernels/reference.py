@@ -21,7 +21,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
+
+from npt_fast.kernels.activations import ACTIVATIONS
 
 
 class ProjectionFactors(NamedTuple):
@@ -140,9 +142,9 @@ def probe(a: Tensor, w_a: Tensor, u: Tensor, num_ranks: int) -> tuple[Tensor, Te
     return s, z, p
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``."""
-    return silu(gate) * up
+def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """``act(gate) * up``."""
+    return ACTIVATIONS[activation][0](gate) * up
 
 
 def modulated_gate_up(
@@ -154,6 +156,7 @@ def modulated_gate_up(
     w_b_up: Tensor | None = None,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Modulated gate and up, and `swiglu` of them.
 
@@ -166,6 +169,7 @@ def modulated_gate_up(
         w_b_up: W_b_up of up, ``(R, F)``, or None if up is not modulated.
         gate_bias: bias of gate, ``(F,)``, or None.
         up_bias: bias of up, ``(F,)``, or None.
+        activation: a name of `ACTIVATIONS`.
 
     Returns:
         inner, gate and up, each ``(T, F)``.
@@ -174,4 +178,4 @@ def modulated_gate_up(
     up = linear(h, up_weight, up_bias)
     if w_b_up is not None:
         up = up + z[1] @ w_b_up
-    return swiglu(gate, up), gate, up
+    return swiglu(gate, up, activation), gate, up

@@ -67,8 +67,8 @@ def modulated_mlp(
             little less memory and more time.
         impl: ``"triton"`` computes with Triton kernels and ``"factored"`` in plain torch, both
             without forming v_a and v_b. ``"reference"`` forms them, for comparison. ``"auto"`` is
-            triton on a GPU with Triton installed, for silu and any dtype but float64, and factored
-            otherwise.
+            triton on a GPU with Triton installed, for silu, both forms of gelu, and relu, in any
+            dtype but float64, and factored otherwise.
         copies: the factors without gradients in the dtype of the arithmetic, if the caller keeps
             them; None casts the factors in every call.
         bottleneck: list that gets the bottlenecks ``x @ w_down``, ``(..., c R)``, if the call has a
@@ -103,8 +103,9 @@ def modulated_mlp(
         from npt_fast.kernels import modulated_mlp as triton
 
         y = triton.modulated_mlp(
-            x, h, weights, factors, save_probe=save_probe, parameters=parameters, bottleneck=found
-        )
+            x, h, weights, factors, activation=activation, save_probe=save_probe,
+            parameters=parameters, bottleneck=found,
+        )  # fmt: skip
     else:
         y = factored.modulated_mlp(
             x, h, weights, factors, activation=activation, save_probe=save_probe,
@@ -126,8 +127,9 @@ def _takes_triton(impl: Implementation, h: Tensor, activation: str) -> bool:
             return True
     if impl == "triton":
         raise OptionError(
-            "impl='triton' needs Triton, a GPU (or TRITON_INTERPRET=1 from the start), silu and "
-            f"float32, float16 or bfloat16; got {h.dtype} on {h.device.type}, {activation}; "
+            "impl='triton' needs Triton, a GPU (or TRITON_INTERPRET=1 from the start), silu, gelu, "
+            "gelu_pytorch_tanh or relu, and float32, float16 or bfloat16; got "
+            f"{h.dtype} on {h.device.type}, {activation}; "
             "impl='auto' takes what fits"
         )
     return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -177,9 +178,9 @@ def mlp(inputs: Inputs, **options: Any) -> Tensor:
     return modulated_mlp(x, h, gate, up, down, factors, **options)
 
 
-def reference_mlp(inputs: Inputs) -> Tensor:
+def reference_mlp(inputs: Inputs, activation: str = "silu") -> Tensor:
     """The definition of the MLP."""
-    return mlp(inputs, impl="reference")
+    return mlp(inputs, impl="reference", activation=activation)
 
 
 def output_gradient(inputs: Inputs) -> Tensor:
@@ -206,10 +207,12 @@ def assert_mlp_within_budget(
     found: dict[str, Tensor],
     inputs: Inputs,
     dy: Tensor,
-    eager: Callable[[Inputs], Tensor] = reference_mlp,
+    eager: Callable[[Inputs], Tensor] | None = None,
+    activation: str = "silu",
 ) -> None:
     """Compare `found`, as `results` returns it, with the definition in float64."""
-    exact = results(reference_mlp, cast(inputs, torch.float64), dy.double())
-    low = results(eager, inputs, dy)
+    definition = partial(reference_mlp, activation=activation)
+    exact = results(definition, cast(inputs, torch.float64), dy.double())
+    low = results(eager or definition, inputs, dy)
     for name, tensor in found.items():
         assert_within_budget(tensor, exact[name], low[name], name, terms=longest_sum(inputs))

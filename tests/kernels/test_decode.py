@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from npt_fast.kernels import decode
+from npt_fast.kernels.swiglu import ACTIVATIONS
 from npt_fast.testing import Problem, assert_within_budget, longest_sum, named_tensors
 from tests.kernels.cases import (
     DTYPES,
@@ -42,9 +43,9 @@ problems = pytest.mark.parametrize(
 )
 
 
-def run(inputs: Inputs) -> Tensor:
+def run(inputs: Inputs, activation: str = "silu") -> Tensor:
     x, h, weights, factors = inputs
-    return decode.decode_mlp(x, h, *weights, *factors)
+    return decode.decode_mlp(x, h, *weights, *factors, (), activation)
 
 
 def make(problem: Problem, dtype: torch.dtype) -> Inputs:
@@ -74,6 +75,14 @@ def test_values(problem: Problem, dtype: torch.dtype) -> None:
         y = run(inputs)
     exact = reference_mlp(cast(inputs, torch.float64))
     assert_within_budget(y, exact, reference_mlp(inputs), terms=longest_sum(inputs))
+
+
+@dtypes
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activations(dtype: torch.dtype, activation: str) -> None:
+    inputs = make(PROBLEMS[2], dtype)
+    exact, low = (reference_mlp(cast(inputs, d), activation) for d in (torch.float64, dtype))
+    assert_within_budget(run(inputs, activation), exact, low, terms=longest_sum(inputs))
 
 
 @dtypes

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from npt_fast.kernels import factored
+from npt_fast.kernels.swiglu import ACTIVATIONS
 from npt_fast.testing import Problem, assert_within_budget, longest_sum, named_tensors
 from tests.kernels.cases import (
     DEVICE,
@@ -86,15 +88,28 @@ def test_gradient_checkpointing(autocast: bool) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str) -> None:
+    """Those that the kernels do not compute come below."""
+    inputs = inputs_of(PROBLEM, DTYPES[0], requires_grad=False)
+    y = mlp(inputs, impl="triton", activation=activation)
+    exact, low = (reference_mlp(i, activation) for i in (cast(inputs, torch.float64), inputs))
+    assert_within_budget(y, exact, low, terms=longest_sum(inputs))
+
+
 @pytest.mark.parametrize(
     ("dtype", "activation"),
     [
         pytest.param(torch.float64, "silu", id="float64"),
-        pytest.param(torch.float32, "gelu", id="gelu"),
+        pytest.param(torch.float32, "tanh", id="tanh"),
     ],
 )
-def test_what_triton_does_not_do(dtype: torch.dtype, activation: str) -> None:
+def test_what_triton_does_not_do(
+    dtype: torch.dtype, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An explicit impl fails rather than fall back silently."""
+    tanh = torch.tanh, torch.ops.aten.tanh_backward
+    monkeypatch.setitem(factored.ACTIVATIONS, "tanh", tanh)
     inputs = inputs_of(PROBLEM, dtype)
     with pytest.raises(
         ValueError, match=f"impl='triton' needs Triton.*; got {dtype} on .*{activation}"

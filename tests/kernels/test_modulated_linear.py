@@ -1,4 +1,4 @@
-"""Sums of products in one accumulator, and gate and up with SwiGLU behind them."""
+"""Sums of products in one accumulator, and gate and up with an activation behind them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from npt_fast.kernels import reference
 from npt_fast.kernels._launch import Tiles
 from npt_fast.kernels._tuning import forced_tiles, nth_candidate
 from npt_fast.kernels.modulated_linear import modulated_gate_up, modulated_linear
+from npt_fast.kernels.swiglu import ACTIVATIONS
 from tests.kernels.cases import (
     DTYPES,
     assert_like,
@@ -153,6 +154,15 @@ def test_gate_up(
     with forced_tiles(SMALL), unchanged(*(t for t in arguments if t is not None)):
         found = modulated_gate_up(*arguments, True)
     assert_like(reference.modulated_gate_up, arguments, found)
+
+
+@dtypes
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_gate_up_activations(normal: Normal, dtype: torch.dtype, activation: str) -> None:
+    arguments = gate_up_arguments(normal, dtype, bias=True)
+    with forced_tiles(SMALL):
+        found = modulated_gate_up(*arguments, True, activation)
+    assert_like(reference.modulated_gate_up, (*arguments, activation), found)
 
 
 def test_gate_and_up_need_not_be_written(normal: Normal) -> None:

@@ -47,11 +47,11 @@ def operations() -> dict[str, Sequence[Any]]:
             *map(joined, tensors(c_T_R)),
         ),
         "swiglu_fwd": tensors(T_F, T_F),
-        "swiglu_bwd": tensors(T_F, T_F, T_F),
+        "swiglu_bwd": (*tensors(T_F, T_F, T_F), "gelu"),
         "modulated_linear": (tensors(T_D, (9, 15)), tensors((33, 43), R_F), *tensors((43,))),
-        "modulated_gate_up": (*tensors(T_D, F_D, F_D, c_T_R, R_F, R_F), None, None, True),
+        "modulated_gate_up": (*tensors(T_D, F_D, F_D, c_T_R, R_F, R_F), None, None, True, "relu"),
         "probe": (*tensors(T_D, (30, 33), c_T_R), 3, True),
-        "decode_mlp": (x, h, *weights, *factors, []),
+        "decode_mlp": (x, h, *weights, *factors, [], "gelu_pytorch_tanh"),
     }
 
 

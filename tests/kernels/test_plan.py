@@ -61,6 +61,10 @@ def call(stub: StubDriver, operands: Operands, k: int = 2) -> tuple[Tensor, list
     return y, launches
 
 
+def names_in(launches: list[Launched]) -> set[str]:
+    return {value for one in launches for value in one.arguments if isinstance(value, str)}
+
+
 def is_planned(launches: list[Launched]) -> bool:
     """Whether the launches got addresses; without a plan they get tensors."""
     return not any(isinstance(value, Tensor) for one in launches for value in one.arguments)
@@ -108,7 +112,7 @@ def test_what_lies_between_does_not_overlap(stub: StubDriver) -> None:
     operands = with_scales(operands_of())
     (plan,) = _plan._plans.values()
     with _plan.observed_launches() as observed:
-        result = decode._decode(*operands, 2)
+        result = decode._decode(*operands, 2, "silu")
     outside = {t.data_ptr() for t in (*operands, result) if t is not None}
     sizes: dict[int, int] = {}
     for one, step in zip(observed, plan.steps, strict=True):
@@ -167,15 +171,18 @@ def test_a_change_of_the_precision_is_seen(stub: StubDriver) -> None:
             torch.backends.cuda.matmul.allow_tf32 = told
             for _ in range(2):
                 _, launches = call(stub, operands)
-                named = [
-                    value in ("tf32", "ieee") and value
-                    for one in launches
-                    for value in one.arguments
-                    if isinstance(value, str)
-                ]
-                assert set(named) == {"tf32" if told else "ieee"}
+                assert names_in(launches) == {"tf32" if told else "ieee", "silu"}
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@compiler
+def test_a_change_of_the_activation_is_seen(stub: StubDriver) -> None:
+    operands = operands_of()
+    for activation in ("silu", "gelu", "silu"):
+        with stub.recorded() as launches:
+            decode.decode_mlp(*operands, 2, (), activation)
+        assert names_in(launches) == {"ieee", activation}
 
 
 @compiler

@@ -15,8 +15,9 @@ FOLDER = Path(__file__).parents[2] / "kernels"
 SOURCES = {path.name: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
 
 SINCE_3_7_1 = {
-    "arange", "broadcast_to", "cdiv", "constexpr", "dot", "float32", "full", "int64", "load",
-    "minimum", "program_id", "reshape", "sigmoid", "static_range", "store", "sum", "zeros",
+    "arange", "broadcast_to", "cdiv", "constexpr", "dot", "erf", "exp", "float32", "full", "int64",
+    "load", "minimum", "program_id", "reshape", "sigmoid", "static_assert", "static_range", "store",
+    "sum", "zeros",
 }  # fmt: skip
 """Names of `triton.language` that 3.7.1 (which torch 2.13 ships), 3.8.0 and 3.9.0 all have. Look a
 name up in all three before adding it."""

@@ -1,4 +1,4 @@
-"""SwiGLU and its gradients."""
+"""SwiGLU, GeGLU and ReGLU, and their gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from npt_fast.kernels import reference
-from npt_fast.kernels.swiglu import swiglu_bwd, swiglu_fwd, swiglu_fwd_into
+from npt_fast.kernels.swiglu import ACTIVATIONS, swiglu_bwd, swiglu_fwd, swiglu_fwd_into
 from tests.kernels.cases import DTYPES, assert_like, dtypes, layouts, padded, unchanged
 from tests.kernels.conftest import Normal
 
@@ -19,10 +19,15 @@ pytestmark = pytest.mark.ttsem
 sizes = pytest.mark.parametrize("size", [(1, 1), (37, 43), (63, 130), (3, 1100)], ids=str)
 
 
-def backward(d_inner: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+def backward(
+    d_inner: Tensor, gate: Tensor, up: Tensor, activation: str = "silu"
+) -> tuple[Tensor, Tensor, Tensor]:
     """d_gate, d_up and inner, by autograd through the definition."""
     gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-    inner = reference.swiglu(gate, up)
+    inner = reference.swiglu(gate, up, activation)
     return *torch.autograd.grad(inner, (gate, up), d_inner), inner.detach()
 
 
@@ -44,6 +49,15 @@ def test_backward(normal: Normal, dtype: torch.dtype, size: tuple[int, int]) -> 
     assert_like(backward, arguments, found)
 
 
+@dtypes
+@activations
+def test_activations(normal: Normal, dtype: torch.dtype, activation: str) -> None:
+    d_inner, *inputs = (normal(37, 43, dtype=dtype) for _ in range(3))
+    assert_like(reference.swiglu, (*inputs, activation), swiglu_fwd(*inputs, activation))
+    found = swiglu_bwd(d_inner, *inputs, activation)
+    assert_like(backward, (d_inner, *inputs, activation), found)
+
+
 @layouts
 def test_any_strides(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None:
     arguments = [layout(normal(37, 43, dtype=DTYPES[0])) for _ in range(3)]
@@ -52,17 +66,17 @@ def test_any_strides(normal: Normal, layout: Callable[[Tensor], Tensor]) -> None
     assert all(map(torch.equal, swiglu_bwd(*arguments), swiglu_bwd(*dense)))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter warns
 @dtypes
-def test_far_from_zero(device: str, dtype: torch.dtype) -> None:
+@activations
+def test_far_from_zero(device: str, dtype: torch.dtype, activation: str) -> None:
     """Inputs for which exp overflows, compared element by element: large ones hide others."""
     values = torch.tensor([-1e4, -200, -30, 0, 30, 200, 1e4], device=device, dtype=dtype)
     gate = values.unsqueeze(1)
     d_inner, up = torch.full_like(gate, 0.5), torch.full_like(gate, 2)
-    found = swiglu_fwd(gate, up), *swiglu_bwd(d_inner, gate, up)
+    found = swiglu_fwd(gate, up, activation), *swiglu_bwd(d_inner, gate, up, activation)
     for at in range(len(gate)):
         row = slice(at, at + 1)
-        arguments = d_inner[row], gate[row], up[row]
+        arguments = d_inner[row], gate[row], up[row], activation
         assert_like(reference.swiglu, arguments[1:], found[0][row])
         assert_like(backward, arguments, [t[row] for t in found[1:]])
 
