@@ -64,7 +64,7 @@ class Block:
         if self.renamed:
             call = dict(call)
             call.update((own, call.pop(name)) for own, name in self.renamed if name in call)
-        read = h if self.attn_norm is None else getattr(layer, self.attn_norm)(h)
+        read = h if self.attn_norm is None else first(getattr(layer, self.attn_norm)(h))
         return first(getattr(layer, self.attn)(hidden_states=read, **call))
 
     def attention(self, layer: Any, h: Tensor, call: Mapping[str, Any]) -> Tensor:
@@ -96,7 +96,7 @@ class Block:
             ``(B, S, D)``.
         """
         state = h if attention is None or self.parallel else h + attention
-        return state if self.mlp_norm is None else getattr(layer, self.mlp_norm)(state)
+        return state if self.mlp_norm is None else first(getattr(layer, self.mlp_norm)(state))
 
     def mlp_added(self, layer: Any, output: Tensor, *, normed: bool = True) -> Tensor:
         """What an MLP's output adds to the residual stream.
@@ -173,7 +173,7 @@ LAYOUTS: tuple[MLPLayout, ...] = (
 
 
 def first(output: Any) -> Tensor:
-    """The output of attention that may return its weights behind it."""
+    """The output of a part that may return something behind it, as attention its weights."""
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
 

@@ -36,7 +36,7 @@ def register() -> None:
         MODELS_CONFIG_MAP.setdefault(architecture.removeprefix(ARCHITECTURE_PREFIX), CheckPlain)
     for architecture in _exported():
         if architecture not in ModelRegistry.get_supported_archs():
-            own = architecture if architecture in ARCHITECTURES else ARCHITECTURES[0]
+            own = architecture if architecture in ARCHITECTURES else next(iter(ARCHITECTURES))
             ModelRegistry.register_model(architecture, f"npt_fast.vllm.models:{own}")
             MODELS_CONFIG_MAP[architecture] = Check
 
