@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -21,22 +22,22 @@ from npt_fast.hf.checkpoint import read_component
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX
 from npt_fast.hf.families import candidates
 from npt_fast.vllm.factors import ShardedFactors
-from npt_fast.vllm.layer import np_layer_class
-from npt_fast.vllm.source import ARCHITECTURES, has_pickles, open_source
+from npt_fast.vllm.layer import ARCHITECTURES, NPLayer, np_layer_class
+from npt_fast.vllm.source import has_pickles, open_source
 
 
 class _NPModel:
     """What a causal language model of vLLM gets more: NP layers, and their weights.
 
     Attributes:
-        defers: whether its layers leave it to the next norm to add what they return.
+        np_layer: what its NP layers do.
         secondary_weights: where vLLM finds the base weights if the exported folder has none.
         allow_patterns_overrides: which files vLLM takes for weights. By itself it takes those of
             one kind, and safetensors first: of base weights in pickles, the NP weights alone.
     """
 
     model: Any
-    defers: bool
+    np_layer: type[NPLayer]
     secondary_weights: tuple[Any, ...] = ()
     allow_patterns_overrides: list[str] | None = None
 
@@ -64,7 +65,15 @@ class _NPModel:
                 shards=get_tensor_model_parallel_world_size(),
                 reduce=tensor_model_parallel_all_reduce,
             )
-            layer.__class__ = np_layer_class(layer.__class__, defers=self.defers)
+            layer.__class__ = np_layer_class(self.np_layer, layer.__class__)
+
+    @property
+    def _from_config_kwargs(self) -> dict[str, Any]:
+        """What a model of transformers is made from, where vLLM runs one: without NP layers."""
+        options: dict[str, Any] = super()._from_config_kwargs  # type: ignore[misc]
+        config = copy(options["config"])
+        config.__class__ = type(config).__mro__[1]
+        return {**options, "config": config}
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the base weights. The NP weights that vLLM finds beside them are loaded already."""
@@ -79,5 +88,5 @@ def __getattr__(name: str) -> Any:
     if name not in ARCHITECTURES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     own = ModelRegistry.models[name.removeprefix(ARCHITECTURE_PREFIX)].load_model_cls()
-    content = {"__module__": __name__, "defers": ARCHITECTURES[name]}
+    content = {"__module__": __name__, "np_layer": ARCHITECTURES[name]}
     return type(name, (_NPModel, own), content)

@@ -9,7 +9,8 @@ from typing import Any
 
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX
 from npt_fast.hf.model_types import MODEL_TYPES
-from npt_fast.vllm.source import ARCHITECTURES, check, check_plain, describe, open_source
+from npt_fast.vllm.layer import ARCHITECTURES
+from npt_fast.vllm.source import check, check_plain, describe, open_source
 
 
 def register() -> None:

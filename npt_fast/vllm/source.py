@@ -19,14 +19,8 @@ from npt_fast.hf.fingerprint import stored_fingerprint
 from npt_fast.hf.model_folder import weights_of
 from npt_fast.paths import is_directory
 from npt_fast.schema import shown
+from npt_fast.vllm.layer import ARCHITECTURES
 
-_DEFER = ("Gemma", "Gemma2", "Gemma3", "Glm4", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3")
-_ADD = ("Cohere", "Cohere2", "Exaone4", "Granite")
-ARCHITECTURES = {
-    f"{ARCHITECTURE_PREFIX}{family}ForCausalLM": family in _DEFER for family in _DEFER + _ADD
-}
-"""What ``architectures`` of ``config.json`` may name for vLLM to serve it -> whether vLLM's layers
-leave it to the next norm to add what they return to the residual stream."""
 OVERRIDE = "npt_checkpoint"
 """Key of ``--hf-overrides`` that names another NPT checkpoint than the exported one."""
 
