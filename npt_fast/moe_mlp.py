@@ -107,7 +107,7 @@ def expert_sizes(experts: Any) -> tuple[int, int]:
 
 def expert_matrices(experts: Any, projection: str) -> Tensor:
     """The weights of a projection, ``"gate"``, ``"up"`` or ``"down"``: a view, ``(E, out, in)``."""
-    weight: Tensor = getattr(experts, EXPERTS.module_name(projection))
+    weight: Tensor = getattr(experts, getattr(EXPERTS, projection))
     if experts.is_transposed:
         weight = weight.transpose(1, 2)
     if projection == "down":

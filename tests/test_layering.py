@@ -55,7 +55,16 @@ ALLOWED = {
         "report_files",
         "tables",
     },
-    "vllm": {"checkpoint", "errors", "functional", "hf", "modules", "paths", "schema"},
+    "vllm": {
+        "called_mlp",
+        "checkpoint",
+        "errors",
+        "functional",
+        "hf",
+        "modules",
+        "paths",
+        "schema",
+    },
 }
 FOREIGN = {
     "arguments": set[str](),

@@ -75,7 +75,7 @@ class Block:
         if self.renamed:
             call = dict(call)
             call.update((own, call.pop(name)) for own, name in self.renamed if name in call)
-        read = h if self.attn_norm is None else getattr(layer, self.attn_norm)(h)
+        read = h if self.attn_norm is None else first(getattr(layer, self.attn_norm)(h))
         return getattr(layer, self.attn)(hidden_states=read, **call)
 
     def attention_added(self, layer: Any, output: Any) -> Tensor:
@@ -107,7 +107,7 @@ class Block:
             ``(B, S, D)``.
         """
         state = h if attention is None or self.parallel else h + attention
-        return state if self.mlp_norm is None else getattr(layer, self.mlp_norm)(state)
+        return state if self.mlp_norm is None else first(getattr(layer, self.mlp_norm)(state))
 
     def mlp_added(self, layer: Any, output: Any, *, normed: bool = True) -> Tensor:
         """What an MLP's output adds to the residual stream.

@@ -34,18 +34,23 @@ def _each(names: Iterable[str], of: ModelType) -> dict[str, ModelType]:
 
 _DENSE = ModelType("those without experts")
 MODEL_TYPES: dict[str, ModelType] = {
-    **_each(("llama", "mistral", "qwen2", "qwen3"), ModelType(vllm=True)),
     **_each(
         (
-            *("cwm", "diffllama", "emu3", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3"),
-            *("gemma3_text", "glm4", "got_ocr2", "granite", "granite_swa", "helium"),
-            *("hunyuan_v1_dense", "internlm3", "iquestcoder", "minicpm3", "ministral"),
-            *("ministral3", "moss_transcribe_diarize", "olmo", "olmo2", "olmo3", "phi3"),
-            *("qwen3_5", "qwen3_5_text", "seed_oss", "smollm3", "stablelm", "youtu"),
+            *("exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral"),
+            *("olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3"),
+        ),
+        ModelType(vllm=True),
+    ),
+    **_each(
+        (
+            *("cwm", "diffllama", "emu3", "ernie4_5", "gemma3", "got_ocr2", "granite_swa"),
+            *("helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "minicpm3", "ministral"),
+            *("ministral3", "moss_transcribe_diarize", "olmo", "qwen3_5", "qwen3_5_text"),
+            *("seed_oss", "stablelm", "youtu"),
         ),
         ModelType(),
     ),
-    **_each(("cohere", "cohere2"), ModelType(residuals="removed")),
+    **_each(("cohere", "cohere2"), ModelType(residuals="removed", vllm=True)),
     **_each(
         (
             *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1"),

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
+from functools import cache
 from typing import Any
 
 from torch import Tensor
+from vllm import ModelRegistry
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from npt_fast.checkpoint.keys import parse_key
 from npt_fast.hf.checkpoint import read_component
+from npt_fast.hf.exported import ARCHITECTURE_PREFIX
+from npt_fast.hf.families import candidates
 from npt_fast.vllm.factors import ShardedFactors
-from npt_fast.vllm.layer import np_layer_class
+from npt_fast.vllm.layer import ARCHITECTURES, NPLayer, np_layer_class
 from npt_fast.vllm.source import has_pickles, open_source
 
 
@@ -29,12 +30,14 @@ class _NPModel:
     """What a causal language model of vLLM gets more: NP layers, and their weights.
 
     Attributes:
+        np_layer: what its NP layers do.
         secondary_weights: where vLLM finds the base weights if the exported folder has none.
         allow_patterns_overrides: which files vLLM takes for weights. By itself it takes those of
             one kind, and safetensors first: of base weights in pickles, the NP weights alone.
     """
 
     model: Any
+    np_layer: type[NPLayer]
     secondary_weights: tuple[Any, ...] = ()
     allow_patterns_overrides: list[str] | None = None
 
@@ -50,15 +53,27 @@ class _NPModel:
             layer: Any = self.model.layers[index]
             if isinstance(layer, PPMissingLayer):
                 continue
+            layer.np_block = block = candidates(layer)[0]
+            # Cohere sums both over devices at the end, but an NP layer reads attention's whole
+            getattr(layer, block.attn).o_proj.reduce_results = True
+            getattr(layer, block.mlp).down_proj.reduce_results = True
             layer.np_factors = ShardedFactors(
                 read_component(source.checkpoint, index),
-                device=layer.input_layernorm.weight.device,
+                device=next(layer.parameters()).device,
                 dtype=vllm_config.model_config.dtype,
                 shard=get_tensor_model_parallel_rank(),
                 shards=get_tensor_model_parallel_world_size(),
                 reduce=tensor_model_parallel_all_reduce,
             )
-            layer.__class__ = np_layer_class(layer.__class__)
+            layer.__class__ = np_layer_class(self.np_layer, layer.__class__)
+
+    @property
+    def _from_config_kwargs(self) -> dict[str, Any]:
+        """What a model of transformers is made from, where vLLM runs one: without NP layers."""
+        options: dict[str, Any] = super()._from_config_kwargs  # type: ignore[misc]
+        config = copy(options["config"])
+        config.__class__ = type(config).__mro__[1]
+        return {**options, "config": config}
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the base weights. The NP weights that vLLM finds beside them are loaded already."""
@@ -67,17 +82,11 @@ class _NPModel:
         return loaded
 
 
-class NPTLlamaForCausalLM(_NPModel, LlamaForCausalLM):
-    """Llama with NP layers."""
-
-
-class NPTMistralForCausalLM(_NPModel, MistralForCausalLM):
-    """Mistral with NP layers."""
-
-
-class NPTQwen2ForCausalLM(_NPModel, Qwen2ForCausalLM):
-    """Qwen2 with NP layers."""
-
-
-class NPTQwen3ForCausalLM(_NPModel, Qwen3ForCausalLM):
-    """Qwen3 with NP layers."""
+@cache
+def __getattr__(name: str) -> Any:
+    """The NPT class of an architecture, which is vLLM's class of the base model with NP layers."""
+    if name not in ARCHITECTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    own = ModelRegistry.models[name.removeprefix(ARCHITECTURE_PREFIX)].load_model_cls()
+    content = {"__module__": __name__, "np_layer": ARCHITECTURES[name]}
+    return type(name, (_NPModel, own), content)

@@ -9,7 +9,8 @@ from typing import Any
 
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX
 from npt_fast.hf.model_types import MODEL_TYPES
-from npt_fast.vllm.source import ARCHITECTURES, check, check_plain, describe, open_source
+from npt_fast.vllm.layer import ARCHITECTURES
+from npt_fast.vllm.source import check, check_plain, describe, open_source
 
 
 def register() -> None:
@@ -36,7 +37,7 @@ def register() -> None:
         MODELS_CONFIG_MAP.setdefault(architecture.removeprefix(ARCHITECTURE_PREFIX), CheckPlain)
     for architecture in _exported():
         if architecture not in ModelRegistry.get_supported_archs():
-            own = architecture if architecture in ARCHITECTURES else ARCHITECTURES[0]
+            own = architecture if architecture in ARCHITECTURES else next(iter(ARCHITECTURES))
             ModelRegistry.register_model(architecture, f"npt_fast.vllm.models:{own}")
             MODELS_CONFIG_MAP[architecture] = Check
 

@@ -19,11 +19,8 @@ from npt_fast.hf.fingerprint import stored_fingerprint
 from npt_fast.hf.model_folder import weights_of
 from npt_fast.paths import is_directory
 from npt_fast.schema import shown
+from npt_fast.vllm.layer import ARCHITECTURES
 
-ARCHITECTURES = tuple(
-    f"{ARCHITECTURE_PREFIX}{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
-)
-"""What ``architectures`` of ``config.json`` may name for vLLM to serve it."""
 OVERRIDE = "npt_checkpoint"
 """Key of ``--hf-overrides`` that names another NPT checkpoint than the exported one."""
 

@@ -9,7 +9,9 @@ import torch
 
 import npt_fast as npt
 from npt_fast.hf.convert import components
+from tests.hf import small_models
 from tests.hf.exports import load
+from tests.hf.survey import perturb
 from tests.training import tiny
 from tests.transfer import models
 
@@ -17,6 +19,11 @@ PROMPTS = [[5, 9, 77], [100, 20, 31, 42, 53, 64], [200, 201, 202, 7]]
 TOKENS = 16
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "head_dim": 32,
+}  # fmt: skip
+OTHER_SIZES: dict[str, Any] = {
+    "vocab_size": 257, "initializer_range": 0.2,
+    "sliding_window": 64,  # vLLM lets Cohere 2 see one token more than transformers does
+    "logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": 30.0,  # clear leads
 }  # fmt: skip
 LAYERS: list[dict[str, Any]] = [
     {"layers": [0], "rank": 5, "modulation": "single", "residual": "kept"},
@@ -26,8 +33,18 @@ LAYERS: list[dict[str, Any]] = [
 
 
 def write_export(folder: Path, family: str = "llama") -> Path:
-    """A model with layers of each kind, of other shapes and residuals."""
-    models.base(family, **SIZES).float().save_pretrained(folder / "base")
+    """A model with layers of each kind, of other shapes and residuals.
+
+    Args:
+        folder: folder for base model, checkpoint and export.
+        family: one of `models.FAMILIES`, or a model type.
+    """
+    if family in models.FAMILIES:
+        model = models.base(family, **SIZES).float()
+    else:
+        model = small_models.build(family, **SIZES, **OTHER_SIZES)
+        perturb(model)
+    model.save_pretrained(folder / "base")
     tiny.tokenizer().save_pretrained(folder / "base")
     return export_of(folder)
 

@@ -14,9 +14,10 @@ from torch import multiprocessing as mp
 from torch.nn.functional import silu
 
 from npt_fast.functional import modulated_mlp
+from npt_fast.hf.families import candidates
 from npt_fast.modules import NPComponent
 from npt_fast.vllm.factors import ShardedFactors
-from npt_fast.vllm.layer import np_layer_class
+from npt_fast.vllm.layer import DeferringLayer, NPLayer, np_layer_class
 from tests.forked import forkserver
 
 D, F = 16, 24
@@ -41,7 +42,7 @@ class Attention(nn.Module):
     """Any function of the tokens so far."""
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        return hidden_states.cumsum(0).tanh() + positions[:, None]
+        return hidden_states.cumsum(-2).tanh() + positions[:, None]
 
 
 class Projection(nn.Module):
@@ -92,6 +93,11 @@ def component(modulation: str, residual: str) -> NPComponent:
     return part.requires_grad_(False)
 
 
+def make_np_layer(layer: Any, own: type[NPLayer] = DeferringLayer) -> None:
+    layer.np_block = candidates(layer)[0]
+    layer.__class__ = np_layer_class(own, type(layer))
+
+
 @torch.no_grad()
 def check(modulation: str, residual: str, shard: int = 0, shards: int = 1) -> None:
     def reduce(tensor: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ def check(modulation: str, residual: str, shard: int = 0, shards: int = 1) -> No
     layer.np_factors = ShardedFactors(
         part, device="cpu", dtype=torch.float64, shard=shard, shards=shards, reduce=reduce
     )
-    layer.__class__ = np_layer_class(Layer)  # type: ignore[assignment]
+    make_np_layer(layer)
     positions = torch.arange(5)
     given = torch.randn(2, 5, D, dtype=torch.float64, generator=seeded(4))
     for states, stream in ((given[0], None), (given[0], given[1])):
@@ -149,7 +155,7 @@ def np_layer(modulation: str, residual: str) -> Any:
     layer = Layer(0, 1)
     part = component(modulation, residual)
     layer.np_factors = ShardedFactors(part, device="cpu", dtype=torch.float64)
-    layer.__class__ = np_layer_class(Layer)  # type: ignore[assignment]
+    make_np_layer(layer)
     return layer
 
 

@@ -11,20 +11,16 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 import npt_fast as npt
 from npt_fast.checkpoint.checkpoint import open_checkpoint
+from npt_fast.hf.model_types import MODEL_TYPES
 from npt_fast.vllm import source as module
-from npt_fast.vllm.source import (
-    ARCHITECTURES,
-    OVERRIDE,
-    check,
-    check_plain,
-    describe,
-    open_source,
-)
+from npt_fast.vllm.layer import ARCHITECTURES
+from npt_fast.vllm.source import OVERRIDE, check, check_plain, describe, open_source
 from tests.checkpoints import flip_byte, layer_weights, write_checkpoint
-from tests.hf.exports import Parts, write_parts
+from tests.hf.exports import Parts, config_of, write_parts
 from tests.training import tiny
 
 
@@ -67,9 +63,9 @@ def test_what_is_refused_at_the_start(parts: Parts, tmp_path: Path) -> None:
         check(source, given, 5)
     with pytest.raises(npt.ModelError, match="hidden_size 32, the model has 64"):
         check(source, model_config(tmp_path / "out", hidden_size=64), 1)
-    gemma = ["NPTGemmaForCausalLM"]
-    with pytest.raises(npt.ModelError, match="not in NPTGemmaForCausalLM; load it with"):
-        check(source, model_config(tmp_path / "out", architectures=gemma), 1)
+    helium = ["NPTHeliumForCausalLM"]
+    with pytest.raises(npt.ModelError, match="not in NPTHeliumForCausalLM; load it with"):
+        check(source, model_config(tmp_path / "out", architectures=helium), 1)
     dual = write_checkpoint(tmp_path / "np", layer_weights(1, modulation="dual", d=32, f=48))
     other = open_source(model_config(tmp_path / "out", **{OVERRIDE: str(dual)}))
     with pytest.raises(npt.ModelError, match="no file says whether layer 1 keeps attention"):
@@ -151,15 +147,12 @@ def test_np_layers_of_a_plain_model_are_not_forgotten(parts: Parts, tmp_path: Pa
 
 
 def test_the_architectures_are_those_of_exports(tmp_path: Path) -> None:
-    from tests.transfer.models import FAMILIES
-
-    named = set()
-    for family in FAMILIES:
-        parts = write_parts(tmp_path / family, family)
-        npt.export(parts.checkpoint, tmp_path / family / "out")
-        config = json.loads((tmp_path / family / "out" / "config.json").read_text())
-        named.update(config["architectures"])
-    assert named == set(ARCHITECTURES)
+    """An export names one, and the table of model types says which are served."""
+    parts = write_parts(tmp_path)
+    npt.export(parts.checkpoint, tmp_path / "out")
+    assert config_of(tmp_path / "out")["architectures"] == ["NPTLlamaForCausalLM"]
+    served = {f"NPT{NAMES[name]}" for name, about in MODEL_TYPES.items() if about.vllm}
+    assert served == set(ARCHITECTURES)
 
 
 def test_components_of_a_checkpoint(parts: Parts) -> None:
