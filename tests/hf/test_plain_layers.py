@@ -189,6 +189,27 @@ def test_an_adapter_and_hooks_act_as_in_the_base_model() -> None:
     assert torch.equal(layer.np_component(h, h, layer.mlp), seen[0])
 
 
+@pytest.mark.parametrize("name", ["gptj", "falcon"])
+def test_attention_weights_are_returned_as_by_the_base_layer(name: str) -> None:
+    """Layer 1 reads what it reads in the base model, and these layers return a tuple."""
+    models = [base(name), converted(name, "removed")]
+    for model in models:
+        model.set_attn_implementation("eager")
+    expected, found = (model(IDS, output_attentions=True).attentions for model in models)
+    assert len(found) == 4 and torch.equal(found[1], expected[1])
+    assert not torch.equal(found[2], expected[2])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gpt_neox", "gpt_neox, one after the other"])
+def test_names_that_fit_two_blocks_are_proved_without_the_probe_too(name: str) -> None:
+    models = [base(name), base(name)]
+    for model, probe in zip(models, (True, False), strict=True):
+        npt.convert(model, npt.NPTConfig(layers=[2], rank=2), probe=probe)
+    blocks = [decoder_layers(model)[2].np_block for model in models]
+    assert blocks[0] == blocks[1]
+    assert torch.equal(*(logits(model, IDS) for model in models))
+
+
 @pytest.mark.parametrize(
     ("name", "residual", "verdict"),
     [("gpt2", "removed", "removed"), ("gpt2", "kept", "kept"), ("falcon", "removed", None)],
