@@ -128,7 +128,7 @@ def _compare(model: Any, layer: Any, index: int, residual: str, expected: Tensor
         "the layer, off, is not the base layer": torch.equal(base, expected),
         "the component at dW = 0 is not the MLP": _close(same, truth),
         "the component does not read what attention adds": all(
-            _close(read, attention) for read in reads
+            _close(read, attention, seen["input"]) for read in reads
         ),
         "the layer does not add the component's output": linear,
         "the ideal component does not give the base model's logits": _close(found, expected),
@@ -172,8 +172,12 @@ def _mixture(mlp: Any, mixture: Mixture, h: Tensor, routed_by: Tensor) -> Tensor
     return first(output)
 
 
-def _close(found: Tensor, truth: Tensor) -> bool:
-    return bool((found.double() - truth.double()).norm() <= 1e-5 * truth.double().norm())
+def _close(found: Tensor, truth: Tensor, rounded: Tensor | None = None) -> bool:
+    """Whether both are the same, if the truth is a difference of tensors like `rounded`."""
+    allowed = 1e-5 * truth.double().norm()
+    if rounded is not None:
+        allowed = allowed + torch.finfo(rounded.dtype).eps * rounded.double().norm()
+    return bool((found.double() - truth.double()).norm() <= allowed)
 
 
 def survey(
