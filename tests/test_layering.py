@@ -47,7 +47,7 @@ ALLOWED = {
     },
     "training": {
         *("arguments", "config", "errors", "layer_names", "paths", "schema", "text_sources"),
-        *("checkpoint", "functional", "modules", "hf", "tables"),
+        *("called_mlp", "checkpoint", "functional", "modules", "hf", "tables"),
     },
     "transfer": {
         *("arguments", "config", "errors", "layer_names", "paths", "schema", "checkpoint"),

@@ -7,10 +7,10 @@ from itertools import count
 import pytest
 import torch
 from torch import Tensor
-from transformers import GraniteConfig, GraniteForCausalLM
 
 import npt_fast as npt
 from npt_fast.training.teacher_pass import Activations, TeacherCache, check_teacher
+from tests.hf.test_probe import FAULTS, faulty
 from tests.training import tiny
 
 TEXT = torch.arange(40).view(2, 20)
@@ -62,14 +62,8 @@ def test_a_base_layer_is_its_input_attention_and_mlp(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_base_layer_that_does_more_is_not_trained(dtype: torch.dtype) -> None:
-    """Whoever converts Granite without the probe is told on the first text."""
-    config = GraniteConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, residual_multiplier=0.22,
-        initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = GraniteForCausalLM(config).to(dtype).eval()
+    """Whoever converts a layer of another kind without the probe is told on the first text."""
+    model = faulty(FAULTS["attention scaled"][0], dtype)
     npt.convert(model, npt.NPTConfig(layers=[1], rank=2), probe=False)
     with pytest.raises(npt.ModelError, match=r"layer 1: on this text .* input \+ attention \+ MLP"):
         check_teacher(model, TEXT)
