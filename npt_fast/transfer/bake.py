@@ -148,7 +148,8 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
         The folder.
 
     Raises:
-        ModelError: the modulation belongs to another base model, or the model has mixtures of experts.
+        ModelError: the modulation belongs to another base model, or the model has mixtures of
+            experts.
         TransferError: the folder exists already or cannot be written.
     """
     modulation.check_base_model(model)
