@@ -237,7 +237,7 @@ def mlp_of(layer: nn.Module) -> MLPPart | None:
 
 def mixture_of(mlp: nn.Module | None) -> Mixture | None:
     """The parts of an MLP that is a mixture of experts as transformers has them; else None."""
-    experts = getattr(mlp, "experts", None)
+    experts: Any = getattr(mlp, "experts", None)
     needed = (*EXPERTS.names, "is_transposed")
     if mlp is None or not all(hasattr(experts, name) for name in needed):
         return None
