@@ -82,7 +82,7 @@ def call_mixture(
             if name != mixture.changed:
                 y: Tensor = part(read, *routing)
             elif mixture.shared:
-                y = shared(part).view(x.shape)
+                y = shared(part).reshape(x.shape)
             else:
                 run = partial(call_experts, shape=h.shape[:-1], change=change())
                 y = called_as_module(part, run, read, *routing)
@@ -177,7 +177,7 @@ def call_experts(
     inner = experts._apply_gate(gate_up)
     y = summed(_each(experts, "down_proj", inner, counts))
     down = change("down", experts, summed(inner).view(*shape, -1))
-    return y if down is None else y + down.to(y.dtype).view_as(y)
+    return y if down is None else y + down.to(y.dtype).reshape(y.shape)
 
 
 def _each(experts: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:

@@ -299,8 +299,11 @@ def mlp_of(layer: nn.Module) -> MLPPart | None:
 
 def mixture_of(mlp: nn.Module | None) -> Mixture | None:
     """The parts of an MLP that is a mixture of experts as transformers has them; else None."""
-    experts = getattr(mlp, "experts", None)
-    if mlp is None or not all(hasattr(experts, name) for name in EXPERTS.names):
+    experts: Any = getattr(mlp, "experts", None)
+    needed = (*EXPERTS.names, "is_transposed")
+    if mlp is None or not all(hasattr(experts, name) for name in needed):
+        return None
+    if getattr(experts.down_proj, "ndim", 0) != 3:  # packed
         return None
     others = ((name, part) for name, part in mlp.named_children() if name != "experts")
     shared = next((name for name, part in others if layout_of(unwrapped(part)) is not None), None)
