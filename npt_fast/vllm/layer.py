@@ -94,6 +94,6 @@ ARCHITECTURES: dict[str, type[NPLayer]] = {
 
 
 @cache
-def np_layer_class(own: type[NPLayer], layer_class: Any) -> type[nn.Module]:
+def np_layer_class(own: Any, layer_class: Any) -> type[nn.Module]:
     """The class of NP layers whose parts are those of a class of vLLM's layers."""
     return type(f"NP{layer_class.__name__}", (own, layer_class), {})

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm import ModelRegistry
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -54,7 +55,7 @@ class _NPModel:
             if isinstance(layer, PPMissingLayer):
                 continue
             layer.np_block = block = candidates(layer)[0]
-            # Cohere sums both over devices at the end, but an NP layer reads attention's whole
+            # Cohere sums over devices what both add, but an NP layer reads what attention adds
             getattr(layer, block.attn).o_proj.reduce_results = True
             getattr(layer, block.mlp).down_proj.reduce_results = True
             layer.np_factors = ShardedFactors(
@@ -72,7 +73,7 @@ class _NPModel:
         """What a model of transformers is made from, where vLLM runs one: without NP layers."""
         options: dict[str, Any] = super()._from_config_kwargs  # type: ignore[misc]
         config = copy(options["config"])
-        config.__class__ = type(config).__mro__[1]
+        config.__class__ = CONFIG_MAPPING[config.model_type]
         return {**options, "config": config}
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -11,7 +11,6 @@ import npt_fast as npt
 from npt_fast.hf.convert import components
 from tests.hf import small_models
 from tests.hf.exports import load
-from tests.hf.survey import perturb
 from tests.training import tiny
 from tests.transfer import models
 
@@ -20,11 +19,14 @@ TOKENS = 16
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "head_dim": 32,
 }  # fmt: skip
-OTHER_SIZES: dict[str, Any] = {
-    "vocab_size": 257, "initializer_range": 0.2,
-    "sliding_window": 64,  # vLLM lets Cohere 2 see one token more than transformers does
-    "logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": 30.0,  # clear leads
-}  # fmt: skip
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"sliding_window": 64, "final_logit_softcapping": 30.0},
+    "granite": {"logits_scaling": 1.0},
+    # vLLM lets it see one token more than transformers does
+    "cohere2": {"sliding_window": 64, "logit_scale": 1.0},
+    "olmo2": {},
+}
+"""A model type of each other way in which vLLM's layers are wired, and fields for clear leads."""
 LAYERS: list[dict[str, Any]] = [
     {"layers": [0], "rank": 5, "modulation": "single", "residual": "kept"},
     {"layers": [1], "rank": 3, "num_ranks": 2, "modulation": "dual", "residual": "kept"},
@@ -42,8 +44,10 @@ def write_export(folder: Path, family: str = "llama") -> Path:
     if family in models.FAMILIES:
         model = models.base(family, **SIZES).float()
     else:
-        model = small_models.build(family, **SIZES, **OTHER_SIZES)
-        perturb(model)
+        model = small_models.build(
+            family, **SIZES, vocab_size=257, max_position_embeddings=128, initializer_range=0.2,
+            **OTHERS.get(family, {}),
+        )  # fmt: skip
     model.save_pretrained(folder / "base")
     tiny.tokenizer().save_pretrained(folder / "base")
     return export_of(folder)

@@ -12,13 +12,11 @@ import npt_fast as npt
 from tests.hf.exports import load
 from tests.transfer import models
 from tests.vllm import engine, int8
-from tests.vllm.exports import PROMPTS, TOKENS, write_export
+from tests.vllm.exports import OTHERS, PROMPTS, TOKENS, write_export
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
-OTHERS = ("gemma3_text", "granite", "cohere2", "olmo2")
-"""A model type of each other way in which vLLM's layers are wired."""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {"enforce_eager": True}) for family in (*models.FAMILIES, *OTHERS)},
     "compiled": ("llama", {}),
