@@ -32,33 +32,47 @@ def _each(names: Iterable[str], of: ModelType) -> dict[str, ModelType]:
     return dict.fromkeys(names, of)
 
 
-_DENSE = ModelType("those without experts")
 MODEL_TYPES: dict[str, ModelType] = {
     **_each(
-        (
-            *("exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral"),
-            *("olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3"),
-        ),
+        ("llama", "mistral", "qwen2", "qwen3"),
         ModelType(vllm=True),
     ),
     **_each(
         (
-            *("cwm", "diffllama", "emu3", "ernie4_5", "gemma3", "got_ocr2", "granite_swa"),
-            *("helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "minicpm3", "ministral"),
-            *("ministral3", "moss_transcribe_diarize", "olmo", "qwen3_5", "qwen3_5_text"),
-            *("seed_oss", "stablelm", "youtu"),
+            *("aria_text", "axk2", "cwm", "deepseek_v2", "deepseek_v3", "deepseek_v32"),
+            *("diffllama", "dots1", "dots3_note_text", "emu3", "ernie4_5"),
+            *("ernie4_5_moe", "exaone4", "exaone_moe", "flint", "gemma", "gemma2"),
+            *("gemma3", "gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite"),
+            *("got_ocr2", "granite", "granite_swa", "helium", "hunyuan_v1_dense"),
+            *("hunyuan_v1_moe", "hy_v3", "internlm3", "iquestcoder", "kolibri1"),
+            *("laguna", "minicpm3", "ministral", "ministral3"),
+            *("moss_transcribe_diarize", "olmo", "olmo2", "olmo3", "olmo_hybrid"),
+            *("phi3", "phi4_multimodal", "qwen2_moe", "qwen3_5", "qwen3_5_moe"),
+            *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "seed_oss", "smollm3"),
+            *("solar_open", "stablelm", "youtu"),
         ),
         ModelType(),
     ),
-    **_each(("cohere", "cohere2"), ModelType(residuals="removed", vllm=True)),
+    **_each(
+        ("cohere", "cohere2"),
+        ModelType(residuals="removed"),
+    ),
     **_each(
         (
-            *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1"),
-            *("dots3_note_text", "ernie4_5_moe", "exaone_moe", "flint", "glm4_moe"),
-            *("glm4_moe_lite", "hy_v3", "laguna", "mimo_v2_flash", "qwen2_moe", "qwen3_moe"),
-            "qwen3_next",
+            *("arcee", "flex_olmo", "fuyu", "gpt-sw3", "gpt2", "gpt_bigcode"),
+            *("gpt_neo", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoeshared"),
+            *("jais2", "mellum", "mimo_v2_flash", "minimax_m2", "mixtral", "nanochat"),
+            *("nemotron", "olmoe", "persimmon", "phimoe", "qwen3_moe", "starcoder2"),
         ),
-        _DENSE,
+        ModelType(kernels="called"),
+    ),
+    **_each(
+        ("codegen", "cohere2_moe", "falcon", "gpt_neox", "gptj", "phi"),
+        ModelType(residuals="removed", kernels="called"),
+    ),
+    **_each(
+        ("axk1", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+        ModelType("those without experts"),
     ),
 }
 """``model_type`` of config.json -> what works for it."""
