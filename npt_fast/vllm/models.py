@@ -23,7 +23,7 @@ from npt_fast.hf.checkpoint import read_component
 from npt_fast.hf.exported import ARCHITECTURE_PREFIX
 from npt_fast.hf.families import candidates
 from npt_fast.vllm.factors import ShardedFactors
-from npt_fast.vllm.layer import ARCHITECTURES, NPLayer, np_layer_class
+from npt_fast.vllm.layer import ARCHITECTURES, np_layer_class
 from npt_fast.vllm.source import has_pickles, open_source
 
 
@@ -31,14 +31,14 @@ class _NPModel:
     """What a causal language model of vLLM gets more: NP layers, and their weights.
 
     Attributes:
-        np_layer: what its NP layers do.
+        np_layer: class of `npt_fast.vllm.layer` that its NP layers are of.
         secondary_weights: where vLLM finds the base weights if the exported folder has none.
         allow_patterns_overrides: which files vLLM takes for weights. By itself it takes those of
             one kind, and safetensors first: of base weights in pickles, the NP weights alone.
     """
 
     model: Any
-    np_layer: type[NPLayer]
+    np_layer: Any
     secondary_weights: tuple[Any, ...] = ()
     allow_patterns_overrides: list[str] | None = None
 
