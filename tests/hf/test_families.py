@@ -81,3 +81,5 @@ def model_type_table() -> str:
 def test_the_table_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     assert model_type_table() in text
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    assert f"{len(MODEL_TYPES)} model types of transformers" in readme
