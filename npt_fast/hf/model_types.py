@@ -34,28 +34,30 @@ def _each(names: Iterable[str], of: ModelType) -> dict[str, ModelType]:
 
 MODEL_TYPES: dict[str, ModelType] = {
     **_each(
-        ("llama", "mistral", "qwen2", "qwen3"),
+        (
+            *("exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama"),
+            *("mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3"),
+        ),
         ModelType(vllm=True),
+    ),
+    **_each(
+        ("cohere", "cohere2"),
+        ModelType(residuals="removed", vllm=True),
     ),
     **_each(
         (
             *("aria_text", "axk2", "cwm", "deepseek_v2", "deepseek_v3", "deepseek_v32"),
             *("diffllama", "dots1", "dots3_note_text", "emu3", "ernie4_5"),
-            *("ernie4_5_moe", "exaone4", "exaone_moe", "flint", "gemma", "gemma2"),
-            *("gemma3", "gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite"),
-            *("got_ocr2", "granite", "granite_swa", "helium", "hunyuan_v1_dense"),
+            *("ernie4_5_moe", "exaone_moe", "flint", "gemma3", "glm", "glm4_moe"),
+            *("glm4_moe_lite", "got_ocr2", "granite_swa", "helium", "hunyuan_v1_dense"),
             *("hunyuan_v1_moe", "hy_v3", "internlm3", "iquestcoder", "kolibri1"),
             *("laguna", "minicpm3", "ministral", "ministral3"),
-            *("moss_transcribe_diarize", "olmo", "olmo2", "olmo3", "olmo_hybrid"),
-            *("phi3", "phi4_multimodal", "qwen2_moe", "qwen3_5", "qwen3_5_moe"),
-            *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "seed_oss", "smollm3"),
-            *("solar_open", "stablelm", "youtu"),
+            *("moss_transcribe_diarize", "olmo", "olmo_hybrid", "phi4_multimodal"),
+            *("qwen2_moe", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text"),
+            *("qwen3_5_text", "qwen3_next", "seed_oss", "solar_open", "stablelm"),
+            *("youtu",),
         ),
         ModelType(),
-    ),
-    **_each(
-        ("cohere", "cohere2"),
-        ModelType(residuals="removed"),
     ),
     **_each(
         (
