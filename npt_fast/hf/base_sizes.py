@@ -17,9 +17,20 @@ def base_sizes(model: Any) -> dict[str, int]:
     """
     text = unwrapped(model).config.get_text_config()  # a multimodal model's own has no sizes
     sizes = {name: size for name in SIZES if (size := getattr(text, name, None)) is not None}
-    if "intermediate_size" not in sizes:
-        found = (mlp_of(unwrapped(layer)) for layer in layers_of(decoder_of(model)))
-        mlp = next(filter(None, found), None)
-        if mlp is not None:
-            sizes["intermediate_size"] = mlp.sizes[1]
+    if "intermediate_size" not in sizes and (widths := _widths(model)):
+        sizes["intermediate_size"] = next(iter(widths.values()))
     return sizes
+
+
+def own_widths(model: Any) -> dict[int, int]:
+    """Width F of what changes in an MLP, by layer, where it is not the model's `intermediate_size`.
+
+    Mixtures of experts have another one, and so have the layers of Gemma 4 that share keys.
+    """
+    size = base_sizes(model).get("intermediate_size")
+    return {layer: width for layer, width in _widths(model).items() if width != size}
+
+
+def _widths(model: Any) -> dict[int, int]:
+    parts = enumerate(mlp_of(unwrapped(layer)) for layer in layers_of(decoder_of(model)))
+    return {layer: part.sizes[1] for layer, part in parts if part is not None}

@@ -21,7 +21,7 @@ from npt_fast.checkpoint.read_back import read_back
 from npt_fast.checkpoint.source_file import NearbyReader
 from npt_fast.config import FileFormat, NPTConfig, Residual
 from npt_fast.errors import ModelError, NPTError, NPTWarning, OptionError
-from npt_fast.hf.base_sizes import base_sizes
+from npt_fast.hf.base_sizes import base_sizes, own_widths
 from npt_fast.hf.convert import (
     Model,
     add_layers,
@@ -29,7 +29,6 @@ from npt_fast.hf.convert import (
     computes_in,
     decoder_layers,
     inference_dtype,
-    mixture_widths,
     remove_layers,
 )
 from npt_fast.hf.description import describe, record
@@ -336,6 +335,6 @@ def check_base(model: Any, checkpoint: Checkpoint) -> None:
     Another base model of the same sizes gives an `NPTWarning`.
     """
     sizes = {**base_sizes(model), "num_hidden_layers": len(decoder_layers(model))}
-    checkpoint.check_sizes(sizes, mixture_widths(model))
+    checkpoint.check_sizes(sizes, own_widths(model))
     base = checkpoint.model_name, checkpoint.fingerprint
     note_other_base(checkpoint.given, *base, fingerprint(model))

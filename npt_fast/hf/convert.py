@@ -91,12 +91,6 @@ def chosen_components(model: nn.Module, layers: LayerList | None) -> list[int]:
     return chosen
 
 
-def mixture_widths(model: Any) -> dict[int, int]:
-    """Width F of what changes, in each layer that is a mixture of experts; it has its own."""
-    parts = ((index, mlp_of(layer)) for index, layer in enumerate(_inner_layers(model)))
-    return {index: part.sizes[1] for index, part in parts if part and part.mixture}
-
-
 @check_arguments
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of NP layers that require gradients, for an optimizer of one's own.

@@ -177,7 +177,7 @@ def _plan(
     """The plan that copies the NP layers, after a check that they fit the base model."""
     found = {size: base.config.get(name) for size, name in size_names(base.config).items()}
     sizes: dict[str, Any] = {size: number for size, number in found.items() if is_count(number)}
-    opened.check_sizes(sizes, _mixture_widths(base))
+    opened.check_sizes(sizes, _own_widths(base))
     if layers is not None:
         count = sizes.get("num_hidden_layers", max(opened.modules) + 1)
         selected = chosen_layers(layers, opened.modules, count)
@@ -191,14 +191,14 @@ def _plan(
     return replace(plan, files=tuple(file for file in plan.files if file.name != CONFIG))
 
 
-def _mixture_widths(base: BaseFolder) -> dict[int, int]:
-    """`mixture_widths` of a model in a folder; its config names what only some models have."""
-    if not any("experts" in key for key in base.config):
+def _own_widths(base: BaseFolder) -> dict[int, int]:
+    """`own_widths` of a model in a folder; its config names what only some models have."""
+    if not any("experts" in key or "double_wide" in key for key in base.config):
         return {}
     from npt_fast.hf.base_model import load_skeleton
-    from npt_fast.hf.convert import mixture_widths
+    from npt_fast.hf.base_sizes import own_widths
 
-    return mixture_widths(load_skeleton(str(base.folder)))
+    return own_widths(load_skeleton(str(base.folder)))
 
 
 def _fingerprint(

@@ -30,6 +30,7 @@ from npt_fast.moe_mlp import Mixture, call_mixture, obstacle_of_experts
 
 OFFLOADED = "is offloaded; NP layers must be on a device"
 _TOKENS = 8
+_SHARED = "shared_kv_states"  # keys and values that layers of Gemma 4 leave to later ones
 # both sides round the same sums, but an implementation may fuse additions
 _ROUNDINGS = 2
 # functions: activations, and forwards that were replaced
@@ -184,12 +185,14 @@ class _Stub(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.last:
             raise _Called(args, kwargs)
+        if kwargs.get(_SHARED) is not None and not is_offloaded(self.layer):
+            self.layer.forward(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, None) if self.returns_weights else hidden
 
 
 def _call(decoder: Any, index: int, x: Tensor, blocks: Sequence[Block]) -> Call:
-    """What the model calls a layer with, by name; no layer is run to find it."""
+    """What the model calls a layer with, by name; no layer is run to find it, if it can be."""
     errors = []
     # GPT-2 and GPT-Neo have the same parts, and take different things from the layers before
     for returns_weights in dict.fromkeys(block.returns_weights for block in blocks):
@@ -218,10 +221,17 @@ def _reached(decoder: Any, index: int, x: Tensor, *, returns_weights: bool) -> C
     except _Called as called:
         hidden, call = call_of(layers[index], *called.args)
     except Exception as error:
+        if words.is_meta:  # Gemma 4 reads others of its embeddings, too
+            raise ModelError(
+                "cannot be tried without the embeddings' weights; npt.supported_layers(model) "
+                "tries it with them"
+            ) from error
         raise ModelError(f"cannot be reached by running the model: {_line(error)}") from error
     if not isinstance(hidden, Tensor) or hidden.shape != x.shape:
         shape = tuple(getattr(hidden, "shape", ()))
         raise ModelError(f"has hidden states {shape}, not (batch, tokens, {x.shape[-1]})")
+    if call.get(_SHARED) is not None:
+        call[_SHARED] = dict(call[_SHARED])  # a dict that tree_map knows
     # device_map: the layer's own hook would move them
     moved: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(x.device), call)
     return moved

@@ -17,7 +17,7 @@ from npt_fast.called_mlp import has_no_hooks, has_plain_weight, is_plain_linear
 from npt_fast.checkpoint import strict_json
 from npt_fast.checkpoint.publish import StagedDirectory, disk_errors
 from npt_fast.errors import ModelError, TransferError
-from npt_fast.hf.convert import decoder_layers, mixture_widths
+from npt_fast.hf.convert import decoder_layers
 from npt_fast.hf.families import MLPPart, mlp_of, obstacle
 from npt_fast.hf.wrappers import unwrapped
 from npt_fast.moe_mlp import expert_matrices, obstacle_of_experts
@@ -182,7 +182,8 @@ def export_lora(modulation: Modulation, model: nn.Module, output: str | Path) ->
         TransferError: the folder exists already or cannot be written.
     """
     modulation.check_base_model(model)
-    if mixtures := list(mixture_widths(model)):
+    parts = (mlp_of(unwrapped(layer)) for layer in decoder_layers(model))
+    if mixtures := [index for index, part in enumerate(parts) if part and part.mixture]:
         raise ModelError(
             f"layers {mixtures} are mixtures of experts, and PEFT would take an adapter of any "
             "layer's MLP for one of their experts; bake or inject the modulation instead"

@@ -8,8 +8,8 @@ from typing import Any
 
 from npt_fast.checkpoint.npt_config import SIZES as SIZES
 from npt_fast.errors import ModelError, printable
-from npt_fast.hf.base_sizes import base_sizes
-from npt_fast.hf.convert import components, mixture_widths
+from npt_fast.hf.base_sizes import base_sizes, own_widths
+from npt_fast.hf.convert import components
 from npt_fast.hf.fingerprint import fingerprint
 from npt_fast.hf.wrappers import unwrapped
 
@@ -71,12 +71,12 @@ class BaseModel:
 
 def _width(model: Any, layers: Iterable[int] | None) -> dict[str, int]:
     """The ``intermediate_size`` of layers where it is not the config's; else nothing."""
-    own = mixture_widths(model)
+    own = own_widths(model)
     used = {own.get(layer) for layer in (components(model) if layers is None else layers)}
     if len(used) > 1:
         raise ModelError(
-            f"a modulation has MLPs of one width: those of mixtures of experts, layers "
-            f"{list(own)}, and those of other layers need modulations of their own"
+            f"a modulation has MLPs of one width: those of layers {list(own)}, which are wider or "
+            "narrower, and those of other layers need modulations of their own"
         )
     width = used.pop() if used else None
     return {} if width is None else {"intermediate_size": width}

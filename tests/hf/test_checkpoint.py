@@ -16,6 +16,7 @@ from npt_fast.hf.convert import components
 from npt_fast.hf.description import describe
 from npt_fast.hf.probe import fit
 from tests.checkpoints import layer_weights, write_checkpoint
+from tests.hf.small_models import build
 from tests.hf.test_convert import converted, logits, tiny
 
 SIZES = {"d": 32, "f": 48}
@@ -195,3 +196,17 @@ def test_layers_of_one_kind_are_probed_once(
     monkeypatch.setattr("npt_fast.hf.convert.fit", counted)
     npt.load(tiny(), tmp_path / "out")
     assert probed == [0]
+
+
+def test_layers_of_several_widths(tmp_path: Path) -> None:
+    """Layers of Gemma 4 that share keys may have MLPs of twice the width that the config names."""
+    types = ["sliding_attention", "full_attention"] * 2
+    options = {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "layer_types": types}
+    model = build("gemma4_text", **options)
+    npt.convert(model, npt.NPTConfig(layers=[1, 3], rank=2))
+    assert [status.architecture.intermediate_size for status in npt.status(model)] == [48, 96]
+    npt.save(model, tmp_path / "checkpoint")
+    other = npt.load(build("gemma4_text", **options), tmp_path / "checkpoint")
+    assert [status.layer for status in npt.status(other)] == [1, 3]
+    with pytest.raises(npt.ModelError, match="another base model: intermediate_size 96"):
+        npt.load(build("gemma4_text"), tmp_path / "checkpoint")

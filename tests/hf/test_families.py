@@ -54,6 +54,15 @@ OTHERS: dict[str, tuple[str, dict[str, Any], list[int]]] = {
     "granite that scales nothing": ("granite", {"residual_multiplier": 1.0}, [0, 1, 2, 3]),
     "dense layers between experts": ("qwen3_next", {"mlp_only_layers": [1, 3]}, [0, 1, 2, 3]),
     "stablelm, side by side": ("stablelm", {"use_parallel_residual": True}, [0, 1, 2, 3]),
+    "gemma 4 whose layers share keys": (
+        "gemma4_text",
+        {
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        [0, 1, 2, 3],
+    ),
     "another activation": ("llama", {"hidden_act": "gelu_pytorch_tanh"}, [0, 1, 2, 3]),
 }
 

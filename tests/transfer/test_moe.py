@@ -111,7 +111,7 @@ def test_one_modulation_has_one_width() -> None:
     model = converted("deepseek_v3", [0, 1])
     assert BaseModel.of(model, [0]).intermediate_size == 48
     assert BaseModel.of(model, [1]).intermediate_size == 16
-    with pytest.raises(npt.ModelError, match=r"mixtures of experts, layers \[1, 2, 3\]"):
+    with pytest.raises(npt.ModelError, match=r"one width: those of layers \[1, 2, 3\]"):
         BaseModel.of(model)
 
 
