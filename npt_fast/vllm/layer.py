@@ -58,7 +58,9 @@ class DeferringLayer(NPLayer):
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor]:
         h = hidden_states if residual is None else hidden_states + residual
-        return self.added(h, {"positions": positions, **options}), h
+        # Mistral's layers get t_cond, which is None but in models of speech, and attention does not
+        given = {name: value for name, value in options.items() if value is not None}
+        return self.added(h, {"positions": positions, **given}), h
 
 
 class AddingLayer(NPLayer):

@@ -63,6 +63,6 @@ def test_the_folder_is_no_export(
     assert "is no folder, and the Hub does not have it" in refused(capsys, "nobody/nothing")
     own = {"model_type": "npt_fast-llama", "architectures": ["NPTAquilaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(own))
-    assert "Qwen3ForCausalLM, not in NPTAquilaForCausalLM" in refused(capsys, tmp_path)
+    assert "SmolLM3ForCausalLM, not in NPTAquilaForCausalLM" in refused(capsys, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": ')
     assert "config.json: not valid JSON" in refused(capsys, tmp_path)

@@ -29,7 +29,7 @@ from npt_fast.hf.model_types import MODEL_TYPES
 from tests.checkpoints import flip_byte
 from tests.hf.exports import Parts, load, logits, write_parts
 from tests.hf.small_models import TYPES, build
-from tests.hf.test_families import RIGHT, VARIANTS
+from tests.hf.test_families import RIGHT
 from tests.transfer.models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +70,7 @@ def test_every_type_that_is_listed(model_type: str, tmp_path: Path) -> None:
     """It can be exported and loaded, or is refused when it is exported."""
     if model_type not in TYPES:
         pytest.skip("this transformers has no such type")
-    model = build(model_type, **VARIANTS.get(model_type, {}))
+    model = build(model_type)
     if model.config.model_type != model_type:
         pytest.skip("its causal language model is of another type")
     model.save_pretrained(tmp_path / "base")

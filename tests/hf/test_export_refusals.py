@@ -67,7 +67,7 @@ def test_another_base(shared: Parts, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ({"model_type": "gpt2"}, "models of type 'gpt2' cannot be exported"),
+        ({"model_type": "opt"}, "models of type 'opt' cannot be exported"),
         ({"model_type": ["llama"]}, "models of type a list cannot be exported"),
         ({"hidden_size": 64}, "hidden_size 32, the model has 64"),
         ({"architectures": ["LlamaModel"]}, "architectures must begin with a causal language mod"),
