@@ -61,7 +61,7 @@ MODEL_TYPES: dict[str, ModelType] = {
     ),
     **_each(
         (
-            *("arcee", "flex_olmo", "fuyu", "gpt-sw3", "gpt2", "gpt_bigcode"),
+            *("arcee", "flex_olmo", "gpt-sw3", "gpt2", "gpt_bigcode"),
             *("gpt_neo", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoeshared"),
             *("jais2", "mellum", "mimo_v2_flash", "minimax_m2", "mixtral", "nanochat"),
             *("nemotron", "olmoe", "persimmon", "phimoe", "qwen3_moe", "starcoder2"),
