@@ -61,8 +61,7 @@ test: install
 
 # Of the libraries that it has in older versions, OLDER (tests/test_packaging.py compares), tests of
 # kernels and benchmarks need Triton alone, and minutes in its interpreter. `npt-fast kernels` compiles
-# them instead: with Triton 3.6 seven of 1,120 spill, up to 16 bytes, for weights that are not contiguous
-# and for one token with exact gelu.
+# them instead: with Triton 3.6 six of 1,120 spill, up to 16 bytes, for weights that are not contiguous.
 # One target of each kind: sm_80 has the launches of sm_89, which has less shared memory; 173 of the 183
 # of sm_120 are theirs, too. CI compiles for these two with the newest Triton. The other tests left out
 # are not about these libraries, but about our sources and formats, torch, safetensors and cyclopts,
