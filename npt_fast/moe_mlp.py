@@ -123,7 +123,8 @@ def obstacle_of_experts(experts: Any) -> str | None:
     """
     name = type(experts).__name__
     for field, needed in _FORM.items():
-        if (found := getattr(experts, field, None)) is not needed:
+        # older versions of transformers have no has_post_expert_norm, nor such a norm
+        if (found := getattr(experts, field, False)) is not needed:
             return f"has experts ({name}) whose {field} is {found}, not {needed}"
     for projection in EXPERTS.names:
         if not is_plain_tensor(getattr(experts, projection)):
