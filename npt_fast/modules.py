@@ -285,8 +285,7 @@ class NPComponent(nn.Module):
             return gated(mlp)
         change = partial(self._edited_change, attention, edits)
         read = h if routed_by is None else routed_by
-        y: Tensor = call_mixture(mlp, self.mixture, h, read, shared=gated, change=change)
-        return y
+        return call_mixture(mlp, self.mixture, h, read, shared=gated, change=change)
 
     def _gated(
         self, attention: Tensor, h: Tensor, mlp: Any, edits: Sequence[Edit], u: list[Tensor] | None
