@@ -11,7 +11,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from npt_fast.mlp_layout import MLPLayout
 EXPERTS = MLPLayout("gate_up_proj", "gate_up_proj")
 """Routed experts: the matrices of all are one tensor, ``(E, 2 F, D)`` and ``(E, D, F)``."""
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_uncompiled: Callable[[_Function], _Function] = torch.compiler.disable  # it has no types
 _FORM = {"has_gate": True, "has_post_expert_norm": False, "_is_expert_parallel": False}
 
 
@@ -51,6 +53,7 @@ class Mixture:
         return tuple(filter(None, (self.experts, self.shared)))
 
 
+@_uncompiled  # torch.compile would take the stand-in's functions for modules
 def call_mixture(
     mlp: Any,
     mixture: Mixture,

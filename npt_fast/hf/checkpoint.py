@@ -147,7 +147,14 @@ def load(
     try:
         for wanted, alike in fresh.items():
             config = _config(alike, *wanted)
-            add_layers(model, config, probe=probe, trainable=trainable, dtype=dtype)
+            try:
+                add_layers(model, config, probe=probe, trainable=trainable, dtype=dtype)
+            except OptionError:  # of a modulation type that the file has, not the caller
+                raise ModelError(
+                    f"{checkpoint.given}: layers {alike} are {config.modulation}, which is for "
+                    "MLPs of another kind than the model's; take the base model that they were "
+                    "trained on"
+                ) from None
         converted = components(model)
         for layer in sorted(converted.keys() - present.keys()):
             _check(layer, converted[layer].architecture, checkpoint)

@@ -210,22 +210,16 @@ def _reached(decoder: Any, index: int, x: Tensor, *, returns_weights: bool) -> C
         for i, layer in enumerate(layers[: index + 1])
     ]
     words = decoder.get_input_embeddings().weight
-    ids = torch.arange(x.shape[1], device=words.device)[None]
-    # offloaded embeddings are not needed: some numbers of the right shape do as well
-    text = {"inputs_embeds": x} if words.is_meta else {"input_ids": ids}
+    ids = torch.arange(x.shape[1], device=x.device if words.is_meta else words.device)[None]
     hidden: Any = None
     call: Call = {}
     try:
         with with_layers(decoder, stubs), _undisturbed(decoder):
-            decoder.forward(**text, use_cache=False)
+            _fill(decoder, x.device)
+            decoder.forward(input_ids=ids, use_cache=False)
     except _Called as called:
         hidden, call = call_of(layers[index], *called.args)
     except Exception as error:
-        if words.is_meta:  # Gemma 4 reads others of its embeddings, too
-            raise ModelError(
-                "cannot be tried without the embeddings' weights; npt.supported_layers(model) "
-                "tries it with them"
-            ) from error
         raise ModelError(f"cannot be reached by running the model: {_line(error)}") from error
     if not isinstance(hidden, Tensor) or hidden.shape != x.shape:
         shape = tuple(getattr(hidden, "shape", ()))
@@ -235,6 +229,19 @@ def _reached(decoder: Any, index: int, x: Tensor, *, returns_weights: bool) -> C
     # device_map: the layer's own hook would move them
     moved: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(x.device), call)
     return moved
+
+
+def _fill(module: nn.Module, device: torch.device) -> None:
+    """Give parameters on the meta device some numbers, whose rows overlap in memory.
+
+    No layer is among them, so they are embeddings above all, and any numbers do as well.
+    """
+    for part in module.modules():
+        for name, empty in part._parameters.items():
+            if empty is not None and empty.is_meta:
+                numbers = torch.arange(sum(empty.shape), device=device).sin().to(empty.dtype)
+                overlapping = numbers.as_strided(empty.shape, [1] * empty.ndim)
+                part._parameters[name] = nn.Parameter(overlapping, requires_grad=False)
 
 
 def _line(error: Exception) -> str:

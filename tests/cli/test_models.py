@@ -62,6 +62,12 @@ def test_what_is_in_the_way(model_type: str, words: str, capsys: Any, tmp_path: 
     assert out.splitlines()[-1].startswith("0 of 4 layers")
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "gemma4_text"])
+def test_decoders_that_embed_more_than_words(model_type: str, capsys: Any, tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "models", folder(tmp_path / "base", model_type))
+    assert code == 0 and out.splitlines()[-1].startswith("4 of 4 layers")
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

@@ -36,6 +36,8 @@ def test_ticks_are_those_of_the_table_of_types(monkeypatch: pytest.MonkeyPatch) 
     assert rows["openai-community/gpt2"] == ("all, with `kept`", "✓")
     assert rows["facebook/opt-125m"] == ("those that are odd", "in part")
     assert rows["Qwen/Qwen3-8B"] == ("none", "")
+    assert rows["google/gemma-4-31B-it"] == ("all", "✓")
+    assert rows["google/gemma-4-26B-A4B-it"] == ("none", "")
 
 
 def test_at_least_30_are_covered() -> None:

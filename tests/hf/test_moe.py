@@ -78,6 +78,12 @@ def test_no_change_is_the_base_mixture(family: str, implementation: str) -> None
         close(layer.np_component(x, x, layer.mlp), expected, 1e-5)
 
 
+def test_a_compiled_model() -> None:
+    model = converted("mixtral")
+    compiled = torch.compile(model, backend="aot_eager")
+    close(logits(compiled), logits(model))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_uses_the_cache_and_agrees_with_none(family: str) -> None:
     model = converted(family)

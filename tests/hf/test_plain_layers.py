@@ -67,8 +67,9 @@ def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path: Path, name: str, gi
     weights = layer_weights(0, modulation=given, **SIZES)
     path = write_checkpoint(tmp_path / "np", weights)
     model = base(name)
-    with pytest.raises(npt.NPTError) as caught:
+    with pytest.raises(npt.ModelError) as caught:
         npt.load(model, path, residual="removed")
+    assert str(caught.value).startswith(f"{path}: layer")
     assert given in str(caught.value) and "\n" not in str(caught.value)
     assert not components(model)
 
