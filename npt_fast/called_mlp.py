@@ -147,12 +147,12 @@ def call_mlp(
     act = getattr(mlp, layout.activation, activation)
     if layout.gate is None:
         inner = act(changed("up", h, called(layout.up, h)))
-        return changed("down", inner, called(layout.down, inner))
-    if layout.joined:
-        gate, up = called(layout.gate, h).chunk(2, -1)
     else:
-        gate, up = called(layout.gate, h), called(layout.up, h)
-    inner = act(changed("gate", h, gate)) * changed("up", h, up)
+        if layout.joined:
+            gate, up = called(layout.gate, h).chunk(2, -1)
+        else:
+            gate, up = called(layout.gate, h), called(layout.up, h)
+        inner = act(changed("gate", h, gate)) * changed("up", h, up)
     return changed("down", inner, called(layout.down, inner))
 
 

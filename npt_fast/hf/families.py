@@ -85,10 +85,7 @@ class Block:
             layer: decoder layer.
             output: what attention returns.
         """
-        added = first(output)
-        if self.attn_post_norm is not None:
-            added = getattr(layer, self.attn_post_norm)(added)
-        return self.scaled(layer, added)
+        return self._added(layer, first(output), self.attn_post_norm)
 
     def returned(self, out: Tensor, attention: Any) -> Any:
         """What the layer returns, from its output and what attention returns."""
@@ -121,14 +118,13 @@ class Block:
         Returns:
             ``(B, S, D)``.
         """
-        added = first(output)
-        if normed and self.mlp_post_norm is not None:
-            added = getattr(layer, self.mlp_post_norm)(added)
-        return self.scaled(layer, added)
+        return self._added(layer, first(output), self.mlp_post_norm if normed else None)
 
-    def scaled(self, layer: Any, part: Tensor) -> Tensor:
-        """A part's output times the layer's scale, if it has one."""
-        return part if self.scale is None else part * getattr(layer, self.scale)
+    def _added(self, layer: Any, output: Tensor, norm: str | None = None) -> Tensor:
+        """A part's output through a norm, and times the layer's scale, if there are such."""
+        if norm is not None:
+            output = getattr(layer, norm)(output)
+        return output if self.scale is None else output * getattr(layer, self.scale)
 
     def finished(self, layer: Any, state: Tensor, call: Mapping[str, Any]) -> Tensor:
         """The layer's output, given the residual stream behind its MLP; nothing follows in most.
@@ -158,7 +154,7 @@ class Block:
             def hook(_: Any, args: Any, output: Any) -> None:
                 own = first(output)
                 # Falcon adds attention's output to the MLP's in place
-                visit(self.scaled(layer, own.clone() if self.parallel else own))
+                visit(self._added(layer, own.clone() if self.parallel else own))
 
             return getattr(layer, name).register_forward_hook(hook)
 

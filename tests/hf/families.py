@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import npt_fast as npt
-from npt_fast.hf.convert import components, decoder_layers
+from npt_fast.hf.convert import decoder_layers
 from tests.hf.small_models import build
-from tests.transfer.models import own_vectors
+from tests.transfer.models import own_vectors, with_effect
 
 
 class Family(NamedTuple):
@@ -229,12 +229,7 @@ def converted(model_type: str, residual: Any, **options: Any) -> Any:
     model = base(model_type)
     given = {"layers": [1, 2], "rank": 3, "num_ranks": 2, **options}
     npt.convert(model, npt.NPTConfig(residual=residual, **given))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for part in components(model).values():
-            for parameter in part.parameters():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.double()
+    return with_effect(model, 0.3, seed=2)
 
 
 def definition(
@@ -280,3 +275,16 @@ def definition(
 
 def layer_of(model: Any, index: int) -> Any:
     return decoder_layers(model)[index]
+
+
+def descend(step: npt.Distillation, ids: Tensor, *, lr: float, steps: int) -> list[float]:
+    """The loss of each step of training on one text."""
+    optimizer = torch.optim.AdamW(npt.trainable_parameters(step.model), lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = step(ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses

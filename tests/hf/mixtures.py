@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import npt_fast as npt
-from npt_fast.hf.convert import components, decoder_layers
+from npt_fast.hf.convert import decoder_layers
 from tests.hf.small_models import build
 from tests.hf.survey import perturb
-from tests.transfer.models import Vectors, own_vectors
+from tests.transfer.models import Vectors, own_vectors, with_effect
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 IDS = torch.tensor([[3, 14, 15, 92, 6, 5, 35, 89], [2, 7, 18, 28, 18, 28, 45, 90]])
@@ -32,12 +32,7 @@ def converted(family: str, layers: Sequence[int] = LAYERS, **options: Any) -> An
     """The same with NP layers that have an effect."""
     model = base(family)
     npt.convert(model, npt.NPTConfig(layers=layers, rank=3, num_ranks=2, **options))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for part in components(model).values():
-            for parameter in part.parameters():
-                parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
-    return model.double()
+    return with_effect(model, 0.15)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import npt_fast as npt
 from npt_fast.checkpoint.keys import modulated
 from npt_fast.errors import NPTWarning
 from npt_fast.training.teacher_pass import check_teacher
-from tests.hf.families import FAMILIES, base, converted, definition, layer_of
+from tests.hf.families import FAMILIES, base, converted, definition, descend, layer_of
 from tests.transfer.models import ids_of, left_padded, logits, random_modulation, tokenizer
 
 IDS = ids_of("the red house")
@@ -159,14 +159,7 @@ def test_training_lowers_the_loss(name: str, residual: Any) -> None:
     npt.convert(model, npt.NPTConfig(layers=[1, 2], rank=8, num_ranks=2, residual=residual))
     step = npt.Distillation(model)
     step.calibrate(IDS)
-    optimizer = torch.optim.AdamW(npt.trainable_parameters(model), lr=2e-3)
-    losses = []
-    for _ in range(30):
-        loss = step(IDS).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = descend(step, IDS, lr=2e-3, steps=30)
     if FAMILIES[name].parallel and residual == "kept":  # its MLP never saw attention
         assert losses[0] < 1e-10
     else:

@@ -16,6 +16,7 @@ import npt_fast as npt
 from npt_fast.hf.convert import decoder_layers
 from npt_fast.hf.examine import _random_weights
 from npt_fast.training.distillation import Distillation
+from tests.hf.families import descend
 from tests.hf.mixtures import FAMILIES, IDS, LAYERS, base, converted, layer_output, logits, one_pass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,14 +145,7 @@ def test_training_lowers_the_loss(family: str, residual: Any) -> None:
     model = base(family).float()
     npt.convert(model, npt.NPTConfig(layers=LAYERS, rank=4, num_ranks=2, residual=residual))
     step = Distillation(model, fidelity_weight=0.5, sink_weight=0.1, virtual_stride=3)
-    optimizer = torch.optim.AdamW(npt.trainable_parameters(model), lr=3e-3)
-    losses = []
-    for _ in range(25):
-        loss = step(IDS).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = descend(step, IDS, lr=3e-3, steps=25)
     assert losses[-1] < 0.8 * losses[0]
     frozen = {name for name, p in model.named_parameters() if p.grad is not None}
     assert all("np_component" in name for name in frozen)

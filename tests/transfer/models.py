@@ -70,11 +70,16 @@ def converted(
     """A base model with NP layers that have an effect, in float64; 258 tokens for BOS."""
     model = base(family, vocab_size=vocab_size)
     npt.convert(model, npt.NPTConfig(layers=layers, rank=3, num_ranks=num_ranks, **options))
-    generator = torch.Generator().manual_seed(1)
+    return with_effect(model, 0.4)
+
+
+def with_effect(model: Any, scale: float, seed: int = 1) -> Any:
+    """The model in float64, with random parameters in its NP layers, of this standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for part in components(model).values():
             for parameter in part.parameters():
-                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model.double()
 
 
