@@ -145,13 +145,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         for begin in range(0, len(data), 1 << 14):
             piece = data[begin : begin + (1 << 14)]
+            if counted:  # before it is sent: a test that has it reads the count at once
+                self.hub.sent[counted] += len(piece)
             try:
                 self.wfile.write(piece)
             except ConnectionError:  # the other side has enough
                 self.close_connection = True
                 return
-            if counted:
-                self.hub.sent[counted] += len(piece)
 
     def _json(self, content: object, status: int = 200) -> None:
         data = json.dumps(content).encode()
