@@ -16,7 +16,7 @@ from npt_fast.cli.push import check_push, push_written
 from npt_fast.config import (  # noqa: F401  cyclopts resolves the hints of `TrainOptions` here
     BaseDType,
     FileFormat,
-    Initialization,
+    InitStrategy,
     LossKind,
     LRSchedule,
     ModulationType,

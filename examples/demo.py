@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
 QUICK = sys.argv[1:] == ["--quick"]
-STEPS, MORE, WINDOWS, LENGTH = (4, 2, 2, 64) if QUICK else (400, 20, 10, 256)
+STEPS, MORE, WINDOWS, LENGTH = (4, 2, 2, 64) if QUICK else (200, 40, 10, 256)
 NAMED = f"--model_name {'base_model' if QUICK else 'smollm2-135m'}"
 MODEL = f"{NAMED} --max_length {LENGTH} --num_eval_samples {WINDOWS}"
 TEXT = "--data ../examples/smollm2_self_text.jsonl"

@@ -25,8 +25,8 @@ EXPERTS = MLPLayout("gate_up_proj", "gate_up_proj")
 """Routed experts: the matrices of all are one tensor, ``(E, 2 F, D)`` and ``(E, D, F)``."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-# torch.compiler.disable would import the compiler now, which takes seconds; this does at the first call
-_uncompiled: Callable[[_Function], _Function] = torch._disable_dynamo
+# torch.compiler.disable would import the compiler now, which takes 1 s; this does at the first call
+_uncompiled: Callable[[_Function], _Function] = torch._disable_dynamo  # type: ignore[assignment,attr-defined]
 _FORM = {"has_gate": True, "has_post_expert_norm": False, "_is_expert_parallel": False}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,18 @@ def open_windows(
     if count == 1:
         return texts[0]
     return MixedWindows(texts, data_name(data), 0 if start is None else start["windows"])
+
+
+def beginning(windows: Iterable[Window], tokens: int) -> list[Window]:
+    """The first windows that training reads, of so many tokens; fewer if they come again before."""
+    found: dict[int, Window] = {}
+    for window in windows:
+        number = int(window["window"])
+        if tokens <= 0 or number in found:
+            break
+        found[number] = window
+        tokens -= int(window["attention_mask"].sum())
+    return list(found.values())
 
 
 def open_data(

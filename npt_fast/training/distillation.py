@@ -22,10 +22,12 @@ from npt_fast.hf.decoder import final_norm
 from npt_fast.hf.logits import head_of
 from npt_fast.hf.scaffold import Parts, Scaffold, VirtualTokens
 from npt_fast.training.curriculum import Stage
+from npt_fast.training.fitted_start import fit_layers
 from npt_fast.training.losses import (
     Agreement,
     agreement,
     bounded_errors,
+    counted,
     direct_errors,
     fidelity_sum,
     sink_errors,
@@ -187,9 +189,7 @@ class Distillation(nn.Module):
         # teacher and student differ from the first trained layer on, so a single trained layer
         # reads the same in all stages and needs no student pass
         runs_student = all_layers or (stage.name != "teacher" and len(trained) > 1)
-        present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if labels is not None:
-            present = present * labels.ne(-100)
+        present = counted(input_ids, attention_mask, labels)
         weights = present.to(torch.float32)
         adds = self.virtual_stride and not evaluate
         plan = VirtualPlan(weights, self.virtual_stride) if adds else None
@@ -287,6 +287,26 @@ class Distillation(nn.Module):
             w_down = trained[layer].w_down
             u = activations[layer].attention.to(w_down.dtype) @ w_down
             w_down.div_(u.square().mean(-1).sqrt().median())
+
+    def fit(
+        self, batches: Sequence[Mapping[str, Tensor]], layers: Sequence[int] | None = None
+    ) -> None:
+        """Set the factors of fresh layers in closed form, so that training begins near its end.
+
+        What their factors were is lost, but for columns of W_down that are left over. Mixtures of
+        experts stay as they are, and so do MLPs that go without a post-norm
+        (design.md#fitted-start).
+
+        Args:
+            batches: a text, in batches of any collator; `npt_fast.training.fitted_start.TOKENS`
+                tokens are enough.
+            layers: fresh layers; by default those that are the base model's yet.
+
+        Raises:
+            TrainingError: the text gives no finite factors.
+        """
+        fresh = list(filter(self._is_fresh, trained_layers(self.model)))
+        fit_layers(self.model, batches, fresh if layers is None else layers, self.sink_weight)
 
     def _is_fresh(self, layer: int) -> bool:
         views = components(self.model)[layer].split().items()

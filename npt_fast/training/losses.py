@@ -19,6 +19,12 @@ _TINY = torch.finfo(torch.float32).tiny
 _CHUNK = 2048  # tokens whose logits exist at once; with 49,152 words in float32 that is 400 MB
 
 
+def counted(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor:
+    """Which tokens of a batch count: all but padding and those whose label is -100, ``(B, S)``."""
+    present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return present > 0 if labels is None else (present > 0) & labels.ne(-100)
+
+
 def direct_errors(output: Tensor, target: Tensor, kind: LossKind) -> Tensor:
     """Error of the output of a layer's modulated MLP against its target, per token.
 
@@ -33,8 +39,8 @@ def direct_errors(output: Tensor, target: Tensor, kind: LossKind) -> Tensor:
     Returns:
         ``(B, S)``.
     """
-    target = _wide(target)
-    squares = (_wide(output) - target).square()
+    target = wide(target)
+    squares = (wide(output) - target).square()
     if kind == "mse":
         return squares.mean(-1)
     return squares.sum(-1) / squared_length(target).clamp_min(_TINY)
@@ -64,7 +70,7 @@ def bounded_errors(errors: Tensor, attention: Tensor, typical: Tensor) -> Tensor
 
 def squared_length(tensor: Tensor) -> Tensor:
     """Squared lengths of vectors ``(..., D)``, in float32 or more, ``(...)``."""
-    return _wide(tensor).square().sum(-1)
+    return wide(tensor).square().sum(-1)
 
 
 def sink_errors(output: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
@@ -83,7 +89,7 @@ def sink_errors(output: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
     Returns:
         ``(B,)``.
     """
-    output, target, hidden = (_wide(tensor[:, 0]) for tensor in (output, target, hidden))
+    output, target, hidden = (wide(tensor[:, 0]) for tensor in (output, target, hidden))
     return (output - target).square().sum(-1) / hidden.square().sum(-1).clamp_min(_TINY)
 
 
@@ -127,7 +133,7 @@ class _Fidelity(torch.autograd.Function):
         for ours, theirs, weight in zip(*_chunks(student, teacher, weights), strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 ours = ours.detach().requires_grad_(ctx.needs_input_grad[0])
-                found = (_fidelity(_wide(head(ours)), _wide(head(theirs)), kind) * weight).sum()
+                found = (_fidelity(wide(head(ours)), wide(head(theirs)), kind) * weight).sum()
             if ctx.needs_input_grad[0]:
                 # now, chunk by chunk: backward would need the logits of all chunks at once, or a
                 # second time
@@ -194,7 +200,7 @@ def agreement(
     for ours, theirs, target, real, weight in zip(
         *_chunks(student, teacher, targets, predicted, weights), strict=True
     ):
-        ours, theirs = (_wide(head(hidden)).log_softmax(-1) for hidden in (ours, theirs))
+        ours, theirs = (wide(head(hidden)).log_softmax(-1) for hidden in (ours, theirs))
         target = target.unsqueeze(-1)
         sums.append(
             torch.stack(
@@ -212,7 +218,7 @@ def agreement(
     return Agreement(*torch.stack(sums).double().sum(0))
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """Widen to float32 or more."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,14 +23,12 @@ from npt_fast.checkpoint.own_files import CONFIG
 from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.checkpoint.training_run import FINAL
 from npt_fast.checkpoint.training_state import TrainingState
-from npt_fast.config import NPTConfig, Progress, TrainOptions
+from npt_fast.config import Progress, TrainOptions
 from npt_fast.errors import TrainingError, printable
 from npt_fast.hf.base_model import load_base_model
-from npt_fast.hf.checkpoint import load
-from npt_fast.hf.convert import components, convert, decoder_layers
+from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.hf.quiet import quiet
 from npt_fast.layer_names import is_name, resolve_layers
-from npt_fast.modules import NPComponent
 from npt_fast.paths import user_path
 from npt_fast.tables import Report
 from npt_fast.training.curriculum import parse_curriculum
@@ -42,6 +40,7 @@ from npt_fast.training.metrics_log import MetricsLog
 from npt_fast.training.other_texts import other_texts
 from npt_fast.training.progress import read_progress
 from npt_fast.training.run_directory import RunDirectory
+from npt_fast.training.run_layers import add_layers, start
 from npt_fast.training.run_trainer import RunTrainer
 from npt_fast.training.state import read_state
 from npt_fast.training.trackers import tracked, tracker_of
@@ -139,8 +138,7 @@ def train_here(
             )
         elif not arguments.fsdp and model.device != arguments.device:
             model.to(arguments.device)
-        present = components(model)
-        layers = _add_layers(model, options, checkpoint)
+        layers, fresh = add_layers(model, options, checkpoint, say)
         windows, held_out = open_data(
             options,
             model,
@@ -157,10 +155,8 @@ def train_here(
             else {}
         )
         distillation = Distillation.of(model, options, _layer_weights(options, model))
-        known = checkpoint.modules if checkpoint else {}
-        fresh = [layer for layer in layers if layer not in known and layer not in present]
         text = collate(held_out[:4])["input_ids"].to(model.device)
-        distillation.calibrate(text, fresh if options.init_strategy == "zero" else [])
+        start(distillation, fresh, options, text, windows, say, sharded=bool(arguments.fsdp))
         if run is not None:
             with disk_errors(output, TrainingError):
                 metrics = MetricsLog(output, first_step)
@@ -299,73 +295,6 @@ def _training_arguments(options: TrainOptions, output: Path) -> _Arguments:
     )
     arguments.config = configuration(options)
     return arguments
-
-
-def _add_layers(model: Any, options: TrainOptions, checkpoint: Checkpoint | None) -> list[int]:
-    """Add NP layers: those in the checkpoint as they are there, the others fresh.
-
-    Returns:
-        The layers, ascending.
-    """
-    layers = sorted(resolve_layers(options.train_layers, len(decoder_layers(model))))
-    present = components(model)
-    _check_present(present, layers)
-    known = [layer for layer in layers if checkpoint and layer in checkpoint.modules]
-    if checkpoint is not None:
-        for line in (*checkpoint.notes, *checkpoint.unread.values()):
-            say(f"Note: {line}")
-        if not known:
-            raise TrainingError(
-                f"{checkpoint.given}: has layers {list(checkpoint.modules)}, none of "
-                f"--train_layers {layers}; leave out --resume_from"
-            )
-        name = checkpoint.model_name
-        if name is not None and name != options.base_name:
-            say(f"Note: {checkpoint.given} was trained on {name}, this is {options.base_name}")
-        load(model, checkpoint, layers=known, residual=options.residual, trainable=True)
-        left = [layer for layer in checkpoint.modules if layer not in layers]
-        if left:
-            say(
-                f"Note: layers {left} of {checkpoint.given} are not trained and will not be in the "
-                "new checkpoints; merge them in afterwards"
-            )
-    for layer in layers:
-        if layer in known or layer in present:
-            continue
-        # a seed per layer: a layer starts the same whichever layers are trained beside it
-        with torch.random.fork_rng(devices=[]):
-            # more than any model has layers: no two seeds share a layer's start
-            torch.manual_seed(options.seed * 1_000_003 + layer)
-            convert(model, _npt_config(options, layer))
-    return layers
-
-
-def _check_present(present: Mapping[int, NPComponent], layers: Sequence[int]) -> None:
-    """Check that the NP layers that a given model has already can be trained as they are."""
-    others = [layer for layer in present if layer not in layers]
-    if others:
-        raise TrainingError(
-            f"the model has NP layers {others}, which are not among train_layers {list(layers)}; "
-            "name them too, or npt.unload the model"
-        )
-    frozen = [n for n, part in present.items() if not part.w_down.requires_grad]
-    if frozen:
-        raise TrainingError(
-            f"NP layers {frozen} of the model require no gradients; npt.load them with "
-            "trainable=True"
-        )
-
-
-def _npt_config(options: TrainOptions, layer: int) -> NPTConfig:
-    return NPTConfig(
-        layers=[layer],
-        rank=options.np_rank,
-        num_ranks=options.num_ranks,
-        modulation=options.modulation,
-        residual=options.residual or "removed",
-        init=options.init_strategy,
-        init_scale=options.np_init_scale,
-    )
 
 
 def _layer_weights(options: TrainOptions, model: Any) -> dict[int, float]:

@@ -62,6 +62,7 @@ def run_teacher(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     *,
+    layers: Collection[int] | None = None,
     record_calls: bool = False,
     all_layers: bool = False,
 ) -> TeacherPass:
@@ -71,18 +72,19 @@ def run_teacher(
         model: model with NP layers, which are off during the pass.
         input_ids: ``(B, S)``.
         attention_mask: ``(B, S)``, 1 for tokens, 0 for padding; None without padding.
+        layers: the trained layers; by default those whose NP component is on.
         record_calls: whether to record how each layer from the first trained one on is called.
         all_layers: whether to run the layers after the last trained one too.
     """
-    trained = trained_layers(model)
+    trained = trained_layers(model) if layers is None else layers
     end = len(decoder_layers(model)) if all_layers else max(trained) + 1
     decoder = unwrapped(model).get_decoder()
     called = range(min(trained), end) if record_calls else ()
-    layers = decoder_layers(model)[:end]
+    run = decoder_layers(model)[:end]
     with (
         disabled(model),
         _recorded(model, trained, called) as record,
-        with_layers(decoder_of(model), layers),
+        with_layers(decoder_of(model), run),
     ):
         final = decoder(
             input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True

@@ -25,6 +25,7 @@ from npt_fast.training.clipping import clip_each
 from npt_fast.training.curriculum import Stage, parse_curriculum, stage_index
 from npt_fast.training.distillation import Distillation, Losses
 from npt_fast.training.evaluation import evaluate_batches
+from npt_fast.training.fitted_start import TOKENS
 
 BETAS = (0.9, 0.95)  # with .999, layer 1 of SmolLM2 answers one outlier with jumps for 1000 steps
 
@@ -84,7 +85,7 @@ class NPTTrainer(Trainer):
         model.config.use_cache = use_cache  # Trainer turns it off, but the base model is run apart
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as Trainer does; the first rows calibrate a `Distillation` that is not.
+        """Train as Trainer does; the first rows calibrate and fit a `Distillation` that is not.
 
         Raises:
             TrainingError: there is no data set.
@@ -93,15 +94,21 @@ class NPTTrainer(Trainer):
         if not self.distillation.calibrated:
             if self.train_dataset is None:
                 raise TrainingError("there is nothing to train on; give train_dataset")
-            batch = next(iter(self.get_eval_dataloader(self.train_dataset)), None)
-            if batch is None:
+            batches, tokens = [], 0
+            for batch in self.get_eval_dataloader(self.train_dataset):
+                batches.append(batch)
+                tokens += batch["input_ids"].numel()
+                if tokens >= TOKENS:
+                    break
+            if not batches:
                 raise DataError("there is nothing to train on: the data set is empty")
-            ids, mask = batch["input_ids"], batch.get("attention_mask")
+            ids, mask = batches[0]["input_ids"], batches[0].get("attention_mask")
             if mask is not None:  # the longest rows, without their padding
                 lengths = mask.sum(-1)
                 longest = lengths == lengths.max()
                 ids = ids[longest][:, mask[longest][0] > 0]
             self.distillation.calibrate(ids)
+            self.distillation.fit(batches)
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

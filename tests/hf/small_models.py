@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+_OTHER_THEN = ("aria_text",) if _OLD else ()  # its experts had another form
+TYPES = tuple(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in _OTHER_THEN)
 """Model types, as ``config.json`` names them."""
 
 _HIDDEN = ("hidden_size", "d_model", "n_embd", "embedding_size")

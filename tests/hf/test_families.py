@@ -41,9 +41,6 @@ REFUSED = {
 def test_right_or_refused(model_type: str) -> None:
     if model_type not in TYPES:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
-    old = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
-    if old and model_type == "aria_text":
-        pytest.skip("its experts had another form")
     found = survey(model_type, TRIED)
     assert not [outcome for outcome in found.values() if outcome.outcome == "wrong"]
     right = [layer for layer, outcome in found.items() if outcome.outcome == "right"]

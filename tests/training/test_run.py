@@ -62,7 +62,7 @@ def test_resuming_is_exact(place: Place, tmp_path: Path, name: str) -> None:
     assert rest.name == whole.name == "checkpoint-12"
     runs.assert_same_end(rest, whole)
     before, after = read_weights(half), read_weights(whole)
-    assert all((after[key] - before[key]).norm() > 0.01 * after[key].norm() for key in after)
+    assert all((after[key] - before[key]).norm() > 1e-3 * after[key].norm() for key in after)
     assert contents(rest)["npt_config.json"] == contents(whole)["npt_config.json"]
 
 

@@ -76,6 +76,7 @@ def test_the_loss_is_a_loop_of_ones_own(tmp_path: Path) -> None:
     trainer(npt.Distillation(one), tmp_path, max_steps=1, per_device_train_batch_size=16).train()
     step = npt.Distillation(other)
     step.calibrate(COLLATE(ROWS[7:8])["input_ids"])
+    step.fit([COLLATE(ROWS[:8]), COLLATE(ROWS[8:])])
     parameters = [p for p in step.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     step(**COLLATE(ROWS)).loss.backward()
@@ -258,7 +259,14 @@ def test_a_model_of_ones_own(place: Place, tmp_path: Path) -> None:
 def test_callbacks_see_and_ask(place: Place, tmp_path: Path) -> None:
     seen = Seen(save=lambda step: step == 3, evaluate=lambda step: step == 2)
     report = npt.train(
-        options(place, tmp_path / "run", max_steps=6, eval_steps=4, logging_steps=2),
+        options(
+            place,
+            tmp_path / "run",
+            max_steps=6,
+            eval_steps=4,
+            logging_steps=2,
+            init_strategy="zero",
+        ),
         callbacks=[seen],
     )
     assert seen.events == [
