@@ -66,6 +66,8 @@ def fit_layers(
                 found[n].append(Activations(*(part[present] for part in seen)))
         for n in group:
             joined = Activations(*map(torch.cat, zip(*found.pop(n), strict=True)))
+            if not len(joined.hidden):  # no token counts
+                continue
             try:
                 _fit_layer(every[n], joined, torch.cat(begins), sink_weight)
             except LinAlgError:

@@ -229,6 +229,14 @@ def test_padding_and_unlabelled_tokens_do_not_count() -> None:
     assert not torch.equal(factors(step)["w_down"], found[0]["w_down"])
 
 
+def test_a_text_in_which_no_token_counts_changes_nothing() -> None:
+    step = fresh(build("llama"))
+    before = factors(step)
+    ids = text(1)[0]["input_ids"]
+    step.fit([{"input_ids": ids, "labels": torch.full_like(ids, -100)}])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in factors(step).items())
+
+
 @pytest.mark.parametrize(
     ("family", "residual"),
     [("mixtral", "kept"), ("gemma2", "removed"), ("olmo2", "removed"), ("glm4", "removed")],
