@@ -179,11 +179,14 @@ def _reader_of_one(x: Tensor, weights: Tensor) -> Tensor:
 
 def _ridge(x: Tensor, y: Tensor, weights: Tensor, ridge: float) -> Tensor:
     """Weighted ridge regression of ``(N, out)`` on ``(N, in)``; ``(in, out)``."""
-    weighted = x * weights.unsqueeze(-1)
-    gram = (weighted.T @ x).double()
-    least = torch.finfo(x.dtype).tiny
-    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(least))
-    found: Tensor = torch.linalg.solve(gram, (weighted.T @ y).double()).to(x.dtype)
+    root = weights.sqrt().unsqueeze(-1)
+    x, y = x * root, y * root
+    many = x.shape[1] > len(x)  # both forms are the same; the matrix to solve is the smaller one
+    square = (x @ x.T if many else x.T @ x).double()
+    mean = x.square().sum() / x.shape[1]
+    square.diagonal().add_(ridge * mean.clamp_min(torch.finfo(x.dtype).tiny))
+    solved: Tensor = torch.linalg.solve(square, (y if many else x.T @ y).double()).to(x.dtype)
+    found = x.T @ solved if many else solved
     if not found.isfinite().all():
         raise LinAlgError
     return found
