@@ -295,7 +295,8 @@ class Distillation(nn.Module):
 
         What their factors were is lost, but for columns of W_down that are left over. Mixtures of
         experts stay as they are, and so do MLPs that go without a post-norm
-        (design.md#fitted-start).
+        (design.md#fitted-start). A step that is not calibrated is calibrated first, on the longest
+        rows of the first batch.
 
         Args:
             batches: a text, in batches of any collator; `npt_fast.training.fitted_start.TOKENS`
@@ -305,6 +306,8 @@ class Distillation(nn.Module):
         Raises:
             TrainingError: the text gives no finite factors.
         """
+        if not self.calibrated:
+            self.calibrate(_longest_rows(batches[0]).to(self.model.device), layers)
         fresh = list(filter(self._is_fresh, trained_layers(self.model)))
         fit_layers(self.model, batches, fresh if layers is None else layers, self.sink_weight)
 
@@ -403,6 +406,16 @@ class Distillation(nn.Module):
             return state
         normed: Tensor = final_norm(self.model)(state)
         return normed
+
+
+def _longest_rows(batch: Mapping[str, Tensor]) -> Tensor:
+    """Ids of the longest rows, without their padding, ``(B, S)``."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None:
+        return ids
+    lengths = mask.sum(-1)
+    longest = lengths == lengths.max()
+    return ids[longest][:, mask[longest][0] > 0]
 
 
 def _mixed(teacher: Tensor, student: Tensor, ratio: float) -> Tensor:

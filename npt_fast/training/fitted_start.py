@@ -49,8 +49,8 @@ def fit_layers(
     every = [unwrapped(layer) for layer in decoder_layers(model)]
     fitted = [n for n in layers if can_be_fitted(every[n])]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    row = 3 * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    at_once = max(1, _BYTES // max(1, tokens * row))
+    width = max((every[n].np_component.hidden_size for n in fitted), default=0)
+    at_once = max(1, _BYTES // max(1, 3 * tokens * width * model.dtype.itemsize))
     for begin in range(0, len(fitted), at_once):
         group = fitted[begin : begin + at_once]
         begins: list[Tensor] = []

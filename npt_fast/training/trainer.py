@@ -102,12 +102,6 @@ class NPTTrainer(Trainer):
                     break
             if not batches:
                 raise DataError("there is nothing to train on: the data set is empty")
-            ids, mask = batches[0]["input_ids"], batches[0].get("attention_mask")
-            if mask is not None:  # the longest rows, without their padding
-                lengths = mask.sum(-1)
-                longest = lengths == lengths.max()
-                ids = ids[longest][:, mask[longest][0] > 0]
-            self.distillation.calibrate(ids)
             self.distillation.fit(batches)
         return super().train(*args, **kwargs)
 

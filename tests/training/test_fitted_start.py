@@ -42,7 +42,9 @@ def fresh(model: Any, layers: Sequence[int] = (LAYER,), **options: Any) -> Disti
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.3)
     npt.convert(model, npt.NPTConfig(layers=list(layers), **{"rank": 8, "num_ranks": 2, **options}))
-    return Distillation(model, sink_weight=SINK)
+    step = Distillation(model, sink_weight=SINK)
+    step.calibrate(text(1)[0]["input_ids"], layers)
+    return step
 
 
 def error(step: Distillation, batches: Sequence[Batch], layer: int = LAYER) -> float:
@@ -228,6 +230,16 @@ def test_padding_and_unlabelled_tokens_do_not_count() -> None:
     step = fresh(build("llama"))
     step.fit([{"input_ids": ids, "attention_mask": mask}])
     assert not torch.equal(factors(step)["w_down"], found[0]["w_down"])
+
+
+def test_a_step_that_is_not_calibrated_is_calibrated_by_its_longest_rows() -> None:
+    ids = text(1)[0]["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[::2, 20:] = 0
+    by_hand, by_fit = (Distillation(fresh(build("llama")).model) for _ in range(2))
+    by_hand.calibrate(ids[1::2])
+    by_fit.fit([{"input_ids": ids, "attention_mask": mask}], [])
+    assert by_fit.calibrated and by_fit._typical == by_hand._typical
 
 
 def test_a_text_in_which_no_token_counts_changes_nothing() -> None:
