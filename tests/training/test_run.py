@@ -55,14 +55,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_resuming_is_exact(place: Place, tmp_path: Path, name: str) -> None:
     """12 steps of 4 windows are more than an epoch, so the position in the data counts."""
-    settings = {**SETTINGS[name], "max_steps": 12, "save_steps": 7}
+    settings = {**SETTINGS[name], "max_steps": 12, "save_steps": 7, "learning_rate": 0.02}
     whole = place.train(tmp_path / "whole", **settings)
     half = whole.with_name("checkpoint-7")
     rest = place.train(tmp_path / "rest", resume_from=str(half), **settings)
     assert rest.name == whole.name == "checkpoint-12"
     runs.assert_same_end(rest, whole)
     before, after = read_weights(half), read_weights(whole)
-    assert all((after[key] - before[key]).norm() > 1e-3 * after[key].norm() for key in after)
+    assert all((after[key] - before[key]).norm() > 0.01 * after[key].norm() for key in after)
     assert contents(rest)["npt_config.json"] == contents(whole)["npt_config.json"]
 
 
