@@ -120,21 +120,8 @@ class Block:
         """
         return self._added(layer, first(output), self.mlp_post_norm if normed else None)
 
-    def mlp_target(self, layer: Any, attention: Tensor, output: Any, *, kept: bool) -> Tensor:
-        """What an NP layer's MLP has to return, given what the base MLP returns for `h + a`.
-
-        Args:
-            layer: decoder layer.
-            attention: what attention adds, ``(..., D)``.
-            output: output of the base MLP, ``(..., D)``, maybe with more behind it.
-            kept: whether the layer still adds attention's part.
-
-        Returns:
-            ``(..., D)``.
-        """
-        if kept:
-            return first(output)
-        added = attention + self.mlp_added(layer, output)
+    def unscaled(self, layer: Any, added: Tensor) -> Tensor:
+        """The output of an MLP without a post-norm that adds this, ``(..., D)``."""
         return added if self.scale is None else added / getattr(layer, self.scale)
 
     def _added(self, layer: Any, output: Tensor, norm: str | None = None) -> Tensor:

@@ -325,8 +325,8 @@ class Distillation(nn.Module):
         plan: VirtualPlan | None,
     ) -> tuple[Tensor, Tensor]:
         """Sum of a layer's errors, and what is minimised in its place."""
-        kept = trained_layers(self.model)[index].residual == "kept"
-        target = seen.mlp if kept else seen.attention + seen.mlp
+        residual = trained_layers(self.model)[index].residual
+        target = seen.target(residual)
         errors = direct_errors(part.mlp, target, self.loss) * weights
         if self.loss != "relative":
             return errors.sum(), errors.sum()
@@ -338,7 +338,7 @@ class Distillation(nn.Module):
             minimised = minimised + self.sink_weight * sink.sum()
         if plan is not None and virtual is not None:
             assert part.virtual is not None and part.virtual_base is not None
-            target = part.virtual_base if kept else virtual.attention + part.virtual_base
+            target = Activations(*virtual, part.virtual_base).target(residual)
             more = direct_errors(part.virtual, target, self.loss) * plan.weights
             more = bounded_errors(more, virtual.attention, typical)
             minimised = minimised + WEIGHT * more.sum()

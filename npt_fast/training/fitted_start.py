@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from npt_fast.called_mlp import call_mlp
+from npt_fast.called_mlp import call_mlp, first
 from npt_fast.errors import TrainingError
 from npt_fast.functional import ACTIVATIONS, heads_of
 from npt_fast.hf.convert import decoder_layers
@@ -101,9 +101,12 @@ def _fit_layer(layer: Any, seen: Activations, begins: Tensor, sink_weight: float
     component: NPComponent = layer.np_component
     block, mlp = layer.np_block, mlp_module(layer)
     read = block.mlp_input(layer, seen.hidden, seen.attention)
+    added = seen.target(component.residual)
+    # where a post-norm follows, the MLP's output is not known from what it adds
     kept = component.residual == "kept"
-    target = block.mlp_target(layer, seen.attention, mlp(read), kept=kept)
-    start = _Start(component, seen.attention, _weights(seen, kept, begins, sink_weight))
+    target = first(mlp(read)) if kept else block.unscaled(layer, added)
+    weights = _weights(added, seen.output, begins, sink_weight)
+    start = _Start(component, seen.attention, weights)
 
     def change(name: str, projection: Any, a: Tensor) -> Tensor | None:
         if name not in component.projections:
@@ -112,20 +115,19 @@ def _fit_layer(layer: Any, seen: Activations, begins: Tensor, sink_weight: float
         missing = wanted - projection(a)  # a bias is in both
         if name != "down" and component.layout.joined:
             missing = missing.chunk(2, -1)[name == "up"]
-        start.fit(name, a, missing)
-        return component.change(seen.attention)(name, projection, a)
+        return start.fit(name, a, missing)
 
     activation = ACTIVATIONS[component.activation][0]
     h = block.mlp_input(layer, seen.hidden)
     call_mlp(unwrapped(mlp), h, activation, change, component.layout)
 
 
-def _weights(seen: Activations, kept: bool, begins: Tensor, sink_weight: float) -> Tensor:
+def _weights(target: Tensor, output: Tensor, begins: Tensor, sink_weight: float) -> Tensor:
     """Weights of the tokens' squared errors, as the loss has them where errors are small, (N,)."""
-    squares = squared_length(seen.mlp if kept else seen.attention + seen.mlp)
+    squares = squared_length(target)
     least = squares.median() / 10  # a token with a target near 0 would decide alone
     least = least.clamp_min(torch.finfo(squares.dtype).tiny)
-    sinks = begins / squared_length(seen.output).maximum(least)
+    sinks = begins / squared_length(output).maximum(least)
     return 1 / squares.maximum(least) + sink_weight * sinks
 
 
@@ -140,26 +142,30 @@ class _Start:
         self.component = component
         self.weights = weights / weights.mean()
         k, r = component.num_ranks, component.rank
-        self.attention = wide(attention)
+        attention = wide(attention)
         count = min(k * (r - 1), attention.shape[-1], len(attention) // _TOKENS_PER_DIRECTION)
-        weighted = self.attention * self.weights.sqrt().unsqueeze(-1)
+        weighted = attention * self.weights.sqrt().unsqueeze(-1)
         directions = torch.linalg.eigh(weighted.T @ weighted).eigenvectors.flip(-1)[:, :count]
-        usual = (self.attention @ directions).square().mean(-1).sqrt().median()
+        usual = (attention @ directions).square().mean(-1).sqrt().median()
         directions = directions / usual.clamp_min(torch.finfo(usual.dtype).tiny)
-        self.one = _reader_of_one(self.attention, self.weights)
-        self.w_down = torch.cat((self.one, directions), -1)
+        one = _reader_of_one(attention, self.weights)
+        self.w_down = torch.cat((one, directions), -1)
+        self.z = attention @ self.w_down
 
-    def fit(self, name: str, a: Tensor, missing: Tensor) -> None:
-        """Set the factors of one projection, which reads `a`, for a change near `missing`."""
+    def fit(self, name: str, a: Tensor, missing: Tensor) -> Tensor:
+        """Set the factors of one projection, which reads `a`, for a change near `missing`.
+
+        Returns:
+            The change, ``(N, out)``.
+        """
         k, r = self.component.num_ranks, self.component.rank
         index = self.component.projections.index(name)
         w_down = self.component.w_down.unflatten(-1, (-1, k, r))[:, index]
         w_a, w_b = (w.unflatten(0, (k, r)) for w in heads_of(self.component.factors)[index])
         a = wide(a)
         reader = _reader_of_one(a, self.weights)
-        # the same number for all components: v_a x, and with it every coordinate's factor
-        both = (self.attention @ self.one) * (a @ reader)
-        features = (self.attention @ self.w_down) * both
+        # v_a x is the same for all components, and with it every coordinate's factor
+        features = self.z * self.z[:, :1] * (a @ reader)
         solved = _ridge(features, wide(missing), self.weights, _RIDGE)
         number = torch.arange(len(solved) - 1, device=solved.device)
         where, column = number % k, 1 + number // k  # components take turns
@@ -168,8 +174,9 @@ class _Start:
         w_a[:, 0] = reader.T.to(w_a.dtype)
         w_b[0, 0] = solved[0].to(w_b.dtype)
         w_b[where, column] = solved[1:].to(w_b.dtype)
-        w_down[..., 0] = self.one.to(w_down.dtype)
+        w_down[..., 0] = self.w_down[:, :1].to(w_down.dtype)
         w_down[:, where, column] = self.w_down[:, 1:].to(w_down.dtype)
+        return features @ solved
 
 
 def _reader_of_one(x: Tensor, weights: Tensor) -> Tensor:

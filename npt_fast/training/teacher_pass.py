@@ -35,6 +35,10 @@ class Activations(NamedTuple):
         """Residual stream behind the MLP, ``(B, S, D)``."""
         return self.hidden + self.attention + self.mlp
 
+    def target(self, residual: str) -> Tensor:
+        """What an NP layer's MLP has to add to the residual stream, ``(B, S, D)``."""
+        return self.mlp if residual == "kept" else self.attention + self.mlp
+
 
 class TeacherPass(NamedTuple):
     """Results of the teacher's pass.
