@@ -88,7 +88,8 @@ def test_np_layers_on_int8_projections(tmp_path: Path) -> None:
     ).answers
     same = [engine.is_same(*pair) for pair in zip(found, expected, strict=True)]
     assert sum(same) >= 0.75 * len(prompts)
-    assert not any(engine.is_same(*pair) for pair in zip(found, in_float, strict=True))
+    clear = [(own, other) for own, other in zip(found, in_float, strict=True) if other.tokens]
+    assert not any(engine.is_same(own, other) for own, other in clear)
 
 
 def test_mistakes_are_found_before_there_are_workers(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class Server:
     def ask(self, prompt: str | Sequence[int], tokens: int = TOKENS, **options: Any) -> Any:
         return self.client.completions.create(
             model="model", prompt=prompt, max_tokens=tokens, temperature=0, logprobs=1,
-            extra_body={"return_token_ids": True}, **options,
+            extra_body={"return_token_ids": True, "ignore_eos": True}, **options,
         )  # fmt: skip
 
     def answer(self, prompt: Sequence[int], tokens: int = TOKENS) -> Answer:
