@@ -41,7 +41,7 @@ END = STEPS + MORE
 CONTINUED = f"experiments/continued/checkpoint-{END}"
 TOGETHER = (
     f"--max_steps {END} --curriculum_stages student:{END} --fidelity_weight 10 "
-    "--learning_rate 2e-4 --lr_schedule constant --warmup_steps 0 --logging_steps 1"
+    "--learning_rate 5e-5 --lr_schedule constant --warmup_steps 0 --logging_steps 1"
 )
 PROMPT = "The capital of France is"
 TARGET = "The capital of Germany is"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import npt_fast as npt
 from npt_fast.config import Residual
+from npt_fast.functional import heads_of
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.training import fitted_start
 from npt_fast.training.distillation import Distillation
@@ -192,6 +193,13 @@ def test_columns_that_are_left_over_are_for_training() -> None:
     kept = (before == after).all(0).sum()
     assert kept == 3 * (2 * 40 - 2 - 32)  # 32 directions, and a number near 1 in each component
     assert len(after.T.unique(dim=0)) == len(after.T) - (6 - 1) - 2 * 32
+
+
+def test_factors_are_as_large_as_each_other() -> None:
+    step = fresh(build("llama"))
+    step.fit(text(2))
+    for w_a, w_b in heads_of(components(step.model)[LAYER].factors):
+        assert w_a.norm().item() == pytest.approx(w_b.norm().item(), rel=1e-5)
 
 
 def test_only_the_layers_that_are_named_or_fresh_change() -> None:
