@@ -197,7 +197,7 @@ def draw(summaries: Sequence[Summary]) -> bytes:
         [(name, [s.measures.get(name) for s in whole]) for name in _SHARES],
     )
     above.tick_params("x", rotation=90)
-    above.set_title("all relations")
+    above.set_title("all relations", loc="left")
     main = {(s.relation, s.condition.injected): s for s in summaries if s.condition.how == how}
     series = [
         (
@@ -215,7 +215,7 @@ def draw(summaries: Sequence[Summary]) -> bytes:
         )
     ]
     _bars(below, names, series)
-    below.set_title(how)
+    below.set_title(how, loc="left")
     return png(figure)
 
 
@@ -240,4 +240,4 @@ def _bars(
     axes.set_xticks(range(len(labels)), labels, parse_math=False)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share of pairs")
-    axes.legend()
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
