@@ -152,7 +152,7 @@ def test_evaluation_and_the_best_model(tmp_path: Path) -> None:
     use_cache = model.config.use_cache
     done = trainer(
         model, tmp_path, eval_dataset=ROWS[:6], eval_strategy="steps", eval_steps=1, save_steps=1,
-        load_best_model_at_end=True, metric_for_best_model="eval_kl", learning_rate=0.3,
+        load_best_model_at_end=True, metric_for_best_model="eval_kl", learning_rate=1.0,
         greater_is_better=False,
     )  # fmt: skip
     done.train()

@@ -284,7 +284,7 @@ class Truth:
                 h = seen.before[row, host][None]
                 target = self.mlp(layer, h + a) + (0 if self.residual == "kept" else a)
                 error = ((self.mlp(layer, h, a) - target) ** 2).sum() / (target**2).sum()
-                total = total + 0.1 * bounded(error, (typical / (a**2).sum()).clamp(max=1))
+                total = total + 0.01 * bounded(error, (typical / (a**2).sum()).clamp(max=1))
         return total
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
