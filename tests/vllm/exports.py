@@ -30,7 +30,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 SCALE = 0.1
 """Standard deviation of NP weights.
 
-With it the NP layers change most log-probabilities by 8, and float32 is within 1e-4 of float64.
+With it the NP layers change log-probabilities by up to 8, and float32 is within 1e-4 of float64.
 With 0.3 they change as much, and float32 is off by 1e-2: rounding would decide the comparison.
 """
 LAYERS: list[dict[str, Any]] = [
