@@ -13,7 +13,7 @@ from torch import Tensor
 from npt_fast.hf.scaffold import VirtualTokens
 from npt_fast.training.teacher_pass import Activations
 
-WEIGHT = 0.01  # of a virtual token in the loss; with 0.1 the KL of fitted layers is a fifth larger
+WEIGHT = 0.01  # of a virtual token in the loss; with 0.1 fitted layers have a quarter more KL
 _LARGEST = 6.0  # times the attention output: rare tokens have up to 5 times the usual length
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly
 
