@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from npt_fast.hf.quantize import quantize
     from npt_fast.training.distillation import Distillation
     from npt_fast.training.evaluation import Evaluation, evaluate
+    from npt_fast.training.optimizer import RelativeAdamW
     from npt_fast.training.plan import Plan, plan
     from npt_fast.training.run import TrainReport
     from npt_fast.training.sampling import sample_text
@@ -83,6 +84,7 @@ _HOMES = {
     "NPTTrainer": "npt_fast.training.trainer",
     "OptionError": "npt_fast.errors",
     "Plan": "npt_fast.training.plan",
+    "RelativeAdamW": "npt_fast.training.optimizer",
     "StorageError": "npt_fast.errors",
     "Study": "npt_fast.transfer.study_results",
     "Suite": "npt_fast.transfer.suite",
@@ -143,6 +145,7 @@ __all__ = [
     "NPTTrainer",
     "OptionError",
     "Plan",
+    "RelativeAdamW",
     "StorageError",
     "Study",
     "Suite",

@@ -233,7 +233,9 @@ class TrainOptions:
         lambda_reg: Weight of the mean squares of v_a and v_b.
         batch_size: Windows per process and micro-batch.
         gradient_accumulation_steps: Micro-batches per optimizer step.
-        learning_rate: Peak learning rate of AdamW; overrides the checkpoint's.
+        learning_rate: Peak learning rate of AdamW; overrides the checkpoint's. It is that of
+            parameters with a root mean square of 0.02, and that of others is in proportion; with
+            init_strategy improved and conservative it is that of all.
         lr_schedule: Schedule after the warm-up: cosine (half a period, to 0 at max_steps) or
             constant.
         warmup_steps: Steps of linear warm-up; defaults to the smaller of 1000 and max_steps / 10.
@@ -300,7 +302,7 @@ class TrainOptions:
     lambda_reg: float = 0.0
     batch_size: int = 4
     gradient_accumulation_steps: int = 4
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     lr_schedule: LRSchedule = "cosine"
     warmup_steps: int | None = None
     weight_decay: float = 0.01

@@ -31,6 +31,7 @@ CLASSES = {
     **{"NPTConfig": npt.NPTConfig, "MergeOptions": npt.MergeOptions},
     **{"TrainOptions": npt.TrainOptions, "Injection": Injection, "Reading": Reading},
     **{"Distillation": npt.Distillation, "NPTTrainer": npt.NPTTrainer},
+    **{"RelativeAdamW": npt.RelativeAdamW},
 }
 CALLS: dict[str, Callable[..., Any]] = {
     **{name: getattr(npt, name) for name in FUNCTIONS},

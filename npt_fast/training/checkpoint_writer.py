@@ -27,7 +27,7 @@ from npt_fast.training.curriculum import Stage, stage_index
 from npt_fast.training.distillation import Distillation
 from npt_fast.training.progress import Progress
 from npt_fast.training.run_directory import RunDirectory
-from npt_fast.training.state import gather_optimizer, gather_weights
+from npt_fast.training.state import gather_optimizer, gather_schedule, gather_weights
 
 
 class CheckpointWriter:
@@ -118,7 +118,7 @@ class CheckpointWriter:
                 "global_step": step,
                 "batch_count": progress.micro_batches,
                 "optimizer_state_dict": optimizer_state,
-                "scheduler_state_dict": schedule.state_dict() if schedule else None,
+                "scheduler_state_dict": gather_schedule(schedule) if schedule else None,
                 "scaler_state_dict": progress.scaler,
                 "best_val_loss": progress.best_kl,
                 "data_state": progress.data,

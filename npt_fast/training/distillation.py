@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from npt_fast.arguments import check_constructor
 from npt_fast.called_mlp import first
 from npt_fast.config import LossKind, TrainOptions, parse_size
+from npt_fast.errors import DataError
 from npt_fast.functional import VectorNorms
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.hf.decoder import final_norm
@@ -305,7 +306,10 @@ class Distillation(nn.Module):
 
         Raises:
             TrainingError: the text gives no finite factors.
+            DataError: there are no batches.
         """
+        if not batches:
+            raise DataError("there is nothing to fit layers to: give at least one batch")
         if not self.calibrated:
             self.calibrate(_longest_rows(batches[0]).to(self.model.device), layers)
         fresh = list(filter(self._is_fresh, trained_layers(self.model)))

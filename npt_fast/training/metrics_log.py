@@ -62,3 +62,12 @@ def _step(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
+
+
+def for_callbacks(values: Mapping[str, float | str]) -> dict[str, float]:
+    """The numbers, with Trainer's prefix ``eval_`` for ``eval/``; trackers turn it back."""
+    return {
+        name.replace("eval/", "eval_", 1): value
+        for name, value in values.items()
+        if not isinstance(value, str)
+    }

@@ -42,6 +42,12 @@ class MixedWindows(IterableDataset[Window]):
             {**window, "window": torch.tensor(n - len(windows))} for n, window in enumerate(windows)
         ]
 
+    def skip(self, windows: int) -> None:
+        """Begin so many windows later, of all texts together."""
+        for n, text in enumerate(self._texts):
+            text.skip(self._turns(self.position + windows, n) - self._turns(self.position, n))
+        self.position += windows
+
     def state_after(self, windows: int) -> dict[str, Any]:
         """The state to start at, as `TokenWindows.state_after` gives it, of each text in parts."""
         parts = [text.state_after(self._turns(windows, n)) for n, text in enumerate(self._texts)]

@@ -29,6 +29,7 @@ from npt_fast.checkpoint.publish import disk_errors
 from npt_fast.checkpoint.training_state import TrainingState
 from npt_fast.config import TrainOptions
 from npt_fast.errors import TrainingError
+from npt_fast.hf.convert import trainable_parameters
 from npt_fast.hf.tokenizer import Reading
 from npt_fast.training.checkpoint_writer import CheckpointWriter
 from npt_fast.training.curriculum import stage_index
@@ -39,8 +40,9 @@ from npt_fast.training.evaluation import (
     collate,
     evaluate_windows,
 )
-from npt_fast.training.metrics_log import MetricsLog
+from npt_fast.training.metrics_log import MetricsLog, for_callbacks
 from npt_fast.training.mixed_windows import MixedWindows
+from npt_fast.training.optimizer import BETAS
 from npt_fast.training.progress import Progress
 from npt_fast.training.run_directory import RunDirectory
 from npt_fast.training.samples import samples
@@ -150,6 +152,18 @@ class RunTrainer(NPTTrainer):
             state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimizer, which has one rate if layers start as the original's."""
+        if self.optimizer is None and self.options.init_strategy in ("improved", "conservative"):
+            self.optimizer = torch.optim.AdamW(
+                trainable_parameters(self.distillation.model),
+                lr=self.args.learning_rate,
+                betas=BETAS,
+                weight_decay=self.args.weight_decay,
+                fused=True,
+            )
+        return super().create_optimizer(model)
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the schedule, at the step where the run begins (design.md#curriculum)."""
         if self.lr_scheduler is None:
@@ -183,7 +197,7 @@ class RunTrainer(NPTTrainer):
         """Evaluate on the held-out texts of the run; return the figures by their names."""
         self._evaluate_now()
         assert self.evaluation is not None
-        return _for_callbacks(self.evaluation.metrics())
+        return for_callbacks(self.evaluation.metrics())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write the metrics since the last call (design.md#metrics) and say a summary."""
@@ -231,7 +245,7 @@ class RunTrainer(NPTTrainer):
         if self.metrics is not None:
             with disk_errors(self.metrics.path, TrainingError):
                 self.metrics.write(step, values)
-        super().log(_for_callbacks(values))
+        super().log(for_callbacks(values))
 
     def _logs_after(self, step: int) -> bool:
         """Whether metrics are logged after this optimizer step."""
@@ -337,7 +351,7 @@ class RunTrainer(NPTTrainer):
             + "".join(f"  {name} KL {text.kl:.4f}" for name, text in found.texts.items())
         )
         self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, _for_callbacks(found.metrics())
+            self.args, self.state, self.control, for_callbacks(found.metrics())
         )
         better = self.best_kl is None or found.kl < self.best_kl
         if better:
@@ -428,15 +442,6 @@ class _End(TrainerCallback):
         self.trainer.leave_step()
         # last, since what an evaluation logs takes it back
         control.should_log |= self.trainer._logs_after(state.global_step)
-
-
-def _for_callbacks(values: Mapping[str, float | str]) -> dict[str, float]:
-    """The numbers, with Trainer's prefix ``eval_`` for ``eval/``; trackers turn it back."""
-    return {
-        name.replace("eval/", "eval_", 1): value
-        for name, value in values.items()
-        if not isinstance(value, str)
-    }
 
 
 def _duration(seconds: float) -> str:

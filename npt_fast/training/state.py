@@ -69,10 +69,17 @@ def gather_optimizer(
                 moments = {moment: split[moment][name].clone() for moment in _MOMENTS}
                 state[index + offset] = {"step": step.clone(), **moments}
         index += len(names)
-    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    first, keys = optimizer.param_groups[0], (*optimizer.defaults, "initial_lr")
+    group = {key: first[key] for key in keys if key in first}  # the same for all groups
     # how a step is computed belongs to this machine, not to the state
     group |= {"fused": None, "foreach": None, "params": list(range(index))}
     return {"state": state, "param_groups": [group]}
+
+
+def gather_schedule(schedule: Any) -> dict[str, Any]:
+    """Return the state of a schedule for the one group that `gather_optimizer` makes of all."""
+    state: dict[str, Any] = schedule.state_dict()
+    return {key: value[:1] if isinstance(value, list) else value for key, value in state.items()}
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -199,6 +199,10 @@ class TokenWindows(IterableDataset[Window]):
         """Return the held-out windows: full, not overlapping, numbered from -held_out to -1."""
         return list(self._held)
 
+    def skip(self, windows: int) -> None:
+        """Begin so many windows later."""
+        self.position += windows
+
     def state_after(self, windows: int) -> dict[str, Any]:
         """Return the `start` from which another stream continues.
 
@@ -245,7 +249,7 @@ class TokenWindows(IterableDataset[Window]):
                 for index in self._order(place, len(block))[passed:]:
                     yield block[index]
                 before += len(block)
-                passed = 0
+                passed = max(0, passed - len(block))
             if place.window == 0:
                 epoch = block
                 if not block:  # otherwise it would look for text forever

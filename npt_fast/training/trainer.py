@@ -26,8 +26,7 @@ from npt_fast.training.curriculum import Stage, parse_curriculum, stage_index
 from npt_fast.training.distillation import Distillation, Losses
 from npt_fast.training.evaluation import evaluate_batches
 from npt_fast.training.fitted_start import TOKENS
-
-BETAS = (0.9, 0.95)  # with .999, layer 1 of SmolLM2 answers one outlier with jumps for 1000 steps
+from npt_fast.training.optimizer import RelativeAdamW
 
 _OF_LOGITS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 _OF_ITS_LOSS = ("activation_checkpointing", "gradient_checkpointing", "label_smoothing_factor")
@@ -39,7 +38,7 @@ class NPTTrainer(Trainer):
     """A ``transformers.Trainer`` that trains the NP layers of a model.
 
     It computes the losses of a `Distillation`, clips the gradients of each layer by themselves, and
-    optimises with AdamW of beta2 .95. A checkpoint holds the NP layers alone, which `npt_fast.load`
+    optimises with `RelativeAdamW`. A checkpoint holds the NP layers alone, which `npt_fast.load`
     reads, beside Trainer's own files to resume from. An evaluation compares the model with its base
     model: ``eval_kl`` in nats, ``eval_perplexity``, ``eval_base_perplexity``,
     ``eval_perplexity_ratio``, ``eval_top1_agreement`` and ``eval_loss``. All else is Trainer's:
@@ -106,15 +105,12 @@ class NPTTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Create AdamW with one group over all NP parameters."""
+        """Create the optimizer of all NP parameters."""
         if self.optimizer is None:
-            parameters = [p for p in self.distillation.parameters() if p.requires_grad]
-            self.optimizer = torch.optim.AdamW(
-                parameters,
-                lr=self.args.learning_rate,
-                betas=BETAS,
+            self.optimizer = RelativeAdamW(
+                self.distillation.model,
+                self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
-                fused=True,
             )
         return self.optimizer
 

@@ -275,3 +275,9 @@ def test_a_text_that_gives_no_numbers_is_refused() -> None:
     decoder_layers(step.model)[LAYER].post_attention_layernorm.weight.data.fill_(torch.nan)
     with pytest.raises(npt.TrainingError, match=r"^layer 2: no finite start fits this text"):
         step.fit(text(2))
+
+
+def test_no_text_is_refused() -> None:
+    step = Distillation(fresh(build("llama")).model)
+    with pytest.raises(npt.DataError, match=r"^there is nothing to fit layers to: give at least"):
+        step.fit([])

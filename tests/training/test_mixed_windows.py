@@ -63,6 +63,18 @@ def test_another_sampled_text_is_not_resumed() -> None:
     assert not stream("python-docs").accepts({**state, "source": "python-docs"})
 
 
+def test_windows_of_all_texts_are_skipped(source: Path) -> None:
+    truth = take(iter(MixedWindows(texts(source), "both")), 40)
+    for skipped in (0, 1, 2, 7):
+        mixed = MixedWindows(texts(source), "both")
+        mixed.skip(skipped)
+        assert take(iter(mixed), 20) == truth[skipped : skipped + 20]
+        state = mixed.state_after(skipped + 3)
+        again = MixedWindows(texts(source, state), "both", state["windows"])
+        again.skip(2)
+        assert take(iter(again), 10) == truth[skipped + 5 : skipped + 15]
+
+
 def test_texts_take_turns(source: Path) -> None:
     mixed = MixedWindows(texts(source), "both")
     alone = [take(text, 30) for text in texts(source)]

@@ -58,7 +58,7 @@ def test_a_resumed_run_fits_its_fresh_layers_alone(place: Place, tmp_path: Path)
 
 
 def test_the_windows_that_are_fitted(tmp_path: Path) -> None:
-    """Those that training reads first, each once; it reads them again."""
+    """Those that come first, each once."""
     windows = stream(write_texts(tmp_path / "a.jsonl", random_texts(50)), held_out=2)
     read = list(islice(windows, 200))
     numbers = [int(window["window"]) for window in read]
@@ -69,6 +69,15 @@ def test_the_windows_that_are_fitted(tmp_path: Path) -> None:
     assert len(whole) == len({int(window["window"]) for window in whole}) <= epoch
     assert [int(window["window"]) for window in islice(windows, 200)] == numbers
     assert beginning(windows, 0) == []
+
+
+class Rows(list[Any]):
+    """Windows of a text, which count those that are skipped."""
+
+    skipped = 0
+
+    def skip(self, windows: int) -> None:
+        self.skipped += windows
 
 
 @pytest.mark.parametrize(
@@ -90,10 +99,10 @@ def test_layers_that_start_at_the_base_are_named(
     said: list[str] = []
     ids = torch.randint(3, 120, (6, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids[0])
-    rows: Any = [
+    rows: Any = Rows(
         {"input_ids": row, "attention_mask": mask, "window": torch.tensor(number)}
         for number, row in enumerate(ids)
-    ]
+    )
     step = Distillation(model, sink_weight=64.0)
     run = npt.TrainOptions(train_layers="1,2", batch_size=2)
     start(step, [1, 2], run, ids[:2], rows, said.append, sharded=sharded)
@@ -101,3 +110,4 @@ def test_layers_that_start_at_the_base_are_named(
     assert said == ([] if left is None else [line])
     written = [bool(part.w_b_down.any()) for part in components(model).values()]  # type: ignore[union-attr]
     assert written == [left is None] * 2
+    assert rows.skipped == (6 if left is None else 0)

@@ -87,6 +87,19 @@ def test_learning_rates(place: Place, tmp_path: Path, schedule: str, warmup: int
     assert state["scheduler_state_dict"]["last_epoch"] == 20
 
 
+@pytest.mark.parametrize("start", ["conservative", "zero"])
+def test_the_originals_starts_have_one_rate(place: Place, tmp_path: Path, start: str) -> None:
+    """AdamW's first step is its rate for every number with a gradient."""
+    settings = {"init_strategy": start, "max_steps": 1, "warmup_steps": 0, "weight_decay": 0}
+    before, after = (
+        read_weights(place.train(tmp_path / str(lr), learning_rate=lr, **settings))
+        for lr in (1e-30, 1e-3)
+    )
+    rates = {name: (after[name] - before[name]).abs().median() for name in before}
+    one = [rate for name, rate in rates.items() if rate == pytest.approx(1e-3, rel=0.02)]
+    assert len(one) == len(rates) if start == "conservative" else len(one) < len(rates)
+
+
 def test_a_layer_does_not_know_of_others(place: Place, tmp_path: Path) -> None:
     """In the teacher stage without clipping, a layer starts and ends the same beside any others."""
     settings = {"gradient_clip": 0, "max_steps": 3}

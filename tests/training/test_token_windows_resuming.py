@@ -39,6 +39,20 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_windows_are_skipped(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Over blocks and epochs, and a stream that goes on from there is told apart from no other."""
+    source = write_texts(tmp_path / "a.jsonl", random_texts(16, longest=20))
+    truth = take(stream(source, **settings), 75)
+    for skipped in (0, 1, 3, 5, 17, 50):
+        windows = stream(source, **settings)
+        windows.skip(skipped)
+        assert take(windows, 20) == truth[skipped : skipped + 20]
+        again = stream(source, start=windows.state_after(skipped + 4), **settings)
+        again.skip(2)
+        assert take(again, 10) == truth[skipped + 6 : skipped + 16]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_going_on_after_every_window(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

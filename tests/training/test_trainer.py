@@ -71,13 +71,12 @@ def trainer(model: Any, folder: Path, **changes: Any) -> Any:
 
 
 def test_the_loss_is_a_loop_of_ones_own(tmp_path: Path) -> None:
-    """AdamW and clipping of each layer, written out with torch alone."""
+    """A loop with the clipping of each layer written out."""
     one, other = converted(), converted()
     trainer(npt.Distillation(one), tmp_path, max_steps=1, per_device_train_batch_size=16).train()
     step = npt.Distillation(other)
     step.fit([COLLATE(ROWS[:8]), COLLATE(ROWS[8:])])
-    parameters = [p for p in step.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = npt.RelativeAdamW(other, 1e-2, weight_decay=0.0)
     step(**COLLATE(ROWS)).loss.backward()
     for part in components(other).values():
         torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
