@@ -90,7 +90,8 @@ def start(
         fresh: fresh layers.
         options: options of the run.
         text: held-out text, ``(B, S)``.
-        windows: the training text, which begins behind the windows that layers are fitted to.
+        windows: the training text. If all layers are fresh, it is set behind the windows that they
+            are fitted to.
         say: called with notes.
         sharded: whether the model is going to be sharded. It is on the CPU then, and may not fit on
             one device.
@@ -101,14 +102,15 @@ def start(
     """
     scaled = options.init_strategy in ("fitted", "zero")
     distillation.calibrate(text, fresh if scaled else [])
-    if options.init_strategy != "fitted":
+    if options.init_strategy != "fitted" or not fresh:
         return
+    rows, size = beginning(windows, TOKENS), options.batch_size
     layers = decoder_layers(distillation.model)
     fitted = [n for n in fresh if not sharded and can_be_fitted(unwrapped(layers[n]))]
     if fitted:
-        rows, size = beginning(windows, TOKENS), options.batch_size
         batches = [collate(rows[n : n + size]) for n in range(0, len(rows), size)]
         distillation.fit(batches, fitted)
+    if len(fresh) == len(components(distillation.model)):  # what others read must not depend on it
         windows.skip(len(rows))  # fitted layers have two thirds of the error on them
     if left := [layer for layer in fresh if layer not in fitted]:
         say(f"Note: layers {left} start at the base MLP, as with --init_strategy zero")

@@ -91,6 +91,7 @@ def test_learning_rates(place: Place, tmp_path: Path, schedule: str, warmup: int
 def test_the_originals_starts_have_one_rate(place: Place, tmp_path: Path, start: str) -> None:
     """AdamW's first step is its rate for every number with a gradient."""
     settings = {"init_strategy": start, "max_steps": 1, "warmup_steps": 0, "weight_decay": 0}
+    settings |= {"np_init_scale": 0.3, "lr_schedule": "constant"}
     before, after = (
         read_weights(place.train(tmp_path / str(lr), learning_rate=lr, **settings))
         for lr in (1e-30, 1e-3)
