@@ -212,8 +212,8 @@ class TrainOptions:
             attention + MLP; kept: the layer still adds it. If not given, layers that start fresh
             have removed, and those of resume_from what is recorded or found out of them.
         init_strategy: How fresh layers start. fitted: near their target, by a closed form fitted to
-            the first 8,192 tokens of data; zero: at the base MLP; improved and conservative: as
-            the original's.
+            the first 8,192 tokens that training would read; zero: at the base MLP; improved and
+            conservative: as the original's, and all layers train with one learning rate.
         np_init_scale: Scale of the original's initializations.
         curriculum_stages: Comma-separated name:steps[:attention_ratio[:mlp_ratio]]; names are
             teacher, mixed, student.
@@ -234,8 +234,9 @@ class TrainOptions:
         batch_size: Windows per process and micro-batch.
         gradient_accumulation_steps: Micro-batches per optimizer step.
         learning_rate: Peak learning rate of AdamW; overrides the checkpoint's. It is that of
-            parameters with a root mean square of 0.02, and that of others is in proportion; with
-            init_strategy improved and conservative it is that of all.
+            parameters with a root mean square of 0.02, and that of others is in proportion, but of
+            W_a_up and W_b_up never above it. With init_strategy improved and conservative it is
+            that of all.
         lr_schedule: Schedule after the warm-up: cosine (half a period, to 0 at max_steps) or
             constant.
         warmup_steps: Steps of linear warm-up; defaults to the smaller of 1000 and max_steps / 10.

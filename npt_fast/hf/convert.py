@@ -96,7 +96,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of NP layers that require gradients, for an optimizer of one's own.
 
     A list, so that an optimizer and the clipping of gradients can both read it:
-    ``torch.optim.AdamW(npt.trainable_parameters(model))``.
+    ``torch.optim.AdamW(npt.trainable_parameters(model))``. `npt.RelativeAdamW` takes the model.
 
     Args:
         model: Hugging Face causal language model with NP layers.

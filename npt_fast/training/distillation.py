@@ -269,8 +269,8 @@ class Distillation(nn.Module):
         `check_teacher` proves on it what training relies on.
 
         The weight change grows with the square of the attention output, whose size differs by a
-        factor of 10 between layers. Without calibration, the largest stable learning rate would
-        differ by a factor of 100.
+        factor of 10 between layers. Without calibration, a step of W_b_up would change what layers
+        compute by a factor of 100 more in one than in another.
 
         Args:
             input_ids: the text, ``(B, S)``.

@@ -21,7 +21,7 @@ class MixedWindows(IterableDataset[Window]):
         texts: the streams of the texts; those of a stream that starts at a state start at its
             parts.
         source: what names the texts.
-        windows: windows of all texts that training used before these streams start.
+        windows: windows of all texts that were used before these streams start.
 
     Attributes:
         position: as `windows`.

@@ -26,7 +26,8 @@ class RelativeAdamW(torch.optim.AdamW):
     its attention outputs are: by 48 times in SmolLM2-135M, so that no rate suits all layers
     (design.md#learning-rate). Here the rate of each layer's ``W_down`` is `lr` times its root mean
     square over 0.02, anew at each step. So is that of ``W_a_up`` and ``W_b_up`` together, but it is
-    at most `lr`: while ``W_b_up`` is zero, the size of ``W_a_up`` means nothing.
+    at most `lr`: while ``W_b_up`` is zero, the size of ``W_a_up`` means nothing. The betas are 0.9
+    and 0.95. The original's starts are near zero, and learn more with `torch.optim.AdamW`.
 
     Args:
         model: model with NP layers; those that require gradients are trained.
@@ -60,15 +61,21 @@ class RelativeAdamW(torch.optim.AdamW):
 
 
 def _multiply_rates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    sizes = torch.stack([_size(group["params"]) for group in optimizer.param_groups])
-    for group, size in zip(optimizer.param_groups, sizes.tolist(), strict=True):
-        group["scheduled"] = group["lr"]
-        group["lr"] = group["lr"] * min(size / _USUAL_SIZE, group["most"])
+    groups = [group for group in optimizer.param_groups if "most" in group]  # not those of users
+    sizes = [_size(group["params"]) for group in groups]
+    together = torch.stack([size.to(sizes[0].device) for size in sizes]).tolist()
+    for group, size in zip(groups, together, strict=True):
+        scheduled, multiplied = group.pop("rates", (None, None))
+        if group["lr"] == multiplied:  # the step before raised an error, and left it
+            group["lr"] = scheduled
+        rate = group["lr"] * min(size / _USUAL_SIZE, group["most"])
+        group["lr"], group["rates"] = rate, (group["lr"], rate)
 
 
 def _restore_rates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = group.pop("scheduled")
+        if "rates" in group:
+            group["lr"], _ = group.pop("rates")
 
 
 def _size(parameters: Sequence[Tensor]) -> Tensor:

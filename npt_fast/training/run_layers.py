@@ -124,11 +124,13 @@ def _check_present(present: Mapping[int, NPComponent], layers: Sequence[int]) ->
             f"the model has NP layers {others}, which are not among train_layers {list(layers)}; "
             "name them too, or npt.unload the model"
         )
-    frozen = [n for n, part in present.items() if not part.w_down.requires_grad]
+    frozen = [
+        n for n, part in present.items() if not all(p.requires_grad for p in part.parameters())
+    ]
     if frozen:
         raise TrainingError(
-            f"NP layers {frozen} of the model require no gradients; npt.load them with "
-            "trainable=True"
+            f"NP layers {frozen} of the model have parameters that require no gradients; npt.load "
+            "them with trainable=True"
         )
 
 

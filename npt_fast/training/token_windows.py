@@ -107,7 +107,7 @@ class TokenWindows(IterableDataset[Window]):
 
     Attributes:
         held_out: number of windows held out: a tenth of a text that has no more than `held_out`.
-        position: windows used by training before this stream.
+        position: windows used before this stream, by training and by the fit of fresh layers.
 
     Raises:
         ValueError: a number is out of range, or `start` belongs to other settings or other data.

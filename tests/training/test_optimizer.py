@@ -111,6 +111,53 @@ def test_a_copy_takes_the_same_step(copy_of: Any) -> None:
         assert torch.equal(parameter, own) and parameter is not own
 
 
+def test_a_step_that_fails_leaves_the_rates_to_the_next() -> None:
+    """As where memory runs out: the schedule's rates count again, or those set meanwhile."""
+    weights = []
+    for failures, changed in ((0, False), (3, False), (1, True)):
+        model = converted(**SIZES["small"])
+        optimizer = npt.RelativeAdamW(model, 2e-3 if changed else 1e-3)
+        give_gradients(model, 0)
+
+        def fail() -> float:
+            raise MemoryError
+
+        for _ in range(failures):
+            with pytest.raises(MemoryError):
+                optimizer.step(fail)
+        if changed:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3
+        optimizer.step()
+        assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+        weights.append([p.detach() for p in npt.trainable_parameters(model)])
+    for found in weights[1:]:
+        assert all(map(torch.equal, found, weights[0]))
+
+
+def test_parameters_of_others_have_the_rate_itself() -> None:
+    model = converted(**SIZES["large"])
+    optimizer = npt.RelativeAdamW(model, 1e-3, weight_decay=0.0)
+    other = torch.nn.Parameter(torch.full((3,), 7.0))
+    optimizer.add_param_group({"params": [other]})
+    other.grad = torch.ones_like(other)
+    optimizer.step()
+    torch.testing.assert_close(other.detach(), torch.full((3,), 7.0 - 1e-3))
+
+
+def test_hooks_of_users_run_once() -> None:
+    model = converted()
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # torch wraps its step then
+    optimizer = npt.RelativeAdamW(model)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    give_gradients(model, 0)
+    optimizer.step()
+    assert seen == ["before", "after"]
+
+
 def test_what_is_frozen_stays() -> None:
     model = converted()
     frozen: NPComponent = components(model)[1]

@@ -331,5 +331,9 @@ def test_what_is_refused(place: Place, tmp_path: Path, given: dict[str, Any], me
 def test_frozen_layers_are_refused(place: Place, tmp_path: Path) -> None:
     path = place.train(tmp_path / "first", max_steps=1)
     model = npt.load(tiny.model(initializer_range=0.2), path)
-    with pytest.raises(npt.TrainingError, match=r"NP layers \[1, 2\] of the model require no grad"):
+    with pytest.raises(npt.TrainingError, match=r"NP layers \[1, 2\] of the model have parameters"):
+        npt.train(options(place, tmp_path / "run"), model=model, tokenizer=tiny.tokenizer())
+    model = npt.load(tiny.model(initializer_range=0.2), path, trainable=True)
+    components(model)[2].w_a_in.requires_grad_(False)
+    with pytest.raises(npt.TrainingError, match=r"NP layers \[2\] of the model have parameters"):
         npt.train(options(place, tmp_path / "run"), model=model, tokenizer=tiny.tokenizer())
