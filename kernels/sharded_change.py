@@ -19,6 +19,12 @@ def is_shard(tensor: Any) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def whole(tensor: Any) -> Tensor:
+    """A tensor, gathered from all devices if it is a shard."""
+    gathered: Tensor = tensor.full_tensor() if is_shard(tensor) else tensor
+    return gathered
+
+
 def sharded_change(
     projection: Any, a: Tensor, u: Tensor, w_a: Tensor, w_b: Tensor, *, num_ranks: int
 ) -> Tensor:

@@ -23,6 +23,7 @@ from npt_fast.kernels.int8 import quantize as quantize
 from npt_fast.kernels.sharded_change import is_shard as is_shard
 from npt_fast.kernels.sharded_change import like as like
 from npt_fast.kernels.sharded_change import sharded_change as sharded_change
+from npt_fast.kernels.sharded_change import whole as whole
 
 # looked for, not imported: importing it takes long, and a CPU does without
 _TRITON = find_spec("triton") is not None

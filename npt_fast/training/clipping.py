@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from npt_fast.functional import whole
 
 
 def clip_each(layers: Iterable[nn.Module], max_norm: float) -> Tensor:
@@ -19,9 +20,6 @@ def clip_each(layers: Iterable[nn.Module], max_norm: float) -> Tensor:
     Returns:
         The norm of all gradients before clipping, a scalar.
     """
-    norms = []
-    for layer in layers:
-        norm: Any = nn.utils.clip_grad_norm_(layer.parameters(), max_norm)
-        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norms = [whole(nn.utils.clip_grad_norm_(layer.parameters(), max_norm)) for layer in layers]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from npt_fast.arguments import check_constructor
+from npt_fast.functional import whole
 from npt_fast.hf.convert import components, trainable_parameters
 
 BETAS = (0.9, 0.95)  # with .999, layer 1 of SmolLM2 answers one outlier with jumps for 1000 steps
@@ -80,7 +80,6 @@ def _restore_rates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def _size(parameters: Sequence[Tensor]) -> Tensor:
     """Root mean square of all numbers of parameters, which may be shards; a scalar."""
-    norm: Any = nn.utils.get_total_norm([parameter.detach() for parameter in parameters])
-    count = sum(parameter.numel() for parameter in parameters)
-    size: Tensor = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / count**0.5
+    norm = nn.utils.get_total_norm([parameter.detach() for parameter in parameters])
+    size: Tensor = whole(norm) / sum(parameter.numel() for parameter in parameters) ** 0.5
     return size

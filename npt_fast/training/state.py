@@ -25,6 +25,7 @@ from npt_fast.checkpoint.training_state import (
     read_training_state,
 )
 from npt_fast.errors import TrainingError
+from npt_fast.functional import whole
 from npt_fast.hf.weights_file import read_tensor
 from npt_fast.modules import NPComponent
 
@@ -37,7 +38,7 @@ def gather_weights(components: Mapping[int, NPComponent]) -> dict[str, Tensor]:
         f"layer_{layer}_np.{name}": view.clone()
         for layer, component in components.items()
         for name, view in component.split(
-            {name: _whole(parameter) for name, parameter in component.named_parameters()}
+            {name: _on_cpu(parameter) for name, parameter in component.named_parameters()}
         ).items()
     }
 
@@ -60,11 +61,11 @@ def gather_optimizer(
         if held:
             split = {
                 moment: component.split(
-                    {name: _whole(values[moment]) for name, values in held.items()}
+                    {name: _on_cpu(values[moment]) for name, values in held.items()}
                 )
                 for moment in _MOMENTS
             }
-            step = _whole(next(iter(held.values()))["step"]).to(torch.float32)
+            step = _on_cpu(next(iter(held.values()))["step"]).to(torch.float32)
             for offset, name in enumerate(names):
                 moments = {moment: split[moment][name].clone() for moment in _MOMENTS}
                 state[index + offset] = {"step": step.clone(), **moments}
@@ -82,9 +83,8 @@ def gather_schedule(schedule: Any) -> dict[str, Any]:
     return {key: value[:1] if isinstance(value, list) else value for key, value in state.items()}
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return whole(tensor.detach()).cpu()
 
 
 def restore_optimizer(

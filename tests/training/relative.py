@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from npt_fast.hf.convert import components
+
+
+def named(model: Any) -> dict[str, Tensor]:
+    """Views of the parameters by the original's names."""
+    return {
+        f"layer_{n}_np.{name}": view
+        for n, component in components(model).items()
+        for name, view in component.split().items()
+    }
 
 
 def rates(weights: Mapping[str, Tensor], lr: float) -> dict[str, float]:

@@ -14,7 +14,7 @@ import npt_fast as npt
 from npt_fast.hf.convert import components
 from npt_fast.modules import NPComponent
 from tests.training import tiny
-from tests.training.relative import rates
+from tests.training.relative import named, rates
 
 
 def converted(modulation: str = "triple", **sizes: float) -> Any:
@@ -28,15 +28,6 @@ def converted(modulation: str = "triple", **sizes: float) -> Any:
                 if stem in name:
                     tensor.normal_(std=size)
     return model
-
-
-def named(model: Any) -> dict[str, Tensor]:
-    """Views of the parameters by the original's names."""
-    return {
-        f"layer_{n}_np.{name}": view
-        for n, component in components(model).items()
-        for name, view in component.split().items()
-    }
 
 
 def give_gradients(model: Any, seed: int) -> dict[str, Tensor]:

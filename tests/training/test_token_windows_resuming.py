@@ -40,7 +40,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_windows_are_skipped(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Over blocks and epochs, and a stream that goes on from there is told apart from no other."""
+    """Over blocks and epochs, also by a stream that goes on from there."""
     source = write_texts(tmp_path / "a.jsonl", random_texts(16, longest=20))
     truth = take(stream(source, **settings), 75)
     for skipped in (0, 1, 3, 5, 17, 50):
