@@ -175,6 +175,33 @@ def test_our_own_bugs_are_not_hidden(
         run(capsys, "analyze", "--checkpoint", tmp_path)
 
 
+@pytest.mark.parametrize("end", ["sys.exit(3)", "sys.exit(None)", "raise RuntimeError"])
+@pytest.mark.parametrize("before", [True, False])
+def test_what_is_registered_for_the_end_is_called(before: bool, end: str) -> None:
+    """The program then ends at once, unless something was registered before it began."""
+    code = f"""
+import atexit, sys
+from npt_fast import __main__
+from npt_fast.cli import main
+class Module:
+    def __del__(self):
+        print("taken down")
+kept = Module()
+if {before}:
+    atexit.register(print, "registered before")
+def program():
+    atexit.register(print, "registered by a library")
+    {end}
+main.main = program
+__main__.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    expected = {"sys.exit(3)": 3, "sys.exit(None)": 0, "raise RuntimeError": 1}
+    assert ended.returncode == expected[end] and ("Traceback" in ended.stderr) == ("raise" in end)
+    also = "registered before\ntaken down\n" if before else ""
+    assert ended.stdout == "registered by a library\n" + also
+
+
 def test_a_terminal_that_knows_only_ascii(tmp_path: Path, layer11: Path) -> None:
     arguments = ["merge", "--checkpoints", layer11, "--output", tmp_path / "out", "--verify"]
     result = shell(*arguments, PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
