@@ -105,13 +105,13 @@ class Ceilings:
 
 @cache
 def ceilings(dtype: torch.dtype) -> Ceilings | None:
-    """The best rates of the device in a dtype, measured after 3 seconds of work to warm it up.
+    """The best rates of the device in a dtype, measured after 3 seconds of work, 1 on a CPU.
 
     None in the interpreter, whose times mean nothing.
     """
     if INTERPRETED:
         return None
-    n, count, seconds = (8192, 1 << 29, 3.0) if ON_GPU else (2048, 1 << 26, 1.0)
+    n, count, seconds, calls = (8192, 1 << 29, 3.0, 20) if ON_GPU else (2048, 1 << 26, 1.0, 5)
     source = torch.randn(count, device=DEVICE, dtype=dtype)
     target = torch.empty_like(source)
     a, b = (source[i * n * n :][: n * n].view(n, n) for i in range(2))
@@ -128,7 +128,7 @@ def ceilings(dtype: torch.dtype) -> Ceilings | None:
 
     def best(function: Callable[[], object]) -> float:
         # the minimum: a ceiling is what the device can do when nothing disturbs it
-        return min(milliseconds(function) for _ in range(20)) / 1e3
+        return min(milliseconds(function) for _ in range(calls)) / 1e3
 
     # a CPU reads faster than it copies, because a write first reads the cache line
     copied = 2 * source.nbytes / best(lambda: target.copy_(source))

@@ -35,6 +35,7 @@ what only vLLM imports."""
 LIBRARIES = (
     "datasets.io.generator",
     "datasets.packaged_modules.generator.generator",
+    "matplotlib.figure",
     "pyarrow.parquet",
     "rich.markdown",
     "transformers.models.llama.modeling_llama",
@@ -191,12 +192,14 @@ def main() -> None:
     from torch.multiprocessing.spawn import start_processes
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    gc.disable()  # all of it stays
     channel = socket.socket(fileno=int(sys.argv[1]))
     for name in (*LIBRARIES, *_modules()):
         importlib.import_module(name)
     get_checkpoint_conversion_mapping("llama")  # compiles 900 patterns in the first call: 0.1 s
     gc.collect()
     gc.freeze()
+    gc.enable()
     job_file, *streams = _serve(channel)
     with open(job_file) as file:
         file.seek(0)

@@ -10,9 +10,10 @@ from typing import Any
 
 # Forks one process per run, so that a test need not wait for imports. A run may be told to kill
 # itself at its n-th entry to, or return from, a function of the operating system; or it is killed
-# after a time.
+# after a time. Reading a file imports numpy, whose calls would be most of those in a fork.
 _RUNNER = """
 import ctypes, json, os, sys, time
+import numpy
 
 def run(order):
     seen = 0
