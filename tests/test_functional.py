@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ from npt_fast.functional import modulated_mlp
 from npt_fast.kernels.factored import ACTIVATIONS, Factors, MLPWeights
 from npt_fast.testing import Problem, assert_within_budget, longest_sum, make_inputs, named_tensors
 from tests.checkpoints import layer_weights
+from tests.processes import run_python
 from tests.reference import Situation
 from tests.reference import modulated_mlp as spelled_out
 
@@ -389,5 +388,5 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
 
 
 def test_importing_it_needs_no_triton() -> None:
-    code = "import npt_fast.functional, sys; sys.exit('triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    result = run_python("import npt_fast.functional; assert 'triton' not in sys.modules")
+    assert result.returncode == 0, result.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -23,6 +21,7 @@ from npt_fast.benchmarks.whole_model import TINY, Measurement, Size, Work, measu
 from npt_fast.hf.convert import components, decoder_layers
 from npt_fast.testing import implementation
 from tests.computed import record
+from tests.processes import run_python
 
 ALL = range(TINY.layers)
 MIDDLE = TINY.layers // 2
@@ -107,9 +106,7 @@ def test_it_needs_little_beside_torch_and_transformers() -> None:
     unneeded = {"datasets", "gguf", "cyclopts", "prompt_toolkit", "peft", "matplotlib"}
     code = "import sys, npt_fast.benchmarks.whole_model as m; m.measurements(tiny=False)"
     code += f"; m.measurements(tiny=True)[-1].run(); print({unneeded} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    result = run_python(code)
     assert result.stdout == "set()\n", result.stderr
 
 

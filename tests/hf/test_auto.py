@@ -6,8 +6,6 @@ import copy
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from tests.checkpoints import flip_byte
 from tests.hf.exports import Parts, load, logits, write_parts
 from tests.hf.small_models import TYPES, build
 from tests.hf.test_families import RIGHT
+from tests.processes import run_python
 from tests.transfer.models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -279,9 +278,9 @@ try:
 except ValueError as error:
     print(str(error).splitlines()[0])
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = run_python(code)
     expected = "has model type `npt_fast-llama` but" if order == "transformers alone" else "1\n"
-    assert expected in found.stdout
+    assert expected in found.stdout, found.stderr
 
 
 def test_every_listed_type_is_registered() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 import npt_fast as npt
 from npt_fast.hf.patching import attach, call_base, check_detachable, detach
 from tests.hf.test_convert import converted, logits
+from tests.processes import run_python
 
 X = torch.arange(4.0)
 
@@ -129,7 +128,7 @@ def test_a_converted_model_is_saved_whole_and_read_by_another_process(tmp_path: 
         "torch.save(model(ids, use_cache=False).logits.detach(), sys.argv[2])\n"
     )
     files = [str(tmp_path / "model.pt"), str(tmp_path / "logits.pt")]
-    subprocess.run([sys.executable, "-c", program, *files], check=True)
+    assert run_python(program, *files).returncode == 0
     assert torch.equal(torch.load(files[1]), logits(model))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 
 from npt_fast.kernels import aot
+from tests.processes import run_python
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels.md"
 
@@ -23,9 +22,7 @@ def compiler(code: str) -> Any:
     setup = (
         "import json\nfrom npt_fast.kernels import aot\nfrom npt_fast.kernels._launch import *\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", setup + code], env=environment, capture_output=True, text=True
-    )
+    result = run_python(setup + code, environment=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

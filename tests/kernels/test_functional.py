@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,6 +23,7 @@ from tests.kernels.cases import (
     reference_mlp,
     results,
 )
+from tests.processes import run_python
 
 LOW = DTYPES[-1]
 PROBLEM = Problem(tokens=9, hidden=33, intermediate=43, num_ranks=3, rank=3, bias=True)
@@ -129,8 +128,7 @@ def in_a_new_process(code: str) -> str:
         "def run(impl):\n"
         "    return modulated_mlp(x, h, *weights[:3], factors, impl=impl)\n"
     )
-    command = [sys.executable, "-c", program + code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_python(program + code, environment=environment)
     return done.stdout + done.stderr
 
 
