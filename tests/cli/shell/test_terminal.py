@@ -70,8 +70,8 @@ def test_completion_of_files(completer: CommandCompleter, tmp_path: Path) -> Non
 def test_a_session_on_a_terminal(files: tuple[Path, Path], tmp_path: Path) -> None:
     """Completion, history, Ctrl-C, Ctrl-D and errors."""
     arguments = [
-        "-c", "from npt_fast.cli.main import main; main()", "interact", "--device", "cpu",
-        "--model_name", str(files[0]), "--checkpoint", str(files[1]),
+        "-m", "npt_fast", "interact", "--device", "cpu", "--model_name", str(files[0]),
+        "--checkpoint", str(files[1]),
     ]  # fmt: skip
     environment = {
         **os.environ, "XDG_STATE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1",
