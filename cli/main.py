@@ -176,8 +176,13 @@ def _parse(arguments: list[str]) -> _Command:
         app[verbs[0]].help = None  # shows the docstring; the line above is for the list of verbs
     try:
         arguments, notes = retired.replaced(arguments)
-        # options of serve all go to vLLM; help of an unknown verb is a mistake for `app` alone
-        plain = arguments[:1] == ["serve"] or not {"--help", "-h"}.isdisjoint(arguments)
+        # options of serve all go to vLLM; help of an unknown verb is a mistake for `app` alone; and
+        # `app.meta` parses all of it once more, half of the time
+        plain = (
+            arguments[:1] == ["serve"]
+            or not {"--help", "-h"}.isdisjoint(arguments)
+            or not any(word.lstrip("-").lower().startswith(("config", "q")) for word in arguments)
+        )
         found = _parsed(app if plain else app.meta, arguments)
         command = found() if found.func is _with_common_options else _Command(found)
     except CycloptsError as error:
