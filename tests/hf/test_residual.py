@@ -169,7 +169,7 @@ def test_a_briefly_trained_layer_of_a_real_model(
         train_layers="1", model_name=str(two_real_layers), data="python-docs",
         output_dir=tmp_path / "run", modulation="dual", residual=residual, np_rank=64,
         learning_rate=2e-4, lr_schedule="constant", max_length=64,
-        batch_size=4, gradient_accumulation_steps=1, max_steps=30, warmup_steps=5, eval_steps=0,
+        batch_size=4, gradient_accumulation_steps=1, max_steps=20, warmup_steps=5, eval_steps=0,
         num_eval_samples=1, generation_steps=0, cpu=True, init_strategy="zero",
     )  # fmt: skip
     path = npt.train(options).checkpoint
