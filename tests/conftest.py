@@ -33,16 +33,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two workers would wait for
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
-# Before 3.13, Python maps new memory for each call of a loop that is at the end of a piece of 16 KB
-# of its stack, and unmaps it (github.com/python/cpython/issues/142183): some tests took 3 times as
-# long. All that these call has room in one piece of 2 MB.
+# Python 3.11 and 3.12 map new memory for each call of a loop that is at the end of a piece of 16 KB
+# of the stack, and unmap it (github.com/python/cpython/issues/142183): some tests took three times
+# as long. All that these two call has room in one piece of 2 MB.
 for function in (pytest.Function.setup, pytest.Function.runtest):
     function.__code__ = function.__code__.replace(co_stacksize=1 << 17)
 
-DATA = Path(__file__).parent / "data" / "smollm2_135m"
-
-
 gc.disable()  # until all tests are collected
+
+DATA = Path(__file__).parent / "data" / "smollm2_135m"
 
 
 def pytest_collection_finish() -> None:
