@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 # one whose torch sees the GPU: constraints.txt is a stack for CPUs
 GPU_PYTHON ?= python3
-# a worker takes 2 GB; one that is done takes over half of what another still has to do
+# a worker takes up to 3 GB; one that is done takes over half of what another still has to do
 PYTEST = -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: install install-oldest install-serve install-docs install-quantised docs demo test test-oldest test-quantised serve-test lint format bench bench-merge bench-merge-scale bench-modulation bench-train bench-generate bench-inject bench-serve fuzz kernels gpu clean
