@@ -105,7 +105,7 @@ class Ceilings:
 
 @cache
 def ceilings(dtype: torch.dtype) -> Ceilings | None:
-    """The best rates of the device in a dtype, measured after 3 seconds of work, 1 on a CPU.
+    """The best rates of the device in a dtype, after 3 seconds of work to warm it up, 1 on a CPU.
 
     None in the interpreter, whose times mean nothing.
     """

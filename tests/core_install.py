@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 from npt_fast.errors import EXTRAS
+from tests.processes import run_python
 
 _HIDE = f"""
 import sys
@@ -22,11 +22,8 @@ PathFinder.find_spec = lambda name, *rest: (
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `code` on a core install."""
-    return subprocess.run(
-        [sys.executable, "-c", _HIDE + code, *arguments],
-        capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-    )  # fmt: skip
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    return run_python(_HIDE + code, *arguments, environment=environment)
 
 
 def program(*lines: list[str]) -> list[tuple[int, str, str]]:

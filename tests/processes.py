@@ -19,5 +19,5 @@ def run_python(
     program = f"import gc, os, sys\ngc.disable()\n{code}\nsys.stdout.flush()\nos._exit(0)"
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
-        env=environment, capture_output=True, text=True, check=False,
+        env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
@@ -86,26 +86,16 @@ def sound(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> 
     return folder
 
 
-class Copied(Protocol):
-    def __call__(self, line: str, *files: str) -> Path: ...
-
-
-@pytest.fixture
-def copied(sound: Path, tmp_path: Path) -> Copied:
-    """Copies that folder: of its folders, those that a command line or one of `files` names."""
-
-    def copy(line: str, *files: str) -> Path:
-        text = " /".join([line, "a", *files])
-        folder = tmp_path / "folder"
-        folder.mkdir()
-        for path in sound.iterdir():
-            if path.is_file():
-                shutil.copy(path, folder)
-            elif re.search(rf"[/-]{path.name}(?![\w.])", text):
-                shutil.copytree(path, folder / path.name)
-        return folder
-
-    return copy
+def copied(sound: Path, folder: Path, line: str, *files: str) -> Path:
+    """A copy of that folder: of its folders, those that a command line or one of `files` names."""
+    text = " /".join([line, "a", *files])
+    folder.mkdir()
+    for path in sound.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+        elif re.search(rf"[/-]{path.name}(?![\w.])", text):
+            shutil.copytree(path, folder / path.name)
+    return folder
 
 
 CELLS = [
@@ -126,12 +116,14 @@ def test_there_is_a_file_behind_each_door(sound: Path) -> None:
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.split()[0])
-def test_what_is_sound_is_read(line: str, fork_server: ForkServer, copied: Copied) -> None:
+def test_what_is_sound_is_read(
+    line: str, fork_server: ForkServer, sound: Path, tmp_path: Path
+) -> None:
     """So what happens below is the attack's doing. Many doors have the same command lines.
 
     `SourceFile` opens a file before anything else does, so not every verb need meet every attack.
     """
-    folder = copied(line)
+    folder = copied(sound, tmp_path / "folder", line)
     log = folder / "opened"
     found = run(fork_server, line, folder, script=WATCHED, environment={"LOG": str(log)})
     assert found.code == 0, found.err
@@ -159,9 +151,15 @@ HARMLESS = (
 
 @pytest.mark.parametrize(("door", "verb", "name", "attack"), CELLS)
 def test_nothing_runs_hangs_dies_or_takes_the_memory(
-    door: Door, verb: str, name: str, attack: Attack, fork_server: ForkServer, copied: Copied
+    door: Door,
+    verb: str,
+    name: str,
+    attack: Attack,
+    fork_server: ForkServer,
+    sound: Path,
+    tmp_path: Path,
 ) -> None:
-    folder = copied(door.verbs[verb], door.file)
+    folder = copied(sound, tmp_path / "folder", door.verbs[verb], door.file)
     attack(folder / door.file)
     found = run(fork_server, door.verbs[verb], folder)
     printed = found.out + found.err
